@@ -1,0 +1,112 @@
+"""What every registered model shares: building from a config, loading weights, optimizer groups, what a checkpoint holds.
+
+The keys and shapes of the sample dict that models eat are listed in docs/architecture.md, section 3.
+"""
+
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from lavis_lite import checkpoint, download
+from lavis_lite.optim import parameter_groups
+
+logger = logging.getLogger(__name__)
+
+WEIGHT_KEYS = ("arch", "model_type", "pretrained", "finetuned", "load_pretrained", "load_finetuned", "checkpoint")
+
+
+class BaseModel(nn.Module):
+    """A registered model. Constructors take keyword-only arguments and build; the union of a class's and its parents' is its YAML schema."""
+
+    new_parts: ClassVar[tuple[str, ...]] = ()
+    """Prefixes of parameters that a pretrained file may lack because finetuning adds them."""
+    restorable_frozen: ClassVar[bool] = True
+    """Whether frozen parameters can be fetched again from their own source, so that checkpoints leave them out."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__signature__ = inherited_signature(cls)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @classmethod
+    def from_config(cls, cfg: dict[str, Any]) -> Self:
+        """Build from a model section and load the weights it names: `checkpoint`, else `finetuned`, else `pretrained`."""
+        model = cls(**{key: value for key, value in cfg.items() if key not in WEIGHT_KEYS})
+        chosen = chosen_weights(cfg)
+        if chosen is not None:
+            kind, source = chosen
+            model.load_weights(source, initialise=kind == "pretrained")
+        return model
+
+    def load_weights(self, source: str, *, initialise: bool = False) -> None:
+        """Load a file or URL (.pth as LAVIS and BLIP write it, or .safetensors).
+
+        With `initialise` (a pretrained file) the parts that finetuning adds may be missing; otherwise every trainable parameter must be there.
+        """
+        state = checkpoint.find_state_dict(checkpoint.load(download.fetch(source)))
+        state = self.adapt_state_dict(dict(state))
+        checkpoint.load_into(self, state, source=str(source), allow_missing=self.new_parts if initialise else ())
+        self.after_loading(state)
+
+    def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Bring a file's tensors into this model's layout and size; models override it."""
+        return state
+
+    def after_loading(self, state: dict[str, Tensor]) -> None:
+        """Derive what the file did not hold; models override it."""
+
+    def optimizer_groups(self, weight_decay: float, lr_layer_decay: float = 1.0) -> list[dict[str, Any]]:
+        """Parameter groups of AdamW: no decay for vectors, learning-rate factors by layer."""
+        return parameter_groups(self, weight_decay, self.layer_scale(lr_layer_decay))
+
+    def layer_scale(self, decay: float) -> Callable[[str], float]:
+        """The learning-rate factor of each parameter name; models with an image encoder override it."""
+        return lambda name: 1.0
+
+    def checkpoint_state_dict(self) -> dict[str, Tensor]:
+        """The state_dict without frozen parameters that can be fetched again."""
+        state = self.state_dict()
+        if not self.restorable_frozen:
+            return state
+        frozen = {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        if frozen:
+            logger.info(f"the checkpoint leaves out {len(frozen)} frozen parameters")
+        return {name: tensor for name, tensor in state.items() if name not in frozen}
+
+    def forward(self, samples: dict[str, Any]) -> dict[str, Tensor]:
+        raise NotImplementedError(f"{type(self).__name__} does not define forward")
+
+
+def inherited_signature(cls: type) -> inspect.Signature:
+    """The constructor's keyword-only parameters, going on to the parent's wherever a class passes **kwargs on."""
+    found: dict[str, inspect.Parameter] = {}
+    for owner in cls.__mro__:
+        if "__init__" not in vars(owner) or owner is nn.Module:
+            continue
+        parameters = list(inspect.signature(vars(owner)["__init__"]).parameters.values())[1:]
+        for parameter in parameters:
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+                found.setdefault(parameter.name, parameter)
+        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+            break
+    return inspect.Signature(list(found.values()))
+
+
+def chosen_weights(cfg: dict[str, Any]) -> tuple[str, str] | None:
+    """Which file a model section asks for: its kind and path, or None for random weights. A kind that was asked for must be named."""
+    if cfg.get("checkpoint"):
+        return "checkpoint", cfg["checkpoint"]
+    for kind in ("finetuned", "pretrained"):
+        wanted, source = cfg.get(f"load_{kind}"), cfg.get(kind)
+        if wanted and not source:
+            raise ValueError(f"model.load_{kind} is true, but model.{kind} names no file or URL")
+        if source and wanted is not False:
+            return kind, source
+    return None

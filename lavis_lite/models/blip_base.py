@@ -1,0 +1,145 @@
+"""What BLIP's models share: tokenizer, image encoder, text transformer sizes, and loading of published files."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lavis_lite.convert import blip_from_hf, is_hf_blip
+from lavis_lite.models.base import BaseModel
+from lavis_lite.models.tokenizers import blip_tokenizer
+from lavis_lite.nn.bert import BertConfig
+from lavis_lite.nn.decoding import DecodingConfig
+from lavis_lite.nn.vision import BlipViT, interpolate_pos_embed, layer_scales, vit_config
+
+logger = logging.getLogger(__name__)
+
+
+class BlipBase(BaseModel):
+    """Image encoder and tokenizer of a BLIP model.
+
+    `vit` and `med` override sizes of the image encoder (`ViTConfig`) and of the text transformer (`BertConfig`).
+    """
+
+    def __init__(
+        self,
+        *,
+        vit_type: str = "base",
+        image_size: int = 224,
+        vit: dict[str, Any] | None = None,
+        vit_grad_ckpt: bool = False,
+        vit_ckpt_layer: int = 0,
+        vit_drop_path_rate: float | None = None,
+        vit_layer_norm_epsilon: float = 1e-6,
+        med: dict[str, Any] | None = None,
+        tokenizer: str = "bert-base-uncased",
+        max_txt_len: int = 35,
+    ) -> None:
+        super().__init__()
+        overrides = {"image_size": image_size, "norm_eps": vit_layer_norm_epsilon, **(vit or {})}
+        if vit_drop_path_rate is not None:
+            overrides["drop_path_rate"] = vit_drop_path_rate
+        self.visual_encoder = BlipViT(
+            vit_config(vit_type, num_checkpointed=vit_ckpt_layer if vit_grad_ckpt else 0, **overrides)
+        )
+        self.tokenizer = blip_tokenizer(tokenizer)
+        self.max_txt_len = max_txt_len
+        self.med = {"vocab_size": len(self.tokenizer), **(med or {})}
+        check_med(self.med, len(self.tokenizer))
+
+    def text_config(self, context_width: int | None = None, **sizes: Any) -> BertConfig:
+        """Sizes of a text transformer that attends to contexts of this width (default: the image encoder's)."""
+        width = self.visual_encoder.config.width if context_width is None else context_width
+        return BertConfig(**self.med, context_width=width, **sizes)
+
+    def tokenize(
+        self, texts: Sequence[str], *, start: int | None = None, max_length: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Ids and mask (B,T), padded to the longest; `start` replaces [CLS]; `max_length` truncates."""
+        tokens = self.tokenizer(
+            list(texts), padding="longest", truncation=max_length is not None, max_length=max_length, return_tensors="pt"
+        ).to(self.device)
+        ids, mask = tokens.input_ids, tokens.attention_mask
+        if start is not None:
+            ids[:, 0] = start
+        return ids, mask
+
+    @property
+    def decoder_start(self) -> int:
+        """Id of `[DEC]`."""
+        return self.tokenizer.bos_token_id
+
+    @property
+    def encoder_start(self) -> int:
+        """Id of `[ENC]`."""
+        return self.tokenizer.enc_token_id
+
+    def labels(self, ids: Tensor, num_masked: int = 0) -> Tensor:
+        """Labels of a language-model loss: padding and the first tokens do not count."""
+        labels = ids.masked_fill(ids == self.tokenizer.pad_token_id, -100)
+        labels[:, :num_masked] = -100
+        return labels
+
+    def decoding(self, **settings: Any) -> DecodingConfig:
+        """Decoding settings with this tokenizer's end and padding tokens."""
+        return DecodingConfig(eos_id=self.tokenizer.sep_token_id, pad_id=self.tokenizer.pad_token_id, **settings)
+
+    def layer_scale(self, decay: float) -> Callable[[str], float]:
+        scale = layer_scales(self.visual_encoder.config.depth, decay)
+        prefix = "visual_encoder."
+        return lambda name: scale(name.removeprefix(prefix)) if name.startswith(prefix) else 1.0
+
+    def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Translate Hugging Face's names, resize position embeddings to this image size, leave out feature queues of another length."""
+        own = self.state_dict()
+        if is_hf_blip(state):
+            state = blip_from_hf(state)
+        for name, tensor in list(state.items()):
+            if name.endswith(".pos_embed") and name in own:
+                state[name] = interpolate_pos_embed(tensor, own[name].shape[1])
+            elif name.endswith("_queue") and (name not in own or own[name].shape != tensor.shape):
+                logger.info(f"{name} of shape {tuple(tensor.shape)} is left out: the queue starts anew")
+                del state[name]
+        if own.keys() & {"queue_ptr"} and not {"image_queue", "text_queue"} <= state.keys():
+            state.pop("queue_ptr", None)
+        return state
+
+
+def check_med(med: dict[str, Any], num_tokens: int) -> None:
+    """Unknown size names and a vocabulary smaller than the tokenizer's are errors."""
+    known = {field.name for field in fields(BertConfig)} - {"context_width"}
+    unknown = sorted(med.keys() - known)
+    if unknown:
+        raise ValueError(f"med has no size {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+    if med["vocab_size"] < num_tokens:
+        raise ValueError(f"med.vocab_size {med['vocab_size']} is smaller than the tokenizer's {num_tokens} tokens")
+
+
+def project(layer: nn.Linear, states: Tensor) -> Tensor:
+    """Project and normalise to unit length."""
+    return F.normalize(layer(states), dim=-1)
+
+
+def ramp(samples: dict[str, Any], alpha: float, num_epochs: int) -> float:
+    """alpha, ramped up linearly over the first epochs (ALBEF's implementation); full where the samples tell no epoch."""
+    if "epoch" not in samples:
+        return alpha
+    per_epoch = samples["num_iters_per_epoch"]
+    return alpha * min(1.0, (samples["epoch"] * per_epoch + samples["iters"]) / (num_epochs * per_epoch))
+
+
+def text_list(texts: str | Sequence[str], count: int) -> list[str]:
+    """One text a sample: a single string is used for all."""
+    texts = [texts] * count if isinstance(texts, str) else list(texts)
+    if len(texts) != count:
+        raise ValueError(f"{len(texts)} texts were given for {count} images")
+    return texts
+
+
+def gathered_ids(image_id: Tensor | Sequence[int], device: torch.device) -> Tensor:
+    """Image ids as a LongTensor (B,)."""
+    return torch.as_tensor(image_id, dtype=torch.long, device=device).reshape(-1)

@@ -1,0 +1,93 @@
+"""BLIP captioning: an image-grounded decoder (BLIP, section 4.2 and 5.2)."""
+
+from typing import Any
+
+from torch import Tensor
+
+from lavis_lite.models.blip_base import BlipBase, text_list
+from lavis_lite.nn.bert import BertLMHeadModel, Context
+from lavis_lite.nn.decoding import Step, decode
+from lavis_lite.nn.losses import language_modeling_loss
+from lavis_lite.registry import registry
+
+
+@registry.register_model("blip_caption")
+class BlipCaption(BlipBase):
+    """Captions an image. Training texts start with `prompt` (the text processor puts it there), which is not predicted."""
+
+    def __init__(self, *, prompt: str | None = "a picture of ", max_txt_len: int = 40, **parts: Any) -> None:
+        super().__init__(max_txt_len=max_txt_len, **parts)
+        self.text_decoder = BertLMHeadModel(self.text_config())
+        self.prompt = prompt or ""
+
+    def forward(self, samples: dict[str, Any]) -> dict[str, Tensor]:
+        """Language-model loss of `text_input` (list[str], B) given `image` (B,3,H,W)."""
+        context = self.text_decoder.bert.project_context(self.visual_encoder(samples["image"]))
+        ids, mask = self.tokenize(samples["text_input"], start=self.decoder_start, max_length=self.max_txt_len)
+        logits, _ = self.text_decoder(ids, mask, context=context)
+        loss = language_modeling_loss(logits, self.labels(ids, self.prompt_length(self.prompt)))
+        return {"loss": loss, "loss_lm": loss.detach()}
+
+    def prompt_length(self, prompt: str) -> int:
+        """Tokens of the prompt and `[DEC]`."""
+        return len(self.tokenizer(prompt).input_ids) - 1
+
+    def generate(
+        self,
+        samples: dict[str, Any],
+        use_nucleus_sampling: bool = False,
+        num_beams: int = 3,
+        max_length: int = 30,
+        min_length: int = 10,
+        top_p: float = 0.9,
+        temperature: float = 1.0,
+        repetition_penalty: float = 1.0,
+        length_penalty: float = 1.0,
+        num_captions: int = 1,
+    ) -> list[str]:
+        """Captions of `image` (B,3,H,W), `num_captions` of each in turn, without the prompt.
+
+        `samples["prompt"]`, one string or one a sample, replaces the model's. Lengths are in tokens and count `[DEC]` and the prompt.
+        """
+        config = self.decoding(
+            max_length=max_length,
+            min_length=min_length,
+            num_beams=1 if use_nucleus_sampling else num_beams,
+            num_return=num_captions,
+            length_penalty=length_penalty,
+            repetition_penalty=repetition_penalty,
+            sample=use_nucleus_sampling,
+            top_p=top_p if use_nucleus_sampling else 1.0,
+            temperature=temperature,
+        )
+        context = self.text_decoder.bert.project_context(self.visual_encoder(samples["image"]))
+        prompts = text_list(samples.get("prompt", self.prompt), len(samples["image"]))
+        captions: dict[int, list[str]] = {}
+        for prompt in dict.fromkeys(prompts):
+            rows = [i for i, other in enumerate(prompts) if other == prompt]
+            own = context if len(rows) == len(prompts) else context.select(samples["image"].new_tensor(rows).long())
+            ids, _ = self.tokenize([prompt] * len(rows), start=self.decoder_start)
+            texts = self.tokenizer.batch_decode(decode(self.step(own), ids[:, :-1], config), skip_special_tokens=True)
+            texts = [without_prompt(text, prompt) for text in texts]
+            captions.update({row: texts[i * num_captions : (i + 1) * num_captions] for i, row in enumerate(rows)})
+        return [caption for row in range(len(prompts)) for caption in captions[row]]
+
+    def step(self, context: Context) -> Step:
+        """One decoding step given the images."""
+        return decoding_step(self.text_decoder, context)
+
+
+def decoding_step(decoder: BertLMHeadModel, context: Context) -> Step:
+    """Score the next token of a text whose every token counts."""
+
+    def step(new_ids: Tensor, cache: Any, length: int) -> tuple[Tensor, Any]:
+        mask = new_ids.new_ones(len(new_ids), length)
+        logits, cache = decoder(new_ids, mask, context=context, past=cache)
+        return logits[:, -1], cache
+
+    return step
+
+
+def without_prompt(text: str, prompt: str) -> str:
+    """The generated part of a decoded text."""
+    return text.removeprefix(prompt.strip().lower()).strip()

@@ -1,0 +1,97 @@
+"""BLIP multimodal classification (SNLI-VE and the like), optionally distilled from a momentum twin.
+
+Unlike the other image-grounded models it keeps `[CLS]` as the text's first token. The twin moves in `forward` where gradients are enabled.
+"""
+
+import logging
+from copy import deepcopy
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lavis_lite.models.blip_base import BlipBase, ramp
+from lavis_lite.models.blip_nlvr import classification_head
+from lavis_lite.nn.bert import BertModel
+from lavis_lite.nn.losses import soft_cross_entropy
+from lavis_lite.nn.momentum import copy_parameters, update_momentum
+from lavis_lite.registry import registry
+
+logger = logging.getLogger(__name__)
+TWINS = ("visual_encoder", "text_encoder", "cls_head")
+
+
+@registry.register_model("blip_classification")
+class BlipClassification(BlipBase):
+    """Classifies (image, text)."""
+
+    new_parts: ClassVar[tuple[str, ...]] = ("cls_head.",)
+    restorable_frozen: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        use_distill: bool = True,
+        momentum: float = 0.995,
+        alpha: float = 0.4,
+        max_txt_len: int = 40,
+        **parts: Any,
+    ) -> None:
+        super().__init__(max_txt_len=max_txt_len, **parts)
+        config = self.text_config()
+        self.text_encoder = BertModel(config)
+        self.cls_head = classification_head(config.hidden_size, num_classes)
+        self.use_distill, self.momentum, self.alpha = use_distill, momentum, alpha
+        for name in TWINS if use_distill else ():
+            self.add_module(f"{name}_m", deepcopy(getattr(self, name)).requires_grad_(False))
+
+    def twins(self) -> list[tuple[nn.Module, nn.Module]]:
+        """(online, momentum) modules; none without distillation."""
+        return [(getattr(self, name), getattr(self, f"{name}_m")) for name in TWINS if self.use_distill]
+
+    def forward(self, samples: dict[str, Any]) -> dict[str, Tensor]:
+        """Loss of `image` (B,3,H,W), `text_input` list[str], `label` (B,)."""
+        ids, mask = self.tokenize(samples["text_input"], max_length=self.max_txt_len)
+        logits = self.logits(samples["image"], ids, mask)
+        loss = F.cross_entropy(logits, samples["label"].to(logits.device))
+        if self.use_distill:
+            alpha = ramp(samples, self.alpha, num_epochs=1)
+            targets = self.twin_logits(samples["image"], ids, mask, update=torch.is_grad_enabled()).softmax(dim=1)
+            loss = (1 - alpha) * loss + alpha * soft_cross_entropy(logits, targets)
+        return {"loss": loss, "logits": logits.detach()}
+
+    def predict(self, samples: dict[str, Any]) -> dict[str, Tensor]:
+        """Logits (B,num_classes) and the labels (B,)."""
+        ids, mask = self.tokenize(samples["text_input"], max_length=self.max_txt_len)
+        return {"predictions": self.logits(samples["image"], ids, mask), "targets": samples["label"]}
+
+    def logits(self, image: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """(B,num_classes)"""
+        return classify(self.visual_encoder, self.text_encoder, self.cls_head, image, ids, mask)
+
+    @torch.no_grad()
+    def twin_logits(self, image: Tensor, ids: Tensor, mask: Tensor, *, update: bool) -> Tensor:
+        """The twin's logits, after it moved (`update`)."""
+        if update:
+            update_momentum(self.twins(), self.momentum)
+        return classify(self.visual_encoder_m, self.text_encoder_m, self.cls_head_m, image, ids, mask)
+
+    def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A captioning file (LAVIS's choice here) has a decoder only: its text transformer initialises the encoder; LAVIS left that random."""
+        state = super().adapt_state_dict(state)
+        decoder = {name: tensor for name, tensor in state.items() if name.startswith("text_decoder.bert.")}
+        if decoder and not any(name.startswith("text_encoder.") for name in state):
+            logger.info("the file holds no text encoder: its decoder's text transformer initialises it")
+            state.update({name.replace("text_decoder.bert.", "text_encoder."): tensor for name, tensor in decoder.items()})
+        return state
+
+    def after_loading(self, state: dict[str, Tensor]) -> None:
+        if not any(name.startswith("visual_encoder_m.") for name in state):
+            copy_parameters(self.twins())
+
+
+def classify(vision: nn.Module, text: BertModel, head: nn.Module, image: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """Logits from the grounded text's first state."""
+    return head(text(ids, mask, context=text.project_context(vision(image)))[0][:, 0])

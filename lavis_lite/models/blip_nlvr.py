@@ -1,0 +1,58 @@
+"""BLIP for NLVR2: is a statement true of a pair of images? The text encoder cross-attends to both (BLIP, section 5.4)."""
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lavis_lite.models.blip_base import BlipBase
+from lavis_lite.nn.bert import BertModel
+from lavis_lite.registry import registry
+
+
+@registry.register_model("blip_nlvr")
+class BlipNLVR(BlipBase):
+    """Classifies (image0, image1, statement)."""
+
+    new_parts: ClassVar[tuple[str, ...]] = ("cls_head.", "merge_layer")
+
+    def __init__(self, *, num_classes: int = 2, **parts: Any) -> None:
+        super().__init__(**parts)
+        config = self.text_config(num_context_streams=2)
+        self.text_encoder = BertModel(config)
+        self.cls_head = classification_head(config.hidden_size, num_classes)
+
+    def forward(self, samples: dict[str, Any]) -> dict[str, Tensor]:
+        """Loss of `image0`, `image1` (B,3,H,W), `text_input` list[str], `label` (B,)."""
+        logits = self.logits(samples)
+        return {"loss": F.cross_entropy(logits, samples["label"].to(logits.device)), "logits": logits.detach()}
+
+    def predict(self, samples: dict[str, Any]) -> dict[str, Tensor]:
+        """Logits (B,num_classes) and the labels (B,)."""
+        return {"predictions": self.logits(samples), "targets": samples["label"]}
+
+    def states(self, samples: dict[str, Any]) -> Tensor:
+        """The statement's states (B,T,E), grounded in both images."""
+        tokens = self.visual_encoder(torch.cat([samples["image0"], samples["image1"]]))
+        ids, mask = self.tokenize(samples["text_input"], start=self.encoder_start)
+        return self.text_encoder(ids, mask, context=self.text_encoder.project_context(*tokens.chunk(2)))[0]
+
+    def logits(self, samples: dict[str, Any]) -> Tensor:
+        """(B,num_classes)"""
+        return self.cls_head(self.states(samples)[:, 0])
+
+    def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Both streams start as the pretrained cross-attention."""
+        state = super().adapt_state_dict(state)
+        for name in [name for name in state if ".crossattention." in name]:
+            for old, new in ((".self.", ".self{}."), (".output.dense.", ".output.dense{}.")):
+                if f".crossattention{old}" in name:
+                    tensor = state.pop(name)
+                    state.update({name.replace(f".crossattention{old}", f".crossattention{new.format(i)}"): tensor for i in (0, 1)})
+        return state
+
+
+def classification_head(width: int, num_classes: int) -> nn.Sequential:
+    """BLIP's classifier of a [CLS] state."""
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, num_classes))

@@ -1,0 +1,56 @@
+"""BLIP pretraining: image-text contrast, image-text matching and language modelling in one step (BLIP, section 3.2)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lavis_lite import dist
+from lavis_lite.models.blip_base import ramp
+from lavis_lite.models.blip_momentum import BlipMomentum
+from lavis_lite.nn.bert import BertLMHeadModel
+from lavis_lite.nn.losses import language_modeling_loss
+from lavis_lite.registry import registry
+
+
+@registry.register_model("blip_pretrain")
+class BlipPretrain(BlipMomentum):
+    """Encoder, image-grounded encoder and image-grounded decoder, tied but for the decoder's self-attention."""
+
+    def __init__(self, *, prompt: str = "a picture of ", max_txt_len: int = 30, **parts: Any) -> None:
+        super().__init__(max_txt_len=max_txt_len, **parts)
+        self.text_decoder = BertLMHeadModel(self.text_config())
+        self.text_decoder.share_with_encoder(self.text_encoder)
+        self.prompt = prompt
+
+    def forward(self, samples: dict[str, Any]) -> dict[str, Tensor]:
+        """`image` (B,3,H,W), `text_input` list[str]; the loss is the sum of `loss_itc`, `loss_itm` and `loss_lm`."""
+        update = torch.is_grad_enabled()
+        self.clamp_temperature()
+        tokens, image_feat = self.encode_image(samples["image"])
+        ids, mask = self.tokenize(samples["text_input"], max_length=self.max_txt_len)
+        text_feat = self.encode_text(ids, mask)
+
+        twin = self.momentum_features(samples["image"], ids, mask, update=update)
+        hard = torch.eye(len(ids), twin.image_all.shape[1], device=tokens.device)
+        loss_itc = self.contrastive_loss(image_feat, text_feat, twin, hard, ramp(samples, self.alpha, num_epochs=2))
+        if update:
+            self.enqueue_features(twin)
+
+        context = self.text_encoder.project_context(tokens)
+        pool = self.pool(tokens, ids, mask, twin.image, twin.text)
+        own = torch.arange(len(ids), device=tokens.device)[:, None] + pool.start
+        positive = own == torch.arange(len(pool.ids), device=tokens.device)
+        negatives = self.draw_negatives(image_feat, text_feat, pool, positive, floor=1e-4)
+        loss_itm = self.matching_loss(tokens, ids, mask, pool, negatives, context)
+
+        decoder_ids = ids.clone()
+        decoder_ids[:, 0] = self.decoder_start
+        logits, _ = self.text_decoder(decoder_ids, mask, context=context)  # its cross-attention is the encoder's, and so is the context
+        loss_lm = language_modeling_loss(logits, self.labels(decoder_ids))
+        return {
+            "loss": loss_itc + loss_itm + loss_lm,
+            "loss_itc": loss_itc.detach(),
+            "loss_itm": loss_itm.detach(),
+            "loss_lm": loss_lm.detach(),
+        }

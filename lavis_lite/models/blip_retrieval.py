@@ -1,0 +1,50 @@
+"""BLIP retrieval finetuning: contrast and matching where captions of the same image count as positives (BLIP, section 5.1)."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lavis_lite import dist
+from lavis_lite.models.blip_base import gathered_ids, ramp
+from lavis_lite.models.blip_momentum import BlipMomentum
+from lavis_lite.models.reranking import similarity_matrices
+from lavis_lite.nn.losses import same_id_targets
+from lavis_lite.registry import registry
+
+
+@registry.register_model("blip_retrieval")
+class BlipRetrieval(BlipMomentum):
+    """Finds images for texts and texts for images: features first, then the matching head over the best `k_test`."""
+
+    def __init__(self, *, queue_size: int = 57600, max_txt_len: int = 35, **parts: Any) -> None:
+        super().__init__(queue_size=queue_size, max_txt_len=max_txt_len, **parts)
+        self.register_buffer("idx_queue", torch.full((1, queue_size), -100))
+
+    def forward(self, samples: dict[str, Any]) -> dict[str, Tensor]:
+        """`image` (B,3,H,W), `text_input` list[str], `image_id` (B,); the loss is the sum of `loss_itc` and `loss_itm`."""
+        update = torch.is_grad_enabled()
+        self.clamp_temperature()
+        tokens, image_feat = self.encode_image(samples["image"])
+        ids, mask = self.tokenize(samples["text_input"], max_length=self.max_txt_len)
+        text_feat = self.encode_text(ids, mask)
+        image_id = gathered_ids(samples["image_id"], tokens.device)
+
+        twin = self.momentum_features(samples["image"], ids, mask, update=update)
+        hard = same_id_targets(image_id, torch.cat([image_id, self.idx_queue[0]]))
+        loss_itc = self.contrastive_loss(image_feat, text_feat, twin, hard, ramp(samples, self.alpha, num_epochs=2))
+        if update:
+            self.enqueue_features(twin, image_id=(self.idx_queue, image_id))
+
+        pool = self.pool(tokens, ids, mask, image_feat, text_feat)
+        pool_id = image_id if pool.is_local else dist.all_gather(image_id)
+        negatives = self.draw_negatives(image_feat, text_feat, pool, image_id[:, None] == pool_id[None, :])
+        context = self.text_encoder.project_context(tokens)
+        loss_itm = self.matching_loss(tokens, ids, mask, pool, negatives, context)
+        return {"loss": loss_itc + loss_itm, "loss_itc": loss_itc.detach(), "loss_itm": loss_itm.detach()}
+
+    def compute_sim_matrix(self, loader: DataLoader, k_test: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scores (images, texts) and (texts, images) of an evaluation set, -100 where not among the `k_test` most similar."""
+        return similarity_matrices(self, loader, k_test)

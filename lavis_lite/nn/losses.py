@@ -1,0 +1,65 @@
+"""The losses of the BLIP papers as pure functions of tensors.
+
+Letters: B rows of this rank, N columns (batch and queue, or all ranks' batch), T tokens, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100
+"""Label of tokens that are not predicted."""
+
+
+def language_modeling_loss(logits_BTV: Tensor, labels_BT: Tensor, label_smoothing: float = 0.1) -> Tensor:
+    """Next-token cross-entropy, averaged over the labels that count."""
+    logits, labels = logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten()
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED, label_smoothing=label_smoothing)
+
+
+def language_modeling_loss_per_text(logits_BTV: Tensor, labels_BT: Tensor, label_smoothing: float = 0.1) -> Tensor:
+    """The same summed over each text's tokens: (B,). Not normalised by length."""
+    loss = F.cross_entropy(
+        logits_BTV[:, :-1].transpose(1, 2),
+        labels_BT[:, 1:],
+        ignore_index=IGNORED,
+        label_smoothing=label_smoothing,
+        reduction="none",
+    )
+    return loss.sum(dim=1)
+
+
+def soft_cross_entropy(logits_BN: Tensor, targets_BN: Tensor) -> Tensor:
+    """Cross-entropy to a target distribution, averaged over rows."""
+    return -(F.log_softmax(logits_BN, dim=1) * targets_BN).sum(dim=1).mean()
+
+
+def momentum_targets(sim_m_BN: Tensor, hard_BN: Tensor, alpha: float) -> Tensor:
+    """Soft labels: the momentum model's softmax with weight alpha, the hard (row-normalised) targets with the rest (ALBEF, equation 6)."""
+    return alpha * sim_m_BN.softmax(dim=1) + (1 - alpha) * hard_BN
+
+
+def same_id_targets(ids_B: Tensor, all_ids_N: Tensor) -> Tensor:
+    """Row-normalised targets that treat every pair with the same image id as positive."""
+    positive = (ids_B[:, None] == all_ids_N[None, :]).float()
+    return positive / positive.sum(dim=1, keepdim=True)
+
+
+def draw_negatives(weights_BN: Tensor, is_positive_BN: Tensor) -> Tensor:
+    """One hard negative a row (B,), drawn by weight among the columns that are no positives.
+
+    One batched draw, no synchronisation. Where all negatives' weights vanish they are drawn uniformly; a row of positives only (a batch of one
+    image) has no negative at all, so that any column is drawn and the pair's label is wrong by necessity.
+    """
+    negative = ~is_positive_BN
+    weights = weights_BN.masked_fill(is_positive_BN, 0.0)
+    weights = torch.where(weights.sum(dim=1, keepdim=True) > 0, weights, negative.to(weights.dtype))
+    weights = torch.where(negative.any(dim=1, keepdim=True), weights, torch.ones_like(weights))
+    return torch.multinomial(weights, 1).squeeze(1)
+
+
+def matching_labels(num_positive: int, num_negative: int, device: torch.device) -> Tensor:
+    """Labels of the image-text matching batch: the positives first."""
+    labels = torch.zeros(num_positive + num_negative, dtype=torch.long, device=device)
+    labels[:num_positive] = 1
+    return labels

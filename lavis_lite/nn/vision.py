@@ -1,0 +1,126 @@
+"""Image encoders from timm under LAVIS's parameter names: here BLIP's ViT-B/16 and ViT-L/16.
+
+Surprising: no pooling and no head, the final norm is applied to all tokens, and position embeddings are resized bicubically without
+antialiasing, as the published weights were; timm's own resizing antialiases and differs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from lavis_lite.nn.ckpt import checkpoint_blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig:
+    """Sizes of a BLIP ViT; the defaults are ViT-B/16."""
+
+    image_size: int = 224
+    patch_size: int = 16
+    width: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    norm_eps: float = 1e-6
+    drop_path_rate: float = 0.0
+    num_checkpointed: int = 0
+    """How many of the last blocks recompute their activations in the backward pass."""
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.width % self.num_heads:
+            raise ValueError(f"vit width {self.width} is not a multiple of num_heads {self.num_heads}")
+
+
+VIT_SIZES: dict[str, ViTConfig] = {
+    "tiny": ViTConfig(image_size=48, patch_size=8, width=128, depth=3, num_heads=4),
+    "base": ViTConfig(),
+    "large": ViTConfig(width=1024, depth=24, num_heads=16),
+}
+
+
+def vit_config(vit_type: str, **overrides: object) -> ViTConfig:
+    """The sizes of `tiny`, `base` or `large`, with some replaced."""
+    if vit_type not in VIT_SIZES:
+        raise ValueError(f"vit_type {vit_type!r} is not one of {', '.join(VIT_SIZES)}")
+    return replace(VIT_SIZES[vit_type], **overrides)
+
+
+class BlipViT(VisionTransformer):
+    """timm's ViT returning all normalised tokens (B,1+N,E), [CLS] first, of an image (B,3,H,W) of the configured size."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__(
+            img_size=config.image_size,
+            patch_size=config.patch_size,
+            embed_dim=config.width,
+            depth=config.depth,
+            num_heads=config.num_heads,
+            mlp_ratio=config.mlp_ratio,
+            qkv_bias=True,
+            num_classes=0,
+            global_pool="",
+            norm_layer=partial(nn.LayerNorm, eps=config.norm_eps),
+            drop_path_rate=config.drop_path_rate,
+        )
+        self.config = config
+        if config.num_checkpointed:
+            checkpoint_blocks(self.blocks[-config.num_checkpointed :])
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "BlipViT":
+        """A copy without activation checkpointing, whose wrapper would go on calling the original's blocks; for momentum twins, which need none."""
+        with torch.device(self.pos_embed.device):
+            twin = BlipViT(replace(self.config, num_checkpointed=0))
+        twin.load_state_dict(self.state_dict())
+        return twin.train(self.training)
+
+    def forward(self, image: Tensor) -> Tensor:
+        size = self.config.image_size
+        if image.ndim != 4 or image.shape[1:] != (3, size, size):
+            raise ValueError(
+                f"image has shape {tuple(image.shape)}; the image encoder wants (B, 3, {size}, {size}): "
+                f"set image_size of the processor and of the model to the same value"
+            )
+        return self.forward_features(image)
+
+
+def interpolate_pos_embed(pos_embed: Tensor, num_tokens: int) -> Tensor:
+    """Position embeddings (1,1+N,E) resized to `num_tokens` tokens, [CLS] first; both grids must be square.
+
+    Bicubic with align_corners=False and no antialiasing.
+    """
+    if pos_embed.shape[1] == num_tokens:
+        return pos_embed
+    old, new = (square_root(n - 1) for n in (pos_embed.shape[1], num_tokens))
+    grid = pos_embed[:, 1:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    return torch.cat([pos_embed[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2).to(pos_embed.dtype)], dim=1)
+
+
+def square_root(number: int) -> int:
+    """The side of a square grid of that many patches."""
+    side = round(number**0.5)
+    if side * side != number:
+        raise ValueError(f"{number} patches do not form a square grid")
+    return side
+
+
+def layer_scales(depth: int, decay: float) -> Callable[[str], float]:
+    """Learning-rate factor of each ViT parameter for layer-wise decay: 1 behind the last block, decay^(depth+1) for the embeddings."""
+
+    def scale(name: str) -> float:
+        if name.startswith("blocks."):
+            layer = int(name.split(".")[1]) + 1
+        elif name.split(".")[0] in ("cls_token", "pos_embed", "patch_embed"):
+            layer = 0
+        else:
+            layer = depth + 1
+        return decay ** (depth + 1 - layer)
+
+    return scale
