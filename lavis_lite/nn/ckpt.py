@@ -35,7 +35,7 @@ def checkpoint_blocks(modules: Iterable[nn.Module]) -> None:
 
 
 def _checkpointed(wrapped: functools.partial[Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls fairscale's `partial(checkpointed_forward, original_forward, ...)` with an `original_forward` that remembers autocast."""
+    """Calls fairscale's `partial(checkpointed, original_forward, ...)` with an original that remembers autocast."""
     original, *rest = wrapped.args
     states = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in DEVICE_TYPES]
     return wrapped.func(functools.partial(_under_autocast, states, original), *rest, *args, **kwargs)

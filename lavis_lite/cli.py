@@ -1,0 +1,226 @@
+"""The doors' other side: one training, evaluation or dry run, top to bottom, from a command line.
+
+A user's mistake ends as one line `error: ...` on stderr and exit code 2; anything else keeps its traceback.
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import sys
+import zipfile
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from lavis_lite.config import Config, ConfigError, RunConfig, parser
+from lavis_lite.registry import RegistryError, registry
+
+logger = logging.getLogger(__name__)
+
+TRAIN_HELP = """Train (and then test) what a YAML describes, in one process or under torchrun.
+
+examples:
+  python train.py --cfg-path projects/blip/train/caption.yaml --options run.max_epoch=3 run.batch_size_train=16
+  torchrun --nproc_per_node=8 train.py --cfg-path projects/blip/train/caption.yaml --resume auto
+  python train.py --cfg-path projects/blip/train/caption.yaml --dry-run"""
+EVALUATE_HELP = """Evaluate a model on the splits a YAML's run.test_splits names, in one process or under torchrun.
+
+examples:
+  python evaluate.py --cfg-path projects/blip/eval/caption.yaml --checkpoint output/caption/job/checkpoint_best.pth
+  torchrun --nproc_per_node=8 evaluate.py --cfg-path projects/blip/eval/caption.yaml"""
+
+
+def train_main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of train.py and `lavis-lite-train`; ends the process."""
+    sys.exit(main(parser(description=TRAIN_HELP), argv))
+
+
+def evaluate_main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of evaluate.py and `lavis-lite-evaluate`; ends the process."""
+    p = parser(description=EVALUATE_HELP)
+    p.add_argument(
+        "--checkpoint", metavar="PATH", help="weights to evaluate (a file or URL), instead of those the YAML names"
+    )
+    sys.exit(main(p, argv, evaluate=True))
+
+
+def main(p: argparse.ArgumentParser, argv: Sequence[str] | None, *, evaluate: bool = False) -> int:
+    """Parse, run, and return the exit code: 0, or 2 after a user's mistake."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv:
+        p.print_help(sys.stderr)
+        return 2
+    args = p.parse_args(argv)
+    _log_to_console()
+    try:
+        cfg = Config.from_args(args)
+        if evaluate:
+            cfg.run = dataclasses.replace(cfg.run, evaluate=True)
+        dry_run(cfg) if args.dry_run else run(cfg)
+    except (ValueError, KeyError, OSError) as error:
+        if not is_users_mistake(error):
+            raise
+        if _is_first_process() or not isinstance(error, ConfigError):  # a mistake in a file is the same on every rank
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def is_users_mistake(error: Exception) -> bool:
+    """Whether the message is for the user: our own, the system's (no such file, disk full), and a ValueError
+    that this package raised itself. A ValueError or KeyError out of another library is a bug and keeps its traceback.
+    """
+    if isinstance(error, (ConfigError, RegistryError, OSError)):
+        return True
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    own = trace is not None and Path(trace.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
+    return own and isinstance(error, ValueError)
+
+
+def run(cfg: Config) -> None:
+    """Train, or evaluate if `cfg.run.evaluate`; prints an evaluation's metrics. Must be entered by every rank."""
+    from lavis_lite import dist
+    from lavis_lite import logger as run_logger
+    from lavis_lite.runners.sampling import seed_everything
+
+    dist.init(cfg.run.device)
+    try:
+        cfg.run, job_dir = start_job(cfg.run)
+        run_logger.setup(job_dir)
+        if cfg.run.evaluate:
+            cfg.run = dataclasses.replace(cfg.run, valid_splits=[])  # the task builds the test splits only
+        task = registry.get_task_class(cfg.run.task)(**cfg.task)
+        datasets = task.build_datasets(cfg)
+        seed_everything(cfg.run.seed)  # the same on every rank: DDP does not even out the models' buffers
+        model = task.build_model(cfg)
+        runner = registry.get_runner_class(cfg.run.runner)(cfg, task, model, datasets, job_dir)
+        metrics = runner.evaluate() if cfg.run.evaluate else runner.train()
+        if metrics and cfg.run.evaluate and dist.is_main():
+            print(json.dumps(metrics, indent=2, default=str))
+    finally:
+        dist.shutdown()
+
+
+def dry_run(cfg: Config) -> None:
+    """Print the merged configuration, parameter and sample counts; the model is built on the meta device."""
+    from lavis_lite import dist
+
+    dist.init(cfg.run.device)
+    try:
+        task = registry.get_task_class(cfg.run.task)(**cfg.task)
+        model = build_without_weights(cfg.model)
+        datasets = task.build_datasets(cfg)
+        if dist.is_main():
+            print(report(cfg, model, datasets, num_processes=dist.world_size()))
+    finally:
+        dist.shutdown()
+
+
+def build_without_weights(section: dict[str, Any]) -> Any:
+    """Return the model of a `model` section on the meta device: shapes and names, no memory, no weight file read."""
+    import torch
+
+    from lavis_lite.config_sections import WEIGHT_KEYS
+
+    arguments = {key: value for key, value in section.items() if key not in {"arch", "model_type", *WEIGHT_KEYS}}
+    with torch.device("meta"):
+        return registry.get_model_class(section["arch"])(**arguments)
+
+
+def report(cfg: Config, model: Any, datasets: dict[str, dict[str, Any]], *, num_processes: int) -> str:
+    """Return the dry run's text."""
+    parameters = list(model.parameters())
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    lines = [
+        "# the merged configuration",
+        cfg.to_yaml().rstrip(),
+        "",
+        "# dry run: no step was run, no weights were read",
+    ]
+    lines += [f"model       {cfg.model['arch']} {cfg.model['model_type'] or ''}".rstrip()]
+    lines += [f"parameters  {sum(p.numel() for p in parameters):,} in all, {trainable:,} trainable"]
+    for name, splits in datasets.items():
+        for split, dataset in splits.items():
+            lines.append(f"samples     {name}/{split}: {len(dataset):,}")
+    if not cfg.run.evaluate:
+        lines.append(f"steps       {steps_line(cfg.run, datasets, num_processes=num_processes)}")
+    return "\n".join(lines)
+
+
+def steps_line(run: RunConfig, datasets: dict[str, dict[str, Any]], *, num_processes: int) -> str:
+    """Return in words how many steps the run takes. Raises what training would: no training set, too small a one ..."""
+    from lavis_lite.optim import build_schedule
+    from lavis_lite.runners.loaders import train_loader, train_sets
+
+    per_epoch = train_loader(train_sets(datasets, run.train_splits), run, world=num_processes).steps_per_epoch
+    by_epochs = per_epoch * run.max_epoch
+    total = run.max_iters if run.runner == "runner_iter" else min(by_epochs, run.max_iters or by_epochs)
+    build_schedule(run, max_epoch=run.max_epoch, iters_per_epoch=per_epoch, total_steps=total)
+    batch = f"{run.batch_size_train * num_processes} samples a step"
+    accumulation = f", {run.accum_grad_iters} steps an update" if run.accum_grad_iters > 1 else ""
+    return f"{per_epoch:,} an epoch, {total:,} in all ({batch}{accumulation})"
+
+
+def start_job(run: RunConfig) -> tuple[RunConfig, Path]:
+    """Return the run with its job and checkpoint settled (by rank 0, for all ranks), and the job's folder."""
+    from lavis_lite import dist
+
+    changes = dist.broadcast_object(_settle_job(run) if dist.is_main() else None)
+    run = dataclasses.replace(run, **changes)
+    return run, Path(run.output_dir) / str(run.job_id)
+
+
+def _settle_job(run: RunConfig) -> dict[str, Any]:
+    output = Path(run.output_dir)
+    if run.resume == "auto" and not run.evaluate:
+        found = newest_checkpoint(output, job_id=run.job_id)
+        if found is not None:
+            logger.info("resuming %s", found)
+            return {"job_id": found.parent.name, "resume_ckpt_path": str(found)}
+        logger.info("nothing to resume below %s: starting afresh", output)
+    if run.resume_ckpt_path is not None:
+        path = Path(run.resume_ckpt_path)
+        path = path / "checkpoint_last.pth" if path.is_dir() else path
+        if not path.is_file():
+            raise FileNotFoundError(f"no checkpoint to resume: {path}")
+        return {"job_id": run.job_id or new_job_id(output), "resume_ckpt_path": str(path)}
+    return {"job_id": run.job_id or new_job_id(output)}
+
+
+def new_job_id(output: Path) -> str:
+    """Return a name made of the time, and make its folder, so that two runs started in one second don't share it."""
+    stamp, number = datetime.now().strftime("%Y%m%d_%H%M%S"), 1
+    while True:
+        name = stamp if number == 1 else f"{stamp}_{number}"
+        try:
+            (output / name).mkdir(parents=True)
+            return name
+        except FileExistsError:
+            number += 1
+
+
+def newest_checkpoint(output: Path, *, job_id: str | None = None) -> Path | None:
+    """Return the newest readable checkpoint_last.pth of the jobs below `output` (of `job_id`'s only, if given)."""
+    found = sorted(output.glob(f"{job_id or '*'}/checkpoint_last.pth"), key=lambda p: p.stat().st_mtime, reverse=True)
+    for path in found:
+        if zipfile.is_zipfile(path):  # a cut-off file lacks the directory at its end
+            return path
+        logger.warning("%s is damaged; looking for an older one", path)
+    return None
+
+
+def _log_to_console() -> None:
+    from lavis_lite import logger as run_logger
+
+    run_logger.setup()
+    if not _is_first_process():
+        logging.getLogger().setLevel(logging.WARNING)  # before dist.init every process takes itself for the first
+
+
+def _is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,239 @@
+"""One run's configuration: YAML files and options merged, checked and turned into plain values.
+
+Merge order, the last one winning: `RunConfig`'s defaults, configs/models/<arch>/<model_type>.yaml,
+configs/datasets/<name>/<type>.yaml, the project's YAML (its `_base_` files first), `--options`. Schemas are the
+constructors' own signatures (config_schema.py).
+Surprising: a dataset that names no processors takes the model type's `preprocess`; `expected:` is free data, the result
+that a recipe has been seen to reach.
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from lavis_lite import zoo
+from lavis_lite.config_files import (
+    ConfigError,
+    Layer,
+    load_with_bases,
+    load_yaml,
+    merge,
+    merge_layers,
+    normalise,
+    origin,
+    parse_options,
+    resolve,
+    resolve_key,
+)
+from lavis_lite.config_schema import Checker, Parameter
+from lavis_lite.config_sections import (
+    PROCESSOR_KEYS,
+    check_dataset,
+    check_processors,
+    check_run,
+    model_arguments,
+    model_layer,
+)
+from lavis_lite.registry import RegistryError, did_you_mean
+from lavis_lite.run_config import RunConfig, RunConfigError
+
+__all__ = ["Config", "ConfigError", "RunConfig", "parser"]
+
+RUN_DEFAULTS = {f.name: getattr(RunConfig(task=""), f.name) for f in dataclasses.fields(RunConfig) if f.name != "task"}
+SECTIONS = ("model", "preprocess", "datasets", "run", "imports", "expected")
+
+
+@dataclass(kw_only=True)
+class Config:
+    """A checked configuration. Everything but `run` is plain dictionaries, lists and scalars."""
+
+    model: dict[str, Any]
+    """`arch`, `model_type`, the constructor's arguments, and the weight keys."""
+    datasets: dict[str, dict[str, Any]]
+    """Dataset name -> the builder's arguments."""
+    run: RunConfig
+    task: dict[str, Any] = field(default_factory=dict)
+    """The task's own fields, as far as given."""
+    preprocess: dict[str, Any] = field(default_factory=dict)
+    """The model type's `vis_processor` and `text_processor` blocks."""
+    dataset_types: dict[str, str] = field(default_factory=dict)
+    imports: list[str] = field(default_factory=list)
+    expected: Any = None
+    source: str = ""
+    """The project's YAML."""
+
+    @classmethod
+    def from_cli(cls, argv: Sequence[str] | None = None) -> "Config":
+        """Read train.py's command line; see `parser`."""
+        return cls.from_args(parser().parse_args(argv))
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> "Config":
+        """Turn parsed command-line arguments into a configuration; its flags count as options given last."""
+        options = [*args.options, *args.cfg_options]
+        cfg = cls.from_file(args.cfg_path, options, checkpoint=getattr(args, "checkpoint", None))
+        if args.job_id is not None:
+            cfg.run = replace_run(cfg.run, origin="--job-id", job_id=args.job_id)
+        if args.resume is not None:
+            auto = args.resume == "auto"
+            cfg.run = dataclasses.replace(
+                cfg.run, resume="auto" if auto else None, resume_ckpt_path=None if auto else args.resume
+            )
+        return cfg
+
+    @classmethod
+    def from_file(cls, path: str | Path, options: Sequence[str] = (), *, checkpoint: str | None = None) -> "Config":
+        """Read a project's YAML and `a.b=c` options. Raises ConfigError for any mistake, before anything is built."""
+        own_layers = load_with_bases(Path(path))
+        if options:
+            own_layers.append(parse_options(options))
+        if checkpoint is not None:
+            own_layers.append(Layer("--checkpoint", {"model": {"checkpoint": checkpoint}}))
+        _check_sections(own_layers)
+        own = merge_layers(own_layers)
+        _import_user_modules(resolve_key(own, ("imports",), own_layers), own_layers)
+        types = _dataset_types(own, own_layers)
+        layers = [_model_layer_of(own, own_layers), *_dataset_layers(types), *own_layers]
+        tree = resolve(merge({"run": RUN_DEFAULTS}, merge_layers(layers)), layers)
+        raw = {path: text for layer in layers for path, text in layer.raw.items()}
+        return _checked(tree, Checker(layers, raw), types, source=str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain dictionaries, such that a YAML of it is read as the same configuration."""
+        typed = {name: {"type": kind} for name, kind in self.dataset_types.items() if kind != "default"}
+        datasets = {name: typed.get(name, {}) | body for name, body in self.datasets.items()}
+        tree: dict[str, Any] = {"model": self.model, "preprocess": self.preprocess, "datasets": datasets}
+        tree |= {"run": dataclasses.asdict(self.run) | self.task}
+        tree |= {"imports": self.imports} if self.imports else {}
+        tree |= {"expected": self.expected} if self.expected is not None else {}
+        return _plain(tree)
+
+    def to_yaml(self) -> str:
+        """Return `to_dict` as YAML."""
+        import yaml
+
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def parser(*, prog: str | None = None, description: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser of train.py's command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(prog=prog, description=description, formatter_class=raw)
+    p.add_argument("--cfg-path", required=True, metavar="YAML", help="the project's configuration")
+    settings = {"nargs": "+", "action": "extend", "default": [], "metavar": "KEY=VALUE"}
+    p.add_argument("--options", **settings, help="settings that win over the file's, e.g. run.max_epoch=3")
+    p.add_argument("--cfg-options", **settings, help="the same, under LAVIS's name")
+    p.add_argument("--job-id", metavar="NAME", help="folder of the run below run.output_dir (default: the time)")
+    p.add_argument("--resume", metavar="auto|PATH", help="auto: go on with the newest job; or a checkpoint_last.pth")
+    p.add_argument("--dry-run", action="store_true", help="check everything, count parameters and samples, run no step")
+    return p
+
+
+def replace_run(run: RunConfig, *, origin: str, **changes: Any) -> RunConfig:
+    """Return `run` with some keys changed; ConfigError naming `origin` if a value makes no sense."""
+    try:
+        return dataclasses.replace(run, **changes)
+    except RunConfigError as error:
+        raise ConfigError(f"{origin}: {error.text}") from None
+
+
+def _checked(tree: dict[str, Any], checker: Checker, types: dict[str, str], *, source: str) -> Config:
+    run, task = check_run(tree.get("run", {}), checker)
+    model = model_arguments(tree["model"], checker)
+    preprocess = tree.get("preprocess", {})
+    checker.section(preprocess, {key: Parameter(dict[str, Any]) for key in PROCESSOR_KEYS}, ("preprocess",))
+    check_processors(preprocess, checker, ("preprocess",))
+    datasets = {name: check_dataset(name, body, preprocess, checker) for name, body in tree.get("datasets", {}).items()}
+    for name in run.train_dataset_ratios or {}:
+        if name not in datasets:
+            where = ("run", "train_dataset_ratios", name)
+            raise checker.error(where, f"no such dataset here. {did_you_mean(name, datasets)}")
+    return Config(
+        model=model,
+        datasets=datasets,
+        run=run,
+        task=task,
+        preprocess=preprocess,
+        dataset_types=types,
+        imports=tree.get("imports") or [],
+        expected=tree.get("expected"),
+        source=source,
+    )
+
+
+def _check_sections(layers: Sequence[Layer]) -> None:
+    for layer in layers:
+        for key in layer.tree:
+            if key not in SECTIONS:
+                raise ConfigError(f"{layer.source}: {key}: unknown section. {did_you_mean(key, SECTIONS)}")
+
+
+def _import_user_modules(names: Any, layers: Sequence[Layer]) -> None:
+    """Import the modules that `imports` lists, so that they register their classes; the working folder is searched."""
+    if names is None:
+        return
+    where = f"{origin(layers, ('imports',))}: imports"
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{where}: expected a list of module names, got {names!r}")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    for name in names:
+        try:
+            import_module(name)
+        except ModuleNotFoundError as error:
+            places = f"it is looked up on PYTHONPATH and in {Path.cwd()}"
+            raise ConfigError(f"{where}: cannot import {name!r}: {error}; {places}") from None
+
+
+def _model_layer_of(tree: dict[str, Any], layers: Sequence[Layer]) -> Layer:
+    arch, model_type = (resolve_key(tree, ("model", key), layers) for key in ("arch", "model_type"))
+    if not isinstance(arch, str):
+        where = f"{origin(layers, ('model', 'arch'))}: model.arch"
+        raise ConfigError(f"{where}: missing: it needs an architecture. {did_you_mean('', zoo.model_zoo.names())}")
+    if model_type is None and arch in zoo.model_zoo:
+        where = f"{origin(layers, ('model', 'model_type'))}: model.model_type"
+        raise ConfigError(f"{where}: missing: it needs a type of {arch}. {did_you_mean('', zoo.model_zoo.types(arch))}")
+    if arch in zoo.model_zoo:
+        try:
+            return model_layer(arch, str(model_type))
+        except RegistryError as error:
+            raise ConfigError(f"{origin(layers, ('model', 'model_type'))}: model.model_type: {error}") from None
+    return Layer(f"{arch}'s defaults", {})  # a user's own architecture: its constructor has the defaults
+
+
+def _dataset_types(tree: dict[str, Any], layers: Sequence[Layer]) -> dict[str, str]:
+    names = tree.get("datasets", {})
+    types = {name: resolve_key(tree, ("datasets", name, "type"), layers) or "default" for name in names}
+    for name, kind in types.items():
+        known = zoo.dataset_zoo.types(name)
+        if known and kind not in known:
+            where = f"{origin(layers, ('datasets', name, 'type'))}: datasets.{name}.type"
+            raise ConfigError(f"{where}: {name} has no type {kind!r}. {did_you_mean(kind, known)}")
+    return types
+
+
+def _dataset_layers(types: Mapping[str, str]) -> list[Layer]:
+    result = []
+    for name, kind in types.items():
+        if name not in zoo.dataset_zoo:
+            continue  # a user's own dataset: its builder has the defaults
+        path = zoo.dataset_config_path(name, kind)
+        tree = normalise(load_yaml(path), source=str(path))
+        if name not in tree.get("datasets", {}):
+            raise ConfigError(f"{path}: expected the section datasets.{name}")
+        result.append(Layer(str(path), {"datasets": {name: tree["datasets"][name]}}))
+    return result
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value

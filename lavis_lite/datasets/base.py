@@ -1,0 +1,246 @@
+"""Dataset and builder that all others derive from, and `load_dataset`.
+
+A builder is the dataset's YAML as a dataclass: `prepare()` fetches the annotations, `build()` makes the
+datasets. The split named `train` gets the `train` processors and the training class, every other split the `eval` ones.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch.utils.data import Dataset
+
+from lavis_lite import dist, download
+from lavis_lite.datasets.annotations import Record, add_instance_ids, as_list, load_annotations
+from lavis_lite.datasets.image import open_image
+from lavis_lite.registry import did_you_mean, registry
+from lavis_lite.zoo import dataset_config_path
+
+logger = logging.getLogger(__name__)
+
+
+def identity(value: Any) -> Any:
+    """The processor of a dataset that names none."""
+    return value
+
+
+class BaseDataset(Dataset):
+    """Records of one split, their images below `vis_root`, and the processors that make samples of them.
+
+    `annotation` holds one record a sample. The sample's `instance_id` is its index as a string.
+    """
+
+    required: ClassVar[tuple[str, ...]] = ()
+    long_keys: ClassVar[tuple[str, ...]] = ("label",)
+
+    def __init__(
+        self,
+        annotation_paths: Sequence[str | Path],
+        vis_root: str | Path,
+        *,
+        split: str,
+        vis_processor: Callable[[Any], Any] = identity,
+        text_processor: Callable[[str], str] = identity,
+    ) -> None:
+        self.annotation_paths = [Path(path) for path in annotation_paths]
+        self.vis_root = Path(vis_root)
+        self.split = split
+        self.vis_processor = vis_processor
+        self.text_processor = text_processor
+        self.annotation = add_instance_ids(self.arrange(self.load()))
+
+    def load(self) -> list[Record]:
+        """The records of the files, with every required field."""
+        return load_annotations(self.annotation_paths, self.required)
+
+    def arrange(self, records: list[Record]) -> list[Record]:
+        """The file's records as one record a sample; subclasses expand or merge here."""
+        return records
+
+    def __len__(self) -> int:
+        return len(self.annotation)
+
+    def image(self, file: str) -> Any:
+        """The processed image of a path as the annotation gives it: absolute, or below `vis_root`."""
+        return self.vis_processor(open_image(self.vis_root / file))
+
+    def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """A batch: tensors stacked, `long_keys` as LongTensor (B), everything else as lists."""
+        return {key: self._collate(key, [sample[key] for sample in samples]) for key in samples[0]}
+
+    def _collate(self, key: str, values: list[Any]) -> Any:
+        if torch.is_tensor(values[0]):
+            return torch.stack(values)
+        if key in self.long_keys:
+            return torch.tensor(values, dtype=torch.long)
+        if key.startswith("image") and hasattr(values[0], "convert"):
+            raise ValueError(
+                f"the {self.split} images of {self.annotation_paths[0]} are no tensors: name a vis_processor in the "
+                f"dataset's YAML, e.g. vis_processor: {{{'train' if self.split == 'train' else 'eval'}: "
+                "{name: blip_image_eval, image_size: 224}}"
+            )
+        return values
+
+
+@dataclass(kw_only=True)
+class BaseBuilder:
+    """What a dataset's YAML may say.
+
+    `build_info`: `{annotations: {<split>: {url, md5, storage}}, images: {storage}}`; `url` and `storage` may be lists
+    of equal length. Relative storages are below the data root (environment variable LAVIS_LITE_DATA).
+    """
+
+    data_type: str = "images"
+    build_info: dict[str, Any] = field(default_factory=dict)
+    vis_processor: dict[str, Any] = field(default_factory=dict)
+    text_processor: dict[str, Any] = field(default_factory=dict)
+
+    train_dataset: ClassVar[type[BaseDataset] | None] = None
+    eval_dataset: ClassVar[type[BaseDataset] | None] = None
+
+    def prepare(self) -> None:
+        """Fetch what is missing; rank 0 first, so that the others find it there."""
+        with dist.main_first():
+            for split in self.splits():
+                self.annotation_paths(split)
+
+    def splits(self) -> list[str]:
+        """The names of the splits there are."""
+        return list(self._section("annotations"))
+
+    def build(self, splits: Iterable[str] | None = None) -> dict[str, BaseDataset]:
+        """One dataset a split (all splits by default). Raises KeyError for a split that isn't configured."""
+        there = self.splits()
+        if not there:
+            raise ValueError(
+                f"{type(self).__name__}: build_info.annotations names no split; give {{train: {{storage: FILE}}}}"
+            )
+        self.prepare()
+        built = {}
+        for split in there if splits is None else splits:
+            if split not in there:
+                raise KeyError(f"{type(self).__name__} has no split {split!r}; there are {', '.join(there)}")
+            built[split] = self._build_split(split)
+            logger.info("%s: %d samples from %s", split, len(built[split]), built[split].annotation_paths[0])
+        return built
+
+    def dataset_options(self, split: str) -> dict[str, Any]:
+        """Further keyword arguments of the split's dataset; subclasses override."""
+        return {}
+
+    def annotation_paths(self, split: str) -> list[Path]:
+        """The split's annotation files on disk, fetched if need be."""
+        entry = self._section("annotations")[split]
+        where = f"build_info.annotations.{split}"
+        check_keys(entry, ("url", "md5", "storage"), where)
+        urls, storages, sums = (as_list(entry[key]) if entry.get(key) else [] for key in ("url", "storage", "md5"))
+        count = max(len(urls), len(storages))
+        if not count:
+            raise ValueError(f"{type(self).__name__}: {where} needs a url or a storage")
+        for key, values in (("url", urls), ("storage", storages), ("md5", sums)):
+            if values and len(values) != count:
+                raise ValueError(f"{type(self).__name__}: {where}.{key} has {len(values)} entries, expected {count}")
+        blank: list[Any] = [None] * count
+        return [
+            locate(*files, where=where) for files in zip(urls or blank, storages or blank, sums or blank, strict=True)
+        ]
+
+    def image_root(self) -> Path:
+        """The folder that the annotations' image paths start from. Raises FileNotFoundError if it's missing."""
+        entry = self._section("images")
+        check_keys(entry, ("storage",), "build_info.images")
+        root = resolve_storage(entry.get("storage") or "")
+        if entry.get("storage") and not root.is_dir():
+            raise FileNotFoundError(
+                f"{type(self).__name__}: image folder not found: {root}. Put the images there, name another folder in "
+                "build_info.images.storage, or set the environment variable LAVIS_LITE_DATA to the data root."
+            )
+        return root
+
+    def _build_split(self, split: str) -> BaseDataset:
+        dataset_class = self.train_dataset if split == "train" else self.eval_dataset
+        assert dataset_class is not None, f"{type(self).__name__} has no dataset class for {split}"
+        return dataset_class(
+            self.annotation_paths(split),
+            self.image_root(),
+            split=split,
+            vis_processor=make_processor(self.vis_processor, split),
+            text_processor=make_processor(self.text_processor, split),
+            **self.dataset_options(split),
+        )
+
+    def _section(self, key: str) -> dict[str, Any]:
+        check_keys(self.build_info, ("annotations", "images"), "build_info")
+        return self.build_info.get(key) or {}
+
+
+def make_processor(blocks: dict[str, Any], split: str) -> Callable[[Any], Any]:
+    """The processor of the split's block (`train` for the split named so, else `eval`); identity without a block."""
+    check_keys(blocks, ("train", "eval"), "processor")
+    block = blocks.get("train" if split == "train" else "eval")
+    if not block:
+        return identity
+    if "name" not in block:
+        raise ValueError(f"a processor block needs a `name`; found {block!r}")
+    arguments = {key: value for key, value in block.items() if key != "name"}
+    return registry.get_processor_class(block["name"])(**arguments)
+
+
+def check_keys(given: dict[str, Any], known: Sequence[str], where: str) -> None:
+    """Raise ValueError for a key that isn't known, with the nearest one."""
+    for key in given:
+        if key not in known:
+            raise ValueError(f"{where}: unknown key {key!r}. {did_you_mean(key, known)}")
+
+
+def resolve_storage(storage: str) -> Path:
+    """An absolute path as it is, a relative one below the data root."""
+    return download.data_root() / Path(storage).expanduser()
+
+
+def locate(url: str | None, storage: str | None, md5: str | None, *, where: str = "") -> Path:
+    """The file on disk: the storage if it's there, else a local `url` as it is, else fetched to the storage."""
+    target = resolve_storage(storage) if storage else None
+    if target is not None and target.is_file():
+        return target
+    if url and "://" not in url:
+        local = Path(url).expanduser()
+        if local.is_file():
+            return local
+        raise FileNotFoundError(
+            f"{where}: annotation file not found: {local.absolute()}" + (f", nor {target}" if target else "")
+        )
+    if not url:
+        raise FileNotFoundError(
+            f"{where}: annotation file not found: {target}, and no url to fetch it from. Put it there, give an "
+            "absolute path as storage, or set the environment variable LAVIS_LITE_DATA to the data root."
+        )
+    fetched = download.fetch(url, md5=md5)
+    return fetched if target is None else _copy_aside(fetched, target)
+
+
+def _copy_aside(source: Path, target: Path) -> Path:
+    """Copy so that `target` is never seen half written."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
+        aside = Path(folder) / target.name
+        shutil.copyfile(source, aside)
+        aside.replace(target)
+    return target
+
+
+def load_dataset(name: str, type: str = "default", splits: Iterable[str] | None = None) -> dict[str, BaseDataset]:
+    """The datasets of `configs/datasets/<name>/<type>.yaml`, by split; all splits unless some are named."""
+    from omegaconf import OmegaConf
+
+    builder_class = registry.get_builder_class(name)
+    path = dataset_config_path(name, type)
+    config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    return builder_class(**config["datasets"][name]).build(splits)

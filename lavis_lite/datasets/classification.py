@@ -1,0 +1,77 @@
+"""Classification of an image and a text (SNLI-VE), or of an image alone, into named classes.
+
+SNLI-VE's classes are contradiction 0, neutral 1, entailment 2, the order that LAVIS's checkpoints were trained with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Any
+
+from lavis_lite.datasets.annotations import Record
+from lavis_lite.datasets.base import BaseBuilder, BaseDataset, identity
+from lavis_lite.registry import did_you_mean, registry
+
+
+class ClassificationDataset(BaseDataset):
+    """Samples {image, text_input, label (position in `classes`), instance_id}.
+
+    An image name without a suffix gets `.jpg` (SNLI-VE's are Flickr ids). Without `classes`, labels are integers.
+    """
+
+    required = ("image", "label")
+
+    def __init__(
+        self,
+        annotation_paths: Sequence[str | Path],
+        vis_root: str | Path,
+        *,
+        split: str,
+        vis_processor: Callable[[Any], Any] = identity,
+        text_processor: Callable[[str], str] = identity,
+        classes: Sequence[str] = (),
+    ) -> None:
+        self.classes = list(classes)
+        super().__init__(
+            annotation_paths, vis_root, split=split, vis_processor=vis_processor, text_processor=text_processor
+        )
+        self.labels = [self.label(record, index) for index, record in enumerate(self.annotation)]
+
+    def label(self, record: Record, index: int) -> int:
+        """The class index of a record. Raises ValueError for a label that is none of the classes."""
+        label = str(record["label"])
+        if label in self.classes:
+            return self.classes.index(label)
+        if not self.classes and label.isascii() and label.isdigit():
+            return int(label)
+        where = f"{', '.join(map(str, self.annotation_paths))}: record {index} has label {label!r}"
+        if not self.classes:
+            raise ValueError(f"{where}: labels must be integers from 0, or name them with `classes: [...]`")
+        raise ValueError(f"{where}, which is no class. {did_you_mean(label, self.classes)}")
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self.annotation[index]
+        file = str(record["image"])
+        return {
+            "image": self.image(file if PurePath(file).suffix else f"{file}.jpg"),
+            "text_input": self.text_processor(record.get("sentence", record.get("text", ""))),
+            "label": self.labels[index],
+            "instance_id": str(index),
+        }
+
+
+@registry.register_builder("snli_ve")
+@registry.register_builder("classification")
+@dataclass(kw_only=True)
+class ClassificationBuilder(BaseBuilder):
+    """Records {image, sentence (or text), label}; `classes` names the labels in order."""
+
+    classes: list[str] = field(default_factory=list)
+
+    train_dataset = ClassificationDataset
+    eval_dataset = ClassificationDataset
+
+    def dataset_options(self, split: str) -> dict[str, Any]:
+        return {"classes": self.classes}

@@ -1,0 +1,80 @@
+"""NLVR2: is a statement about two images true?
+
+In training a pair is swapped half of the time, and the words left and right with it (whole words only: LAVIS's
+substring replacement also hits "bright" and "leftmost"). Evaluation never swaps, so that it's repeatable.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lavis_lite.datasets.annotations import Record
+from lavis_lite.datasets.base import BaseBuilder, BaseDataset
+from lavis_lite.registry import registry
+
+_LABELS = {"true": 1, "false": 0, "1": 1, "0": 0}
+_SIDE = re.compile(r"\b(left|right)\b", re.IGNORECASE)
+
+
+class NLVREvalDataset(BaseDataset):
+    """Samples {image0, image1, text_input, label (1: true), instance_id}."""
+
+    required = ("images", "sentence", "label")
+
+    def arrange(self, records: list[Record]) -> list[Record]:
+        for index, record in enumerate(records):
+            where = f"{', '.join(map(str, self.annotation_paths))}: record {index}"
+            if not isinstance(record["images"], list) or len(record["images"]) != 2:
+                raise ValueError(f"{where}: `images` must be a list of two paths, found {record['images']!r}")
+            if str(record["label"]).lower() not in _LABELS:
+                raise ValueError(f"{where}: label {record['label']!r} is neither 'True' nor 'False'")
+        return records
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self.annotation[index]
+        return self.sample(index, record["images"], record["sentence"])
+
+    def sample(self, index: int, images: list[str], sentence: str) -> dict[str, Any]:
+        """The sample of two image paths and a raw sentence."""
+        return {
+            "image0": self.image(images[0]),
+            "image1": self.image(images[1]),
+            "text_input": self.text_processor(sentence),
+            "label": _LABELS[str(self.annotation[index]["label"]).lower()],
+            "instance_id": str(index),
+        }
+
+
+class NLVRTrainDataset(NLVREvalDataset):
+    """As in evaluation, but with images and sides swapped at random."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self.annotation[index]
+        if torch.rand(()) < 0.5:
+            return self.sample(index, record["images"][::-1], swap_sides(record["sentence"]))
+        return self.sample(index, record["images"], record["sentence"])
+
+
+def swap_sides(sentence: str) -> str:
+    """The words left and right exchanged; a capital is kept."""
+    return _SIDE.sub(lambda match: _other_side(match.group()), sentence)
+
+
+def _other_side(word: str) -> str:
+    other = "right" if word.lower() == "left" else "left"
+    if word.isupper():
+        return other.upper()
+    return other.capitalize() if word[0].isupper() else other
+
+
+@registry.register_builder("nlvr")
+@dataclass(kw_only=True)
+class NLVRBuilder(BaseBuilder):
+    """Records {images: [first, second], sentence, label: "True" or "False"}."""
+
+    train_dataset = NLVRTrainDataset
+    eval_dataset = NLVREvalDataset

@@ -1,0 +1,44 @@
+"""Image-text pairs for pretraining: {image, caption} records, as of the web, Visual Genome or the user's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lavis_lite.datasets.annotations import Record
+from lavis_lite.datasets.base import BaseBuilder, BaseDataset
+from lavis_lite.datasets.caption import expand_captions, load_captions
+from lavis_lite.registry import registry
+
+
+class PairsDataset(BaseDataset):
+    """Samples {image, text_input, instance_id}."""
+
+    required = ("image|file_name", "caption")
+
+    def load(self) -> list[Record]:
+        return load_captions(self.annotation_paths, self.required)
+
+    def arrange(self, records: list[Record]) -> list[Record]:
+        return expand_captions(records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self.annotation[index]
+        return {
+            "image": self.image(record["image"]),
+            "text_input": self.text_processor(record["caption"]),
+            "instance_id": str(index),
+        }
+
+
+@registry.register_builder("vg_caption")
+@registry.register_builder("sbu_caption")
+@registry.register_builder("conceptual_caption_3m")
+@registry.register_builder("conceptual_caption_12m")
+@registry.register_builder("pairs")
+@dataclass(kw_only=True)
+class PairsBuilder(BaseBuilder):
+    """Records {image, caption}."""
+
+    train_dataset = PairsDataset
+    eval_dataset = PairsDataset

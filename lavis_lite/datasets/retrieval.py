@@ -1,0 +1,59 @@
+"""Image-text retrieval: training pairs with image ids, and evaluation sets that hold a gallery of both sides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lavis_lite.datasets.annotations import Record
+from lavis_lite.datasets.base import BaseBuilder, BaseDataset
+from lavis_lite.datasets.caption import CaptionTrainDataset, load_captions, merge_images
+from lavis_lite.registry import registry
+
+
+class RetrievalTrainDataset(CaptionTrainDataset):
+    """Samples {image, text_input, image_id (index in first-seen order), instance_id}."""
+
+
+class RetrievalEvalDataset(BaseDataset):
+    """Items {image, index, image_id, instance_id}, one an image; all texts are in `text` (processed), in order.
+
+    `img2txt[i]` lists the texts of image i, `txt2img[t]` is the image of text t.
+    """
+
+    required = ("image|file_name", "caption")
+
+    def load(self) -> list[Record]:
+        return load_captions(self.annotation_paths, self.required)
+
+    def arrange(self, records: list[Record]) -> list[Record]:
+        images = merge_images(records)
+        self.text: list[str] = []
+        self.img2txt: list[list[int]] = []
+        self.txt2img: list[int] = []
+        for index, record in enumerate(images):
+            start = len(self.text)
+            self.text += [self.text_processor(caption) for caption in record["caption"]]
+            self.img2txt.append(list(range(start, len(self.text))))
+            self.txt2img += [index] * (len(self.text) - start)
+        return images
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self.annotation[index]
+        return {
+            "image": self.image(record["image"]),
+            "index": index,
+            "image_id": record["image_id"],
+            "instance_id": str(index),
+        }
+
+
+@registry.register_builder("coco_retrieval")
+@registry.register_builder("flickr30k")
+@registry.register_builder("retrieval")
+@dataclass(kw_only=True)
+class RetrievalBuilder(BaseBuilder):
+    """Records {image, caption[, image_id]}; one a caption, or one an image with a list of captions."""
+
+    train_dataset = RetrievalTrainDataset
+    eval_dataset = RetrievalEvalDataset

@@ -1,0 +1,174 @@
+"""Processes and collectives; the only file that asks whether there is a process group.
+
+torchrun's environment (RANK, LOCAL_RANK, WORLD_SIZE) says who we are. A world of one has no process group and every
+collective is then the identity, so callers never branch. All collectives must be entered by every rank; tensors must
+have the same shape on all ranks (unchecked, for speed: run with `TORCH_DISTRIBUTED_DEBUG=DETAIL` to have torch check).
+"""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+
+TIMEOUT = datetime.timedelta(hours=2)  # rank 0 may download a dataset or score a whole test set while others wait
+
+
+def init(device: str = "auto") -> torch.device:
+    """Joins torchrun's process group (nccl on CUDA, gloo on CPU) and returns this rank's device.
+
+    `device` is `auto`, `cpu`, `cuda` or `cuda:N`. Nothing is initialised in a world of one or when called again.
+
+    Raises:
+        ValueError: CUDA is asked for but absent, or has fewer devices than this node has ranks.
+    """
+    target = resolve_device(device)
+    if target.type == "cuda":
+        torch.cuda.set_device(target)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not _active():
+        torch_dist.init_process_group("nccl" if target.type == "cuda" else "gloo", timeout=TIMEOUT)
+    return target
+
+
+def resolve_device(device: str = "auto") -> torch.device:
+    """This rank's device for a setting `auto`, `cpu`, `cuda` or `cuda:N`; under torchrun, `cuda` is LOCAL_RANK's."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    target = torch.device(device)
+    if target.type != "cuda":
+        return target
+    index = target.index if target.index is not None else int(os.environ.get("LOCAL_RANK", "0"))
+    if index >= torch.cuda.device_count():
+        raise ValueError(
+            f"run.device={device!r} needs CUDA device {index}, but this machine has {torch.cuda.device_count()}: "
+            "start fewer processes per node or set run.device=cpu"
+        )
+    return torch.device("cuda", index)
+
+
+def shutdown() -> None:
+    """Leaves the process group, if there is one."""
+    if _active():
+        torch_dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number in the world, 0 without a process group."""
+    return torch_dist.get_rank() if _active() else 0
+
+
+def world_size() -> int:
+    """Number of processes, 1 without a process group."""
+    return torch_dist.get_world_size() if _active() else 1
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, the one that writes files and talks."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Waits until every rank is here."""
+    if _active():
+        on_gpu = torch_dist.get_backend() == "nccl"
+        torch_dist.barrier(device_ids=[torch.cuda.current_device()] if on_gpu else None)
+
+
+@contextlib.contextmanager
+def main_first() -> Iterator[None]:
+    """Rank 0 runs the body first, then all others; if rank 0 fails, the others fail too instead of waiting for ever."""
+    if world_size() == 1:
+        yield
+        return
+    if not is_main():
+        failure = broadcast_object(None)
+        if failure is not None:
+            raise RuntimeError(f"rank 0 failed before rank {rank()} could start: {failure}")
+        yield
+        return
+    try:
+        yield
+    except BaseException as error:
+        broadcast_object(f"{type(error).__name__}: {error}")
+        raise
+    broadcast_object(None)
+
+
+def all_gather(tensor: torch.Tensor) -> torch.Tensor:
+    """(B, ...) on each of W ranks -> (W*B, ...) in rank order, detached."""
+    return _gather(tensor.detach()) if world_size() > 1 else tensor.detach()
+
+
+def all_gather_with_grad(tensor: torch.Tensor) -> torch.Tensor:
+    """(B, ...) on each of W ranks -> (W*B, ...) in rank order, differentiable.
+
+    The backward pass sums over ranks the gradients that reach this rank's rows, so that with DDP's averaging of
+    parameter gradients the result is the gradient of the mean of the ranks' losses, as in one process.
+    """
+    return _GatherWithGrad.apply(tensor) if world_size() > 1 else tensor
+
+
+def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
+    """The mean over ranks of a floating-point tensor of any shape, detached; the input is left alone."""
+    result = tensor.detach().clone()
+    if world_size() > 1:
+        torch_dist.all_reduce(result)
+        result /= world_size()
+    return result
+
+
+def broadcast_tensors(tensors: Iterable[torch.Tensor]) -> None:
+    """Overwrites each tensor with rank 0's."""
+    if world_size() > 1:
+        for tensor in tensors:
+            torch_dist.broadcast(tensor.detach(), src=0)
+
+
+def gather_objects(items: list[Any]) -> list[Any]:
+    """Every rank's list of picklable items (which may be empty), concatenated in rank order, on every rank."""
+    if world_size() == 1:
+        return list(items)
+    shards: list[list[Any]] = [[] for _ in range(world_size())]
+    torch_dist.all_gather_object(shards, list(items))
+    return [item for shard in shards for item in shard]
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's `value` (picklable), on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    torch_dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _active() -> bool:
+    return torch_dist.is_available() and torch_dist.is_initialized()
+
+
+def _gather(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.contiguous()
+    gathered = tensor.new_empty((world_size() * tensor.shape[0], *tensor.shape[1:]))
+    torch_dist.all_gather_into_tensor(gathered, tensor)
+    return gathered
+
+
+class _GatherWithGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return _gather(tensor)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        grad = grad.contiguous()
+        if torch_dist.get_backend() == "nccl":
+            own = grad.new_empty((grad.shape[0] // world_size(), *grad.shape[1:]))
+            torch_dist.reduce_scatter_tensor(own, grad)
+            return own
+        grad = grad.clone()  # autograd may hand the same tensor to others
+        torch_dist.all_reduce(grad)
+        return grad.chunk(world_size())[rank()]

@@ -1,0 +1,143 @@
+"""What a run says: console logging, log.txt (one JSON object a line), TensorBoard, and running averages.
+
+Averages stay on the device as tensors; nothing waits for the accelerator until a value is read at log time.
+"""
+
+import json
+import logging
+import sys
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lavis_lite import dist
+
+logger = logging.getLogger(__name__)
+
+
+def setup(job_dir: str | Path | None = None) -> None:
+    """Sends log messages to stderr and to `job_dir/console.txt`; from ranks other than 0 only warnings, to stderr.
+
+    Call it after `dist.init`. A second call replaces the first one's handlers.
+    """
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if getattr(h, "from_lavis_lite", False)]:
+        root.removeHandler(handler)
+        handler.close()
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if job_dir is not None and dist.is_main():
+        Path(job_dir).mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(Path(job_dir) / "console.txt", encoding="utf-8"))
+    who = "" if dist.world_size() == 1 else f"rank {dist.rank()} "
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter(f"%(asctime)s {who}%(levelname)s %(message)s", "%H:%M:%S"))
+        handler.from_lavis_lite = True
+        root.addHandler(handler)
+    root.setLevel(logging.INFO if dist.is_main() else logging.WARNING)
+
+
+class JsonLog:
+    """Appends one JSON object a line to `path`; a line cut short by a kill is ended first, so later ones are readable.
+
+    A resumed run appends too: rows of steps it repeats come twice, the later one counts.
+    """
+
+    def __init__(self, path: str | Path, *, enabled: bool = True) -> None:
+        self.path, self.enabled = Path(path), enabled
+        if enabled:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            torn = self.path.exists() and self.path.stat().st_size > 0 and not self.path.read_bytes().endswith(b"\n")
+            if torn:
+                self._append("\n")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Appends `row`; tensors and other numbers become plain ones, anything else unknown its text."""
+        if self.enabled:
+            self._append(json.dumps(row, default=_plain, ensure_ascii=False) + "\n")
+
+    def _append(self, text: str) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(text)
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") and getattr(value, "size", 1) in (1, ()) else str(value)
+
+
+class TensorBoardLog:
+    """TensorBoard events in `folder`; where tensorboard is not installed it says so once and writes nothing."""
+
+    def __init__(self, folder: str | Path, *, enabled: bool = True) -> None:
+        self.writer = None
+        if not enabled:
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            logger.warning("no TensorBoard events: `pip install tensorboard`, or set run.tensorboard=False")
+            return
+        self.writer = SummaryWriter(str(folder))
+
+    def write(self, scalars: Mapping[str, float], *, step: int) -> None:
+        """Records each number of `scalars` at `step`."""
+        if self.writer is not None:
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes and closes the event file."""
+        if self.writer is not None:
+            self.writer.close()
+
+
+class SmoothedValue:
+    """A series of scalars: mean of the last `window`, and of all. Tensors are kept where they are, as they come."""
+
+    def __init__(self, *, window: int = 20) -> None:
+        self.recent: deque[torch.Tensor] = deque(maxlen=window)
+        self.total: torch.Tensor | None = None
+        self.count = 0
+
+    def update(self, value: torch.Tensor | float) -> None:
+        """Adds one scalar; no synchronisation with the device."""
+        value = torch.as_tensor(value).detach().double().reshape(())
+        self.recent.append(value)
+        self.total = value if self.total is None else self.total + value
+        self.count += 1
+
+    @property
+    def avg(self) -> float:
+        """Mean of the last `window` values (waits for the device)."""
+        return torch.stack(list(self.recent)).mean().item()
+
+    @property
+    def global_avg(self) -> float:
+        """Mean of all values (waits for the device)."""
+        if self.total is None:
+            raise ValueError("no value was added yet")
+        return (self.total / self.count).item()
+
+
+class MetricLogger:
+    """Named means since the last `drain`, over the steps and then over the ranks; summed on the device."""
+
+    def __init__(self) -> None:
+        self.meters: dict[str, SmoothedValue] = {}
+
+    def update(self, **values: torch.Tensor | float) -> None:
+        """Adds one scalar to each named series; no synchronisation with the device."""
+        for name, value in values.items():
+            self.meters.setdefault(name, SmoothedValue(window=1)).update(value)
+
+    def drain(self) -> dict[str, float]:
+        """The mean of each series over steps and ranks; empties them. Every rank must call it, with the same names."""
+        if not self.meters:
+            return {}
+        means = torch.stack([meter.total / meter.count for meter in self.meters.values()])
+        values = dist.all_reduce_mean(means).tolist()
+        names = list(self.meters)
+        self.meters.clear()
+        return dict(zip(names, values, strict=True))

@@ -1,0 +1,17 @@
+"""Processors turn a raw image or text into what a model eats. This face imports nothing until it is called."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lavis_lite.processors.base import BaseProcessor
+
+
+def load_processor(name: str, cfg: Mapping[str, Any] | None = None) -> "BaseProcessor":
+    """The registered processor `name`, built from the arguments in `cfg` (its defaults when None).
+
+    Raises KeyError for an unknown name and ValueError for an unknown argument, both with the nearest one.
+    """
+    from lavis_lite.registry import registry
+
+    return registry.get_processor_class(name).from_config(cfg)

@@ -1,0 +1,29 @@
+"""What every processor is: a callable built from keyword arguments, whose constructor signature is its YAML schema."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, Self
+
+from lavis_lite.registry import did_you_mean
+
+
+class BaseProcessor:
+    """A callable `processor(item) -> item`. Subclasses take keyword-only arguments, each with a default."""
+
+    def __call__(self, item: Any) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} does not define __call__")
+
+    @classmethod
+    def from_config(cls, cfg: Mapping[str, Any] | None = None) -> Self:
+        """Build from a YAML block such as `{name: blip_caption, prompt: "a picture of "}`; `name` is passed over.
+
+        Raises ValueError for an argument that the constructor does not have.
+        """
+        arguments = {key: value for key, value in (cfg or {}).items() if key != "name"}
+        parameters = inspect.signature(cls).parameters.values()
+        allowed = [p.name for p in parameters]
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        for key in arguments:
+            if key not in allowed and not open_ended:
+                raise ValueError(f"{cls.__name__} has no argument '{key}'. {did_you_mean(key, allowed)}")
+        return cls(**arguments)

@@ -1,0 +1,135 @@
+"""Image processors of BLIP and BLIP-2: a PIL image of any mode in, a normalised float (3,S,S) tensor out.
+
+Surprising: evaluation squashes the image to a square (no centre crop), and all resizing is Pillow's bicubic with
+antialiasing. CMYK, palette, grey, alpha and 16-bit images become 8-bit RGB first.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+from lavis_lite.processors.base import BaseProcessor
+from lavis_lite.processors.randaugment import RandomAugment
+from lavis_lite.registry import registry
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """`image` as 8-bit RGB. Raises TypeError if it is not a PIL image.
+
+    16-bit grey is divided by 257 (Pillow would clip it to white). Alpha is dropped without blending, as in LAVIS.
+    """
+    if not isinstance(image, Image.Image):
+        raise TypeError(
+            f"an image processor takes a PIL image, got {type(image).__name__}: open it with PIL.Image.open"
+        )
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+    if image.mode == "P":
+        image = image.convert("RGBA")  # straight to RGB, Pillow warns about palettes with per-entry transparency
+    return image.convert("RGB")
+
+
+class ImageProcessor(BaseProcessor):
+    """Convert to RGB, then `geometry` (PIL to PIL), then to a normalised tensor."""
+
+    def __init__(
+        self,
+        geometry: Sequence[object],
+        *,
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
+    ) -> None:
+        self.mean = tuple(CLIP_MEAN if mean is None else mean)
+        self.std = tuple(CLIP_STD if std is None else std)
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(f"mean and std take three numbers each, std above 0; got {self.mean} and {self.std}")
+        self.transform = transforms.Compose(
+            [to_rgb, *geometry, transforms.ToTensor(), transforms.Normalize(self.mean, self.std)]
+        )
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """PIL image of any mode -> float32 (3, image_size, image_size)."""
+        return self.transform(image)
+
+
+def check_size(image_size: int) -> int:
+    """`image_size` itself; raises ValueError if it is no positive integer."""
+    if not isinstance(image_size, int) or image_size < 1:
+        raise ValueError(f"image_size must be a positive integer (the square's side in pixels), got {image_size!r}")
+    return image_size
+
+
+def random_crop(image_size: int, *, min_scale: float, max_scale: float, hflip: bool) -> list[object]:
+    """Random resized crop of `min_scale`..`max_scale` of the area, then a mirror image half the time if `hflip`."""
+    if not 0 < min_scale <= max_scale <= 1:
+        raise ValueError(f"need 0 < min_scale <= max_scale <= 1, got {min_scale} and {max_scale}")
+    crop = transforms.RandomResizedCrop(
+        check_size(image_size), scale=(min_scale, max_scale), interpolation=InterpolationMode.BICUBIC
+    )
+    return [crop, transforms.RandomHorizontalFlip()] if hflip else [crop]
+
+
+@registry.register_processor("blip_image_train")
+class BlipImageTrainProcessor(ImageProcessor):
+    """Random resized crop, mirror, RandAugment (BLIP: N=2, M=5). `hflip: false` where left and right matter."""
+
+    def __init__(
+        self,
+        *,
+        image_size: int = 384,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        min_scale: float = 0.5,
+        max_scale: float = 1.0,
+        hflip: bool = True,
+        randaugment: bool = True,
+        num_ops: int = 2,
+        magnitude: float = 5,
+        legacy_autocontrast: bool = False,
+    ) -> None:
+        geometry = random_crop(image_size, min_scale=min_scale, max_scale=max_scale, hflip=hflip)
+        if randaugment:
+            geometry.append(RandomAugment(num_ops, magnitude, legacy_autocontrast=legacy_autocontrast))
+        super().__init__(geometry, mean=mean, std=std)
+
+
+@registry.register_processor("blip2_image_train")
+class Blip2ImageTrainProcessor(ImageProcessor):
+    """As `blip_image_train` without RandAugment, 364 pixels by default (BLIP-2's finetuning size)."""
+
+    def __init__(
+        self,
+        *,
+        image_size: int = 364,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        min_scale: float = 0.5,
+        max_scale: float = 1.0,
+        hflip: bool = True,
+    ) -> None:
+        geometry = random_crop(image_size, min_scale=min_scale, max_scale=max_scale, hflip=hflip)
+        super().__init__(geometry, mean=mean, std=std)
+
+
+@registry.register_processor("blip_image_eval")
+class BlipImageEvalProcessor(ImageProcessor):
+    """Squash to (image_size, image_size) and normalise; deterministic."""
+
+    def __init__(
+        self,
+        *,
+        image_size: int = 384,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        size = check_size(image_size)
+        resize = transforms.Resize((size, size), interpolation=InterpolationMode.BICUBIC)
+        super().__init__([resize], mean=mean, std=std)

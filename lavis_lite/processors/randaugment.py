@@ -1,0 +1,194 @@
+"""RandAugment with BLIP's ten operations (colour changes left out, because captions name colours).
+
+Warps give the bytes of OpenCV's bilinear `warpAffine` (4.11 and later: float32 with fused multiply-add) without OpenCV.
+All randomness comes from torch's generator, so one seed fixes a sample.
+AutoContrast differs from LAVIS knowingly: LAVIS negates an unsigned byte and turns every image without a black pixel
+white; `legacy_autocontrast=True` brings that back.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance
+
+GREY = 128
+MAX_MAGNITUDE = 10
+MAX_SHEAR, MAX_SHIFT, MAX_DEGREES = 0.3, 10.0, 30.0
+
+
+def autocontrast(image: np.ndarray, *, legacy: bool = False) -> np.ndarray:
+    """Stretch each channel of a (H,W,3) byte image to 0..255. `legacy` keeps LAVIS's overflow (module docstring)."""
+    channels = [_stretch(image[..., c], legacy=legacy) for c in range(image.shape[-1])]
+    return np.stack(channels, axis=-1)
+
+
+def _stretch(channel: np.ndarray, *, legacy: bool) -> np.ndarray:
+    low, high = int(channel.min()), int(channel.max())
+    if high <= low:
+        return channel
+    scale = 255 / (high - low)
+    minus_low = (256 - low) % 256 if legacy else -low
+    table = (np.arange(256) * scale + minus_low * scale).clip(0, 255).astype(np.uint8)
+    return table[channel]
+
+
+def equalize(image: np.ndarray) -> np.ndarray:
+    """Flatten each channel's histogram as PIL's `ImageOps.equalize` does; (H,W,3) bytes in and out."""
+    return np.stack([_equalize_channel(image[..., c]) for c in range(image.shape[-1])], axis=-1)
+
+
+def _equalize_channel(channel: np.ndarray) -> np.ndarray:
+    histogram = np.bincount(channel.ravel(), minlength=256)
+    step = (channel.size - histogram[np.flatnonzero(histogram)[-1]]) // 255
+    if step == 0:
+        return channel
+    below = np.concatenate([[step // 2], histogram[:-1]]).cumsum()
+    return (below // step).clip(0, 255).astype(np.uint8)[channel]
+
+
+def brightness(image: np.ndarray, factor: float) -> np.ndarray:
+    """Scale a byte image by `factor`; 1 leaves it as it is."""
+    return (np.arange(256, dtype=np.float32) * factor).clip(0, 255).astype(np.uint8)[image]
+
+
+def sharpness(image: np.ndarray, factor: float) -> np.ndarray:
+    """Blend a smoothed byte image with the image itself; factor 1 leaves it as it is, above sharpens."""
+    if factor == 1.0:
+        return image
+    return np.asarray(ImageEnhance.Sharpness(Image.fromarray(image)).enhance(factor))
+
+
+def fused(weight: np.ndarray, factor: np.ndarray, addend: np.ndarray) -> np.ndarray:
+    """weight * factor + addend of float32 arrays, rounded once, like a processor's fused multiply-add."""
+    return (weight.astype(np.float64) * factor + addend).astype(np.float32)
+
+
+def pixel_reader(image: np.ndarray) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """A function (x, y) -> float32 (H,W,3) pixels of a (H,W,3) byte image, grey where x or y lie outside."""
+    height, width = image.shape[:2]
+    framed = np.full((height + 2, width + 2, 4), GREY, dtype=np.uint8)
+    framed[1:-1, 1:-1, :3] = image
+    words = framed.view(np.uint32)[..., 0]  # one look-up fetches all channels of a pixel
+
+    def read(x_HW: np.ndarray, y_HW: np.ndarray) -> np.ndarray:
+        found = words[np.clip(y_HW, -1, height) + 1, np.clip(x_HW, -1, width) + 1]
+        return found.view(np.uint8).reshape(*found.shape, 4)[..., :3].astype(np.float32)
+
+    return read
+
+
+def warp_affine(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Move a (H,W,3) byte image by the 2x3 forward `matrix` on (x, y, 1), grey outside; OpenCV's bytes."""
+    height, width = image.shape[:2]
+    inverse = np.linalg.inv(np.vstack([matrix, [0, 0, 1]]))[:2].astype(np.float32)
+    xs, ys = np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32)[:, None]
+    x_HW, y_HW = (fused(a, xs, b * ys + c) for a, b, c in inverse)
+    left, top = np.floor(x_HW).astype(np.int64), np.floor(y_HW).astype(np.int64)
+    along, down = (x_HW - left.astype(np.float32))[..., None], (y_HW - top.astype(np.float32))[..., None]
+    read = pixel_reader(image)
+    upper, lower = (_blend(read(left, y), read(left + 1, y), along) for y in (top, top + 1))
+    return np.rint(_blend(upper, lower, down)).astype(np.uint8)
+
+
+def _blend(start: np.ndarray, end: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    return fused(weight, end - start, start)
+
+
+def shear_x(image: np.ndarray, factor: float) -> np.ndarray:
+    """Move each row right by `factor` times its y."""
+    return warp_affine(image, np.array([[1, np.float32(factor), 0], [0, 1, 0]], dtype=np.float64))
+
+
+def shear_y(image: np.ndarray, factor: float) -> np.ndarray:
+    """Move each column down by `factor` times its x."""
+    return warp_affine(image, np.array([[1, 0, 0], [np.float32(factor), 1, 0]], dtype=np.float64))
+
+
+def translate_x(image: np.ndarray, offset: float) -> np.ndarray:
+    """Move the image left by `offset` pixels (LAVIS's sign)."""
+    return warp_affine(image, np.array([[1, 0, -offset], [0, 1, 0]], dtype=np.float64))
+
+
+def translate_y(image: np.ndarray, offset: float) -> np.ndarray:
+    """Move the image up by `offset` pixels (LAVIS's sign)."""
+    return warp_affine(image, np.array([[1, 0, 0], [0, 1, -offset]], dtype=np.float64))
+
+
+def rotate(image: np.ndarray, degrees: float) -> np.ndarray:
+    """Turn the image counter-clockwise by `degrees` about (W/2, H/2)."""
+    cx, cy = image.shape[1] / 2, image.shape[0] / 2
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return warp_affine(image, np.array([[cos, sin, (1 - cos) * cx - sin * cy], [-sin, cos, sin * cx + (1 - cos) * cy]]))
+
+
+def identity(image: np.ndarray) -> np.ndarray:
+    """The image as it is."""
+    return image
+
+
+PLAIN = {"Identity": identity, "AutoContrast": autocontrast, "Equalize": equalize}
+ENHANCING = {"Brightness": brightness, "Sharpness": sharpness}
+MOVING: dict[str, tuple[Callable[[np.ndarray, float], np.ndarray], float]] = {
+    "ShearX": (shear_x, MAX_SHEAR),
+    "ShearY": (shear_y, MAX_SHEAR),
+    "TranslateX": (translate_x, MAX_SHIFT),
+    "TranslateY": (translate_y, MAX_SHIFT),
+    "Rotate": (rotate, MAX_DEGREES),
+}
+OPERATIONS = (*PLAIN, *ENHANCING, *MOVING)
+
+
+def apply_operation(
+    image: np.ndarray, name: str, *, magnitude: float = 5, negative: bool = False, legacy_autocontrast: bool = False
+) -> np.ndarray:
+    """One operation of OPERATIONS at `magnitude` (0..10) on a (H,W,3) byte image; `negative` turns a move round."""
+    if name == "AutoContrast":
+        return autocontrast(image, legacy=legacy_autocontrast)
+    if name in PLAIN:
+        return PLAIN[name](image)
+    level = magnitude / MAX_MAGNITUDE
+    if name in ENHANCING:
+        return ENHANCING[name](image, level * 1.8 + 0.1)
+    move, most = MOVING[name]
+    return move(image, -level * most if negative else level * most)
+
+
+class RandomAugment:
+    """`num_ops` operations drawn with replacement, each then applied with `probability`, at `magnitude` of 10.
+
+    Takes and gives an RGB PIL image. At BLIP's magnitude 5, Brightness and Sharpness leave the image as it is.
+    """
+
+    def __init__(
+        self,
+        num_ops: int = 2,
+        magnitude: float = 5,
+        *,
+        probability: float = 0.5,
+        legacy_autocontrast: bool = False,
+    ) -> None:
+        if not 0 <= magnitude <= MAX_MAGNITUDE:
+            raise ValueError(f"magnitude must lie between 0 and {MAX_MAGNITUDE}, got {magnitude}")
+        if num_ops < 0 or not 0 <= probability <= 1:
+            raise ValueError(f"num_ops must be >= 0 and probability in 0..1, got {num_ops} and {probability}")
+        self.num_ops = num_ops
+        self.magnitude = magnitude
+        self.probability = probability
+        self.legacy_autocontrast = legacy_autocontrast
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        pixels = np.asarray(image)
+        for _ in range(self.num_ops):
+            name = OPERATIONS[int(torch.randint(len(OPERATIONS), ()))]
+            applied, negative = (torch.rand(2) < torch.tensor([self.probability, 0.5])).tolist()
+            if applied:
+                pixels = apply_operation(
+                    pixels,
+                    name,
+                    magnitude=self.magnitude,
+                    negative=negative,
+                    legacy_autocontrast=self.legacy_autocontrast,
+                )
+        return Image.fromarray(pixels)

@@ -1,0 +1,95 @@
+"""What is decided before the first step: how long the run is, in which precision, and what it goes on from."""
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TRAINING_STATE = ("model", "optimizer", "scaler", "step", "epoch", "best", "plan", "ranks")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How long a run is, in iterations: `inner` between two validations, `total` in all."""
+
+    inner: int
+    total: int
+
+    @property
+    def num_epochs(self) -> int:
+        """Number of (inner) epochs; the last may be shorter."""
+        return math.ceil(self.total / self.inner)
+
+    def bounds(self, epoch: int) -> tuple[int, int]:
+        """First iteration of (inner) epoch `epoch`, and the one after its last."""
+        return epoch * self.inner, min((epoch + 1) * self.inner, self.total)
+
+    def window(self, step: int, *, accumulate: int) -> tuple[int, bool]:
+        """Size of the accumulation window that iteration `step` is in, and whether `step` closes it.
+
+        Windows start anew with each (inner) epoch; its last one may be shorter, so no gradient crosses an epoch's end.
+        """
+        first, end = self.bounds(step // self.inner)
+        start = step - (step - first) % accumulate
+        size = min(accumulate, end - start)
+        return size, step == start + size - 1
+
+    def to_dict(self) -> dict[str, int]:
+        """Plain values, for the checkpoint."""
+        return asdict(self)
+
+
+def resolve_precision(run: Any, device: torch.device) -> torch.dtype:
+    """The autocast type of `run`. `auto`: fp32 on CPU; on a GPU bf16 where it has it, else fp16. `amp: False` is fp32.
+
+    Raises:
+        ValueError: an unknown name, or fp16 on CPU.
+    """
+    name = "fp32" if run.amp is False else run.precision
+    if name == "auto" and device.type == "cuda":
+        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif name == "auto":
+        name = "fp32"
+    if name not in DTYPES:
+        raise ValueError(f"run.precision={name!r} is unknown: use auto, {', '.join(DTYPES)}")
+    if name == "fp16" and device.type == "cpu":
+        raise ValueError("run.precision=fp16 needs a GPU: use bf16 or fp32 (or auto) on CPU")
+    return DTYPES[name]
+
+
+def resume_path(run: Any, job_dir: Path) -> Path | None:
+    """The checkpoint to resume: `run.resume_ckpt_path`, or with `run.resume=auto` the job's own last one, if any."""
+    if run.resume_ckpt_path:
+        return Path(run.resume_ckpt_path)
+    if run.resume != "auto":
+        return None
+    last = job_dir / "checkpoint_last.pth"
+    if last.exists():
+        return last
+    logger.info(f"nothing to resume in {job_dir}: starting from the beginning")
+    return None
+
+
+def check_resumable(saved: Mapping[str, Any], *, path: Path, plan: Plan, optimizer: torch.optim.Optimizer) -> None:
+    """Raises ValueError, naming the way out, if the checkpoint `saved` cannot be continued exactly by this run."""
+    lost = [key for key in TRAINING_STATE if key not in saved]
+    if lost:
+        raise ValueError(
+            f"{path} holds no training state ({', '.join(lost)} missing): resume from a checkpoint_last.pth, "
+            "or start anew from these weights with model.pretrained or model.finetuned"
+        )
+    if saved["plan"]["inner"] != plan.inner:
+        raise ValueError(
+            f"{path} was written with {saved['plan']['inner']} iterations per (inner) epoch, this run {plan.inner}: "
+            "resume with the same data and global batch, or start anew from its weights with model.pretrained"
+        )
+    names = [group.get("names") for group in saved["optimizer"]["param_groups"]]
+    if names != [group.get("names") for group in optimizer.param_groups]:
+        raise ValueError(f"{path}: the optimizer's parameter groups differ from this run's: resume with the same model")

@@ -1,0 +1,328 @@
+"""The one training loop, and what stands around it: validation, best and last checkpoint, exact resume, test.
+
+`step` counts iterations (batches), as in LAVIS; the optimizer moves every `accum_grad_iters` of them.
+A run is cut into epochs (`runner_base`) or inner epochs (`runner_iter`); that is all in which the two differ.
+"""
+
+import contextlib
+import functools
+import inspect
+import logging
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from lavis_lite import checkpoint, dist
+from lavis_lite.logger import MetricLogger
+from lavis_lite.optim import build_optimizer, build_schedule, set_lr
+from lavis_lite.registry import registry
+from lavis_lite.runners.loaders import check_splits, eval_loader, eval_sets, to_device, train_loader, train_sets
+from lavis_lite.runners.plan import Plan, check_resumable, resolve_precision, resume_path
+from lavis_lite.runners.progress import Progress
+from lavis_lite.runners.sampling import seed_rank
+from lavis_lite.runners.state import FiniteGuard, RunState, restore_rng, rng_state
+
+logger = logging.getLogger(__name__)
+
+
+@registry.register_runner("runner_base")
+class Runner:
+    """Trains and evaluates `model` on `datasets` ({name: {split: dataset}}) as `cfg.run` says; writes to `job_dir`.
+
+    The best checkpoint is the one with the highest `agg_metrics` of the first validation split (of its first dataset);
+    without validation splits it is the last one.
+    """
+
+    def __init__(
+        self,
+        cfg: Any,
+        task: Any,
+        model: nn.Module,
+        datasets: Mapping[str, Mapping[str, Dataset]],
+        job_dir: str | Path,
+    ) -> None:
+        self.cfg, self.run, self.task, self.datasets = cfg, cfg.run, task, datasets
+        self.job_dir = Path(job_dir)
+        self.device = dist.resolve_device(self.run.device)
+        self.dtype = resolve_precision(self.run, self.device)
+        for setting in ("valid_splits", "test_splits"):
+            check_splits(datasets, getattr(self.run, setting) or (), setting=setting)
+        self.model = model.to(self.device)
+        self.state = RunState()
+        self.progress = Progress(self.job_dir, tensorboard=self.run.tensorboard)
+        if dist.is_main():
+            self._write_config()
+
+    def train(self) -> dict[str, Any]:
+        """Trains to the end from wherever the last run stopped, then tests the best weights.
+
+        Returns `{"best": {"metric", "epoch"}, "test": {split: metrics}}`; with `run.evaluate` only tests.
+        """
+        if self.run.evaluate:
+            return {"best": None, "test": self.evaluate()}
+        self._prepare()
+        try:
+            for epoch in range(self.state.epoch, self.plan.num_epochs):
+                self._train_epoch(epoch)
+                self._finish_epoch(epoch)
+        finally:
+            self.batches = iter(())  # ends the loader's workers
+            self.progress.end_epoch()
+        self._load_best()
+        test = self._evaluate_splits(self.run.test_splits or ())
+        self.progress.close()
+        return {"best": self.state.to_dict()["best"], "test": test}
+
+    def evaluate(self, splits: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+        """Metrics of `splits` (default `run.test_splits`) by split, or `<dataset>_<split>` if several datasets have it.
+
+        The weights are the model's own, or those of `run.resume_ckpt_path` if it is set.
+        """
+        splits = list(self.run.test_splits or ()) if splits is None else list(splits)
+        check_splits(self.datasets, splits, setting="test_splits")
+        if self.run.resume_ckpt_path:
+            self._load_weights(Path(self.run.resume_ckpt_path))
+        return self._evaluate_splits(splits)
+
+    def _plan(self, steps_per_epoch: int) -> Plan:
+        if self.run.iters_per_inner_epoch is not None:
+            raise ValueError("run.iters_per_inner_epoch needs run.runner=runner_iter; runner_base counts epochs")
+        total = steps_per_epoch * self.run.max_epoch
+        return Plan(inner=steps_per_epoch, total=min(total, self.run.max_iters or total))
+
+    def _prepare(self) -> None:
+        """Builds everything that training needs, and resumes if there is something to resume."""
+        run = self.run
+        if run.accum_grad_iters < 1:
+            raise ValueError(f"run.accum_grad_iters={run.accum_grad_iters} must be at least 1")
+        sets = train_sets(self.datasets, run.train_splits or ())
+        pin = self.device.type == "cuda"
+        self.loader = train_loader(sets, run, rank=dist.rank(), world=dist.world_size(), pin=pin)
+        self.plan = self._plan(self.loader.steps_per_epoch)
+        self.schedule = build_schedule(
+            run, max_epoch=self.plan.num_epochs, iters_per_epoch=self.plan.inner, total_steps=self.plan.total
+        )
+        groups = self.model.optimizer_groups(run.weight_decay, run.lr_layer_decay)
+        self.optimizer = build_optimizer(groups, run)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.metrics, self.guard = MetricLogger(), FiniteGuard()
+        seed_rank(run.seed)
+        self._resume()
+        self.saved_step = self.state.step
+        self.parallel, self.no_sync = self._parallel()
+        self.loader.seek(0, self.state.step)
+        self.batches = iter(self.loader)
+
+    def _parallel(self) -> tuple[nn.Module, Callable[[], contextlib.AbstractContextManager[None]]]:
+        """The model as training calls it, and what keeps its gradients from travelling while they accumulate."""
+        if dist.world_size() == 1:
+            return self.model, contextlib.nullcontext
+        dist.broadcast_tensors(self.model.buffers())
+        ddp = nn.parallel.DistributedDataParallel
+        # Buffers (feature queues) start equal and take up gathered features: sending them every step is waste.
+        renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters  # torch 2.15 warns about the old name
+        sync = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+        unused = self.run.find_unused_parameters
+        parallel = ddp(self.model, find_unused_parameters=unused, gradient_as_bucket_view=True, **sync)
+        return parallel, parallel.no_sync
+
+    def _train_epoch(self, epoch: int) -> None:
+        run, plan = self.run, self.plan
+        first, end = plan.bounds(epoch)
+        self.model.train()
+        self.progress.start_epoch(
+            epoch=epoch, num_epochs=plan.num_epochs, step=self.state.step - first, end=end - first
+        )
+        for step in range(self.state.step, end):
+            lr = self.schedule.lr_at(step)
+            set_lr(self.optimizer, lr)
+            samples = to_device(next(self.batches), self.device)
+            samples.update(epoch=epoch, iters=step - first, num_iters_per_epoch=plan.inner)
+            window, closes_window = plan.window(step, accumulate=run.accum_grad_iters)
+            with contextlib.nullcontext() if closes_window else self.no_sync():
+                with self._autocast():
+                    losses = _losses(self.task.train_step(self.parallel, samples))
+                self.guard.update(step, lr, losses)
+                self.scaler.scale(losses["loss"] / window).backward()
+            if closes_window:
+                self._update_weights()
+            self.metrics.update(**losses)
+            self.state.step = step + 1
+            self.progress.advance()
+            if self.state.step % run.log_freq == 0 or self.state.step == end:
+                self._log(epoch, lr)
+            if closes_window and step + 1 < end and self._is_checkpoint_due():
+                self._save_last()
+        self.progress.end_epoch()
+
+    def _update_weights(self) -> None:
+        if self.run.grad_clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            norm = nn.utils.clip_grad_norm_(parameters, self.run.grad_clip_norm)
+            if not self.scaler.is_enabled():  # the scaler's overflow steps have infinite norms
+                self.metrics.update(grad_norm=norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _log(self, epoch: int, lr: float) -> None:
+        self.guard.check()
+        row = {"step": self.state.step, "epoch": epoch, "lr": lr, **self.metrics.drain()}
+        if self.run.max_unreadable_share > 0:
+            row["unreadable"] = self.loader.unreadable
+        if self.device.type == "cuda":
+            row["max_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        self.progress.report(row, samples_per_step=self.loader.sampler.global_batch, total=self.plan.total)
+
+    def _finish_epoch(self, epoch: int) -> None:
+        """Validates after (inner) epoch `epoch`, keeps the best weights, saves the run."""
+        valid_splits = self.run.valid_splits or ()
+        if valid_splits:
+            self._save_last()  # validation may be long, and the epoch should not be lost with it
+            results = self._evaluate_splits(valid_splits)
+            self._keep_best(epoch, *next(iter(results.items())))
+        self.state.epoch = epoch + 1
+        self._save_last()
+
+    def _keep_best(self, epoch: int, split: str, metrics: Mapping[str, Any]) -> None:
+        if "agg_metrics" not in metrics:
+            raise ValueError(
+                f"{type(self.task).__name__}.score gave no 'agg_metrics' for {split}: found {sorted(metrics)}"
+            )
+        metric = float(metrics["agg_metrics"])
+        if self.state.best_metric is None or metric > self.state.best_metric:
+            self.state.best_metric, self.state.best_epoch = metric, epoch
+            self._save_weights(self.job_dir / "checkpoint_best.pth")
+            logger.info(f"best so far: {metric:.4g} on {split} after epoch {epoch + 1}")
+
+    def _load_best(self) -> None:
+        best = self.job_dir / "checkpoint_best.pth"
+        if self.state.best_metric is None:
+            self._save_weights(best)
+        elif self.run.test_splits:
+            self._load_weights(best)
+
+    def _evaluate_splits(self, splits: Sequence[str]) -> dict[str, dict[str, Any]]:
+        self.model.eval()
+        results: dict[str, dict[str, Any]] = {}
+        for key, dataset in eval_sets(self.datasets, splits).items():
+            loader = eval_loader(dataset, self.run, rank=dist.rank(), world=dist.world_size(), device=self.device)
+            with torch.no_grad(), self._autocast():
+                results[key] = self.task.evaluate(self.model, loader, split=key, result_dir=self.job_dir / "result")
+            self.progress.report_metrics(key, results[key], step=self.state.step, epoch=self.state.epoch)
+        return results
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.device.type, dtype=self.dtype if enabled else torch.bfloat16, enabled=enabled)
+
+    def _is_checkpoint_due(self) -> bool:
+        every = self.run.checkpoint_every
+        return bool(every) and self.state.step // every > self.saved_step // every
+
+    def _save_last(self) -> None:
+        """Writes checkpoint_last.pth, and of checkpoint_<step>.pth keeps the `run.keep_checkpoints` newest."""
+        self.guard.check()
+        ranks = dist.gather_objects(
+            [{"rng": rng_state(self.device), "seen": self.loader.seen, "unreadable": self.loader.unreadable}]
+        )
+        self.saved_step = self.state.step
+        if not dist.is_main():
+            return
+        saved = {
+            "model": self.model.checkpoint_state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            **self.state.to_dict(),
+            "plan": self.plan.to_dict(),
+            "ranks": ranks,
+            "config": self.cfg.to_dict(),
+        }
+        checkpoint.save(saved, self.job_dir / "checkpoint_last.pth")
+        if self.run.keep_checkpoints > 0:
+            checkpoint.save(saved, self.job_dir / f"checkpoint_{self.state.step}.pth")
+            kept = [path for path in self.job_dir.glob("checkpoint_*.pth") if path.stem.split("_")[1].isdigit()]
+            for old in sorted(kept, key=lambda path: int(path.stem.split("_")[1]))[: -self.run.keep_checkpoints]:
+                old.unlink()
+
+    def _save_weights(self, path: Path) -> None:
+        self.guard.check()
+        if dist.is_main():
+            weights = {
+                "model": self.model.checkpoint_state_dict(),
+                **self.state.to_dict(),
+                "config": self.cfg.to_dict(),
+            }
+            checkpoint.save(weights, path)
+        dist.barrier()
+
+    def _load_weights(self, path: Path) -> None:
+        state = checkpoint.find_state_dict(checkpoint.load(path), source=str(path))
+        checkpoint.load_into(self.model, state, source=path)
+
+    def _resume(self) -> None:
+        """Puts model, optimizer, scaler, position and random states back as they were at the checkpoint."""
+        path = resume_path(self.run, self.job_dir)
+        if path is None:
+            return
+        saved = checkpoint.load(path)
+        check_resumable(saved, path=path, plan=self.plan, optimizer=self.optimizer)
+        checkpoint.load_into(self.model, checkpoint.find_state_dict(saved, source=str(path)), source=path)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        self.state = RunState.from_dict(saved)
+        if len(saved["ranks"]) == dist.world_size():
+            mine = saved["ranks"][dist.rank()]
+            restore_rng(mine["rng"], self.device)
+            self.loader.seen, self.loader.unreadable = mine["seen"], mine["unreadable"]
+        else:
+            logger.warning(
+                f"{path} was written by {len(saved['ranks'])} processes, this run has {dist.world_size()}: "
+                "the data's order is the same at the same global batch, but random numbers (dropout) will differ"
+            )
+            seed_rank(self.run.seed, step=self.state.step)
+        self._bring_best(path.with_name("checkpoint_best.pth"))
+        logger.info(f"resumed {path} at step {self.state.step} of {self.plan.total}")
+
+    def _bring_best(self, best: Path) -> None:
+        """When a run goes on in another folder, takes its best weights along, or forgets them if they are gone."""
+        own = self.job_dir / best.name
+        if self.state.best_metric is None or best.resolve() == own.resolve():
+            return
+        if not best.exists():
+            logger.warning(f"{best} is gone: the best weights are looked for anew from step {self.state.step} on")
+            self.state.best_metric = self.state.best_epoch = None
+        elif dist.is_main():
+            with best.open("rb") as file:
+                checkpoint.atomic_write(own, functools.partial(shutil.copyfileobj, file), num_bytes=best.stat().st_size)
+        dist.barrier()
+
+    def _write_config(self) -> None:
+        import yaml
+
+        text = yaml.safe_dump(self.cfg.to_dict(), sort_keys=False, allow_unicode=True)
+        checkpoint.write_text(self.job_dir / "config.yaml", text)
+
+
+@registry.register_runner("runner_iter")
+class IterRunner(Runner):
+    """`Runner` that counts iterations: `max_iters` in all, validating every `iters_per_inner_epoch`."""
+
+    def _plan(self, steps_per_epoch: int) -> Plan:
+        total = self.run.max_iters
+        if total is None:
+            raise ValueError("run.runner=runner_iter needs run.max_iters (and perhaps run.iters_per_inner_epoch)")
+        inner = self.run.iters_per_inner_epoch or steps_per_epoch
+        return Plan(inner=min(inner, total), total=total)
+
+
+def _losses(output: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    if "loss" not in output:
+        raise KeyError(f"train_step returned no 'loss': found {sorted(output)}")
+    return {name: value for name, value in output.items() if name.startswith("loss") and torch.is_tensor(value)}

@@ -1,0 +1,139 @@
+"""Who sees which sample when: seeds, permutations, the draw between datasets.
+
+Everything is a pure function of (run.seed, step): the batch of a step depends neither on the number of workers, nor on
+the number of ranks (at the same global batch), nor on whether the run was stopped before. Nothing here draws from the
+global generators.
+"""
+
+import contextlib
+import hashlib
+import random
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from lavis_lite import dist
+
+
+class Key(NamedTuple):
+    """One draw: which dataset, which of its samples, and the seed of that sample's transforms."""
+
+    dataset: str
+    index: int
+    seed: int
+
+
+def hash_seed(*parts: object) -> int:
+    """63 bits from the text of `parts`; the same on every machine and in every process."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds the global generators of python, numpy and torch (CPU and CUDA)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def seed_rank(seed: int, *, step: int = 0) -> None:
+    """Gives each rank its own stream (dropout must differ between ranks), from the run's seed and the step."""
+    seed_everything(hash_seed(seed, "rank", dist.rank(), step))
+
+
+def seed_sample(seed: int) -> None:
+    """Seeds the global CPU generators, cheaply: torch.manual_seed would also queue a call for CUDA each time."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def kept_rng() -> Iterator[None]:
+    """Gives the body the global CPU generators to seed as it likes and puts their states back afterwards."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+
+
+class TrainSampler:
+    """An endless series of batches of `Key`s for one rank, from `start_step` on.
+
+    One dataset is drawn per step by `ratios` (default: by size), the same on all ranks, from the hash of (seed, step).
+    A dataset's own epoch is a fresh permutation cut into global batches (the rest is dropped); rank r takes the r-th
+    slice of a global batch, so that W ranks with batch B gather, in this order, what one process with batch W*B sees.
+
+    Raises:
+        ValueError: a dataset is smaller than the global batch, or `ratios` do not fit the datasets.
+    """
+
+    def __init__(
+        self,
+        lengths: Mapping[str, int],
+        *,
+        batch_size: int,
+        seed: int,
+        ratios: Mapping[str, float] | None = None,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.lengths, self.batch_size, self.seed, self.rank = dict(lengths), batch_size, seed, rank
+        self.global_batch = batch_size * world
+        for name, length in self.lengths.items():
+            if length < self.global_batch:
+                raise ValueError(
+                    f"dataset {name!r} has {length} training samples, fewer than a global batch of {self.global_batch} "
+                    f"({batch_size} on each of {world} processes): lower run.batch_size_train"
+                )
+        self.names = list(self.lengths)
+        weights = np.array(_weights(self.lengths, ratios), dtype=np.float64)
+        self.bounds = np.cumsum(weights / weights.sum())
+        self.start_step = 0
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        draws = dict.fromkeys(self.names, 0)
+        step = 0
+        while True:
+            name = self.dataset_at(step)
+            if step >= self.start_step:
+                yield self._keys(name, draws[name])
+            draws[name] += 1
+            step += 1
+
+    def dataset_at(self, step: int) -> str:
+        """The name of the dataset that the batch of `step` comes from."""
+        if len(self.names) == 1:
+            return self.names[0]
+        uniform = hash_seed(self.seed, "mix", step) / 2**63
+        return self.names[min(int(np.searchsorted(self.bounds, uniform, side="right")), len(self.names) - 1)]
+
+    def _keys(self, name: str, draw: int) -> list[Key]:
+        epoch, position = divmod(draw, self.lengths[name] // self.global_batch)
+        first = position * self.global_batch + self.rank * self.batch_size
+        indices = _permutation(self.lengths[name], hash_seed(self.seed, "order", name, epoch))
+        chosen = indices[first : first + self.batch_size].tolist()
+        return [Key(name, index, hash_seed(self.seed, epoch, name, index)) for index in chosen]
+
+
+def _weights(lengths: Mapping[str, int], ratios: Mapping[str, float] | None) -> list[float]:
+    if not ratios:
+        return list(lengths.values())
+    if set(ratios) != set(lengths):
+        raise ValueError(
+            f"run.train_dataset_ratios names {sorted(ratios)}, but the training datasets are {sorted(lengths)}"
+        )
+    if min(ratios.values()) < 0 or sum(ratios.values()) <= 0:
+        raise ValueError(f"run.train_dataset_ratios must not be negative and not all 0: {dict(ratios)}")
+    return [ratios[name] for name in lengths]
+
+
+@lru_cache(maxsize=16)
+def _permutation(length: int, seed: int) -> np.ndarray:
+    return np.random.Generator(np.random.PCG64(seed)).permutation(length)

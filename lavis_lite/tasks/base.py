@@ -1,0 +1,143 @@
+"""What every task is: datasets and model from the config, a training step, and an evaluation that runs on every rank.
+
+A task's dataclass fields are keys of the YAML's `run` section. Metrics are computed on rank 0 and handed to all ranks.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lavis_lite.registry import did_you_mean, registry
+from lavis_lite.tasks.results import Result, gather, on_main
+
+Samples = dict[str, Any]
+Metrics = dict[str, Any]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model itself, out of DistributedDataParallel."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode and no gradients; afterwards in the mode it was in."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+@dataclass(kw_only=True)
+class BaseTask:
+    """Subclasses define `valid_step` and `score`, or `evaluate` as a whole."""
+
+    def build_datasets(self, cfg: Any) -> dict[str, dict[str, Any]]:
+        """`{dataset name: {split: dataset}}` for the splits that the run uses and the dataset has.
+
+        Raises ValueError if a split of the run is in none of the datasets.
+        """
+        wanted = wanted_splits(cfg.run)
+        built, existing = {}, {}
+        for name, section in cfg.datasets.items():
+            arguments = {key: value for key, value in section.items() if key != "type"}
+            builder = registry.get_builder_class(name)(**arguments)
+            builder.prepare()
+            existing[name] = list(builder.splits())
+            splits = builder.build([split for split in wanted if split in existing[name]])
+            if splits:
+                built[name] = splits
+        check_splits(wanted, existing)
+        return built
+
+    def build_model(self, cfg: Any) -> nn.Module:
+        """The model of `cfg.model`, with its weights."""
+        return registry.get_model_class(cfg.model["arch"]).from_config(cfg.model)
+
+    def train_step(self, model: nn.Module, samples: Samples) -> dict[str, Any]:
+        """One forward pass; the answer has `loss` (to differentiate) and its parts `loss_*`."""
+        return model(samples)
+
+    def evaluate(self, model: nn.Module, loader: Iterable[Samples], *, split: str, result_dir: Path) -> Metrics:
+        """Answer every sample of `loader` (this rank's share of `loader.dataset`) and score all ranks' answers.
+
+        Every rank gets the same metrics, with the number to maximise under `agg_metrics`. Files go to `result_dir`.
+        """
+        dataset, model = loader.dataset, unwrap(model)
+        context = self.batch_context(dataset)
+        results: list[Result] = []
+        with evaluating(model):
+            for samples in loader:
+                results += self.valid_step(model, {**samples, **context})
+        results = gather(results, dataset)
+        if not results:
+            raise ValueError(f"the {split} split is empty: there is nothing to evaluate")
+        return on_main(lambda: self.score(results, dataset=dataset, split=split, result_dir=Path(result_dir)))
+
+    def batch_context(self, dataset: Any) -> Samples:
+        """What every batch of this dataset needs beside its own keys (an answer list, say)."""
+        return {}
+
+    def valid_step(self, model: nn.Module, samples: Samples) -> list[Result]:
+        """One plain-Python dict a sample, each with its `instance_id`."""
+        raise NotImplementedError(f"{type(self).__name__} does not define valid_step")
+
+    def score(self, results: list[Result], *, dataset: Any, split: str, result_dir: Path) -> Metrics:
+        """Metrics of all results (rank 0 only), with a number under `agg_metrics`; higher is better."""
+        raise NotImplementedError(f"{type(self).__name__} does not define score")
+
+    def arguments_for(self, method: Callable[..., Any], names: Mapping[str, str]) -> dict[str, Any]:
+        """Keyword arguments for a model's method, out of this task's fields; `names` maps argument to field.
+
+        A field that is None is left to the model's own default. What the method does not take is left out if the field
+        has its default; raises ValueError if it was set, since it would have no effect.
+        """
+        parameters = inspect.signature(method).parameters
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        defaults = {field.name: field.default for field in fields(self)}
+        arguments = {}
+        for argument, name in names.items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if open_ended or argument in parameters:
+                arguments[argument] = value
+            elif value != defaults[name]:
+                owner = type(getattr(method, "__self__", method)).__name__
+                raise ValueError(
+                    f"run.{name}={value!r} has no effect: {owner}.{method.__name__} takes no '{argument}', only "
+                    f"{', '.join(p for p in parameters if p != 'samples')}. Leave run.{name} out."
+                )
+        return arguments
+
+
+def wanted_splits(run: Any) -> list[str]:
+    """The splits that a run uses, each once: the test splits when it only evaluates, else all of them."""
+    if getattr(run, "evaluate", False):
+        if not run.test_splits:
+            raise ValueError(
+                "run.evaluate is true but run.test_splits is empty: name the splits, e.g. test_splits: [test]"
+            )
+        return list(dict.fromkeys(run.test_splits))
+    return list(dict.fromkeys([*run.train_splits, *run.valid_splits, *run.test_splits]))
+
+
+def check_splits(wanted: Iterable[str], existing: Mapping[str, list[str]]) -> None:
+    """Raise ValueError if a wanted split is in no dataset, saying which splits there are."""
+    every = sorted({split for splits in existing.values() for split in splits})
+    listing = "; ".join(f"{name}: {', '.join(splits) or 'none'}" for name, splits in existing.items())
+    for split in wanted:
+        if split not in every:
+            raise ValueError(
+                f"no dataset has the split '{split}' (run.train_splits, valid_splits, test_splits). "
+                f"{did_you_mean(split, every)} Splits there are: {listing or 'none, since cfg.datasets is empty'}"
+            )

@@ -1,0 +1,112 @@
+"""Captioning: generate, write COCO's result file, and score against the dataset's own references (any ids).
+
+Surprising: defaults are BLIP's protocol (beam 3, 5-20 tokens, both penalties 1). LAVIS's task silently uses
+repetition_penalty 1.15 and length_penalty 0 where a YAML says nothing.
+"""
+
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lavis_lite.registry import registry
+from lavis_lite.tasks.base import BaseTask, Metrics, Samples
+from lavis_lite.tasks.metrics.caption import DEFAULT_METRICS, caption_metrics, check_metrics
+from lavis_lite.tasks.results import Result, as_list, per_sample, write_json
+
+logger = logging.getLogger(__name__)
+
+GENERATE_ARGUMENTS = {
+    "use_nucleus_sampling": "use_nucleus_sampling",
+    "num_beams": "num_beams",
+    "max_length": "max_len",
+    "min_length": "min_len",
+    "top_p": "top_p",
+    "temperature": "temperature",
+    "repetition_penalty": "repetition_penalty",
+    "length_penalty": "length_penalty",
+    "num_captions": "num_captions",
+}
+
+
+@registry.register_task("captioning")
+@dataclass(kw_only=True)
+class CaptionTask(BaseTask):
+    """Image captioning; lengths are in tokens. `agg_metrics` is CIDEr + Bleu_4, as in LAVIS."""
+
+    num_beams: int = 3
+    max_len: int = 20
+    min_len: int = 5
+    use_nucleus_sampling: bool = False
+    top_p: float = 0.9
+    temperature: float = 1.0
+    num_captions: int = 1
+    """Captions generated for an image; the first one is scored, all are in the result file."""
+    length_penalty: float = 1.0
+    repetition_penalty: float = 1.0
+    prompt: str | None = None
+    """Start of every caption; None leaves it to the model."""
+    report_metric: bool = True
+    """False only writes the result file, for an evaluation server."""
+    metrics: list[str] = field(default_factory=lambda: list(DEFAULT_METRICS))
+    """Of bleu, meteor, rouge, cider, spice. METEOR and SPICE need Java."""
+    annotation_file: str | None = None
+    """References in COCO's format, instead of the dataset's."""
+
+    def __post_init__(self) -> None:
+        check_metrics(self.metrics)
+        if self.num_captions < 1:
+            raise ValueError(f"run.num_captions must be at least 1, got {self.num_captions}")
+        if self.num_captions > 1 and not self.use_nucleus_sampling and self.num_captions > self.num_beams:
+            raise ValueError(f"run.num_captions={self.num_captions} needs run.num_beams of at least as many")
+
+    def valid_step(self, model: nn.Module, samples: Samples) -> list[Result]:
+        """`image_id` and `caption` of each sample (and `captions`, all of them, if there are several)."""
+        if self.prompt is not None:
+            samples = {**samples, "prompt": self.prompt}
+        texts = model.generate(samples, **self.arguments_for(model.generate, GENERATE_ARGUMENTS))
+        ids = as_list(samples["image_id"])
+        if len(texts) != len(ids) * self.num_captions:
+            raise ValueError(f"{type(model).__name__}.generate gave {len(texts)} captions for {len(ids)} images")
+        groups = [texts[i : i + self.num_captions] for i in range(0, len(texts), self.num_captions)]
+        columns = {"image_id": ids, "caption": [group[0] for group in groups]}
+        return per_sample(samples, **columns, **({"captions": groups} if self.num_captions > 1 else {}))
+
+    def score(self, results: list[Result], *, dataset: Any, split: str, result_dir: Path) -> Metrics:
+        """Write `<split>_captions.json`; caption metrics, and the dataset's `extra_metrics(captions)` if it has any."""
+        entries: dict[Any, Result] = {}
+        for result in results:
+            entry = {key: value for key, value in result.items() if key != "instance_id"}
+            entries.setdefault(result["image_id"], entry)
+        write_json(result_dir / f"{split}_captions.json", list(entries.values()))
+        if not self.report_metric:
+            return {"agg_metrics": 0.0, "note": "run.report_metric is false: only the result file was written"}
+        captions = {image_id: entry["caption"] for image_id, entry in entries.items()}
+        extra = dataset.extra_metrics(captions) if hasattr(dataset, "extra_metrics") else {}
+        references = self.references(dataset)
+        if not references:
+            note = f"the {split} split has no reference captions: only the result file was written"
+            return {"agg_metrics": 0.0, "note": note, **extra}
+        answered = {key: texts for key, texts in references.items() if str(key) in {str(k) for k in captions}}
+        if len(answered) < len(references):
+            logger.warning("%s: scoring %d of %d images with references", split, len(answered), len(references))
+        return {**caption_metrics(answered, captions, tuple(self.metrics)), **extra}
+
+    def references(self, dataset: Any) -> dict[Any, list[str]]:
+        """The reference captions of each image id, from `annotation_file` or the dataset."""
+        if self.annotation_file is None:
+            return dataset.references() if hasattr(dataset, "references") else {}
+        path = Path(self.annotation_file)
+        if not path.is_file():
+            raise FileNotFoundError(f"run.annotation_file: no such file: {path}")
+        references: dict[Any, list[str]] = {}
+        try:
+            for annotation in json.loads(path.read_text(encoding="utf-8"))["annotations"]:
+                references.setdefault(annotation["image_id"], []).append(annotation["caption"])
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            expected = '{"annotations": [{"image_id": ..., "caption": "..."}]}'
+            raise ValueError(f"run.annotation_file: {path} is not {expected} ({error})") from error
+        return references

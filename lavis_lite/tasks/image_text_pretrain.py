@@ -1,0 +1,64 @@
+"""Pretraining: losses only. Evaluation is the mean of the loss and its parts over the split, sample by sample.
+
+Surprising: hard negatives are drawn at random, so evaluation uses a generator of its own with a fixed seed; the same
+weights give the same losses, and training goes on as if there had been no evaluation. Negatives come from the rank's
+own batch, even with `negative_all_rank`: the ranks' shares are uneven, and waiting for one another they would hang.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lavis_lite.registry import registry
+from lavis_lite.tasks.base import BaseTask, Metrics, Samples, unwrap
+from lavis_lite.tasks.results import Result, per_sample
+
+EVALUATION_SEED = 0
+
+
+@contextlib.contextmanager
+def own_negatives(model: nn.Module) -> Iterator[None]:
+    """The model with its `negative_all_rank`, if it has one, switched off."""
+    if not getattr(model, "negative_all_rank", False):
+        yield
+        return
+    model.negative_all_rank = False
+    try:
+        yield
+    finally:
+        model.negative_all_rank = True
+
+
+@registry.register_task("image_text_pretrain")
+@dataclass(kw_only=True)
+class ImageTextPretrainTask(BaseTask):
+    """Image-text pretraining. `agg_metrics` is minus the mean loss."""
+
+    def evaluate(self, model: nn.Module, loader: Iterable[Samples], *, split: str, result_dir: Path) -> Metrics:
+        """Mean losses over the split; torch's generators are left as they were."""
+        devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+        with torch.random.fork_rng(devices=list(devices)), own_negatives(unwrap(model)):
+            torch.manual_seed(EVALUATION_SEED)
+            return super().evaluate(model, loader, split=split, result_dir=result_dir)
+
+    def valid_step(self, model: nn.Module, samples: Samples) -> list[Result]:
+        """The batch's mean losses, noted for each of its samples, so that batches count by their size."""
+        if "text_input" not in samples:
+            raise KeyError(
+                "the batch has no 'text_input': losses need image-text pairs, and this split is laid out for "
+                "captioning or retrieval. Validate on a split of a pairs dataset, or leave run.valid_splits empty."
+            )
+        losses = model(samples)
+        size = len(samples["text_input"])
+        return per_sample(samples, **{k: [float(v)] * size for k, v in losses.items() if k.startswith("loss")})
+
+    def score(self, results: list[Result], *, dataset: Any, split: str, result_dir: Path) -> Metrics:
+        """`loss` and each `loss_*`, averaged over the samples; `agg_metrics` is `-loss`."""
+        names = [name for name in results[0] if name.startswith("loss")]
+        means = {name: sum(result[name] for result in results) / len(results) for name in names}
+        return {**means, "agg_metrics": -means["loss"]}

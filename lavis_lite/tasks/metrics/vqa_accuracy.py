@@ -1,0 +1,117 @@
+"""VQA accuracy (Antol et al. 2015): an answer counts min(1, matches/3), averaged over leaving each human answer out.
+
+Two variants, in percent. `official` is what the evaluation servers do: human answers and prediction are both cleaned
+(punctuation, number words, articles, contractions), but neither if all humans agree. `lavis` is an older script: the
+prediction is always cleaned, human answers lose only punctuation, and only if they differ. The clean-up's oddities
+(a "." stays before a digit; at most 32 are removed; "none" is 0) are the official script's.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+Variant = Literal["official", "lavis"]
+
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+NUMBER_WORDS = {"none": "0"} | {word: str(i) for i, word in enumerate(_DIGITS)}
+ARTICLES = frozenset(("a", "an", "the"))
+MAX_PERIODS = 32
+
+# Spelled as they should be; the script's table maps each without one of its apostrophes to it. Two entries of that
+# table are odd and kept: "somebody'd" loses its apostrophe, and forms with a capital I never match lower-cased words.
+_CONTRACTIONS = """
+ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's isn't it'd
+it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've shouldn't somebody'll
+somebody's someone'd someone'll someone's something'd something'll that's there'd there're there's they'd they'll
+they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd where's where've who'd who'll
+who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've
+couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've something'd've
+there'd've they'd've we'd've who'd've wouldn't've y'all'll y'all'd've you'd've 'ow's'at
+"""
+
+
+def _without_one(word: str) -> list[str]:
+    return [word[:i] + word[i + 1 :] for i, letter in enumerate(word) if letter == "'"]
+
+
+CONTRACTIONS = {short: word for word in _CONTRACTIONS.split() for short in _without_one(word)} | {
+    "somebody'd": "somebodyd"
+}
+
+
+def strip_punctuation(text: str) -> str:
+    """Delete or blank punctuation as the official script does.
+
+    A mark is deleted wherever it stands if the text has it beside a space, or has a comma between digits; else it
+    becomes a space.
+    """
+    has_number_comma = re.search(r"\d,\d", text) is not None
+    cleaned = text
+    for mark in PUNCTUATION:
+        beside_space = f"{mark} " in text or f" {mark}" in text
+        cleaned = cleaned.replace(mark, "" if beside_space or has_number_comma else " ")
+    return re.sub(r"\.(?!\d)", "", cleaned, count=MAX_PERIODS)
+
+
+def normalise_words(text: str) -> str:
+    """Lower case, number words to digits, articles off, apostrophes put back."""
+    words = [NUMBER_WORDS.get(word, word) for word in text.lower().split()]
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+def clean_answer(text: str) -> str:
+    """The script's whole clean-up of a predicted answer."""
+    return normalise_words(strip_punctuation(_one_line(text)))
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def vqa_accuracy(
+    prediction: str, answers: Sequence[str | Mapping[str, Any]], *, variant: Variant = "official"
+) -> float:
+    """Accuracy in 0..1 of one prediction against the human answers (ten, as strings or `{"answer": ...}`)."""
+    humans = [answer["answer"] if isinstance(answer, Mapping) else answer for answer in answers]
+    if variant == "official":
+        humans, prediction = [_one_line(human) for human in humans], _one_line(prediction)
+    differ = len(set(humans)) > 1
+    if variant == "lavis":
+        prediction = clean_answer(prediction)
+        humans = [strip_punctuation(human) for human in humans] if differ else humans
+    elif differ:
+        prediction, humans = clean_answer(prediction), [clean_answer(human) for human in humans]
+    matches = [human == prediction for human in humans]
+    return sum(min(1.0, (sum(matches) - match) / 3) for match in matches) / len(matches)
+
+
+def vqa_metrics(
+    truths: Mapping[Any, Mapping[str, Any]], predictions: Mapping[Any, str], *, variant: Variant = "official"
+) -> dict[str, Any]:
+    """Accuracy in percent, to two digits: `overall` (= `agg_metrics`), `per_question_type`, `per_answer_type`.
+
+    `truths` maps question ids to `{"answers": [...], "question_type": ..., "answer_type": ...}`, types optional.
+    Raises ValueError if a question has no prediction, or there are no questions.
+    """
+    missing = [key for key in truths if key not in predictions]
+    if missing or not truths:
+        example = f", e.g. {missing[0]!r}" if missing else ""
+        raise ValueError(f"{len(missing)} of {len(truths)} questions have no predicted answer{example}")
+    scores = {key: vqa_accuracy(predictions[key], truth["answers"], variant=variant) for key, truth in truths.items()}
+    overall = _percent(list(scores.values()))
+    by_type = {f"per_{kind}": _by_type(truths, scores, kind) for kind in ("question_type", "answer_type")}
+    return {"overall": overall, "agg_metrics": overall, **{name: table for name, table in by_type.items() if table}}
+
+
+def _by_type(truths: Mapping[Any, Mapping[str, Any]], scores: Mapping[Any, float], kind: str) -> dict[str, float]:
+    groups: dict[str, list[float]] = defaultdict(list)
+    for key, truth in truths.items():
+        if truth.get(kind) is not None:
+            groups[truth[kind]].append(scores[key])
+    return {name: _percent(values) for name, values in sorted(groups.items())}
+
+
+def _percent(values: Sequence[float]) -> float:
+    return round(100 * sum(values) / len(values), 2)

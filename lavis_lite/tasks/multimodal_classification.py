@@ -1,0 +1,35 @@
+"""Classification of an image and a text (NLVR2, SNLI-VE): accuracy in percent."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lavis_lite.registry import registry
+from lavis_lite.tasks.base import BaseTask, Metrics, Samples
+from lavis_lite.tasks.results import Result, per_sample, write_json
+
+
+@registry.register_task("multimodal_classification")
+@dataclass(kw_only=True)
+class MultimodalClassificationTask(BaseTask):
+    """The class with the highest logit of `model.predict`, against the sample's label."""
+
+    def valid_step(self, model: nn.Module, samples: Samples) -> list[Result]:
+        """`prediction` and `target` (class indices) of each sample; `target` is None without labels."""
+        outputs = model.predict(samples)
+        predictions = outputs["predictions"].argmax(dim=-1)
+        targets = outputs.get("targets")
+        return per_sample(
+            samples, prediction=predictions, target=[None] * len(predictions) if targets is None else targets
+        )
+
+    def score(self, results: list[Result], *, dataset: Any, split: str, result_dir: Path) -> Metrics:
+        """`acc` in percent over the labelled samples; writes `<split>_predictions.json`."""
+        write_json(result_dir / f"{split}_predictions.json", results)
+        labelled = [result for result in results if result["target"] is not None]
+        if not labelled:
+            return {"agg_metrics": 0.0, "note": f"the {split} split has no labels: only the result file was written"}
+        accuracy = 100 * sum(r["prediction"] == r["target"] for r in labelled) / len(labelled)
+        return {"acc": accuracy, "agg_metrics": accuracy}

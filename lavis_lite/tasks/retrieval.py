@@ -1,0 +1,80 @@
+"""Image-text retrieval in both directions: recall at 1, 5 and 10 in percent, and each query's best ten.
+
+The model scores the whole gallery (`compute_sim_matrix`); this task turns scores into ranks and files.
+"""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from lavis_lite import dist
+from lavis_lite.registry import registry
+from lavis_lite.tasks.base import BaseTask, Metrics, Samples, evaluating, unwrap
+from lavis_lite.tasks.metrics.retrieval import best_first, recall_metrics
+from lavis_lite.tasks.results import on_main, write_json
+
+logger = logging.getLogger(__name__)
+
+TOP = 10
+
+
+@registry.register_task("retrieval")
+@dataclass(kw_only=True)
+class RetrievalTask(BaseTask):
+    """Text retrieval (`txt_*`: texts for an image) and image retrieval (`img_*`). `agg_metrics` is `txt_r_mean`."""
+
+    k_test: int = 128
+    """Candidates of each query that the matching head re-ranks."""
+
+    def __post_init__(self) -> None:
+        if self.k_test < 1:
+            raise ValueError(f"run.k_test must be at least 1, got {self.k_test}")
+
+    def evaluate(self, model: nn.Module, loader: Iterable[Samples], *, split: str, result_dir: Path) -> Metrics:
+        """Score the gallery of `loader.dataset`; the same metrics on every rank."""
+        dataset, model = loader.dataset, unwrap(model)
+        check_gallery(dataset, split)
+        k_test = min(self.k_test, len(dataset.img2txt), len(dataset.text))
+        if k_test < self.k_test and dist.is_main():
+            logger.info("%s: run.k_test=%d is more than the gallery has; using %d", split, self.k_test, k_test)
+        with evaluating(model):
+            scores = model.compute_sim_matrix(loader, k_test=k_test)
+        return on_main(lambda: self.score_matrices(*scores, dataset=dataset, split=split, result_dir=Path(result_dir)))
+
+    def score_matrices(
+        self, score_i2t: np.ndarray, score_t2i: np.ndarray, *, dataset: Any, split: str, result_dir: Path
+    ) -> Metrics:
+        """Recalls of the score matrices (I,T) and (T,I); writes `<split>_retrieval.json`."""
+        metrics = recall_metrics(score_i2t, score_t2i, dataset.txt2img, dataset.img2txt)
+        value = {
+            "metrics": metrics,
+            "images": [record.get("image") for record in dataset.annotation],
+            "texts": list(dataset.text),
+            "img2txt": [list(map(int, texts)) for texts in dataset.img2txt],
+            "top_texts_of_image": top(score_i2t),
+            "top_images_of_text": top(score_t2i),
+        }
+        write_json(result_dir / f"{split}_retrieval.json", value)
+        return metrics
+
+
+def top(scores: np.ndarray) -> list[list[int]]:
+    """The indices of each row's best ten, best first."""
+    return [best_first(row)[:TOP].tolist() for row in scores]
+
+
+def check_gallery(dataset: Any, split: str) -> None:
+    """Raise ValueError if the dataset is not laid out as a retrieval gallery, or is empty."""
+    missing = [name for name in ("text", "txt2img", "img2txt") if not hasattr(dataset, name)]
+    if missing:
+        raise ValueError(
+            f"the {split} dataset ({type(dataset).__name__}) has no {', '.join(missing)}: retrieval is evaluated on a "
+            "gallery, as the 'retrieval' builder's evaluation splits are"
+        )
+    if not len(dataset.text) or not len(dataset.img2txt):
+        raise ValueError(f"the {split} split is empty: there is nothing to retrieve")

@@ -1,0 +1,104 @@
+"""Visual question answering: rank an answer list or generate, write EvalAI's result file, score with VQA accuracy.
+
+`blank_images` asks the same questions of mean-coloured images: what is left of the accuracy comes from the text alone.
+"""
+
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lavis_lite.registry import registry
+from lavis_lite.tasks.base import BaseTask, Metrics, Samples
+from lavis_lite.tasks.metrics.vqa_accuracy import vqa_metrics
+from lavis_lite.tasks.results import Result, as_list, per_sample, write_json
+
+ANSWER_ARGUMENTS = {
+    "num_beams": "num_beams",
+    "max_len": "max_len",
+    "min_len": "min_len",
+    "inference_method": "inference_method",
+    "num_ans_candidates": "num_ans_candidates",
+    "length_penalty": "length_penalty",
+}
+
+
+@registry.register_task("vqa")
+@dataclass(kw_only=True)
+class VQATask(BaseTask):
+    """Visual question answering; lengths are in tokens. `agg_metrics` is the overall accuracy in percent."""
+
+    num_beams: int = 3
+    max_len: int = 10
+    min_len: int = 1
+    inference_method: Literal["rank", "generate"] = "rank"
+    num_ans_candidates: int = 128
+    """`rank`: answers scored as a whole, after a choice by their first token."""
+    length_penalty: float | None = None
+    """None leaves it to the model."""
+    prompt: str = ""
+    """What the question is put into, e.g. "Question: {} Answer:"; empty asks it as it is."""
+    report_metric: bool = True
+    """False only writes the result file, for an evaluation server."""
+    accuracy: Literal["official", "lavis"] = "official"
+    """Which script's text clean-up and rules; see tasks/metrics/vqa_accuracy.py."""
+    blank_images: bool = False
+    """Answer with every image blanked to the mean colour."""
+
+    def __post_init__(self) -> None:
+        if self.inference_method not in ("rank", "generate"):
+            raise ValueError(f"run.inference_method must be 'rank' or 'generate', got {self.inference_method!r}")
+        if self.accuracy not in ("official", "lavis"):
+            raise ValueError(f"run.accuracy must be 'official' or 'lavis', got {self.accuracy!r}")
+        if self.prompt and "{}" not in self.prompt:
+            raise ValueError(f"run.prompt={self.prompt!r} has no '{{}}' to put the question into")
+
+    def batch_context(self, dataset: Any) -> Samples:
+        """The dataset's answer list, for ranking. Raises ValueError if there is none."""
+        if self.inference_method != "rank":
+            return {}
+        answer_list = getattr(dataset, "answer_list", None)
+        if not answer_list:
+            raise ValueError(
+                "run.inference_method 'rank' chooses from an answer list and this dataset has none: add the list to "
+                "the split's annotation files, or set run.inference_method: generate"
+            )
+        return {"answer_list": list(answer_list)}
+
+    def valid_step(self, model: nn.Module, samples: Samples) -> list[Result]:
+        """`question_id` and `answer` of each sample."""
+        arguments = self.arguments_for(model.predict_answers, ANSWER_ARGUMENTS)
+        if samples.get("answer_list") is not None:
+            arguments["answer_list"] = samples["answer_list"]
+        if self.blank_images:
+            samples = {**samples, "image": torch.zeros_like(samples["image"])}
+        if self.prompt and "prompt" in inspect.signature(model.predict_answers).parameters:
+            arguments["prompt"] = self.prompt
+        elif self.prompt:
+            samples = {**samples, "text_input": [self.prompt.format(text) for text in samples["text_input"]]}
+        answers = model.predict_answers(samples, **arguments)
+        return per_sample(samples, question_id=as_list(samples["question_id"]), answer=answers)
+
+    def score(self, results: list[Result], *, dataset: Any, split: str, result_dir: Path) -> Metrics:
+        """Write `<split>_vqa.json`; accuracy overall and by question and answer type."""
+        answers = {result["question_id"]: result["answer"] for result in results}
+        suffix = "vqa_blank" if self.blank_images else "vqa"
+        entries = [{"question_id": key, "answer": answer} for key, answer in answers.items()]
+        write_json(result_dir / f"{split}_{suffix}.json", entries)
+        truths = ground_truth(dataset.annotation)
+        asked = {key: truth for key, truth in truths.items() if key in answers}
+        if not self.report_metric or not asked:
+            why = f"the {split} split has no answers" if self.report_metric else "run.report_metric is false"
+            return {"agg_metrics": 0.0, "note": f"{why}: only the result file was written"}
+        return vqa_metrics(asked, answers, variant=self.accuracy)
+
+
+def ground_truth(annotation: Iterable[dict[str, Any]]) -> dict[Any, dict[str, Any]]:
+    """The annotations that have answers, by question id (the instance id where there is none)."""
+    return {
+        record.get("question_id", record.get("instance_id")): record for record in annotation if record.get("answers")
+    }

@@ -1,0 +1,211 @@
+"""Gather the quickstart's figures: one table on the terminal, results.json, and report.html with curves and pictures.
+
+The page is self-contained (pictures inline, no scripts), so that it can be sent to someone.
+"""
+
+import argparse
+import base64
+import html
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import OmegaConf
+
+from lavis_lite.checkpoint import write_text
+from lavis_lite.datasets.shapes_truth import is_true
+from lavis_lite.registry import registry
+from lavis_lite.tasks.metrics.vqa_accuracy import vqa_metrics
+
+STEPS = {"pretrain": "Pretraining", "caption": "Captioning", "vqa": "Question answering", "retrieval": "Retrieval"}
+NUM_SHOWN = 24
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #1c2330; background: #fbfbfd }
+h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.4rem }
+table { border-collapse: collapse } td, th { padding: .3rem .9rem; border-bottom: 1px solid #d9dde6; text-align: left }
+td.number { text-align: right; font-variant-numeric: tabular-nums }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: .8rem }
+.card { background: white; border: 1px solid #d9dde6; border-left: 5px solid; border-radius: 6px; padding: .6rem; display: flex; gap: .7rem }
+.card img { width: 96px; height: 96px; image-rendering: pixelated; border-radius: 3px; flex: none }
+.right { border-left-color: #2c9a5b } .wrong { border-left-color: #cf3f3f }
+.card small { color: #5b6579; display: block } .verdict { font-weight: 600 }
+.right .verdict { color: #1f7a46 } .wrong .verdict { color: #b02c2c }
+svg { background: white; border: 1px solid #d9dde6; border-radius: 6px } svg text { font: 11px system-ui, sans-serif; fill: #5b6579 }
+"""
+
+
+class Card(NamedTuple):
+    """One test image with what the model said of it."""
+
+    image: Path
+    said: str
+    right: bool
+    note: str
+
+
+def rows(job: Path) -> list[dict[str, Any]]:
+    """The rows of a job's log.txt."""
+    return [json.loads(line) for line in (job / "log.txt").read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def test_metrics(job: Path) -> dict[str, Any]:
+    """The last test metrics of a job."""
+    found = [row for row in rows(job) if row.get("split") == "test"]
+    if not found:
+        raise SystemExit(f"error: {job / 'log.txt'} holds no test metrics; did that step finish?")
+    return found[-1]
+
+
+def collect(out: Path, seconds: float) -> dict[str, Any]:
+    """The quickstart's figures, in percent."""
+    caption, vqa, blank, retrieval = (test_metrics(out / job) for job in ("caption", "vqa", "vqa_blank", "retrieval"))
+    return {
+        "captioning": {"true_rate": caption["true_rate"], "cider": 100 * caption["CIDEr"]},
+        "vqa": {"accuracy": vqa["agg_metrics"], "blank_accuracy": blank["agg_metrics"]},
+        "retrieval": {"tr1": retrieval["txt_r1"], "ir1": retrieval["img_r1"]},
+        "seconds": seconds,
+    }
+
+
+def table(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """Rows of the table: what was measured on the test split, and the figure."""
+    caption, vqa, retrieval = results["captioning"], results["vqa"], results["retrieval"]
+    return [
+        ("captions that are true of their image", f"{caption['true_rate']:.1f} %"),
+        ("captions: CIDEr", f"{caption['cider']:.1f}"),
+        ("questions answered right (VQA accuracy)", f"{vqa['accuracy']:.1f} %"),
+        ("  the same with blank images", f"{vqa['blank_accuracy']:.1f} %"),
+        ("right text found for an image (TR@1)", f"{retrieval['tr1']:.1f} %"),
+        ("right image found for a text (IR@1)", f"{retrieval['ir1']:.1f} %"),
+        ("time for everything", f"{results['seconds'] / 60:.1f} min"),
+    ]
+
+
+def test_set(job: Path) -> Any:
+    """The test dataset that a job used."""
+    ((name, section),) = OmegaConf.to_container(OmegaConf.load(job / "config.yaml"))["datasets"].items()
+    section.pop("type", None)
+    return registry.get_builder_class(name)(**section).build(["test"])["test"]
+
+
+def result(job: Path, name: str) -> Any:
+    """A result file of a job."""
+    return json.loads((job / "result" / f"test_{name}.json").read_text(encoding="utf-8"))
+
+
+def caption_cards(job: Path) -> Iterator[Card]:
+    """Every test image's caption, judged against its scene."""
+    dataset = test_set(job)
+    images = {str(record["image_id"]): record["image"] for record in dataset.annotation}
+    scenes = {str(key): scene for key, scene in dataset.scenes.items()}
+    references = {str(key): texts for key, texts in dataset.references().items()}
+    for entry in result(job, "captions"):
+        key = str(entry["image_id"])
+        right = is_true(entry["caption"], scenes[key])
+        yield Card(Path(dataset.vis_root) / images[key], entry["caption"], right, f"a person said: {references[key][0]}")
+
+
+def vqa_cards(job: Path) -> Iterator[Card]:
+    """Every test question's answer; right when at least three people gave it."""
+    dataset = test_set(job)
+    answers = {entry["question_id"]: entry["answer"] for entry in result(job, "vqa")}
+    for record in dataset.annotation:
+        answer = answers[record["question_id"]]
+        score = vqa_metrics({0: record}, {0: answer})["agg_metrics"]
+        yield Card(Path(dataset.vis_root) / record["image"], answer, score > 50, record["question"])
+
+
+def retrieval_cards(job: Path) -> Iterator[Card]:
+    """Every gallery image's best text."""
+    dataset = test_set(job)
+    found = result(job, "retrieval")
+    for i, best in enumerate(found["top_texts_of_image"]):
+        right = best[0] in found["img2txt"][i]
+        note = "its own" if right else f"its own: {found['texts'][found['img2txt'][i][0]]}"
+        yield Card(Path(dataset.vis_root) / found["images"][i], found["texts"][best[0]], right, note)
+
+
+def shown(cards: Iterable[Card]) -> list[Card]:
+    """Evenly spread cards, with up to a third of the wrong ones among them, so that mistakes are seen."""
+    cards = list(cards)
+    wrong = [card for card in cards if not card.right][: NUM_SHOWN // 3]
+    right = [card for card in cards if card.right]
+    stride = max(1, len(right) // (NUM_SHOWN - len(wrong)))
+    return right[::stride][: NUM_SHOWN - len(wrong)] + wrong
+
+
+def card_html(card: Card) -> str:
+    """One picture with what was said."""
+    data = base64.b64encode(card.image.read_bytes()).decode()
+    verdict = "right" if card.right else "wrong"
+    return (
+        f'<div class="card {verdict}"><img alt="{html.escape(card.image.name)}" src="data:image/jpeg;base64,{data}">'
+        f'<div>{html.escape(card.said)}<div class="verdict">{verdict}</div><small>{html.escape(card.note)}</small></div></div>'
+    )
+
+
+def curve(points: list[tuple[float, float]], title: str) -> str:
+    """A loss curve as an inline SVG."""
+    width, height, left, bottom = 330, 200, 42, 26
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    top, low = max(ys), min(0.0, min(ys))
+    across = (width - left - 12) / max(xs[-1], 1)
+    up = (height - bottom - 26) / max(top - low, 1e-9)
+    path = " ".join(f"{left + x * across:.1f},{height - bottom - (y - low) * up:.1f}" for x, y in points)
+    ticks = "".join(
+        f'<line x1="{left}" x2="{width - 12}" y1="{y:.1f}" y2="{y:.1f}" stroke="#e7eaf0"/><text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.2g}</text>'
+        for value in (low, (low + top) / 2, top)
+        for y in [height - bottom - (value - low) * up]
+    )
+    return (
+        f'<svg width="{width}" height="{height}" role="img" aria-label="{title}: loss by step">{ticks}'
+        f'<polyline points="{path}" fill="none" stroke="#2f5fd0" stroke-width="2"/>'
+        f'<text x="{left}" y="16" style="font-weight:600">{title}: loss</text>'
+        f'<text x="{width - 12}" y="{height - 8}" text-anchor="end">step {xs[-1]:,.0f}</text></svg>'
+    )
+
+
+def curves(out: Path) -> str:
+    """The training loss of every step of the quickstart."""
+    losses = {job: [(row["step"], row["loss"]) for row in rows(out / job) if "loss" in row] for job in STEPS}
+    return " ".join(curve(points, STEPS[job]) for job, points in losses.items())
+
+
+def section(title: str, text: str, cards: Iterable[Card]) -> str:
+    """A heading and its pictures."""
+    return f'<h2>{title}</h2><p>{text}</p><div class="grid">{"".join(card_html(card) for card in shown(cards))}</div>'
+
+
+def page(out: Path, results: dict[str, Any]) -> str:
+    """The whole report."""
+    figures = "".join(f'<tr><td>{html.escape(name)}</td><td class="number">{value}</td></tr>' for name, value in table(results))
+    return "".join(
+        [
+            '<!doctype html><html lang="en"><meta charset="utf-8"><title>lavis_lite quickstart</title>',
+            f"<style>{STYLE}</style><h1>A tiny BLIP on <code>shapes</code></h1>",
+            "<p>Pretrained, then finetuned for three tasks; figures and pictures are of the test split, whose scenes were never trained on.</p>",
+            f"<table>{figures}</table><h2>Training</h2>{curves(out)}",
+            section("Captions", "Right: every statement of the caption is true of the scene.", caption_cards(out / "caption")),
+            section("Answers", "Right: at least two of ten people gave this answer.", vqa_cards(out / "vqa")),
+            section("Texts found for an image", "The best of all texts of the gallery.", retrieval_cards(out / "retrieval")),
+            "</html>",
+        ]
+    )
+
+
+def main() -> None:
+    """Write results.json and report.html, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path, help="the quickstart's output folder")
+    parser.add_argument("--seconds", type=float, required=True, help="how long everything took")
+    arguments = parser.parse_args()
+    results = collect(arguments.out, arguments.seconds)
+    write_text(arguments.out / "results.json", json.dumps(results, indent=2) + "\n")
+    write_text(arguments.out / "report.html", page(arguments.out, results))
+    lines = [f"{name:<44}{value:>10}" for name, value in table(results)]
+    print("\n".join(["", *lines, "", f"figures   {arguments.out / 'results.json'}", f"pictures  {arguments.out / 'report.html'}"]))
+
+
+if __name__ == "__main__":
+    main()

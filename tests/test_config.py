@@ -1,0 +1,358 @@
+"""Configuration: merge order, inheritance, schemas, and that every mistake is named with its file and the way out."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import yaml
+
+from lavis_lite.config import Config, ConfigError, RunConfig
+from lavis_lite.config_files import load_with_bases, merge, merge_layers, parse_options
+from lavis_lite.config_schema import Checker, describe, schema_of
+
+PROJECTS = Path(__file__).parents[1] / "projects"
+BASIC = """
+model: {arch: blip_caption, model_type: tiny}
+datasets:
+  shapes_caption:
+run: {task: captioning}
+"""
+
+
+def write(folder: Path, text: str, name: str = "project.yaml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def load(folder: Path, text: str = BASIC, *options: str) -> Config:
+    return Config.from_file(write(folder, text), options)
+
+
+def message(folder: Path, text: str = BASIC, *options: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(folder, text, *options)
+    return str(caught.value)
+
+
+def checker_for(tree: dict[str, Any]) -> Checker:
+    from lavis_lite.config_files import Layer
+
+    return Checker([Layer("here.yaml", tree)])
+
+
+def test_merge_order_defaults_model_dataset_project_options(tmp_path: Path):
+    cfg = load(tmp_path)
+    assert cfg.run == RunConfig(task="captioning")
+    assert cfg.model["image_size"] == 48  # the model type's
+    assert cfg.datasets["shapes_caption"]["vis_processor"]["train"]["name"] == "blip_image_eval"  # the dataset's
+
+    project = BASIC.replace("model_type: tiny", "model_type: tiny, image_size: 64")
+    project += "\nexpected: {CIDEr: 1.0}"
+    cfg = load(tmp_path, project, "run.max_epoch=3", "datasets.shapes_caption.num_train=7")
+    assert (cfg.model["image_size"], cfg.model["vit_type"]) == (64, "tiny")
+    assert (cfg.run.max_epoch, cfg.datasets["shapes_caption"]["num_train"]) == (3, 7)
+    assert load(tmp_path, project, "model.image_size=32").model["image_size"] == 32
+    assert cfg.expected == {"CIDEr": 1.0}
+
+
+def test_bases_come_first_and_are_relative_to_their_file(tmp_path: Path):
+    (tmp_path / "sub").mkdir()
+    write(tmp_path, BASIC + "imports: []\n", "root.yaml")
+    write(tmp_path, "run: {seed: 1, max_epoch: 5}", "more.yaml")
+    write(tmp_path / "sub", "_base_: [../root.yaml, ../more.yaml]\nrun: {seed: 2}", "mid.yaml")
+    cfg = load(tmp_path, "_base_: sub/mid.yaml\nrun: {num_workers: 0}")
+    assert (cfg.run.seed, cfg.run.max_epoch, cfg.run.num_workers, cfg.run.task) == (2, 5, 0, "captioning")
+
+
+def test_circle_of_bases_is_an_error(tmp_path: Path):
+    write(tmp_path, "_base_: b.yaml", "a.yaml")
+    write(tmp_path, "_base_: a.yaml", "b.yaml")
+    with pytest.raises(ConfigError, match=r"circle: .*a\.yaml -> .*b\.yaml -> .*a\.yaml"):
+        load_with_bases(tmp_path / "a.yaml")
+
+
+def test_missing_base_names_both_files(tmp_path: Path):
+    text = message(tmp_path, "_base_: nowhere.yaml\n" + BASIC)
+    assert "project.yaml: _base_" in text
+    assert "nowhere.yaml" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "the file is empty"),
+        ("null", "the file is empty"),
+        ("- a\n- b", "expected sections"),
+        ("run: {task: a}\nrun: {task: b}", "line 2: not valid YAML: found duplicate key"),
+        ("run:\n  seed: 1\n   task: a", "line 3: not valid YAML"),
+        ("just words", "project.yaml"),
+        ("model: blip_caption", "model: expected a mapping"),
+        ("models: {arch: a}", "models: unknown section. Did you mean 'model'?"),
+        ("run: {task: captioning}", "model.arch: missing"),
+        (
+            "model: {arch: blip_caption}\nrun: {task: captioning}",
+            "model.model_type: missing: it needs a type of blip_c",
+        ),
+        ("model: {arch: blip_captoin, model_type: tiny}\nrun: {task: captioning}", "Did you mean 'blip_caption'"),
+        ("model: {arch: blip_caption, model_type: tinny}\nrun: {task: captioning}", "Did you mean 'tiny'"),
+        ("model: {arch: blip_caption, model_type: tiny}", "run.task: missing"),
+    ],
+)
+def test_broken_files_are_named(tmp_path: Path, text: str, expected: str):
+    error = message(tmp_path, text)
+    assert expected in error
+    assert "project.yaml" in error
+
+
+def test_missing_and_non_utf8_files_are_named(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"nope\.yaml: there is no such file"):
+        Config.from_file(tmp_path / "nope.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"run: {task: caf\xe9}")
+    with pytest.raises(ConfigError, match=r"latin\.yaml: cannot be read"):
+        Config.from_file(tmp_path / "latin.yaml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Config.from_file(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("run.max_epochs=3", "--options: run.max_epochs: unknown key. Did you mean 'max_epoch'"),
+        ("run.num_beam=3", "run.num_beam: unknown key. Did you mean 'num_beams'"),
+        ("model.image_sise=3", "model.image_sise: unknown key. Did you mean 'image_size'"),
+        ("datasets.shapes_caption.num_trian=3", "shapes_caption.num_trian: unknown key. Did you mean 'num_train'"),
+        ("datasets.shapes_captions={}", "datasets.shapes_captions: unknown builder 'shapes_captions'. Did you mean"),
+        ("datasets.shapes_caption.type=big", "shapes_caption has no type 'big'. Known: default"),
+        ("datasets.shapes_caption.vis_processor.val.name=a", "vis_processor.val: unknown key. Did you mean 'eval'"),
+        ("datasets.shapes_caption.vis_processor.eval.name=blip_image_evil", "Did you mean 'blip_image_eval'"),
+        ("datasets.shapes_caption.vis_processor.eval.size=3", "vis_processor.eval.size: unknown key"),
+        ("datasets.shapes_caption.vis_processor.eval=3", "vis_processor.eval: expected a mapping with the processor's"),
+        ("run.task=caption", "run.task: unknown task 'caption'. Did you mean 'captioning'"),
+        ("run.runner=runner", "run.runner: unknown runner"),
+        ("run.lr_sched=cosine", "run.lr_sched: unknown lr_scheduler"),
+        ("run.precision=bf61", "expected 'auto' or 'fp32' or 'bf16' or 'fp16', got 'bf61' (text). Did you mean 'bf16'"),
+        ("run.max_epoch=ten", "run.max_epoch: expected a whole number, got 'ten' (text)"),
+        ("run.max_epoch=2.5", "run.max_epoch: expected a whole number, got 2.5"),
+        ("run.max_epoch=true", "run.max_epoch: expected a whole number, got True"),
+        ("run.init_lr=fast", "run.init_lr: expected a number, got 'fast'"),
+        ("run.evaluate='no way'", "run.evaluate: expected true or false, got 'no way'"),
+        ("run.train_splits=train", "run.train_splits: expected a list of text, got 'train'"),
+        ("run.valid_splits=[1]", "run.valid_splits.0: expected text, got 1 (a whole number)"),
+        ("run.batch_size_train=0", "run.batch_size_train: expected 1 or more, got 0"),
+        ("run.init_lr=-1", "run.init_lr: expected 0 or more, got -1.0"),
+        ("run.beta2=1", "run.beta2: expected from 0 to less than 1"),
+        ("run.job_id=a/b", "run.job_id: expected a folder's plain name"),
+        ("run.train_dataset_ratios={shapes_captoin: 1}", "ratios.shapes_captoin: no such dataset here. Did you mean"),
+        ("run.seed={a: b", "'run.seed={a: b' is not valid YAML"),
+        ("run.seed", "expected key=value"),
+        ("=3", "expected key=value"),
+        ("run..seed=3", "expected key=value"),
+        ("run.output_dir=${nothing.here}", "run.output_dir"),
+        ("run.output_dir=???", "run.output_dir"),
+    ],
+)
+def test_mistakes_in_options_are_named(tmp_path: Path, option: str, expected: str):
+    error = message(tmp_path, BASIC, option)
+    assert expected in error
+    assert "--options" in error
+
+
+def test_errors_name_the_file_that_has_the_key(tmp_path: Path):
+    write(tmp_path, BASIC + "preprocess: {}\n", "clean.yaml")
+    write(tmp_path, "_base_: clean.yaml\nrun: {max_epoch: many}", "base.yaml")
+    assert message(tmp_path, "_base_: base.yaml\nrun: {seed: 1}").startswith(f"{tmp_path / 'base.yaml'}: run.max_epoch")
+    assert load(tmp_path, "_base_: base.yaml\nrun: {max_epoch: 2}").run.max_epoch == 2
+
+
+def test_amp_is_precision_and_may_not_contradict_it(tmp_path: Path):
+    assert load(tmp_path, BASIC, "run.amp=false").run.precision == "fp32"
+    assert load(tmp_path, BASIC, "run.amp=true").run.precision == "auto"
+    assert "run.amp: amp: False contradicts precision: bf16" in message(
+        tmp_path, BASIC, "run.amp=false", "run.precision=bf16"
+    )
+
+
+def test_runner_iter_needs_its_number_of_steps(tmp_path: Path):
+    assert "run.max_iters: missing" in message(tmp_path, BASIC, "run.runner=runner_iter")
+    assert load(tmp_path, BASIC, "run.runner=runner_iter", "run.max_iters=2e4").run.max_iters == 20000
+
+
+def test_numbers_as_lavis_writes_them(tmp_path: Path):
+    text = BASIC.replace(
+        "task: captioning", "task: captioning, init_lr: 1e-5, min_lr: 0, warmup_steps: 1e4, seed: 1_000"
+    )
+    run = load(tmp_path, text).run
+    assert (run.init_lr, run.min_lr, run.warmup_steps, run.seed) == (1e-5, 0.0, 10_000, 1000)
+    assert [type(v) for v in (run.init_lr, run.min_lr, run.warmup_steps)] == [float, float, int]
+
+
+def test_text_options_are_kept_as_typed(tmp_path: Path):
+    options = ["run.job_id=001", "model.prompt=a photo of ", "run.output_dir='it''s'", "run.resume_ckpt_path=null"]
+    cfg = load(tmp_path, BASIC, *options)
+    assert (cfg.run.job_id, cfg.model["prompt"], cfg.run.output_dir) == ("001", "a photo of ", "it's")
+    assert cfg.run.resume_ckpt_path is None
+
+
+def test_options_may_be_lavis_pairs(tmp_path: Path):
+    cfg = load(tmp_path, BASIC, "run.max_epoch", "4", "run.valid_splits", "['test']")
+    assert (cfg.run.max_epoch, cfg.run.valid_splits) == (4, ["test"])
+    with pytest.raises(ConfigError, match="pairs of key and value"):
+        parse_options(["run.max_epoch", "4", "run.seed"])
+    with pytest.raises(ConfigError, match="plain value"):
+        parse_options(["a.b=1", "a.b.c=2"])
+
+
+def test_interpolation_sees_the_whole_and_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SOME_FOLDER", "/data")
+    cfg = load(tmp_path, BASIC, "run.output_dir=${oc.env:SOME_FOLDER}/${model.arch}", "run.max_epoch=${run.seed}")
+    assert (cfg.run.output_dir, cfg.run.max_epoch) == ("/data/blip_caption", 42)
+    assert cfg.preprocess["text_processor"]["train"]["prompt"] == cfg.model["prompt"]
+
+
+def test_datasets_can_be_taken_out_or_have_no_body(tmp_path: Path):
+    write(tmp_path, BASIC, "base.yaml")
+    cfg = load(tmp_path, "_base_: base.yaml\ndatasets: {shapes_caption: false, shapes_pairs: }")
+    assert list(cfg.datasets) == ["shapes_pairs"]
+    assert "datasets.shapes_caption: expected a mapping" in message(tmp_path, "datasets: {shapes_caption: 3}")
+
+
+def test_dataset_without_processors_takes_the_models(tmp_path: Path):
+    text = BASIC.replace("shapes_caption:", "coco_caption: {vis_processor: {eval: {name: blip_image_eval}}}")
+    body = load(tmp_path, text).datasets["coco_caption"]
+    assert body["vis_processor"] == {"eval": {"name": "blip_image_eval"}}
+    assert body["text_processor"]["train"] == {"name": "blip_caption", "prompt": "a picture of "}
+    assert "dataset_card" not in body
+
+
+def test_another_processor_replaces_the_old_ones_arguments():
+    old = {"vis_processor": {"train": {"name": "a", "image_size": 48}, "eval": {"name": "b", "image_size": 48}}}
+    new = {"vis_processor": {"train": {"name": "c"}, "eval": {"flip": True}}}
+    assert merge(old, new)["vis_processor"] == {
+        "train": {"name": "c"},
+        "eval": {"name": "b", "image_size": 48, "flip": True},
+    }
+    assert merge({"x": {"name": "a", "k": 1}}, {"x": {"name": "b"}}) == {"x": {"name": "b", "k": 1}}
+
+
+def test_dead_keys_of_lavis_are_accepted_and_noted(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO")
+    dead = "world_size: 8, dist_url: 'env://', distributed: True, use_dist_eval_sampler: False"
+    cfg = load(tmp_path, BASIC.replace("task: captioning", f"task: captioning, {dead}"))
+    assert "world_size" not in cfg.to_dict()["run"]
+    notes = [record.getMessage() for record in caplog.records if "world_size" in record.getMessage()]
+    assert len(notes) == 1
+    assert "dist_url" in notes[0]
+
+
+def test_med_config_path_is_dead_or_read(tmp_path: Path):
+    stock = load(tmp_path, BASIC, "model.med_config_path=configs/models/med_config.json")
+    assert stock.model == load(tmp_path).model
+    bert = {"hidden_size": 96, "num_attention_heads": 3, "hidden_dropout_prob": 0.5, "type_vocab_size": 2}
+    write(tmp_path, json.dumps(bert), "small.json")
+    med = load(tmp_path, BASIC, f"model.med_config_path={tmp_path / 'small.json'}", "model.med.num_heads=6").model[
+        "med"
+    ]
+    assert (med["hidden_size"], med["num_heads"], med["hidden_dropout"]) == (128, 6, 0.5)  # the YAML's `med` wins
+    assert "med_config_path: cannot read" in message(tmp_path, BASIC, "model.med_config_path=gone.json")
+
+
+def test_task_fields_and_run_fields_are_told_apart(tmp_path: Path):
+    cfg = load(tmp_path, BASIC, "run.num_beams=5")
+    assert cfg.task == {"num_beams": 5}
+    assert cfg.to_dict()["run"]["num_beams"] == 5
+
+
+def test_merged_configuration_is_read_as_the_same_again(tmp_path: Path):
+    cfg = load(tmp_path, BASIC, "run.num_beams=5", "run.job_id=007", "datasets.shapes_caption.num_train=9")
+    again = Config.from_file(write(tmp_path, cfg.to_yaml(), "config.yaml"))
+    assert again.to_dict() == cfg.to_dict()
+    assert again.run == cfg.run
+    assert yaml.safe_load(cfg.to_yaml())["run"]["job_id"] == "007"
+
+
+def test_imports_bring_a_users_own_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    write(
+        tmp_path,
+        "from dataclasses import dataclass\nfrom lavis_lite.registry import registry\n"
+        "@registry.register_task('task_of_mine')\n@dataclass(kw_only=True)\nclass Mine:\n    depth: int = 1\n",
+        "my_module_for_tests.py",
+    )
+    text = BASIC.replace("captioning", "task_of_mine, depth: 3") + "imports: [my_module_for_tests]\n"
+    assert load(tmp_path, text).task == {"depth": 3}
+    assert "imports: cannot import 'my_modul'" in message(tmp_path, BASIC + "imports: [my_modul]\n")
+
+
+def test_command_line_flags(tmp_path: Path):
+    path = str(write(tmp_path, BASIC))
+    cfg = Config.from_cli(
+        ["--cfg-path", path, "--options", "run.seed=1", "--cfg-options", "run.seed=2", "--job-id", "x"]
+    )
+    assert (cfg.run.seed, cfg.run.job_id, cfg.run.resume) == (2, "x", None)
+    assert Config.from_cli(["--cfg-path", path, "--resume", "auto"]).run.resume == "auto"
+    assert Config.from_cli(["--cfg-path", path, "--resume", "a.pth"]).run.resume_ckpt_path == "a.pth"
+    with pytest.raises(ConfigError, match=r"--job-id: expected a folder's plain name"):
+        Config.from_cli(["--cfg-path", path, "--job-id", "a/b"])
+    with pytest.raises(SystemExit):
+        Config.from_cli(["--cfg-path", path, "--optoins", "a=b"])
+
+
+@dataclass
+class Inner:
+    size: int = 1
+    names: tuple[str, ...] = ()
+
+
+class Parent:
+    def __init__(self, *, inner: Inner | None = None, folder: Path | None = None) -> None: ...
+
+
+class Child(Parent):
+    def __init__(self, *, mode: Literal["a", "b"], rate: float | list[float] = 0.0, **parts: Any) -> None: ...
+
+
+def test_schema_goes_on_to_the_parent_through_kwargs():
+    schema, open_ended = schema_of(Child)
+    assert (list(schema), open_ended) == (["mode", "rate", "inner", "folder"], False)
+    assert schema_of(lambda **anything: None) == ({}, True)
+
+
+def test_values_are_checked_into_nested_dataclasses_and_converted():
+    schema, _ = schema_of(Child)
+    tree = {"mode": "a", "rate": [1, 2.5], "inner": {"size": 2.0, "names": ["x"]}, "folder": "here"}
+    checked = checker_for({"model": tree}).section(tree, schema, ("model",))
+    assert checked == {"mode": "a", "rate": [1.0, 2.5], "inner": {"size": 2, "names": ["x"]}, "folder": Path("here")}
+    tree = {"mode": "a", "inner": {"sise": 2}}
+    with pytest.raises(ConfigError, match=r"here.yaml: model.inner.sise: unknown key. Did you mean 'size'"):
+        checker_for({"model": tree}).section(tree, schema, ("model",))
+    with pytest.raises(ConfigError, match=r"here.yaml: model.mode: missing: it needs 'a' or 'b'"):
+        checker_for({"model": {}}).section({}, schema, ("model",))
+
+
+def test_annotations_in_words():
+    assert describe(int | None) == "a whole number or null"
+    assert describe(list[str]) == "a list of text"
+    assert describe(dict[str, float]) == "a mapping"
+    assert describe(Literal["x"]) == "'x'"
+
+
+def test_layers_are_merged_without_changing_them(tmp_path: Path):
+    write(tmp_path, BASIC, "base.yaml")
+    layers = load_with_bases(write(tmp_path, "_base_: base.yaml\nmodel: {image_size: 3}"))
+    merge_layers(layers)
+    assert layers[0].tree["model"] == {"arch": "blip_caption", "model_type": "tiny"}
+
+
+def project_files() -> list[Path]:
+    """Every project YAML but the parts others build on, whose names start with an underscore."""
+    return sorted(path for path in PROJECTS.glob("**/*.yaml") if not path.name.startswith("_"))
+
+
+@pytest.mark.parametrize("path", project_files(), ids=lambda path: str(path.relative_to(PROJECTS)))
+def test_every_project_is_valid(path: Path):
+    cfg = Config.from_file(path)
+    assert cfg.datasets
+    assert cfg.run.train_splits if not cfg.run.evaluate else cfg.run.test_splits

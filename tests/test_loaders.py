@@ -1,0 +1,203 @@
+"""Sampling, seeding, mixing, sharding, unreadable samples."""
+
+import random
+from collections import Counter
+from collections.abc import Iterable
+from itertools import islice
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from lavis_lite.errors import UnreadableSample
+from lavis_lite.runners.loaders import check_splits, eval_loader, eval_sets, to_device, train_loader, train_sets
+
+
+class Noisy(Dataset):
+    """Samples with their index, three random numbers (one per generator), and some that cannot be read."""
+
+    def __init__(self, length: int, *, offset: int = 0, broken: Iterable[int] = ()) -> None:
+        self.length, self.offset, self.broken = length, offset, set(broken)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index in self.broken:
+            raise UnreadableSample(f"image broken{index}.jpg is cut short.")
+        noise = [random.random(), float(np.random.rand()), torch.rand(()).item()]
+        return {"id": index + self.offset, "noise": noise}
+
+    def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Stacks."""
+        return {"id": torch.tensor([s["id"] for s in samples]), "noise": torch.tensor([s["noise"] for s in samples])}
+
+
+def run_config(**changes: Any) -> SimpleNamespace:
+    fields: dict[str, Any] = {
+        "batch_size_train": 4,
+        "batch_size_eval": 4,
+        "num_workers": 0,
+        "seed": 7,
+        "train_dataset_ratios": None,
+        "max_unreadable_share": 0.0,
+    }
+    return SimpleNamespace(**{**fields, **changes})
+
+
+def take(loader: Any, count: int) -> list[dict[str, torch.Tensor]]:
+    return list(islice(iter(loader), count))
+
+
+def ids(batches: list[dict[str, torch.Tensor]]) -> list[int]:
+    return torch.cat([batch["id"] for batch in batches]).tolist()
+
+
+def test_every_epoch_is_another_permutation() -> None:
+    loader = train_loader({"a": Noisy(11)}, run_config(batch_size_train=3))
+    assert loader.steps_per_epoch == 3
+    first, second = ids(take(loader, 3)), ids(take(loader, 6)[3:])
+    assert len(set(first)) == len(set(second)) == 9
+    assert set(first + second) <= set(range(11))
+    assert first != second
+    assert ids(take(train_loader({"a": Noisy(11)}, run_config(batch_size_train=3)), 3)) == first
+    assert ids(take(train_loader({"a": Noisy(11)}, run_config(batch_size_train=3, seed=8)), 3)) != first
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_see_together_what_one_process_sees(world: int) -> None:
+    data = {"a": Noisy(25), "b": Noisy(40, offset=100)}
+    alone = take(train_loader(data, run_config(batch_size_train=2 * world)), 12)
+    ranks = [
+        take(train_loader(data, run_config(batch_size_train=2), rank=rank, world=world), 12) for rank in range(world)
+    ]
+    for step, batch in enumerate(alone):
+        for key in ("id", "noise"):
+            torch.testing.assert_close(torch.cat([r[step][key] for r in ranks]), batch[key], rtol=0, atol=0)
+
+
+def test_workers_and_position_change_nothing() -> None:
+    data = {"a": Noisy(13), "b": Noisy(29, offset=100)}
+    straight = take(train_loader(data, run_config()), 25)
+    workers = take(train_loader(data, run_config(num_workers=2)), 25)
+    sought = train_loader(data, run_config(num_workers=1))
+    sought.seek(1, 7)
+    assert sought.steps_per_epoch == (13 + 29) // 4
+    torch.testing.assert_close(workers, straight, rtol=0, atol=0)
+    torch.testing.assert_close(take(sought, 8), straight[17:], rtol=0, atol=0)
+
+
+def test_samples_have_their_own_noise_each_epoch() -> None:
+    batches = take(train_loader({"a": Noisy(8)}, run_config()), 4)
+    noise = torch.cat([batch["noise"] for batch in batches]).double()
+    for column in noise.t():
+        assert len(set(column.tolist())) == 16
+
+
+def test_global_generators_are_left_alone() -> None:
+    for number in (random.seed, np.random.seed, torch.manual_seed):
+        number(3)
+    expected = random.random(), np.random.rand(), torch.rand(()).item()
+    for number in (random.seed, np.random.seed, torch.manual_seed):
+        number(3)
+    take(train_loader({"a": Noisy(8)}, run_config()), 3)
+    take(train_loader({"a": Noisy(8)}, run_config(num_workers=1)), 1)
+    list(eval_loader(Noisy(0), run_config()))
+    assert (random.random(), np.random.rand(), torch.rand(()).item()) == expected
+
+
+def test_mixing_follows_sizes_or_ratios() -> None:
+    data = {"a": Noisy(10), "b": Noisy(30, offset=100)}
+    for ratios, expected in ((None, 0.25), ({"a": 3, "b": 1}, 0.75), ({"a": 0, "b": 1}, 0.0)):
+        sampler = train_loader(data, run_config(train_dataset_ratios=ratios)).sampler
+        share = Counter(sampler.dataset_at(step) for step in range(4000))["a"] / 4000
+        assert share == pytest.approx(expected, abs=0.03)
+    batches = take(train_loader(data, run_config()), 20)
+    assert all(len({i >= 100 for i in batch["id"].tolist()}) == 1 for batch in batches)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"batch_size_train": 9}, r"'a' has 8 training samples.*global batch of 9.*batch_size_train"),
+        ({"train_dataset_ratios": {"c": 1}}, r"\['c'\].*\['a'\]"),
+        ({"train_dataset_ratios": {"a": 0}}, "not all 0"),
+    ],
+)
+def test_impossible_settings(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        train_loader({"a": Noisy(8)}, run_config(**changes))
+
+
+def test_no_training_data() -> None:
+    with pytest.raises(ValueError, match="train_splits"):
+        train_loader({}, run_config())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_sample_stops_by_default(workers: int) -> None:
+    loader = train_loader({"a": Noisy(8, broken=[3])}, run_config(num_workers=workers))
+    with pytest.raises(UnreadableSample, match=r"^image broken3\.jpg is cut short\. .*max_unreadable_share"):
+        take(loader, 2)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_allowed_share_is_replaced_and_counted(workers: int, caplog: pytest.LogCaptureFixture) -> None:
+    run = run_config(num_workers=workers, max_unreadable_share=0.25, batch_size_train=8)
+    loader = train_loader({"a": Noisy(8, broken=[3, 4])}, run)
+    batch = take(loader, 1)[0]
+    assert Counter(batch["id"].tolist()) == Counter([0, 1, 2, 5, 5, 5, 6, 7])
+    assert (loader.seen, loader.unreadable) == (8, 2)
+    assert "2 of 8" in caplog.text
+    assert "broken3.jpg" in caplog.text
+
+
+def test_too_many_unreadable_samples() -> None:
+    loader = train_loader({"a": Noisy(100, broken=range(0, 100, 2))}, run_config(max_unreadable_share=0.1))
+    with pytest.raises(UnreadableSample, match=r"1[1-4] of \d+ training samples are unreadable.*0\.1.*broken"):
+        take(loader, 25)
+    nothing = train_loader({"a": Noisy(8, broken=range(8))}, run_config(max_unreadable_share=1.0))
+    with pytest.raises(UnreadableSample, match="unreadable"):
+        take(nothing, 1)
+
+
+@pytest.mark.parametrize(("length", "world"), [(10, 1), (10, 3), (2, 4), (0, 2)])
+def test_evaluation_sees_each_sample_once(length: int, world: int) -> None:
+    dataset = Noisy(length)
+    loaders = [eval_loader(dataset, run_config(batch_size_eval=2), rank=r, world=world) for r in range(world)]
+    seen = [[i for batch in loader for i in batch["id"].tolist()] for loader in loaders]
+    assert seen == [list(range(r, length, world)) for r in range(world)]
+    assert [len(loader) for loader in loaders] == [-(-len(part) // 2) for part in seen]
+    assert loaders[0].dataset is dataset
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_never_skips(workers: int) -> None:
+    loader = eval_loader(Noisy(4, broken=[2]), run_config(num_workers=workers, max_unreadable_share=1.0))
+    with pytest.raises(UnreadableSample, match=r"^image broken2\.jpg"):
+        list(loader)
+
+
+def test_to_device_is_nested() -> None:
+    batch = {"image": torch.ones(2), "more": [(torch.ones(1), "text"), {"n": 3}]}
+    moved = to_device(batch, "meta")
+    assert moved["image"].is_meta
+    assert moved["more"][0][0].is_meta
+    assert moved["more"][0][1] == "text"
+    assert moved["more"][1] == {"n": 3}
+
+
+def test_splits() -> None:
+    a, b, c, d = Noisy(3), Noisy(5, offset=10), Noisy(2), Noisy(4)
+    datasets = {"x": {"train": a, "extra": b, "val": c}, "y": {"val": d}}
+    sets = train_sets(datasets, ["train", "extra"])
+    assert list(sets) == ["x"]
+    assert [sets["x"][i]["id"] for i in range(8)] == [0, 1, 2, 10, 11, 12, 13, 14]
+    assert sets["x"].collater([sets["x"][7]])["id"].tolist() == [14]
+    assert train_sets(datasets, ["train"])["x"] is a
+    assert eval_sets(datasets, ["extra", "val"]) == {"extra": b, "x_val": c, "y_val": d}
+    with pytest.raises(ValueError, match=r"run\.valid_splits names the split 'test'.*'y': \['val'\]"):
+        check_splits(datasets, ["val", "test"], setting="valid_splits")

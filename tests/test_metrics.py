@@ -1,0 +1,188 @@
+"""Metrics against the recorded tables, hand arithmetic and pycocoevalcap's own code path."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lavis_lite.tasks.metrics import caption_java
+from lavis_lite.tasks.metrics.caption import approximate_tokenize, caption_metrics
+from lavis_lite.tasks.metrics.retrieval import recall_metrics
+from lavis_lite.tasks.metrics.vqa_accuracy import (
+    CONTRACTIONS,
+    clean_answer,
+    strip_punctuation,
+    vqa_accuracy,
+    vqa_metrics,
+)
+
+TABLES = Path(os.environ.get("LAVIS_LITE_REFERENCE_DIR", Path(__file__).parent / "reference")) / "tables"
+VQA = json.loads((TABLES / "vqa_accuracy.json").read_text())
+RETRIEVAL = json.loads((TABLES / "retrieval_metrics.json").read_text())
+CAPTIONS = json.loads((TABLES / "caption_metrics.json").read_text())
+REFERENCES = {f"image {i}": references for i, (_, references) in enumerate(CAPTIONS["pairs"])}
+TOLD = {f"image {i}": caption for i, (caption, _) in enumerate(CAPTIONS["pairs"])}
+
+needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs a Java runtime")
+sorts_as_recorded = pytest.mark.skipif(
+    not np._core._multiarray_umath.__cpu_features__["AVX2"], reason="the recorded order of ties is that of AVX2 sorting"
+)
+
+
+@pytest.mark.parametrize("row", VQA["rows"], ids=lambda row: repr(row["pred"]))
+def test_lavis_vqa_accuracy_equals_table(row: dict) -> None:
+    assert 100 * vqa_accuracy(row["pred"], row["answers"], variant="lavis") == pytest.approx(row["acc"], abs=1e-6)
+    assert clean_answer(row["pred"]) == row["processed_pred"]
+    one_line = row["pred"].replace("\n", " ").replace("\t", " ").strip()
+    assert strip_punctuation(one_line) == row["processPunctuation"]
+
+
+def test_lavis_vqa_metrics_equal_table() -> None:
+    kinds = VQA["answer_type_cycle"]
+    truths = {
+        i: {"answers": row["answers"], "question_type": "q", "answer_type": kinds[i % len(kinds)]}
+        for i, row in enumerate(VQA["rows"])
+    }
+    metrics = vqa_metrics(truths, {i: row["pred"] for i, row in enumerate(VQA["rows"])}, variant="lavis")
+    expected = VQA["overall_n2"]
+    assert metrics["overall"] == metrics["agg_metrics"] == expected["overall"]
+    assert metrics["per_question_type"] == expected["perQuestionType"]
+    assert metrics["per_answer_type"] == expected["perAnswerType"]
+
+
+@pytest.mark.parametrize(("matches", "accuracy"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (9, 1.0)])
+def test_official_accuracy_ladder(matches: int, accuracy: float) -> None:
+    answers = [{"answer": "cat"}] * matches + [{"answer": "dog"}] * (10 - matches)
+    assert vqa_accuracy("cat", answers) == pytest.approx(accuracy)
+
+
+def test_official_accuracy_cleans_both_sides_only_if_humans_differ() -> None:
+    assert vqa_accuracy("Two.", ["two"] * 5 + ["2"] * 5) == 1.0
+    assert vqa_accuracy("2", ["two"] * 5 + ["2"] * 5) == 1.0
+    assert vqa_accuracy("dog", ["the dog"] * 4 + ["a cat"] * 6) == 1.0
+    assert vqa_accuracy("dog", ["the dog"] * 4 + ["a cat"] * 6, variant="lavis") == 0.0
+    assert vqa_accuracy("Yes", ["yes"] * 10) == 0.0
+    assert vqa_accuracy("Yes", ["yes"] * 10, variant="lavis") == 1.0
+    assert vqa_accuracy("yes\n", [" yes"] * 10) == 1.0
+    assert vqa_accuracy("grün", ["grün"] * 4 + ["Grün"] * 6) == 1.0
+
+
+def test_contractions_have_one_apostrophe_missing() -> None:
+    assert len(CONTRACTIONS) > 110
+    assert CONTRACTIONS["couldnt've"] == CONTRACTIONS["couldn'tve"] == "couldn't've"
+    for odd in ("im", "shes", "lets", "well", "wed", "shell"):
+        assert odd not in CONTRACTIONS
+
+
+def test_vqa_metrics_by_type_and_mistakes() -> None:
+    truths = {
+        "ä": {"answers": ["red"] * 10, "answer_type": "other", "question_type": "what"},
+        2: {"answers": ["yes"] * 2 + ["no"] * 8, "answer_type": "yes/no", "question_type": "is"},
+        3: {"answers": ["yes"] * 10, "answer_type": "yes/no"},
+    }
+    metrics = vqa_metrics(truths, {"ä": "red", 2: "yes", 3: "no"})
+    assert metrics["overall"] == pytest.approx(100 * (1 + 0.6 + 0) / 3, abs=0.005)
+    assert metrics["per_answer_type"] == {"other": 100.0, "yes/no": 30.0}
+    assert metrics["per_question_type"] == {"what": 100.0, "is": 60.0}
+    with pytest.raises(ValueError, match=r"1 of 3 questions.*'ä'"):
+        vqa_metrics(truths, {2: "yes", 3: "no"})
+
+
+@sorts_as_recorded
+@pytest.mark.parametrize("case", ["plain", "k_test_style_minus100", "ties"])
+def test_recalls_equal_table(case: str) -> None:
+    table = RETRIEVAL[case]
+    metrics = recall_metrics(
+        np.array(table["scores_i2t"]), np.array(table["scores_t2i"]), RETRIEVAL["txt2img"], RETRIEVAL["img2txt"]
+    )
+    assert metrics == pytest.approx(table["metrics"])
+
+
+def test_recalls_by_hand() -> None:
+    score_i2t = np.array([[9.0, 1.0, 2.0], [5.0, 4.0, 3.0]])
+    score_t2i = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    metrics = recall_metrics(score_i2t, score_t2i, {0: 0, 1: 0, 2: 1}, {0: [0, 1], 1: [2]})
+    assert (metrics["txt_r1"], metrics["txt_r5"], metrics["img_r1"]) == (50.0, 100.0, 100.0)
+    assert metrics["txt_r_mean"] == metrics["agg_metrics"] == pytest.approx(250 / 3)
+    assert metrics["r_mean"] == pytest.approx((250 / 3 + 100) / 2)
+
+
+def test_recall_mistakes() -> None:
+    with pytest.raises(ValueError, match=r"score_i2t has shape \(1, 2\), expected \(2, 3\)"):
+        recall_metrics(np.zeros((1, 2)), np.zeros((3, 2)), [0, 0, 1], [[0, 1], [2]])
+    with pytest.raises(ValueError, match="NaNs in row 1"):
+        recall_metrics(np.array([[0.0, 1], [np.nan, 0]]), np.zeros((2, 2)), [0, 1], [[0], [1]])
+    with pytest.raises(ValueError, match="query 1 has no right answer"):
+        recall_metrics(np.zeros((2, 1)), np.zeros((1, 2)), [0], [[0], []])
+
+
+@needs_java
+def test_caption_metrics_equal_table() -> None:
+    metrics = caption_metrics(REFERENCES, TOLD)
+    expected = {f"Bleu_{n}": value for n, value in enumerate(CAPTIONS["Bleu"], start=1)}
+    expected |= {name: CAPTIONS[name] for name in ("METEOR", "ROUGE_L", "CIDEr", "agg_metrics")}
+    assert metrics == pytest.approx(expected, rel=1e-9)
+
+
+@needs_java
+def test_java_tokens_equal_table_and_survive_odd_lines() -> None:
+    gold = caption_java.tokenize(REFERENCES)
+    assert list(gold.values()) == CAPTIONS["tokenized_gt"]
+    told = caption_java.tokenize({key: [text] for key, text in TOLD.items()})
+    assert list(told.values()) == CAPTIONS["tokenized_res"]
+    odd = ["日本語 über\u2028café\x85 x", "", "two\nlines", ""]
+    assert caption_java.tokenize({"odd": odd}) == {"odd": ["日本語 über café x", "", "two lines", ""]}
+
+
+def test_simple_tokens_agree_with_the_table() -> None:
+    assert list(approximate_tokenize(REFERENCES).values()) == CAPTIONS["tokenized_gt"]
+    told = approximate_tokenize({key: [text] for key, text in TOLD.items()})
+    assert list(told.values()) == CAPTIONS["tokenized_res"]
+
+
+def test_without_java_metrics_are_flagged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caption_java.shutil, "which", lambda name: None)
+    metrics = caption_metrics(REFERENCES, TOLD, ("bleu", "meteor", "cider", "spice"))
+    assert metrics["approximate_tokenizer"] is True
+    assert metrics["Bleu_4"] == pytest.approx(CAPTIONS["Bleu"][3])
+    assert metrics["CIDEr"] == pytest.approx(CAPTIONS["CIDEr"])
+    assert set(metrics["left_out"]) == {"METEOR", "SPICE"}
+    assert "Java" in metrics["left_out"]["METEOR"]
+    assert "METEOR" not in metrics
+
+
+def test_java_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    java = tmp_path / "java"
+    java.write_text("#!/bin/sh\necho 'no memory' >&2\nexit 3\n")
+    java.chmod(0o755)
+    monkeypatch.setattr(caption_java, "find_java", lambda: str(java))
+    with pytest.raises(RuntimeError, match=r"tokenizer.*no memory"):
+        caption_java.tokenize({"a": ["x"]})
+    with pytest.raises(RuntimeError, match=r"METEOR.*no memory"):
+        caption_java.meteor({"a": ["x"]}, {"a": ["x"]})
+
+
+def test_caption_aggregate_takes_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caption_java, "find_java", lambda: None)
+    ids = {1: ["a red ball", "ball"], "zwei": ["ein Hund läuft"]}
+    told = {"1": "a red ball", "zwei": "ein Hund läuft"}
+    cider = caption_metrics(ids, told, ("cider",))
+    assert cider["agg_metrics"] == cider["CIDEr"] > 0
+    rouge = caption_metrics(ids, told, ("rouge",))
+    assert rouge["agg_metrics"] == rouge["ROUGE_L"] == pytest.approx(1.0)
+
+
+def test_caption_mistakes() -> None:
+    with pytest.raises(ValueError, match=r"bleurt.*choose from"):
+        caption_metrics({1: ["a"]}, {1: "a"}, ("bleurt",))
+    with pytest.raises(ValueError, match=r"without references.*'2'"):
+        caption_metrics({1: ["a"]}, {1: "a", 2: "b"})
+    with pytest.raises(ValueError, match=r"no caption.*'2'"):
+        caption_metrics({1: ["a"], 2: ["b"]}, {1: "a"})
+    with pytest.raises(ValueError, match="two image ids are the same"):
+        caption_metrics({1: ["a"], "1": ["b"]}, {1: "a"})
+    with pytest.raises(ValueError, match="no captions"):
+        caption_metrics({}, {})

@@ -1,0 +1,500 @@
+"""The training loop on a toy regression: exact resume after a kill, ranks, accumulation, best weights, errors.
+
+Run as a script (`python tests/test_runner.py JOB_DIR key=value ...`) it is one training process, which tests kill or
+start under torchrun's environment.
+"""
+
+import json
+import logging
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from lavis_lite import checkpoint, dist
+from lavis_lite.errors import NonFiniteLoss, UnreadableSample
+from lavis_lite.optim import parameter_groups
+from lavis_lite.registry import registry
+from lavis_lite.runners.plan import Plan, resolve_precision
+from lavis_lite.runners.runner import Runner
+from lavis_lite.runners.sampling import seed_everything
+
+RUN: dict[str, Any] = {
+    "runner": "runner_base",
+    "task": "toy",
+    "lr_sched": "linear_warmup_cosine_lr",
+    "lr_sched_per_epoch": False,
+    "init_lr": 0.05,
+    "min_lr": 0.0,
+    "warmup_lr": 0.01,
+    "warmup_steps": 3,
+    "lr_decay_rate": None,
+    "lr_layer_decay": 1.0,
+    "weight_decay": 0.05,
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "max_epoch": 2,
+    "max_iters": None,
+    "iters_per_inner_epoch": None,
+    "batch_size_train": 4,
+    "batch_size_eval": 3,
+    "num_workers": 0,
+    "accum_grad_iters": 1,
+    "grad_clip_norm": None,
+    "precision": "auto",
+    "amp": None,
+    "seed": 42,
+    "resume_ckpt_path": None,
+    "resume": None,
+    "evaluate": False,
+    "train_splits": ["train"],
+    "valid_splits": ["val"],
+    "test_splits": ["test"],
+    "train_dataset_ratios": None,
+    "device": "cpu",
+    "log_freq": 1,
+    "checkpoint_every": None,
+    "keep_checkpoints": 0,
+    "max_unreadable_share": 0.0,
+    "tensorboard": False,
+    "find_unused_parameters": False,
+}
+
+
+class Config:
+    """What a Runner reads of a configuration."""
+
+    def __init__(self, **changes: Any) -> None:
+        assert set(changes) <= set(RUN), changes
+        self.run = SimpleNamespace(**{**RUN, **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"run": dict(vars(self.run))}
+
+
+class Line(Dataset):
+    """y = x @ [1, -2, 3] with noise drawn at reading, so that the order of random numbers matters."""
+
+    def __init__(self, split: str, length: int, *, broken: bool = False) -> None:
+        self.split, self.broken = split, broken
+        self.x = torch.randn(length, 3, generator=torch.Generator().manual_seed(length))
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if self.broken:
+            raise UnreadableSample(f"broken{index}.jpg is cut short.")
+        noise = 0.1 * torch.randn(()) if self.split == "train" else 0.0
+        y = self.x[index] @ torch.tensor([1.0, -2.0, 3.0]) + noise
+        return {"x": self.x[index], "y": y, "instance_id": str(index)}
+
+    def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Stacks tensors."""
+        ids = [s["instance_id"] for s in samples]
+        return {key: torch.stack([s[key] for s in samples]) for key in ("x", "y")} | {"instance_id": ids}
+
+
+class Toy(nn.Module):
+    """A two-layer regression with dropout; frozen and random parts like a real model's."""
+
+    def __init__(self, *, dropout: float = 0.5) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(3, 8).requires_grad_(False)
+        self.hidden, self.head, self.dropout = nn.Linear(8, 16), nn.Linear(16, 1), nn.Dropout(dropout)
+        self.register_buffer("queue", torch.randn(2))
+        self.seen: list[tuple[int, int, int]] = []
+
+    def forward(self, samples: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Mean squared error."""
+        if self.training:
+            self.seen.append((samples["epoch"], samples["iters"], samples["num_iters_per_epoch"]))
+        hidden = self.dropout(torch.relu(self.hidden(self.encoder(samples["x"]))))
+        prediction = self.head(hidden).squeeze(-1)
+        loss = (prediction.float() - samples["y"]).square().mean()
+        return {"loss": loss, "loss_mse": loss.detach(), "prediction": prediction}
+
+    def optimizer_groups(self, weight_decay: float, lr_layer_decay: float = 1.0) -> list[dict[str, Any]]:
+        """As BaseModel's."""
+        return parameter_groups(self, weight_decay, lambda name: lr_layer_decay if name.startswith("hidden") else 1.0)
+
+    def checkpoint_state_dict(self) -> dict[str, torch.Tensor]:
+        """Without what is frozen."""
+        return {key: value for key, value in self.state_dict().items() if not key.startswith("encoder")}
+
+
+class ToyTask:
+    """Trains on the model's loss; evaluates to minus the mean squared error, and counts whom it saw."""
+
+    def __init__(self, *, metrics: list[float] | None = None, poison: int | None = None) -> None:
+        self.metrics, self.poison, self.steps = metrics, poison, 0
+        self.dtypes: list[torch.dtype] = []
+
+    def train_step(self, model: nn.Module, samples: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """The model's losses; at step `poison` not a number."""
+        losses = model(samples)
+        self.dtypes.append(losses["prediction"].dtype)
+        self.steps += 1
+        if self.steps == self.poison:
+            losses["loss"] = losses["loss"] * float("nan")
+        return losses
+
+    def evaluate(self, model: nn.Module, loader: Any, *, split: str, result_dir: Path) -> dict[str, Any]:
+        """Mean over all ranks' samples."""
+        assert not model.training
+        assert not torch.is_grad_enabled()
+        torch.rand(1)  # sampling in evaluation moves the generator
+        rows = []
+        for batch in loader:
+            errors = (model(batch)["prediction"].float() - batch["y"]).square()
+            rows += zip(batch["instance_id"], errors.tolist(), strict=True)
+        rows = sorted(dist.gather_objects(rows))
+        mse = sum(error for _, error in rows) / len(rows)
+        metrics = {"mse": mse, "num": len({name for name, _ in rows}), "agg_metrics": -mse}
+        if self.metrics is not None and split == "val":
+            metrics["agg_metrics"] = self.metrics.pop(0)
+        return metrics
+
+
+def toy_data(**splits: int) -> dict[str, dict[str, Dataset]]:
+    lengths = splits or {"train": 22, "val": 5, "test": 7}
+    return {"line": {split: Line(split, length) for split, length in lengths.items()}}
+
+
+def make(
+    job_dir: Path, *, task: ToyTask | None = None, dropout: float = 0.5, data: Any = None, **changes: Any
+) -> Runner:
+    cfg = Config(**changes)
+    seed_everything(cfg.run.seed)
+    runner_class = registry.get_runner_class(cfg.run.runner)
+    return runner_class(cfg, task or ToyTask(), Toy(dropout=dropout), data or toy_data(), job_dir)
+
+
+def rows(job_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (job_dir / "log.txt").read_text().splitlines()]
+
+
+def losses(job_dir: Path) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in rows(job_dir) if "loss" in row}
+
+
+def last(job_dir: Path) -> dict[str, Any]:
+    return checkpoint.load(job_dir / "checkpoint_last.pth")
+
+
+def script(job_dir: Path, *options: str, rank: int = 0, world: int = 1, port: int = 0) -> subprocess.Popen[bytes]:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(Path(__file__).parents[1])}
+    return subprocess.Popen([sys.executable, __file__, str(job_dir), *options], env=env)
+
+
+def script_main(job_dir: str, *options: str) -> None:
+    """One process of a training; `die_at=N` kills it in step N by SIGKILL."""
+    torch.set_num_threads(1)
+    logging.basicConfig(level=logging.WARNING)
+    changes = {key: json.loads(value) for key, value in (option.split("=", 1) for option in options)}
+    die_at, dropout = changes.pop("die_at", None), changes.pop("dropout", 0.5)
+    task = ToyTask()
+    if die_at is not None:
+        task.train_step = lambda model, samples: die_or(task, model, samples, die_at=die_at)
+    dist.init("cpu")
+    make(Path(job_dir), task=task, dropout=dropout, **changes).train()
+    dist.shutdown()
+
+
+def die_or(task: ToyTask, model: nn.Module, samples: dict[str, Any], *, die_at: int) -> dict[str, torch.Tensor]:
+    """A train_step that is the last one."""
+    if samples["epoch"] * samples["num_iters_per_epoch"] + samples["iters"] == die_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return ToyTask.train_step(task, model, samples)
+
+
+def assert_equal(found: Any, expected: Any) -> None:
+    """Equal bit for bit, through nested containers of tensors and plain values."""
+    if isinstance(expected, torch.Tensor):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    elif isinstance(expected, dict):
+        assert list(found) == list(expected)
+        for key, value in expected.items():
+            assert_equal(found[key], value)
+    elif isinstance(expected, (list, tuple)):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert_equal(one, other)
+    else:
+        assert found == expected
+
+
+@pytest.mark.parametrize(("die_at", "accumulate"), [(4, 1), (8, 2)])
+def test_killed_and_resumed_equals_not_killed(tmp_path: Path, die_at: int, accumulate: int) -> None:
+    """Dropout on, shuffling on, two workers, clipping, accumulation; killed in the first and in the second epoch."""
+    changes = {"num_workers": 2, "checkpoint_every": 3, "grad_clip_norm": 1.0, "accum_grad_iters": accumulate}
+    make(tmp_path / "straight", **changes).train()
+    options = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+    assert script(tmp_path / "killed", *options, f"die_at={die_at}").wait(60) == -signal.SIGKILL
+    assert 0 < last(tmp_path / "killed")["step"] <= die_at
+    make(tmp_path / "killed", resume="auto", **changes).train()
+    one, two = last(tmp_path / "straight"), last(tmp_path / "killed")
+    for key in ("model", "ranks"):
+        assert_equal(two[key], one[key])
+    assert_equal(two["optimizer"]["state"], one["optimizer"]["state"])
+    for key in ("step", "epoch", "best"):
+        assert two[key] == one[key]
+    assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
+    assert one["step"] == 10
+    test_rows = [[row for row in rows(tmp_path / job) if row.get("split") == "test"] for job in ("straight", "killed")]
+    assert test_rows[0] == test_rows[1]
+
+
+def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
+    """Without dropout, at the same global batch; the evaluation sets (5 and 1 samples) don't divide by the ranks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["batch_size_train=2", "dropout=0", "accum_grad_iters=2", "max_epoch=1"]
+    ranks = [script(tmp_path / "two", *options, rank=rank, world=2, port=port) for rank in range(2)]
+    make(tmp_path / "one", dropout=0, accum_grad_iters=2, max_epoch=1).train()
+    assert [process.wait(60) for process in ranks] == [0, 0]
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert list(two) == list(one) == [1, 2, 3, 4, 5]
+    assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-5)
+    for key, value in last(tmp_path / "one")["model"].items():
+        torch.testing.assert_close(last(tmp_path / "two")["model"][key], value, rtol=1e-4, atol=1e-6)
+    metrics = [[row["metrics"] for row in rows(tmp_path / job) if "split" in row] for job in ("one", "two")]
+    for alone, together in zip(*metrics, strict=True):
+        assert together == pytest.approx(alone, rel=1e-4)
+    assert len(last(tmp_path / "two")["ranks"]) == 2
+
+
+def test_accumulation_equals_a_larger_batch(tmp_path: Path) -> None:
+    """Five batches of 4 accumulated by 2: updates after batches 2, 4 and 5; by hand from the same batches."""
+    runner = make(tmp_path, dropout=0, accum_grad_iters=2, max_epoch=1, valid_splits=[], test_splits=[])
+    seed_everything(RUN["seed"])
+    twin = Toy(dropout=0)
+    optimizer = torch.optim.AdamW(twin.optimizer_groups(0.05), betas=(0.9, 0.999))
+    runner.train()
+    runner.loader.seek(0)
+    batches = [batch for _, batch in zip(range(5), runner.loader, strict=False)]
+    for end, window in ((2, batches[:2]), (4, batches[2:4]), (5, batches[4:])):
+        optimizer.zero_grad()
+        joined = {key: torch.cat([batch[key] for batch in window]) for key in ("x", "y")}
+        twin({**joined, "epoch": 0, "iters": 0, "num_iters_per_epoch": 1})["loss"].backward()
+        for group in optimizer.param_groups:
+            group["lr"] = runner.schedule.lr_at(end - 1)
+        optimizer.step()
+    torch.testing.assert_close(dict(twin.named_parameters()), dict(runner.model.named_parameters()))
+
+
+def test_samples_know_the_epoch_and_schedule_is_per_step(tmp_path: Path) -> None:
+    runner = make(tmp_path, lr_layer_decay=0.5)
+    runner.train()
+    assert runner.model.seen == [(epoch, it, 5) for epoch in range(2) for it in range(5)]
+    lrs = [row["lr"] for row in rows(tmp_path) if "lr" in row]
+    cosine = [0.025 * (1 + math.cos(math.pi * k / 7)) for k in range(7)]
+    assert lrs == pytest.approx([0.01, 0.01 + 0.04 / 3, 0.01 + 0.08 / 3, *cosine])
+    rates = {group["lr"] / group["lr_scale"] for group in runner.optimizer.param_groups}
+    assert list(rates) == pytest.approx([cosine[-1]])
+    assert {group["lr_scale"] for group in runner.optimizer.param_groups} == {0.5, 1.0}
+
+
+def test_what_a_run_leaves(tmp_path: Path) -> None:
+    import yaml
+
+    result = make(tmp_path, tensorboard=True, keep_checkpoints=1, num_workers=0).train()
+    names = {entry.name for entry in tmp_path.iterdir()}
+    assert names == {
+        "config.yaml",
+        "log.txt",
+        "tensorboard",
+        "checkpoint_last.pth",
+        "checkpoint_best.pth",
+        "checkpoint_10.pth",
+    }
+    assert (
+        yaml.safe_load((tmp_path / "config.yaml").read_text())
+        == Config(tensorboard=True, keep_checkpoints=1, num_workers=0).to_dict()
+    )
+    assert any((tmp_path / "tensorboard").iterdir())
+    row = rows(tmp_path)[0]
+    assert {"step", "epoch", "lr", "loss", "loss_mse", "samples_per_s"} <= set(row)
+    assert "prediction" not in row
+    assert result["test"]["test"]["num"] == 7
+    assert "encoder.weight" not in last(tmp_path)["model"]
+
+
+@pytest.mark.parametrize(("metrics", "best"), [([0.2, 0.9, 0.5], 1), ([-3.0, -2.0, -9.0], 1), ([0.0, 0.0, 0.0], 0)])
+def test_best_weights_are_tested(tmp_path: Path, metrics: list[float], best: int) -> None:
+    runner = make(tmp_path, task=ToyTask(metrics=list(metrics)), max_epoch=3)
+    result = runner.train()
+    saved = checkpoint.load(tmp_path / "checkpoint_best.pth")
+    assert result["best"] == saved["best"] == {"metric": metrics[best], "epoch": best}
+    assert saved["step"] == 5 * (best + 1)
+    torch.testing.assert_close(dict(runner.model.state_dict()), {**runner.model.state_dict(), **saved["model"]})
+    alone = make(tmp_path / "alone", evaluate=True, resume_ckpt_path=str(tmp_path / "checkpoint_best.pth"))
+    assert alone.train()["test"] == result["test"]
+    assert alone.evaluate(["val"])["val"]["num"] == 5
+
+
+def test_without_validation_best_is_last(tmp_path: Path) -> None:
+    make(tmp_path, valid_splits=[]).train()
+    best = checkpoint.load(tmp_path / "checkpoint_best.pth")["model"]
+    torch.testing.assert_close(best, last(tmp_path)["model"], rtol=0, atol=0)
+
+
+def test_runner_iter_counts_iterations(tmp_path: Path) -> None:
+    changes = {"runner": "runner_iter", "max_iters": 8, "iters_per_inner_epoch": 3, "checkpoint_every": 2}
+    runner = make(tmp_path / "a", keep_checkpoints=9, **changes)
+    runner.train()
+    expected = [(0, 0, 3), (0, 1, 3), (0, 2, 3), (1, 0, 3), (1, 1, 3), (1, 2, 3), (2, 0, 3), (2, 1, 3)]
+    assert runner.model.seen == expected
+    assert [row["step"] for row in rows(tmp_path / "a") if row.get("split") == "val"] == [3, 6, 8]
+    kept = sorted(int(path.stem[11:]) for path in (tmp_path / "a").glob("checkpoint_[0-9]*.pth"))
+    assert kept == [2, 3, 4, 6, 8]
+    halfway = make(tmp_path / "b", resume_ckpt_path=str(tmp_path / "a" / "checkpoint_4.pth"), **changes)
+    halfway.train()
+    assert halfway.model.seen == expected[4:]
+    assert_equal(last(tmp_path / "b")["model"], last(tmp_path / "a")["model"])
+    assert_equal(*(checkpoint.load(tmp_path / job / "checkpoint_best.pth")["model"] for job in "ab"))
+
+
+def test_max_iters_cuts_epochs_short(tmp_path: Path) -> None:
+    make(tmp_path, max_iters=7).train()
+    assert last(tmp_path)["step"] == 7
+    assert [row["step"] for row in rows(tmp_path) if row.get("split") == "val"] == [5, 7]
+
+
+def test_finished_run_only_tests_again(tmp_path: Path) -> None:
+    first = make(tmp_path).train()
+    again = make(tmp_path, resume="auto")
+    assert again.train() == first
+    assert again.model.seen == []
+
+
+def test_nothing_to_resume_starts_afresh(tmp_path: Path) -> None:
+    make(tmp_path, resume="auto", max_epoch=1).train()
+    assert last(tmp_path)["step"] == 5
+
+
+def test_resuming_what_does_not_fit(tmp_path: Path) -> None:
+    make(tmp_path, max_epoch=1).train()
+    path = str(tmp_path / "checkpoint_last.pth")
+    with pytest.raises(ValueError, match="5 iterations per .*this run 11"):
+        make(tmp_path / "b", batch_size_train=2, resume_ckpt_path=path).train()
+    with pytest.raises(ValueError, match="parameter groups differ"):
+        make(tmp_path / "c", lr_layer_decay=0.5, resume_ckpt_path=path).train()
+    with pytest.raises(ValueError, match=r"no training state \(optimizer.*model\.pretrained"):
+        make(tmp_path / "d", resume_ckpt_path=str(tmp_path / "checkpoint_best.pth")).train()
+    with pytest.raises(FileNotFoundError, match=r"did you mean checkpoint_last\.pth"):
+        make(tmp_path / "e", resume_ckpt_path=str(tmp_path / "checkpoint_lst.pth")).train()
+
+
+def test_bad_loss_stops_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteLoss, match=r"step 8: loss nan, loss_mse [\d.]+; learning rate 0\.0"):
+        make(tmp_path, task=ToyTask(poison=8)).train()
+    saved = last(tmp_path)
+    assert saved["step"] == 5
+    assert all(torch.isfinite(value).all() for value in saved["model"].values())
+
+
+def test_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, max_epoch=1).train()
+    before = (tmp_path / "checkpoint_last.pth").read_bytes()
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"checkpoint_last\.pth: the disk is full .*MiB needed"):
+        make(tmp_path, resume="auto").train()
+    assert (tmp_path / "checkpoint_last.pth").read_bytes() == before
+    monkeypatch.undo()
+    make(tmp_path, resume="auto").train()
+    assert last(tmp_path)["step"] == 10
+
+
+def test_clipping_limits_the_gradient(tmp_path: Path) -> None:
+    runner = make(tmp_path, grad_clip_norm=1e-3, max_epoch=1)
+    norms: list[float] = []
+    runner_step = torch.optim.AdamW.step
+
+    def spy(self: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        norms.append(torch.cat([grad.flatten() for grad in grads]).norm().item())
+        return runner_step(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", spy)
+        runner.train()
+    assert norms == pytest.approx([1e-3] * 5, rel=1e-3)
+    assert rows(tmp_path)[0]["grad_norm"] > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype"),
+    [
+        ({}, torch.float32),
+        ({"precision": "bf16"}, torch.bfloat16),
+        ({"amp": False}, torch.float32),
+        ({"amp": True}, torch.float32),
+    ],
+)
+def test_precision(tmp_path: Path, changes: dict[str, Any], dtype: torch.dtype) -> None:
+    task = ToyTask()
+    runner = make(tmp_path, task=task, max_epoch=1, **changes)
+    runner.train()
+    assert set(task.dtypes) == {dtype}
+    assert {parameter.dtype for parameter in runner.model.parameters()} == {torch.float32}
+
+
+def test_wrong_precision() -> None:
+    for precision, text in (("fp16", "needs a GPU"), ("half", "'half' is unknown")):
+        with pytest.raises(ValueError, match=text):
+            resolve_precision(SimpleNamespace(precision=precision, amp=None), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"valid_splits": ["dev"]}, r"run\.valid_splits names the split 'dev'"),
+        ({"test_splits": ["tset"]}, r"run\.test_splits names the split 'tset'.*'test'"),
+        ({"train_splits": ["training"]}, r"run\.train_splits names the split 'training'"),
+        ({"batch_size_train": 64}, "22 training samples"),
+        ({"iters_per_inner_epoch": 3}, "runner_iter"),
+        ({"runner": "runner_iter"}, "max_iters"),
+        ({"accum_grad_iters": 0}, "accum_grad_iters"),
+    ],
+)
+def test_impossible_settings(tmp_path: Path, changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        make(tmp_path, **changes).train()
+
+
+def test_metrics_without_aggregate(tmp_path: Path) -> None:
+    task = ToyTask()
+    task.evaluate = lambda model, loader, *, split, result_dir: {"accuracy": 1.0}
+    with pytest.raises(ValueError, match=r"agg_metrics.*accuracy"):
+        make(tmp_path, task=task).train()
+
+
+def test_plan() -> None:
+    plan = Plan(inner=5, total=12)
+    assert plan.num_epochs == 3
+    assert [plan.bounds(epoch) for epoch in range(3)] == [(0, 5), (5, 10), (10, 12)]
+    windows = [plan.window(step, accumulate=3) for step in range(12)]
+    full = [(3, False), (3, False), (3, True), (2, False), (2, True)]
+    assert windows == [*full, *full, (2, False), (2, True)]
+
+
+if __name__ == "__main__":
+    script_main(*sys.argv[1:])
