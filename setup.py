@@ -17,7 +17,7 @@ setup(
     license="BSD-3-Clause",
     license_files=["LICENSE"],
     author="the lavis_lite authors",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=find_packages(include=["lavis_lite", "lavis_lite.*"]),
     package_data={"lavis_lite": ["configs/**/*"]},
     install_requires=[

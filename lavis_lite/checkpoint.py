@@ -99,7 +99,8 @@ def load(path: str | Path, *, map_location: str | torch.device = "cpu") -> dict[
             from safetensors.torch import load_file
 
             return load_file(path, device=str(map_location))
-        is_zip = path.open("rb").read(4) == b"PK\x03\x04"
+        with path.open("rb") as file:
+            is_zip = file.read(4) == b"PK\x03\x04"
         return torch.load(path, map_location=map_location, weights_only=True, mmap=is_zip or None)
     except pickle.UnpicklingError as error:
         raise ValueError(_unpickling_message(path, error)) from error

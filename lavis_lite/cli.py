@@ -23,14 +23,14 @@ logger = logging.getLogger(__name__)
 TRAIN_HELP = """Train (and then test) what a YAML describes, in one process or under torchrun.
 
 examples:
-  python train.py --cfg-path projects/blip/train/caption.yaml --options run.max_epoch=3 run.batch_size_train=16
-  torchrun --nproc_per_node=8 train.py --cfg-path projects/blip/train/caption.yaml --resume auto
-  python train.py --cfg-path projects/blip/train/caption.yaml --dry-run"""
+  python train.py --cfg-path projects/blip/train/caption_coco_ft.yaml --options run.max_epoch=3 run.batch_size_train=16
+  torchrun --nproc_per_node=8 train.py --cfg-path projects/blip/train/caption_coco_ft.yaml --resume auto
+  python train.py --cfg-path projects/blip/train/caption_coco_ft.yaml --dry-run"""
 EVALUATE_HELP = """Evaluate a model on the splits a YAML's run.test_splits names, in one process or under torchrun.
 
 examples:
-  python evaluate.py --cfg-path projects/blip/eval/caption.yaml --checkpoint output/caption/job/checkpoint_best.pth
-  torchrun --nproc_per_node=8 evaluate.py --cfg-path projects/blip/eval/caption.yaml"""
+  python evaluate.py --cfg-path projects/blip/eval/caption_coco.yaml --checkpoint output/caption/job/checkpoint_best.pth
+  torchrun --nproc_per_node=8 evaluate.py --cfg-path projects/blip/eval/caption_coco.yaml"""
 
 
 def train_main(argv: Sequence[str] | None = None) -> None:
@@ -125,9 +125,9 @@ def build_without_weights(section: dict[str, Any]) -> Any:
     """Return the model of a `model` section on the meta device: shapes and names, no memory, no weight file read."""
     import torch
 
-    from lavis_lite.config_sections import WEIGHT_KEYS
+    from lavis_lite.config_sections import MODEL_KEYS
 
-    arguments = {key: value for key, value in section.items() if key not in {"arch", "model_type", *WEIGHT_KEYS}}
+    arguments = {key: value for key, value in section.items() if key not in MODEL_KEYS}
     with torch.device("meta"):
         return registry.get_model_class(section["arch"])(**arguments)
 
@@ -170,7 +170,7 @@ def start_job(run: RunConfig) -> tuple[RunConfig, Path]:
     """Return the run with its job and checkpoint settled (by rank 0, for all ranks), and the job's folder."""
     from lavis_lite import dist
 
-    changes = dist.broadcast_object(_settle_job(run) if dist.is_main() else None)
+    changes = dist.on_main(lambda: _settle_job(run))
     run = dataclasses.replace(run, **changes)
     return run, Path(run.output_dir) / str(run.job_id)
 

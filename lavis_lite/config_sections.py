@@ -15,7 +15,11 @@ from lavis_lite.run_config import DEAD_RUN_KEYS, RunConfig, RunConfigError
 logger = logging.getLogger(__name__)
 
 PROCESSOR_KEYS = ("vis_processor", "text_processor")
-WEIGHT_KEYS: Schema = {
+MODEL_KEYS: Schema = {
+    "arch": Parameter(str),
+    "model_type": Parameter(str | None),
+    "init_vit": Parameter(str | None),
+    "init_text": Parameter(str | None),
     "pretrained": Parameter(str | None),
     "finetuned": Parameter(str | None),
     "load_pretrained": Parameter(bool),
@@ -52,8 +56,7 @@ def model_arguments(section: Mapping[str, Any], checker: Checker) -> dict[str, A
     if med:
         section["med"] = med | (section.get("med") or {})
     schema, open_ended = schema_of(model_class)
-    schema = {"arch": Parameter(str), "model_type": Parameter(str | None)} | WEIGHT_KEYS | schema
-    return checker.section(section, schema, ("model",), open_ended=open_ended)
+    return checker.section(section, MODEL_KEYS | schema, ("model",), open_ended=open_ended)
 
 
 def check_processors(blocks: Mapping[str, Any], checker: Checker, path: tuple[str, ...]) -> None:

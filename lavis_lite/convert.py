@@ -1,4 +1,5 @@
-"""Weights between LAVIS's layout, which is ours, and that of Hugging Face's `Blip*` classes: one table, read both ways.
+"""Weights between LAVIS's layout, which is ours, and that of Hugging Face's `Blip*` classes: one table, read both
+ways.
 
 The text transformers' names are the same in both; only the image encoder's differ.
 """
@@ -35,7 +36,9 @@ def blip_from_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def blip_to_hf(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state_dict of ours under Hugging Face's names, without what its classes do not have (momentum twin, queues, temperature)."""
+    """A state_dict of ours under Hugging Face's names, without what its classes do not have (momentum twin, queues,
+    temperature).
+    """
     return {rename(name, forward=True): tensor for name, tensor in state.items() if not NOT_IN_HF.search(name)}
 
 

@@ -7,12 +7,14 @@ have the same shape on all ranks (unchecked, for speed: run with `TORCH_DISTRIBU
 
 import contextlib
 import datetime
+import inspect
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as torch_dist
+from torch import nn
 
 TIMEOUT = datetime.timedelta(hours=2)  # rank 0 may download a dataset or score a whole test set while others wait
 
@@ -97,6 +99,22 @@ def main_first() -> Iterator[None]:
     broadcast_object(None)
 
 
+def on_main(function: Callable[[], Any]) -> Any:
+    """Call `function` on rank 0 and return its value on every rank; if it fails, every rank fails, none waits."""
+    value, failure, error = None, None, None
+    if is_main():
+        try:
+            value = function()
+        except Exception as caught:  # raised again below, once the other ranks know
+            error, failure = caught, f"{type(caught).__name__}: {caught}"
+    value, failure = broadcast_object((value, failure))
+    if error is not None:
+        raise error
+    if failure is not None:
+        raise RuntimeError(f"rank 0 failed: {failure}")
+    return value
+
+
 def all_gather(tensor: torch.Tensor) -> torch.Tensor:
     """(B, ...) on each of W ranks -> (W*B, ...) in rank order, detached."""
     return _gather(tensor.detach()) if world_size() > 1 else tensor.detach()
@@ -143,6 +161,24 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     torch_dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def data_parallel(
+    model: nn.Module, *, find_unused_parameters: bool = False
+) -> tuple[nn.Module, Callable[[], contextlib.AbstractContextManager[None]]]:
+    """The model as training calls it (under DDP if there are others), and the context in which gradients stay local.
+
+    Every rank starts from rank 0's parameters and buffers. Buffers are not sent again: feature queues take up gathered
+    features, so they stay equal by themselves.
+    """
+    if world_size() == 1:
+        return model, contextlib.nullcontext
+    broadcast_tensors(model.buffers())
+    ddp = nn.parallel.DistributedDataParallel
+    renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters  # torch 2.15 deprecates the old name
+    buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    parallel = ddp(model, find_unused_parameters=find_unused_parameters, gradient_as_bucket_view=True, **buffers)
+    return parallel, parallel.no_sync
 
 
 def _active() -> bool:

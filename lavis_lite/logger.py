@@ -6,7 +6,7 @@ Averages stay on the device as tensors; nothing waits for the accelerator until 
 import json
 import logging
 import sys
-from collections import deque
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ class JsonLog:
                 self._append("\n")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Appends `row`; tensors and other numbers become plain ones, anything else unknown its text."""
+        """Appends `row`; tensors and arrays become plain numbers and lists, anything else unknown its text."""
         if self.enabled:
             self._append(json.dumps(row, default=_plain, ensure_ascii=False) + "\n")
 
@@ -64,7 +64,7 @@ class JsonLog:
 
 
 def _plain(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") and getattr(value, "size", 1) in (1, ()) else str(value)
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 class TensorBoardLog:
@@ -93,51 +93,26 @@ class TensorBoardLog:
             self.writer.close()
 
 
-class SmoothedValue:
-    """A series of scalars: mean of the last `window`, and of all. Tensors are kept where they are, as they come."""
-
-    def __init__(self, *, window: int = 20) -> None:
-        self.recent: deque[torch.Tensor] = deque(maxlen=window)
-        self.total: torch.Tensor | None = None
-        self.count = 0
-
-    def update(self, value: torch.Tensor | float) -> None:
-        """Adds one scalar; no synchronisation with the device."""
-        value = torch.as_tensor(value).detach().double().reshape(())
-        self.recent.append(value)
-        self.total = value if self.total is None else self.total + value
-        self.count += 1
-
-    @property
-    def avg(self) -> float:
-        """Mean of the last `window` values (waits for the device)."""
-        return torch.stack(list(self.recent)).mean().item()
-
-    @property
-    def global_avg(self) -> float:
-        """Mean of all values (waits for the device)."""
-        if self.total is None:
-            raise ValueError("no value was added yet")
-        return (self.total / self.count).item()
-
-
 class MetricLogger:
-    """Named means since the last `drain`, over the steps and then over the ranks; summed on the device."""
+    """Named means since the last `drain`, over the steps and then over the ranks; summed on the device in float64."""
 
     def __init__(self) -> None:
-        self.meters: dict[str, SmoothedValue] = {}
+        self.totals: dict[str, torch.Tensor] = {}
+        self.counts: Counter[str] = Counter()
 
     def update(self, **values: torch.Tensor | float) -> None:
         """Adds one scalar to each named series; no synchronisation with the device."""
         for name, value in values.items():
-            self.meters.setdefault(name, SmoothedValue(window=1)).update(value)
+            value = torch.as_tensor(value).detach().double().reshape(())
+            self.totals[name] = self.totals[name] + value if name in self.totals else value
+            self.counts[name] += 1
 
     def drain(self) -> dict[str, float]:
-        """The mean of each series over steps and ranks; empties them. Every rank must call it, with the same names."""
-        if not self.meters:
+        """The mean of each series; empties them. Every rank must call it, with the same names."""
+        if not self.totals:
             return {}
-        means = torch.stack([meter.total / meter.count for meter in self.meters.values()])
-        values = dist.all_reduce_mean(means).tolist()
-        names = list(self.meters)
-        self.meters.clear()
-        return dict(zip(names, values, strict=True))
+        means = torch.stack([total / self.counts[name] for name, total in self.totals.items()])
+        values = dict(zip(self.totals, dist.all_reduce_mean(means).tolist(), strict=True))
+        self.totals.clear()
+        self.counts.clear()
+        return values

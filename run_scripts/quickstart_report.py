@@ -21,17 +21,25 @@ from lavis_lite.tasks.metrics.vqa_accuracy import vqa_metrics
 STEPS = {"pretrain": "Pretraining", "caption": "Captioning", "vqa": "Question answering", "retrieval": "Retrieval"}
 NUM_SHOWN = 24
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #1c2330; background: #fbfbfd }
-h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.4rem }
-table { border-collapse: collapse } td, th { padding: .3rem .9rem; border-bottom: 1px solid #d9dde6; text-align: left }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem;
+  color: #1c2330; background: #fbfbfd }
+h1 { font-size: 1.6rem }
+h2 { font-size: 1.2rem; margin-top: 2.4rem }
+table { border-collapse: collapse }
+td, th { padding: .3rem .9rem; border-bottom: 1px solid #d9dde6; text-align: left }
 td.number { text-align: right; font-variant-numeric: tabular-nums }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: .8rem }
-.card { background: white; border: 1px solid #d9dde6; border-left: 5px solid; border-radius: 6px; padding: .6rem; display: flex; gap: .7rem }
+.card { background: white; border: 1px solid #d9dde6; border-left: 5px solid; border-radius: 6px;
+  padding: .6rem; display: flex; gap: .7rem }
 .card img { width: 96px; height: 96px; image-rendering: pixelated; border-radius: 3px; flex: none }
-.right { border-left-color: #2c9a5b } .wrong { border-left-color: #cf3f3f }
-.card small { color: #5b6579; display: block } .verdict { font-weight: 600 }
-.right .verdict { color: #1f7a46 } .wrong .verdict { color: #b02c2c }
-svg { background: white; border: 1px solid #d9dde6; border-radius: 6px } svg text { font: 11px system-ui, sans-serif; fill: #5b6579 }
+.right { border-left-color: #2c9a5b }
+.wrong { border-left-color: #cf3f3f }
+.card small { color: #5b6579; display: block }
+.verdict { font-weight: 600 }
+.right .verdict { color: #1f7a46 }
+.wrong .verdict { color: #b02c2c }
+svg { background: white; border: 1px solid #d9dde6; border-radius: 6px }
+svg text { font: 11px system-ui, sans-serif; fill: #5b6579 }
 """
 
 
@@ -103,7 +111,9 @@ def caption_cards(job: Path) -> Iterator[Card]:
     for entry in result(job, "captions"):
         key = str(entry["image_id"])
         right = is_true(entry["caption"], scenes[key])
-        yield Card(Path(dataset.vis_root) / images[key], entry["caption"], right, f"a person said: {references[key][0]}")
+        yield Card(
+            Path(dataset.vis_root) / images[key], entry["caption"], right, f"a person said: {references[key][0]}"
+        )
 
 
 def vqa_cards(job: Path) -> Iterator[Card]:
@@ -141,7 +151,8 @@ def card_html(card: Card) -> str:
     verdict = "right" if card.right else "wrong"
     return (
         f'<div class="card {verdict}"><img alt="{html.escape(card.image.name)}" src="data:image/jpeg;base64,{data}">'
-        f'<div>{html.escape(card.said)}<div class="verdict">{verdict}</div><small>{html.escape(card.note)}</small></div></div>'
+        f'<div>{html.escape(card.said)}<div class="verdict">{verdict}</div>'
+        f"<small>{html.escape(card.note)}</small></div></div>"
     )
 
 
@@ -154,7 +165,8 @@ def curve(points: list[tuple[float, float]], title: str) -> str:
     up = (height - bottom - 26) / max(top - low, 1e-9)
     path = " ".join(f"{left + x * across:.1f},{height - bottom - (y - low) * up:.1f}" for x, y in points)
     ticks = "".join(
-        f'<line x1="{left}" x2="{width - 12}" y1="{y:.1f}" y2="{y:.1f}" stroke="#e7eaf0"/><text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.2g}</text>'
+        f'<line x1="{left}" x2="{width - 12}" y1="{y:.1f}" y2="{y:.1f}" stroke="#e7eaf0"/>'
+        f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.2g}</text>'
         for value in (low, (low + top) / 2, top)
         for y in [height - bottom - (value - low) * up]
     )
@@ -179,16 +191,25 @@ def section(title: str, text: str, cards: Iterable[Card]) -> str:
 
 def page(out: Path, results: dict[str, Any]) -> str:
     """The whole report."""
-    figures = "".join(f'<tr><td>{html.escape(name)}</td><td class="number">{value}</td></tr>' for name, value in table(results))
+    figures = "".join(
+        f'<tr><td>{html.escape(name)}</td><td class="number">{value}</td></tr>' for name, value in table(results)
+    )
     return "".join(
         [
             '<!doctype html><html lang="en"><meta charset="utf-8"><title>lavis_lite quickstart</title>',
             f"<style>{STYLE}</style><h1>A tiny BLIP on <code>shapes</code></h1>",
-            "<p>Pretrained, then finetuned for three tasks; figures and pictures are of the test split, whose scenes were never trained on.</p>",
+            "<p>Pretrained, then finetuned for three tasks; figures and pictures are of the test split, "
+            "whose scenes were never trained on.</p>",
             f"<table>{figures}</table><h2>Training</h2>{curves(out)}",
-            section("Captions", "Right: every statement of the caption is true of the scene.", caption_cards(out / "caption")),
+            section(
+                "Captions",
+                "Right: every statement of the caption is true of the scene.",
+                caption_cards(out / "caption"),
+            ),
             section("Answers", "Right: at least two of ten people gave this answer.", vqa_cards(out / "vqa")),
-            section("Texts found for an image", "The best of all texts of the gallery.", retrieval_cards(out / "retrieval")),
+            section(
+                "Texts found for an image", "The best of all texts of the gallery.", retrieval_cards(out / "retrieval")
+            ),
             "</html>",
         ]
     )
@@ -204,7 +225,17 @@ def main() -> None:
     write_text(arguments.out / "results.json", json.dumps(results, indent=2) + "\n")
     write_text(arguments.out / "report.html", page(arguments.out, results))
     lines = [f"{name:<44}{value:>10}" for name, value in table(results)]
-    print("\n".join(["", *lines, "", f"figures   {arguments.out / 'results.json'}", f"pictures  {arguments.out / 'report.html'}"]))
+    print(
+        "\n".join(
+            [
+                "",
+                *lines,
+                "",
+                f"figures   {arguments.out / 'results.json'}",
+                f"pictures  {arguments.out / 'report.html'}",
+            ]
+        )
+    )
 
 
 if __name__ == "__main__":

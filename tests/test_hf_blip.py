@@ -4,7 +4,6 @@ Tolerance: 1e-4 relative to the largest value; captions are equal.
 """
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +49,8 @@ def theirs(cls: Any, model: Any, **text: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def image() -> Iterator[Tensor]:
-    yield torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+def image() -> Tensor:
+    return torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
 
 
 def close(actual: Tensor, expected: Tensor) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from lavis_lite.models.base import WEIGHT_KEYS
+from lavis_lite.config_sections import MODEL_KEYS
 from lavis_lite.registry import registry
 from lavis_lite.zoo import model_config_path
 
@@ -22,7 +22,7 @@ BERT_VOCABULARY = 30524
 def build(arch: str, model_type: str) -> Any:
     """The model on the meta device; the small tokenizer stands in for bert-base-uncased, which is not at hand."""
     section = OmegaConf.to_container(OmegaConf.load(model_config_path(arch, model_type)))["model"]
-    settings = {key: value for key, value in section.items() if key not in WEIGHT_KEYS}
+    settings = {key: value for key, value in section.items() if key not in MODEL_KEYS}
     settings |= {"tokenizer": str(REFERENCE / "tiny_hf" / "bert"), "med": {"vocab_size": BERT_VOCABULARY}}
     with torch.device("meta"):
         return registry.get_model_class(arch)(**settings)

@@ -1,6 +1,7 @@
 """Every recorded case of the original implementation, found under `cases/` of the reference folder.
 
-Tolerances: losses, logits and features 1e-4 relative (to the largest value), gradient norms 1e-3, queues and momentum weights 1e-5, ids and strings exact.
+Tolerances: losses, logits and features 1e-4 relative (to the largest value), gradient norms 1e-3, queues and momentum
+weights 1e-5, ids and strings exact.
 """
 
 import json
@@ -38,8 +39,13 @@ class Case:
         explicit = self.config["_explicit"]
         return {
             "image_size": vit["img"],
-            "vit": {"patch_size": vit["patch"], "width": vit["width"], "depth": vit["depth"], "num_heads": vit["heads"],
-                    "mlp_ratio": explicit["vit"]["mlp_ratio"]},
+            "vit": {
+                "patch_size": vit["patch"],
+                "width": vit["width"],
+                "depth": vit["depth"],
+                "num_heads": vit["heads"],
+                "mlp_ratio": explicit["vit"]["mlp_ratio"],
+            },
             "vit_layer_norm_epsilon": explicit["vit"]["norm_eps"],
             "med": {
                 "hidden_size": med["hidden"],
@@ -54,7 +60,7 @@ class Case:
         }
 
     def model(self, arch: str, *settings: str, **more: Any) -> Any:
-        """The registered model in evaluation mode with the case's weights; `settings` are taken over from the config."""
+        """The registered model in evaluation mode with the case's weights; `settings` come from the config."""
         arguments = self.sizes() | {name: self.config[name] for name in settings} | more
         model = registry.get_model_class(arch)(**arguments).eval()
         model.load_state_dict(self.weights)
@@ -90,8 +96,15 @@ def check_vit(case: Case) -> None:
 
     def build(image_size: int) -> BlipViT:
         return BlipViT(
-            ViTConfig(image_size=image_size, patch_size=sizes["patch"], width=sizes["width"], depth=sizes["depth"],
-                      num_heads=sizes["heads"], norm_eps=explicit["norm_eps"], mlp_ratio=explicit["mlp_ratio"])
+            ViTConfig(
+                image_size=image_size,
+                patch_size=sizes["patch"],
+                width=sizes["width"],
+                depth=sizes["depth"],
+                num_heads=sizes["heads"],
+                norm_eps=explicit["norm_eps"],
+                mlp_ratio=explicit["mlp_ratio"],
+            )
         ).eval()
 
     vit = build(sizes["img"])
@@ -138,8 +151,13 @@ def check_captions(model: Any, image: Tensor, expected: dict[str, Any]) -> None:
 
 def check_vqa(case: Case) -> None:
     model = case.model("blip_vqa", "max_txt_len")
-    samples = {"image": case.inputs["image"], "text_input": case.config["questions"], "answer": case.config["answers"],
-               "weight": torch.tensor(case.config["weight"]), "n_answers": torch.tensor(case.config["n_answers"])}
+    samples = {
+        "image": case.inputs["image"],
+        "text_input": case.config["questions"],
+        "answer": case.config["answers"],
+        "weight": torch.tensor(case.config["weight"]),
+        "n_answers": torch.tensor(case.config["n_answers"]),
+    }
     states, mask = model.encode_questions(samples)
     close(states, case.outputs["question_states"])
     ids, answer_mask = model.tokenize(samples["answer"], start=model.decoder_start)
@@ -158,7 +176,9 @@ def check_vqa(case: Case) -> None:
         check_ranks(model, samples, context, case.config["answer_list"], case.facts[f"rank_{k}"])
 
 
-def check_ranks(model: Any, samples: dict[str, Any], context: Any, answers: list[str], expected: dict[str, Any]) -> None:
+def check_ranks(
+    model: Any, samples: dict[str, Any], context: Any, answers: list[str], expected: dict[str, Any]
+) -> None:
     """Candidates, their losses (in any order of equal first tokens) and the chosen answers."""
     k = min(expected["num_ans_candidates"], len(answers))
     with torch.no_grad():
@@ -193,7 +213,9 @@ def check_feature_extractor(case: Case) -> None:
 
 def check_nlvr(case: Case) -> None:
     model = case.model("blip_nlvr", "num_classes")
-    samples = {name: case.inputs[name] for name in ("image0", "image1", "label")} | {"text_input": case.config["captions"]}
+    samples = {name: case.inputs[name] for name in ("image0", "image1", "label")} | {
+        "text_input": case.config["captions"]
+    }
     close(model.states(samples), case.outputs["hidden"])
     close(model.predict(samples)["predictions"], case.outputs["logits"])
     loss = model(samples)["loss"]
@@ -205,8 +227,14 @@ def check_nlvr(case: Case) -> None:
 def check_classification(case: Case) -> None:
     model = case.model("blip_classification", "num_classes", "momentum", "alpha", "max_txt_len")
     epoch, step, per_epoch = case.config["schedule"]
-    samples = {"image": case.inputs["image"], "label": case.inputs["label"], "text_input": case.config["captions"],
-               "epoch": epoch, "iters": step, "num_iters_per_epoch": per_epoch}
+    samples = {
+        "image": case.inputs["image"],
+        "label": case.inputs["label"],
+        "text_input": case.config["captions"],
+        "epoch": epoch,
+        "iters": step,
+        "num_iters_per_epoch": per_epoch,
+    }
     output = model(samples)
     close(output["loss"], case.facts["loss"])
     close(output["logits"], case.outputs["logits"])
@@ -247,11 +275,18 @@ class Recorder:
 
 
 def check_momentum_steps(case: Case, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two training forwards: losses, similarities, targets, negatives, queues, momentum weights; gradients of the first."""
+    """Two training forwards: losses, similarities, targets, negatives, queues, momentum weights; gradients of the
+    first.
+    """
     for number, suffix in enumerate(("", "_step2")):
         epoch, step, per_epoch = case.config["schedule"][number]
-        samples = {"image": case.inputs[f"image{suffix}"], "text_input": case.config["captions"][number],
-                   "epoch": epoch, "iters": step, "num_iters_per_epoch": per_epoch}
+        samples = {
+            "image": case.inputs[f"image{suffix}"],
+            "text_input": case.config["captions"][number],
+            "epoch": epoch,
+            "iters": step,
+            "num_iters_per_epoch": per_epoch,
+        }
         if f"image_id{suffix}" in case.inputs:
             samples["image_id"] = case.inputs[f"image_id{suffix}"]
         close(model.image_queue, case.outputs[f"image_queue_before{suffix}"], 1e-5)
@@ -312,7 +347,9 @@ def check_retrieval(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     model = case.model("blip_retrieval", *settings)
     model.max_txt_len = 35  # the original's evaluation ignores max_txt_len
     loader = EvaluationSet(case.inputs["eval_images"], case.config["eval_texts"])
-    for actual, name in zip(model.compute_sim_matrix(loader, case.config["k_test"]), ("score_i2t", "score_t2i"), strict=True):
+    for actual, name in zip(
+        model.compute_sim_matrix(loader, case.config["k_test"]), ("score_i2t", "score_t2i"), strict=True
+    ):
         recorded = case.outputs[name]
         assert ((torch.as_tensor(actual) == -100) == (recorded == -100)).all()
         chosen = recorded != -100

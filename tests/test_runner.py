@@ -4,6 +4,7 @@ Run as a script (`python tests/test_runner.py JOB_DIR key=value ...`) it is one 
 start under torchrun's environment.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -12,6 +13,8 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,51 +26,29 @@ from torch.utils.data import Dataset
 
 from lavis_lite import checkpoint, dist
 from lavis_lite.errors import NonFiniteLoss, UnreadableSample
+from lavis_lite.logger import JsonLog
 from lavis_lite.optim import parameter_groups
 from lavis_lite.registry import registry
+from lavis_lite.run_config import RunConfig
 from lavis_lite.runners.plan import Plan, resolve_precision
 from lavis_lite.runners.runner import Runner
 from lavis_lite.runners.sampling import seed_everything
+from lavis_lite.runners.state import FiniteGuard
 
 RUN: dict[str, Any] = {
-    "runner": "runner_base",
     "task": "toy",
-    "lr_sched": "linear_warmup_cosine_lr",
-    "lr_sched_per_epoch": False,
     "init_lr": 0.05,
-    "min_lr": 0.0,
     "warmup_lr": 0.01,
     "warmup_steps": 3,
-    "lr_decay_rate": None,
-    "lr_layer_decay": 1.0,
-    "weight_decay": 0.05,
-    "beta1": 0.9,
-    "beta2": 0.999,
     "max_epoch": 2,
-    "max_iters": None,
-    "iters_per_inner_epoch": None,
     "batch_size_train": 4,
     "batch_size_eval": 3,
     "num_workers": 0,
-    "accum_grad_iters": 1,
-    "grad_clip_norm": None,
-    "precision": "auto",
-    "amp": None,
-    "seed": 42,
-    "resume_ckpt_path": None,
-    "resume": None,
-    "evaluate": False,
-    "train_splits": ["train"],
     "valid_splits": ["val"],
     "test_splits": ["test"],
-    "train_dataset_ratios": None,
     "device": "cpu",
     "log_freq": 1,
-    "checkpoint_every": None,
-    "keep_checkpoints": 0,
-    "max_unreadable_share": 0.0,
     "tensorboard": False,
-    "find_unused_parameters": False,
 }
 
 
@@ -75,12 +56,11 @@ class Config:
     """What a Runner reads of a configuration."""
 
     def __init__(self, **changes: Any) -> None:
-        assert set(changes) <= set(RUN), changes
-        self.run = SimpleNamespace(**{**RUN, **changes})
+        self.run = RunConfig(**{**RUN, **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
-        return {"run": dict(vars(self.run))}
+        return {"run": asdict(self.run)}
 
 
 class Line(Dataset):
@@ -280,7 +260,7 @@ def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
 def test_accumulation_equals_a_larger_batch(tmp_path: Path) -> None:
     """Five batches of 4 accumulated by 2: updates after batches 2, 4 and 5; by hand from the same batches."""
     runner = make(tmp_path, dropout=0, accum_grad_iters=2, max_epoch=1, valid_splits=[], test_splits=[])
-    seed_everything(RUN["seed"])
+    seed_everything(runner.run.seed)
     twin = Toy(dropout=0)
     optimizer = torch.optim.AdamW(twin.optimizer_groups(0.05), betas=(0.9, 0.999))
     runner.train()
@@ -294,6 +274,20 @@ def test_accumulation_equals_a_larger_batch(tmp_path: Path) -> None:
             group["lr"] = runner.schedule.lr_at(end - 1)
         optimizer.step()
     torch.testing.assert_close(dict(twin.named_parameters()), dict(runner.model.named_parameters()))
+
+
+def test_gradients_travel_once_a_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    local: list[int] = []
+
+    @contextlib.contextmanager
+    def no_sync() -> Iterator[None]:
+        local.append(len(runner.model.seen))
+        yield
+
+    runner = make(tmp_path, accum_grad_iters=3, max_epoch=1)
+    monkeypatch.setattr(dist, "data_parallel", lambda model, **options: (model, no_sync))
+    runner.train()
+    assert local == [0, 1, 3]  # windows of 3 and 2 batches, all but the last of each
 
 
 def test_samples_know_the_epoch_and_schedule_is_per_step(tmp_path: Path) -> None:
@@ -389,7 +383,7 @@ def test_nothing_to_resume_starts_afresh(tmp_path: Path) -> None:
 def test_resuming_what_does_not_fit(tmp_path: Path) -> None:
     make(tmp_path, max_epoch=1).train()
     path = str(tmp_path / "checkpoint_last.pth")
-    with pytest.raises(ValueError, match="5 iterations per .*this run 11"):
+    with pytest.raises(ValueError, match=r"5 iterations per .*this run 11"):
         make(tmp_path / "b", batch_size_train=2, resume_ckpt_path=path).train()
     with pytest.raises(ValueError, match="parameter groups differ"):
         make(tmp_path / "c", lr_layer_decay=0.5, resume_ckpt_path=path).train()
@@ -485,6 +479,63 @@ def test_metrics_without_aggregate(tmp_path: Path) -> None:
     task.evaluate = lambda model, loader, *, split, result_dir: {"accuracy": 1.0}
     with pytest.raises(ValueError, match=r"agg_metrics.*accuracy"):
         make(tmp_path, task=task).train()
+
+
+def test_guard_names_the_first_bad_step_when_asked_late() -> None:
+    """As on a GPU, where nobody looks between two logs."""
+    guard = FiniteGuard()
+    guard.check = lambda: None
+    for step, value in enumerate([1.0, 2.0, math.inf, math.nan, 3.0]):
+        guard.update(step, 0.5, {"loss": torch.tensor(value), "loss_itm": torch.tensor(step)})
+    with pytest.raises(NonFiniteLoss, match=r"step 3: loss inf, loss_itm 2; learning rate 0\.5"):
+        FiniteGuard.check(guard)
+
+
+def test_progress_on_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    make(tmp_path).train()
+    shown = capsys.readouterr().err
+    for part in ("epoch 2/2", "5/5", "loss=", "lr=", "samples_per_s=", "left=0:00:00"):
+        assert part in shown
+
+
+def test_progress_elsewhere(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    make(tmp_path, log_freq=4).train()
+    lines = [record.message for record in caplog.records if "time left" in record.message]
+    assert [line.split("  ")[:2] for line in lines] == [
+        ["epoch 1", "step 4/10"],
+        ["epoch 1", "step 5/10"],
+        ["epoch 2", "step 8/10"],
+        ["epoch 2", "step 10/10"],
+    ]
+    assert all("lr " in line and "samples_per_s " in line and "loss " in line for line in lines)
+
+
+def test_json_log_survives_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "log.txt"
+    path.write_text('{"step": 1}\n{"step"', encoding="utf-8")
+    JsonLog(path).write({"step": torch.tensor(2), "path": tmp_path, "name": "é"})
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert lines[:2] == ['{"step": 1}', '{"step"']
+    assert json.loads(lines[2]) == {"step": 2, "path": str(tmp_path), "name": "é"}
+
+
+def test_missing_tensorboard_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    make(tmp_path, tensorboard=True, max_epoch=1).train()
+    assert caplog.text.count("pip install tensorboard") == 1
+
+
+def test_unreadable_samples_are_in_the_log(tmp_path: Path) -> None:
+    with pytest.raises(UnreadableSample, match=r"broken\d+\.jpg"):
+        make(
+            tmp_path / "a", data={"line": {"train": Line("train", 22, broken=True)}}, valid_splits=[], test_splits=[]
+        ).train()
+    make(tmp_path / "b", max_unreadable_share=0.1).train()
+    assert rows(tmp_path / "b")[0]["unreadable"] == 0
 
 
 def test_plan() -> None:

@@ -22,7 +22,7 @@ from lavis_lite.tasks.captioning import CaptionTask
 from lavis_lite.tasks.image_text_pretrain import ImageTextPretrainTask
 from lavis_lite.tasks.metrics import caption_java
 from lavis_lite.tasks.multimodal_classification import MultimodalClassificationTask
-from lavis_lite.tasks.results import gather, on_main, per_sample, write_json
+from lavis_lite.tasks.results import gather, per_sample, write_json
 from lavis_lite.tasks.retrieval import RetrievalTask
 from lavis_lite.tasks.vqa import VQATask
 
@@ -415,7 +415,7 @@ def two_ranks(rank: int, port: int, folder: str) -> None:
     alone = loader(captions(1), sampler=range(rank, 1, 2))  # nothing for rank 1
     report["alone"] = task.evaluate(Toy(), alone, split="val", result_dir=where / "alone")
     try:
-        on_main(lambda: 1 / 0)
+        dist.on_main(lambda: 1 / 0)
     except (ZeroDivisionError, RuntimeError) as error:
         report["error"] = f"{type(error).__name__}: {error}"
     (Path(folder) / f"rank{rank}.json").write_text(json.dumps(report))

@@ -1,4 +1,4 @@
-"""What every registered model shares: building from a config, loading weights, optimizer groups, what a checkpoint holds.
+"""What every registered model shares: building from a config, loading weights, optimizer groups, checkpoints.
 
 The keys and shapes of the sample dict that models eat are listed in docs/architecture.md, section 3.
 """
@@ -12,18 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from lavis_lite import checkpoint, download
+from lavis_lite.config_sections import MODEL_KEYS
 from lavis_lite.optim import parameter_groups
 
 logger = logging.getLogger(__name__)
 
-WEIGHT_KEYS = ("arch", "model_type", "pretrained", "finetuned", "load_pretrained", "load_finetuned", "checkpoint")
-
 
 class BaseModel(nn.Module):
-    """A registered model. Constructors take keyword-only arguments and build; the union of a class's and its parents' is its YAML schema."""
+    """A registered model. Constructors take keyword-only arguments and build; the union of a class's and its parents'
+    is its YAML schema.
+    """
 
     new_parts: ClassVar[tuple[str, ...]] = ()
-    """Prefixes of parameters that a pretrained file may lack because finetuning adds them."""
+    """What stands in the names of parameters that a pretrained file may lack because finetuning adds them."""
     restorable_frozen: ClassVar[bool] = True
     """Whether frozen parameters can be fetched again from their own source, so that checkpoints leave them out."""
 
@@ -37,22 +38,34 @@ class BaseModel(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: dict[str, Any]) -> Self:
-        """Build from a model section and load the weights it names: `checkpoint`, else `finetuned`, else `pretrained`."""
-        model = cls(**{key: value for key, value in cfg.items() if key not in WEIGHT_KEYS})
+        """Build from a model section and load the weights it names: `checkpoint`, else `finetuned`, else
+        `pretrained`, else `init_*`.
+        """
+        model = cls(**{key: value for key, value in cfg.items() if key not in MODEL_KEYS})
         chosen = chosen_weights(cfg)
         if chosen is not None:
             kind, source = chosen
             model.load_weights(source, initialise=kind == "pretrained")
+        elif cfg.get("init_vit") or cfg.get("init_text"):
+            model.start_from(vit=cfg.get("init_vit"), text=cfg.get("init_text"))
         return model
+
+    def start_from(self, *, vit: str | None = None, text: str | None = None) -> None:
+        """Start encoders from weights of another family; models that can override it."""
+        raise ValueError(f"{type(self).__name__} takes no init_vit or init_text; give pretrained or finetuned weights")
 
     def load_weights(self, source: str, *, initialise: bool = False) -> None:
         """Load a file or URL (.pth as LAVIS and BLIP write it, or .safetensors).
 
-        With `initialise` (a pretrained file) the parts that finetuning adds may be missing; otherwise every trainable parameter must be there.
+        With `initialise` (a pretrained file) the parts that finetuning adds may be missing; otherwise every trainable
+        parameter must be there.
         """
         state = checkpoint.find_state_dict(checkpoint.load(download.fetch(source)))
         state = self.adapt_state_dict(dict(state))
-        checkpoint.load_into(self, state, source=str(source), allow_missing=self.new_parts if initialise else ())
+        new_parts = self.new_parts if initialise else ()
+        checkpoint.load_into(
+            self, state, source=str(source), allow_missing=lambda key: any(part in key for part in new_parts)
+        )
         self.after_loading(state)
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -100,7 +113,9 @@ def inherited_signature(cls: type) -> inspect.Signature:
 
 
 def chosen_weights(cfg: dict[str, Any]) -> tuple[str, str] | None:
-    """Which file a model section asks for: its kind and path, or None for random weights. A kind that was asked for must be named."""
+    """Which file a model section asks for: its kind and path, or None for random weights. A kind that was asked for
+    must be named.
+    """
     if cfg.get("checkpoint"):
         return "checkpoint", cfg["checkpoint"]
     for kind in ("finetuned", "pretrained"):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lavis_lite.convert import blip_from_hf, is_hf_blip
 from lavis_lite.models.base import BaseModel
+from lavis_lite.models.initialise import bert_weights, start_from, vit_weights
 from lavis_lite.models.tokenizers import blip_tokenizer
 from lavis_lite.nn.bert import BertConfig
 from lavis_lite.nn.decoding import DecodingConfig
@@ -61,7 +62,11 @@ class BlipBase(BaseModel):
     ) -> tuple[Tensor, Tensor]:
         """Ids and mask (B,T), padded to the longest; `start` replaces [CLS]; `max_length` truncates."""
         tokens = self.tokenizer(
-            list(texts), padding="longest", truncation=max_length is not None, max_length=max_length, return_tensors="pt"
+            list(texts),
+            padding="longest",
+            truncation=max_length is not None,
+            max_length=max_length,
+            return_tensors="pt",
         ).to(self.device)
         ids, mask = tokens.input_ids, tokens.attention_mask
         if start is not None:
@@ -93,8 +98,20 @@ class BlipBase(BaseModel):
         prefix = "visual_encoder."
         return lambda name: scale(name.removeprefix(prefix)) if name.startswith(prefix) else 1.0
 
+    def start_from(self, *, vit: str | None = None, text: str | None = None) -> None:
+        """An ImageNet ViT (timm's name or a file) and/or a BERT (folder or hub id) as in BLIP's pretraining; twins
+        become copies.
+        """
+        if vit is not None:
+            start_from(self, vit_weights(vit, self.visual_encoder.pos_embed), source=vit)
+        if text is not None:
+            start_from(self, bert_weights(text), source=text)
+        self.after_loading({})
+
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Translate Hugging Face's names, resize position embeddings to this image size, leave out feature queues of another length."""
+        """Translate Hugging Face's names, resize position embeddings to this image size, leave out feature queues of
+        another length.
+        """
         own = self.state_dict()
         if is_hf_blip(state):
             state = blip_from_hf(state)
@@ -125,7 +142,7 @@ def project(layer: nn.Linear, states: Tensor) -> Tensor:
 
 
 def ramp(samples: dict[str, Any], alpha: float, num_epochs: int) -> float:
-    """alpha, ramped up linearly over the first epochs (ALBEF's implementation); full where the samples tell no epoch."""
+    """alpha, ramped up linearly over the first epochs as ALBEF does; full where the samples tell no epoch."""
     if "epoch" not in samples:
         return alpha
     per_epoch = samples["num_iters_per_epoch"]

@@ -13,7 +13,9 @@ from lavis_lite.registry import registry
 
 @registry.register_model("blip_caption")
 class BlipCaption(BlipBase):
-    """Captions an image. Training texts start with `prompt` (the text processor puts it there), which is not predicted."""
+    """Captions an image. Training texts start with `prompt` (the text processor puts it there), which is not
+    predicted.
+    """
 
     def __init__(self, *, prompt: str | None = "a picture of ", max_txt_len: int = 40, **parts: Any) -> None:
         super().__init__(max_txt_len=max_txt_len, **parts)
@@ -47,7 +49,8 @@ class BlipCaption(BlipBase):
     ) -> list[str]:
         """Captions of `image` (B,3,H,W), `num_captions` of each in turn, without the prompt.
 
-        `samples["prompt"]`, one string or one a sample, replaces the model's. Lengths are in tokens and count `[DEC]` and the prompt.
+        `samples["prompt"]`, one string or one a sample, replaces the model's. Lengths are in tokens and count `[DEC]`
+        and the prompt.
         """
         config = self.decoding(
             max_length=max_length,

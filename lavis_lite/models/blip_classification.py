@@ -1,6 +1,7 @@
 """BLIP multimodal classification (SNLI-VE and the like), optionally distilled from a momentum twin.
 
-Unlike the other image-grounded models it keeps `[CLS]` as the text's first token. The twin moves in `forward` where gradients are enabled.
+Unlike the other image-grounded models it keeps `[CLS]` as the text's first token. The twin moves in `forward` where
+gradients are enabled.
 """
 
 import logging
@@ -79,12 +80,16 @@ class BlipClassification(BlipBase):
         return classify(self.visual_encoder_m, self.text_encoder_m, self.cls_head_m, image, ids, mask)
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A captioning file (LAVIS's choice here) has a decoder only: its text transformer initialises the encoder; LAVIS left that random."""
+        """A captioning file (LAVIS's choice here) has a decoder only: its text transformer initialises the encoder;
+        LAVIS left that random.
+        """
         state = super().adapt_state_dict(state)
         decoder = {name: tensor for name, tensor in state.items() if name.startswith("text_decoder.bert.")}
         if decoder and not any(name.startswith("text_encoder.") for name in state):
             logger.info("the file holds no text encoder: its decoder's text transformer initialises it")
-            state.update({name.replace("text_decoder.bert.", "text_encoder."): tensor for name, tensor in decoder.items()})
+            state.update(
+                {name.replace("text_decoder.bert.", "text_encoder."): tensor for name, tensor in decoder.items()}
+            )
         return state
 
     def after_loading(self, state: dict[str, Tensor]) -> None:

@@ -11,7 +11,9 @@ from lavis_lite.registry import registry
 
 
 class BlipTowers(BlipBase):
-    """Image and text encoder with projections into a common space of `embed_dim`; the text encoder can be grounded in the image."""
+    """Image and text encoder with projections into a common space of `embed_dim`; the text encoder can be grounded in
+    the image.
+    """
 
     def __init__(self, *, embed_dim: int = 256, **parts: Any) -> None:
         super().__init__(**parts)
@@ -57,7 +59,9 @@ class BlipITM(BlipMatching):
     """Scores how well texts fit images."""
 
     def forward(self, samples: dict[str, Any], match_head: str = "itm") -> Tensor:
-        """`itm`: logits (B,2) of each pair, `[:, 1]` for a match; `itc`: cosine similarities (B,B) of all images (rows) with all texts."""
+        """`itm`: logits (B,2) of each pair, `[:, 1]` for a match; `itc`: cosine similarities (B,B) of all images
+        (rows) with all texts.
+        """
         tokens, image_feat = self.encode_image(samples["image"])
         texts = text_list(samples["text_input"], len(tokens))
         ids, mask = self.tokenize(texts, max_length=self.max_txt_len)
@@ -83,7 +87,8 @@ class BlipFeatureExtractor(BlipTowers):
     def extract_features(self, samples: dict[str, Any], mode: str = "multimodal") -> dict[str, Tensor]:
         """Features of `image` (B,3,H,W) and/or `text_input` (B texts).
 
-        `image`: `image_embeds` (B,1+N,E) and `image_embeds_proj` (B,1+N,embed_dim), normalised; token 0 is the whole image.
+        `image`: `image_embeds` (B,1+N,E) and `image_embeds_proj` (B,1+N,embed_dim), normalised; token 0 is the whole
+        image.
         `text`: `text_embeds` (B,T,E) and `text_embeds_proj` (B,T,embed_dim), normalised; token 0 is the whole text.
         `multimodal`: `image_embeds` and `multimodal_embeds` (B,T,E), the text's tokens grounded in the image.
         """

@@ -1,7 +1,7 @@
-"""Contrastive learning with a momentum twin, feature queues and hard negatives, shared by pretraining and retrieval finetuning.
+"""Contrast with a momentum twin, feature queues and hard negatives, shared by pretraining and retrieval finetuning.
 
-Surprising: twin, queues and the clamp of the temperature are updated inside `forward`, before the backward pass, as the published
-models were trained; but only where gradients are enabled, so that evaluating a loss changes nothing.
+Surprising: twin, queues and the clamp of the temperature are updated inside `forward`, before the backward pass, as
+the published models were trained; but only where gradients are enabled, so that evaluating a loss changes nothing.
 """
 
 from copy import deepcopy
@@ -87,7 +87,9 @@ class BlipMomentum(BlipMatching):
     def contrastive_loss(
         self, image_feat: Tensor, text_feat: Tensor, twin: MomentumFeatures, hard: Tensor, alpha: float
     ) -> Tensor:
-        """Image-text contrast against batch and queue with soft labels; `hard` (B,N) are the row-normalised hard targets."""
+        """Image-text contrast against batch and queue with soft labels; `hard` (B,N) are the row-normalised hard
+        targets.
+        """
         with torch.no_grad():
             i2t_targets = momentum_targets(twin.image @ twin.text_all / self.temp, hard, alpha)
             t2i_targets = momentum_targets(twin.text @ twin.image_all / self.temp, hard, alpha)
@@ -121,11 +123,18 @@ class BlipMomentum(BlipMatching):
         )
 
     def matching_loss(
-        self, tokens: Tensor, ids: Tensor, mask: Tensor, pool: "Pool", negatives: tuple[Tensor, Tensor], context: Context
+        self,
+        tokens: Tensor,
+        ids: Tensor,
+        mask: Tensor,
+        pool: "Pool",
+        negatives: tuple[Tensor, Tensor],
+        context: Context,
     ) -> Tensor:
         """Match or no match, of the pairs, of each text with a negative image and of each image with a negative text.
 
-        `negatives` are the drawn rows of the pool, (B,) images and (B,) texts; `context` is that of `tokens`, this rank's images.
+        `negatives` are the drawn rows of the pool, (B,) images and (B,) texts; `context` is that of `tokens`, this
+        rank's images.
         """
         negative_image, negative_text = negatives
         if pool.is_local:
@@ -140,7 +149,9 @@ class BlipMomentum(BlipMatching):
     def draw_negatives(
         self, image_feat: Tensor, text_feat: Tensor, pool: "Pool", positive: Tensor, floor: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """For each text a negative image and for each image a negative text, rows of the pool; likelier the more similar."""
+        """For each text a negative image and for each image a negative text, rows of the pool; likelier the more
+        similar.
+        """
         t2i = (text_feat @ pool.image_feat.t() / self.temp).softmax(dim=1) + floor
         i2t = (image_feat @ pool.text_feat.t() / self.temp).softmax(dim=1) + floor
         return draw_negatives(t2i, positive), draw_negatives(i2t, positive)

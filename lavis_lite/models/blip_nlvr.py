@@ -1,4 +1,4 @@
-"""BLIP for NLVR2: is a statement true of a pair of images? The text encoder cross-attends to both (BLIP, section 5.4)."""
+"""BLIP for NLVR2: is a statement true of a pair of images? The text attends to both (BLIP, section 5.4)."""
 
 from typing import Any, ClassVar
 
@@ -49,7 +49,12 @@ class BlipNLVR(BlipBase):
             for old, new in ((".self.", ".self{}."), (".output.dense.", ".output.dense{}.")):
                 if f".crossattention{old}" in name:
                     tensor = state.pop(name)
-                    state.update({name.replace(f".crossattention{old}", f".crossattention{new.format(i)}"): tensor for i in (0, 1)})
+                    state.update(
+                        {
+                            name.replace(f".crossattention{old}", f".crossattention{new.format(i)}"): tensor
+                            for i in (0, 1)
+                        }
+                    )
         return state
 
 

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lavis_lite import dist
 from lavis_lite.models.blip_base import ramp
 from lavis_lite.models.blip_momentum import BlipMomentum
 from lavis_lite.nn.bert import BertLMHeadModel
@@ -46,7 +45,9 @@ class BlipPretrain(BlipMomentum):
 
         decoder_ids = ids.clone()
         decoder_ids[:, 0] = self.decoder_start
-        logits, _ = self.text_decoder(decoder_ids, mask, context=context)  # its cross-attention is the encoder's, and so is the context
+        logits, _ = self.text_decoder(
+            decoder_ids, mask, context=context
+        )  # its cross-attention is the encoder's, and so is the context
         loss_lm = language_modeling_loss(logits, self.labels(decoder_ids))
         return {
             "loss": loss_itc + loss_itm + loss_lm,

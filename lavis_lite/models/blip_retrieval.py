@@ -1,4 +1,4 @@
-"""BLIP retrieval finetuning: contrast and matching where captions of the same image count as positives (BLIP, section 5.1)."""
+"""BLIP retrieval finetuning: contrast and matching; captions of one image are all positives (BLIP, section 5.1)."""
 
 from typing import Any
 
@@ -24,7 +24,9 @@ class BlipRetrieval(BlipMomentum):
         self.register_buffer("idx_queue", torch.full((1, queue_size), -100))
 
     def forward(self, samples: dict[str, Any]) -> dict[str, Tensor]:
-        """`image` (B,3,H,W), `text_input` list[str], `image_id` (B,); the loss is the sum of `loss_itc` and `loss_itm`."""
+        """`image` (B,3,H,W), `text_input` list[str], `image_id` (B,); the loss is the sum of `loss_itc` and
+        `loss_itm`.
+        """
         update = torch.is_grad_enabled()
         self.clamp_temperature()
         tokens, image_feat = self.encode_image(samples["image"])
@@ -46,5 +48,7 @@ class BlipRetrieval(BlipMomentum):
         return {"loss": loss_itc + loss_itm, "loss_itc": loss_itc.detach(), "loss_itm": loss_itm.detach()}
 
     def compute_sim_matrix(self, loader: DataLoader, k_test: int) -> tuple[np.ndarray, np.ndarray]:
-        """Scores (images, texts) and (texts, images) of an evaluation set, -100 where not among the `k_test` most similar."""
+        """Scores (images, texts) and (texts, images) of an evaluation set, -100 where not among the `k_test` most
+        similar.
+        """
         return similarity_matrices(self, loader, k_test)

@@ -1,6 +1,7 @@
-"""BLIP visual question answering: an encoder reads the question with the image, a decoder writes the answer (BLIP, section 5.3).
+"""BLIP question answering: an encoder reads question and image, a decoder writes the answer (BLIP, section 5.3).
 
-The decoder attends to the question's states, not to the image; a batch's answers share their question's keys and values.
+The decoder attends to the question's states, not to the image; a batch's answers share their question's keys and
+values.
 """
 
 from typing import Any
@@ -29,7 +30,8 @@ class BlipVQA(BlipBase):
     def forward(self, samples: dict[str, Any]) -> dict[str, Tensor]:
         """Loss of the answers, each weighted, summed over a question's answers and averaged over the batch.
 
-        `image` (B,3,H,W), `text_input` list[str] of B questions, `answer` flat list[str], `weight` (sum of n_answers), `n_answers` (B).
+        `image` (B,3,H,W), `text_input` list[str] of B questions, `answer` flat list[str], `weight` (sum of
+        n_answers), `n_answers` (B).
         """
         states, mask = self.encode_questions(samples)
         n_answers = torch.as_tensor(samples["n_answers"], device=states.device)
@@ -66,7 +68,8 @@ class BlipVQA(BlipBase):
     ) -> list[str]:
         """One answer for each of the B questions.
 
-        `rank` picks from `answer_list`: the `num_ans_candidates` likeliest by their first token, then the likeliest as a whole (BLIP's protocol);
+        `rank` picks from `answer_list`: the `num_ans_candidates` likeliest by their first token, then the likeliest
+        as a whole (BLIP's protocol);
         `generate` writes freely by beam search, `max_len` and `min_len` tokens counting `[DEC]`.
         """
         if inference_method not in ("rank", "generate"):
@@ -85,14 +88,18 @@ class BlipVQA(BlipBase):
         return [answer_list[i] for i in best.tolist()]
 
     def generate_answers(self, states: Tensor, config: Any) -> list[str]:
-        """Free answers given the questions' states. The decoder sees the padding of shorter questions too, as the published results did."""
+        """Free answers given the questions' states. The decoder sees the padding of shorter questions too, as the
+        published results did.
+        """
         context = self.text_decoder.bert.project_context(states)
         start = torch.full((len(states), 1), self.decoder_start, device=states.device)
         ids = decode(decoding_step(self.text_decoder, context), start, config)
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     def rank_answers(self, context: Context, answer_list: list[str], k: int) -> tuple[Tensor, Tensor]:
-        """The k candidates of each question, by the probability of their first token, and each one's loss: (B,k) indices, (B,k)."""
+        """The k candidates of each question, by the probability of their first token, and each one's loss: (B,k)
+        indices, (B,k).
+        """
         ids, mask = self.tokenize(answer_list, start=self.decoder_start)
         num_questions = context.layers[0][0][0].shape[0]
         start = torch.full((num_questions, 1), self.decoder_start, device=ids.device)
@@ -106,5 +113,6 @@ def check_answers(samples: dict[str, Any], expected: int) -> None:
     """The flat answers must be as many as the questions announce."""
     if not len(samples["answer"]) == len(samples["weight"]) == expected:
         raise ValueError(
-            f"n_answers announces {expected} answers, but there are {len(samples['answer'])} answers and {len(samples['weight'])} weights"
+            f"n_answers announces {expected} answers, but there are {len(samples['answer'])} answers "
+            f"and {len(samples['weight'])} weights"
         )

@@ -42,9 +42,9 @@ def load_model(
 def load_preprocess(config: Mapping[str, Any]) -> tuple[Processors, Processors]:
     """Build the image and text processors of a model YAML's `preprocess` section.
 
-    Its form: `{vis_processor: {train: {name: ...}, eval: {name: ...}}, text_processor: ...}`. Returns two dictionaries
-    with the keys "train" and "eval", as in LAVIS. "train" falls back to the `eval` block; a kind of which the section
-    names nothing passes its input through. Raises ValueError for an unknown name or argument.
+    Its form: `{vis_processor: {train: {name: ...}, eval: {name: ...}}, text_processor: ...}`. Returns two
+    dictionaries with the keys "train" and "eval", as in LAVIS. "train" falls back to the `eval` block; a kind of
+    which the section names nothing passes its input through. Raises ValueError for an unknown name or argument.
     """
     if OmegaConf.is_config(config):
         config = OmegaConf.to_container(config, resolve=True)
@@ -61,7 +61,8 @@ def load_model_and_preprocess(
     device: str | torch.device = "cpu",
     checkpoint: str | Path | None = None,
 ) -> tuple[nn.Module, Processors, Processors]:
-    """Return `load_model`'s model, and its type's image and text processors, each a dictionary with "train" and "eval".
+    """Return `load_model`'s model, and its type's image and text processors, each a dictionary with "train" and
+    "eval".
 
     >>> model, vis_processors, txt_processors = load_model_and_preprocess("blip_caption", "base_coco", is_eval=True)
     >>> model.generate({"image": vis_processors["eval"](raw_image).unsqueeze(0)})

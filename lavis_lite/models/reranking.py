@@ -1,7 +1,7 @@
 """Retrieval evaluation: similarity of all images and texts, then the matching head over the best candidates.
 
-Image-major: an image's keys and values are computed once and serve all its candidate texts, and each (image, text) pair is scored once
-although both directions may ask for it. Images and texts are sharded over the ranks.
+Image-major: an image's keys and values are computed once and serve all its candidate texts, and each (image, text)
+pair is scored once although both directions may ask for it. Images and texts are sharded over the ranks.
 """
 
 from collections.abc import Iterator
@@ -42,12 +42,16 @@ def similarity_matrices(model: Retriever, loader: DataLoader, k_test: int) -> tu
     `loader` yields this rank's images with their `index`; `loader.dataset.text` are all texts.
     """
     num_images, num_texts = len(loader.dataset), len(loader.dataset.text)
-    if not 1 <= k_test:
+    if k_test < 1:
         raise ValueError(f"k_test {k_test} must be at least 1")
-    texts = [model.tokenize(chunk, max_length=model.max_txt_len) for chunk in chunks(loader.dataset.text, TEXTS_PER_STEP)]
+    texts = [
+        model.tokenize(chunk, max_length=model.max_txt_len) for chunk in chunks(loader.dataset.text, TEXTS_PER_STEP)
+    ]
     text_feat = torch.cat([model.encode_text(ids, mask) for ids, mask in texts])
     tokens, index, image_feat = encode_images(model, loader)
-    sims = whole_rows(image_feat @ text_feat.t() if len(index) else text_feat.new_zeros(0, num_texts), index, num_images)
+    sims = whole_rows(
+        image_feat @ text_feat.t() if len(index) else text_feat.new_zeros(0, num_texts), index, num_images
+    )
     wanted_i2t = top_mask(sims, min(k_test, num_texts))
     wanted_t2i = top_mask(sims.t(), min(k_test, num_images)).t()
     scores = torch.full((len(index), num_texts), UNRANKED, device=model.device)
@@ -67,7 +71,9 @@ def similarity_matrices(model: Retriever, loader: DataLoader, k_test: int) -> tu
 
 
 def encode_images(model: Retriever, loader: DataLoader) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens (N,S,E), dataset indices (N,) and features (N,D) of this rank's images; all empty on a rank without images."""
+    """Tokens (N,S,E), dataset indices (N,) and features (N,D) of this rank's images; all empty on a rank without
+    images.
+    """
     tokens, features, index = [], [], []
     for batch in loader:
         tokens_BSE, feature = model.encode_image(batch["image"].to(model.device))
@@ -100,7 +106,10 @@ def chunks(items: list[str], size: int) -> Iterator[list[str]]:
 def stack_all(texts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """All ids and masks, padded with zeros to the longest."""
     longest = max(ids.shape[1] for ids, _ in texts)
-    return tuple(torch.cat([torch.nn.functional.pad(t, (0, longest - t.shape[1])) for t in part]) for part in zip(*texts, strict=True))
+    return tuple(
+        torch.cat([torch.nn.functional.pad(t, (0, longest - t.shape[1])) for t in part])
+        for part in zip(*texts, strict=True)
+    )
 
 
 def trimmed(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

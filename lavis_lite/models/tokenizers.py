@@ -1,4 +1,4 @@
-"""BLIP's tokenizer: BERT's WordPiece with `[DEC]` (starts a text to be generated) and `[ENC]` (starts an image-grounded text)."""
+"""BLIP's tokenizer: BERT's WordPiece with `[DEC]` before a text to generate and `[ENC]` before an image-grounded one."""
 
 from pathlib import Path
 
@@ -8,17 +8,22 @@ PACKAGED = Path(__file__).parents[1] / "configs" / "tokenizers"
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """A tokenizer from a local folder, the package (`shapes`) or the hub (`bert-base-uncased`), without BLIP's extra tokens."""
+    """A tokenizer from a local folder, the package (`shapes`) or the hub (`bert-base-uncased`), without BLIP's extra
+    tokens.
+    """
     folder = PACKAGED / name if (PACKAGED / name).is_dir() else Path(name)
     looks_local = folder.is_dir() or name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not folder.expanduser().is_dir():
-        raise FileNotFoundError(f"tokenizer folder {name} does not exist; give a folder with vocab.txt or tokenizer.json, or a hub id")
+        raise FileNotFoundError(
+            f"tokenizer folder {name} does not exist; give a folder with vocab.txt or tokenizer.json, or a hub id"
+        )
     source = str(folder.expanduser()) if folder.expanduser().is_dir() else name
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"tokenizer {name!r} could not be loaded from {source!r} ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            f"tokenizer {name!r} could not be loaded from {source!r} "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}). "
             "Without a network, set model.tokenizer to a folder that holds its vocab.txt or tokenizer.json."
         ) from error
 

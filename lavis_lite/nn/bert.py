@@ -1,10 +1,12 @@
-"""The one text transformer: BLIP's encoder, image-grounded encoder and image-grounded decoder (and NLVR2's two-image twin).
+"""The one text transformer: BLIP's encoder, image-grounded encoder and decoder, and NLVR2's two-image twin.
 
-Post-norm BERT with optional cross-attention, under BERT's parameter names. Two things are unusual: the keys and values of the
-context (an image, or a question) are computed once by `project_context` and handed to every pass that needs them, and one
-context row may serve several consecutive text rows (beams, candidate answers, texts to re-rank) without being copied.
+Post-norm BERT with optional cross-attention, under BERT's parameter names. Two things are unusual: the keys and
+values of the context (an image, or a question) are computed once by `project_context` and handed to every pass that
+needs them, and one context row may serve several consecutive text rows (beams, candidate answers, texts to re-rank)
+without being copied.
 
-Letters: B texts, C contexts (B is a multiple of C), T text tokens, P cached tokens, S context tokens, H heads, D width of a head, E width, V vocabulary.
+Letters: B texts, C contexts (B is a multiple of C), T text tokens, P cached tokens, S context tokens, H heads, D
+width of a head, E width, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -51,7 +53,8 @@ class BertConfig:
 class Context:
     """What the text attends to: per layer and stream its keys and values, and which of its tokens count.
 
-    `layers[i][s]` holds layer i's keys and values of stream s, (C,H,S,D); `mask` is (C,S) with 1 where a token counts, or None for all.
+    `layers[i][s]` holds layer i's keys and values of stream s, (C,H,S,D); `mask` is (C,S) with 1 where a token
+    counts, or None for all.
     """
 
     layers: tuple[tuple[KeyValue, ...], ...]
@@ -93,7 +96,9 @@ class SelfAttention(nn.Module):
         return self.heads(self.key(states_BSE)), self.heads(self.value(states_BSE))
 
     def forward(self, x_BTE: Tensor, key_value: KeyValue, mask: Tensor | None) -> Tensor:
-        """Attend from x to the keys; `mask` is additive and broadcasts to (C,H,T,S). One key row serves B/C consecutive text rows."""
+        """Attend from x to the keys; `mask` is additive and broadcasts to (C,H,T,S). One key row serves B/C
+        consecutive text rows.
+        """
         k, v = key_value
         num_texts, num_tokens = x_BTE.shape[:2]
         q = self.query(x_BTE).reshape(k.shape[0], -1, x_BTE.shape[-1])
@@ -259,7 +264,9 @@ class BertModel(nn.Module):
             nn.init.zeros_(module.bias)
 
     def project_context(self, *states_CSE: Tensor, mask: Tensor | None = None) -> Context:
-        """Every layer's keys and values of the context's states (C,S,E'), one tensor a stream; `mask` (C,S) is 1 where a state counts."""
+        """Every layer's keys and values of the context's states (C,S,E'), one tensor a stream; `mask` (C,S) is 1
+        where a state counts.
+        """
         layers = tuple(layer.crossattention.project(states_CSE) for layer in self.encoder.layer)
         return Context(layers, mask)
 
@@ -274,7 +281,8 @@ class BertModel(nn.Module):
     ) -> tuple[Tensor, list[KeyValue]]:
         """States (B,T,E) and the text's keys and values of every layer.
 
-        `mask_BT` is 1 where a token counts; with `past` (cached keys and values of P tokens) it covers all P+T tokens.
+        `mask_BT` is 1 where a token counts; with `past` (cached keys and values of P tokens) it covers all P+T
+        tokens.
         """
         num_past = 0 if past is None else past[0][0].shape[2]
         x_BTE = self.embeddings(ids_BT, num_past)
@@ -324,7 +332,9 @@ class PredictionTransform(nn.Module):
 
 
 class Predictions(nn.Module):
-    """Scores of the next token, with the word embeddings' weights; `bias` stands twice in the state_dict, as in BERT's files."""
+    """Scores of the next token, with the word embeddings' weights; `bias` stands twice in the state_dict, as in
+    BERT's files.
+    """
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -374,7 +384,9 @@ class BertLMHeadModel(nn.Module):
         return self.cls(states), cache
 
     def share_with_encoder(self, encoder: BertModel) -> None:
-        """Tie all but the self-attention to the encoder's (BLIP, section 3.2: encoder and decoder differ in self-attention only)."""
+        """Tie all but the self-attention to the encoder's (BLIP, section 3.2: encoder and decoder differ in
+        self-attention only).
+        """
         self.bert.embeddings = encoder.embeddings
         for mine, theirs in zip(self.bert.encoder.layer, encoder.encoder.layer, strict=True):
             mine.crossattention = theirs.crossattention

@@ -1,8 +1,9 @@
 """Beam search, greedy search and nucleus sampling with a key/value cache, for `bert.py`'s decoder.
 
-Our own, because results must not change with the version of another library. The rules are those the published BLIP results were made with:
-log-probabilities are divided by length^penalty where the length counts the prompt but not the end token; a text is finished when it has
-`num_beams` finished beams that no running beam can beat at its present length.
+Our own, because results must not change with the version of another library. The rules are those the published BLIP
+results were made with: log-probabilities are divided by length^penalty where the length counts the prompt but not the
+end token; a text is finished when it has `num_beams` finished beams that no running beam can beat at its present
+length.
 
 Letters: B texts, K beams, N = B x K rows, L length so far, V vocabulary.
 """
@@ -38,16 +39,20 @@ class DecodingConfig:
 
     def __post_init__(self) -> None:
         if self.num_beams < 1 or self.num_return < 1:
-            raise ValueError(f"num_beams {self.num_beams} and the number of captions {self.num_return} must be at least 1")
+            raise ValueError(
+                f"num_beams {self.num_beams} and the number of captions {self.num_return} must be at least 1"
+            )
         if not self.sample and self.num_return > self.num_beams:
             raise ValueError(
-                f"{self.num_return} captions an image need as many beams (num_beams is {self.num_beams}) or nucleus sampling"
+                f"{self.num_return} captions an image need as many beams (num_beams is {self.num_beams}) "
+                "or nucleus sampling"
             )
         if self.min_length > self.max_length:
             raise ValueError(f"min_length {self.min_length} is above max_length {self.max_length}")
         if not 0.0 < self.top_p <= 1.0 or self.temperature <= 0.0 or self.repetition_penalty <= 0.0:
             raise ValueError(
-                f"top_p {self.top_p} must lie in (0, 1], temperature {self.temperature} and repetition_penalty {self.repetition_penalty} above 0"
+                f"top_p {self.top_p} must lie in (0, 1], temperature {self.temperature} and "
+                f"repetition_penalty {self.repetition_penalty} above 0"
             )
 
 
@@ -56,7 +61,8 @@ def decode(step: Step, prompt_BL: Tensor, config: DecodingConfig) -> Tensor:
     """Token ids (B x num_return, L'), prompt first, padded behind the end token."""
     if prompt_BL.shape[1] >= config.max_length:
         raise ValueError(
-            f"the prompt has {prompt_BL.shape[1]} tokens, which leaves nothing to generate below max_length {config.max_length}"
+            f"the prompt has {prompt_BL.shape[1]} tokens, which leaves nothing to generate "
+            f"below max_length {config.max_length}"
         )
     if config.num_beams > 1 and not config.sample:
         return beam_search(step, prompt_BL, config)
@@ -167,9 +173,7 @@ class _Beams:
         self.done = self.done | (self.finished_scores[:, -1] >= attainable)
         self.scores, best = scores.masked_fill(ended, -torch.inf).topk(beams, dim=1)
         origin, token = origin.gather(1, best), token.gather(1, best)
-        self.ids = torch.cat(
-            [self.ids.gather(1, origin[:, :, None].expand(-1, -1, length)), token[:, :, None]], dim=2
-        )
+        self.ids = torch.cat([self.ids.gather(1, origin[:, :, None].expand(-1, -1, length)), token[:, :, None]], dim=2)
         offset = torch.arange(num_texts, device=flat.device)[:, None] * beams
         return (origin + offset).flatten()
 

@@ -35,7 +35,9 @@ def soft_cross_entropy(logits_BN: Tensor, targets_BN: Tensor) -> Tensor:
 
 
 def momentum_targets(sim_m_BN: Tensor, hard_BN: Tensor, alpha: float) -> Tensor:
-    """Soft labels: the momentum model's softmax with weight alpha, the hard (row-normalised) targets with the rest (ALBEF, equation 6)."""
+    """Soft labels: the momentum model's softmax with weight alpha, the hard (row-normalised) targets with the rest
+    (ALBEF, equation 6).
+    """
     return alpha * sim_m_BN.softmax(dim=1) + (1 - alpha) * hard_BN
 
 
@@ -48,8 +50,9 @@ def same_id_targets(ids_B: Tensor, all_ids_N: Tensor) -> Tensor:
 def draw_negatives(weights_BN: Tensor, is_positive_BN: Tensor) -> Tensor:
     """One hard negative a row (B,), drawn by weight among the columns that are no positives.
 
-    One batched draw, no synchronisation. Where all negatives' weights vanish they are drawn uniformly; a row of positives only (a batch of one
-    image) has no negative at all, so that any column is drawn and the pair's label is wrong by necessity.
+    One batched draw, no synchronisation. Where all negatives' weights vanish they are drawn uniformly; a row of
+    positives only (a batch of one image) has no negative at all, so that any column is drawn and the pair's label is
+    wrong by necessity.
     """
     negative = ~is_positive_BN
     weights = weights_BN.masked_fill(is_positive_BN, 0.0)

@@ -26,14 +26,14 @@ def update_momentum(pairs: Iterable[tuple[nn.Module, nn.Module]], momentum: floa
 def enqueue(queues: Iterable[tuple[Tensor, Tensor]], pointer: Tensor) -> None:
     """Overwrite the oldest columns of each queue (E,Q) with new columns (E,N) and advance the shared pointer (1,).
 
-    The queue's length must be a multiple of N, so that columns never wrap round.
+    Columns wrap round the queue's end: a loaded pointer may be no multiple of this run's batch.
     """
     start = int(pointer)
     for queue, columns in queues:
         size, new = queue.shape[1], columns.shape[1]
-        if size % new:
-            raise ValueError(
-                f"queue_size {size} is not a multiple of the global batch of {new}: choose batch_size_train x processes as a divisor of it"
-            )
-        queue[:, start : start + new] = columns
+        if new > size:
+            raise ValueError(f"queue_size {size} is smaller than the global batch of {new}: choose a longer queue")
+        at_end = min(new, size - start)
+        queue[:, start : start + at_end] = columns[:, :at_end]
+        queue[:, : new - at_end] = columns[:, at_end:]
         pointer[0] = (start + new) % size

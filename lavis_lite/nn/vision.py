@@ -1,7 +1,7 @@
 """Image encoders from timm under LAVIS's parameter names: here BLIP's ViT-B/16 and ViT-L/16.
 
-Surprising: no pooling and no head, the final norm is applied to all tokens, and position embeddings are resized bicubically without
-antialiasing, as the published weights were; timm's own resizing antialiases and differs.
+Surprising: no pooling and no head, the final norm is applied to all tokens, and position embeddings are resized
+bicubically without antialiasing, as the published weights were; timm's own resizing antialiases and differs.
 """
 
 from collections.abc import Callable
@@ -53,7 +53,9 @@ def vit_config(vit_type: str, **overrides: object) -> ViTConfig:
 
 
 class BlipViT(VisionTransformer):
-    """timm's ViT returning all normalised tokens (B,1+N,E), [CLS] first, of an image (B,3,H,W) of the configured size."""
+    """timm's ViT returning all normalised tokens (B,1+N,E), [CLS] first, of an image (B,3,H,W) of the configured
+    size.
+    """
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__(
@@ -74,7 +76,9 @@ class BlipViT(VisionTransformer):
             checkpoint_blocks(self.blocks[-config.num_checkpointed :])
 
     def __deepcopy__(self, memo: dict[int, object]) -> "BlipViT":
-        """A copy without activation checkpointing, whose wrapper would go on calling the original's blocks; for momentum twins, which need none."""
+        """A copy without activation checkpointing, whose wrapper would go on calling the original's blocks; for
+        momentum twins, which need none.
+        """
         with torch.device(self.pos_embed.device):
             twin = BlipViT(replace(self.config, num_checkpointed=0))
         twin.load_state_dict(self.state_dict())
@@ -112,7 +116,9 @@ def square_root(number: int) -> int:
 
 
 def layer_scales(depth: int, decay: float) -> Callable[[str], float]:
-    """Learning-rate factor of each ViT parameter for layer-wise decay: 1 behind the last block, decay^(depth+1) for the embeddings."""
+    """Learning-rate factor of each ViT parameter for layer-wise decay: 1 behind the last block, decay^(depth+1) for
+    the embeddings.
+    """
 
     def scale(name: str) -> float:
         if name.startswith("blocks."):

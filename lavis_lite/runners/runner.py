@@ -6,10 +6,9 @@ A run is cut into epochs (`runner_base`) or inner epochs (`runner_iter`); that i
 
 import contextlib
 import functools
-import inspect
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,22 +113,9 @@ class Runner:
         seed_rank(run.seed)
         self._resume()
         self.saved_step = self.state.step
-        self.parallel, self.no_sync = self._parallel()
+        self.parallel, self.no_sync = dist.data_parallel(self.model, find_unused_parameters=run.find_unused_parameters)
         self.loader.seek(0, self.state.step)
         self.batches = iter(self.loader)
-
-    def _parallel(self) -> tuple[nn.Module, Callable[[], contextlib.AbstractContextManager[None]]]:
-        """The model as training calls it, and what keeps its gradients from travelling while they accumulate."""
-        if dist.world_size() == 1:
-            return self.model, contextlib.nullcontext
-        dist.broadcast_tensors(self.model.buffers())
-        ddp = nn.parallel.DistributedDataParallel
-        # Buffers (feature queues) start equal and take up gathered features: sending them every step is waste.
-        renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters  # torch 2.15 warns about the old name
-        sync = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-        unused = self.run.find_unused_parameters
-        parallel = ddp(self.model, find_unused_parameters=unused, gradient_as_bucket_view=True, **sync)
-        return parallel, parallel.no_sync
 
     def _train_epoch(self, epoch: int) -> None:
         run, plan = self.run, self.plan

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lavis_lite import dist
 from lavis_lite.registry import did_you_mean, registry
-from lavis_lite.tasks.results import Result, gather, on_main
+from lavis_lite.tasks.results import Result, gather
 
 Samples = dict[str, Any]
 Metrics = dict[str, Any]
@@ -81,7 +82,7 @@ class BaseTask:
         results = gather(results, dataset)
         if not results:
             raise ValueError(f"the {split} split is empty: there is nothing to evaluate")
-        return on_main(lambda: self.score(results, dataset=dataset, split=split, result_dir=Path(result_dir)))
+        return dist.on_main(lambda: self.score(results, dataset=dataset, split=split, result_dir=Path(result_dir)))
 
     def batch_context(self, dataset: Any) -> Samples:
         """What every batch of this dataset needs beside its own keys (an answer list, say)."""

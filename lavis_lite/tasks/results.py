@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +53,3 @@ def gather(results: Iterable[Result], dataset: Any) -> list[Result]:
         logger.warning("%d of %d samples have no result and do not count in the metrics", missing, len(dataset))
     order = {record.get("instance_id"): i for i, record in enumerate(getattr(dataset, "annotation", []))}
     return sorted(unique.values(), key=lambda result: order.get(result["instance_id"], len(order)))
-
-
-def on_main(function: Callable[[], Any]) -> Any:
-    """Call `function` on rank 0 and return its value on every rank; if it fails, every rank fails, none waits."""
-    value, failure, error = None, None, None
-    if dist.is_main():
-        try:
-            value = function()
-        except Exception as caught:  # raised again below, once the other ranks know
-            error, failure = caught, f"{type(caught).__name__}: {caught}"
-    value, failure = dist.broadcast_object((value, failure))
-    if error is not None:
-        raise error
-    if failure is not None:
-        raise RuntimeError(f"rank 0 failed while scoring: {failure}")
-    return value

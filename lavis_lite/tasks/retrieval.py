@@ -16,7 +16,7 @@ from lavis_lite import dist
 from lavis_lite.registry import registry
 from lavis_lite.tasks.base import BaseTask, Metrics, Samples, evaluating, unwrap
 from lavis_lite.tasks.metrics.retrieval import best_first, recall_metrics
-from lavis_lite.tasks.results import on_main, write_json
+from lavis_lite.tasks.results import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,9 @@ class RetrievalTask(BaseTask):
             logger.info("%s: run.k_test=%d is more than the gallery has; using %d", split, self.k_test, k_test)
         with evaluating(model):
             scores = model.compute_sim_matrix(loader, k_test=k_test)
-        return on_main(lambda: self.score_matrices(*scores, dataset=dataset, split=split, result_dir=Path(result_dir)))
+        return dist.on_main(
+            lambda: self.score_matrices(*scores, dataset=dataset, split=split, result_dir=Path(result_dir))
+        )
 
     def score_matrices(
         self, score_i2t: np.ndarray, score_t2i: np.ndarray, *, dataset: Any, split: str, result_dir: Path

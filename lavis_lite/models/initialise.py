@@ -1,0 +1,79 @@
+"""Starting weights from outside the family: an ImageNet ViT and BERT (BLIP, section 4.1).
+
+What BERT has no weights for, the cross-attention and the two added tokens, stays random.
+"""
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lavis_lite import checkpoint
+from lavis_lite.nn.vision import interpolate_pos_embed
+
+logger = logging.getLogger(__name__)
+
+
+def vit_weights(source: str, pos_embed: Tensor) -> dict[str, Tensor]:
+    """A ViT's tensors under `visual_encoder.`: a file, or a timm model by name with its published weights (which is
+    downloaded).
+
+    Position embeddings are resized to those of `pos_embed`.
+    """
+    if Path(source).suffix in (".pth", ".pt", ".safetensors"):
+        state = checkpoint.find_state_dict(checkpoint.load(source), source=source)
+    else:
+        import timm
+
+        state = timm.create_model(source, pretrained=True).state_dict()
+    state = {
+        f"visual_encoder.{name}": tensor for name, tensor in state.items() if not name.startswith(("head", "fc_norm"))
+    }
+    name = "visual_encoder.pos_embed"
+    return {**state, name: interpolate_pos_embed(state[name], pos_embed.shape[1])} if name in state else state
+
+
+def bert_weights(source: str) -> dict[str, Tensor]:
+    """BERT's tensors (a folder or hub id) under the names of BLIP's text encoder and decoder."""
+    from transformers import BertForMaskedLM
+
+    state = {}
+    for name, tensor in BertForMaskedLM.from_pretrained(source).state_dict().items():
+        state[f"text_decoder.{name}"] = tensor
+        if name.startswith("bert."):
+            state[f"text_encoder.{name.removeprefix('bert.')}"] = tensor
+    return state
+
+
+@torch.no_grad()
+def start_from(model: nn.Module, state: dict[str, Tensor], *, source: str) -> None:
+    """Copy every tensor that the model has too; a longer vocabulary keeps its added rows.
+
+    Raises ValueError if a tensor has another shape, or if none fits.
+    """
+    own = model.state_dict(keep_vars=True)
+    copied = 0
+    for name in sorted(own.keys() & state.keys()):
+        mine, theirs = own[name], state[name]
+        is_vocabulary = (
+            "word_embeddings" in name or "cls.predictions.decoder" in name or name.endswith("cls.predictions.bias")
+        )
+        if is_vocabulary and mine.shape[1:] == theirs.shape[1:] and len(mine) >= len(theirs):
+            mine[: len(theirs)].copy_(theirs)
+        elif mine.shape == theirs.shape:
+            mine.copy_(theirs)
+        elif name.endswith("position_ids"):
+            continue
+        else:
+            raise ValueError(
+                f"{source}: {name} has shape {tuple(theirs.shape)}, this model's is {tuple(mine.shape)}: "
+                "choose a source of the same sizes"
+            )
+        copied += 1
+    if not copied:
+        raise ValueError(
+            f"{source} holds no tensor that {type(model).__name__} could start from; "
+            f"it has {', '.join(sorted(state)[:3])}, ..."
+        )
+    logger.info(f"{copied} tensors start from {source}")
