@@ -187,7 +187,7 @@ def _log_differences(report: LoadReport, own: Mapping[str, torch.Tensor], *, sou
     for level, what, keys in (
         (logging.WARNING, "trainable keys missing in the file", trainable),
         (logging.INFO, "frozen keys or buffers missing in the file (left as they are)", frozen),
-        (logging.WARNING, "keys unknown to the model (ignored)", report.unexpected),
+        (logging.INFO, "keys unknown to the model (ignored)", report.unexpected),
     ):
         if keys:
             logger.log(level, f"{source}: {len(keys)} {what}: {_listed(keys)}")

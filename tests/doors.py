@@ -7,6 +7,7 @@ that the parts fit, not that they learn.
 import copy
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -119,13 +120,14 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 
 
 def project(folder: Path, name: str, *changes: Mapping[str, Any]) -> Path:
-    """Writes the YAML of a recipe with some changes; its runs go to `folder/output`."""
+    """Writes the YAML of a recipe with some changes (None takes a dataset out); its runs go to `folder/output`."""
     recipe = merged(RECIPES[name], {"model": merged(SIZES, RECIPES[name]["model"])})
     recipe["run"] = {**RUN, "output_dir": str(folder / "output"), **recipe["run"]}
     if recipe["datasets"] == {"classification": "generated"}:
         recipe["datasets"] = {"classification": classification_set(folder)}
     for change in changes:
         recipe = merged(recipe, change)
+    recipe["datasets"] = {name: body for name, body in recipe["datasets"].items() if body is not None}
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
     return path
@@ -201,13 +203,16 @@ def _enter(main: Any, argv: list[str], options: Sequence[str]) -> int:
     raise AssertionError("the door did not end the process")
 
 
-def process(script: str, *argv: str, world: int = 0, port: int = 0) -> subprocess.Popen[str]:
+def process(script: str, *argv: str, world: int = 0, **environment: str) -> subprocess.Popen[str]:
     """`script` in a process of its own, or under torchrun in `world` of them; stdout and stderr are one pipe."""
     start = [sys.executable, str(script)]
     if world:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
         launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={world}", f"--master_port={port}"]
         start = [sys.executable, *launcher, str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
     return subprocess.Popen(
         [*start, *argv], env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )

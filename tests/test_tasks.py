@@ -356,16 +356,12 @@ class FakeBuilder:
     """A builder with the splits it is told to have."""
 
     def __init__(self, *, have: list[str]) -> None:
-        self.have, self.prepared = have, False
-
-    def prepare(self) -> None:
-        self.prepared = True
+        self.have = have
 
     def splits(self) -> list[str]:
         return self.have
 
     def build(self, splits: list[str]) -> dict[str, str]:
-        assert self.prepared
         return {split: f"{split} data" for split in splits}
 
 
@@ -429,7 +425,7 @@ def test_two_processes_agree_with_one(tmp_path: Path) -> None:
     mp.spawn(two_ranks, args=(port, str(tmp_path)), nprocs=2)
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first.pop("error") == "ZeroDivisionError: division by zero"
-    assert second.pop("error") == "RuntimeError: rank 0 failed while scoring: ZeroDivisionError: division by zero"
+    assert second.pop("error") == "RuntimeError: rank 0 failed: ZeroDivisionError: division by zero"
     assert first == second
     assert first["world"] == 2
     assert first["loss_itc"] == pytest.approx((1 + 2 + 3) / 3)

@@ -105,10 +105,10 @@ class BaseBuilder:
     train_dataset: ClassVar[type[BaseDataset] | None] = None
     eval_dataset: ClassVar[type[BaseDataset] | None] = None
 
-    def prepare(self) -> None:
-        """Fetch what is missing; rank 0 first, so that the others find it there."""
+    def prepare(self, splits: Iterable[str] | None = None) -> None:
+        """Fetch what these splits (default: all) lack; rank 0 first, so that the others find it there."""
         with dist.main_first():
-            for split in self.splits():
+            for split in self.splits() if splits is None else splits:
                 self.annotation_paths(split)
 
     def splits(self) -> list[str]:
@@ -122,11 +122,13 @@ class BaseBuilder:
             raise ValueError(
                 f"{type(self).__name__}: build_info.annotations names no split; give {{train: {{storage: FILE}}}}"
             )
-        self.prepare()
-        built = {}
-        for split in there if splits is None else splits:
+        wanted = there if splits is None else list(splits)
+        for split in wanted:
             if split not in there:
                 raise KeyError(f"{type(self).__name__} has no split {split!r}; there are {', '.join(there)}")
+        self.prepare(wanted)
+        built = {}
+        for split in wanted:
             built[split] = self._build_split(split)
             logger.info("%s: %d samples from %s", split, len(built[split]), built[split].annotation_paths[0])
         return built

@@ -6,7 +6,7 @@ would change what is left and right, and what is there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -41,7 +41,7 @@ class ShapesBuilder(ShapesConfig, BaseBuilder):
     def splits(self) -> list[str]:
         return list(SPLITS)
 
-    def prepare(self) -> None:
+    def prepare(self, splits: Iterable[str] | None = None) -> None:
         """Generate the folder of this config if it isn't there: seconds."""
         with dist.main_first():
             self.folder()

@@ -13,7 +13,7 @@ from lavis_lite.convert import blip_from_hf, is_hf_blip
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.initialise import bert_weights, start_from, vit_weights
 from lavis_lite.models.tokenizers import blip_tokenizer
-from lavis_lite.nn.bert import BertConfig
+from lavis_lite.nn.attention import BertConfig
 from lavis_lite.nn.decoding import DecodingConfig
 from lavis_lite.nn.vision import BlipViT, interpolate_pos_embed, layer_scales, vit_config
 
@@ -118,7 +118,7 @@ class BlipBase(BaseModel):
         for name, tensor in list(state.items()):
             if name.endswith(".pos_embed") and name in own:
                 state[name] = interpolate_pos_embed(tensor, own[name].shape[1])
-            elif name.endswith("_queue") and (name not in own or own[name].shape != tensor.shape):
+            elif name.endswith("_queue") and name in own and own[name].shape != tensor.shape:
                 logger.info(f"{name} of shape {tuple(tensor.shape)} is left out: the queue starts anew")
                 del state[name]
         if own.keys() & {"queue_ptr"} and not {"image_queue", "text_queue"} <= state.keys():

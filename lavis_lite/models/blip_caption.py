@@ -5,7 +5,8 @@ from typing import Any
 from torch import Tensor
 
 from lavis_lite.models.blip_base import BlipBase, text_list
-from lavis_lite.nn.bert import BertLMHeadModel, Context
+from lavis_lite.nn.attention import Context
+from lavis_lite.nn.bert import BertLMHeadModel
 from lavis_lite.nn.decoding import Step, decode
 from lavis_lite.nn.losses import language_modeling_loss
 from lavis_lite.registry import registry

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from lavis_lite.models.blip_base import BlipBase, project, text_list
-from lavis_lite.nn.bert import BertModel, Context
+from lavis_lite.nn.attention import Context
+from lavis_lite.nn.bert import BertModel
 from lavis_lite.registry import registry
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lavis_lite import dist
 from lavis_lite.models.blip_base import project
 from lavis_lite.models.blip_matching import BlipMatching
-from lavis_lite.nn.bert import Context
+from lavis_lite.nn.attention import Context
 from lavis_lite.nn.losses import draw_negatives, matching_labels, momentum_targets, soft_cross_entropy
 from lavis_lite.nn.momentum import copy_parameters, enqueue, update_momentum
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lavis_lite.models.blip_base import BlipBase
 from lavis_lite.models.blip_caption import decoding_step
-from lavis_lite.nn.bert import BertLMHeadModel, BertModel, Context
+from lavis_lite.nn.attention import Context
+from lavis_lite.nn.bert import BertLMHeadModel, BertModel
 from lavis_lite.nn.decoding import decode
 from lavis_lite.nn.losses import language_modeling_loss_per_text
 from lavis_lite.registry import registry

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lavis_lite import dist
-from lavis_lite.nn.bert import BertModel, Context
+from lavis_lite.nn.attention import Context
+from lavis_lite.nn.bert import BertModel
 
 UNRANKED = -100.0
 TEXTS_PER_STEP = 256

@@ -1,4 +1,4 @@
-"""BLIP's tokenizer: BERT's WordPiece with `[DEC]` before a text to generate and `[ENC]` before an image-grounded one."""
+"""BLIP's tokenizer: BERT's WordPiece, with `[DEC]` to start generated and `[ENC]` to start image-grounded texts."""
 
 from pathlib import Path
 

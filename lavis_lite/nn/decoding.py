@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lavis_lite.nn.bert import KeyValue
+from lavis_lite.nn.attention import KeyValue
 
 Step = Callable[[Tensor, Sequence[KeyValue] | None, int], tuple[Tensor, list[KeyValue]]]
 """(new ids (N,T), cache, total length) -> logits of the next token (N,V) and the new cache."""

@@ -52,7 +52,6 @@ class BaseTask:
         for name, section in cfg.datasets.items():
             arguments = {key: value for key, value in section.items() if key != "type"}
             builder = registry.get_builder_class(name)(**arguments)
-            builder.prepare()
             existing[name] = list(builder.splits())
             splits = builder.build([split for split in wanted if split in existing[name]])
             if splits:

@@ -1,0 +1,186 @@
+"""Attention bricks of the text transformer: sizes, the context that is attended to, self- and cross-attention, masks.
+
+Letters: B texts, C contexts (B is a multiple of C), T text tokens, P cached tokens, S context tokens, H heads, D width
+of a head, E width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+KeyValue = tuple[Tensor, Tensor]
+"""Keys and values, each (B,H,S,D)."""
+
+SELF_MASKED = -10000.0
+"""BERT's additive mask for self-attention. Kept finite as in the published models, whose padding rows rely on it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BertConfig:
+    """Sizes of the text transformer; the defaults are BERT-base with BLIP's two extra tokens."""
+
+    vocab_size: int = 30524
+    hidden_size: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    intermediate_size: int = 3072
+    max_positions: int = 512
+    layer_norm_eps: float = 1e-12
+    hidden_dropout: float = 0.1
+    attention_dropout: float = 0.1
+    initializer_range: float = 0.02
+    context_width: int | None = None
+    """Width of what is attended to; None builds no cross-attention."""
+    num_context_streams: int = 1
+    """2: NLVR2's twin cross-attention, one stream an image."""
+    merge_streams_from: int = 6
+    """First layer that merges the two streams by a linear layer; earlier ones average them."""
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the text attends to: per layer and stream its keys and values, and which of its tokens count.
+
+    `layers[i][s]` holds layer i's keys and values of stream s, (C,H,S,D); `mask` is (C,S) with 1 where a token
+    counts, or None for all.
+    """
+
+    layers: tuple[tuple[KeyValue, ...], ...]
+    mask: Tensor | None = None
+
+    def select(self, index: Tensor) -> "Context":
+        """The contexts of these rows (a LongTensor), for instance hard negatives; gradients flow."""
+        layers = tuple(tuple((k[index], v[index]) for k, v in streams) for streams in self.layers)
+        return Context(layers, None if self.mask is None else self.mask[index])
+
+    def append(self, other: "Context") -> "Context":
+        """This context's rows followed by the other's (of the same length S)."""
+        layers = tuple(
+            tuple((torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]])) for a, b in zip(mine, theirs, strict=True))
+            for mine, theirs in zip(self.layers, other.layers, strict=True)
+        )
+        if (self.mask is None) != (other.mask is None):
+            raise ValueError("a context with a mask and one without cannot be joined")
+        return Context(layers, None if self.mask is None else torch.cat([self.mask, other.mask]))
+
+
+class SelfAttention(nn.Module):
+    """Query, key and value projections of `width`-wide keys; BERT's `self` module."""
+
+    def __init__(self, config: BertConfig, key_width: int) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.dropout = config.attention_dropout
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(key_width, config.hidden_size)
+        self.value = nn.Linear(key_width, config.hidden_size)
+
+    def heads(self, x_BTE: Tensor) -> Tensor:
+        """(B,T,E) -> (B,H,T,D)"""
+        return x_BTE.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def project(self, states_BSE: Tensor) -> KeyValue:
+        """Keys and values of the states, each (B,H,S,D)."""
+        return self.heads(self.key(states_BSE)), self.heads(self.value(states_BSE))
+
+    def forward(self, x_BTE: Tensor, key_value: KeyValue, mask: Tensor | None) -> Tensor:
+        """Attend from x to the keys; `mask` is additive and broadcasts to (C,H,T,S). One key row serves B/C
+        consecutive text rows.
+        """
+        k, v = key_value
+        num_texts, num_tokens = x_BTE.shape[:2]
+        q = self.query(x_BTE).reshape(k.shape[0], -1, x_BTE.shape[-1])
+        out = F.scaled_dot_product_attention(
+            self.heads(q), k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0
+        )
+        return out.transpose(1, 2).reshape(num_texts, num_tokens, -1)
+
+
+class AddNorm(nn.Module):
+    """Project, drop out, add the residual, normalise; BERT's `output` modules."""
+
+    def __init__(self, config: BertConfig, width: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
+
+
+class TwinAddNorm(nn.Module):
+    """The same for two streams: a projection each, then their mean or a merging linear layer (BLIP, section 5.4)."""
+
+    def __init__(self, config: BertConfig, *, merge: bool) -> None:
+        super().__init__()
+        self.dense0 = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense1 = nn.Linear(config.hidden_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.merge_layer = nn.Linear(2 * config.hidden_size, config.hidden_size) if merge else None
+
+    def forward(self, x0: Tensor, x1: Tensor, residual: Tensor) -> Tensor:
+        x0, x1 = self.dense0(x0), self.dense1(x1)
+        x = (x0 + x1) / 2 if self.merge_layer is None else self.merge_layer(torch.cat([x0, x1], dim=-1))
+        return self.LayerNorm(self.dropout(x) + residual)
+
+
+class Attention(nn.Module):
+    """Attention and its output: over the text itself, or (`key_width` given) over a context."""
+
+    def __init__(self, config: BertConfig, key_width: int | None = None) -> None:
+        super().__init__()
+        self.self = SelfAttention(config, config.hidden_size if key_width is None else key_width)
+        self.output = AddNorm(config, config.hidden_size)
+
+    def project(self, states: Sequence[Tensor]) -> tuple[KeyValue, ...]:
+        """Keys and values of the one stream of states."""
+        (states_BSE,) = states
+        return (self.self.project(states_BSE),)
+
+    def forward(self, x: Tensor, streams: Sequence[KeyValue], mask: Tensor | None) -> Tensor:
+        return self.output(self.self(x, streams[0], mask), x)
+
+
+class TwinAttention(nn.Module):
+    """Cross-attention to two images with separate projections."""
+
+    def __init__(self, config: BertConfig, key_width: int, *, merge: bool) -> None:
+        super().__init__()
+        self.self0 = SelfAttention(config, key_width)
+        self.self1 = SelfAttention(config, key_width)
+        self.output = TwinAddNorm(config, merge=merge)
+
+    def project(self, states: Sequence[Tensor]) -> tuple[KeyValue, ...]:
+        """Keys and values of each image's stream."""
+        states0, states1 = states
+        return self.self0.project(states0), self.self1.project(states1)
+
+    def forward(self, x: Tensor, streams: Sequence[KeyValue], mask: Tensor | None) -> Tensor:
+        return self.output(self.self0(x, streams[0], mask), self.self1(x, streams[1], mask), x)
+
+
+def text_mask(mask_BT: Tensor, num_past: int, *, causal: bool, dtype: torch.dtype) -> Tensor:
+    """The additive self-attention mask, (B,1,1,P+T) or, causal, (B,1,T,P+T)."""
+    allowed = mask_BT[:, None, None, :].bool()
+    if causal:
+        total = mask_BT.shape[1]
+        position = torch.arange(total, device=mask_BT.device)
+        allowed = allowed & (position[None, :] <= position[num_past:, None])
+    return torch.zeros(allowed.shape, dtype=dtype, device=mask_BT.device).masked_fill(~allowed, SELF_MASKED)
+
+
+def context_mask(mask_CS: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The additive cross-attention mask (C,1,1,S), or None where everything counts."""
+    if mask_CS is None:
+        return None
+    blocked = mask_CS[:, None, None, :] == 0
+    return torch.zeros(blocked.shape, dtype=dtype, device=mask_CS.device).masked_fill(blocked, torch.finfo(dtype).min)
