@@ -105,7 +105,8 @@ def load(path: str | Path, *, map_location: str | torch.device = "cpu") -> dict[
     except pickle.UnpicklingError as error:
         raise ValueError(_unpickling_message(path, error)) from error
     except Exception as error:
-        if isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError)):
+        cut_short = isinstance(error, OSError) and error.errno == errno.EINVAL  # torch seeks to before the start
+        if isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError)) and not cut_short:
             raise
         raise ValueError(_corrupt_message(path, error)) from error
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lavis_lite.config import Config, ConfigError, RunConfig, parser
+from lavis_lite.errors import RankZeroFailed
 from lavis_lite.registry import RegistryError, registry
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,9 @@ def main(p: argparse.ArgumentParser, argv: Sequence[str] | None, *, evaluate: bo
             raise
         if _is_first_process() or not isinstance(error, ConfigError):  # a mistake in a file is the same on every rank
             print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RankZeroFailed as error:
+        logger.warning("%s", error)
         return 2
     return 0
 
@@ -181,7 +185,7 @@ def _settle_job(run: RunConfig) -> dict[str, Any]:
         found = newest_checkpoint(output, job_id=run.job_id)
         if found is not None:
             logger.info("resuming %s", found)
-            return {"job_id": found.parent.name, "resume_ckpt_path": str(found)}
+            return {"job_id": found.parent.name, "resume_ckpt_path": str(found), "resume": None}
         logger.info("nothing to resume below %s: starting afresh", output)
     if run.resume_ckpt_path is not None:
         path = Path(run.resume_ckpt_path)
@@ -189,7 +193,7 @@ def _settle_job(run: RunConfig) -> dict[str, Any]:
         if not path.is_file():
             raise FileNotFoundError(f"no checkpoint to resume: {path}")
         return {"job_id": run.job_id or new_job_id(output), "resume_ckpt_path": str(path)}
-    return {"job_id": run.job_id or new_job_id(output)}
+    return {"job_id": run.job_id or new_job_id(output), "resume": None}
 
 
 def new_job_id(output: Path) -> str:

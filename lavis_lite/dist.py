@@ -16,6 +16,8 @@ import torch
 import torch.distributed as torch_dist
 from torch import nn
 
+from lavis_lite.errors import RankZeroFailed
+
 TIMEOUT = datetime.timedelta(hours=2)  # rank 0 may download a dataset or score a whole test set while others wait
 
 
@@ -39,7 +41,10 @@ def resolve_device(device: str = "auto") -> torch.device:
     """This rank's device for a setting `auto`, `cpu`, `cuda` or `cuda:N`; under torchrun, `cuda` is LOCAL_RANK's."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    target = torch.device(device)
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"run.device={device!r} is unknown: use auto, cpu, cuda or cuda:N") from None
     if target.type != "cuda":
         return target
     index = target.index if target.index is not None else int(os.environ.get("LOCAL_RANK", "0"))
@@ -88,7 +93,7 @@ def main_first() -> Iterator[None]:
     if not is_main():
         failure = broadcast_object(None)
         if failure is not None:
-            raise RuntimeError(f"rank 0 failed before rank {rank()} could start: {failure}")
+            raise RankZeroFailed(f"rank 0 failed before rank {rank()} could start: {failure}")
         yield
         return
     try:
@@ -111,7 +116,7 @@ def on_main(function: Callable[[], Any]) -> Any:
     if error is not None:
         raise error
     if failure is not None:
-        raise RuntimeError(f"rank 0 failed: {failure}")
+        raise RankZeroFailed(f"rank 0 failed: {failure}")
     return value
 
 

@@ -61,12 +61,17 @@ def fetch(
     target = Path(cache_dir or _cache() / "downloads").expanduser() / _cache_name(url)
     if target.is_file() and size in (None, target.stat().st_size):
         return target
-    if os.environ.get("LAVIS_LITE_OFFLINE", "0").lower() not in ("", "0", "false"):
+    if is_offline():
         raise FileNotFoundError(
             f"{url} is not in the cache and LAVIS_LITE_OFFLINE is set: put the file at {target}, or unset the variable"
         )
     _download(_mirrored(url), target, sha256=sha256, md5=md5, size=size)
     return target
+
+
+def is_offline() -> bool:
+    """Whether LAVIS_LITE_OFFLINE forbids the network."""
+    return os.environ.get("LAVIS_LITE_OFFLINE", "0").lower() not in ("", "0", "false")
 
 
 def _cache() -> Path:

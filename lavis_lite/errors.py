@@ -8,5 +8,9 @@ class UnreadableSample(ValueError):
     """
 
 
+class RankZeroFailed(RuntimeError):
+    """Rank 0 failed at something that this rank needs; rank 0 tells the user why, so this rank only ends."""
+
+
 class NonFiniteLoss(ValueError):
     """A loss became nan or infinite; the message has the step, the losses and the learning rate."""

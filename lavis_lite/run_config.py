@@ -14,7 +14,7 @@ DEAD_RUN_KEYS = {
     "gpu": "torchrun sets it",
     "rank": "torchrun sets it",
     "use_dist_eval_sampler": "evaluation is always sharded, each sample counted once",
-    "use_datapipe": "iterable datasets are recognised",
+    "use_datapipe": "there are no data pipes",
     "save_freq": "every epoch is saved; see keep_checkpoints and checkpoint_every",
     "save_last": "checkpoint_last.pth is always written",
     "val_freq": "every epoch (inner epoch) is validated",

@@ -62,7 +62,7 @@ def test_metrics(job: Path) -> dict[str, Any]:
     found = [row for row in rows(job) if row.get("split") == "test"]
     if not found:
         raise SystemExit(f"error: {job / 'log.txt'} holds no test metrics; did that step finish?")
-    return found[-1]
+    return found[-1]["metrics"]
 
 
 def collect(out: Path, seconds: float) -> dict[str, Any]:

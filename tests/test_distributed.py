@@ -1,7 +1,7 @@
 """Two gloo processes under torchrun: every task trains and evaluates there, and agrees with one process where it must.
 
-One launch does it all, because starting is what takes time: as a script (`torchrun tests/test_distributed.py PLAN`) this
-file runs a list of command lines in one process group, and each rank saves its model after training.
+One launch does it all, because starting is what takes time: as a script (`torchrun test_distributed.py PLAN`) this file
+runs a list of command lines in one process group, and each rank saves its model after training.
 
 What must agree at the same global batch, without dropout: the loss of each step (and so the weights) where it is a mean
 over samples, as for VQA, NLVR2 and classification, and for captioning if all texts have the same number of tokens (each
@@ -194,6 +194,21 @@ def test_an_error_on_one_rank_ends_all(tmp_path: Path) -> None:
     assert code != 0
     assert f"error: image file not found: {missing}" in output
     assert not list(tmp_path.rglob("checkpoint*"))
+
+
+@pytest.mark.usefixtures("shapes_data")
+def test_a_missing_file_is_told_without_traceback(tmp_path: Path) -> None:
+    """Rank 0 looks for files first; the others wait for it, and end when it fails."""
+    section = doors.user_set(tmp_path, {"train": [{"image": "a.png", "caption": "a red circle"}]})
+    run = {"valid_splits": [], "test_splits": []}
+    path = doors.project(tmp_path, "caption", {"datasets": {"shapes_caption": None, "caption": section}, "run": run})
+    (tmp_path / "train.json").unlink()
+    code, output = ended(doors.process("train.py", "--cfg-path", str(path), world=2))
+    assert code != 0
+    ours = output.split("torch/distributed/elastic")[0]  # torchrun's own report follows
+    assert ours.count("error: ") == 1
+    assert f"annotation file not found: {tmp_path / 'train.json'}" in ours
+    assert "Traceback" not in ours
 
 
 def main(plan: Sequence[Sequence[str]], folder: Path) -> None:

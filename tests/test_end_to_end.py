@@ -1,4 +1,4 @@
-"""Every task from its YAML through train.py and evaluate.py, on tiny `shapes`: what is left behind, and that both agree."""
+"""Every task from its YAML through train.py and evaluate.py, on tiny `shapes`: what is left, and that both agree."""
 
 import json
 import math
@@ -108,7 +108,9 @@ def test_runner_iter_mixes_datasets_by_ratio(tmp_path: Path) -> None:
     assert doors.train(path, mixed, job="mixed") == 0
     alone = doors.project(tmp_path, "pretrain", {"run": changes["run"] | {"train_dataset_ratios": None}})
     assert doors.train(alone, job="alone") == 0
-    pairs, mix, only = ([row["loss"] for row in doors.steps(tmp_path / "output" / job)] for job in ("pairs", "mixed", "alone"))
+    pairs, mix, only = (
+        [row["loss"] for row in doors.steps(tmp_path / "output" / job)] for job in ("pairs", "mixed", "alone")
+    )
     assert pairs == only  # a ratio of 0 takes nothing
     assert mix != only
     job = tmp_path / "output" / "mixed"
@@ -127,7 +129,9 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path: Path) -> None:
     output = tmp_path / "output"
     pair = [doors.weights(output / job / "checkpoint_last.pth") for job in ("accumulated", "large")]
     for key in pair[0]:
-        torch.testing.assert_close(pair[0][key], pair[1][key], rtol=1e-3, atol=2e-5, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(
+            pair[0][key], pair[1][key], rtol=1e-3, atol=2e-5, msg=lambda text, key=key: f"{key}: {text}"
+        )
     losses = [row["loss"] for row in doors.steps(output / "accumulated")]
     halves = [(a + b) / 2 for a, b in zip(losses[::2], losses[1::2], strict=True)]
     assert halves == pytest.approx([row["loss"] for row in doors.steps(output / "large")], rel=1e-4)
@@ -166,7 +170,9 @@ SAMPLES: dict[str, Any] = {
 def test_activation_checkpointing_changes_no_gradient(name: str) -> None:
     results = []
     for checkpointed in (False, True):
-        model = doors.build(name, **doors.NO_DROPOUT["model"], vit_grad_ckpt=checkpointed, vit_ckpt_layer=2 if checkpointed else 0).train()
+        model = doors.build(
+            name, **doors.NO_DROPOUT["model"], vit_grad_ckpt=checkpointed, vit_ckpt_layer=2 if checkpointed else 0
+        ).train()
         calls = count_calls(model.visual_encoder.blocks[0].mlp.fc1)
         torch.manual_seed(2)
         loss = model(SAMPLES)["loss"]

@@ -1,4 +1,4 @@
-"""Files as LAVIS writes them into every BLIP architecture, and what answers must not depend on: batch, order, cache, seed."""
+"""Files as LAVIS writes them into every BLIP architecture; and what answers do not depend on: batch, order, cache."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -202,7 +202,9 @@ def test_captions_do_not_depend_on_the_batch(captioner: Any, settings: dict[str,
     together = captioner.generate({"image": images, "prompt": prompts}, **settings)
     assert len(together) == 5 * count
     assert len(set(together)) > count
-    alone = [c for i in range(5) for c in captioner.generate({"image": images[i : i + 1], "prompt": prompts[i]}, **settings)]
+    alone = [
+        c for i in range(5) for c in captioner.generate({"image": images[i : i + 1], "prompt": prompts[i]}, **settings)
+    ]
     assert together == alone
     order = [3, 0, 4, 2, 1]
     shuffled = captioner.generate({"image": images[order], "prompt": [prompts[i] for i in order]}, **settings)
@@ -241,6 +243,20 @@ def test_nucleus_sampling_is_seeded_and_varied(captioner: Any) -> None:
     assert certain == greedy  # the smallest nucleus holds the likeliest token only
 
 
+@pytest.mark.parametrize("prompt", ["a picture of ", "Is it red? Yes, a ", "a ünïcode (círcle): ", "", "  "])
+def test_captions_leave_the_prompt_out(captioner: Any, prompt: str) -> None:
+    """However the tokenizer spells the prompt: the caption is what the tokens behind the prompt's read."""
+    captions = captioner.generate({"image": pictures(3), "prompt": prompt}, num_beams=1, max_length=24, min_length=1)
+    ids, _ = captioner.tokenize([prompt] * 3, start=captioner.decoder_start)
+    context = captioner.text_decoder.bert.project_context(captioner.visual_encoder(pictures(3)))
+    settings = captioner.decoding(max_length=24, min_length=1, num_beams=1)
+    whole = decode(captioner.step(context), ids[:, :-1], settings)
+    words = [captioner.tokenizer.decode(row, skip_special_tokens=True) for row in whole[:, ids.shape[1] - 1 :]]
+    assert [c.replace(" ", "").replace("##", "") for c in captions] == [
+        w.replace(" ", "").replace("##", "") for w in words
+    ]
+
+
 def test_several_captions_need_beams(captioner: Any) -> None:
     with pytest.raises(ValueError, match="num_beams"):
         captioner.generate({"image": pictures(1)}, num_beams=2, num_captions=3)
@@ -268,7 +284,9 @@ def test_decoding_as_transformers_does(captioner: Any, settings: dict[str, Any])
     states = captioner.visual_encoder(images)
     end = {"eos_token_id": captioner.tokenizer.sep_token_id, "pad_token_id": captioner.tokenizer.pad_token_id}
     theirs = twin.generate(input_ids=prompt, encoder_hidden_states=states, do_sample=False, **end, **settings)
-    ours = decode(captioner.step(captioner.text_decoder.bert.project_context(states)), prompt, captioner.decoding(**settings))
+    ours = decode(
+        captioner.step(captioner.text_decoder.bert.project_context(states)), prompt, captioner.decoding(**settings)
+    )
     assert ours.tolist() == theirs.tolist()
     assert len({tuple(row) for row in ours.tolist()}) > 2
 
@@ -303,7 +321,7 @@ def hugging_face(model: Any) -> Any:
 
 
 def test_negatives_are_negatives() -> None:
-    """Weights that all but force the positive, or vanish for the negatives: a negative is drawn wherever there is one."""
+    """Weights that all but force the positive, or vanish for the negatives: a negative is drawn where there is one."""
     torch.manual_seed(0)
     positive = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 0], [1, 0, 1, 0], [1, 1, 1, 1]]).bool()
     weights = torch.tensor([[1.0, 1e-30, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0], [1.0, 0.0, 0.0, 1e-8], [0.7, 0.1, 0.1, 0.1]])

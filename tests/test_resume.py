@@ -1,4 +1,4 @@
-"""A real train.py, killed at an arbitrary step and resumed, ends with the weights of a run that was not killed, bit for bit."""
+"""A real train.py, killed at some step and resumed, ends bit for bit with the weights of a run that was not killed."""
 
 import signal
 import time
@@ -13,6 +13,7 @@ from lavis_lite import checkpoint
 pytestmark = pytest.mark.usefixtures("shapes_data")
 
 TOTAL = 70
+
 
 def long_project(folder: Path, name: str) -> Path:
     """A recipe of some hundred steps with dropout, shuffling, random crops, two workers, accumulation, validation."""
@@ -63,7 +64,9 @@ def test_killed_and_resumed_equals_not_killed(name: str, after: int, tmp_path: P
     first, second = saved(whole.parent / "output" / "job"), saved(job)
     assert first["last"]["step"] == TOTAL
     doors.assert_same_state(first, second)
-    losses = {row["step"]: row["loss"] for row in doors.steps(job)}  # steps between checkpoint and death are there twice
+    losses = {
+        row["step"]: row["loss"] for row in doors.steps(job)
+    }  # steps between checkpoint and death are there twice
     assert losses == {row["step"]: row["loss"] for row in doors.steps(whole.parent / "output" / "job")}
 
 

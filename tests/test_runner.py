@@ -383,7 +383,7 @@ def test_nothing_to_resume_starts_afresh(tmp_path: Path) -> None:
 def test_resuming_what_does_not_fit(tmp_path: Path) -> None:
     make(tmp_path, max_epoch=1).train()
     path = str(tmp_path / "checkpoint_last.pth")
-    with pytest.raises(ValueError, match=r"5 iterations per .*this run 11"):
+    with pytest.raises(ValueError, match=r"5 iterations per .*this run has 11"):
         make(tmp_path / "b", batch_size_train=2, resume_ckpt_path=path).train()
     with pytest.raises(ValueError, match="parameter groups differ"):
         make(tmp_path / "c", lr_layer_decay=0.5, resume_ckpt_path=path).train()
@@ -539,7 +539,7 @@ def test_unreadable_samples_are_in_the_log(tmp_path: Path) -> None:
 
 
 def test_plan() -> None:
-    plan = Plan(inner=5, total=12)
+    plan = Plan(inner=5, total=12, global_batch=4)
     assert plan.num_epochs == 3
     assert [plan.bounds(epoch) for epoch in range(3)] == [(0, 5), (5, 10), (10, 12)]
     windows = [plan.window(step, accumulate=3) for step in range(12)]

@@ -18,6 +18,16 @@ from lavis_lite.optim import parameter_groups
 logger = logging.getLogger(__name__)
 
 
+class Output(dict[str, Tensor]):
+    """What a model answers: a dict whose entries are attributes too, as LAVIS's users write them (`output.loss`)."""
+
+    def __getattr__(self, name: str) -> Tensor:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"the output has no {name!r}; it has {', '.join(self)}") from None
+
+
 class BaseModel(nn.Module):
     """A registered model. Constructors take keyword-only arguments and build; the union of a class's and its parents'
     is its YAML schema.
@@ -60,7 +70,7 @@ class BaseModel(nn.Module):
         With `initialise` (a pretrained file) the parts that finetuning adds may be missing; otherwise every trainable
         parameter must be there.
         """
-        state = checkpoint.find_state_dict(checkpoint.load(download.fetch(source)))
+        state = checkpoint.find_state_dict(checkpoint.load(download.fetch(source)), source=str(source))
         state = self.adapt_state_dict(dict(state))
         new_parts = self.new_parts if initialise else ()
         checkpoint.load_into(
@@ -93,7 +103,7 @@ class BaseModel(nn.Module):
             logger.info(f"the checkpoint leaves out {len(frozen)} frozen parameters")
         return {name: tensor for name, tensor in state.items() if name not in frozen}
 
-    def forward(self, samples: dict[str, Any]) -> dict[str, Tensor]:
+    def forward(self, samples: dict[str, Any]) -> Output:
         raise NotImplementedError(f"{type(self).__name__} does not define forward")
 
 

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from lavis_lite.models.base import Output
 from lavis_lite.models.blip_base import BlipBase, text_list
 from lavis_lite.nn.attention import Context
 from lavis_lite.nn.bert import BertLMHeadModel
@@ -23,13 +25,14 @@ class BlipCaption(BlipBase):
         self.text_decoder = BertLMHeadModel(self.text_config())
         self.prompt = prompt or ""
 
-    def forward(self, samples: dict[str, Any]) -> dict[str, Tensor]:
+    def forward(self, samples: dict[str, Any]) -> Output:
         """Language-model loss of `text_input` (list[str], B) given `image` (B,3,H,W)."""
         context = self.text_decoder.bert.project_context(self.visual_encoder(samples["image"]))
-        ids, mask = self.tokenize(samples["text_input"], start=self.decoder_start, max_length=self.max_txt_len)
+        texts = text_list(samples["text_input"], len(samples["image"]))
+        ids, mask = self.tokenize(texts, start=self.decoder_start, max_length=self.max_txt_len)
         logits, _ = self.text_decoder(ids, mask, context=context)
         loss = language_modeling_loss(logits, self.labels(ids, self.prompt_length(self.prompt)))
-        return {"loss": loss, "loss_lm": loss.detach()}
+        return Output({"loss": loss, "loss_lm": loss.detach()})
 
     def prompt_length(self, prompt: str) -> int:
         """Tokens of the prompt and `[DEC]`."""
@@ -69,10 +72,11 @@ class BlipCaption(BlipBase):
         captions: dict[int, list[str]] = {}
         for prompt in dict.fromkeys(prompts):
             rows = [i for i, other in enumerate(prompts) if other == prompt]
-            own = context if len(rows) == len(prompts) else context.select(samples["image"].new_tensor(rows).long())
-            ids, _ = self.tokenize([prompt] * len(rows), start=self.decoder_start)
-            texts = self.tokenizer.batch_decode(decode(self.step(own), ids[:, :-1], config), skip_special_tokens=True)
-            texts = [without_prompt(text, prompt) for text in texts]
+            own = context if len(rows) == len(prompts) else context.select(torch.tensor(rows, device=self.device))
+            ids = self.tokenize([prompt] * len(rows), start=self.decoder_start)[0][:, :-1]
+            start = self.tokenizer.decode(ids[0], skip_special_tokens=True)  # as it reads in the decoded texts
+            texts = self.tokenizer.batch_decode(decode(self.step(own), ids, config), skip_special_tokens=True)
+            texts = [text.removeprefix(start).strip() for text in texts]
             captions.update({row: texts[i * num_captions : (i + 1) * num_captions] for i, row in enumerate(rows)})
         return [caption for row in range(len(prompts)) for caption in captions[row]]
 
@@ -90,8 +94,3 @@ def decoding_step(decoder: BertLMHeadModel, context: Context) -> Step:
         return logits[:, -1], cache
 
     return step
-
-
-def without_prompt(text: str, prompt: str) -> str:
-    """The generated part of a decoded text."""
-    return text.removeprefix(prompt.strip().lower()).strip()

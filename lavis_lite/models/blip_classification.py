@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lavis_lite.models.blip_base import BlipBase, ramp
+from lavis_lite.models.base import Output
+from lavis_lite.models.blip_base import BlipBase, ramp, text_list
 from lavis_lite.models.blip_nlvr import classification_head
 from lavis_lite.nn.bert import BertModel
 from lavis_lite.nn.losses import soft_cross_entropy
@@ -52,21 +53,21 @@ class BlipClassification(BlipBase):
         """(online, momentum) modules; none without distillation."""
         return [(getattr(self, name), getattr(self, f"{name}_m")) for name in TWINS if self.use_distill]
 
-    def forward(self, samples: dict[str, Any]) -> dict[str, Tensor]:
+    def forward(self, samples: dict[str, Any]) -> Output:
         """Loss of `image` (B,3,H,W), `text_input` list[str], `label` (B,)."""
-        ids, mask = self.tokenize(samples["text_input"], max_length=self.max_txt_len)
+        ids, mask = self.tokenize(text_list(samples["text_input"], len(samples["image"])), max_length=self.max_txt_len)
         logits = self.logits(samples["image"], ids, mask)
         loss = F.cross_entropy(logits, samples["label"].to(logits.device))
         if self.use_distill:
             alpha = ramp(samples, self.alpha, num_epochs=1)
             targets = self.twin_logits(samples["image"], ids, mask, update=torch.is_grad_enabled()).softmax(dim=1)
             loss = (1 - alpha) * loss + alpha * soft_cross_entropy(logits, targets)
-        return {"loss": loss, "logits": logits.detach()}
+        return Output({"loss": loss, "logits": logits.detach()})
 
-    def predict(self, samples: dict[str, Any]) -> dict[str, Tensor]:
+    def predict(self, samples: dict[str, Any]) -> Output:
         """Logits (B,num_classes) and the labels (B,)."""
-        ids, mask = self.tokenize(samples["text_input"], max_length=self.max_txt_len)
-        return {"predictions": self.logits(samples["image"], ids, mask), "targets": samples["label"]}
+        ids, mask = self.tokenize(text_list(samples["text_input"], len(samples["image"])), max_length=self.max_txt_len)
+        return Output({"predictions": self.logits(samples["image"], ids, mask), "targets": samples["label"]})
 
     def logits(self, image: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """(B,num_classes)"""

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lavis_lite.models.base import Output
 from lavis_lite.models.blip_base import BlipBase, project, text_list
 from lavis_lite.nn.attention import Context
 from lavis_lite.nn.bert import BertModel
@@ -81,11 +82,11 @@ class BlipFeatureExtractor(BlipTowers):
         super().__init__(**parts)
         self.temp = nn.Parameter(torch.tensor(0.07))
 
-    def forward(self, samples: dict[str, Any], mode: str = "multimodal") -> dict[str, Tensor]:
+    def forward(self, samples: dict[str, Any], mode: str = "multimodal") -> Output:
         return self.extract_features(samples, mode=mode)
 
     @torch.no_grad()
-    def extract_features(self, samples: dict[str, Any], mode: str = "multimodal") -> dict[str, Tensor]:
+    def extract_features(self, samples: dict[str, Any], mode: str = "multimodal") -> Output:
         """Features of `image` (B,3,H,W) and/or `text_input` (B texts).
 
         `image`: `image_embeds` (B,1+N,E) and `image_embeds_proj` (B,1+N,embed_dim), normalised; token 0 is the whole
@@ -99,7 +100,7 @@ class BlipFeatureExtractor(BlipTowers):
         missing = [key for key in needed[mode] if samples.get(key) is None]
         if missing:
             raise ValueError(f"features of mode {mode!r} need samples[{missing[0]!r}], which is missing")
-        features: dict[str, Tensor] = {}
+        features = Output()
         if mode != "text":
             features["image_embeds"] = self.visual_encoder(samples["image"])
         if mode == "image":

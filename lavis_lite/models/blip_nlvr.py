@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lavis_lite.models.blip_base import BlipBase
+from lavis_lite.models.base import Output
+from lavis_lite.models.blip_base import BlipBase, text_list
 from lavis_lite.nn.bert import BertModel
 from lavis_lite.registry import registry
 
@@ -23,19 +24,19 @@ class BlipNLVR(BlipBase):
         self.text_encoder = BertModel(config)
         self.cls_head = classification_head(config.hidden_size, num_classes)
 
-    def forward(self, samples: dict[str, Any]) -> dict[str, Tensor]:
+    def forward(self, samples: dict[str, Any]) -> Output:
         """Loss of `image0`, `image1` (B,3,H,W), `text_input` list[str], `label` (B,)."""
         logits = self.logits(samples)
-        return {"loss": F.cross_entropy(logits, samples["label"].to(logits.device)), "logits": logits.detach()}
+        return Output({"loss": F.cross_entropy(logits, samples["label"].to(logits.device)), "logits": logits.detach()})
 
-    def predict(self, samples: dict[str, Any]) -> dict[str, Tensor]:
+    def predict(self, samples: dict[str, Any]) -> Output:
         """Logits (B,num_classes) and the labels (B,)."""
-        return {"predictions": self.logits(samples), "targets": samples["label"]}
+        return Output({"predictions": self.logits(samples), "targets": samples["label"]})
 
     def states(self, samples: dict[str, Any]) -> Tensor:
         """The statement's states (B,T,E), grounded in both images."""
         tokens = self.visual_encoder(torch.cat([samples["image0"], samples["image1"]]))
-        ids, mask = self.tokenize(samples["text_input"], start=self.encoder_start)
+        ids, mask = self.tokenize(text_list(samples["text_input"], len(samples["image0"])), start=self.encoder_start)
         return self.text_encoder(ids, mask, context=self.text_encoder.project_context(*tokens.chunk(2)))[0]
 
     def logits(self, samples: dict[str, Any]) -> Tensor:

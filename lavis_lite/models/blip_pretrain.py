@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from lavis_lite.models.blip_base import ramp
+from lavis_lite.models.base import Output
+from lavis_lite.models.blip_base import ramp, text_list
 from lavis_lite.models.blip_momentum import BlipMomentum
 from lavis_lite.nn.bert import BertLMHeadModel
 from lavis_lite.nn.losses import language_modeling_loss
@@ -22,12 +22,12 @@ class BlipPretrain(BlipMomentum):
         self.text_decoder.share_with_encoder(self.text_encoder)
         self.prompt = prompt
 
-    def forward(self, samples: dict[str, Any]) -> dict[str, Tensor]:
+    def forward(self, samples: dict[str, Any]) -> Output:
         """`image` (B,3,H,W), `text_input` list[str]; the loss is the sum of `loss_itc`, `loss_itm` and `loss_lm`."""
         update = torch.is_grad_enabled()
         self.clamp_temperature()
         tokens, image_feat = self.encode_image(samples["image"])
-        ids, mask = self.tokenize(samples["text_input"], max_length=self.max_txt_len)
+        ids, mask = self.tokenize(text_list(samples["text_input"], len(samples["image"])), max_length=self.max_txt_len)
         text_feat = self.encode_text(ids, mask)
 
         twin = self.momentum_features(samples["image"], ids, mask, update=update)
@@ -49,9 +49,11 @@ class BlipPretrain(BlipMomentum):
             decoder_ids, mask, context=context
         )  # its cross-attention is the encoder's, and so is the context
         loss_lm = language_modeling_loss(logits, self.labels(decoder_ids))
-        return {
-            "loss": loss_itc + loss_itm + loss_lm,
-            "loss_itc": loss_itc.detach(),
-            "loss_itm": loss_itm.detach(),
-            "loss_lm": loss_lm.detach(),
-        }
+        return Output(
+            {
+                "loss": loss_itc + loss_itm + loss_lm,
+                "loss_itc": loss_itc.detach(),
+                "loss_itm": loss_itm.detach(),
+                "loss_lm": loss_lm.detach(),
+            }
+        )

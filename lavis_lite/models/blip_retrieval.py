@@ -4,11 +4,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lavis_lite import dist
-from lavis_lite.models.blip_base import gathered_ids, ramp
+from lavis_lite.models.base import Output
+from lavis_lite.models.blip_base import gathered_ids, ramp, text_list
 from lavis_lite.models.blip_momentum import BlipMomentum
 from lavis_lite.models.reranking import similarity_matrices
 from lavis_lite.nn.losses import same_id_targets
@@ -23,14 +23,14 @@ class BlipRetrieval(BlipMomentum):
         super().__init__(queue_size=queue_size, max_txt_len=max_txt_len, **parts)
         self.register_buffer("idx_queue", torch.full((1, queue_size), -100))
 
-    def forward(self, samples: dict[str, Any]) -> dict[str, Tensor]:
+    def forward(self, samples: dict[str, Any]) -> Output:
         """`image` (B,3,H,W), `text_input` list[str], `image_id` (B,); the loss is the sum of `loss_itc` and
         `loss_itm`.
         """
         update = torch.is_grad_enabled()
         self.clamp_temperature()
         tokens, image_feat = self.encode_image(samples["image"])
-        ids, mask = self.tokenize(samples["text_input"], max_length=self.max_txt_len)
+        ids, mask = self.tokenize(text_list(samples["text_input"], len(samples["image"])), max_length=self.max_txt_len)
         text_feat = self.encode_text(ids, mask)
         image_id = gathered_ids(samples["image_id"], tokens.device)
 
@@ -45,7 +45,7 @@ class BlipRetrieval(BlipMomentum):
         negatives = self.draw_negatives(image_feat, text_feat, pool, image_id[:, None] == pool_id[None, :])
         context = self.text_encoder.project_context(tokens)
         loss_itm = self.matching_loss(tokens, ids, mask, pool, negatives, context)
-        return {"loss": loss_itc + loss_itm, "loss_itc": loss_itc.detach(), "loss_itm": loss_itm.detach()}
+        return Output({"loss": loss_itc + loss_itm, "loss_itc": loss_itc.detach(), "loss_itm": loss_itm.detach()})
 
     def compute_sim_matrix(self, loader: DataLoader, k_test: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores (images, texts) and (texts, images) of an evaluation set, -100 where not among the `k_test` most

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lavis_lite.models.blip_base import BlipBase
+from lavis_lite.models.base import Output
+from lavis_lite.models.blip_base import BlipBase, text_list
 from lavis_lite.models.blip_caption import decoding_step
 from lavis_lite.nn.attention import Context
 from lavis_lite.nn.bert import BertLMHeadModel, BertModel
@@ -28,7 +29,7 @@ class BlipVQA(BlipBase):
         self.text_encoder = BertModel(config)
         self.text_decoder = BertLMHeadModel(self.text_config(context_width=config.hidden_size))
 
-    def forward(self, samples: dict[str, Any]) -> dict[str, Tensor]:
+    def forward(self, samples: dict[str, Any]) -> Output:
         """Loss of the answers, each weighted, summed over a question's answers and averaged over the batch.
 
         `image` (B,3,H,W), `text_input` list[str] of B questions, `answer` flat list[str], `weight` (sum of
@@ -42,12 +43,13 @@ class BlipVQA(BlipBase):
         loss = self.answer_loss(*self.tokenize(samples["answer"], start=self.decoder_start), context)
         weight = torch.as_tensor(samples["weight"], device=loss.device, dtype=loss.dtype)
         loss = (weight * loss).sum() / len(samples["image"])
-        return {"loss": loss, "loss_lm": loss.detach()}
+        return Output({"loss": loss, "loss_lm": loss.detach()})
 
     def encode_questions(self, samples: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The questions' image-grounded states (B,T,E) and their mask (B,T)."""
         image = self.text_encoder.project_context(self.visual_encoder(samples["image"]))
-        ids, mask = self.tokenize(samples["text_input"], start=self.encoder_start, max_length=self.max_txt_len)
+        questions = text_list(samples["text_input"], len(samples["image"]))
+        ids, mask = self.tokenize(questions, start=self.encoder_start, max_length=self.max_txt_len)
         return self.text_encoder(ids, mask, context=image)[0], mask
 
     def answer_loss(self, ids: Tensor, mask: Tensor, context: Context) -> Tensor:

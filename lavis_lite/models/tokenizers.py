@@ -1,9 +1,13 @@
 """BLIP's tokenizer: BERT's WordPiece, with `[DEC]` to start generated and `[ENC]` to start image-grounded texts."""
 
+import logging
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lavis_lite import download
+
+logger = logging.getLogger(__name__)
 PACKAGED = Path(__file__).parents[1] / "configs" / "tokenizers"
 
 
@@ -19,7 +23,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         )
     source = str(folder.expanduser()) if folder.expanduser().is_dir() else name
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, local_files_only=True)
+    except (OSError, ValueError):
+        logger.info(f"tokenizer {name!r} is not on this machine: asking the hub")
+    try:
+        return AutoTokenizer.from_pretrained(source, local_files_only=download.is_offline())
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"tokenizer {name!r} could not be loaded from {source!r} "

@@ -5,11 +5,12 @@ bicubically without antialiasing, as the published weights were; timm's own resi
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -30,6 +31,8 @@ class ViTConfig:
     drop_path_rate: float = 0.0
     num_checkpointed: int = 0
     """How many of the last blocks recompute their activations in the backward pass."""
+    sincos_init: bool = False
+    """Start position embeddings as 2-D sine and cosine, which learns places faster from scratch; they stay trainable."""
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
@@ -39,7 +42,7 @@ class ViTConfig:
 
 
 VIT_SIZES: dict[str, ViTConfig] = {
-    "tiny": ViTConfig(image_size=48, patch_size=8, width=128, depth=3, num_heads=4),
+    "tiny": ViTConfig(image_size=48, patch_size=8, width=128, depth=3, num_heads=4, sincos_init=True),
     "base": ViTConfig(),
     "large": ViTConfig(width=1024, depth=24, num_heads=16),
 }
@@ -49,6 +52,10 @@ def vit_config(vit_type: str, **overrides: object) -> ViTConfig:
     """The sizes of `tiny`, `base` or `large`, with some replaced."""
     if vit_type not in VIT_SIZES:
         raise ValueError(f"vit_type {vit_type!r} is not one of {', '.join(VIT_SIZES)}")
+    known = [field.name for field in fields(ViTConfig)]
+    unknown = sorted(overrides.keys() - known)
+    if unknown:
+        raise ValueError(f"vit has no size {', '.join(unknown)}; it has {', '.join(known)}")
     return replace(VIT_SIZES[vit_type], **overrides)
 
 
@@ -72,6 +79,10 @@ class BlipViT(VisionTransformer):
             drop_path_rate=config.drop_path_rate,
         )
         self.config = config
+        if config.sincos_init:
+            side = config.image_size // config.patch_size
+            with torch.no_grad():
+                self.pos_embed[0, 1:] = build_sincos2d_pos_embed([side, side], dim=config.width)
         if config.num_checkpointed:
             checkpoint_blocks(self.blocks[-config.num_checkpointed :])
 

@@ -17,10 +17,11 @@ TRAINING_STATE = ("model", "optimizer", "scaler", "step", "epoch", "best", "plan
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How long a run is, in iterations: `inner` between two validations, `total` in all."""
+    """How long a run is, in iterations of `global_batch` samples: `inner` between two validations, `total` in all."""
 
     inner: int
     total: int
+    global_batch: int
 
     @property
     def num_epochs(self) -> int:
@@ -85,11 +86,13 @@ def check_resumable(saved: Mapping[str, Any], *, path: Path, plan: Plan, optimiz
             f"{path} holds no training state ({', '.join(lost)} missing): resume from a checkpoint_last.pth, "
             "or start anew from these weights with model.pretrained or model.finetuned"
         )
-    if saved["plan"]["inner"] != plan.inner:
-        raise ValueError(
-            f"{path} was written with {saved['plan']['inner']} iterations per (inner) epoch, this run {plan.inner}: "
-            "resume with the same data and global batch, or start anew from its weights with model.pretrained"
-        )
+    for key, what in (("inner", "iterations per (inner) epoch"), ("global_batch", "samples an iteration")):
+        was, now = saved["plan"].get(key), getattr(plan, key)
+        if was != now:
+            raise ValueError(
+                f"{path} was written with {was} {what}, this run has {now}: resume with the same data and global batch "
+                "(processes x run.batch_size_train), or start anew from its weights with model.pretrained"
+            )
     names = [group.get("names") for group in saved["optimizer"]["param_groups"]]
     if names != [group.get("names") for group in optimizer.param_groups]:
         raise ValueError(f"{path}: the optimizer's parameter groups differ from this run's: resume with the same model")

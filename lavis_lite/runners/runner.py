@@ -92,7 +92,8 @@ class Runner:
         if self.run.iters_per_inner_epoch is not None:
             raise ValueError("run.iters_per_inner_epoch needs run.runner=runner_iter; runner_base counts epochs")
         total = steps_per_epoch * self.run.max_epoch
-        return Plan(inner=steps_per_epoch, total=min(total, self.run.max_iters or total))
+        total = min(total, self.run.max_iters or total)
+        return Plan(inner=steps_per_epoch, total=total, global_batch=self.loader.sampler.global_batch)
 
     def _prepare(self) -> None:
         """Builds everything that training needs, and resumes if there is something to resume."""
@@ -293,7 +294,8 @@ class Runner:
         import yaml
 
         text = yaml.safe_dump(self.cfg.to_dict(), sort_keys=False, allow_unicode=True)
-        checkpoint.write_text(self.job_dir / "config.yaml", text)
+        name = "config_evaluate.yaml" if self.run.evaluate else "config.yaml"  # leaves the training's own alone
+        checkpoint.write_text(self.job_dir / name, text)
 
 
 @registry.register_runner("runner_iter")
@@ -305,7 +307,7 @@ class IterRunner(Runner):
         if total is None:
             raise ValueError("run.runner=runner_iter needs run.max_iters (and perhaps run.iters_per_inner_epoch)")
         inner = self.run.iters_per_inner_epoch or steps_per_epoch
-        return Plan(inner=min(inner, total), total=total)
+        return Plan(inner=inner, total=total, global_batch=self.loader.sampler.global_batch)
 
 
 def _losses(output: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -20,6 +20,11 @@ from lavis_lite.tasks.results import Result, gather
 Samples = dict[str, Any]
 Metrics = dict[str, Any]
 
+SAMPLE_KEYS = (
+    *("image", "image0", "image1", "text_input", "image_id", "instance_id", "question_id", "index"),
+    *("answer", "weight", "n_answers", "label"),
+)
+
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model itself, out of DistributedDataParallel."""
@@ -36,6 +41,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(training)
+
+
+@contextlib.contextmanager
+def batch_of(samples: Samples, model: nn.Module) -> Iterator[None]:
+    """Says of a sample-dict key that is asked for and missing which model asked, and what the dataset gives."""
+    try:
+        yield
+    except KeyError as error:
+        if error.args[0] not in SAMPLE_KEYS or error.args[0] in samples:
+            raise
+        raise ValueError(
+            f"{type(unwrap(model)).__name__} needs {error.args[0]!r}, which the dataset's samples lack (they have "
+            f"{', '.join(samples)}): choose a dataset that fits the model and the task"
+        ) from error
 
 
 @dataclass(kw_only=True)
@@ -65,7 +84,8 @@ class BaseTask:
 
     def train_step(self, model: nn.Module, samples: Samples) -> dict[str, Any]:
         """One forward pass; the answer has `loss` (to differentiate) and its parts `loss_*`."""
-        return model(samples)
+        with batch_of(samples, model):
+            return model(samples)
 
     def evaluate(self, model: nn.Module, loader: Iterable[Samples], *, split: str, result_dir: Path) -> Metrics:
         """Answer every sample of `loader` (this rank's share of `loader.dataset`) and score all ranks' answers.
@@ -77,7 +97,8 @@ class BaseTask:
         results: list[Result] = []
         with evaluating(model):
             for samples in loader:
-                results += self.valid_step(model, {**samples, **context})
+                with batch_of(samples, model):
+                    results += self.valid_step(model, {**samples, **context})
         results = gather(results, dataset)
         if not results:
             raise ValueError(f"the {split} split is empty: there is nothing to evaluate")

@@ -49,7 +49,7 @@ class ImageTextPretrainTask(BaseTask):
     def valid_step(self, model: nn.Module, samples: Samples) -> list[Result]:
         """The batch's mean losses, noted for each of its samples, so that batches count by their size."""
         if "text_input" not in samples:
-            raise KeyError(
+            raise ValueError(
                 "the batch has no 'text_input': losses need image-text pairs, and this split is laid out for "
                 "captioning or retrieval. Validate on a split of a pairs dataset, or leave run.valid_splits empty."
             )
