@@ -356,3 +356,12 @@ def test_checkpoint_of_a_tied_model_has_no_surplus(tmp_path: Path) -> None:
     path = checkpoint.save({"model": model.checkpoint_state_dict()}, tmp_path / "model.pth")
     unique = {p.data_ptr(): p.nbytes for p in [*model.parameters(), *model.buffers()]}
     assert path.stat().st_size < sum(unique.values()) * 1.3 + 200_000
+
+
+def test_a_checkpoint_with_foreign_parts_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A VQA file has all that captioning needs and more: fine to start from, suspicious as the model to evaluate."""
+    lavis_file(shaken("blip_vqa"), tmp_path / "vqa.pth")
+    build("blip_caption", pretrained=str(tmp_path / "vqa.pth"))
+    assert "make sure" not in caplog.text
+    build("blip_caption", checkpoint=str(tmp_path / "vqa.pth"))
+    assert "also has text_encoder, which BlipCaption has not" in caplog.text

@@ -73,10 +73,22 @@ class BaseModel(nn.Module):
         state = checkpoint.find_state_dict(checkpoint.load(download.fetch(source)), source=str(source))
         state = self.adapt_state_dict(dict(state))
         new_parts = self.new_parts if initialise else ()
-        checkpoint.load_into(
+        report = checkpoint.load_into(
             self, state, source=str(source), allow_missing=lambda key: any(part in key for part in new_parts)
         )
+        if not initialise:
+            self.warn_of_foreign_parts(report.unexpected, source)
         self.after_loading(state)
+
+    def warn_of_foreign_parts(self, unexpected: list[str], source: str) -> None:
+        """Warn if the file has whole parts that this model lacks, which a checkpoint of another task has."""
+        own = {name.split(".")[0] for name in self.state_dict()}
+        parts = {name.split(".")[0] for name in unexpected if "." in name and "_m." not in name} - own
+        if parts:
+            logger.warning(
+                f"{source} also has {', '.join(sorted(parts))}, which {type(self).__name__} has not: "
+                "make sure that it is a checkpoint of this architecture"
+            )
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Bring a file's tensors into this model's layout and size; models override it."""
