@@ -10,10 +10,10 @@ import struct
 import zlib
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from lavis_lite.errors import UnreadableSample
+from lavis_lite.pixels import to_rgb
 
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 
@@ -35,14 +35,3 @@ def open_image(path: str | Path) -> Image.Image:
             f"image file broken or truncated: {path} ({type(error).__name__}: {error}). "
             "Fetch it again, or remove the record from the annotations."
         ) from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL mode to RGB. 16-bit grey (`I;16*`, and `I`, which is how PIL may open it) is divided by 257."""
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "P":
-        # Straight to RGB, PIL warns about palettes with per-entry transparency; the colours are the same.
-        return image.convert("RGBA").convert("RGB")
-    return image.convert("RGB")

@@ -32,7 +32,7 @@ class ViTConfig:
     num_checkpointed: int = 0
     """How many of the last blocks recompute their activations in the backward pass."""
     sincos_init: bool = False
-    """Start position embeddings as 2-D sine and cosine, which learns places faster from scratch; they stay trainable."""
+    """Start position embeddings as 2-D sine and cosine: from scratch, places are learned faster."""
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:

@@ -6,35 +6,18 @@ antialiasing. CMYK, palette, grey, alpha and 16-bit images become 8-bit RGB firs
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
+from lavis_lite.pixels import to_rgb
 from lavis_lite.processors.base import BaseProcessor
 from lavis_lite.processors.randaugment import RandomAugment
 from lavis_lite.registry import registry
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """`image` as 8-bit RGB. Raises TypeError if it is not a PIL image.
-
-    16-bit grey is divided by 257 (Pillow would clip it to white). Alpha is dropped without blending, as in LAVIS.
-    """
-    if not isinstance(image, Image.Image):
-        raise TypeError(
-            f"an image processor takes a PIL image, got {type(image).__name__}: open it with PIL.Image.open"
-        )
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
-        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
-    if image.mode == "P":
-        image = image.convert("RGBA")  # straight to RGB, Pillow warns about palettes with per-entry transparency
-    return image.convert("RGB")
 
 
 class ImageProcessor(BaseProcessor):
