@@ -6,4 +6,4 @@ echo "== ruff"
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 echo "== pytest"
-OMP_NUM_THREADS=1 "$python" -m pytest -q -n "${TEST_PROCESSES:-2}" "$@"
+OMP_NUM_THREADS=1 "$python" -m pytest -q -n "${TEST_PROCESSES:-2}" --dist loadfile "$@"

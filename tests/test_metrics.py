@@ -22,6 +22,7 @@ from lavis_lite.tasks.metrics.vqa_accuracy import (
 TABLES = Path(os.environ.get("LAVIS_LITE_REFERENCE_DIR", Path(__file__).parent / "reference")) / "tables"
 VQA = json.loads((TABLES / "vqa_accuracy.json").read_text())
 RETRIEVAL = json.loads((TABLES / "retrieval_metrics.json").read_text())
+QA_TASKS = json.loads((TABLES / "qa_tasks.json").read_text())
 CAPTIONS = json.loads((TABLES / "caption_metrics.json").read_text())
 REFERENCES = {f"image {i}": references for i, (_, references) in enumerate(CAPTIONS["pairs"])}
 TOLD = {f"image {i}": caption for i, (caption, _) in enumerate(CAPTIONS["pairs"])}
@@ -75,6 +76,20 @@ def test_contractions_have_one_apostrophe_missing() -> None:
     assert CONTRACTIONS["couldnt've"] == CONTRACTIONS["couldn'tve"] == "couldn't've"
     for odd in ("im", "shes", "lets", "well", "wed", "shell"):
         assert odd not in CONTRACTIONS
+
+
+@pytest.mark.parametrize(("task", "variant"), [("gqa", "exact"), ("aok_vqa", "direct"), ("discrn_qa", "contains")])
+def test_other_sets_accuracies_equal_table(task: str, variant: str) -> None:
+    for (prediction, answers), expected in zip(QA_TASKS[task]["pairs"], QA_TASKS[task]["each"], strict=True):
+        answers = [answers] if isinstance(answers, str) else answers
+        assert 100 * vqa_accuracy(prediction, answers, variant=variant) == pytest.approx(expected), prediction
+
+
+def test_equal_answers_do_not_exclude_each_other() -> None:
+    """LAVIS compared annotations by content: without `answer_id` five "cat" left one another out, and scored half."""
+    case = QA_TASKS["no_answer_id"]
+    assert case["acc"] == 50.0
+    assert vqa_accuracy(case["pred"], case["answers"]) == 1.0
 
 
 def test_vqa_metrics_by_type_and_mistakes() -> None:

@@ -7,14 +7,14 @@ import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from lavis_lite.registry import registry
 from lavis_lite.tasks.base import BaseTask, Metrics, Samples
-from lavis_lite.tasks.metrics.vqa_accuracy import vqa_metrics
+from lavis_lite.tasks.metrics.vqa_accuracy import Variant, vqa_metrics
 from lavis_lite.tasks.results import Result, as_list, per_sample, write_json
 
 ANSWER_ARGUMENTS = {
@@ -44,7 +44,7 @@ class VQATask(BaseTask):
     """What the question is put into, e.g. "Question: {} Answer:"; empty asks it as it is."""
     report_metric: bool = True
     """False only writes the result file, for an evaluation server."""
-    accuracy: Literal["official", "lavis"] = "official"
+    accuracy: Variant = "official"
     """Which script's text clean-up and rules; see tasks/metrics/vqa_accuracy.py."""
     blank_images: bool = False
     """Answer with every image blanked to the mean colour."""
@@ -52,8 +52,8 @@ class VQATask(BaseTask):
     def __post_init__(self) -> None:
         if self.inference_method not in ("rank", "generate"):
             raise ValueError(f"run.inference_method must be 'rank' or 'generate', got {self.inference_method!r}")
-        if self.accuracy not in ("official", "lavis"):
-            raise ValueError(f"run.accuracy must be 'official' or 'lavis', got {self.accuracy!r}")
+        if self.accuracy not in get_args(Variant):
+            raise ValueError(f"run.accuracy must be one of {', '.join(get_args(Variant))}, got {self.accuracy!r}")
         if self.prompt and "{}" not in self.prompt:
             raise ValueError(f"run.prompt={self.prompt!r} has no '{{}}' to put the question into")
 
@@ -95,6 +95,28 @@ class VQATask(BaseTask):
             why = f"the {split} split has no answers" if self.report_metric else "run.report_metric is false"
             return {"agg_metrics": 0.0, "note": f"{why}: only the result file was written"}
         return vqa_metrics(asked, answers, variant=self.accuracy)
+
+
+@registry.register_task("gqa")
+@dataclass(kw_only=True)
+class GQATask(VQATask):
+    """Questions with one right answer: the cleaned prediction must equal it."""
+
+    accuracy: Variant = "exact"
+
+
+@registry.register_task("aok_vqa")
+@dataclass(kw_only=True)
+class AOKVQATask(VQATask):
+    """A-OKVQA's direct answers: min(1, matches/3) of the raw strings; also writes the leaderboard's file."""
+
+    accuracy: Variant = "direct"
+
+    def score(self, results: list[Result], *, dataset: Any, split: str, result_dir: Path) -> Metrics:
+        """As VQA, and `<split>_aok_vqa_leaderboard.json`: question id to `{"direct_answer": ...}`."""
+        answers = {str(result["question_id"]): {"direct_answer": result["answer"]} for result in results}
+        write_json(result_dir / f"{split}_aok_vqa_leaderboard.json", answers)
+        return super().score(results, dataset=dataset, split=split, result_dir=result_dir)
 
 
 def ground_truth(annotation: Iterable[dict[str, Any]]) -> dict[Any, dict[str, Any]]:

@@ -4,6 +4,9 @@ Two variants, in percent. `official` is what the evaluation servers do: human an
 (punctuation, number words, articles, contractions), but neither if all humans agree. `lavis` is an older script: the
 prediction is always cleaned, human answers lose only punctuation, and only if they differ. The clean-up's oddities
 (a "." stays before a digit; at most 32 are removed; "none" is 0) are the official script's.
+
+Other sets score in other ways: `exact` (GQA) asks the cleaned prediction to equal an answer, `direct`
+(A-OKVQA) counts min(1, matches/3) of the raw strings, `contains` looks for an answer inside the cleaned prediction.
 """
 
 import re
@@ -11,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-Variant = Literal["official", "lavis"]
+Variant = Literal["official", "lavis", "exact", "direct", "contains"]
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -73,8 +76,19 @@ def _one_line(text: str) -> str:
 def vqa_accuracy(
     prediction: str, answers: Sequence[str | Mapping[str, Any]], *, variant: Variant = "official"
 ) -> float:
-    """Accuracy in 0..1 of one prediction against the human answers (ten, as strings or `{"answer": ...}`)."""
+    """Accuracy in 0..1 of one prediction against the human answers (ten, as strings or `{"answer": ...}`).
+
+    The human answers are told apart by their place. LAVIS told them apart by content, so that equal answers without an
+    `answer_id` left one another out.
+    """
     humans = [answer["answer"] if isinstance(answer, Mapping) else answer for answer in answers]
+    if variant == "direct":
+        return min(1.0, humans.count(prediction) / 3)
+    if variant == "exact":
+        return float(clean_answer(prediction) in humans)
+    if variant == "contains":
+        cleaned = clean_answer(prediction)
+        return float(any(human in cleaned for human in humans))
     if variant == "official":
         humans, prediction = [_one_line(human) for human in humans], _one_line(prediction)
     differ = len(set(humans)) > 1
