@@ -300,6 +300,8 @@ def test_the_table_of_task_keys_is_complete_and_has_the_defaults():
     for name, key, cell, _ in table(ROOT / "docs/training.md", "| task | key |"):
         task = code(name)[0] if name else task
         shown[task][code(key)[0]] = yaml.safe_load(code(cell)[0])
+    for name, accuracy in re.findall(r"`(\w+)` \(`accuracy: (\w+)`", (ROOT / "docs/training.md").read_text()):
+        shown[name] = {**shown["vqa"], "accuracy": accuracy}
     for name, keys in shown.items():
         assert keys == {f.name: default(f) for f in fields(registry.get_task_class(name))}, name
 

@@ -188,7 +188,7 @@ def test_evaluation_follows_blips_protocol(path: Path) -> None:
     if config(path).run.task == "captioning":
         assert (task["num_beams"], task["max_len"], task["min_len"]) == (3, 20, 5)
         assert task.get("repetition_penalty", 1.0) == (1.1 if path.stem == "nocaps" else 1.0)
-    if config(path).run.task == "vqa":
+    if config(path).run.task in ("vqa", "aok_vqa"):
         assert (task["inference_method"], task["num_ans_candidates"]) == ("rank", 128)
     if config(path).run.task == "retrieval":
         assert task["k_test"] == {"ret_coco": 256, "ret_flickr": 128}[path.stem]
@@ -201,7 +201,7 @@ def reported_metrics(task: str, folder: Path) -> set[str]:
     """The names that a task's metrics have."""
     if task == "captioning":
         return set(LABELS.values()) | {"Bleu_4"}
-    if task == "vqa":
+    if task in ("vqa", "aok_vqa"):
         return set(vqa_metrics({1: {"answers": ["yes"] * 10}}, {1: "yes"}))
     if task == "retrieval":
         return set(recall_metrics(np.ones((1, 1)), np.ones((1, 1)), [0], [[0]]))
