@@ -24,7 +24,7 @@ from lavis_lite.tasks.metrics import caption_java
 from lavis_lite.tasks.multimodal_classification import MultimodalClassificationTask
 from lavis_lite.tasks.results import gather, per_sample, write_json
 from lavis_lite.tasks.retrieval import RetrievalTask
-from lavis_lite.tasks.vqa import VQATask
+from lavis_lite.tasks.vqa import AOKVQATask, GQATask, VQATask
 
 WORDS = [
     "ein großer Hund läuft",
@@ -254,6 +254,18 @@ def test_vqa_without_answers_or_answer_list(tmp_path: Path) -> None:
         VQATask().evaluate(Toy(), loader(unknown), split="test", result_dir=tmp_path)
     with pytest.raises(ValueError, match=r"run\.num_ans_candidates=9 has no effect"):
         VQATask(num_ans_candidates=9).evaluate(Toy(), loader(questions()), split="val", result_dir=tmp_path)
+
+
+def test_gqa_and_aok_vqa_score_in_their_own_way(tmp_path: Path) -> None:
+    """The toy answers "dog": right for GQA if that is the answer; for A-OKVQA two of three matches."""
+    for answers, accuracy in ((["dog"], 100.0), (["the dog"], 0.0)):
+        data = loader(Items([{"question_id": 1, "text_input": "what?", "answers": answers}]))
+        assert GQATask().evaluate(Toy(), data, split="val", result_dir=tmp_path)["agg_metrics"] == accuracy
+    direct = loader(Items([{"question_id": "ä1", "text_input": "what?", "answers": ["dog", "cat", "dog"]}]))
+    metrics = AOKVQATask().evaluate(Toy(), direct, split="val", result_dir=tmp_path)
+    assert metrics["agg_metrics"] == pytest.approx(66.67)
+    leaderboard = json.loads((tmp_path / "val_aok_vqa_leaderboard.json").read_text())
+    assert leaderboard == {"ä1": {"direct_answer": "dog"}}
 
 
 class Gallery(Toy):
