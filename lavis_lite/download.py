@@ -25,11 +25,6 @@ def data_root() -> Path:
     return Path(os.environ.get("LAVIS_LITE_DATA") or cache_dir() / "datasets").expanduser()
 
 
-def path_root(name: str) -> Path:
-    """The folder of the data set `name` under `data_root()`."""
-    return data_root() / name
-
-
 def is_url(source: str | Path) -> bool:
     """Whether `source` is an http(s) address."""
     return str(source).startswith(("http://", "https://"))

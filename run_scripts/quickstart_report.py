@@ -117,7 +117,7 @@ def caption_cards(job: Path) -> Iterator[Card]:
 
 
 def vqa_cards(job: Path) -> Iterator[Card]:
-    """Every test question's answer; right when at least three people gave it."""
+    """Every test question's answer; right when at least two people gave it."""
     dataset = test_set(job)
     answers = {entry["question_id"]: entry["answer"] for entry in result(job, "vqa")}
     for record in dataset.annotation:

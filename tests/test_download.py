@@ -139,8 +139,8 @@ def test_roots(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LAVIS_LITE_CACHE", str(tmp_path))
     monkeypatch.delenv("LAVIS_LITE_DATA", raising=False)
     assert download.cache_dir() == tmp_path
-    assert download.path_root("coco") == tmp_path / "datasets" / "coco"
+    assert download.data_root() == tmp_path / "datasets"
     monkeypatch.setenv("LAVIS_LITE_DATA", str(tmp_path / "data"))
-    assert download.path_root("coco") == tmp_path / "data" / "coco"
+    assert download.data_root() == tmp_path / "data"
     monkeypatch.delenv("LAVIS_LITE_CACHE")
     assert download.cache_dir() == Path.home() / ".cache" / "lavis_lite"

@@ -98,6 +98,7 @@ class BaseBuilder:
     """
 
     data_type: str = "images"
+    """LAVIS's key; images are all there is so far, so nothing reads it."""
     build_info: dict[str, Any] = field(default_factory=dict)
     vis_processor: dict[str, Any] = field(default_factory=dict)
     text_processor: dict[str, Any] = field(default_factory=dict)

@@ -14,13 +14,15 @@ from lavis_lite.registry import registry
 
 @registry.register_model("blip_pretrain")
 class BlipPretrain(BlipMomentum):
-    """Encoder, image-grounded encoder and image-grounded decoder, tied but for the decoder's self-attention."""
+    """Encoder, image-grounded encoder and image-grounded decoder, tied but for the decoder's self-attention.
+
+    `prompt` is a key of LAVIS's YAMLs and, as there, without effect: pretraining predicts whole texts.
+    """
 
     def __init__(self, *, prompt: str = "a picture of ", max_txt_len: int = 30, **parts: Any) -> None:
         super().__init__(max_txt_len=max_txt_len, **parts)
         self.text_decoder = BertLMHeadModel(self.text_config())
         self.text_decoder.share_with_encoder(self.text_encoder)
-        self.prompt = prompt
 
     def forward(self, samples: dict[str, Any]) -> Output:
         """`image` (B,3,H,W), `text_input` list[str]; the loss is the sum of `loss_itc`, `loss_itm` and `loss_lm`."""

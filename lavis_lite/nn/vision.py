@@ -93,7 +93,7 @@ class BlipViT(VisionTransformer):
         with torch.device(self.pos_embed.device):
             twin = BlipViT(replace(self.config, num_checkpointed=0))
         twin.load_state_dict(self.state_dict())
-        return twin.train(self.training)
+        return twin.to(self.pos_embed.dtype).train(self.training)
 
     def forward(self, image: Tensor) -> Tensor:
         size = self.config.image_size
