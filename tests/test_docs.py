@@ -295,7 +295,8 @@ def test_the_table_of_run_keys_is_complete_and_has_the_defaults():
 
 
 def test_the_table_of_task_keys_is_complete_and_has_the_defaults():
-    shown: dict[str, dict[str, Any]] = {name: {} for name in registry.list_tasks()}
+    own = [n for n in registry.list_tasks() if registry.get_task_class(n).__module__.startswith("lavis_lite.")]
+    shown: dict[str, dict[str, Any]] = {name: {} for name in own}  # other test files register tasks of their own
     task = ""
     for name, key, cell, _ in table(ROOT / "docs/training.md", "| task | key |"):
         task = code(name)[0] if name else task
