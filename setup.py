@@ -39,11 +39,17 @@ setup(
         "pillow>=10.0",
         "safetensors>=0.4.3",
     ],
-    extras_require={"test": ["pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.6"]},
+    extras_require={
+        "test": ["pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.6"],
+        "lora": ["peft>=0.17"],
+        "quantization": ["bitsandbytes>=0.46", "accelerate>=1.0"],
+        "lemmatizer": ["spacy>=3.7"],
+    },
     entry_points={
         "console_scripts": [
             "lavis-lite-train = lavis_lite.cli:train_main",
             "lavis-lite-evaluate = lavis_lite.cli:evaluate_main",
+            "lavis-lite-convert = lavis_lite.convert.__main__:main",
         ]
     },
 )

@@ -99,9 +99,7 @@ def load(path: str | Path, *, map_location: str | torch.device = "cpu") -> dict[
             from safetensors.torch import load_file
 
             return load_file(path, device=str(map_location))
-        with path.open("rb") as file:
-            is_zip = file.read(4) == b"PK\x03\x04"
-        return torch.load(path, map_location=map_location, weights_only=True, mmap=is_zip or None)
+        return torch.load(path, map_location=map_location, weights_only=True, mmap=is_mappable(path) or None)
     except pickle.UnpicklingError as error:
         raise ValueError(_unpickling_message(path, error)) from error
     except Exception as error:
@@ -109,6 +107,14 @@ def load(path: str | Path, *, map_location: str | torch.device = "cpu") -> dict[
         if isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError)) and not cut_short:
             raise
         raise ValueError(_corrupt_message(path, error)) from error
+
+
+def is_mappable(path: Path) -> bool:
+    """Whether tensors of the file can be read in place: a .safetensors file, or torch's zip format."""
+    if path.suffix == ".safetensors":
+        return True
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
 
 
 def find_state_dict(obj: Mapping[str, Any], *, source: str = "checkpoint") -> dict[str, torch.Tensor]:
@@ -136,13 +142,15 @@ def load_into(
     source: str | Path,
     allow_missing: Callable[[str], bool] | Sequence[str] = (),
 ) -> LoadReport:
-    """Copies `state` into `model` and logs every difference; the model is untouched if this raises.
+    """Copies `state` into `model`, tensor by tensor in the model's precision, and logs every difference; the model is
+    untouched if this raises.
 
     `allow_missing` (a predicate on keys, or prefixes) names trainable keys the file may lack. A missing alias of a
     tied parameter is no difference if its twin is given.
 
     Raises:
-        ValueError: no key fits (another architecture), shapes differ, or a trainable key is missing.
+        ValueError: no key fits (another architecture) or no trainable one does, shapes differ, or a trainable key is
+            missing.
     """
     own = model.state_dict(keep_vars=True)
     given = {id(own[key]) for key in state if key in own}
@@ -156,9 +164,19 @@ def load_into(
             f"{source} is a checkpoint of another architecture: {type(model).__name__} has none of its "
             f"{len(state)} keys. It has {_listed(list(state), limit=4)}; the model has {_listed(list(own), limit=4)}"
         )
+    trainable = {id(value): key for key, value in own.items() if value.requires_grad}
+    if trainable and not given & trainable.keys():
+        raise ValueError(
+            f"{source} holds no trainable key of {type(model).__name__}, only {len(given)} frozen ones or buffers: "
+            f"{_listed([key for key in state if key in own], limit=4)}. Its trainable ones are "
+            f"{_listed(list(trainable.values()), limit=4)}"
+        )
     _log_differences(report, own, source=source)
     _check_differences(report, own, state, source=source, allow_missing=allow_missing)
-    model.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
+    with torch.no_grad():
+        for key in state:
+            if key in own:
+                own[key].copy_(state[key])
     return report
 
 

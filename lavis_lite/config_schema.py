@@ -31,7 +31,8 @@ Schema = dict[str, Parameter]
 def schema_of(item: Callable[..., Any]) -> tuple[Schema, bool]:
     """Return a class's (or function's) parameters, and whether it takes any further keyword.
 
-    `**kwargs` of a constructor stands for its parent's parameters, as it does in `super().__init__(**kwargs)`.
+    `**kwargs` of a constructor stands for its parent's keyword-only parameters, as it does in
+    `super().__init__(**kwargs)`; the parent's others are the constructor's own business.
     """
     if is_dataclass(item):
         hints = _hints(item)
@@ -51,7 +52,9 @@ def schema_of(item: Callable[..., Any]) -> tuple[Schema, bool]:
         open_ended, hints = False, _hints(function)
         for name, parameter in inspect.signature(function).parameters.items():
             open_ended |= parameter.kind is parameter.VAR_KEYWORD
-            if name != "self" and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            is_settable = parameter.kind is parameter.KEYWORD_ONLY
+            is_settable |= parameter.kind is parameter.POSITIONAL_OR_KEYWORD and function is owners[0]
+            if name != "self" and is_settable:
                 schema.setdefault(name, Parameter(hints.get(name, Any), parameter.default is parameter.empty))
         if not open_ended:
             break

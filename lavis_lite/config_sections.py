@@ -27,7 +27,7 @@ MODEL_KEYS: Schema = {
     "checkpoint": Parameter(str | None),
 }
 _STOCK_BERT_FILES = ("med_config.json", "med_large_config.json", "bert_config.json")
-_BERT_TO_MED = {
+BERT_TO_MED = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
     "num_hidden_layers": "num_layers",
@@ -131,4 +131,4 @@ def _med_overrides(med_config_path: Any, checker: Checker) -> dict[str, Any]:
         raise checker.error(where, f"cannot read {path} as JSON: {error}") from None
     if not isinstance(bert, dict):
         raise checker.error(where, f"{path}: expected a mapping of BERT's configuration, found a {type(bert).__name__}")
-    return {ours: bert[key] for key, ours in _BERT_TO_MED.items() if key in bert}
+    return {ours: bert[key] for key, ours in BERT_TO_MED.items() if key in bert}

@@ -2,15 +2,18 @@
 
 torchrun's environment (RANK, LOCAL_RANK, WORLD_SIZE) says who we are. A world of one has no process group and every
 collective is then the identity, so callers never branch. All collectives must be entered by every rank; tensors must
-have the same shape on all ranks (unchecked, for speed: run with `TORCH_DISTRIBUTED_DEBUG=DETAIL` to have torch check).
+have the same shape on all ranks (unchecked, for speed: run with `TORCH_DISTRIBUTED_DEBUG=DETAIL` to have torch check),
+but for `fetch_rows`. Where ranks cannot keep step, `alone()` makes each of them a world of one.
 """
 
 import contextlib
+import contextvars
 import datetime
 import inspect
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as torch_dist
@@ -19,6 +22,8 @@ from torch import nn
 from lavis_lite.errors import RankZeroFailed
 
 TIMEOUT = datetime.timedelta(hours=2)  # rank 0 may download a dataset or score a whole test set while others wait
+
+_is_alone = contextvars.ContextVar("is_alone", default=False)
 
 
 def init(device: str = "auto") -> torch.device:
@@ -70,6 +75,20 @@ def rank() -> int:
 def world_size() -> int:
     """Number of processes, 1 without a process group."""
     return torch_dist.get_world_size() if _active() else 1
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """In the body this rank is a world of one: nothing is exchanged, so nobody waits.
+
+    For computations in which ranks do not keep step, as in evaluation, where one may have more batches than another.
+    Only for computing without gradients: `is_main()` is true on every rank there.
+    """
+    token = _is_alone.set(True)
+    try:
+        yield
+    finally:
+        _is_alone.reset(token)
 
 
 def is_main() -> bool:
@@ -134,6 +153,21 @@ def all_gather_with_grad(tensor: torch.Tensor) -> torch.Tensor:
     return _GatherWithGrad.apply(tensor) if world_size() > 1 else tensor
 
 
+def fetch_rows(local: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows `index` (M,) of all ranks' `local` (B, ...), counted as if joined in rank order -> (M, ...), differentiable.
+
+    Only these rows travel. B and M may differ between ranks, the rest of the shape may not. As with
+    `all_gather_with_grad`, the backward pass sums over ranks the gradients that reach this rank's rows; it exchanges
+    nothing if `local` needs no gradient, which must hold on all ranks or on none.
+
+    Raises:
+        IndexError: on every rank, if any rank asks for a row that does not exist.
+    """
+    if world_size() == 1:
+        return local[index]
+    return _FetchRows.apply(local, _route(len(local), index))
+
+
 def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
     """The mean over ranks of a floating-point tensor of any shape, detached; the input is left alone."""
     result = tensor.detach().clone()
@@ -187,7 +221,7 @@ def data_parallel(
 
 
 def _active() -> bool:
-    return torch_dist.is_available() and torch_dist.is_initialized()
+    return not _is_alone.get() and torch_dist.is_available() and torch_dist.is_initialized()
 
 
 def _gather(tensor: torch.Tensor) -> torch.Tensor:
@@ -213,3 +247,57 @@ class _GatherWithGrad(torch.autograd.Function):
         grad = grad.clone()  # autograd may hand the same tensor to others
         torch_dist.all_reduce(grad)
         return grad.chunk(world_size())[rank()]
+
+
+class _Route(NamedTuple):
+    """How rows travel: which of this rank's rows go out (ordered by receiver), and how many to and from each rank."""
+
+    rows_out: torch.Tensor
+    num_out: list[int]
+    num_in: list[int]
+    order: torch.Tensor  # of the wanted rows, sorted by owner
+
+    def exchange(self, rows: torch.Tensor, *, back: bool = False) -> torch.Tensor:
+        """Rows of this rank, ordered by receiver -> rows from all ranks, ordered by sender; `back` the other way."""
+        num_out, num_in = (self.num_in, self.num_out) if back else (self.num_out, self.num_in)
+        return _all_to_all(rows, num_out, num_in)
+
+
+def _route(num_rows: int, index: torch.Tensor) -> _Route:
+    """Tell every rank which of its rows are wanted. Waits for the device once, to learn how many rows travel."""
+    world = world_size()
+    sizes = _gather(index.new_tensor([num_rows]))
+    ends = sizes.cumsum(0)
+    owner = torch.bucketize(index, ends, right=True).masked_fill(index < 0, world)  # no owner: one past the last rank
+    counts = (owner[:, None] == torch.arange(world + 1, device=index.device)).sum(0)
+    wanted = _gather(counts[None]).tolist()
+    if any(row[world] for row in wanted):
+        raise IndexError(f"rows were asked for that do not exist: the ranks have {int(ends[-1])} together")
+    num_out, num_in = [row[rank()] for row in wanted], wanted[rank()][:world]
+    order, starts = owner.argsort(stable=True), ends - sizes
+    rows_out = _all_to_all((index - starts[owner])[order], num_in, num_out)
+    return _Route(rows_out, num_out, num_in, order)
+
+
+def _all_to_all(rows: torch.Tensor, num_out: list[int], num_in: list[int]) -> torch.Tensor:
+    """As bytes, because gloo does not know every type."""
+    width = math.prod(rows.shape[1:])
+    packed = rows.reshape(len(rows), width).contiguous()
+    received = packed.new_empty((sum(num_in), width))
+    torch_dist.all_to_all_single(received.view(torch.uint8), packed.view(torch.uint8), num_in, num_out)
+    return received.reshape(sum(num_in), *rows.shape[1:])
+
+
+class _FetchRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: torch.Tensor, route: _Route) -> torch.Tensor:
+        ctx.route, ctx.num_rows = route, len(local)
+        arrived = route.exchange(local[route.rows_out])
+        return torch.empty_like(arrived).index_copy_(0, route.order, arrived)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        returned = ctx.route.exchange(grad[ctx.route.order], back=True)
+        own = grad.new_zeros((ctx.num_rows, *grad.shape[1:]))
+        return own.index_add_(0, ctx.route.rows_out, returned), None

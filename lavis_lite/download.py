@@ -1,18 +1,32 @@
-"""Files from elsewhere: fetched once into the cache, under a lock, checked, and never seen half.
+"""Files from elsewhere: fetched once into the cache, under a lock, checked, resumed, and never seen half.
 
 Settings come from the environment, since they belong to the machine and not to a run:
 LAVIS_LITE_CACHE (default ~/.cache/lavis_lite), LAVIS_LITE_DATA (data sets; default <cache>/datasets),
 LAVIS_LITE_OFFLINE=1 (never touch the network), LAVIS_LITE_MIRROR="old-prefix=new-prefix[,...]" (rewrite URLs).
+Surprising: a URL may carry its file's checksum, `https://host/x.pth#sha256=<64 hex digits>`.
 """
 
+import base64
+import email.message
 import hashlib
+import http.client
 import logging
 import os
+import re
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
-from urllib.request import url2pathname
+from urllib.error import HTTPError
+from urllib.parse import parse_qs, unquote, urldefrag, urlsplit
+from urllib.request import Request, url2pathname, urlopen
 
 logger = logging.getLogger(__name__)
+
+ATTEMPTS = 20
+"""How often a transfer that gets on is taken up again before it fails."""
+TIMEOUT = 60
+"""Seconds without a byte after which a connection counts as lost."""
+CHUNK = 2**20
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 
 
 def cache_dir() -> Path:
@@ -30,6 +44,48 @@ def is_url(source: str | Path) -> bool:
     return str(source).startswith(("http://", "https://"))
 
 
+def is_folder(source: str | Path) -> bool:
+    """Whether `source` is a folder, or, not being a path here, has the form of a hub id: `owner/name`."""
+    path = Path(source).expanduser()
+    if path.exists() or is_url(source):
+        return path.is_dir()
+    return path.suffix not in WEIGHT_SUFFIXES and HUB_ID.fullmatch(str(source)) is not None
+
+
+def fetch_folder(source: str | Path) -> Path:
+    """A local folder as it is, or the folder of a hub id's weights, configuration and processors in the hub's cache.
+
+    Raises:
+        FileNotFoundError: no such folder; or it is not cached and LAVIS_LITE_OFFLINE is set.
+        ConnectionError: the hub cannot be reached or has no such repository.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if not is_folder(source):
+        raise FileNotFoundError(f"no folder {path} (relative paths start at {Path.cwd()})")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.txt", "*.model"]
+    try:
+        for weights in ("*.safetensors", "pytorch_model*.bin"):
+            folder = Path(
+                snapshot_download(str(source), allow_patterns=[*patterns, weights], local_files_only=is_offline())
+            )
+            if any(folder.glob(weights)):
+                break
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{source} is neither a folder here nor in the hub's cache, and the hub cannot be asked"
+            f"{' because LAVIS_LITE_OFFLINE is set' if is_offline() else ''}: give a local folder"
+        ) from error
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConnectionError(f"{source} is no folder here, and the hub says: {reason}") from error
+    return folder
+
+
 def fetch(
     source: str | Path,
     *,
@@ -41,7 +97,8 @@ def fetch(
     """The local path of `source`: a path or file:// URL as it is, an http(s) URL downloaded into the cache once.
 
     `cache_dir` is the folder to download into (default `downloads` in the cache), `size` is in bytes. A file already
-    cached is checked by `size` only; hashes are checked when it is downloaded.
+    cached is checked by `size` only; hashes, and what the server says of the file, are checked when it is downloaded.
+    A download that was cut off goes on where it stopped, also in the next call.
 
     Raises:
         FileNotFoundError: a local file is missing, or the file is not cached and LAVIS_LITE_OFFLINE is set.
@@ -52,7 +109,8 @@ def fetch(
         path = _local_path(source)
         _check(path, source=path, sha256=sha256, md5=md5, size=size)
         return path
-    url = str(source)
+    url, fragment = urldefrag(str(source))
+    sha256 = sha256 or _sha256_of(fragment, url=url)
     target = Path(cache_dir or _cache() / "downloads").expanduser() / _cache_name(url)
     if target.is_file() and size in (None, target.stat().st_size):
         return target
@@ -81,6 +139,14 @@ def _local_path(source: str | Path) -> Path:
     return path
 
 
+def _sha256_of(fragment: str, *, url: str) -> str | None:
+    """The checksum in a URL's fragment, if there is one."""
+    found = parse_qs(fragment).get("sha256", [None])[0]
+    if found is not None and not re.fullmatch("[0-9a-fA-F]{64}", found):
+        raise ValueError(f"{url}: the checksum sha256={found} is not 64 hexadecimal digits")
+    return found
+
+
 def _cache_name(url: str) -> str:
     """The URL's file name after eight hex digits of the URL's hash: different addresses never share a cached file."""
     name = unquote(Path(urlsplit(url).path).name) or "index"
@@ -99,7 +165,6 @@ def _mirrored(url: str) -> str:
 
 def _download(url: str, target: Path, *, sha256: str | None, md5: str | None, size: int | None) -> None:
     try:
-        from iopath.common.download import download
         from iopath.common.file_io import file_lock
     except ImportError as error:
         raise ImportError(
@@ -110,17 +175,86 @@ def _download(url: str, target: Path, *, sha256: str | None, md5: str | None, si
     with file_lock(str(target)):
         if target.is_file() and size in (None, target.stat().st_size):
             return  # another process was faster
-        partial.unlink(missing_ok=True)
         try:
-            download(url, str(target.parent), filename=partial.name, progress=False)
-            _check(partial, source=url, sha256=sha256, md5=md5, size=size)
-            os.replace(partial, target)
-        except OSError as error:
+            headers = _transfer(url, partial)
+        except (OSError, http.client.HTTPException) as error:
+            kept = _kept_bytes(partial)
             raise ConnectionError(
-                f"cannot download {url}: {error}. Put the file at {target}, or set LAVIS_LITE_MIRROR=old-prefix=new"
+                f"cannot download {url}: {error}. "
+                + (f"{kept:,} bytes are kept, and the next attempt goes on from there. " if kept else "")
+                + f"Put the file at {target}, or set LAVIS_LITE_MIRROR=old-prefix=new"
             ) from error
+        try:
+            _check(partial, source=url, sha256=sha256, md5=md5 or _published_md5(headers), size=size)
+            os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
+            _tag(partial).unlink(missing_ok=True)
+
+
+def _transfer(url: str, partial: Path) -> email.message.Message:
+    """Download into `partial`, going on where it stops, as long as each attempt brings something; returns the
+    response's headers.
+    """
+    before = _kept_bytes(partial)
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return _receive(url, partial)
+        except (OSError, http.client.HTTPException) as error:
+            kept = _kept_bytes(partial)
+            if isinstance(error, HTTPError) and error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
+                partial.unlink()
+                kept = 0
+            elif kept <= before or isinstance(error, HTTPError):
+                raise
+            logger.warning(f"{url}: {error}; going on behind byte {kept:,}")
+            before = kept
+    return _receive(url, partial)
+
+
+def _receive(url: str, partial: Path) -> email.message.Message:
+    """One request for what `partial` lacks; a server that has another file by now, or cannot go on, starts anew."""
+    start = _kept_bytes(partial)
+    request = Request(url, headers={"User-Agent": "lavis_lite"})
+    if start:
+        request.add_header("Range", f"bytes={start}-")
+        request.add_header("If-Range", _tag(partial).read_text(encoding="utf-8"))
+    with urlopen(request, timeout=TIMEOUT) as response:
+        continues = response.status == http.client.PARTIAL_CONTENT
+        tag = response.headers.get("ETag") or response.headers.get("Last-Modified")
+        if tag and not tag.startswith("W/"):
+            _tag(partial).write_text(tag, encoding="utf-8")
+        else:
+            _tag(partial).unlink(missing_ok=True)
+        promised = response.headers.get("Content-Length")
+        expected = None if promised is None else int(promised) + (start if continues else 0)
+        logger.info(f"downloading {url}" + ("" if expected is None else f" ({expected / 2**20:,.1f} MiB)"))
+        with partial.open("ab" if continues else "wb") as file:
+            while chunk := response.read(CHUNK):
+                file.write(chunk)
+        found = partial.stat().st_size
+        if expected is not None and found < expected:
+            raise ConnectionError(f"the connection ended after {found:,} of {expected:,} bytes")
+        return response.headers
+
+
+def _kept_bytes(partial: Path) -> int:
+    """What of a file is there and can be gone on with."""
+    return partial.stat().st_size if partial.is_file() and _tag(partial).is_file() else 0
+
+
+def _tag(partial: Path) -> Path:
+    """Where the version (ETag or date) of a partial file is noted, without which it cannot be gone on with."""
+    return partial.with_name(f"{partial.name}.tag")
+
+
+def _published_md5(headers: email.message.Message) -> str | None:
+    """The MD5 that Google's storage, where LAVIS's files lie, sends with a file."""
+    for value in headers.get_all("x-goog-hash", []):
+        for item in value.split(","):
+            if item.strip().startswith("md5="):
+                return base64.b64decode(item.strip().removeprefix("md5=")).hex()
+    return None
 
 
 def _check(path: Path, *, source: str | Path, sha256: str | None, md5: str | None, size: int | None) -> None:

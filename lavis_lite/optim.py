@@ -132,7 +132,7 @@ def parameter_groups(
 
 
 def build_optimizer(groups: Iterable[dict[str, Any]], run: Any) -> torch.optim.AdamW:
-    """AdamW over a model's `optimizer_groups`, each at `run.init_lr` times its `lr_scale`; fused kernels on CUDA.
+    """AdamW over a model's `optimizer_groups`, each at `run.init_lr` times its `lr_scale`; fused where possible.
 
     Raises:
         ValueError: nothing is trainable.
@@ -140,8 +140,8 @@ def build_optimizer(groups: Iterable[dict[str, Any]], run: Any) -> torch.optim.A
     groups = [{**group, "lr": run.init_lr * group.get("lr_scale", 1.0)} for group in groups if group["params"]]
     if not groups:
         raise ValueError("the model has no trainable parameter: unfreeze a part of it, or set run.evaluate=True")
-    on_gpu = all(parameter.is_cuda for group in groups for parameter in group["params"])
-    return torch.optim.AdamW(groups, lr=run.init_lr, betas=(run.beta1, run.beta2), fused=on_gpu or None)
+    can_fuse = all(p.device.type in ("cuda", "cpu") for group in groups for p in group["params"])
+    return torch.optim.AdamW(groups, lr=run.init_lr, betas=(run.beta1, run.beta2), fused=can_fuse or None)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

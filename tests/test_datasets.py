@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lavis_lite.datasets.pairs import PairsDataset
 from lavis_lite.datasets.retrieval import RetrievalEvalDataset, RetrievalTrainDataset
 from lavis_lite.datasets.vqa import VQABuilder, VQAEvalDataset, VQATrainDataset
 from lavis_lite.registry import registry
+from lavis_lite.runners.sampling import seed_sample
 from lavis_lite.zoo import dataset_zoo
 
 
@@ -189,6 +191,15 @@ def test_vqa_training_weights(root: Path) -> None:
     assert torch.allclose(batch["weight"], torch.tensor([0.7, 0.2, 0.1, 0.2, 0.5, 0.5, 1.0]))
     assert batch["n_answers"].tolist() == [3, 1, 2, 1]
     assert batch["text_input"] == ["What?", "How many?", "", "?"]
+    assert batch["text_output"][1::2] == ["two", "x"]
+    seed_sample(0)
+    drawn = Counter(dataset[0]["text_output"] for _ in range(300))
+    assert drawn.keys() == {"wood", "oak", "tree"}
+    assert 180 < drawn["wood"] < 240  # 7 of 10; five standard deviations are 40
+    seed_sample(3)
+    first = dataset[0]["text_output"]
+    seed_sample(3)
+    assert dataset[0]["text_output"] == first
     with pytest.raises(ValueError, match=r"record 0 has no answer.*'question'"):
         make(root, VQATrainDataset, [{"question": "?", "image": "a.png"}], split="train")
 

@@ -1,5 +1,6 @@
-"""Fetching from a local web server: once, whole, checked, mirrored, offline."""
+"""Fetching from a local web server: once, whole, checked, resumed, mirrored, offline."""
 
+import base64
 import hashlib
 import threading
 from collections.abc import Iterator
@@ -16,17 +17,32 @@ CONTENT = b"weights" * 1000
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves CONTENT under /files/, half of it under /half/; counts requests on the server."""
+    """Serves CONTENT under /files/; under /cut/ with a version, but never more than `server.portion` bytes at once;
+    under /half/ half of it, and no version. Notes requests and their ranges on the server.
+    """
 
     def do_GET(self) -> None:
         self.server.requests.append(self.path)
-        if not self.path.startswith(("/files/", "/half/")):
+        self.server.ranges.append(self.headers["Range"])
+        if not self.path.startswith(("/files/", "/half/", "/cut/")):
             self.send_error(404)
             return
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(CONTENT)))
+        is_cut = self.path.startswith("/cut/")
+        start = 0
+        if is_cut and self.headers["Range"] and self.headers["If-Range"] == self.server.version:
+            start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+        if start >= len(CONTENT):
+            self.send_error(416)
+            return
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(CONTENT) - start))
+        for name, value in self.server.headers.items():
+            self.send_header(name, value)
+        if is_cut:
+            self.send_header("ETag", self.server.version)
         self.end_headers()
-        self.wfile.write(CONTENT if self.path.startswith("/files/") else CONTENT[: len(CONTENT) // 2])
+        stop = {"/file": len(CONTENT), "/half": len(CONTENT) // 2, "/cut/": start + self.server.portion}[self.path[:5]]
+        self.wfile.write(CONTENT[start:stop])
 
     def log_message(self, *args: Any) -> None:
         """Says nothing."""
@@ -39,7 +55,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     for name in ("LAVIS_LITE_OFFLINE", "LAVIS_LITE_MIRROR", "LAVIS_LITE_DATA", "http_proxy", "HTTP_PROXY"):
         monkeypatch.delenv(name, raising=False)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.requests = []
+    server.requests, server.ranges, server.headers = [], [], {}
+    server.version, server.portion = '"1"', 3000
     server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -51,7 +68,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def cached(tmp_path: Path) -> list[str]:
     """Names of whole and partial files in the cache, without locks."""
     folder = tmp_path / "cache" / "downloads"
-    return sorted(entry.name for entry in folder.iterdir() if not entry.name.endswith(".lock"))
+    return sorted(entry.name for entry in folder.glob("*") if not entry.name.endswith(".lock"))
 
 
 def test_downloads_once_and_checks(server: Any, tmp_path: Path) -> None:
@@ -88,7 +105,8 @@ def test_many_at_once_download_once(server: Any) -> None:
         ("/files/x.pth", {"sha256": "0" * 64}, ValueError, "sha256"),
         ("/files/x.pth", {"md5": "0" * 32}, ValueError, "md5"),
         ("/files/x.pth", {"size": 5}, ValueError, "7000 bytes, not 5"),
-        ("/half/x.pth", {}, ConnectionError, "x.pth"),
+        ("/files/x.pth#sha256=" + "0" * 64, {}, ValueError, "sha256"),
+        ("/files/x.pth#sha256=12", {}, ValueError, "64 hexadecimal digits"),
         ("/absent/x.pth", {}, ConnectionError, "LAVIS_LITE_MIRROR"),
     ],
 )
@@ -98,6 +116,98 @@ def test_nothing_wrong_gets_into_the_cache(
     with pytest.raises(error, match=text):
         download.fetch(server.url + path, **options)
     assert cached(tmp_path) == []
+
+
+def test_resumes_within_a_call(server: Any, tmp_path: Path) -> None:
+    path = download.fetch(f"{server.url}/cut/x.pth", sha256=hashlib.sha256(CONTENT).hexdigest())
+    assert path.read_bytes() == CONTENT
+    assert server.ranges == [None, "bytes=3000-", "bytes=6000-"]
+    assert cached(tmp_path) == [path.name]
+
+
+def test_resumes_in_the_next_call(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "ATTEMPTS", 1)
+    url = f"{server.url}/cut/x.pth"
+    with pytest.raises(ConnectionError, match=r"ended after 3,000 of 7,000 bytes.*3,000 bytes are kept"):
+        download.fetch(url)
+    assert not any(name.endswith(".pth") for name in cached(tmp_path))
+    server.portion = 7000
+    assert download.fetch(url).read_bytes() == CONTENT
+    assert server.ranges == [None, "bytes=3000-"]
+
+
+def test_another_file_at_the_same_address_starts_anew(
+    server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "ATTEMPTS", 1)
+    url = f"{server.url}/cut/x.pth"
+    with pytest.raises(ConnectionError):
+        download.fetch(url)
+    (partial,) = (path for path in (tmp_path / "cache" / "downloads").iterdir() if path.name.endswith(".part"))
+    partial.write_bytes(b"old" * 1000)
+    server.version, server.portion = '"2"', 7000
+    assert download.fetch(url).read_bytes() == CONTENT
+
+
+def test_a_whole_partial_file_is_fetched_again(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"{server.url}/cut/x.pth"
+    folder = tmp_path / "cache" / "downloads"
+    folder.mkdir(parents=True)
+    name = download._cache_name(url)
+    (folder / f".{name}.part").write_bytes(b"x" * len(CONTENT))
+    (folder / f".{name}.part.tag").write_text(server.version)
+    assert download.fetch(url).read_bytes() == CONTENT
+    assert cached(tmp_path) == [name]
+
+
+def test_half_a_file_without_version_is_not_gone_on_with(server: Any, tmp_path: Path) -> None:
+    url = f"{server.url}/half/x.pth"
+    for _ in range(2):
+        with pytest.raises(ConnectionError, match="ended after 3,500 of 7,000 bytes"):
+            download.fetch(url)
+    assert set(server.ranges) == {None}
+    assert not any(name.endswith(".pth") for name in cached(tmp_path))
+
+
+def test_a_checksum_in_the_url_and_one_from_the_server(server: Any, tmp_path: Path) -> None:
+    url = f"{server.url}/files/x.pth"
+    path = download.fetch(f"{url}#sha256={hashlib.sha256(CONTENT).hexdigest()}")
+    assert download.fetch(url) == path
+    right = base64.b64encode(hashlib.md5(CONTENT).digest()).decode()
+    server.headers = {"x-goog-hash": f"crc32c=AAAAAA==,md5={right}"}
+    download.fetch(f"{server.url}/files/y.pth")
+    server.headers = {"x-goog-hash": f"crc32c=AAAAAA==,md5={base64.b64encode(bytes(16)).decode()}"}
+    with pytest.raises(ValueError, match="md5"):
+        download.fetch(f"{server.url}/files/z.pth")
+    assert len(cached(tmp_path)) == 2
+
+
+def test_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LAVIS_LITE_OFFLINE", "1")
+    (tmp_path / "output" / "job").mkdir(parents=True)
+    assert download.is_folder("owner/some-model-2.7b")
+    assert download.is_folder("output/job")
+    for source in ("output/x.pth", "https://host/owner", "a/b/c", "/owner/name", "owner"):
+        assert not download.is_folder(source)
+    assert download.fetch_folder("output/job") == Path("output/job")
+    with pytest.raises(FileNotFoundError, match="LAVIS_LITE_OFFLINE"):
+        download.fetch_folder("owner/some-model-2.7b")
+
+
+def test_a_hub_id_is_fetched_without_what_is_not_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def snapshot(name: str, *, allow_patterns: list[str], local_files_only: bool) -> str:
+        asked.append((name, allow_patterns[-1], local_files_only))
+        if allow_patterns[-1].endswith(".bin"):
+            (tmp_path / "pytorch_model.bin").touch()
+        return str(tmp_path)
+
+    monkeypatch.delenv("LAVIS_LITE_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    assert download.fetch_folder("owner/name") == tmp_path
+    assert asked == [("owner/name", "*.safetensors", False), ("owner/name", "pytorch_model*.bin", False)]
 
 
 def test_offline(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import BlipConfig, BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
+from transformers import (
+    AutoTokenizer,
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipForImageTextRetrieval,
+    BlipForQuestionAnswering,
+)
 
 from lavis_lite.convert import blip_from_hf, blip_to_hf
+from lavis_lite.models import from_pretrained
 from lavis_lite.nn.decoding import decode
 from lavis_lite.registry import registry
 
@@ -109,3 +116,42 @@ def test_weights_convert_both_ways() -> None:
     back = blip_from_hf(blip_to_hf(state))
     assert back.keys() == {name for name in state if not name.endswith("position_ids")}
     assert all(torch.equal(back[name], state[name]) for name in back)
+
+
+@pytest.mark.parametrize(
+    ("cls", "arch"),
+    [
+        (BlipForConditionalGeneration, "blip_caption"),
+        (BlipForQuestionAnswering, "blip_vqa"),
+        (BlipForImageTextRetrieval, "blip_image_text_matching"),
+    ],
+)
+@torch.no_grad()
+def test_a_folder_of_theirs_becomes_a_model_of_ours(cls: Any, arch: str, tmp_path: Path) -> None:
+    """Their sizes and epsilons, their tokenizer, in shards; features of images and grounded texts."""
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    text = {"vocab_size": len(tokenizer) + 2, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
+    vision = {"hidden_size": 24, "intermediate_size": 52, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = BlipConfig(
+        text_config=text | {"intermediate_size": 40, "max_position_embeddings": 50},
+        vision_config=vision | {"image_size": 32, "patch_size": 8, "initializer_range": 0.3, "layer_norm_eps": 1e-3},
+        image_text_hidden_size=12,
+    )
+    twin = cls(config).eval()
+    for parameter in twin.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.1)
+    twin.save_pretrained(tmp_path, max_shard_size="50KB")
+    tokenizer.save_pretrained(tmp_path)
+    model = from_pretrained(tmp_path, is_eval=True)
+    assert type(model) is registry.get_model_class(arch)
+    image = torch.randn(2, 3, 32, 32)
+    seen = twin.vision_model(image).last_hidden_state
+    close(model.visual_encoder(image), seen)
+    ids, mask = model.tokenize(TEXTS)
+    if hasattr(twin, "text_encoder"):
+        states = twin.text_encoder(input_ids=ids, attention_mask=mask, encoder_hidden_states=seen).last_hidden_state
+        close(model.text_encoder(ids, mask, context=model.text_encoder.project_context(seen))[0], states)
+    if hasattr(twin, "text_decoder"):
+        logits = twin.text_decoder(input_ids=ids, attention_mask=mask, encoder_hidden_states=seen).logits
+        close(model.text_decoder(ids, mask, context=model.text_decoder.bert.project_context(seen))[0], logits)

@@ -156,6 +156,19 @@ def test_train_crop_keeps_its_scale_and_flips(name: str) -> None:
     assert max(spans) - min(spans) > 0.02
 
 
+def test_blip2_crops_and_mirrors_and_nothing_else() -> None:
+    """A square's largest crop is the square, so that only RandAugment could tell training from evaluation."""
+    square = Image.open(TABLES / "image_97x61.png").convert("RGB").resize((60, 60))
+    still = {"image_size": 32, "min_scale": 1.0, "hflip": False}
+    expected = load_processor("blip_image_eval", {"image_size": 32})(square)
+    torch.manual_seed(0)
+    plain, augmented = (
+        [load_processor(name, still)(square) for _ in range(4)] for name in ("blip2_image_train", "blip_image_train")
+    )
+    assert all(torch.allclose(image, expected, atol=1e-6) for image in plain)
+    assert not all(torch.allclose(image, expected, atol=1e-6) for image in augmented)
+
+
 def test_images_of_other_modes_become_rgb() -> None:
     process = load_processor("blip_image_eval", {"image_size": 4})
 

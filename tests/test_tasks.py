@@ -187,6 +187,17 @@ def test_captioning_passes_only_what_the_model_takes(tmp_path: Path) -> None:
     assert model.given["repetition_penalty"] == 1.0
 
 
+def test_captioning_of_shuffled_images_gives_each_one_the_next_ones_picture() -> None:
+    class Seer:
+        def generate(self, samples: dict[str, Any]) -> list[str]:
+            return [f"{float(picture):.0f}" for picture in samples["image"]]
+
+    samples = {"image": torch.tensor([1.0, 2.0, 3.0]), "image_id": ["a", "b", "c"], "instance_id": ["0", "1", "2"]}
+    for shuffled, said in ((False, ["1", "2", "3"]), (True, ["3", "1", "2"])):
+        results = CaptionTask(shuffle_images=shuffled).valid_step(Seer(), samples)
+        assert [result["caption"] for result in results] == said
+
+
 def test_captioning_with_several_captions_prompt_and_one_sample(tmp_path: Path) -> None:
     model = Toy()
     task = CaptionTask(num_captions=2, prompt="a picture of ", metrics=["rouge"])
@@ -242,6 +253,50 @@ def test_vqa_with_blank_images_and_prompt(tmp_path: Path) -> None:
     assert model.given["answer_list"] is None
     assert (tmp_path / "val_vqa_blank.json").exists()
     assert not (tmp_path / "val_vqa.json").exists()
+
+
+def test_vqa_trains_inside_the_prompt_it_asks_with() -> None:
+    """BLIP-2's models learn `text_output` after the prompt; without a prompt the batch goes through as it is."""
+    seen: list[dict[str, Any]] = []
+    model = nn.Identity()
+    model.forward = lambda samples: seen.append(samples) or {"loss": torch.zeros(())}
+    batch = {"text_input": ["what?", "why {}?"], "text_output": ["dog", "cat"]}
+    VQATask(prompt="Question: {} Answer:").train_step(model, batch)
+    VQATask().train_step(model, batch)
+    assert seen[0] == {**batch, "text_input": ["Question: what? Answer:", "Question: why {}? Answer:"]}
+    assert seen[1] is batch
+    with pytest.raises(ValueError, match="several"):
+        VQATask(prompt="OCR tokens: {}. Question: {}").train_step(model, batch)
+
+
+class Writer(Toy):
+    """Takes what BLIP-2's models take."""
+
+    def predict_answers(
+        self,
+        samples: dict[str, Any],
+        num_beams: int = 5,
+        inference_method: str = "generate",
+        max_len: int = 10,
+        min_len: int = 1,
+        num_ans_candidates: int = 128,
+        answer_list: list[str] | None = None,
+        prompt: str = "",
+        length_penalty: float = -1,
+    ) -> list[str]:
+        self.given = {key: value for key, value in locals().items() if key not in ("self", "samples")}
+        return ["dog" for _ in samples["text_input"]]
+
+
+def test_vqa_hands_every_setting_to_a_model_that_takes_it(tmp_path: Path) -> None:
+    model = Writer()
+    settings = {"num_beams": 4, "max_len": 7, "min_len": 2, "length_penalty": -0.5, "prompt": "Q: {} A:"}
+    task = VQATask(inference_method="generate", num_ans_candidates=9, **settings)
+    task.evaluate(model, loader(questions()), split="val", result_dir=tmp_path)
+    assert model.given == {**settings, "inference_method": "generate", "num_ans_candidates": 9, "answer_list": None}
+    VQATask().evaluate(model, loader(questions()), split="val", result_dir=tmp_path)
+    assert model.given["length_penalty"] == -1  # the model's own
+    assert model.given["answer_list"] == ["cat", "dog", "yes"]
 
 
 def test_vqa_without_answers_or_answer_list(tmp_path: Path) -> None:
@@ -398,9 +453,9 @@ def test_building_datasets_takes_what_each_one_has(monkeypatch: pytest.MonkeyPat
 
 
 def test_building_the_model_hands_over_its_section(monkeypatch: pytest.MonkeyPatch) -> None:
-    maker = SimpleNamespace(from_config=lambda cfg: ("built", cfg["width"]))
+    maker = SimpleNamespace(from_config=lambda cfg, device: ("built", cfg["width"], device.type))
     monkeypatch.setattr(registry, "get_model_class", lambda arch: {"toy": maker}[arch])
-    assert BaseTask().build_model(config()) == ("built", 3)
+    assert BaseTask().build_model(config(device="cpu")) == ("built", 3, "cpu")
 
 
 def two_ranks(rank: int, port: int, folder: str) -> None:

@@ -4,12 +4,13 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
+    "from_pretrained": "lavis_lite.models.loading",
     "load_model": "lavis_lite.models.loading",
     "load_preprocess": "lavis_lite.models.loading",
     "load_model_and_preprocess": "lavis_lite.models.loading",
     "model_zoo": "lavis_lite.zoo",
 }
-__all__ = ["load_model", "load_model_and_preprocess", "load_preprocess", "model_zoo"]
+__all__ = ["from_pretrained", "load_model", "load_model_and_preprocess", "load_preprocess", "model_zoo"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,13 +5,13 @@ The keys and shapes of the sample dict that models eat are listed in docs/archit
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from lavis_lite import checkpoint, download
+from lavis_lite import checkpoint, weights
 from lavis_lite.config_sections import MODEL_KEYS
 from lavis_lite.optim import parameter_groups
 
@@ -35,8 +35,6 @@ class BaseModel(nn.Module):
 
     new_parts: ClassVar[tuple[str, ...]] = ()
     """What stands in the names of parameters that a pretrained file may lack because finetuning adds them."""
-    restorable_frozen: ClassVar[bool] = True
-    """Whether frozen parameters can be fetched again from their own source, so that checkpoints leave them out."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -47,38 +45,59 @@ class BaseModel(nn.Module):
         return next(self.parameters()).device
 
     @classmethod
-    def from_config(cls, cfg: dict[str, Any]) -> Self:
-        """Build from a model section and load the weights it names: `checkpoint`, else `finetuned`, else
-        `pretrained`, else `init_*`.
+    def from_config(cls, cfg: dict[str, Any], *, device: str | torch.device = "cpu") -> Self:
+        """Build from a model section and load its weights: `init_*`, then `checkpoint`, else `finetuned`, else
+        `pretrained`, then frozen parts that the file does not hold. `device` is where the model will run; it is built
+        on the CPU.
         """
         model = cls(**{key: value for key, value in cfg.items() if key not in MODEL_KEYS})
         chosen = chosen_weights(cfg)
+        if cfg.get("init_vit") or cfg.get("init_text"):
+            model.start_from(vit=cfg.get("init_vit"), text=cfg.get("init_text"))
+        loaded: set[str] = set()
         if chosen is not None:
             kind, source = chosen
-            model.load_weights(source, initialise=kind == "pretrained")
-        elif cfg.get("init_vit") or cfg.get("init_text"):
-            model.start_from(vit=cfg.get("init_vit"), text=cfg.get("init_text"))
+            loaded = model.load_weights(source, initialise=kind == "pretrained")
+        model.load_frozen(loaded)
         return model
+
+    @classmethod
+    def from_pretrained(cls, source: str, **settings: Any) -> Any:
+        """`lavis_lite.models.from_pretrained`, for the architectures of this class."""
+        from lavis_lite.models.loading import from_pretrained
+
+        return from_pretrained(source, model_class=cls, **settings)
+
+    def load_frozen(self, loaded: set[str]) -> None:
+        """Fetch frozen parts from their own sources, unless the names `loaded` from a file cover them; models with such
+        parts override it.
+        """
 
     def start_from(self, *, vit: str | None = None, text: str | None = None) -> None:
         """Start encoders from weights of another family; models that can override it."""
         raise ValueError(f"{type(self).__name__} takes no init_vit or init_text; give pretrained or finetuned weights")
 
-    def load_weights(self, source: str, *, initialise: bool = False) -> None:
-        """Load a file or URL (.pth as LAVIS and BLIP write it, or .safetensors).
+    def load_weights(self, source: str, *, initialise: bool = False) -> set[str]:
+        """Load a file or URL (.pth as LAVIS and BLIP write it, or .safetensors), or a Hugging Face folder or hub id;
+        returns the names it had.
 
         With `initialise` (a pretrained file) the parts that finetuning adds may be missing; otherwise every trainable
         parameter must be there.
         """
-        state = checkpoint.find_state_dict(checkpoint.load(download.fetch(source)), source=str(source))
-        state = self.adapt_state_dict(dict(state))
+        state = self.adapt_state_dict(weights.open_state(source))
         new_parts = self.new_parts if initialise else ()
         report = checkpoint.load_into(
-            self, state, source=str(source), allow_missing=lambda key: any(part in key for part in new_parts)
+            self,
+            state,
+            source=str(source),
+            allow_missing=lambda key: (
+                any(part in key for part in new_parts) or (initialise and self.is_restorable(key))
+            ),
         )
         if not initialise:
             self.warn_of_foreign_parts(report.unexpected, source)
         self.after_loading(state)
+        return set(state)
 
     def warn_of_foreign_parts(self, unexpected: list[str], source: str) -> None:
         """Warn if the file has whole parts that this model lacks, which a checkpoint of another task has."""
@@ -90,11 +109,13 @@ class BaseModel(nn.Module):
                 "make sure that it is a checkpoint of this architecture"
             )
 
-    def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Bring a file's tensors into this model's layout and size; models override it."""
+    def adapt_state_dict(self, state: MutableMapping[str, Tensor]) -> MutableMapping[str, Tensor]:
+        """Bring a file's tensors, which are read when asked for, into this model's layout and size; models override
+        it.
+        """
         return state
 
-    def after_loading(self, state: dict[str, Tensor]) -> None:
+    def after_loading(self, state: Mapping[str, Tensor]) -> None:
         """Derive what the file did not hold; models override it."""
 
     def optimizer_groups(self, weight_decay: float, lr_layer_decay: float = 1.0) -> list[dict[str, Any]]:
@@ -107,13 +128,15 @@ class BaseModel(nn.Module):
 
     def checkpoint_state_dict(self) -> dict[str, Tensor]:
         """The state_dict without frozen parameters that can be fetched again."""
-        state = self.state_dict()
-        if not self.restorable_frozen:
-            return state
         frozen = {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
-        if frozen:
-            logger.info(f"the checkpoint leaves out {len(frozen)} frozen parameters")
-        return {name: tensor for name, tensor in state.items() if name not in frozen}
+        left_out = {name for name in frozen if self.is_restorable(name)}
+        if left_out:
+            logger.info(f"the checkpoint leaves out {len(left_out)} frozen parameters")
+        return {name: tensor for name, tensor in self.state_dict().items() if name not in left_out}
+
+    def is_restorable(self, name: str) -> bool:
+        """Whether a frozen parameter can be fetched again from its own source; models with such parts override it."""
+        return False
 
     def forward(self, samples: dict[str, Any]) -> Output:
         raise NotImplementedError(f"{type(self).__name__} does not define forward")

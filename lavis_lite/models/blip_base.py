@@ -1,7 +1,7 @@
 """What BLIP's models share: tokenizer, image encoder, text transformer sizes, and loading of published files."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -108,18 +108,18 @@ class BlipBase(BaseModel):
             start_from(self, bert_weights(text), source=text)
         self.after_loading({})
 
-    def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def adapt_state_dict(self, state: MutableMapping[str, Tensor]) -> MutableMapping[str, Tensor]:
         """Translate Hugging Face's names, resize position embeddings to this image size, leave out feature queues of
         another length.
         """
         own = self.state_dict()
         if is_hf_blip(state):
             state = blip_from_hf(state)
-        for name, tensor in list(state.items()):
-            if name.endswith(".pos_embed") and name in own:
-                state[name] = interpolate_pos_embed(tensor, own[name].shape[1])
-            elif name.endswith("_queue") and name in own and own[name].shape != tensor.shape:
-                logger.info(f"{name} of shape {tuple(tensor.shape)} is left out: the queue starts anew")
+        for name in [name for name in state if name in own]:
+            if name.endswith(".pos_embed"):
+                state[name] = interpolate_pos_embed(state[name], own[name].shape[1])
+            elif name.endswith("_queue") and own[name].shape != state[name].shape:
+                logger.info(f"{name} of shape {tuple(state[name].shape)} is left out: the queue starts anew")
                 del state[name]
         if own.keys() & {"queue_ptr"} and not {"image_queue", "text_queue"} <= state.keys():
             state.pop("queue_ptr", None)

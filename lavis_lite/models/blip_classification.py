@@ -5,6 +5,7 @@ gradients are enabled.
 """
 
 import logging
+from collections.abc import Mapping, MutableMapping
 from copy import deepcopy
 from typing import Any, ClassVar
 
@@ -29,7 +30,6 @@ class BlipClassification(BlipBase):
     """Classifies (image, text)."""
 
     new_parts: ClassVar[tuple[str, ...]] = ("cls_head.",)
-    restorable_frozen: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class BlipClassification(BlipBase):
             update_momentum(self.twins(), self.momentum)
         return classify(self.visual_encoder_m, self.text_encoder_m, self.cls_head_m, image, ids, mask)
 
-    def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def adapt_state_dict(self, state: MutableMapping[str, Tensor]) -> MutableMapping[str, Tensor]:
         """A captioning file (LAVIS's choice here) has a decoder only: its text transformer initialises the encoder;
         LAVIS left that random.
         """
@@ -93,7 +93,7 @@ class BlipClassification(BlipBase):
             )
         return state
 
-    def after_loading(self, state: dict[str, Tensor]) -> None:
+    def after_loading(self, state: Mapping[str, Tensor]) -> None:
         if not any(name.startswith("visual_encoder_m.") for name in state):
             copy_parameters(self.twins())
 

@@ -4,14 +4,16 @@ Surprising: twin, queues and the clamp of the temperature are updated inside `fo
 the published models were trained; but only where gradients are enabled, so that evaluating a loss changes nothing.
 """
 
+from collections.abc import Mapping
 from copy import deepcopy
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lavis_lite import dist
+from lavis_lite.models.batches import in_compute_type, stack_texts
 from lavis_lite.models.blip_base import project
 from lavis_lite.models.blip_matching import BlipMatching
 from lavis_lite.nn.attention import Context
@@ -32,8 +34,6 @@ class MomentumFeatures(NamedTuple):
 
 class BlipMomentum(BlipMatching):
     """A matching model with its momentum twin (`*_m`) and feature queues."""
-
-    restorable_frozen: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class BlipMomentum(BlipMatching):
         """(online, momentum) modules."""
         return [(getattr(self, name), getattr(self, f"{name}_m")) for name in TWINS]
 
-    def after_loading(self, state: dict[str, Tensor]) -> None:
+    def after_loading(self, state: Mapping[str, Tensor]) -> None:
         """A file without the twin (LAVIS saves none) starts it as a copy; LAVIS left it stale."""
         if not any(name.startswith("visual_encoder_m.") for name in state):
             copy_parameters(self.twins())
@@ -113,7 +113,7 @@ class BlipMomentum(BlipMatching):
             return Pool(tokens, ids, mask, image_feat.detach(), text_feat.detach(), 0, is_local=True)
         padding = (0, self.max_txt_len - ids.shape[1])
         return Pool(
-            dist.all_gather_with_grad(tokens),
+            tokens,
             dist.all_gather(F.pad(ids, padding, value=self.tokenizer.pad_token_id)),
             dist.all_gather(F.pad(mask, padding)),
             dist.all_gather(image_feat.detach()),
@@ -140,7 +140,7 @@ class BlipMomentum(BlipMatching):
         if pool.is_local:
             other = context.select(negative_image)
         else:
-            other = self.text_encoder.project_context(pool.tokens[negative_image])
+            other = self.text_encoder.project_context(dist.fetch_rows(in_compute_type(pool.tokens), negative_image))
         texts = stack_texts((ids, mask), (ids, mask), (pool.ids[negative_text], pool.mask[negative_text]))
         logits = self.matching_logits(*texts, context.append(other).append(context))
         return F.cross_entropy(logits, matching_labels(len(ids), 2 * len(ids), logits.device))
@@ -158,7 +158,9 @@ class BlipMomentum(BlipMatching):
 
 
 class Pool(NamedTuple):
-    """Candidates for hard negatives: images' tokens, texts, features; `start` is the row of this rank's first pair."""
+    """Candidates for hard negatives: images' tokens (this rank's: only those drawn travel), texts, features; `start` is
+    the row of this rank's first pair.
+    """
 
     tokens: Tensor
     ids: Tensor
@@ -167,10 +169,3 @@ class Pool(NamedTuple):
     text_feat: Tensor
     start: int
     is_local: bool
-
-
-def stack_texts(*texts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Ids and masks of several batches below one another, padded (with masked zeros) to the longest."""
-    longest = max(ids.shape[1] for ids, _ in texts)
-    padded = [[F.pad(part, (0, longest - part.shape[1])) for part in text] for text in texts]
-    return torch.cat([ids for ids, _ in padded]), torch.cat([mask for _, mask in padded])

@@ -1,5 +1,6 @@
 """BLIP for NLVR2: is a statement true of a pair of images? The text attends to both (BLIP, section 5.4)."""
 
+from collections.abc import MutableMapping
 from typing import Any, ClassVar
 
 import torch
@@ -43,7 +44,7 @@ class BlipNLVR(BlipBase):
         """(B,num_classes)"""
         return self.cls_head(self.states(samples)[:, 0])
 
-    def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def adapt_state_dict(self, state: MutableMapping[str, Tensor]) -> MutableMapping[str, Tensor]:
         """Both streams start as the pretrained cross-attention."""
         state = super().adapt_state_dict(state)
         for name in [name for name in state if ".crossattention." in name]:

@@ -1,5 +1,6 @@
 """BLIP retrieval finetuning: contrast and matching; captions of one image are all positives (BLIP, section 5.1)."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from lavis_lite import dist
 from lavis_lite.models.base import Output
 from lavis_lite.models.blip_base import gathered_ids, ramp, text_list
 from lavis_lite.models.blip_momentum import BlipMomentum
-from lavis_lite.models.reranking import similarity_matrices
+from lavis_lite.models.reranking import Retriever, similarity_matrices
 from lavis_lite.nn.losses import same_id_targets
 from lavis_lite.registry import registry
 
@@ -51,4 +52,13 @@ class BlipRetrieval(BlipMomentum):
         """Scores (images, texts) and (texts, images) of an evaluation set, -100 where not among the `k_test` most
         similar.
         """
-        return similarity_matrices(self, loader, k_test)
+        retriever = Retriever(
+            device=self.device,
+            tokenize=partial(self.tokenize, max_length=self.max_txt_len),
+            encode_text=self.encode_text,
+            encode_image=self.encode_image,
+            similarity=lambda image_feat, text_feat: image_feat @ text_feat.t(),
+            project_context=self.text_encoder.project_context,
+            matching_logits=self.matching_logits,
+        )
+        return similarity_matrices(retriever, loader, k_test)

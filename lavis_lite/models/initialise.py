@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lavis_lite import checkpoint
+from lavis_lite import checkpoint, download
 from lavis_lite.nn.vision import interpolate_pos_embed
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,24 @@ def bert_weights(source: str) -> dict[str, Tensor]:
         state[f"text_decoder.{name}"] = tensor
         if name.startswith("bert."):
             state[f"text_encoder.{name.removeprefix('bert.')}"] = tensor
+    return state
+
+
+def qformer_bert_weights(source: str) -> dict[str, Tensor]:
+    """Tensors of BLIP-2's Q-Former: from a checkpoint file that has one, or BERT's (a folder or hub id), whose
+    feed-forward serves texts and queries alike.
+    """
+    if Path(source).suffix in (".pth", ".pt", ".safetensors"):
+        state = checkpoint.find_state_dict(checkpoint.load(download.fetch(source)), source=source)
+        return {name: tensor for name, tensor in state.items() if name.startswith(("Qformer.", "query_tokens"))}
+    from transformers import BertForMaskedLM
+
+    state = {}
+    for name, tensor in BertForMaskedLM.from_pretrained(source).state_dict().items():
+        state[f"Qformer.{name}"] = tensor
+        for part in ("intermediate", "output"):
+            if f".{part}." in name and ".attention." not in name:
+                state[f"Qformer.{name}".replace(f".{part}.", f".{part}_query.")] = tensor
     return state
 
 

@@ -1,4 +1,5 @@
-"""The library's door: a model, by architecture and type, with the processors that make its inputs.
+"""The library's door: a model, by architecture and type or from a Hugging Face folder, with the processors that make
+its inputs.
 
 Surprising: `checkpoint=` replaces the type's own weights, which are then not even downloaded. A type that names only
 `eval` processors has them as `train` too (they are deterministic), but never the other way round.
@@ -13,9 +14,12 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
+from lavis_lite import download
 from lavis_lite.config_files import Layer, merge_layers, resolve
 from lavis_lite.config_schema import Checker
 from lavis_lite.config_sections import PROCESSOR_KEYS, check_processors, model_arguments, model_layer
+from lavis_lite.convert.configs import arch_of, model_section
+from lavis_lite.convert.folders import read_config, read_settings
 from lavis_lite.registry import registry
 
 logger = logging.getLogger(__name__)
@@ -29,13 +33,16 @@ def load_model(
     is_eval: bool = False,
     device: str | torch.device = "cpu",
     checkpoint: str | Path | None = None,
+    **overrides: Any,
 ) -> nn.Module:
     """Build a model and load its weights.
 
-    `checkpoint` (a file or URL) is loaded instead of the type's own weights. Raises KeyError for an unknown name or
-    type (with the nearest ones), FileNotFoundError for a missing file.
+    `checkpoint` (a file or URL, a Hugging Face folder or hub id) is loaded instead of the type's own weights;
+    `overrides` replace keys of the type's model section, as `--options model.key=value` does. Raises KeyError for an
+    unknown name or type (with the nearest ones), ValueError for an unknown or mistyped key, FileNotFoundError for a
+    missing file.
     """
-    layers, tree = _packaged(name, model_type)
+    layers, tree = _packaged(name, model_type, overrides)
     return _build(tree["model"], layers, is_eval=is_eval, device=device, checkpoint=checkpoint)
 
 
@@ -60,6 +67,7 @@ def load_model_and_preprocess(
     is_eval: bool = False,
     device: str | torch.device = "cpu",
     checkpoint: str | Path | None = None,
+    **overrides: Any,
 ) -> tuple[nn.Module, Processors, Processors]:
     """Return `load_model`'s model, and its type's image and text processors, each a dictionary with "train" and
     "eval".
@@ -67,14 +75,69 @@ def load_model_and_preprocess(
     >>> model, vis_processors, txt_processors = load_model_and_preprocess("blip_caption", "base_coco", is_eval=True)
     >>> model.generate({"image": vis_processors["eval"](raw_image).unsqueeze(0)})
     """
-    layers, tree = _packaged(name, model_type)
+    layers, tree = _packaged(name, model_type, overrides)
     model = _build(tree["model"], layers, is_eval=is_eval, device=device, checkpoint=checkpoint)
     return model, *load_preprocess(tree.get("preprocess", {}))
 
 
-def _packaged(name: str, model_type: str) -> tuple[list[Layer], dict[str, Any]]:
-    layers = [model_layer(name, model_type)]
+def from_pretrained(
+    source: str | Path,
+    *,
+    arch: str | None = None,
+    model_class: type[nn.Module] | None = None,
+    processors: bool = False,
+    is_eval: bool = False,
+    device: str | torch.device = "cpu",
+    **overrides: Any,
+) -> nn.Module | tuple[nn.Module, Processors, Processors]:
+    """Build the model that a Hugging Face folder or hub id holds, and load its weights; with `processors` also return
+    its image and text processors.
+
+    The architecture is the usual one for transformers' class, unless `arch` names another with the same parts or
+    `model_class` is one's class; `overrides` replace keys of the model section.
+
+    Raises:
+        FileNotFoundError: the folder, its config.json or its weights are missing.
+        ConnectionError: the hub cannot be reached.
+        ValueError: its class is none of ours, or an override is unknown or mistyped.
+    """
+    folder = download.fetch_folder(source)
+    config = read_config(folder)
+    stored_arch, settings = read_settings(folder)
+    wanted = arch or _arch_of_class(model_class) or stored_arch
+    arch = arch_of(config, source=str(source), wanted=wanted)
+    settings = settings if arch == stored_arch else {}
+    layers = [
+        Layer(str(folder), {"model": settings | {"model_type": None} | model_section(config, folder, arch=arch)}),
+        _overrides(overrides),
+    ]
+    section = merge_layers(layers)["model"]
+    model = _build(section, layers, is_eval=is_eval, device=device, checkpoint=None)
+    if not processors:
+        return model
+    images = {"eval": {"name": "blip_image_eval", "image_size": section["image_size"]}}
+    texts = {"eval": {"name": "blip_question" if arch == "blip_vqa" else "blip_caption"}}
+    return model, *load_preprocess({"vis_processor": images, "text_processor": texts})
+
+
+def _arch_of_class(model_class: type[nn.Module] | None) -> str | None:
+    """The name under which a class is registered; None for one that is not, such as a base class."""
+    named = {registry.get_model_class(name): name for name in registry.list_models()}
+    return named.get(model_class)
+
+
+def _packaged(name: str, model_type: str, overrides: Mapping[str, Any]) -> tuple[list[Layer], dict[str, Any]]:
+    layers = [model_layer(name, model_type), _overrides(overrides)]
     return layers, resolve(merge_layers(layers), layers)
+
+
+def _overrides(overrides: Mapping[str, Any]) -> Layer:
+    """Keyword arguments as the last layer of a configuration; paths are text, as in a YAML."""
+    fixed = sorted(overrides.keys() & {"arch", "model_type", "checkpoint"})
+    if fixed:
+        raise ValueError(f"{', '.join(fixed)} cannot be overridden: give it as an argument of its own")
+    values = {key: str(value) if isinstance(value, Path) else value for key, value in overrides.items()}
+    return Layer("keyword argument", {"model": values} if values else {})
 
 
 def _build(
@@ -88,7 +151,7 @@ def _build(
     arguments = model_arguments(section, Checker(layers))
     if checkpoint is not None:
         arguments["checkpoint"] = str(checkpoint)
-    model = registry.get_model_class(arguments["arch"]).from_config(arguments).to(device)
+    model = registry.get_model_class(arguments["arch"]).from_config(arguments, device=device).to(device)
     if not any(arguments.get(key) for key in ("checkpoint", "finetuned", "pretrained")):
         logger.warning("%s/%s has no weights to load: they are random", arguments["arch"], arguments["model_type"])
     return model.train(not is_eval)

@@ -1,4 +1,6 @@
-"""BLIP's tokenizer: BERT's WordPiece, with `[DEC]` to start generated and `[ENC]` to start image-grounded texts."""
+"""BLIP's and BLIP-2's tokenizer: BERT's WordPiece, with `[DEC]` to start generated and, in BLIP, `[ENC]` to start
+image-grounded texts.
+"""
 
 import logging
 from pathlib import Path
@@ -42,4 +44,12 @@ def blip_tokenizer(name: str) -> PreTrainedTokenizerBase:
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     tokenizer.add_tokens(["[ENC]"], special_tokens=True)
     tokenizer.enc_token_id = tokenizer.convert_tokens_to_ids("[ENC]")
+    return tokenizer
+
+
+def blip2_tokenizer(name: str, *, truncation_side: str = "right") -> PreTrainedTokenizerBase:
+    """The tokenizer with `[DEC]` as its bos token; long texts lose their end, or with "left" their beginning."""
+    tokenizer = load_tokenizer(name)
+    tokenizer.truncation_side = truncation_side
+    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     return tokenizer

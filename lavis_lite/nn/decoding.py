@@ -1,15 +1,16 @@
-"""Beam search, greedy search and nucleus sampling with a key/value cache, for `bert.py`'s decoder.
+"""Beam search, greedy search and nucleus sampling with a key/value cache, for `bert.py`'s decoder and `llm.py`.
 
 Our own, because results must not change with the version of another library. The rules are those the published BLIP
 results were made with: log-probabilities are divided by length^penalty where the length counts the prompt but not the
 end token; a text is finished when it has `num_beams` finished beams that no running beam can beat at its present
-length.
+length. A language model's prompt is embedded, so that only its start token is counted here.
 
 Letters: B texts, K beams, N = B x K rows, L length so far, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,21 @@ from torch import Tensor
 
 from lavis_lite.nn.attention import KeyValue
 
-Step = Callable[[Tensor, Sequence[KeyValue] | None, int], tuple[Tensor, list[KeyValue]]]
-"""(new ids (N,T), cache, total length) -> logits of the next token (N,V) and the new cache."""
+
+@runtime_checkable
+class RowCache(Protocol):
+    """A cache of N rows that knows how to repeat and reorder them; the old object may be used up by it."""
+
+    def expand(self, times: int) -> Self:
+        """Every row repeated, copies side by side."""
+
+    def select(self, index: Tensor) -> Self:
+        """These rows (N,), each of the same text as the row it replaces."""
+
+
+Cache = Sequence[KeyValue] | RowCache
+Step = Callable[[Tensor, Any, int], tuple[Tensor, Any]]
+"""(new ids (N,T), Cache or None, total length) -> logits of the next token (N,V) and the new Cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +83,17 @@ def decode(step: Step, prompt_BL: Tensor, config: DecodingConfig) -> Tensor:
     return greedy_or_sample(step, prompt_BL, config)
 
 
-def expand_cache(cache: Sequence[KeyValue], times: int) -> list[KeyValue]:
+def expand_cache(cache: Cache, times: int) -> Cache:
     """Repeat every row of the cache."""
+    if isinstance(cache, RowCache):
+        return cache.expand(times)
     return [(k.repeat_interleave(times, 0), v.repeat_interleave(times, 0)) for k, v in cache]
 
 
-def select_cache(cache: Sequence[KeyValue], index: Tensor) -> list[KeyValue]:
+def select_cache(cache: Cache, index: Tensor) -> Cache:
     """These rows of the cache."""
+    if isinstance(cache, RowCache):
+        return cache.select(index)
     return [(k[index], v[index]) for k, v in cache]
 
 
@@ -195,4 +213,4 @@ class _Beams:
         self._add_finished(self.ids, self.scores, end=False)
         ids = self.finished[:, : self.config.num_return].flatten(0, 1)
         used = (ids != self.config.pad_id).any(dim=0).nonzero()
-        return ids[:, : int(used[-1]) + 1]
+        return ids[:, : int(used[-1]) + 1 if len(used) else 1]

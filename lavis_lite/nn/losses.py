@@ -1,6 +1,7 @@
 """The losses of the BLIP papers as pure functions of tensors.
 
-Letters: B rows of this rank, N columns (batch and queue, or all ranks' batch), T tokens, V vocabulary.
+Letters: B rows of this rank, N columns (batch and queue, or all ranks' batch), Q queries, D width of features,
+T tokens, V vocabulary.
 """
 
 import torch
@@ -34,6 +35,22 @@ def soft_cross_entropy(logits_BN: Tensor, targets_BN: Tensor) -> Tensor:
     return -(F.log_softmax(logits_BN, dim=1) * targets_BN).sum(dim=1).mean()
 
 
+def best_query_similarity(queries_BQD: Tensor, texts_ND: Tensor) -> Tensor:
+    """An image's likeness to a text is that of its best query: (B,N) (BLIP-2, section 3.1). Always in float32, since
+    the temperature magnifies rounding.
+    """
+    with torch.autocast(queries_BQD.device.type, enabled=False):
+        return (queries_BQD.float() @ texts_ND.float().t()).max(dim=1).values
+
+
+def contrastive_loss(i2t_BN: Tensor, t2i_BN: Tensor, targets_BN: Tensor, label_smoothing: float = 0.1) -> Tensor:
+    """Cross-entropy of images' logits over all texts and of texts' over all images, to the same row-normalised
+    targets; the mean of both directions.
+    """
+    directions = [F.cross_entropy(logits, targets_BN, label_smoothing=label_smoothing) for logits in (i2t_BN, t2i_BN)]
+    return sum(directions) / 2
+
+
 def momentum_targets(sim_m_BN: Tensor, hard_BN: Tensor, alpha: float) -> Tensor:
     """Soft labels: the momentum model's softmax with weight alpha, the hard (row-normalised) targets with the rest
     (ALBEF, equation 6).
@@ -59,6 +76,13 @@ def draw_negatives(weights_BN: Tensor, is_positive_BN: Tensor) -> Tensor:
     weights = torch.where(weights.sum(dim=1, keepdim=True) > 0, weights, negative.to(weights.dtype))
     weights = torch.where(negative.any(dim=1, keepdim=True), weights, torch.ones_like(weights))
     return torch.multinomial(weights, 1).squeeze(1)
+
+
+def negative_weights(logits_BN: Tensor, is_positive_BN: Tensor) -> Tensor:
+    """Softmax over the negatives alone, so that a very likely positive leaves their proportions intact; for
+    `draw_negatives`.
+    """
+    return logits_BN.masked_fill(is_positive_BN, torch.finfo(logits_BN.dtype).min).softmax(dim=1)
 
 
 def matching_labels(num_positive: int, num_negative: int, device: torch.device) -> Tensor:

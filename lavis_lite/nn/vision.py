@@ -1,12 +1,15 @@
-"""Image encoders from timm under LAVIS's parameter names: here BLIP's ViT-B/16 and ViT-L/16.
+"""Image encoders from timm under LAVIS's parameter names: what they share, and BLIP's ViT-B/16 and ViT-L/16.
 
 Surprising: no pooling and no head, the final norm is applied to all tokens, and position embeddings are resized
 bicubically without antialiasing, as the published weights were; timm's own resizing antialiases and differs.
+
+Letters: B images, S image tokens, N patches, E width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +22,7 @@ from lavis_lite.nn.ckpt import checkpoint_blocks
 
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig:
-    """Sizes of a BLIP ViT; the defaults are ViT-B/16."""
+    """Sizes of a ViT; the defaults are ViT-B/16."""
 
     image_size: int = 224
     patch_size: int = 16
@@ -30,9 +33,9 @@ class ViTConfig:
     norm_eps: float = 1e-6
     drop_path_rate: float = 0.0
     num_checkpointed: int = 0
-    """How many of the last blocks recompute their activations in the backward pass."""
+    """BlipViT: how many of the last blocks recompute their activations in the backward pass."""
     sincos_init: bool = False
-    """Start position embeddings as 2-D sine and cosine: from scratch, places are learned faster."""
+    """BlipViT: start position embeddings as 2-D sine and cosine: from scratch, places are learned faster."""
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
@@ -59,7 +62,45 @@ def vit_config(vit_type: str, **overrides: object) -> ViTConfig:
     return replace(VIT_SIZES[vit_type], **overrides)
 
 
-class BlipViT(VisionTransformer):
+class ImageEncoder(nn.Module):
+    """An image (B,3,image_size,image_size) in, all its tokens (B,S,E) out.
+
+    Mixed in before the class that computes them by `forward_features`, so that parameter names stay that class's.
+    """
+
+    width: int
+    depth: int
+    image_size: int
+    block_names: ClassVar[str] = "blocks."
+    embedding_names: ClassVar[tuple[str, ...]] = ("cls_token", "pos_embed", "patch_embed")
+
+    def forward(self, image: Tensor) -> Tensor:
+        size = self.image_size
+        if image.ndim != 4 or image.shape[1:] != (3, size, size):
+            raise ValueError(
+                f"image has shape {tuple(image.shape)}; the image encoder wants (B, 3, {size}, {size}): "
+                f"set image_size of the processor and of the model to the same value"
+            )
+        return self.forward_features(image)
+
+    def checkpoint_all(self) -> None:
+        """Every block recomputes its activations in the backward pass."""
+        checkpoint_blocks(self.blocks)
+
+    def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A file's tensors, named as there without `visual_encoder.`, under this encoder's names and with its number of
+        positions.
+        """
+        if "pos_embed" not in state:
+            return state
+        return {**state, "pos_embed": interpolate_pos_embed(state["pos_embed"], self.pos_embed.shape[1])}
+
+    def layer_scale(self, name: str, decay: float) -> float:
+        """Learning-rate factor of the parameter for layer-wise decay, see `layer_scales`."""
+        return layer_scales(self.depth, decay, blocks=self.block_names, embeddings=self.embedding_names)(name)
+
+
+class BlipViT(ImageEncoder, VisionTransformer):
     """timm's ViT returning all normalised tokens (B,1+N,E), [CLS] first, of an image (B,3,H,W) of the configured
     size.
     """
@@ -79,6 +120,7 @@ class BlipViT(VisionTransformer):
             drop_path_rate=config.drop_path_rate,
         )
         self.config = config
+        self.width, self.depth, self.image_size = config.width, config.depth, config.image_size
         if config.sincos_init:
             side = config.image_size // config.patch_size
             with torch.no_grad():
@@ -95,26 +137,17 @@ class BlipViT(VisionTransformer):
         twin.load_state_dict(self.state_dict())
         return twin.to(self.pos_embed.dtype).train(self.training)
 
-    def forward(self, image: Tensor) -> Tensor:
-        size = self.config.image_size
-        if image.ndim != 4 or image.shape[1:] != (3, size, size):
-            raise ValueError(
-                f"image has shape {tuple(image.shape)}; the image encoder wants (B, 3, {size}, {size}): "
-                f"set image_size of the processor and of the model to the same value"
-            )
-        return self.forward_features(image)
 
-
-def interpolate_pos_embed(pos_embed: Tensor, num_tokens: int) -> Tensor:
+def interpolate_pos_embed(pos_embed: Tensor, num_tokens: int, *, align_corners: bool = False) -> Tensor:
     """Position embeddings (1,1+N,E) resized to `num_tokens` tokens, [CLS] first; both grids must be square.
 
-    Bicubic with align_corners=False and no antialiasing.
+    Bicubic, in float32, without antialiasing.
     """
     if pos_embed.shape[1] == num_tokens:
         return pos_embed
     old, new = (square_root(n - 1) for n in (pos_embed.shape[1], num_tokens))
     grid = pos_embed[:, 1:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=align_corners)
     return torch.cat([pos_embed[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2).to(pos_embed.dtype)], dim=1)
 
 
@@ -126,18 +159,39 @@ def square_root(number: int) -> int:
     return side
 
 
-def layer_scales(depth: int, decay: float) -> Callable[[str], float]:
+def layer_scales(
+    depth: int,
+    decay: float,
+    *,
+    blocks: str = ImageEncoder.block_names,
+    embeddings: Sequence[str] = ImageEncoder.embedding_names,
+) -> Callable[[str], float]:
     """Learning-rate factor of each ViT parameter for layer-wise decay: 1 behind the last block, decay^(depth+1) for
-    the embeddings.
+    the embeddings. The parameters' names start with `blocks` and the block's number, or with one of `embeddings`.
     """
 
     def scale(name: str) -> float:
-        if name.startswith("blocks."):
-            layer = int(name.split(".")[1]) + 1
-        elif name.split(".")[0] in ("cls_token", "pos_embed", "patch_embed"):
+        if name.startswith(blocks):
+            layer = int(name.removeprefix(blocks).split(".")[0]) + 1
+        elif name.split(".")[0] in embeddings:
             layer = 0
         else:
             layer = depth + 1
         return decay ** (depth + 1 - layer)
 
     return scale
+
+
+def image_tower(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under `visual.` of a CLIP file, which holds a text encoder too; all tensors where none is."""
+    prefix = "visual."
+    tower = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    return tower or state
+
+
+def second_last_layer(state: dict[str, Tensor], blocks: str, depth: int) -> dict[str, Tensor]:
+    """Without the last block if the file has one more than `depth`."""
+    numbers = {int(name.removeprefix(blocks).split(".")[0]) for name in state if name.startswith(blocks)}
+    if max(numbers, default=-1) != depth:
+        return state
+    return {name: tensor for name, tensor in state.items() if not name.startswith(f"{blocks}{depth}.")}

@@ -22,7 +22,7 @@ Metrics = dict[str, Any]
 
 SAMPLE_KEYS = (
     *("image", "image0", "image1", "text_input", "image_id", "instance_id", "question_id", "index"),
-    *("answer", "weight", "n_answers", "label"),
+    *("answer", "weight", "n_answers", "label", "text_output"),
 )
 
 
@@ -80,7 +80,8 @@ class BaseTask:
 
     def build_model(self, cfg: Any) -> nn.Module:
         """The model of `cfg.model`, with its weights."""
-        return registry.get_model_class(cfg.model["arch"]).from_config(cfg.model)
+        device = dist.resolve_device(cfg.run.device)
+        return registry.get_model_class(cfg.model["arch"]).from_config(cfg.model, device=device)
 
     def train_step(self, model: nn.Module, samples: Samples) -> dict[str, Any]:
         """One forward pass; the answer has `loss` (to differentiate) and its parts `loss_*`."""

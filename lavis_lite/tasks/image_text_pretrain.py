@@ -1,12 +1,12 @@
 """Pretraining: losses only. Evaluation is the mean of the loss and its parts over the split, sample by sample.
 
 Surprising: hard negatives are drawn at random, so evaluation uses a generator of its own with a fixed seed; the same
-weights give the same losses, and training goes on as if there had been no evaluation. Negatives come from the rank's
-own batch, even with `negative_all_rank`: the ranks' shares are uneven, and waiting for one another they would hang.
+weights give the same losses, and training goes on as if there had been no evaluation. Contrast and
+negatives are with the rank's own batch, also in models that train with all ranks': the ranks' shares are uneven, and
+waiting for one another they would hang.
 """
 
-import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,24 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from lavis_lite import dist
 from lavis_lite.registry import registry
-from lavis_lite.tasks.base import BaseTask, Metrics, Samples, unwrap
+from lavis_lite.tasks.base import BaseTask, Metrics, Samples
 from lavis_lite.tasks.results import Result, per_sample
 
 EVALUATION_SEED = 0
-
-
-@contextlib.contextmanager
-def own_negatives(model: nn.Module) -> Iterator[None]:
-    """The model with its `negative_all_rank`, if it has one, switched off."""
-    if not getattr(model, "negative_all_rank", False):
-        yield
-        return
-    model.negative_all_rank = False
-    try:
-        yield
-    finally:
-        model.negative_all_rank = True
 
 
 @registry.register_task("image_text_pretrain")
@@ -42,7 +30,7 @@ class ImageTextPretrainTask(BaseTask):
     def evaluate(self, model: nn.Module, loader: Iterable[Samples], *, split: str, result_dir: Path) -> Metrics:
         """Mean losses over the split; torch's generators are left as they were."""
         devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-        with torch.random.fork_rng(devices=list(devices)), own_negatives(unwrap(model)):
+        with torch.random.fork_rng(devices=list(devices)):
             torch.manual_seed(EVALUATION_SEED)
             return super().evaluate(model, loader, split=split, result_dir=result_dir)
 
@@ -53,7 +41,8 @@ class ImageTextPretrainTask(BaseTask):
                 "the batch has no 'text_input': losses need image-text pairs, and this split is laid out for "
                 "captioning or retrieval. Validate on a split of a pairs dataset, or leave run.valid_splits empty."
             )
-        losses = model(samples)
+        with dist.alone():
+            losses = model(samples)
         size = len(samples["text_input"])
         return per_sample(samples, **{k: [float(v)] * size for k, v in losses.items() if k.startswith("loss")})
 

@@ -1,0 +1,198 @@
+"""A model of ours as a Hugging Face folder, and such a folder as a LAVIS file.
+
+Surprising: transformers' class is built without memory and given our tensors, so that it says which belong to it and
+writes them itself. What it has no place for (momentum twins, queues, temperature, the Q-Former's language head) lies
+beside its files in `lavis_lite.safetensors`, and our architecture and settings in `lavis_lite.json`, so that nothing is
+lost; transformers reads neither.
+"""
+
+import copy
+import json
+import logging
+import os
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lavis_lite import checkpoint
+from lavis_lite.convert.blip import blip_from_hf, blip_to_hf
+from lavis_lite.convert.blip2 import VOCABULARIES, blip2_from_hf, blip2_to_hf
+from lavis_lite.convert.configs import QFORMER_TOKENIZER, hf_class_of, hf_config
+from lavis_lite.weights import EXTRA_FILE, LazyState
+
+logger = logging.getLogger(__name__)
+
+SETTINGS_FILE = "lavis_lite.json"
+IMAGE_TOKEN = "<image>"
+
+
+def write_folder(
+    model: nn.Module,
+    target: str | Path,
+    *,
+    arch: str,
+    settings: Mapping[str, Any] | None = None,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+) -> Path:
+    """Write a model, in its precision, as a folder that transformers' `from_pretrained` and ours load.
+
+    `settings` are constructor arguments that config.json has no place for (prompt, lengths).
+
+    Raises:
+        FileExistsError: the folder is there and `overwrite` is not set.
+        ValueError: transformers has no class for the architecture or the sizes.
+    """
+    target = check_target(target, overwrite=overwrite)
+    config = hf_config(model, arch=arch)
+    processor = build_processor(model, config)
+    own = model.state_dict(keep_vars=True)
+    twin = hf_model(model, config, own, arch=arch)
+    partial = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        twin.save_pretrained(partial, max_shard_size=max_shard_size)
+        processor.save_pretrained(partial)
+        if getattr(model, "part", None) is not None:
+            model.tokenizer.save_pretrained(partial / QFORMER_TOKENIZER)
+        write_extras(own, from_hf(twin.state_dict(), model).keys(), partial / EXTRA_FILE)
+        text = json.dumps({"arch": arch, "settings": dict(settings or {})}, indent=2)
+        (partial / SETTINGS_FILE).write_text(f"{text}\n", encoding="utf-8")
+        if target.exists():
+            shutil.rmtree(target) if target.is_dir() else target.unlink()
+        os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    logger.info(f"{type(twin).__name__} written to {target}")
+    return target
+
+
+def write_checkpoint(
+    model: nn.Module, target: str | Path, *, trainable_only: bool = False, overwrite: bool = False
+) -> Path:
+    """Write a model as a `.pth` file that LAVIS loads; `trainable_only` leaves out the frozen parts that have a source
+    of their own, as LAVIS's files do.
+
+    Raises FileExistsError if the file is there and `overwrite` is not set.
+    """
+    target = check_target(target, overwrite=overwrite)
+    return checkpoint.save({"model": model.checkpoint_state_dict() if trainable_only else model.state_dict()}, target)
+
+
+def check_target(target: str | Path, *, overwrite: bool) -> Path:
+    """The path to write to. FileExistsError if something is there and must not be replaced."""
+    target = Path(target).expanduser()
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} exists: choose another target, or overwrite it (--overwrite)")
+    return target
+
+
+def read_settings(folder: Path) -> tuple[str | None, dict[str, Any]]:
+    """The architecture and settings that `write_folder` left in a folder, or none. ValueError for a damaged file."""
+    path = folder / SETTINGS_FILE
+    if not path.is_file():
+        return None, {}
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return stored["arch"], dict(stored["settings"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): delete it to do without") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A folder's config.json. FileNotFoundError or ValueError if there is none that can be read."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json, which says what its weights are of")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected a mapping, found a {type(config).__name__}")
+    return config
+
+
+def hf_model(model: nn.Module, config: Any, own: Mapping[str, Tensor], *, arch: str) -> Any:
+    """transformers' model of this configuration with our tensors, shared and not copied. ValueError if it has other
+    sizes.
+    """
+    import transformers
+
+    name = hf_class_of(arch, reads_text=getattr(model, "qformer_text_input", False))
+    with torch.device("meta"):
+        twin = getattr(transformers, name)(config)
+    given = to_hf(own, model, config)
+    wanted = {key: tensor.shape for key, tensor in twin.state_dict().items()}
+    wrong = [key for key, shape in wanted.items() if key not in given or given[key].shape != shape]
+    if wrong:
+        raise ValueError(
+            f"{name} of these sizes has {len(wrong)} tensors that this model lacks or has in another shape: "
+            f"{', '.join(f'{key} {tuple(wanted[key])}' for key in wrong[:3])}"
+        )
+    twin.load_state_dict({key: given[key] for key in wanted}, assign=True)
+    return twin
+
+
+def to_hf(own: Mapping[str, Tensor], model: nn.Module, config: Any) -> dict[str, Tensor]:
+    """A model's tensors under transformers' names, with rows for its image token."""
+    if not hasattr(model, "Qformer"):
+        return dict(blip_to_hf(own))
+    given = dict(blip2_to_hf(own, getattr(model, "part", None), config.model_type))
+    if config.image_token_index is not None:
+        rows = config.text_config.vocab_size
+        for key in [key for key in given if key.endswith(VOCABULARIES) and len(given[key]) < rows]:
+            given[key] = with_mean_rows(given[key].detach(), rows)
+    return given
+
+
+def with_mean_rows(vocabulary: Tensor, rows: int) -> Tensor:
+    """A vocabulary (V,E) with rows added that are the mean of the others: as outputs they are never the likeliest."""
+    mean = vocabulary.float().mean(dim=0, keepdim=True).to(vocabulary.dtype)
+    return torch.cat([vocabulary, mean.expand(rows - len(vocabulary), -1)])
+
+
+def from_hf(state: Mapping[str, Tensor], model: nn.Module) -> LazyState:
+    """A state_dict of transformers under this model's names."""
+    return blip2_from_hf(state, getattr(model, "part", None)) if hasattr(model, "Qformer") else blip_from_hf(state)
+
+
+def write_extras(own: Mapping[str, Tensor], covered: Collection[str], path: Path) -> None:
+    """Write what is not `covered`: no second name of a tensor, and no table of positions, which is always the same."""
+    from safetensors.torch import save_file
+
+    seen = {id(tensor) for name, tensor in own.items() if name in covered}
+    extras: dict[str, Tensor] = {}
+    for name, tensor in own.items():
+        if id(tensor) not in seen and not name.endswith("position_ids"):
+            seen.add(id(tensor))
+            extras[name] = tensor.detach().contiguous()
+    if extras:
+        save_file(extras, path, metadata={"format": "pt"})
+
+
+def build_processor(model: nn.Module, config: Any) -> Any:
+    """transformers' processor for the model's images and texts; the image token that it adds to a language model's
+    vocabulary is noted in `config`.
+    """
+    from transformers import Blip2Processor, BlipImageProcessor, BlipProcessor, InstructBlipProcessor
+
+    side = model.visual_encoder.image_size
+    images = BlipImageProcessor(size={"height": side, "width": side})
+    if not hasattr(model, "Qformer"):
+        return BlipProcessor(images, copy.deepcopy(model.tokenizer))
+    if getattr(model, "part", None) is None:
+        return Blip2Processor(images, copy.deepcopy(model.tokenizer))
+    tokenizer, queries = copy.deepcopy(model.coder.tokenizer), config.num_query_tokens
+    if model.qformer_text_input:
+        reader = copy.deepcopy(model.tokenizer)
+        processor = InstructBlipProcessor(images, tokenizer, reader, num_query_tokens=queries)
+    else:
+        processor = Blip2Processor(images, tokenizer, num_query_tokens=queries)
+    config.image_token_index = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    config.text_config.vocab_size = max(config.text_config.vocab_size, config.image_token_index + 1)
+    return processor

@@ -1,0 +1,61 @@
+"""Batches of texts and of image tokens, as BLIP and BLIP-2 put them together, trim, fetch and keep them."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lavis_lite import dist
+
+Texts = tuple[Tensor, Tensor]
+"""Ids and mask (B,T)."""
+
+
+def stack_texts(*texts: Texts) -> Texts:
+    """Several batches below one another, padded (with masked zeros) to the longest."""
+    longest = max(ids.shape[1] for ids, _ in texts)
+    ids, mask = zip(*(padded(text, longest) for text in texts), strict=True)
+    return torch.cat(ids), torch.cat(mask)
+
+
+def padded(texts: Texts, length: int) -> Texts:
+    """The batch padded (with masked zeros) to a length."""
+    ids, mask = (F.pad(part, (0, length - part.shape[1])) for part in texts)
+    return ids, mask
+
+
+def trimmed(texts: Texts) -> Texts:
+    """The batch without the columns in which all texts are padded. Waits for the device."""
+    ids, mask = texts
+    longest = int(mask.sum(dim=1).max())
+    return ids[:, :longest], mask[:, :longest]
+
+
+def fetch_texts(texts: Texts, index: Tensor, *, max_length: int) -> Texts:
+    """The texts of these rows of all ranks' batches, which may be of different lengths up to `max_length`."""
+    if dist.world_size() == 1:
+        return texts[0][index], texts[1][index]
+    rows = dist.fetch_rows(torch.stack(padded(texts, max_length), dim=1), index)
+    return trimmed((rows[:, 0], rows[:, 1]))
+
+
+def in_compute_type(x: Tensor) -> Tensor:
+    """In the type in which a linear layer will take it anyway: half the bytes to keep or send under autocast, and no
+    bit of the result changes.
+    """
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def by_prompt(prompts: Sequence[str], answer: Callable[[str, list[int]], list[str]]) -> list[str]:
+    """Answers to all prompts in their order; `answer` is called once for each different prompt, with the samples that
+    have it, and gives the same number of texts for each of these.
+    """
+    answers: dict[int, list[str]] = {}
+    for prompt in dict.fromkeys(prompts):
+        rows = [row for row, other in enumerate(prompts) if other == prompt]
+        texts = answer(prompt, rows)
+        each = len(texts) // len(rows)
+        answers |= {row: texts[i * each : (i + 1) * each] for i, row in enumerate(rows)}
+    return [text for row in range(len(prompts)) for text in answers[row]]

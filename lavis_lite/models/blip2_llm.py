@@ -1,0 +1,224 @@
+"""BLIP-2 with a language model: what the queries saw in an image begins a text that the model goes on with
+(BLIP-2, section 3.2).
+
+One implementation for all: the architectures differ in names and in what stands around a text. Surprising: the
+language model is frozen, without dropout, and runs in its own precision; a prompt that asks for an answer is never
+cut; lengths that a caller gives to `generate` count, as published, one start token for a causal model and none for an
+encoder-decoder.
+
+Letters: B samples, T text tokens.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lavis_lite.models.base import Output
+from lavis_lite.models.blip2_llm_base import LanguageModelBase, image_of
+from lavis_lite.models.blip2_prompts import generation_prompts, lemmatize, question_prompts, split_caption
+from lavis_lite.models.blip_base import text_list
+from lavis_lite.nn.losses import IGNORED
+from lavis_lite.registry import registry
+
+
+class Batch(NamedTuple):
+    """Training texts as tensors: what the language model reads behind the queries, and the labels (B,T).
+
+    An encoder-decoder learns to write the labels; a causal model's are those of what it reads.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    labels: Tensor
+
+
+class Blip2LanguageModel(LanguageModelBase):
+    """What the architectures do: learn captions and answers, write them, choose among answers."""
+
+    def forward(self, samples: dict[str, Any]) -> Output:
+        """Language-model loss of `text_output` given `image` and `text_input`, or of `text_input`, a caption.
+
+        A caption begins with the model's `prompt`, which is not learned; an encoder-decoder without one reads the
+        caption's first words and learns the others.
+        """
+        count = len(image_of(samples))
+        if "text_input" not in samples:
+            raise ValueError("samples['text_input'] is missing: captions, or questions with their text_output")
+        if "text_output" in samples:
+            asked = question_prompts(samples, self.question_template(), count)
+            answers = text_list(samples["text_output"], count)
+            batch = self.answer_batch(asked, answers)
+        else:
+            asked = [self.prompt] * count
+            batch = self.caption_batch(text_list(samples["text_input"], count))
+        loss = self.lm.loss(*self.joined(self.see(samples, asked), batch.ids, batch.mask), batch.labels)
+        return Output({"loss": loss, "loss_lm": loss.detach()})
+
+    def question_template(self) -> str:
+        """The model's prompt if it has a gap for a question."""
+        return self.prompt if "{}" in self.prompt else ""
+
+    def answer_batch(self, asked: list[str], answers: list[str]) -> Batch:
+        """Texts that are read, and others that are learned."""
+        read = self.coder.inputs(asked, max_length=self.max_txt_len)
+        if self.lm.is_encoder_decoder:
+            written = self.coder.outputs(answers, max_length=self.max_output_txt_len)
+            return Batch(*self.pad(read), self.labels_of(*self.pad(written)))
+        room = self.max_output_txt_len - len(self.coder.before)
+        written = self.coder.continuations(answers, max_length=room)
+        return self.causal_batch([r + w for r, w in zip(read, written, strict=True)], list(map(len, read)))
+
+    def caption_batch(self, captions: list[str]) -> Batch:
+        """Captions that are learned but for their beginning: the prompt or, for an encoder-decoder without one, a few
+        words.
+        """
+        bare = [caption.removeprefix(self.prompt).strip() for caption in captions]
+        if self.lm.is_encoder_decoder:
+            parts = [(self.prompt, caption) if self.prompt else split_caption(caption) for caption in bare]
+            return self.answer_batch(*map(list, zip(*parts, strict=True)))
+        before, prompt = list(self.coder.before), self.prompt.strip()
+        num_given = len(self.coder.inputs([prompt])[0]) if prompt else 0
+        if num_given >= self.max_txt_len:
+            raise ValueError(f"prompt {prompt!r} takes all of max_txt_len={self.max_txt_len} tokens: shorten it")
+        texts = [f"{prompt} {caption}".strip() for caption in bare]
+        rows = self.coder.outputs(texts, max_length=self.max_txt_len - len(before))
+        return self.causal_batch([before + row for row in rows], [num_given] * len(rows))
+
+    def causal_batch(self, rows: list[list[int]], num_given: list[int]) -> Batch:
+        """Whole texts, of which the first tokens are given and have no labels."""
+        ids, mask = self.pad(rows)
+        labels = self.labels_of(ids, mask)
+        given = torch.arange(ids.shape[1], device=ids.device) < torch.tensor(num_given, device=ids.device)[:, None]
+        return Batch(ids, mask, labels.masked_fill(given, IGNORED))
+
+    def labels_of(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """The ids as labels; padding has none."""
+        return ids.masked_fill(mask == 0, IGNORED)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        samples: dict[str, Any],
+        use_nucleus_sampling: bool = False,
+        num_beams: int = 5,
+        max_length: int = 30,
+        min_length: int = 1,
+        top_p: float = 0.9,
+        repetition_penalty: float = 1.0,
+        length_penalty: float = 1.0,
+        num_captions: int = 1,
+        temperature: float = 1.0,
+    ) -> list[str]:
+        """What the language model writes about each `image` (B,3,H,W), `num_captions` for each in turn.
+
+        `samples["prompt"]`, one string or one a sample, replaces the model's. Lengths are in tokens without the
+        prompt; a causal model's count one start token.
+        """
+        prompts = generation_prompts(samples, self.prompt, len(image_of(samples)))
+        config = self.lm.decoding(
+            max_length=max_length + int(self.lm.is_encoder_decoder),
+            min_length=min_length,
+            num_beams=1 if use_nucleus_sampling else num_beams,
+            num_return=num_captions,
+            length_penalty=length_penalty,
+            repetition_penalty=repetition_penalty,
+            sample=use_nucleus_sampling,
+            top_p=top_p if use_nucleus_sampling else 1.0,
+            temperature=temperature,
+        )
+        return self.coder.decode(self.lm.generate(*self.asked(samples, prompts), config))
+
+    @torch.no_grad()
+    def predict_answers(
+        self,
+        samples: dict[str, Any],
+        num_beams: int = 5,
+        inference_method: str = "generate",
+        max_len: int = 10,
+        min_len: int = 1,
+        num_ans_candidates: int = 128,
+        answer_list: list[str] | None = None,
+        prompt: str = "",
+        length_penalty: float = -1.0,
+    ) -> list[str]:
+        """One answer to each question (`text_input`), which stands in the gap of `prompt`, e.g. "Question: {} Answer:".
+
+        `generate` writes at most `max_len` tokens by beam search; `rank` picks from `answer_list` the likeliest of the
+        `num_ans_candidates` answers whose first tokens are likeliest. A length penalty of -1 favours short answers
+        (BLIP-2, section 4.1).
+        """
+        if inference_method not in ("rank", "generate"):
+            raise ValueError(f"inference_method {inference_method!r} is not one of rank, generate")
+        prompts = question_prompts(samples, prompt or self.question_template(), len(image_of(samples)))
+        if inference_method == "rank":
+            if not answer_list:
+                raise ValueError("inference_method rank chooses from a list: give answer_list, or use generate")
+            order, losses = self.rank_answers(samples, prompts, answer_list, num_ans_candidates)
+            best = order.gather(1, losses.argmin(dim=1, keepdim=True)).squeeze(1)
+            answers = [answer_list[i] for i in best.tolist()]
+        else:
+            config = self.lm.decoding(
+                max_length=max_len + 1,
+                min_length=min_len,
+                num_beams=num_beams,
+                length_penalty=length_penalty,
+                repetition_penalty=self.answer_repetition_penalty,
+            )
+            answers = self.coder.decode(self.lm.generate(*self.asked(samples, prompts), config))
+        return lemmatize(answers) if self.apply_lemmatizer or samples.get("apply_lemmatizer") else answers
+
+    @torch.no_grad()
+    def rank_answers(
+        self, samples: dict[str, Any], prompts: list[str], answer_list: list[str], k: int
+    ) -> tuple[Tensor, Tensor]:
+        """The k candidates of each question by their first token's probability, and the negative log-likelihood of
+        each, end token included: indices (B,k), (B,k).
+        """
+        ids, mask = self.pad(self.coder.continuations(answer_list))
+        prefix = self.lm.prefix(*self.asked(samples, prompts))
+        order = prefix.logits[:, ids[:, 0]].topk(min(k, len(answer_list)), dim=1).indices
+        return order, self.lm.candidate_losses(prefix, ids[order], mask[order])
+
+
+@registry.register_model("blip2_opt")
+class Blip2OPT(Blip2LanguageModel):
+    """With OPT, whose texts begin with `</s>` and end with a line break."""
+
+    part = "opt"
+    model_types = ("opt",)
+    end_text = "\n"
+
+    def __init__(self, *, opt_model: str = "facebook/opt-2.7b", **parts: Any) -> None:
+        super().__init__(opt_model, **parts)
+
+
+@registry.register_model("blip2_t5")
+class Blip2T5(Blip2LanguageModel):
+    """With Flan-T5."""
+
+    part = "t5"
+    model_types = ("t5", "mt5", "umt5")
+
+    def __init__(self, *, t5_model: str = "google/flan-t5-xl", **parts: Any) -> None:
+        super().__init__(t5_model, **parts)
+
+
+@registry.register_model("blip2_vicuna")
+class Blip2Vicuna(Blip2LanguageModel):
+    """With Vicuna, whose texts begin and end with `</s>`; `[PAD]` is added to its vocabulary."""
+
+    model_types = ("llama",)
+    starts_with_end = True
+    pad_token = "[PAD]"
+
+    def __init__(self, *, llm_model: str = "lmsys/vicuna-7b-v1.1", **parts: Any) -> None:
+        super().__init__(llm_model, **parts)
+
+
+@registry.register_model("blip2_llm")
+class Blip2LLM(Blip2LanguageModel):
+    """With any causal or encoder-decoder language model of transformers, on its tokenizer's own terms."""
+
+    def __init__(self, *, llm_model: str, **parts: Any) -> None:
+        super().__init__(llm_model, **parts)

@@ -1,0 +1,124 @@
+"""What a sample asks of a language model: prompts and their gaps, the split of a caption, the answer's lemmas."""
+
+import string
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+
+from lavis_lite.models.blip_base import text_list
+
+MAX_OCR_TOKENS = 30
+
+
+def generation_prompts(samples: dict[str, Any], default: str, count: int) -> list[str]:
+    """The prompt of each of `count` samples: `samples["prompt"]` (one, or one a sample) or the model's.
+
+    A gap `{}` is filled with `ocr_tokens` if the samples have them, else with `text_input`.
+    """
+    prompts = text_list(samples.get("prompt", default), count)
+    if not any("{}" in prompt for prompt in prompts):
+        return prompts
+    if "ocr_tokens" in samples:
+        return fill(prompts, ocr_texts(samples["ocr_tokens"]))
+    if "text_input" in samples:
+        return fill(prompts, text_list(samples["text_input"], count))
+    return prompts
+
+
+def question_prompts(samples: dict[str, Any], template: str, count: int) -> list[str]:
+    """Questions (`text_input`) inside a template: its one gap, or, of two, that before or after the other.
+
+    With two gaps the first takes `ocr_tokens` if the samples have them; else the second takes `choices` as
+    "(a) red (b) blue".
+    """
+    if "text_input" not in samples:
+        raise ValueError("samples['text_input'] is missing: it holds the questions")
+    questions = text_list(samples["text_input"], count)
+    if not template:
+        return questions
+    if template.count("{}") < 2:
+        return fill([template] * count, questions)
+    if "ocr_tokens" in samples:
+        return fill([template] * count, ocr_texts(samples["ocr_tokens"]), questions)
+    if "choices" in samples:
+        return fill([template] * count, questions, [lettered(choices) for choices in samples["choices"]])
+    raise ValueError(
+        f"prompt {template!r} has two gaps: give samples['ocr_tokens'] or samples['choices'] for the other"
+    )
+
+
+def class_prompts(samples: dict[str, Any], default: str, count: int) -> list[str]:
+    """Prompts of a choice between candidates: `text_input` in the gaps, and before it what the sample has of
+    `caption`, `history` and `context`.
+    """
+    prompts = text_list(samples.get("prompt", default), count)
+    if "text_input" in samples:
+        texts = samples["text_input"]
+        texts = [texts] * count if isinstance(texts, str) else texts
+        parts = [[text] if isinstance(text, str) else list(text) for text in texts]
+        prompts = [fill_gaps(prompt, own) for prompt, own in zip(prompts, parts, strict=True)]
+    for key, frame in (
+        ("context", "context: {}. {}"),
+        ("history", "dialog history: {}\n{}"),
+        ("caption", 'This image has the caption "{}". {}'),
+    ):
+        if samples.get(key):
+            prompts = fill([frame] * count, text_list(samples[key], count), prompts)
+    return prompts
+
+
+def fill(templates: Sequence[str], *values: Sequence[str]) -> list[str]:
+    """Each template with its gaps filled, in order."""
+    return [fill_gaps(template, own) for template, *own in zip(templates, *values, strict=True)]
+
+
+def fill_gaps(template: str, values: Sequence[str]) -> str:
+    """The template with its gaps `{}` filled in order; other braces, also in the values, are text."""
+    head, *rest = template.split("{}", len(values))
+    return head + "".join(value + part for value, part in zip(values, rest, strict=False))
+
+
+def ocr_texts(tokens: Sequence[Sequence[str]]) -> list[str]:
+    """Words read in each image, joined by commas."""
+    return [", ".join(words[:MAX_OCR_TOKENS]) for words in tokens]
+
+
+def lettered(choices: Sequence[str]) -> str:
+    """ "(a) red (b) blue" """
+    return " ".join(f"({letter}) {choice}" for letter, choice in zip(string.ascii_lowercase, choices, strict=False))
+
+
+def split_caption(text: str) -> tuple[str, str]:
+    """The caption's beginning, whose number of words is drawn uniformly from [1, half of them], and the rest.
+
+    (BLIP-2, section 3.2: prefix language modelling.) A caption of one word has no beginning.
+    """
+    words = text.split()
+    if len(words) < 2:
+        return "", text
+    cut = int(torch.randint(1, len(words) // 2 + 1, ()))
+    return " ".join(words[:cut]), " ".join(words[cut:])
+
+
+def lemmatize(answers: Sequence[str]) -> list[str]:
+    """Answers with nouns and verbs in their dictionary form. ImportError if spaCy or its model is missing."""
+    nlp = _spacy_model()
+    return [
+        " ".join(token.lemma_ if token.pos_ in ("NOUN", "VERB") else token.text for token in nlp(answer))
+        for answer in answers
+    ]
+
+
+@cache
+def _spacy_model() -> Any:
+    try:
+        import spacy
+
+        return spacy.load("en_core_web_sm")
+    except (ImportError, OSError) as error:
+        raise ImportError(
+            "apply_lemmatizer needs spaCy and its English model: `pip install spacy` and "
+            "`python -m spacy download en_core_web_sm`, or set apply_lemmatizer=False"
+        ) from error

@@ -1,0 +1,64 @@
+"""The image encoders of BLIP-2 by name; their constructors download nothing.
+
+`eva_clip_g` and `clip_L` are the paper's (section 4.1), `blip_*` are BLIP's, `*_tiny` are small enough for a CPU; any
+other name is timm's.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import timm
+
+from lavis_lite.nn.vision import VIT_SIZES, BlipViT, ImageEncoder, ViTConfig
+from lavis_lite.nn.vision_clip import CLIP_SIZES, ClipViT
+from lavis_lite.nn.vision_eva import EVA_SIZES, EvaViT
+from lavis_lite.nn.vision_timm import timm_encoder, timm_weights
+from lavis_lite.registry import did_you_mean
+
+__all__ = ["ENCODERS", "PUBLISHED", "ImageEncoder", "build_encoder", "timm_weights"]
+
+LAVIS_FILES = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2"
+PUBLISHED: dict[str, str] = {
+    "eva_clip_g": f"{LAVIS_FILES}/eva_vit_g.pth",
+    "clip_L": f"{LAVIS_FILES}/clip_vit_L.pth",
+}
+ENCODERS: dict[str, tuple[Callable[[ViTConfig], ImageEncoder], ViTConfig]] = {
+    **{f"blip_{name}": (BlipViT, config) for name, config in VIT_SIZES.items()},
+    **{name: (EvaViT, config) for name, config in EVA_SIZES.items()},
+    **{name: (ClipViT, config) for name, config in CLIP_SIZES.items()},
+}
+SIZES = ("width", "depth", "num_heads", "mlp_ratio", "patch_size", "norm_eps")
+
+
+def build_encoder(
+    vit_model: str,
+    *,
+    image_size: int = 224,
+    drop_path_rate: float = 0.0,
+    grad_checkpoint: bool = False,
+    sizes: Mapping[str, Any] | None = None,
+) -> ImageEncoder:
+    """The image encoder of that name with random weights: an image (B,3,image_size,image_size) in, tokens (B,S,E) out.
+
+    `sizes` replaces some of width, depth, num_heads, mlp_ratio, patch_size, norm_eps. With `grad_checkpoint` every
+    block recomputes its activations in the backward pass.
+
+    Raises:
+        ValueError: an unknown name or size, or sizes that do not fit each other.
+    """
+    sizes = dict(sizes or {})
+    unknown = sorted(sizes.keys() - SIZES)
+    if unknown:
+        raise ValueError(f"vit has no size {', '.join(unknown)}; it has {', '.join(SIZES)}")
+    if vit_model in ENCODERS:
+        kind, config = ENCODERS[vit_model]
+        encoder = kind(replace(config, image_size=image_size, drop_path_rate=drop_path_rate, **sizes))
+    elif timm.is_model(vit_model):
+        encoder = timm_encoder(vit_model, image_size=image_size, drop_path_rate=drop_path_rate, sizes=sizes)
+    else:
+        known = [*ENCODERS, *timm.list_models()]
+        raise ValueError(f"unknown image encoder {vit_model!r}. {did_you_mean(vit_model, known)}")
+    if grad_checkpoint:
+        encoder.checkpoint_all()
+    return encoder

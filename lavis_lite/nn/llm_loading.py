@@ -1,0 +1,219 @@
+"""Loading language models as transformers has them: folders, hub ids and the tiny ones of this package.
+
+What is surprising: everything that can be wrong is checked before the weights are read, which takes minutes. Dropout
+of a frozen model is switched off. T5's tied or untied output layer follows the config file, which transformers 5
+forgets when it builds a T5 from its config alone.
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as hf_logging
+
+from lavis_lite import download
+from lavis_lite.nn.llm_sources import (
+    PACKAGED,
+    WEIGHT_FILES,
+    has_weights,
+    is_composite,
+    load_llm_tokenizer,
+    locate,
+    read_config,
+)
+
+__all__ = ["PACKAGED", "WEIGHT_FILES", "check_language_model", "load_language_model", "load_llm_tokenizer"]
+logger = logging.getLogger(__name__)
+
+INSIDE_COMPOSITE = {r"^language_model\.": ""}
+"""Where a BLIP-2 of transformers has its language model."""
+QUANTIZATIONS = ("int8", "int4")
+
+
+def load_language_model(
+    source: str | Path,
+    *,
+    dtype: torch.dtype,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    pad_token: str | None = None,
+    frozen: bool = False,
+    quantization: str | None = None,
+    lora: Mapping[str, Any] | None = None,
+    grad_checkpoint: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal or encoder-decoder language model in `dtype`, and its tokenizer.
+
+    Args:
+        source: a packaged name (`tiny_opt`), a local folder or a hub id, also of a BLIP-2 of transformers, whose
+            language model it then is. A folder without weights gives a model with random ones; so does the meta
+            device, on which nothing is loaded.
+        tokenizer: what `check_language_model` returned, if it was called before.
+        overrides: values that replace those of the config file.
+        pad_token: added to tokenizer and vocabulary if the tokenizer has no such token.
+        frozen: no parameter is trained and nothing is dropped out, whatever the mode.
+        quantization: "int8" or "int4" (needs bitsandbytes).
+        lora: keyword arguments of peft's LoraConfig; the adapters, in float32, are then all that is trained.
+        grad_checkpoint: recompute activations in the backward pass.
+
+    Raises:
+        FileNotFoundError: the folder or a file of the tokenizer or config is missing.
+        ValueError: the config is of no language model, or a setting is unknown or does not fit.
+        ImportError: bitsandbytes or peft is needed and not installed.
+    """
+    config, untied = read_config(source, overrides or {})
+    tokenizer = tokenizer or check_language_model(source, config, quantization=quantization, lora=lora)
+    if frozen or lora is not None:
+        _switch_dropout_off(config)
+    model = _build(source, config, dtype=dtype, untied=untied, quantization=quantization)
+    if pad_token is not None:
+        add_pad_token(model, tokenizer, pad_token)
+    if frozen or lora is not None:
+        model.requires_grad_(False)
+    if lora is not None:
+        _add_lora(model, lora)
+    if grad_checkpoint:
+        _checkpoint_activations(model)
+    return model, tokenizer
+
+
+def check_language_model(
+    source: str | Path,
+    config: PreTrainedConfig,
+    *,
+    quantization: str | None = None,
+    lora: Mapping[str, Any] | None = None,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer; raises as `load_language_model` does, without having read any weights."""
+    _check_extras(quantization, lora)
+    tokenizer = load_llm_tokenizer(source)
+    num_rows = config.get_text_config().vocab_size
+    if tokenizer.vocab_size > num_rows:
+        raise ValueError(
+            f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, but the language model's vocabulary "
+            f"{num_rows}: they belong to different models"
+        )
+    return tokenizer
+
+
+def add_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token: str) -> None:
+    """Add the padding token as one more row of the vocabulary, unless the tokenizer has it."""
+    num_added = tokenizer.add_special_tokens({"pad_token": token})
+    if num_added:
+        model.resize_token_embeddings(model.get_input_embeddings().num_embeddings + num_added, mean_resizing=False)
+
+
+def _check_extras(quantization: str | None, lora: Mapping[str, Any] | None) -> None:
+    """Unknown quantizations and missing packages are errors."""
+    if quantization not in (None, *QUANTIZATIONS):
+        raise ValueError(f"llm_quantization {quantization!r} is not one of {', '.join(QUANTIZATIONS)}")
+    if quantization is not None:
+        _require("bitsandbytes", f"llm_quantization={quantization}")
+    if lora is not None:
+        peft = _require("peft", "llm_lora")
+        try:
+            peft.LoraConfig(**lora)
+        except TypeError as error:
+            raise ValueError(f"llm_lora: {error}; its keys are those of peft's LoraConfig") from error
+
+
+def _require(package: str, setting: str) -> Any:
+    try:
+        return __import__(package)
+    except ImportError as error:
+        raise ImportError(f"{setting} needs {package}: `pip install {package}`, or leave the setting out") from error
+
+
+def _switch_dropout_off(config: PreTrainedConfig) -> None:
+    for name, value in config.to_dict().items():
+        if "drop" in name and isinstance(value, int | float) and not isinstance(value, bool):
+            setattr(config, name, 0.0)
+
+
+def _build(
+    source: str | Path, config: PreTrainedConfig, *, dtype: torch.dtype, untied: bool, quantization: str | None
+) -> PreTrainedModel:
+    """The model, loaded shard by shard in its own precision, or random."""
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    on_meta = torch.empty(0).is_meta
+    if on_meta or not has_weights(source):
+        if quantization is not None:
+            raise ValueError(f"{source} has no weights, so that there is nothing for llm_quantization to quantize")
+        if not on_meta:
+            logger.warning(f"{source} has no weights: the language model's are random")
+        model = auto.from_config(config, dtype=dtype)
+        if untied:
+            _untie_head(model)
+    else:
+        settings = _quantized(quantization, dtype) if quantization else {}
+        settings |= {"key_mapping": INSIDE_COMPOSITE} if is_composite(source) else {}
+        model = _read_weights(auto, source, config=config, dtype=dtype, **settings)
+    if untied:
+        model.config.tie_word_embeddings = False  # saved like this, it loads like this again
+    return model
+
+
+def _read_weights(auto: Any, source: str | Path, **settings: Any) -> PreTrainedModel:
+    """The model with its weights. ValueError if some are missing, which would stay random."""
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()  # it would list what does not belong to the language model
+    try:
+        offline = download.is_offline()
+        model, report = auto.from_pretrained(
+            locate(source), local_files_only=offline, output_loading_info=True, **settings
+        )
+    finally:
+        hf_logging.set_verbosity(verbosity)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(f"{source} lacks {len(missing)} tensors of the language model: {', '.join(missing[:4])}")
+    return model
+
+
+def _untie_head(model: PreTrainedModel) -> None:
+    """Give the output layer weights of its own."""
+    head = model.get_output_embeddings()
+    if head.weight is model.get_input_embeddings().weight:
+        head.weight = nn.Parameter(torch.empty_like(head.weight))
+        nn.init.normal_(head.weight, std=head.in_features**-0.5)
+
+
+def _checkpoint_activations(model: PreTrainedModel) -> None:
+    settings = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    else:  # before transformers 5.2x
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+
+
+def _quantized(quantization: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for weights of 8 or 4 bits, on the GPU if there is one."""
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "int8":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def _add_lora(model: PreTrainedModel, lora: Mapping[str, Any]) -> None:
+    """Put trainable adapters into the model's layers, in float32."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    inject_adapter_in_model(LoraConfig(**lora), model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()

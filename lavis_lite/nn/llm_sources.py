@@ -1,0 +1,124 @@
+"""Where a language model comes from: a packaged tiny one, a folder or the hub; its config and its tokenizer.
+
+What is surprising: the gated feed-forward of a T5 uses the exact GELU, as LAVIS has it (Flan-T5 was trained with the
+tanh approximation; BLIP-2's published weights were trained against the exact one). A Hugging Face BLIP-2 is a source
+too, for the language model in it.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from lavis_lite import download
+
+PACKAGED = Path(__file__).parents[1] / "configs" / "llms"
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+COMPOSITES = {"blip-2", "instructblip", "instructblipvideo"}
+"""Hugging Face's models that hold a language model; their folders serve as its source."""
+
+
+def language_model_config(source: str | Path, overrides: Mapping[str, Any] | None = None) -> PreTrainedConfig:
+    """The config of a language model; raises as `load_language_model` does."""
+    return read_config(source, overrides or {})[0]
+
+
+def embedding_width(config: PreTrainedConfig) -> int:
+    """Width of the embeddings that the model takes."""
+    text = config.get_text_config()
+    return getattr(text, "word_embed_proj_dim", None) or text.hidden_size
+
+
+def locate(source: str | Path) -> str:
+    """The folder of a packaged or local model, or the hub id. FileNotFoundError for a folder that is not there."""
+    name, packaged = str(source), PACKAGED / str(source)
+    if packaged.is_dir():
+        return str(packaged)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        known = ", ".join(sorted(path.name for path in PACKAGED.iterdir()))
+        raise FileNotFoundError(
+            f"language model folder {name} does not exist: give a folder with config.json, tokenizer and weights, a "
+            f"hub id, or one of the package's tiny models ({known})"
+        )
+    return name
+
+
+def has_weights(source: str | Path) -> bool:
+    """Whether the model's weights can be fetched: a folder has them or not, the hub has them."""
+    folder = Path(locate(source))
+    return not folder.is_dir() or any(True for pattern in WEIGHT_FILES for _ in folder.glob(pattern))
+
+
+def load_llm_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; where it has no padding token, its end token serves as one."""
+    what = "tokenizer (tokenizer.json, or vocab and merges)"
+    tokenizer = _fetch(AutoTokenizer.from_pretrained, source, what)
+    if len(tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)) < 2:  # transformers 5 makes an empty one
+        raise _missing(what, locate(source), OSError("its files are not there"))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def is_composite(source: str | Path) -> bool:
+    """Whether the source is a Hugging Face BLIP-2 or InstructBLIP, which holds a language model."""
+    return _fetch(PreTrainedConfig.get_config_dict, source, "config.json")[0].get("model_type") in COMPOSITES
+
+
+def read_config(source: str | Path, overrides: Mapping[str, Any]) -> tuple[PreTrainedConfig, bool]:
+    """The config, and whether the file says that the output layer is not tied to the embeddings."""
+    raw, _ = _fetch(PreTrainedConfig.get_config_dict, source, "config.json")
+    raw = raw["text_config"] if raw.get("model_type") in COMPOSITES else raw
+    model_type = raw.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{source}: model_type {model_type!r} in its config.json is no class of the installed transformers: "
+            "choose a causal or encoder-decoder language model, or update transformers"
+        )
+    config_class = CONFIG_MAPPING[model_type]
+    unknown = sorted(name for name in overrides if name not in raw and not hasattr(config_class(), name))
+    if unknown:
+        raise ValueError(f"{source}: a {model_type} config has no {', '.join(unknown)} to override")
+    raw = {**raw, **overrides}
+    config = config_class.from_dict(raw)
+    untied = raw.get("tie_word_embeddings") is False or getattr(config, "scale_decoder_outputs", True) is False
+    if not config.is_encoder_decoder and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"{source}: a {model_type} is neither a causal nor an encoder-decoder language model")
+    if config.is_encoder_decoder and type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        raise ValueError(f"{source}: the encoder-decoder {model_type} does not write text given text")
+    if getattr(config, "dense_act_fn", None) == "gelu_new":
+        config.dense_act_fn = "gelu"
+    return config, untied
+
+
+def _fetch(load: Callable[..., Any], source: str | Path, what: str) -> Any:
+    """What a `from_pretrained` gives, from this machine or else from the hub."""
+    place = locate(source)
+    try:
+        return load(place, local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        if Path(place).is_dir() or download.is_offline():
+            raise _missing(what, place, error) from error
+    try:
+        return load(place)
+    except (OSError, ValueError) as error:
+        raise _missing(what, place, error) from error
+
+
+def _missing(what: str, place: str, error: Exception) -> FileNotFoundError:
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".:")
+    return FileNotFoundError(
+        f"the language model's {what} could not be loaded from {place}: {reason}. "
+        "Without a network, give a folder that holds config.json, the tokenizer's files and the weights."
+    )

@@ -1,0 +1,112 @@
+"""A recorded case of the original implementation, and how near a result must come to it."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lavis_lite.registry import registry
+
+REFERENCE = Path(os.environ.get("LAVIS_LITE_REFERENCE_DIR", Path(__file__).parent / "reference"))
+
+
+class Case:
+    """One recorded case."""
+
+    def __init__(self, name: str) -> None:
+        folder = REFERENCE / "cases" / name
+        self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        self.inputs = load_file(folder / "inputs.safetensors")
+        self.outputs = load_file(folder / "outputs.safetensors")
+        self.facts: dict[str, Any] = json.loads((folder / "outputs.json").read_text())
+        self.weights = load_file(folder / "weights.safetensors")
+
+    def sizes(self) -> dict[str, Any]:
+        """Constructor arguments of the image encoder, the text transformer and the tokenizer."""
+        vit, med = self.config["vit"], self.config["med"]
+        explicit = self.config["_explicit"]
+        return {
+            "image_size": vit["img"],
+            "vit": {
+                "patch_size": vit["patch"],
+                "width": vit["width"],
+                "depth": vit["depth"],
+                "num_heads": vit["heads"],
+                "mlp_ratio": explicit["vit"]["mlp_ratio"],
+            },
+            "vit_layer_norm_epsilon": explicit["vit"]["norm_eps"],
+            "med": {
+                "hidden_size": med["hidden"],
+                "num_layers": med["layers"],
+                "num_heads": med["heads"],
+                "intermediate_size": med["inter"],
+                "vocab_size": med["vocab_size"],
+                "max_positions": explicit["med"]["max_position_embeddings"],
+                "layer_norm_eps": explicit["med"]["layer_norm_eps"],
+            },
+            "tokenizer": str(REFERENCE / explicit["tokenizer"]["folder"]),
+        }
+
+    def model(self, arch: str, *settings: str, **more: Any) -> Any:
+        """The registered model in evaluation mode with the case's weights; `settings` come from the config."""
+        arguments = self.sizes() | {name: self.config[name] for name in settings} | more
+        model = registry.get_model_class(arch)(**arguments).eval()
+        model.load_state_dict(self.weights)
+        return model
+
+
+def close(actual: Tensor | float, expected: Tensor | float, tolerance: float = 1e-4) -> None:
+    """Within the tolerance relative to the largest expected value."""
+    actual, expected = torch.as_tensor(actual).detach().double(), torch.as_tensor(expected).double()
+    assert actual.shape == expected.shape
+    scale = max(float(expected.abs().max()), 1e-3)
+    torch.testing.assert_close(actual, expected, rtol=0.0, atol=tolerance * scale)
+
+
+def close_gradients(model: nn.Module, expected: dict[str, float | None]) -> None:
+    """Gradient norms of every trainable parameter within 1e-3."""
+    actual = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert actual.keys() <= expected.keys()
+    total = sum(value**2 for value in expected.values() if value) ** 0.5
+    for name, gradient in actual.items():
+        norm = 0.0 if gradient is None else float(gradient.norm())
+        assert norm == pytest.approx(expected[name] or 0.0, rel=1e-3, abs=1e-6 * total), name
+
+
+def up_to_end(ids: list[int], end: int) -> list[int]:
+    """Ids up to and with the first end token."""
+    return ids[: ids.index(end) + 1] if end in ids else ids
+
+
+def blip2_sizes(case: Case) -> dict[str, Any]:
+    """Constructor arguments of the image encoder, the Q-Former and the tokenizer."""
+    vit, qformer, explicit = case.config["vit"], case.config["qformer"], case.config["_explicit"]
+    return {
+        **{name: case.config[name] for name in ("vit_model", "freeze_vit", "num_query_token")},
+        "cross_attention_freq": explicit["qformer"]["cross_attention_freq"],
+        "image_size": vit["img"],
+        "vit": {
+            "patch_size": vit["patch"],
+            "width": vit["width"],
+            "depth": vit["depth"],
+            "num_heads": vit["heads"],
+            "mlp_ratio": explicit["vit"]["mlp_ratio"],
+            "norm_eps": explicit["vit"]["norm_eps"],
+        },
+        "vit_weights": "random",
+        "qformer": {
+            "hidden_size": qformer["hidden"],
+            "num_layers": qformer["layers"],
+            "num_heads": qformer["heads"],
+            "intermediate_size": qformer["inter"],
+            "vocab_size": explicit["qformer"]["vocab_size"],
+            "max_positions": explicit["qformer"]["max_position_embeddings"],
+            "layer_norm_eps": explicit["qformer"]["layer_norm_eps"],
+        },
+        "tokenizer": str(REFERENCE / explicit["tokenizer"]["folder"]),
+    }

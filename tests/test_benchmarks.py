@@ -1,0 +1,217 @@
+"""benchmarks/throughput.py at tiny sizes: it runs, both sides of a row do the same work, and operations are counted
+right (against torch's counter of what was executed, and the figures derived from the published sizes). No timing.
+"""
+
+import importlib
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
+
+
+@pytest.fixture(scope="module")
+def throughput() -> Iterator[ModuleType]:
+    """The script, imported as it is run: with its folder on the path."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        yield importlib.import_module("throughput")
+
+
+@pytest.fixture
+def blip2(throughput: ModuleType) -> ModuleType:
+    """What the script measures."""
+    return sys.modules[throughput.all_jobs.__module__]
+
+
+@pytest.fixture
+def flops(blip2: ModuleType) -> ModuleType:
+    return blip2.flops
+
+
+@pytest.fixture
+def comparable(blip2: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing random, and the one epsilon that transformers has for all norms of the image encoder."""
+    monkeypatch.setitem(blip2.TINY, "qformer", blip2.TINY["qformer"] | NO_DROPOUT)
+    build = blip2.build
+
+    def build_with_its_epsilon(*args: Any, **kwargs: Any) -> Any:
+        model = build(*args, **kwargs)
+        model.ln_vision.eps = 1e-6
+        return model
+
+    monkeypatch.setattr(blip2, "build", build_with_its_epsilon)
+    torch.manual_seed(0)
+
+
+def jobs(throughput: ModuleType, *argv: str) -> Iterator[Any]:
+    """The jobs of a command line."""
+    return throughput.all_jobs(throughput.parse(["--device", "cpu", "--tiny", "--tokens", "6", *argv]))
+
+
+def test_every_row_is_measured_and_reported(throughput: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = tmp_path / "rows.json"
+    command = ["--device", "cpu", "--tiny", "--repeats", "1", "--tokens", "4", "--peak-tflops", "1", "--dtype", "bf16"]
+    throughput.main([*command, "--json", str(file)])
+    report = json.loads(file.read_text())
+    printed = capsys.readouterr().out
+    names = [row["what"] for row in report["rows"]]
+    assert len(names) == 8
+    for row in report["rows"]:
+        assert row["what"] in printed
+        assert row["per_second"] > 0
+        assert row["ratio"] > 0
+        assert row["peak_gib"] is None  # there is no GPU
+        is_step = "training step" in row["what"]
+        assert (row["loss"] is not None) == is_step
+        assert (row["mfu"] is not None) == (is_step or row["what"] == "image encoder")
+        if row["mfu"] is not None:
+            assert row["mfu"] == pytest.approx(row["gflop"] * row["per_second"] / 1e3)
+    assert report["settings"]["dtype"] == "bf16"
+    assert report["process_peak_gib"] > 0
+
+
+@pytest.mark.usefixtures("comparable")
+def test_stage_1_recomputed_is_the_same(throughput: ModuleType, blip2: ModuleType):
+    model = blip2.build("blip2", throughput.parse(["--device", "cpu", "--tiny"])).train()
+    samples = {"image": torch.randn(4, 3, 48, 48), "text_input": ["a red circle", "two shapes", "a", "a blue square"]}
+    losses = []
+    for side in (model, blip2.recomputing(model)):
+        torch.manual_seed(1)  # the same negatives
+        losses.append(blip2.loss_of(side, samples))
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.usefixtures("comparable")
+def test_encoders_and_rerankings_give_the_same(throughput: ModuleType):
+    encoder, _, reranking = jobs(throughput, "--parts", "stage1")
+    for job in (encoder, reranking):
+        job.ours()
+        job.theirs()
+    torch.testing.assert_close(encoder.ours.result, encoder.theirs.result.last_hidden_state, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(reranking.ours.result, reranking.theirs.result)
+
+
+@pytest.mark.usefixtures("comparable")
+@pytest.mark.parametrize("part", ["opt", "t5"])
+def test_second_stages_are_trained_and_caption_alike(throughput: ModuleType, part: str):
+    steps, captions, *beams = jobs(throughput, "--parts", part)
+    for _ in range(2):  # the second loss is that of weights which the first step moved
+        steps.ours()
+        steps.theirs()
+        assert steps.ours.loss == pytest.approx(steps.theirs.loss, rel=1e-5)
+    for job in (captions, *beams):
+        job.ours()
+        job.theirs()
+    assert all(captions.ours.result)
+    assert captions.ours.result == [text.strip() for text in captions.theirs.result]
+    assert len(beams) == (part == "opt")
+    for job in beams:
+        torch.testing.assert_close(job.ours.result, job.theirs.result)
+        assert job.ours.result.shape == (2, 7)  # the start and the six that were asked for
+
+
+def test_a_step_moves_only_what_is_trained(throughput: ModuleType):
+    steps = next(jobs(throughput, "--parts", "opt"))
+    for side in (steps.ours, steps.theirs):
+        before = {name: tensor.clone() for name, tensor in side.model.named_parameters()}
+        side()
+        moved = {name.split(".")[0] for name, tensor in side.model.named_parameters() if not tensor.equal(before[name])}
+        frozen = {name for name, tensor in side.model.named_parameters() if not tensor.requires_grad}
+        assert moved >= {"query_tokens"}
+        assert len(moved) == 4  # queries, Q-Former, projection, the norm behind the image encoder
+        assert all(tensor.equal(before[name]) for name, tensor in side.model.named_parameters() if name in frozen)
+
+
+def counted(function: Callable[[], Any]) -> int:
+    """Floating-point operations that torch executes, with attention as matrix products."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+@pytest.fixture
+def wide(throughput: ModuleType, blip2: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Namespace:
+    """Settings of a Q-Former that is wide enough for what is left out of the count to be small."""
+    sizes = {"hidden_size": 128, "num_layers": 4, "num_heads": 2, "intermediate_size": 512}
+    monkeypatch.setitem(blip2.TINY, "qformer", sizes)
+    return throughput.parse(["--device", "cpu", "--tiny", "--batch", "4", "--depth", "6"])
+
+
+def test_operations_of_the_image_encoder_are_those_executed(blip2: ModuleType, flops: ModuleType, wide: Namespace):
+    encoder = blip2.build("blip2", wide).visual_encoder
+    assert counted(lambda: encoder(torch.randn(1, 3, 48, 48))) == flops.image_encoder(encoder).forward
+
+
+def test_operations_of_stage_1_are_those_executed(blip2: ModuleType, flops: ModuleType, wide: Namespace):
+    model, texts = blip2.build("blip2", wide), blip2.synthetic_texts(wide)
+    samples = {"image": torch.randn(4, 3, 48, 48), "text_input": texts}
+    found = counted(lambda: blip2.loss_of(model, samples).backward()) / 4
+    num_text = model.tokenize(texts)[0].shape[1]
+    assert flops.stage1_step(model, num_text) == pytest.approx(found, rel=0.001)
+
+
+@pytest.mark.parametrize("part", ["opt", "t5"])
+def test_operations_of_stage_2_are_those_executed(blip2: ModuleType, flops: ModuleType, wide: Namespace, part: str):
+    model = blip2.build_with_llm(part, wide)
+    twin = blip2.build_twin(model, f"blip2_{part}")
+    image = torch.randn(4, 3, 48, 48)
+    samples, inputs = blip2.stage2_inputs(model, twin, image, blip2.synthetic_texts(wide))
+    found = counted(lambda: blip2.loss_of(model, samples).backward()) / 4
+    num_text = inputs["input_ids"].shape[1] - 32
+    num_labels = num_text if part == "opt" else inputs["labels"].shape[1]
+    assert flops.stage2_step(model, num_text, num_labels) == pytest.approx(found, rel=0.005)
+
+
+def test_operations_at_full_size_are_the_derived_ones(throughput: ModuleType, blip2: ModuleType, flops: ModuleType):
+    full = throughput.parse(["--device", "cpu", "--dtype", "fp32"])
+    full.device, full.depth = "meta", None
+    stage1, stage2 = blip2.build("blip2", full), blip2.build_with_llm("opt", full)
+    assert flops.image_encoder(stage1.visual_encoder).forward / 1e9 == pytest.approx(521, abs=1)
+    recomputed = 3 * flops.image_context(stage1.Qformer, 257).trained  # LAVIS projects an image four times
+    assert (flops.stage1_step(stage1, 32) + recomputed) / 1e9 == pytest.approx(760, abs=5)
+    assert flops.stage2_step(stage2, 14, 45) / 1e9 == pytest.approx(1050, abs=10)
+
+
+@pytest.mark.parametrize("setting", [["--batch", "1"], ["--words", "1"]])
+def test_what_cannot_be_measured_is_refused(
+    throughput: ModuleType, setting: list[str], capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit):
+        throughput.parse(setting)
+    assert "must be at least 2" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_memory_is_measured_on_a_gpu(throughput: ModuleType):
+    for job in throughput.all_jobs(throughput.parse(["--device", "cuda", "--tiny", "--tokens", "4"])):
+        row = throughput.measure(job, repeats=1, peak_tflops=100.0)
+        assert 0 < row.peak_gib < 8
+        assert 0 < row.other_peak_gib < 8
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(throughput: ModuleType):
+    steps = next(jobs(throughput, "--parts", "opt"))
+    with torch.no_grad():
+        steps.ours.model.query_tokens.fill_(torch.nan)
+    with pytest.raises(RuntimeError, match=r"stage 2 tiny_opt, training step.*nan"):
+        throughput.measure(steps, repeats=1, peak_tflops=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA H200", 989.0), ("NVIDIA A100-SXM4-80GB", 312.0), ("NVIDIA RTX A6000", 155.0), ("T4", None)],
+)
+def test_peaks_are_known_by_name(throughput: ModuleType, name: str, peak: float | None):
+    assert throughput.known_peak(name) == peak

@@ -1,0 +1,218 @@
+"""Weights as a lazy mapping: every kind of source, what is wrong with a folder, and how little is held at once."""
+
+import json
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lavis_lite import checkpoint, weights
+from lavis_lite.convert.folders import write_folder
+from lavis_lite.models import load_model
+from lavis_lite.weights import LazyState, open_state
+
+STATE = {f"layers.{i}.weight": torch.full((3, 4), float(i)) for i in range(6)}
+
+
+def write_shards(folder: Path, count: int = 3, *, suffix: str = "safetensors") -> Path:
+    """STATE in that many files of a Hugging Face folder, with their index."""
+    folder.mkdir()
+    stem = {"safetensors": "model", "bin": "pytorch_model"}[suffix]
+    names, index = list(STATE), {}
+    for i in range(count):
+        file = f"{stem}-{i + 1:05}-of-{count:05}.{suffix}"
+        shard = {name: STATE[name] for name in names[i::count]}
+        save_file(shard, folder / file) if suffix == "safetensors" else torch.save(shard, folder / file)
+        index |= dict.fromkeys(shard, file)
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": index}))
+    return folder
+
+
+def single(folder: Path, *, suffix: str) -> Path:
+    folder.mkdir()
+    if suffix == "safetensors":
+        save_file(STATE, folder / "model.safetensors")
+    else:
+        torch.save(STATE, folder / "pytorch_model.bin")
+    return folder
+
+
+SOURCES: dict[str, Callable[[Path], Path]] = {
+    "pth": lambda place: checkpoint.save({"model": STATE, "epoch": 3}, place / "x.pth"),
+    "folder": lambda place: single(place / "hf", suffix="safetensors"),
+    "old folder": lambda place: single(place / "hf", suffix="bin"),
+    "shards": lambda place: write_shards(place / "hf"),
+    "old shards": lambda place: write_shards(place / "hf", suffix="bin"),
+}
+
+
+class Stack(nn.Module):
+    """What STATE fits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 3, bias=False) for _ in range(6))
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_every_source_gives_the_same(kind: str, tmp_path: Path) -> None:
+    source = SOURCES[kind](tmp_path)
+    state = open_state(source)
+    assert state.keys() == STATE.keys()
+    torch.testing.assert_close(dict(state), STATE, rtol=0, atol=0)
+    model = Stack()
+    assert checkpoint.load_into(model, state, source=source) == ([], [], [])
+    torch.testing.assert_close(dict(model.state_dict()), STATE, rtol=0, atol=0)
+
+
+def test_what_we_stored_beside_a_folder_comes_with_it(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "hf")
+    save_file({"temp": torch.tensor(0.5)}, folder / weights.EXTRA_FILE)
+    state = open_state(folder)
+    assert state.keys() == {*STATE, "temp"}
+    assert float(state["temp"]) == 0.5
+
+
+def test_damaged_folders(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "hf")
+    shards = sorted(folder.glob("*.safetensors"))
+    whole = shards[1].read_bytes()
+    shards[1].write_bytes(whole[:-5])
+    with pytest.raises(ValueError, match=r"00002-of-00003\.safetensors .* truncated"):
+        open_state(folder)
+    shards[1].unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks 1 of the 3 weight files .*00002-of-00003"):
+        open_state(folder)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="is no index"):
+        open_state(folder)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").touch()
+    with pytest.raises(FileNotFoundError, match=r"holds no model\.safetensors .*notes\.txt"):
+        open_state(tmp_path / "other")
+
+
+def test_a_lazy_state_is_a_mapping() -> None:
+    state = LazyState.of(STATE)
+    first, *_, last = STATE
+    del state[first]
+    assert first not in state
+    assert first in STATE
+    state["new"] = torch.ones(1)
+    assert state.pop("new").tolist() == [1]
+    renamed = state.renamed(lambda name: None if name == last else f"x.{name}")
+    assert set(renamed) == {f"x.{name}" for name in STATE} - {f"x.{first}", f"x.{last}"}
+    with pytest.raises(KeyError, match="absent"):
+        state["absent"]
+    assert len(LazyState.of(renamed)) == 4
+
+
+def test_only_what_is_new_is_kept_of_an_adapted_state() -> None:
+    reads = []
+
+    def read(name: str) -> Tensor:
+        reads.append(name)
+        return STATE[name].clone()
+
+    state = LazyState({name: lambda name=name: read(name) for name in STATE})
+    first, second, *_ = STATE
+
+    def adapt(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"renamed": tensors[first], "doubled": tensors[second] * 2}
+
+    adapted = state.adapted(adapt)
+    reads.clear()
+    assert adapted["doubled"].tolist() == (STATE[second] * 2).tolist()
+    assert reads == []
+    assert adapted["renamed"].tolist() == STATE[first].tolist()
+    assert reads == [first]
+    assert adapted.keys() == {"renamed", "doubled"}
+
+
+class Watch:
+    """Counts, whenever a file is opened, which earlier opened files still have tensors alive."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.opened: list[tuple[Path, list[weakref.ref[Tensor]]]] = []
+        self.most_alive = 0
+        self.load = checkpoint.load
+        monkeypatch.setattr(checkpoint, "load", self)
+
+    def __call__(self, path: Path) -> dict[str, Any]:
+        self.most_alive = max(self.most_alive, sum(any(r() is not None for r in refs) for _, refs in self.opened))
+        state = self.load(path)
+        self.opened.append((path, [weakref.ref(tensor) for tensor in state.values()]))
+        return state
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    return Watch(monkeypatch)
+
+
+def test_one_shard_is_held_at_a_time(tmp_path: Path, watch: Watch) -> None:
+    state = open_state(write_shards(tmp_path / "hf", 6))
+    model = Stack()
+    checkpoint.load_into(model, state, source="x")
+    assert len({path for path, _ in watch.opened}) == 6
+    assert watch.most_alive == 0
+    kept = [open_state(tmp_path / "hf")[name] for name in STATE]
+    assert watch.most_alive > 0
+    assert len(kept) == 6
+
+
+def test_a_large_file_is_mapped_anew(tmp_path: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "WINDOW", 2 * next(iter(STATE.values())).nbytes)
+    state = open_state(single(tmp_path / "hf", suffix="safetensors"))
+    before = len(watch.opened)
+    torch.testing.assert_close(dict(state.items()), STATE, rtol=0, atol=0)
+    assert len(watch.opened) - before == 3
+    watch.most_alive = 0
+    checkpoint.load_into(Stack(), state, source="x")
+    assert watch.most_alive == 0
+
+
+@pytest.mark.parametrize("arch", ["blip_caption", "blip2"])
+def test_a_model_is_loaded_shard_by_shard(
+    arch: str, tmp_path: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where names are translated and biases split on the way."""
+    model = load_model(arch, "tiny")
+    folder = write_folder(model, tmp_path / "hf", arch=arch, max_shard_size="1MB")
+    other = load_model(arch, "tiny")
+    load_into = checkpoint.load_into
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        watch.most_alive, watch.opened = 0, []
+        return load_into(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "load_into", watched)
+    other.load_weights(str(folder))
+    assert len({path for path, _ in watch.opened}) > 3
+    assert watch.most_alive == 0
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor), name
+
+
+def test_tensors_take_the_models_precision() -> None:
+    model = Stack().to(torch.bfloat16)
+    checkpoint.load_into(model, STATE, source="x")
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.bfloat16}
+    assert model.layers[5].weight.tolist() == STATE["layers.5.weight"].tolist()
+
+
+def test_a_file_of_frozen_parts_only_is_no_checkpoint() -> None:
+    model = Stack()
+    model.layers[0].requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = {"layers.0.weight": torch.ones(3, 4), "other": torch.ones(1)}
+    with pytest.raises(ValueError, match=r"x\.pth holds no trainable key of Stack, only 1 frozen.*layers\.1\.weight"):
+        checkpoint.load_into(model, state, source="x.pth", allow_missing=("layers.",))
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+    checkpoint.load_into(model.layers[0], {"weight": torch.ones(3, 4)}, source="x.pth")
+    assert model.layers[0].weight.tolist() == torch.ones(3, 4).tolist()
