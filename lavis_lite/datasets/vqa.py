@@ -6,6 +6,7 @@ questions ({questions: [...]}) and the official annotations ({annotations: [...]
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,8 @@ class VQADataset(BaseDataset):
 
 
 class VQATrainDataset(VQADataset):
-    """Samples {image, text_input, answer, weight, n_answers}: the distinct answers, each weighted by its share.
+    """Samples {image, text_input, answer, weight, n_answers}: the distinct answers, each weighted by its share; and
+    `text_output`, one of them drawn by its share, anew each epoch, for models that learn to write one answer.
 
     A record whose answer is a single string (Visual Genome) gets the weight `answer_weight`: 1 in LAVIS, 0.2 in BLIP's
     repository.
@@ -68,6 +70,7 @@ class VQATrainDataset(VQADataset):
             "answer": answers,
             "weight": weights,
             "n_answers": len(answers),
+            "text_output": answers[0] if len(answers) == 1 else random.choices(answers, weights)[0],
             "instance_id": str(index),
         }
 
@@ -163,6 +166,7 @@ def _with_truth(record: Record, truths: dict[Any, Record]) -> Record:
 @registry.register_builder("vg_vqa")
 @registry.register_builder("ok_vqa")
 @registry.register_builder("aok_vqa")
+@registry.register_builder("gqa")
 @registry.register_builder("vqa")
 @dataclass(kw_only=True)
 class VQABuilder(BaseBuilder):

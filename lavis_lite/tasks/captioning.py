@@ -55,6 +55,8 @@ class CaptionTask(BaseTask):
     """Of bleu, meteor, rouge, cider, spice. METEOR and SPICE need Java."""
     annotation_file: str | None = None
     """References in COCO's format, instead of the dataset's."""
+    shuffle_images: bool = False
+    """Caption the batch's next image in place of each: what is left of the score comes from the language alone."""
 
     def __post_init__(self) -> None:
         check_metrics(self.metrics)
@@ -67,6 +69,8 @@ class CaptionTask(BaseTask):
         """`image_id` and `caption` of each sample (and `captions`, all of them, if there are several)."""
         if self.prompt is not None:
             samples = {**samples, "prompt": self.prompt}
+        if self.shuffle_images:
+            samples = {**samples, "image": samples["image"].roll(1, dims=0)}
         texts = model.generate(samples, **self.arguments_for(model.generate, GENERATE_ARGUMENTS))
         ids = as_list(samples["image_id"])
         if len(texts) != len(ids) * self.num_captions:

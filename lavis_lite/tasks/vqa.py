@@ -1,6 +1,8 @@
 """Visual question answering: rank an answer list or generate, write EvalAI's result file, score with VQA accuracy.
 
 `blank_images` asks the same questions of mean-coloured images: what is left of the accuracy comes from the text alone.
+Surprising: `prompt` goes around the question in training too. Models that write one answer (BLIP-2's) learn the
+sample's `text_output`, which the dataset draws from its answers; `blip_vqa` learns all of them, weighted.
 """
 
 import inspect
@@ -41,7 +43,7 @@ class VQATask(BaseTask):
     length_penalty: float | None = None
     """None leaves it to the model."""
     prompt: str = ""
-    """What the question is put into, e.g. "Question: {} Answer:"; empty asks it as it is."""
+    """What the question is put into, e.g. "Question: {} Answer:", in training too; empty asks it as it is."""
     report_metric: bool = True
     """False only writes the result file, for an evaluation server."""
     accuracy: Variant = "official"
@@ -56,6 +58,20 @@ class VQATask(BaseTask):
             raise ValueError(f"run.accuracy must be one of {', '.join(get_args(Variant))}, got {self.accuracy!r}")
         if self.prompt and "{}" not in self.prompt:
             raise ValueError(f"run.prompt={self.prompt!r} has no '{{}}' to put the question into")
+
+    def train_step(self, model: nn.Module, samples: Samples) -> dict[str, Any]:
+        """The model's loss on the questions inside the prompt."""
+        return super().train_step(model, self.inside_prompt(samples))
+
+    def inside_prompt(self, samples: Samples) -> Samples:
+        """The batch with its questions put into the prompt. ValueError if the prompt has more gaps than that."""
+        if not self.prompt:
+            return samples
+        if self.prompt.count("{}") > 1:
+            raise ValueError(
+                f"run.prompt={self.prompt!r} has several '{{}}', but there is only the question to put there"
+            )
+        return {**samples, "text_input": [self.prompt.replace("{}", text) for text in samples["text_input"]]}
 
     def batch_context(self, dataset: Any) -> Samples:
         """The dataset's answer list, for ranking. Raises ValueError if there is none."""
@@ -78,8 +94,8 @@ class VQATask(BaseTask):
             samples = {**samples, "image": torch.zeros_like(samples["image"])}
         if self.prompt and "prompt" in inspect.signature(model.predict_answers).parameters:
             arguments["prompt"] = self.prompt
-        elif self.prompt:
-            samples = {**samples, "text_input": [self.prompt.format(text) for text in samples["text_input"]]}
+        else:
+            samples = self.inside_prompt(samples)
         answers = model.predict_answers(samples, **arguments)
         return per_sample(samples, question_id=as_list(samples["question_id"]), answer=answers)
 
