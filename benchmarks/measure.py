@@ -1,0 +1,146 @@
+"""Measuring two ways of doing the same: time, memory, model FLOPs utilisation (MFU), a table."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from blip import median_seconds
+from torch import Tensor, nn
+
+PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "A6000": 155.0}
+"""Dense bf16, by the vendor's data sheets, by a part of the GPU's name."""
+GIB = 2.0**30
+HEADS = ("per s", "seconds", "GFLOP", "MFU", "GiB", "other per s", "GiB", "ratio")
+WIDTHS = (10, 9, 9, 7, 7, 13, 7, 7)
+
+
+class Watched:
+    """A function that is timed. It notes what it returned last and, on a GPU, the memory that it took."""
+
+    def __init__(
+        self, function: Callable[[], Any], model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None
+    ) -> None:
+        self.function, self.model, self.optimizer = function, model, optimizer
+        self.on_gpu = next(model.parameters()).is_cuda
+        self.result: Any = None
+        self.extra = 0
+
+    def __call__(self) -> None:
+        if not self.on_gpu:
+            self.result = self.function()
+            return
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        self.result = self.function()
+        self.extra = torch.cuda.max_memory_allocated() - before
+
+    @property
+    def peak_gib(self) -> float | None:
+        """The model's weights, the optimizer's state and the most that a call needs besides; None on a CPU."""
+        return (held_bytes(self.model, self.optimizer) + self.extra) / GIB if self.on_gpu else None
+
+    @property
+    def loss(self) -> float | None:
+        """What a training step returned."""
+        return None if self.optimizer is None else float(self.result)
+
+
+def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> int:
+    """Memory of weights and optimizer state, that of shared tensors once."""
+    held = [*model.parameters(), *model.buffers()]
+    if optimizer is not None:
+        held += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Two ways of doing the same with `count` images (or pairs) a call; `flops` is what one of these costs."""
+
+    what: str
+    other: str
+    ours: Watched
+    theirs: Watched
+    count: int
+    flops: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What was measured of a job. `ratio` is how many times faster ours is; memory is in GiB."""
+
+    what: str
+    per_second: float
+    seconds: float
+    gflop: float | None
+    mfu: float | None
+    peak_gib: float | None
+    loss: float | None
+    other: str
+    other_per_second: float
+    other_peak_gib: float | None
+    other_loss: float | None
+    ratio: float
+
+
+def measure(job: Job, *, repeats: int, peak_tflops: float | None) -> Row:
+    """Time both sides, alternating. RuntimeError if a loss is not finite."""
+    sides = [job.ours, job.theirs]
+    seconds, other_seconds = median_seconds(sides, repeats, "cuda" if job.ours.on_gpu else "cpu")
+    for side in sides:
+        if side.loss is not None and not math.isfinite(side.loss):
+            raise RuntimeError(f"{job.what}: the loss is {side.loss}")
+    per_second = job.count / seconds
+    is_rated = job.flops is not None and peak_tflops is not None
+    return Row(
+        what=job.what,
+        per_second=per_second,
+        seconds=seconds,
+        gflop=None if job.flops is None else job.flops / 1e9,
+        mfu=per_second * job.flops / (peak_tflops * 1e12) if is_rated else None,
+        peak_gib=job.ours.peak_gib,
+        loss=job.ours.loss,
+        other=job.other,
+        other_per_second=job.count / other_seconds,
+        other_peak_gib=job.theirs.peak_gib,
+        other_loss=job.theirs.loss,
+        ratio=other_seconds / seconds,
+    )
+
+
+def table(rows: Iterable[Row]) -> Iterator[str]:
+    """The table's lines, each as soon as its row is there."""
+    yield f"{'what':<34}" + "".join(map(str.rjust, HEADS, WIDTHS)) + "  other"
+    for row in rows:
+        cells = (
+            f"{row.per_second:.2f}",
+            f"{row.seconds:.4f}",
+            shown(row.gflop, ".4g"),
+            shown(row.mfu, ".1%"),
+            shown(row.peak_gib, ".1f"),
+            f"{row.other_per_second:.2f}",
+            shown(row.other_peak_gib, ".1f"),
+            f"{row.ratio:.2f}",
+        )
+        yield f"{row.what:<34}" + "".join(map(str.rjust, cells, WIDTHS)) + f"  {row.other}"
+
+
+def shown(value: float | None, form: str) -> str:
+    """A number, or a dash."""
+    return "-" if value is None else f"{value:{form}}"
+
+
+def known_peak(name: str) -> float | None:
+    """The dense bf16 TFLOP/s of a GPU by its name; None if it is not in the table."""
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
+def process_peak_gib() -> float:
+    """The most memory that this process has had so far, as the system counts it (the resident set)."""
+    import resource  # not on Windows
+    import sys
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
