@@ -18,7 +18,6 @@ from lavis_lite.datasets.shapes_truth import is_true
 from lavis_lite.registry import registry
 from lavis_lite.tasks.metrics.vqa_accuracy import vqa_metrics
 
-STEPS = {"pretrain": "Pretraining", "caption": "Captioning", "vqa": "Question answering", "retrieval": "Retrieval"}
 NUM_SHOWN = 24
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem;
@@ -43,6 +42,79 @@ svg text { font: 11px system-ui, sans-serif; fill: #5b6579 }
 """
 
 
+class Figure(NamedTuple):
+    """One number of the table: where it stands in results.json, which job measured it, and how it is called there."""
+
+    key: str
+    job: str
+    metric: str
+    label: str
+    unit: str = " %"
+    factor: float = 1.0
+
+
+class Family(NamedTuple):
+    """A quickstart: its jobs with their titles, its figures, and the jobs whose pictures are shown, by kind."""
+
+    title: str
+    intro: str
+    jobs: dict[str, str]
+    figures: tuple[Figure, ...]
+    pictures: tuple[tuple[str, str, str], ...]
+
+
+FAMILIES = {
+    "blip": Family(
+        "A tiny BLIP",
+        "Pretrained, then finetuned for three tasks",
+        {"pretrain": "Pretraining", "caption": "Captioning", "vqa": "Question answering", "retrieval": "Retrieval"},
+        (
+            Figure("captioning.true_rate", "caption", "true_rate", "captions that are true of their image"),
+            Figure("captioning.cider", "caption", "CIDEr", "captions: CIDEr", "", 100),
+            Figure("vqa.accuracy", "vqa", "agg_metrics", "questions answered right (VQA accuracy)"),
+            Figure("vqa.blank_accuracy", "vqa_blank", "agg_metrics", "  the same with blank images"),
+            Figure("retrieval.tr1", "retrieval", "txt_r1", "right text found for an image (TR@1)"),
+            Figure("retrieval.ir1", "retrieval", "img_r1", "right image found for a text (IR@1)"),
+        ),
+        (
+            ("caption", "caption", "Captions"),
+            ("vqa", "vqa", "Answers"),
+            ("retrieval", "retrieval", "Texts found for an image"),
+        ),
+    ),
+    "blip2": Family(
+        "A tiny BLIP-2",
+        "A frozen image encoder and frozen language models, joined in two stages, then finetuned for three tasks",
+        {
+            "stage1": "Stage 1",
+            "stage2_opt": "Stage 2, OPT",
+            "stage2_t5": "Stage 2, T5",
+            "caption": "Captioning",
+            "vqa": "Question answering",
+            "retrieval": "Retrieval",
+        },
+        (
+            Figure("stage2_opt.true_rate", "stage2_opt", "true_rate", "stage 2, OPT: captions that are true"),
+            Figure("stage2_opt.shuffled", "stage2_opt_shuffled", "true_rate", "  with the queries of other images"),
+            Figure("stage2_t5.true_rate", "stage2_t5", "true_rate", "stage 2, T5: captions that are true"),
+            Figure("stage2_t5.shuffled", "stage2_t5_shuffled", "true_rate", "  with the queries of other images"),
+            Figure("captioning.true_rate", "caption", "true_rate", "finetuned: captions that are true"),
+            Figure("vqa.accuracy", "vqa", "agg_metrics", "questions answered right (VQA accuracy)"),
+            Figure("vqa.blank_accuracy", "vqa_blank", "agg_metrics", "  the same with blank images"),
+            Figure("retrieval.tr1", "retrieval", "txt_r1", "right text found for an image (TR@1)"),
+            Figure("retrieval.ir1", "retrieval", "img_r1", "right image found for a text (IR@1)"),
+        ),
+        (
+            ("caption", "stage2_opt", "Captions of stage 2, OPT"),
+            ("caption", "stage2_t5", "Captions of stage 2, T5"),
+            ("caption", "caption", "Captions after finetuning"),
+            ("vqa", "vqa", "Answers"),
+            ("retrieval", "retrieval", "Texts found for an image"),
+        ),
+    ),
+}
+
+
 class Card(NamedTuple):
     """One test image with what the model said of it."""
 
@@ -65,29 +137,22 @@ def test_metrics(job: Path) -> dict[str, Any]:
     return found[-1]["metrics"]
 
 
-def collect(out: Path, seconds: float) -> dict[str, Any]:
-    """The quickstart's figures, in percent."""
-    caption, vqa, blank, retrieval = (test_metrics(out / job) for job in ("caption", "vqa", "vqa_blank", "retrieval"))
-    return {
-        "captioning": {"true_rate": caption["true_rate"], "cider": 100 * caption["CIDEr"]},
-        "vqa": {"accuracy": vqa["agg_metrics"], "blank_accuracy": blank["agg_metrics"]},
-        "retrieval": {"tr1": retrieval["txt_r1"], "ir1": retrieval["img_r1"]},
-        "seconds": seconds,
-    }
+def collect(out: Path, family: Family, seconds: float) -> dict[str, Any]:
+    """The quickstart's figures, in percent, nested as their keys say."""
+    results: dict[str, Any] = {}
+    for figure in family.figures:
+        group, name = figure.key.split(".")
+        results.setdefault(group, {})[name] = figure.factor * test_metrics(out / figure.job)[figure.metric]
+    return results | {"seconds": seconds}
 
 
-def table(results: dict[str, Any]) -> list[tuple[str, str]]:
+def table(results: dict[str, Any], family: Family) -> list[tuple[str, str]]:
     """Rows of the table: what was measured on the test split, and the figure."""
-    caption, vqa, retrieval = results["captioning"], results["vqa"], results["retrieval"]
-    return [
-        ("captions that are true of their image", f"{caption['true_rate']:.1f} %"),
-        ("captions: CIDEr", f"{caption['cider']:.1f}"),
-        ("questions answered right (VQA accuracy)", f"{vqa['accuracy']:.1f} %"),
-        ("  the same with blank images", f"{vqa['blank_accuracy']:.1f} %"),
-        ("right text found for an image (TR@1)", f"{retrieval['tr1']:.1f} %"),
-        ("right image found for a text (IR@1)", f"{retrieval['ir1']:.1f} %"),
-        ("time for everything", f"{results['seconds'] / 60:.1f} min"),
-    ]
+    rows = []
+    for figure in family.figures:
+        group, name = figure.key.split(".")
+        rows.append((figure.label, f"{results[group][name]:.1f}{figure.unit}"))
+    return [*rows, ("time for everything", f"{results['seconds'] / 60:.1f} min")]
 
 
 def test_set(job: Path) -> Any:
@@ -178,10 +243,10 @@ def curve(points: list[tuple[float, float]], title: str) -> str:
     )
 
 
-def curves(out: Path) -> str:
-    """The training loss of every step of the quickstart."""
-    losses = {job: [(row["step"], row["loss"]) for row in rows(out / job) if "loss" in row] for job in STEPS}
-    return " ".join(curve(points, STEPS[job]) for job, points in losses.items())
+def curves(out: Path, family: Family) -> str:
+    """The training loss of every job of the quickstart."""
+    losses = {job: [(row["step"], row["loss"]) for row in rows(out / job) if "loss" in row] for job in family.jobs}
+    return " ".join(curve(points, family.jobs[job]) for job, points in losses.items())
 
 
 def section(title: str, text: str, cards: Iterable[Card]) -> str:
@@ -189,27 +254,27 @@ def section(title: str, text: str, cards: Iterable[Card]) -> str:
     return f'<h2>{title}</h2><p>{text}</p><div class="grid">{"".join(card_html(card) for card in shown(cards))}</div>'
 
 
-def page(out: Path, results: dict[str, Any]) -> str:
+KINDS = {
+    "caption": (caption_cards, "Right: every statement of the caption is true of the scene."),
+    "vqa": (vqa_cards, "Right: at least two of ten people gave this answer."),
+    "retrieval": (retrieval_cards, "The best of all texts of the gallery."),
+}
+
+
+def page(out: Path, family: Family, results: dict[str, Any]) -> str:
     """The whole report."""
     figures = "".join(
-        f'<tr><td>{html.escape(name)}</td><td class="number">{value}</td></tr>' for name, value in table(results)
+        f'<tr><td>{html.escape(name)}</td><td class="number">{value}</td></tr>'
+        for name, value in table(results, family)
     )
+    pictures = [section(title, KINDS[kind][1], KINDS[kind][0](out / job)) for kind, job, title in family.pictures]
     return "".join(
         [
             '<!doctype html><html lang="en"><meta charset="utf-8"><title>lavis_lite quickstart</title>',
-            f"<style>{STYLE}</style><h1>A tiny BLIP on <code>shapes</code></h1>",
-            "<p>Pretrained, then finetuned for three tasks; figures and pictures are of the test split, "
-            "whose scenes were never trained on.</p>",
-            f"<table>{figures}</table><h2>Training</h2>{curves(out)}",
-            section(
-                "Captions",
-                "Right: every statement of the caption is true of the scene.",
-                caption_cards(out / "caption"),
-            ),
-            section("Answers", "Right: at least two of ten people gave this answer.", vqa_cards(out / "vqa")),
-            section(
-                "Texts found for an image", "The best of all texts of the gallery.", retrieval_cards(out / "retrieval")
-            ),
+            f"<style>{STYLE}</style><h1>{family.title} on <code>shapes</code></h1>",
+            f"<p>{family.intro}; figures and pictures are of the test split, whose scenes were never trained on.</p>",
+            f"<table>{figures}</table><h2>Training</h2>{curves(out, family)}",
+            *pictures,
             "</html>",
         ]
     )
@@ -219,12 +284,14 @@ def main() -> None:
     """Write results.json and report.html, print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, help="the quickstart's output folder")
+    parser.add_argument("--family", choices=sorted(FAMILIES), default="blip")
     parser.add_argument("--seconds", type=float, required=True, help="how long everything took")
     arguments = parser.parse_args()
-    results = collect(arguments.out, arguments.seconds)
+    family = FAMILIES[arguments.family]
+    results = collect(arguments.out, family, arguments.seconds)
     write_text(arguments.out / "results.json", json.dumps(results, indent=2) + "\n")
-    write_text(arguments.out / "report.html", page(arguments.out, results))
-    lines = [f"{name:<44}{value:>10}" for name, value in table(results)]
+    write_text(arguments.out / "report.html", page(arguments.out, family, results))
+    lines = [f"{name:<44}{value:>10}" for name, value in table(results, family)]
     print(
         "\n".join(
             [

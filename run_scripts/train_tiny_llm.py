@@ -1,0 +1,133 @@
+"""Train a tiny language model on text alone, for BLIP-2's quickstart: what people write about scenes, never a picture.
+
+A document is what was said of one scene: its captions, its questions with their answers, in random order. A model that
+has learned to go on with such a document can use what stands before, and that is all BLIP-2 asks of a frozen one.
+Leaves a folder that `opt_model`, `t5_model` and `llm_model` take.
+"""
+
+import argparse
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
+
+from lavis_lite.nn.llm import load_language_model
+from lavis_lite.registry import registry
+
+QUESTION = "Question: {} Answer: {}"
+SHORT_QUESTION = "Question: {} Short answer:"
+
+
+def documents(sections: dict[str, Any]) -> list[list[tuple[str, str | None]]]:
+    """For each training image what was said of it: (caption, None) and (question, answer)."""
+    said: dict[str, list[tuple[str, str | None]]] = {}
+    for name, section in sections.items():
+        dataset = registry.get_builder_class(name)(**section).build(["train"])["train"]
+        for record in dataset.annotation:
+            text, answers = record.get("caption"), record.get("answer")
+            entry = (text, None) if text is not None else (record["question"], max(answers, key=answers.count))
+            said.setdefault(record["image"], []).append(entry)
+    return list(said.values())
+
+
+def write(entry: tuple[str, str | None], end: str = "") -> str:
+    """A caption, or a question with its answer, as text."""
+    text, answer = entry
+    return (text if answer is None else QUESTION.format(text, answer)) + end
+
+
+def decoder_batch(tokenizer: PreTrainedTokenizerBase, chosen: list[Any], rng: random.Random) -> dict[str, Tensor]:
+    """Whole documents, one entry a line; every token is predicted."""
+    texts = ["".join(write(entry, "\n") for entry in rng.sample(entries, len(entries))) for entries in chosen]
+    batch = dict(tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt"))
+    batch.pop("token_type_ids", None)
+    return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+
+
+def encoder_decoder_batch(
+    tokenizer: PreTrainedTokenizerBase, chosen: list[Any], rng: random.Random
+) -> dict[str, Tensor]:
+    """A part of a document, then a question or the beginning of a caption (perhaps nothing); its answer or rest is
+    predicted.
+    """
+    inputs, outputs = [], []
+    for entries in chosen:
+        (text, answer), *others = rng.sample(entries, len(entries))
+        context = " ".join(write(entry) for entry in others[: rng.randrange(4)])
+        words = text.split()
+        cut = rng.randint(0, len(words) // 2)
+        asked = " ".join(words[:cut]) if answer is None else SHORT_QUESTION.format(text)
+        inputs.append(f"{context} {asked}".strip())
+        outputs.append(" ".join(words[cut:]) if answer is None else answer)
+    settings = {"padding": True, "truncation": True, "return_tensors": "pt"}
+    batch = tokenizer(inputs, max_length=64, **settings)
+    labels = tokenizer(outputs, max_length=32, **settings)
+    return {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "labels": labels.input_ids.masked_fill(labels.attention_mask == 0, -100),
+    }
+
+
+def batches(all_documents: list[Any], size: int, rng: random.Random) -> Iterator[list[Any]]:
+    """Endless random batches of documents."""
+    while True:
+        yield rng.sample(all_documents, size)
+
+
+def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[Any], args: Any) -> None:
+    """AdamW with warm-up and cosine decay; one line of progress a hundred steps."""
+    rng = random.Random(args.seed)
+    make = encoder_decoder_batch if model.config.is_encoder_decoder else decoder_batch
+    tokenizer.padding_side = "right"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.05)
+    schedule = get_cosine_schedule_with_warmup(optimizer, args.steps // 20, args.steps)
+    model.train()
+    started, total = time.perf_counter(), 0.0
+    for step, chosen in zip(range(1, args.steps + 1), batches(texts, args.batch_size, rng), strict=False):
+        loss = model(**make(tokenizer, chosen, rng)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        total += float(loss.detach())
+        if step % 100 == 0 or step == args.steps:
+            done = step % 100 or 100
+            print(
+                f"step {step}/{args.steps}  loss {total / done:.3f}  {time.perf_counter() - started:.0f} s", flush=True
+            )
+            total = 0.0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a packaged tiny model (tiny_opt, tiny_t5, tiny_vicuna) or a folder")
+    parser.add_argument("--texts", required=True, metavar="YAML", help="its section `datasets` names where texts are")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write")
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--seed", type=int, default=42)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    torch.manual_seed(args.seed)
+    model, tokenizer = load_language_model(args.model, dtype=torch.float32)
+    sections = OmegaConf.to_container(OmegaConf.load(args.texts))["datasets"]
+    train(model, tokenizer, documents(sections), args)
+    model.eval().save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    print(f"language model in {args.out}")
+
+
+if __name__ == "__main__":
+    main()
