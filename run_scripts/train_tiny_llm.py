@@ -113,7 +113,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--seed", type=int, default=42)
     return parser.parse_args()
 
