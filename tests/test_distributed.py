@@ -124,7 +124,9 @@ def test_losses_and_weights_equal_one_process(launch: Launch, name: str, tmp_pat
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     pair = [doors.weights(job / "checkpoint_last.pth") for job in (launch.job(name), alone)]
     far = [key for key in pair[0] if not torch.allclose(pair[0][key], pair[1][key], rtol=1e-3, atol=1e-5)]
-    assert far == []  # AdamW's first steps are the gradients' signs, so a gradient of 1e-9 would show here
+    # AdamW's first steps are the gradients' signs, so a gradient of 1e-9 shows here. A key's bias raises all scores of
+    # a query alike: its gradient is rounding and nothing else, and so is the way it moves.
+    assert [key for key in far if not key.endswith(".key.bias")] == []
 
 
 @pytest.mark.usefixtures("shapes_data")
