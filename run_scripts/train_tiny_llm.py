@@ -111,9 +111,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("model", help="a packaged tiny model (tiny_opt, tiny_t5, tiny_vicuna) or a folder")
     parser.add_argument("--texts", required=True, metavar="YAML", help="its section `datasets` names where texts are")
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=5e-3)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=42)
     return parser.parse_args()
 

@@ -19,7 +19,7 @@ from lavis_lite.convert import blip2_from_hf, is_hf_blip2
 from lavis_lite.convert.blip2 import fit_vocabularies
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.initialise import qformer_bert_weights, start_from
-from lavis_lite.models.tokenizers import blip2_tokenizer
+from lavis_lite.models.tokenizers import blip2_tokenizer, tokenize
 from lavis_lite.nn.attention import Context
 from lavis_lite.nn.decoding import DecodingConfig
 from lavis_lite.nn.encoders import ENCODERS, PUBLISHED, build_encoder, timm_weights
@@ -157,17 +157,7 @@ class Blip2Base(BaseModel):
         self, texts: Sequence[str], *, start: int | None = None, max_length: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """The Q-Former's ids and mask (B,T), padded to the longest; `start` replaces [CLS]; `max_length` truncates."""
-        tokens = self.tokenizer(
-            list(texts),
-            padding="longest",
-            truncation=max_length is not None,
-            max_length=max_length,
-            return_tensors="pt",
-        ).to(self.device)
-        ids, mask = tokens.input_ids, tokens.attention_mask
-        if start is not None:
-            ids[:, 0] = start
-        return ids, mask
+        return tokenize(self.tokenizer, texts, start=start, max_length=max_length, device=self.device)
 
     @property
     def decoder_start(self) -> int:

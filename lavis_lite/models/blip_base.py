@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lavis_lite.convert import blip_from_hf, is_hf_blip
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.initialise import bert_weights, start_from, vit_weights
-from lavis_lite.models.tokenizers import blip_tokenizer
+from lavis_lite.models.tokenizers import blip_tokenizer, tokenize
 from lavis_lite.nn.attention import BertConfig
 from lavis_lite.nn.decoding import DecodingConfig
 from lavis_lite.nn.vision import BlipViT, interpolate_pos_embed, layer_scales, vit_config
@@ -61,17 +61,7 @@ class BlipBase(BaseModel):
         self, texts: Sequence[str], *, start: int | None = None, max_length: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """Ids and mask (B,T), padded to the longest; `start` replaces [CLS]; `max_length` truncates."""
-        tokens = self.tokenizer(
-            list(texts),
-            padding="longest",
-            truncation=max_length is not None,
-            max_length=max_length,
-            return_tensors="pt",
-        ).to(self.device)
-        ids, mask = tokens.input_ids, tokens.attention_mask
-        if start is not None:
-            ids[:, 0] = start
-        return ids, mask
+        return tokenize(self.tokenizer, texts, start=start, max_length=max_length, device=self.device)
 
     @property
     def decoder_start(self) -> int:

@@ -3,8 +3,11 @@ image-grounded texts.
 """
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lavis_lite import download
@@ -53,3 +56,25 @@ def blip2_tokenizer(name: str, *, truncation_side: str = "right") -> PreTrainedT
     tokenizer.truncation_side = truncation_side
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     return tokenizer
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    start: int | None = None,
+    max_length: int | None = None,
+    device: torch.device | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Ids and mask (B,T), padded to the longest; `start` replaces [CLS]; `max_length` truncates."""
+    tokens = tokenizer(
+        list(texts),
+        padding="longest",
+        truncation=max_length is not None,
+        max_length=max_length,
+        return_tensors="pt",
+    ).to(device)
+    ids, mask = tokens.input_ids, tokens.attention_mask
+    if start is not None:
+        ids[:, 0] = start
+    return ids, mask
