@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a bare clone to trained and evaluated tiny models on the generated dataset `shapes`, on two CPU cores:
 #   bash run_scripts/quickstart.sh                  BLIP, about ten minutes
-#   bash run_scripts/quickstart.sh --family blip2   BLIP-2, about fifteen minutes; it uses the image encoder of the former
+#   bash run_scripts/quickstart.sh --family blip2   BLIP-2, with the image encoder of the former; its figures are still to be tuned
 # Leaves <output>/{results.json,report.html} and one folder a step with its log, checkpoints and results.
 set -euo pipefail
 family=blip
