@@ -12,6 +12,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from lavis_lite import cli
+from lavis_lite.config import parser
 from lavis_lite.models import load_model
 
 ROOT = Path(__file__).parents[1]
@@ -70,6 +72,43 @@ def test_every_figure_of_the_report_has_a_job_that_measures_it(family: str) -> N
     assert {figure.job for figure in report.figures} <= set(jobs) | again
     assert set(report.jobs) <= set(jobs)
     assert {job for _, job, _ in report.pictures} <= set(jobs)
+
+
+def test_the_blip2_quickstart_runs_from_end_to_end(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every job of quickstart.sh in its order, a few steps each, and the report of them."""
+    monkeypatch.chdir(tmp_path)
+    out = Path("output/quickstart_blip2")
+
+    def door(name: str, *options: str) -> None:
+        recipe = yaml.safe_load((ROOT / f"projects/{name}.yaml").read_text())
+        sets = ["shapes_vqa"] if "vqa" in name else ["shapes_retrieval"] if "retrieval" in name else ["shapes_caption"]
+        sets += ["shapes_pairs"] if recipe["run"]["job_id"] in ("pretrain", "stage1") else []
+        sizes = ("num_train=70", "num_val=5", "num_test=5", "gallery_size=5")
+        small = [f"datasets.{dataset}.{size}" for dataset in sets for size in sizes]
+        settings = [*small, "run.num_workers=0", *options]
+        assert cli.main(parser(), ["--cfg-path", str(ROOT / f"projects/{name}.yaml"), "--options", *settings]) == 0
+
+    door("blip/quickstart/pretrain", "run.max_iters=2")
+    for llm in ("opt", "t5"):
+        arguments = ["x", f"tiny_{llm}", "--texts", str(texts), "--out", str(out / llm), "--steps", "2"]
+        monkeypatch.setattr(sys, "argv", arguments)
+        script("train_tiny_llm").main()
+    for job in script("quickstart_report").FAMILIES["blip2"].jobs:
+        door(f"blip2/quickstart/{job}", "run.max_iters=2")
+    for job, name, option in (
+        ("stage2_opt", "stage2_opt_shuffled", "run.shuffle_images=True"),
+        ("stage2_t5", "stage2_t5_shuffled", "run.shuffle_images=True"),
+        ("vqa", "vqa_blank", "run.blank_images=True"),
+    ):
+        best = f"model.checkpoint={out / job / 'checkpoint_best.pth'}"
+        door(f"blip2/quickstart/{job}", "run.evaluate=True", f"run.job_id={name}", option, best)
+    monkeypatch.setattr(sys, "argv", ["x", str(out), "--family", "blip2", "--seconds", "1"])
+    script("quickstart_report").main()
+    assert "with the queries of other images" in capsys.readouterr().out
+    assert (out / "report.html").read_text().count("<svg") == 6
+    assert not any("opt_model" in name for name in torch.load(out / "vqa" / "checkpoint_last.pth")["model"])
 
 
 def test_figures_are_collected_from_the_logs(tmp_path: Path) -> None:

@@ -119,12 +119,12 @@ class Blip2LanguageModel(LanguageModelBase):
         config = self.lm.decoding(
             max_length=max_length + int(self.lm.is_encoder_decoder),
             min_length=min_length,
-            num_beams=1 if use_nucleus_sampling else num_beams,
+            num_beams=num_beams,
             num_return=num_captions,
             length_penalty=length_penalty,
             repetition_penalty=repetition_penalty,
             sample=use_nucleus_sampling,
-            top_p=top_p if use_nucleus_sampling else 1.0,
+            top_p=top_p,
             temperature=temperature,
         )
         return self.coder.decode(self.lm.generate(*self.asked(samples, prompts), config))

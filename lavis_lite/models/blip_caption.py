@@ -59,12 +59,12 @@ class BlipCaption(BlipBase):
         config = self.decoding(
             max_length=max_length,
             min_length=min_length,
-            num_beams=1 if use_nucleus_sampling else num_beams,
+            num_beams=num_beams,
             num_return=num_captions,
             length_penalty=length_penalty,
             repetition_penalty=repetition_penalty,
             sample=use_nucleus_sampling,
-            top_p=top_p if use_nucleus_sampling else 1.0,
+            top_p=top_p,
             temperature=temperature,
         )
         context = self.text_decoder.bert.project_context(self.visual_encoder(samples["image"]))

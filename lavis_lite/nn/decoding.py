@@ -37,7 +37,9 @@ Step = Callable[[Tensor, Any, int], tuple[Tensor, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingConfig:
-    """How to decode; lengths are in tokens and count the prompt."""
+    """How to decode; lengths are in tokens and count the prompt. With `sample` beams count nothing, without it `top_p`
+    and `temperature` do not.
+    """
 
     eos_id: int
     pad_id: int
