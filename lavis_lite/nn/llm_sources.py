@@ -46,7 +46,7 @@ def locate(source: str | Path) -> str:
     if folder.is_dir():
         return str(folder)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        known = ", ".join(sorted(path.name for path in PACKAGED.iterdir()))
+        known = ", ".join(sorted(path.parent.name for path in PACKAGED.glob("*/tokenizer.json")))
         raise FileNotFoundError(
             f"language model folder {name} does not exist: give a folder with config.json, tokenizer and weights, a "
             f"hub id, or one of the package's tiny models ({known})"
