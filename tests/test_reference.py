@@ -92,7 +92,7 @@ def check_caption(case: Case) -> None:
 
 def check_captions(model: Any, image: Tensor, expected: dict[str, Any]) -> None:
     """Strings and ids of one way to generate."""
-    from lavis_lite.models.blip_caption import decode
+    from lavis_lite.nn.decoding import decode
 
     captions = model.generate({"image": image}, **expected["kwargs"])
     assert captions == [caption.strip() for caption in expected["captions"]]
@@ -354,7 +354,7 @@ def check_stage1_losses(
 
 def check_stage1_captions(model: Any, image: Tensor, expected: dict[str, Any]) -> None:
     """Strings and ids of one way to generate."""
-    from lavis_lite.models.blip2 import decode
+    from lavis_lite.nn.decoding import decode
 
     assert model.generate({"image": image}, **expected["kwargs"]) == [text.strip() for text in expected["captions"]]
     end, start = model.tokenizer.sep_token_id, torch.full((len(image), 1), model.decoder_start)

@@ -1,12 +1,14 @@
 """Batches of texts and of image tokens, as BLIP and BLIP-2 put them together, trim, fetch and keep them."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lavis_lite import dist
+from lavis_lite.nn.decoding import DecodingConfig, Step, decode
 
 Texts = tuple[Tensor, Tensor]
 """Ids and mask (B,T)."""
@@ -59,3 +61,19 @@ def by_prompt(prompts: Sequence[str], answer: Callable[[str, list[int]], list[st
         each = len(texts) // len(rows)
         answers |= {row: texts[i * each : (i + 1) * each] for i, row in enumerate(rows)}
     return [text for row in range(len(prompts)) for text in answers[row]]
+
+
+def captions_behind(
+    prompts: Sequence[str], model: Any, step_of: Callable[[list[int]], Step], config: DecodingConfig
+) -> list[str]:
+    """What `model` (BLIP's captioner or the Q-Former, for their tokenizer) writes behind each prompt, without it;
+    `step_of` gives the decoding step of the samples with these rows.
+    """
+
+    def captions(prompt: str, rows: list[int]) -> list[str]:
+        ids = model.tokenize([prompt] * len(rows), start=model.decoder_start)[0][:, :-1]
+        start = model.tokenizer.decode(ids[0], skip_special_tokens=True)  # as it reads in the decoded texts
+        texts = model.tokenizer.batch_decode(decode(step_of(rows), ids, config), skip_special_tokens=True)
+        return [text.removeprefix(start).strip() for text in texts]
+
+    return by_prompt(prompts, captions)

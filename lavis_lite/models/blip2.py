@@ -24,12 +24,12 @@ from torch.utils.data import DataLoader
 
 from lavis_lite import dist
 from lavis_lite.models.base import Output
-from lavis_lite.models.batches import Texts, by_prompt, fetch_texts, in_compute_type, stack_texts
+from lavis_lite.models.batches import Texts, captions_behind, fetch_texts, in_compute_type, stack_texts
 from lavis_lite.models.blip2_matching import Blip2Matching
 from lavis_lite.models.blip_base import gathered_ids, project, text_list
 from lavis_lite.models.reranking import Retriever, similarity_matrices
 from lavis_lite.nn.attention import Context, KeyValue
-from lavis_lite.nn.decoding import Step, decode, select_cache
+from lavis_lite.nn.decoding import Step, select_cache
 from lavis_lite.nn.losses import (
     best_query_similarity,
     contrastive_loss,
@@ -159,14 +159,11 @@ class Blip2Qformer(Blip2Matching):
         )
         prefix = self.image_prefix(samples)
 
-        def captions(prompt: str, rows: list[int]) -> list[str]:
-            ids = self.tokenize([prompt] * len(rows), start=self.decoder_start)[0][:, :-1]
-            start = self.tokenizer.decode(ids[0], skip_special_tokens=True)  # as it reads in the decoded texts
-            step = self.step(select_cache(prefix, torch.tensor(rows, device=self.device)))
-            texts = self.tokenizer.batch_decode(decode(step, ids, config), skip_special_tokens=True)
-            return [text.removeprefix(start).strip() for text in texts]
+        def step_of(rows: list[int]) -> Step:
+            return self.step(select_cache(prefix, torch.tensor(rows, device=self.device)))
 
-        return by_prompt(text_list(samples.get("prompt") or "", len(samples["image"])), captions)
+        prompts = text_list(samples.get("prompt") or "", len(samples["image"]))
+        return captions_behind(prompts, self, step_of, config)
 
     @torch.no_grad()
     def image_prefix(self, samples: dict[str, Any]) -> list[KeyValue]:

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from lavis_lite.models.base import Output
+from lavis_lite.models.batches import captions_behind
 from lavis_lite.models.blip_base import BlipBase, text_list
 from lavis_lite.nn.attention import Context
 from lavis_lite.nn.bert import BertLMHeadModel
-from lavis_lite.nn.decoding import Step, decode
+from lavis_lite.nn.decoding import Step
 from lavis_lite.nn.losses import language_modeling_loss
 from lavis_lite.registry import registry
 
@@ -69,16 +70,12 @@ class BlipCaption(BlipBase):
         )
         context = self.text_decoder.bert.project_context(self.visual_encoder(samples["image"]))
         prompts = text_list(samples.get("prompt", self.prompt), len(samples["image"]))
-        captions: dict[int, list[str]] = {}
-        for prompt in dict.fromkeys(prompts):
-            rows = [i for i, other in enumerate(prompts) if other == prompt]
-            own = context if len(rows) == len(prompts) else context.select(torch.tensor(rows, device=self.device))
-            ids = self.tokenize([prompt] * len(rows), start=self.decoder_start)[0][:, :-1]
-            start = self.tokenizer.decode(ids[0], skip_special_tokens=True)  # as it reads in the decoded texts
-            texts = self.tokenizer.batch_decode(decode(self.step(own), ids, config), skip_special_tokens=True)
-            texts = [text.removeprefix(start).strip() for text in texts]
-            captions.update({row: texts[i * num_captions : (i + 1) * num_captions] for i, row in enumerate(rows)})
-        return [caption for row in range(len(prompts)) for caption in captions[row]]
+
+        def step_of(rows: list[int]) -> Step:
+            every = len(rows) == len(prompts)
+            return self.step(context if every else context.select(torch.tensor(rows, device=self.device)))
+
+        return captions_behind(prompts, self, step_of, config)
 
     def step(self, context: Context) -> Step:
         """One decoding step given the images."""
