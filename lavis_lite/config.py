@@ -150,10 +150,10 @@ def _checked(tree: dict[str, Any], checker: Checker, types: dict[str, str], *, s
     checker.section(preprocess, {key: Parameter(dict[str, Any]) for key in PROCESSOR_KEYS}, ("preprocess",))
     check_processors(preprocess, checker, ("preprocess",))
     datasets = {name: check_dataset(name, body, preprocess, checker) for name, body in tree.get("datasets", {}).items()}
-    for name in run.train_dataset_ratios or {}:
-        if name not in datasets:
-            where = ("run", "train_dataset_ratios", name)
-            raise checker.error(where, f"no such dataset here. {did_you_mean(name, datasets)}")
+    for key in ("train_dataset_ratios", "train_dataset_factors"):
+        for name in getattr(run, key) or {}:
+            if name not in datasets:
+                raise checker.error(("run", key, name), f"no such dataset here. {did_you_mean(name, datasets)}")
     return Config(
         model=model,
         datasets=datasets,

@@ -109,10 +109,21 @@ class MetricLogger:
 
     def drain(self) -> dict[str, float]:
         """The mean of each series; empties them. Every rank must call it, with the same names."""
-        if not self.totals:
-            return {}
-        means = torch.stack([total / self.counts[name] for name, total in self.totals.items()])
-        values = dict(zip(self.totals, dist.all_reduce_mean(means).tolist(), strict=True))
+        means = {name: total / count for name, (total, count) in self.state_dict().items()}
         self.totals.clear()
         self.counts.clear()
-        return values
+        return means
+
+    def state_dict(self) -> dict[str, tuple[float, int]]:
+        """Total and count of each series, the total as a mean over the ranks; called by every rank, as `drain`."""
+        if not self.totals:
+            return {}
+        totals = dist.all_reduce_mean(torch.stack(list(self.totals.values()))).tolist()
+        return {name: (total, self.counts[name]) for name, total in zip(self.totals, totals, strict=True)}
+
+    def load_state_dict(self, state: Mapping[str, tuple[float, int]], *, device: torch.device) -> None:
+        """Goes on from what `state_dict` returned, on every rank, whatever their number was then."""
+        self.totals = {
+            name: torch.tensor(total, dtype=torch.float64, device=device) for name, (total, _) in state.items()
+        }
+        self.counts = Counter({name: count for name, (_, count) in state.items()})

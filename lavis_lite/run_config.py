@@ -3,6 +3,7 @@
 A task's own keys (`num_beams`, `k_test`, ...) stand beside these in the YAML; they are the task's fields.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -91,10 +92,16 @@ class RunConfig:
     train_splits: list[str] = field(default_factory=lambda: ["train"])
     valid_splits: list[str] = field(default_factory=list)
     test_splits: list[str] = field(default_factory=list)
+    best_by: Literal["first", "mean"] = "first"
+    """What chooses checkpoint_best.pth: the first validation result's `agg_metrics`, or the mean of all of them."""
     evaluate: bool = False
     """True: no training, evaluate `test_splits` only."""
+    train_dataset_sampling: Literal["size", "sqrt", "uniform"] = "size"
+    """How likely a step's batch comes from a training set: by its size, its square root, or all alike."""
+    train_dataset_factors: dict[str, float] | None = None
+    """Hand adjustments: by how much a training set's share is multiplied; 1 for those that are not named."""
     train_dataset_ratios: dict[str, float] | None = None
-    """Share of each training set by name; None takes them by their sizes."""
+    """Share of each training set by name, instead of both."""
 
     batch_size_train: int = 32
     """Samples a process and batch."""
@@ -133,7 +140,12 @@ class RunConfig:
         for key in _BELOW_ONE:
             self._require(key, lambda v: 0 <= v < 1, "from 0 to less than 1")
         self._require("max_unreadable_share", lambda v: 0 <= v <= 1, "a share, 0 to 1")
-        self._require("train_dataset_ratios", lambda v: all(r >= 0 for r in v.values()), "no negative ratio")
+        for key in ("train_dataset_ratios", "train_dataset_factors"):
+            self._require(key, lambda v: all(0 <= x < math.inf for x in v.values()), "no negative or infinite number")
+        if self.train_dataset_ratios and (self.train_dataset_sampling != "size" or self.train_dataset_factors):
+            given = f"train_dataset_sampling: {self.train_dataset_sampling}, factors {self.train_dataset_factors}"
+            way_out = "leave it out, or set train_dataset_sampling: size and train_dataset_factors: null"
+            raise RunConfigError("train_dataset_ratios", f"contradicts {given}; {way_out}")
         self._require("job_id", lambda v: v not in ("", ".", "..") and "/" not in v, "a folder's plain name")
         if self.runner == "runner_iter" and self.max_iters is None:
             raise RunConfigError("max_iters", "missing: runner_iter needs the number of steps")

@@ -225,7 +225,7 @@ def log(job_dir: Path) -> list[dict[str, Any]]:
 
 def steps(job_dir: Path) -> list[dict[str, Any]]:
     """The log's lines of training steps."""
-    return [row for row in log(job_dir) if "metrics" not in row]
+    return [row for row in log(job_dir) if "loss" in row]
 
 
 def metrics(job_dir: Path, split: str) -> dict[str, Any]:

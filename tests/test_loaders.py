@@ -42,6 +42,8 @@ def run_config(**changes: Any) -> SimpleNamespace:
         "batch_size_eval": 4,
         "num_workers": 0,
         "seed": 7,
+        "train_dataset_sampling": "size",
+        "train_dataset_factors": None,
         "train_dataset_ratios": None,
         "max_unreadable_share": 0.0,
     }

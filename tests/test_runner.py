@@ -66,8 +66,8 @@ class Config:
 class Line(Dataset):
     """y = x @ [1, -2, 3] with noise drawn at reading, so that the order of random numbers matters."""
 
-    def __init__(self, split: str, length: int, *, broken: bool = False) -> None:
-        self.split, self.broken = split, broken
+    def __init__(self, split: str, length: int, *, broken: bool = False, name: str = "") -> None:
+        self.split, self.broken, self.name = split, broken, name
         self.x = torch.randn(length, 3, generator=torch.Generator().manual_seed(length))
 
     def __len__(self) -> int:
@@ -78,7 +78,7 @@ class Line(Dataset):
             raise UnreadableSample(f"broken{index}.jpg is cut short.")
         noise = 0.1 * torch.randn(()) if self.split == "train" else 0.0
         y = self.x[index] @ torch.tensor([1.0, -2.0, 3.0]) + noise
-        return {"x": self.x[index], "y": y, "instance_id": str(index)}
+        return {"x": self.x[index], "y": y, "instance_id": f"{self.name}{index}"}
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """Stacks tensors."""
@@ -152,6 +152,12 @@ def toy_data(**splits: int) -> dict[str, dict[str, Dataset]]:
     return {"line": {split: Line(split, length) for split, length in lengths.items()}}
 
 
+def mixed_data() -> dict[str, dict[str, Dataset]]:
+    """Two training sets whose samples' ids begin with their name; eight steps of 4 samples are an epoch."""
+    lengths = {"few": {"train": 8, "val": 3}, "many": {"train": 24, "val": 5}}
+    return {name: {s: Line(s, n, name=name) for s, n in splits.items()} for name, splits in lengths.items()}
+
+
 def make(
     job_dir: Path, *, task: ToyTask | None = None, dropout: float = 0.5, data: Any = None, **changes: Any
 ) -> Runner:
@@ -179,17 +185,26 @@ def script(job_dir: Path, *options: str, rank: int = 0, world: int = 1, port: in
     return subprocess.Popen([sys.executable, __file__, str(job_dir), *options], env=env)
 
 
+def two_ranks(job_dir: Path, *options: str) -> list[subprocess.Popen[bytes]]:
+    """`script` as a world of two."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [script(job_dir, *options, rank=rank, world=2, port=port) for rank in range(2)]
+
+
 def script_main(job_dir: str, *options: str) -> None:
-    """One process of a training; `die_at=N` kills it in step N by SIGKILL."""
+    """One process of a training; `die_at=N` kills it in step N by SIGKILL, `mixed=true` takes `mixed_data`."""
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.WARNING)
     changes = {key: json.loads(value) for key, value in (option.split("=", 1) for option in options)}
     die_at, dropout = changes.pop("die_at", None), changes.pop("dropout", 0.5)
+    data = mixed_data() if changes.pop("mixed", False) else None
     task = ToyTask()
     if die_at is not None:
         task.train_step = lambda model, samples: die_or(task, model, samples, die_at=die_at)
     dist.init("cpu")
-    make(Path(job_dir), task=task, dropout=dropout, **changes).train()
+    make(Path(job_dir), task=task, dropout=dropout, data=data, **changes).train()
     dist.shutdown()
 
 
@@ -239,11 +254,7 @@ def test_killed_and_resumed_equals_not_killed(tmp_path: Path, die_at: int, accum
 
 def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
     """Without dropout, at the same global batch; the evaluation sets (5 and 1 samples) don't divide by the ranks."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = ["batch_size_train=2", "dropout=0", "accum_grad_iters=2", "max_epoch=1"]
-    ranks = [script(tmp_path / "two", *options, rank=rank, world=2, port=port) for rank in range(2)]
+    ranks = two_ranks(tmp_path / "two", "batch_size_train=2", "dropout=0", "accum_grad_iters=2", "max_epoch=1")
     make(tmp_path / "one", dropout=0, accum_grad_iters=2, max_epoch=1).train()
     assert [process.wait(60) for process in ranks] == [0, 0]
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from lavis_lite.errors import UnreadableSample
-from lavis_lite.runners.sampling import Key, TrainSampler, kept_rng, seed_sample
+from lavis_lite.runners.sampling import Key, TrainSampler, dataset_shares, kept_rng, seed_sample
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +70,14 @@ class TrainLoader:
                 "no dataset to train on: run.train_splits and the datasets section have no split in common"
             )
         lengths = {name: len(dataset) for name, dataset in datasets.items()}
-        ratios = run.train_dataset_ratios
+        shares = dataset_shares(
+            lengths,
+            sampling=run.train_dataset_sampling,
+            factors=run.train_dataset_factors,
+            ratios=run.train_dataset_ratios,
+        )
         self.sampler = TrainSampler(
-            lengths, batch_size=run.batch_size_train, seed=run.seed, ratios=ratios, rank=rank, world=world
+            lengths, shares, batch_size=run.batch_size_train, seed=run.seed, rank=rank, world=world
         )
         self.steps_per_epoch = sum(lengths.values()) // self.sampler.global_batch
         self.max_share, self.window = run.max_unreadable_share, min(SHARE_WINDOW, sum(lengths.values()) // world)
@@ -117,7 +122,7 @@ def train_loader(
     """The loader of `run` (a RunConfig) over the training datasets by name; `pin` puts batches into pinned memory.
 
     Raises:
-        ValueError: there is no dataset, one is smaller than the global batch, or the ratios name others.
+        ValueError: there is no dataset, one is smaller than the global batch, or the ratios or factors name others.
     """
     return TrainLoader(datasets, run, rank=rank, world=world, pin=pin)
 

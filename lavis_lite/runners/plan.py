@@ -12,7 +12,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-TRAINING_STATE = ("model", "optimizer", "scaler", "step", "epoch", "best", "plan", "ranks")
+TRAINING_STATE = ("model", "optimizer", "scaler", "step", "epoch", "best", "plan", "metrics", "ranks")
 
 
 @dataclass(frozen=True, kw_only=True)

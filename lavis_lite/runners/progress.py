@@ -72,7 +72,37 @@ class Progress:
         self.events.write({f"{split}/{name}": value for name, value in numbers.items()}, step=step)
         logger.info(f"{split}: " + "  ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
 
+    def report_mixture(self, samples: Mapping[str, int], shares: Mapping[str, float]) -> None:
+        """Writes, before the first step, each training dataset's number of samples and share of the batches."""
+        datasets = {name: {"samples": samples[name], "share": share} for name, share in shares.items()}
+        self.log.write({"mixture": datasets})
+        logger.info(f"each step draws its batch from one of {len(datasets)} datasets:\n{_table(datasets)}")
+
+    def report_datasets(
+        self, batches: Mapping[str, int], losses: Mapping[str, float], *, step: int, epoch: int
+    ) -> None:
+        """Writes how many batches each dataset gave in `epoch`, and their mean loss (None where there was none)."""
+        datasets = {name: {"batches": count, "loss": losses.get(name)} for name, count in batches.items()}
+        self.log.write({"step": step, "epoch": epoch, "datasets": datasets})
+        numbers = {f"datasets_{key}/{name}": v for name, row in datasets.items() for key, v in row.items()}
+        self.events.write({name: value for name, value in numbers.items() if value is not None}, step=step)
+        logger.info(f"epoch {epoch + 1} by dataset:\n{_table(datasets)}")
+
     def close(self) -> None:
         """Closes bar and event file."""
         self.end_epoch()
         self.events.close()
+
+
+def _table(datasets: Mapping[str, Mapping[str, float | None]]) -> str:
+    """The rows by name as lines of aligned columns below their heads."""
+    head = ["dataset", *next(iter(datasets.values()))]
+    lines = [head, *([name, *map(_cell, row.values())] for name, row in datasets.items())]
+    width, *widths = (max(map(len, column)) for column in zip(*lines, strict=True))
+    return "\n".join("  ".join([name.ljust(width), *map(str.rjust, cells, widths)]) for name, *cells in lines)
+
+
+def _cell(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -5,9 +5,7 @@ A run is cut into epochs (`runner_base`) or inner epochs (`runner_iter`); that i
 """
 
 import contextlib
-import functools
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from lavis_lite.runners.loaders import check_splits, eval_loader, eval_sets, to_
 from lavis_lite.runners.plan import Plan, check_resumable, resolve_precision, resume_path
 from lavis_lite.runners.progress import Progress
 from lavis_lite.runners.sampling import seed_rank
-from lavis_lite.runners.state import FiniteGuard, RunState, restore_rng, rng_state
+from lavis_lite.runners.state import FiniteGuard, RunState, aggregate, bring_best, rank_state, restore_rank, save_last
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +31,8 @@ logger = logging.getLogger(__name__)
 class Runner:
     """Trains and evaluates `model` on `datasets` ({name: {split: dataset}}) as `cfg.run` says; writes to `job_dir`.
 
-    The best checkpoint is the one with the highest `agg_metrics` of the first validation split (of its first dataset);
-    without validation splits it is the last one.
+    The best checkpoint is the one with the highest `agg_metrics` of the first validation split (of its first dataset),
+    or with `run.best_by=mean` of all validation results together; without validation splits it is the last one.
     """
 
     def __init__(
@@ -98,19 +96,21 @@ class Runner:
     def _prepare(self) -> None:
         """Builds everything that training needs, and resumes if there is something to resume."""
         run = self.run
-        if run.accum_grad_iters < 1:
-            raise ValueError(f"run.accum_grad_iters={run.accum_grad_iters} must be at least 1")
         sets = train_sets(self.datasets, run.train_splits or ())
         pin = self.device.type == "cuda"
         self.loader = train_loader(sets, run, rank=dist.rank(), world=dist.world_size(), pin=pin)
         self.plan = self._plan(self.loader.steps_per_epoch)
+        sampler = self.loader.sampler
+        self.is_mixture = len(sampler.names) > 1
+        if self.is_mixture:
+            self.progress.report_mixture(sampler.lengths, sampler.shares)
         self.schedule = build_schedule(
             run, max_epoch=self.plan.num_epochs, iters_per_epoch=self.plan.inner, total_steps=self.plan.total
         )
         groups = self.model.optimizer_groups(run.weight_decay, run.lr_layer_decay)
         self.optimizer = build_optimizer(groups, run)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.metrics, self.guard = MetricLogger(), FiniteGuard()
+        self.metrics, self.by_dataset, self.guard = MetricLogger(), MetricLogger(), FiniteGuard()
         seed_rank(run.seed)
         self._resume()
         self.saved_step = self.state.step
@@ -139,6 +139,8 @@ class Runner:
             if closes_window:
                 self._update_weights()
             self.metrics.update(**losses)
+            if self.is_mixture:
+                self.by_dataset.update(**{self.loader.sampler.dataset_at(step): losses["loss"]})
             self.state.step = step + 1
             self.progress.advance()
             if self.state.step % run.log_freq == 0 or self.state.step == end:
@@ -146,6 +148,9 @@ class Runner:
             if closes_window and step + 1 < end and self._is_checkpoint_due():
                 self._save_last()
         self.progress.end_epoch()
+        if self.by_dataset.counts:
+            batches = {name: self.by_dataset.counts[name] for name in self.loader.sampler.names}
+            self.progress.report_datasets(batches, self.by_dataset.drain(), step=self.state.step, epoch=epoch)
 
     def _update_weights(self) -> None:
         if self.run.grad_clip_norm is not None:
@@ -172,21 +177,18 @@ class Runner:
         valid_splits = self.run.valid_splits or ()
         if valid_splits:
             self._save_last()  # validation may be long, and the epoch should not be lost with it
-            results = self._evaluate_splits(valid_splits)
-            self._keep_best(epoch, *next(iter(results.items())))
+            self._keep_best(epoch, self._evaluate_splits(valid_splits))
         self.state.epoch = epoch + 1
         self._save_last()
 
-    def _keep_best(self, epoch: int, split: str, metrics: Mapping[str, Any]) -> None:
-        if "agg_metrics" not in metrics:
-            raise ValueError(
-                f"{type(self.task).__name__}.score gave no 'agg_metrics' for {split}: found {sorted(metrics)}"
-            )
-        metric = float(metrics["agg_metrics"])
+    def _keep_best(self, epoch: int, results: Mapping[str, Mapping[str, Any]]) -> None:
+        name, metric = aggregate(results, by=self.run.best_by)
+        if name not in results:
+            self.progress.report_metrics(name, {"agg_metrics": metric}, step=self.state.step, epoch=epoch)
         if self.state.best_metric is None or metric > self.state.best_metric:
             self.state.best_metric, self.state.best_epoch = metric, epoch
             self._save_weights(self.job_dir / "checkpoint_best.pth")
-            logger.info(f"best so far: {metric:.4g} on {split} after epoch {epoch + 1}")
+            logger.info(f"best so far: {metric:.4g} on {name} after epoch {epoch + 1}")
 
     def _load_best(self) -> None:
         best = self.job_dir / "checkpoint_best.pth"
@@ -214,11 +216,10 @@ class Runner:
         return bool(every) and self.state.step // every > self.saved_step // every
 
     def _save_last(self) -> None:
-        """Writes checkpoint_last.pth, and of checkpoint_<step>.pth keeps the `run.keep_checkpoints` newest."""
+        """Gathers the whole training state and writes it; must be entered by every rank."""
         self.guard.check()
-        ranks = dist.gather_objects(
-            [{"rng": rng_state(self.device), "seen": self.loader.seen, "unreadable": self.loader.unreadable}]
-        )
+        ranks = dist.gather_objects([rank_state(self.loader, self.device)])
+        metrics = [self.metrics.state_dict(), self.by_dataset.state_dict()]
         self.saved_step = self.state.step
         if not dist.is_main():
             return
@@ -228,15 +229,11 @@ class Runner:
             "scaler": self.scaler.state_dict(),
             **self.state.to_dict(),
             "plan": self.plan.to_dict(),
+            "metrics": metrics,
             "ranks": ranks,
             "config": self.cfg.to_dict(),
         }
-        checkpoint.save(saved, self.job_dir / "checkpoint_last.pth")
-        if self.run.keep_checkpoints > 0:
-            checkpoint.save(saved, self.job_dir / f"checkpoint_{self.state.step}.pth")
-            kept = [path for path in self.job_dir.glob("checkpoint_*.pth") if path.stem.split("_")[1].isdigit()]
-            for old in sorted(kept, key=lambda path: int(path.stem.split("_")[1]))[: -self.run.keep_checkpoints]:
-                old.unlink()
+        save_last(saved, self.job_dir, step=self.state.step, keep=self.run.keep_checkpoints)
 
     def _save_weights(self, path: Path) -> None:
         self.guard.check()
@@ -264,31 +261,13 @@ class Runner:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
         self.state = RunState.from_dict(saved)
-        if len(saved["ranks"]) == dist.world_size():
-            mine = saved["ranks"][dist.rank()]
-            restore_rng(mine["rng"], self.device)
-            self.loader.seen, self.loader.unreadable = mine["seen"], mine["unreadable"]
-        else:
-            logger.warning(
-                f"{path} was written by {len(saved['ranks'])} processes, this run has {dist.world_size()}: "
-                "the data's order is the same at the same global batch, but random numbers (dropout) will differ"
-            )
-            seed_rank(self.run.seed, step=self.state.step)
-        self._bring_best(path.with_name("checkpoint_best.pth"))
+        for metrics, state in zip((self.metrics, self.by_dataset), saved["metrics"], strict=True):
+            metrics.load_state_dict(state, device=self.device)
+        restore_rank(
+            saved["ranks"], self.loader, device=self.device, seed=self.run.seed, step=self.state.step, source=path
+        )
+        bring_best(self.state, path, job_dir=self.job_dir)
         logger.info(f"resumed {path} at step {self.state.step} of {self.plan.total}")
-
-    def _bring_best(self, best: Path) -> None:
-        """When a run goes on in another folder, takes its best weights along, or forgets them if they are gone."""
-        own = self.job_dir / best.name
-        if self.state.best_metric is None or best.resolve() == own.resolve():
-            return
-        if not best.exists():
-            logger.warning(f"{best} is gone: the best weights are looked for anew from step {self.state.step} on")
-            self.state.best_metric = self.state.best_epoch = None
-        elif dist.is_main():
-            with best.open("rb") as file:
-                checkpoint.atomic_write(own, functools.partial(shutil.copyfileobj, file), num_bytes=best.stat().st_size)
-        dist.barrier()
 
     def _write_config(self) -> None:
         import yaml

@@ -16,6 +16,10 @@ import numpy as np
 import torch
 
 from lavis_lite import dist
+from lavis_lite.registry import did_you_mean
+
+POWERS = {"size": 1.0, "sqrt": 0.5, "uniform": 0.0}
+"""`run.train_dataset_sampling`: the power of a dataset's length to which its share is proportional."""
 
 
 class Key(NamedTuple):
@@ -63,28 +67,63 @@ def kept_rng() -> Iterator[None]:
         torch.set_rng_state(cpu)
 
 
+def dataset_shares(
+    lengths: Mapping[str, int],
+    *,
+    sampling: str = "size",
+    factors: Mapping[str, float] | None = None,
+    ratios: Mapping[str, float] | None = None,
+) -> dict[str, float]:
+    """The probability that a step's batch comes from each dataset; they sum to 1.
+
+    `ratios`, or else a power of the lengths (`POWERS`; the square root in InstructBLIP, section 2.4) times `factors`.
+
+    Raises:
+        ValueError: `ratios` or `factors` do not fit the datasets, or leave none.
+    """
+    for name in factors or {}:
+        if name not in lengths:
+            text = f"run.train_dataset_factors names {name!r}, which is no training dataset"
+            raise ValueError(f"{text}. {did_you_mean(name, lengths)}")
+    if ratios and set(ratios) != set(lengths):
+        raise ValueError(
+            f"run.train_dataset_ratios names {sorted(ratios)}, but the training datasets are {sorted(lengths)}"
+        )
+    own = ratios or {
+        name: length ** POWERS[sampling] * (factors or {}).get(name, 1.0) for name, length in lengths.items()
+    }
+    weights = np.array([own[name] for name in lengths], dtype=np.float64)
+    if weights.min() < 0 or weights.sum() <= 0:
+        setting = "ratios" if ratios else "factors"
+        raise ValueError(
+            f"run.train_dataset_{setting} must not be negative and not all 0: {dict(ratios or factors or {})}"
+        )
+    return dict(zip(lengths, (weights / weights.sum()).tolist(), strict=True))
+
+
 class TrainSampler:
     """An endless series of batches of `Key`s for one rank, from `start_step` on.
 
-    One dataset is drawn per step by `ratios` (default: by size), the same on all ranks, from the hash of (seed, step).
+    One dataset is drawn per step by `shares`, the same on all ranks, from the hash of (seed, step).
     A dataset's own epoch is a fresh permutation cut into global batches (the rest is dropped); rank r takes the r-th
     slice of a global batch, so that W ranks with batch B gather, in this order, what one process with batch W*B sees.
 
     Raises:
-        ValueError: a dataset is smaller than the global batch, or `ratios` do not fit the datasets.
+        ValueError: a dataset is smaller than the global batch.
     """
 
     def __init__(
         self,
         lengths: Mapping[str, int],
+        shares: Mapping[str, float],
         *,
         batch_size: int,
         seed: int,
-        ratios: Mapping[str, float] | None = None,
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        self.lengths, self.batch_size, self.seed, self.rank = dict(lengths), batch_size, seed, rank
+        self.lengths, self.shares = dict(lengths), {name: shares[name] for name in lengths}
+        self.batch_size, self.seed, self.rank = batch_size, seed, rank
         self.global_batch = batch_size * world
         for name, length in self.lengths.items():
             if length < self.global_batch:
@@ -93,8 +132,7 @@ class TrainSampler:
                     f"({batch_size} on each of {world} processes): lower run.batch_size_train"
                 )
         self.names = list(self.lengths)
-        weights = np.array(_weights(self.lengths, ratios), dtype=np.float64)
-        self.bounds = np.cumsum(weights / weights.sum())
+        self.bounds = np.cumsum(list(self.shares.values()))
         self.start_step = 0
 
     def __iter__(self) -> Iterator[list[Key]]:
@@ -120,18 +158,6 @@ class TrainSampler:
         indices = _permutation(self.lengths[name], hash_seed(self.seed, "order", name, epoch))
         chosen = indices[first : first + self.batch_size].tolist()
         return [Key(name, index, hash_seed(self.seed, epoch, name, index)) for index in chosen]
-
-
-def _weights(lengths: Mapping[str, int], ratios: Mapping[str, float] | None) -> list[float]:
-    if not ratios:
-        return list(lengths.values())
-    if set(ratios) != set(lengths):
-        raise ValueError(
-            f"run.train_dataset_ratios names {sorted(ratios)}, but the training datasets are {sorted(lengths)}"
-        )
-    if min(ratios.values()) < 0 or sum(ratios.values()) <= 0:
-        raise ValueError(f"run.train_dataset_ratios must not be negative and not all 0: {dict(ratios)}")
-    return [ratios[name] for name in lengths]
 
 
 @lru_cache(maxsize=16)

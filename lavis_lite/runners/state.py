@@ -1,14 +1,27 @@
-"""What a training run must remember to go on as if it had never stopped, beside weights and optimizer."""
+"""What a training run must remember to go on as if it had never stopped, and the files in which it does.
 
+A job's folder holds checkpoint_last.pth (everything, for resuming), checkpoint_best.pth (weights) and, if asked for,
+the newest checkpoint_<step>.pth (everything).
+"""
+
+import functools
+import logging
 import random
-from collections.abc import Mapping
+import shutil
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from lavis_lite import checkpoint, dist
 from lavis_lite.errors import NonFiniteLoss
+from lavis_lite.runners.sampling import seed_rank
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -29,6 +42,66 @@ class RunState:
         """The inverse of `to_dict`."""
         best = saved["best"]
         return cls(step=saved["step"], epoch=saved["epoch"], best_metric=best["metric"], best_epoch=best["epoch"])
+
+
+def aggregate(results: Mapping[str, Mapping[str, Any]], *, by: str) -> tuple[str, float]:
+    """What weights are compared by: name and `agg_metrics` of the first validation result, or `mean` and that of all.
+
+    Raises:
+        ValueError: one of those has no `agg_metrics`.
+    """
+    judged = list(results.items())[: 1 if by == "first" else None]
+    for split, metrics in judged:
+        if "agg_metrics" not in metrics:
+            raise ValueError(f"the task's score gave no 'agg_metrics' for {split}: found {sorted(metrics)}")
+    mean = statistics.fmean(float(metrics["agg_metrics"]) for _, metrics in judged)
+    return judged[0][0] if by == "first" else by, mean
+
+
+def save_last(saved: Mapping[str, Any], job_dir: Path, *, step: int, keep: int) -> None:
+    """Writes checkpoint_last.pth, and of checkpoint_<step>.pth keeps the `keep` newest."""
+    checkpoint.save(saved, job_dir / "checkpoint_last.pth")
+    if keep > 0:
+        checkpoint.save(saved, job_dir / f"checkpoint_{step}.pth")
+        kept = [path for path in job_dir.glob("checkpoint_*.pth") if path.stem.split("_")[1].isdigit()]
+        for old in sorted(kept, key=lambda path: int(path.stem.split("_")[1]))[:-keep]:
+            old.unlink()
+
+
+def bring_best(state: RunState, source: Path, *, job_dir: Path) -> None:
+    """When a run goes on in another folder, takes its best weights along, or forgets them if they are gone."""
+    best = source.with_name("checkpoint_best.pth")
+    own = job_dir / best.name
+    if state.best_metric is None or best.resolve() == own.resolve():
+        return
+    if not best.exists():
+        logger.warning(f"{best} is gone: the best weights are looked for anew from step {state.step} on")
+        state.best_metric = state.best_epoch = None
+    elif dist.is_main():
+        with best.open("rb") as file:
+            checkpoint.atomic_write(own, functools.partial(shutil.copyfileobj, file), num_bytes=best.stat().st_size)
+    dist.barrier()
+
+
+def rank_state(loader: Any, device: torch.device) -> dict[str, Any]:
+    """What only this rank knows: its generators and how many samples its training loader saw and could not read."""
+    return {"rng": rng_state(device), "seen": loader.seen, "unreadable": loader.unreadable}
+
+
+def restore_rank(
+    ranks: Sequence[Mapping[str, Any]], loader: Any, *, device: torch.device, seed: int, step: int, source: Path
+) -> None:
+    """Puts back this rank's part of all ranks' `rank_state`s; with another number of ranks, seeds anew and says so."""
+    if len(ranks) == dist.world_size():
+        mine = ranks[dist.rank()]
+        restore_rng(mine["rng"], device)
+        loader.seen, loader.unreadable = mine["seen"], mine["unreadable"]
+        return
+    logger.warning(
+        f"{source} was written by {len(ranks)} processes, this run has {dist.world_size()}: "
+        "the data's order is the same at the same global batch, but random numbers (dropout) will differ"
+    )
+    seed_rank(seed, step=step)
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
