@@ -1,6 +1,5 @@
 """What a sample asks of a language model: prompts and their gaps, the split of a caption, the answer's lemmas."""
 
-import string
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -8,8 +7,7 @@ from typing import Any
 import torch
 
 from lavis_lite.models.blip_base import text_list
-
-MAX_OCR_TOKENS = 30
+from lavis_lite.wording import joined_words, lettered
 
 
 def generation_prompts(samples: dict[str, Any], default: str, count: int) -> list[str]:
@@ -50,15 +48,14 @@ def question_prompts(samples: dict[str, Any], template: str, count: int) -> list
 
 
 def class_prompts(samples: dict[str, Any], default: str, count: int) -> list[str]:
-    """Prompts of a choice between candidates: `text_input` in the gaps, and before it what the sample has of
-    `caption`, `history` and `context`.
+    """Prompts of a choice between candidates: `text_input` in the gaps (alone, where the prompt is empty; a list of
+    texts fills several), and before it what the sample has of `caption`, `history` and `context`.
     """
     prompts = text_list(samples.get("prompt", default), count)
     if "text_input" in samples:
-        texts = samples["text_input"]
-        texts = [texts] * count if isinstance(texts, str) else texts
+        texts = text_list(samples["text_input"], count)
         parts = [[text] if isinstance(text, str) else list(text) for text in texts]
-        prompts = [fill_gaps(prompt, own) for prompt, own in zip(prompts, parts, strict=True)]
+        prompts = [fill_gaps(prompt or "{}", own) for prompt, own in zip(prompts, parts, strict=True)]
     for key, frame in (
         ("context", "context: {}. {}"),
         ("history", "dialog history: {}\n{}"),
@@ -70,7 +67,8 @@ def class_prompts(samples: dict[str, Any], default: str, count: int) -> list[str
 
 
 def fill(templates: Sequence[str], *values: Sequence[str]) -> list[str]:
-    """Each template with its gaps filled, in order."""
+    """Each template with its gaps filled, in order. ValueError for another number of values."""
+    values = tuple(text_list(own, len(templates)) for own in values)
     return [fill_gaps(template, own) for template, *own in zip(templates, *values, strict=True)]
 
 
@@ -82,12 +80,7 @@ def fill_gaps(template: str, values: Sequence[str]) -> str:
 
 def ocr_texts(tokens: Sequence[Sequence[str]]) -> list[str]:
     """Words read in each image, joined by commas."""
-    return [", ".join(words[:MAX_OCR_TOKENS]) for words in tokens]
-
-
-def lettered(choices: Sequence[str]) -> str:
-    """ "(a) red (b) blue" """
-    return " ".join(f"({letter}) {choice}" for letter, choice in zip(string.ascii_lowercase, choices, strict=False))
+    return [joined_words(words) for words in tokens]
 
 
 def split_caption(text: str) -> tuple[str, str]:

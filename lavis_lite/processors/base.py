@@ -1,9 +1,9 @@
 """What every processor is: a callable built from keyword arguments, whose constructor signature is its YAML schema."""
 
-import inspect
 from collections.abc import Mapping
 from typing import Any, Self
 
+from lavis_lite.config_schema import schema_of
 from lavis_lite.registry import did_you_mean
 
 
@@ -20,9 +20,7 @@ class BaseProcessor:
         Raises ValueError for an argument that the constructor does not have.
         """
         arguments = {key: value for key, value in (cfg or {}).items() if key != "name"}
-        parameters = inspect.signature(cls).parameters.values()
-        allowed = [p.name for p in parameters]
-        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        allowed, open_ended = schema_of(cls)
         for key in arguments:
             if key not in allowed and not open_ended:
                 raise ValueError(f"{cls.__name__} has no argument '{key}'. {did_you_mean(key, allowed)}")

@@ -1,0 +1,210 @@
+"""Instruction data: an image or a video, an instruction, and what to answer.
+
+Every annotation format becomes the same records (see `InstructDataset`); what makes an instruction of a record is a
+file of templates. So a dataset of the paper is a reader and a name of templates, and question generation is visual
+question answering with other templates. A record that cannot become a sample is an error at loading.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+from lavis_lite.datasets.annotations import Record, as_list
+from lavis_lite.datasets.base import BaseBuilder, BaseDataset, identity
+from lavis_lite.datasets.instruct_jsonl import PLACE, place_of, read_instructions
+from lavis_lite.datasets.templates import GAP, Templates, load_templates
+from lavis_lite.datasets.video import read_frames
+from lavis_lite.registry import did_you_mean, registry
+from lavis_lite.wording import joined_words, lettered
+
+Reader = Callable[[Sequence[Path]], list[Record]]
+AnswerChoice = Literal["drawn", "most_frequent"]
+CLEANED = ("question", "caption")
+"""Fields that the text processor cleans, whether they are asked or learned; all others are taken as they are."""
+
+
+class InstructDataset(BaseDataset):
+    """Samples {image (3,H,W) or (3,F,H,W), text_input (the instruction), text_output, instance_id}.
+
+    A record has `image` or `video` (a path), the fields that the templates' gaps name, and in `templates.output` what
+    is learned: a text, or a list of which one is; without it, the candidate that `label` points to. In evaluation a
+    sample has no text_output, but `question_id`, and, if the records have them, `candidates` (list[str]). The truth
+    stays in `annotation[i]`: `answers` (list[str]), `label` (index into candidates), perhaps `classes` (one
+    for each candidate, equal where they mean the same).
+    """
+
+    def __init__(
+        self,
+        annotation_paths: Sequence[str | Path],
+        vis_root: str | Path,
+        *,
+        split: str,
+        reader: Reader,
+        templates: Templates,
+        training: bool,
+        num_frames: int = 4,
+        answer_choice: AnswerChoice = "drawn",
+        vis_processor: Callable[[Any], Any] = identity,
+        text_processor: Callable[[str], str] = identity,
+    ) -> None:
+        if answer_choice not in get_args(AnswerChoice):
+            raise ValueError(
+                f"no answer_choice {answer_choice!r}. {did_you_mean(answer_choice, get_args(AnswerChoice))}"
+            )
+        self.reader, self.templates, self.training = reader, templates, training
+        self.num_frames, self.answer_choice = num_frames, answer_choice
+        self.gaps = {gap: text for text in templates.used(training=training) for gap in GAP.findall(text)}
+        super().__init__(
+            annotation_paths, vis_root, split=split, vis_processor=vis_processor, text_processor=text_processor
+        )
+
+    def load(self) -> list[Record]:
+        return self.reader(self.annotation_paths)
+
+    def arrange(self, records: list[Record]) -> list[Record]:
+        """Each record with `answers` (list[str], perhaps empty in evaluation) and `question_id`.
+
+        Raises ValueError, naming the file and the record, for one that cannot become a sample.
+        """
+        arranged: list[Record] = []
+        for index, record in enumerate(records):
+            record.setdefault("question_id", index)
+            place = record.pop(PLACE, None)
+            try:
+                settle(record, self.templates.output)
+                self.check(record, arranged[0] if arranged else record)
+            except ValueError as error:
+                paths = ", ".join(map(str, self.annotation_paths))
+                raise ValueError(f"{place_of(*place) if place else f'{paths}: record {index}'} {error}") from None
+            arranged.append(record)
+        return arranged
+
+    def check(self, record: Record, first: Record) -> None:
+        """Raise ValueError for what the record lacks, and for what no batch can hold beside the first one."""
+        kind, its_kind = seen_as(record), seen_as(first)
+        if record.get(kind) is None:
+            raise lacking(record, "'image' or 'video'")
+        if kind != its_kind:
+            raise ValueError(
+                f"has a field {kind!r}, the first record {its_kind!r}: no batch holds both, make two datasets"
+            )
+        if self.training and not record["answers"]:
+            raise lacking(record, f"{self.templates.output!r}, which is what is learned")
+        if not self.training and (record.get("candidates") is None) != (first.get("candidates") is None):
+            raise ValueError("and the first record differ in having 'candidates': in a split all have them, or none")
+        for gap, template in self.gaps.items():
+            if self.value(record, gap) in (None, []):
+                raise lacking(record, f"{gap!r} for the template {template!r}")
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self.annotation[index]
+        fields = self.fields(record)
+        sample = {
+            "image": self.seen(record),
+            "text_input": self.templates.instruction(fields, training=self.training),
+            "instance_id": str(index),
+        }
+        if self.training:
+            return sample | {"text_output": fields[self.templates.output]}
+        chosen = {} if record.get("candidates") is None else {"candidates": record["candidates"]}
+        return sample | {"question_id": record["question_id"]} | chosen
+
+    def seen(self, record: Record) -> Any:
+        """The record's image, or its video's frames."""
+        if seen_as(record) == "image":
+            return self.image(record["image"])
+        return read_frames(self.vis_root / record["video"], self.num_frames, self.vis_processor)
+
+    def fields(self, record: Record) -> dict[str, Any]:
+        """What the templates' gaps take and what is learned: one of several texts, cleaned if it's to be."""
+        fields = {gap: self.value(record, gap) for gap in self.gaps}
+        if self.training:
+            fields[self.templates.output] = record["answers"]
+        for key, value in fields.items():
+            text = self.choose(value) if isinstance(value, list) else value
+            fields[key] = self.text_processor(str(text)) if key in CLEANED else text
+        return fields
+
+    def value(self, record: Record, key: str) -> Any:
+        """A record's field as it stands in a template: options (or candidates) lettered, words joined."""
+        value = record.get(key)
+        if key == "options" and not value:
+            value = record.get("candidates")
+        if not isinstance(value, list):
+            return value
+        return {"options": lettered, "ocr_tokens": joined_words}.get(key, list)(value)
+
+    def choose(self, texts: list[Any]) -> Any:
+        """One of several texts: in training drawn by its share, in evaluation the one that most gave."""
+        drawn = self.training and self.answer_choice == "drawn"
+        return random.choice(texts) if drawn else Counter(texts).most_common(1)[0][0]
+
+
+def seen_as(record: Record) -> str:
+    """Which of the record's fields is looked at: "video" if it has one, else "image"."""
+    return "image" if record.get("video") is None else "video"
+
+
+def lacking(record: Record, what: str) -> ValueError:
+    """The error about a field that is missing, with those that are there."""
+    return ValueError(
+        f"has no field {what}; fields there: {', '.join(repr(key) for key in record if key != 'answers')}"
+    )
+
+
+def settle(record: Record, output: str) -> None:
+    """Give the record `answers`, the texts of its field `output`, and, if it's a choice, each of label and answers that
+    follows from the other.
+
+    Raises ValueError for candidates that leave nothing to choose, and for a label or an answer that is none of them.
+    """
+    answers = [str(text) for text in as_list(record.get(output)) if text not in (None, "")]
+    record["answers"], candidates, label = answers, record.get("candidates"), record.get("label")
+    if candidates is None:
+        return
+    if not isinstance(candidates, list) or not candidates or not all(isinstance(c, str) and c for c in candidates):
+        raise ValueError(f"must have a list of texts in 'candidates', at least one, none empty; got {candidates!r}")
+    if len(record.get("classes") or candidates) != len(candidates):
+        raise ValueError(f"has {len(record['classes'])} 'classes' for its {len(candidates)} candidates")
+    right = [candidates.index(text) for text in answers if text in candidates]
+    if answers and not right:
+        raise ValueError(f"has {answers[0]!r} in its field {output!r}, which is none of the candidates {candidates!r}")
+    if label is None:
+        record["label"] = right[0] if right else None
+    elif not isinstance(label, int) or not 0 <= label < len(candidates):
+        raise ValueError(f"has the label {label!r}, which is no index into its {len(candidates)} candidates")
+    elif answers and candidates[label] not in answers:
+        raise ValueError(f"has the label {label}, but {answers[0]!r} in its field {output!r} is candidate {right[0]}")
+    else:
+        record["answers"] = answers or [candidates[label]]
+
+
+@registry.register_builder("instruct")
+@dataclass(kw_only=True)
+class InstructBuilder(BaseBuilder):
+    """The user's own instruction data: see `read_instructions`. Subclasses read other formats."""
+
+    instructions: str | dict[str, Any] = "plain"
+    """Packaged templates, a YAML file, or a mapping such as `{output: answer, train: [...], eval: ...}`."""
+    num_frames: int = 4
+    """Frames of a video, sampled uniformly."""
+    answer_choice: AnswerChoice = "drawn"
+    """Which of several right answers is learned."""
+
+    reader: ClassVar[Reader] = staticmethod(read_instructions)
+    train_dataset = InstructDataset
+    eval_dataset = InstructDataset
+
+    def dataset_options(self, split: str) -> dict[str, Any]:
+        return {
+            "reader": self.reader,
+            "templates": load_templates(self.instructions),
+            "training": split == "train",
+            "num_frames": self.num_frames,
+            "answer_choice": self.answer_choice,
+        }

@@ -1,0 +1,107 @@
+"""Instruction templates as data: `configs/prompts/<name>.yaml`, or a file of the user's in the same form.
+
+A template's gaps are names of a record's fields: "Question: {question} Short answer:". In training one template is
+drawn at random for each sample (InstructBLIP, section 2.2); in evaluation there is one fixed template.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lavis_lite.config_files import load_yaml
+from lavis_lite.registry import did_you_mean
+from lavis_lite.zoo import CONFIGS
+
+GAP = re.compile(r"\{(\w+)\}")
+KEYS = ("source", "base", "output", "train", "eval")
+PROMPTS = CONFIGS / "prompts"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Templates:
+    """The instructions of one kind of task, and the record's field that is the answer (`output`)."""
+
+    train: tuple[str, ...]
+    eval: str
+    output: str = "answer"
+    source: str = ""
+
+    def used(self, *, training: bool) -> tuple[str, ...]:
+        """The templates that are filled in training, or the one of evaluation."""
+        return self.train if training else (self.eval,)
+
+    def instruction(self, fields: Mapping[str, Any], *, training: bool) -> str:
+        """One instruction, its gaps filled with the record's fields; drawn with `random` in training."""
+        return fill(random.choice(self.train) if training else self.eval, fields)
+
+
+def fill(template: str, fields: Mapping[str, Any]) -> str:
+    """The template with every `{name}` replaced by that field; other braces, also in the fields, are text.
+
+    A field that is None or missing raises KeyError with the fields there are.
+    """
+
+    def value(gap: re.Match[str]) -> str:
+        if fields.get(gap[1]) is None:
+            there = ", ".join(key for key, value in fields.items() if value is not None)
+            raise KeyError(f"the template {template!r} needs the field {gap[1]!r}; the record has {there}")
+        return str(fields[gap[1]])
+
+    return GAP.sub(value, template)
+
+
+def load_templates(name: str | Path | Mapping[str, Any]) -> Templates:
+    """Templates by their packaged name, from a YAML file, or given as a mapping.
+
+    Keys: `train` (a list) and `eval`, of which either may stand for both; `output`, the field that is learned;
+    `source`, where they are from; `base`, a name or file whose keys hold where these say nothing.
+    Raises FileNotFoundError for an unknown name, ValueError for another form.
+    """
+    content = dict(name) if isinstance(name, Mapping) else load_yaml(_file(name))
+    where = "instructions" if isinstance(name, Mapping) else str(name)
+    for key in content:
+        if key not in KEYS:
+            raise ValueError(f"{where}: unknown key {key!r}. {did_you_mean(str(key), KEYS)}")
+    if content.get("base") is not None:
+        base = load_templates(content["base"])
+        content = {**vars(base), **content}
+    return _templates(content, where)
+
+
+def _file(name: str | Path) -> Path:
+    """The YAML of that packaged name, or the file itself."""
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = PROMPTS / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in PROMPTS.glob("*.yaml"))
+        raise FileNotFoundError(
+            f"no instruction templates {str(name)!r}. {did_you_mean(str(name), known)} "
+            "Or give the path of a YAML file with the keys output, train (a list) and eval."
+        )
+    return path
+
+
+def _templates(content: Mapping[str, Any], where: str) -> Templates:
+    """The keys of one file as Templates. ValueError for what is no template."""
+    train, default = content.get("train"), content.get("eval")
+    train = [default] if train is None and default is not None else train
+    if not isinstance(train, list | tuple) or not train:
+        raise ValueError(f"{where}: `train` must be a list of at least one template, got {train!r}")
+    default = train[0] if default is None else default
+    for template in (*train, default):
+        if not isinstance(template, str):
+            raise ValueError(f'{where}: a template must be a text; put it into quotes, as "{{question}}": {template!r}')
+        if "{}" in template:
+            raise ValueError(f"{where}: gaps are named, as {{question}}, not '{{}}': {template!r}")
+    output = content.get("output", "answer")
+    if not isinstance(output, str) or not output:
+        raise ValueError(f"{where}: `output` must be the name of a record's field, got {output!r}")
+    if any(output in GAP.findall(template) for template in (*train, default)):
+        raise ValueError(f"{where}: the field {output!r} is what is learned, so no template may hold it")
+    return Templates(train=tuple(train), eval=default, output=output, source=str(content.get("source", "")))

@@ -1,0 +1,26 @@
+"""The video of a sample; which frames of it are taken says `lavis_lite/frames.py`."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+from lavis_lite.errors import UnreadableSample
+from lavis_lite.frames import decode, processed
+
+
+def read_frames(path: str | Path, num_frames: int, processor: Callable[[Image.Image], Tensor]) -> Tensor:
+    """`num_frames` frames (3,F,H,W) spread over the video, in time order, with one random crop for all of them.
+
+    `processor` takes one frame, as an image processor does. Raises UnreadableSample, naming the file, when it's
+    missing, broken or has fewer frames; ImportError without decord; ValueError for a processor that makes no tensors.
+    """
+    try:
+        frames = decode(path, num_frames)
+    except FileNotFoundError:
+        raise UnreadableSample(
+            f"video file not found: {path}. Check the dataset's build_info.images.storage (relative paths are below "
+            "the data root, environment variable LAVIS_LITE_DATA) or remove the record from the annotations."
+        ) from None
+    return processed(frames, processor)

@@ -1,0 +1,454 @@
+"""Instruction data: templates, LAVIS's text processor, the user's own files, and which mistakes are told at loading."""
+
+import json
+import os
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from lavis_lite.datasets import instruct, load_dataset
+from lavis_lite.datasets.instruct import InstructBuilder, InstructDataset
+from lavis_lite.datasets.templates import GAP, PROMPTS, Templates, fill, load_templates
+from lavis_lite.processors import load_processor
+from lavis_lite.wording import joined_words, lettered
+
+REFERENCE = Path(os.environ.get("LAVIS_LITE_REFERENCE_DIR", Path(__file__).parent / "reference"))
+TABLE = json.loads((REFERENCE / "tables" / "text_processors.json").read_text())
+DATA_PAGE = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+NAMES = sorted(path.stem for path in PROMPTS.glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def kept_generator() -> Iterator[None]:
+    """Leaves python's generator as it was."""
+    state = random.getstate()
+    yield
+    random.setstate(state)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for number, name in enumerate("abcd"):
+        Image.new("RGB", (2, 2), (number, 0, 0)).save(tmp_path / f"{name}.jpg", quality=100)
+    return tmp_path
+
+
+def build(root: Path, lines: list[Any], *, split: str = "val", file: str = "own.jsonl", **options: Any) -> Any:
+    """The dataset of a file of these lines: records as JSON, texts as they are."""
+    path = root / file
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    path.write_text("\n".join(texts), encoding="utf-8")
+    info = {"annotations": {split: {"storage": str(path)}}, "images": {"storage": str(root)}}
+    return InstructBuilder(build_info=info, **options).build()[split]
+
+
+def asked(number: int = 0, **fields: Any) -> dict[str, Any]:
+    """A record of the user's; a field that is None is left out."""
+    record = {"image": "abcd"[number] + ".jpg", "instruction": f"say {number}", "output": f"o{number}", **fields}
+    return {key: value for key, value in record.items() if value is not None}
+
+
+# Templates
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_packaged_file_holds_templates(name: str) -> None:
+    templates = load_templates(name)
+    needed = set(GAP.findall(templates.eval))
+    for template in templates.train:
+        assert template.strip()
+        assert set(GAP.findall(template)) == needed, template
+    if not name.startswith("shapes_"):
+        assert templates.source
+
+
+def test_training_templates_of_the_paper() -> None:
+    counts = {"caption": 13, "vqa": 10, "vqg": 6, "plain": 1, "textcaps": 13, "ocr_vqa": 10, "aokvqa": 10}
+    assert {name: len(set(load_templates(name).train)) for name in counts} == counts
+    learned = {name: load_templates(name).output for name in counts}
+    assert learned.pop("vqg") == "question"
+    assert learned == dict.fromkeys(("caption", "textcaps"), "caption") | {"plain": "output"} | dict.fromkeys(
+        ("vqa", "ocr_vqa", "aokvqa"), "answer"
+    )
+    assert load_templates("vqa").train[7:] == (
+        "Use the provided image to answer the question: {question} Provide your answer as short as possible:",
+        'What is the answer to the following question? "{question}"',
+        'The question "{question}" can be answered using the image. A short answer is',
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "instruction"),
+    [
+        ("caption", {}, "A short image description:"),
+        ("vqa", {"question": "why?"}, "Question: why? Short answer:"),
+        ("ocr_vqa", {"question": "why?"}, "Question: why? Short answer:"),
+        ("textvqa", {"ocr_tokens": ["a", "b"], "question": "why?"}, "OCR tokens: a, b. Question: why? Short answer:"),
+        (
+            "iconqa",
+            {"question": "which?", "candidates": ["blue", "red"]},
+            "Question: which? Options: (a) blue (b) red. Short answer:",
+        ),
+        (
+            "scienceqa",
+            {"context": "A hint.", "question": "which?", "candidates": ["blue", "red"]},
+            "Context: A hint. Question: which? Options: (a) blue (b) red. Answer:",
+        ),
+        ("hateful_memes", {"text": "hi {}"}, 'This is an image with: "hi {}" written on it. Is it hateful? Answer:'),
+        ("vsr", {"statement": "It is."}, 'Based on the image, is this statement true or false? "It is." Answer:'),
+        (
+            "visdial",
+            {"history": "q: a? a: b", "question": "c?"},
+            "Dialog history: q: a? a: b\n Question: c? Short answer:",
+        ),
+    ],
+)
+def test_evaluation_prompts_of_the_paper(root: Path, name: str, fields: dict[str, Any], instruction: str) -> None:
+    dataset = build(root, [{"image": "a.jpg", **fields}], instructions=name)
+    assert dataset[0]["text_input"] == instruction
+
+
+def test_templates_from_a_file_a_mapping_and_a_base(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text('base: vqa\neval: "{question} Now:"\n')
+    own = load_templates(tmp_path / "own.yaml")
+    assert (own.train, own.eval, own.output) == (load_templates("vqa").train, "{question} Now:", "answer")
+    assert load_templates({"train": ["a", "b"]}) == Templates(train=("a", "b"), eval="a")
+    assert load_templates({"eval": "a", "output": "x"}) == Templates(train=("a",), eval="a", output="x")
+    assert load_templates({"base": "caption", "eval": "Tell."}).output == "caption"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("trian: [a]", r"own\.yaml: unknown key 'trian'. Did you mean 'train'"),
+        ("train: []", "own.yaml: `train` must be a list of at least one template"),
+        ("train: what?", "must be a list"),
+        ("output: answer", "must be a list of at least one template, got None"),
+        ("train: [{question}]", "put it into quotes"),
+        ("train: [Question: {question}]", "put it into quotes"),
+        ("train: [a]\neval: 3", "must be a text"),
+        ('train: ["Question: {}"]', "gaps are named"),
+        ('train: ["{answer}?"]', "'answer' is what is learned"),
+        ('output: ""\ntrain: [a]', "`output` must be the name"),
+        ("train: [a", r"own\.yaml, line \d: not valid YAML"),
+        ("base: vqaa", "no instruction templates 'vqaa'. Did you mean 'vqa'"),
+    ],
+)
+def test_mistakes_in_templates_are_named(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "own.yaml").write_text(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_templates(tmp_path / "own.yaml")
+
+
+def test_unknown_templates_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="Did you mean 'vqg'"):
+        load_templates("vqgg")
+    with pytest.raises(FileNotFoundError, match=r"no\.yaml"):
+        load_templates(tmp_path / "no.yaml")
+
+
+def test_other_braces_are_text() -> None:
+    assert fill("{a} {b c} {{", {"a": "{x} {}"}) == "{x} {} {b c} {{"
+    with pytest.raises(KeyError, match=r"'b'.*has a"):
+        fill("{b}", {"a": 1, "b": None})
+
+
+def test_lists_are_worded() -> None:
+    assert lettered(["red", 3]) == "(a) red (b) 3"
+    assert lettered(list("x" * 26)).endswith("(z) x")
+    with pytest.raises(ValueError, match="at most 26"):
+        lettered(["x"] * 27)
+    assert joined_words([str(i) for i in range(40)]) == ", ".join(str(i) for i in range(30))
+
+
+# LAVIS's text processor
+
+
+def test_instruction_processor_equals_the_table() -> None:
+    texts = TABLE["strings"]
+    evaluated = load_processor("blip_instruction", {"task": "eval", "prompt": "P: "})
+    assert [evaluated(text) for text in texts] == TABLE["blip_instruction(task='eval',prompt='P: ')"]
+    caption = load_processor("blip_instruction")
+    expected = TABLE["blip_instruction(task='caption') non-empty only"]
+    assert [caption(text) if text else None for text in texts] == expected
+    question = load_processor("blip_instruction", {"task": "qa", "modality": "image"})
+    random.seed(0)
+    expected = TABLE["blip_instruction(task='qa',modality='image') random.seed(0), sequential"]
+    assert [question(text) for text in texts[: len(expected)]] == expected
+    random.seed(1)
+    expected = TABLE["blip_instruction(task='caption',modality='image') '' x8, random.seed(1)"]
+    assert [caption("") for _ in expected] == expected
+
+
+@pytest.mark.parametrize("modality", ["image", "video"])
+@pytest.mark.parametrize("task", ["qa", "caption", "classification"])
+def test_templates_of_lavis_equal_the_table(modality: str, task: str) -> None:
+    templates = load_templates(f"lavis_{modality}_{task}")
+    assert [text.replace("{question}", "{}") for text in templates.train] == TABLE[f"TEMPLATES_{modality}"][task]
+
+
+def test_instruction_processor_draws_names_and_prompts() -> None:
+    process = load_processor("blip_instruction", {"task": "classification", "modality": "video", "prompt": "Now: "})
+    random.seed(0)
+    assert {process("Cat") for _ in range(50)} == {"a cat", "this is a cat", "it is a cat"}
+    for name in ("an owl", "an Hourglass", "an x-ray fish", "a house"):
+        assert process(name.split(maxsplit=1)[1]).endswith(name.lower())
+    drawn = {process("") for _ in range(400)}
+    assert drawn == {f"now: {text.lower()}" for text in TABLE["TEMPLATES_video"]["classification"]}
+
+
+def test_mistakes_with_the_instruction_processor_are_named() -> None:
+    with pytest.raises(ValueError, match=r"no task 'captoin'. Did you mean 'caption'"):
+        load_processor("blip_instruction", {"task": "captoin"})
+    with pytest.raises(ValueError, match=r"no modality 'audio'. Known: image, video"):
+        load_processor("blip_instruction", {"modality": "audio"})
+    with pytest.raises(ValueError, match="max_words"):
+        load_processor("blip_instruction", {"max_words": 0})
+    with pytest.raises(TypeError, match="one string"):
+        load_processor("blip_instruction", {"task": "qa"})(None)
+
+
+# The user's own data
+
+
+def test_own_records_in_training_and_evaluation(root: Path) -> None:
+    lines = [asked(0), asked(1, output=7, note="kept"), asked(2, output="x", candidates=["y", "x"], question_id="q")]
+    train = build(root, lines, split="train")
+    assert [(s["text_input"], s["text_output"]) for s in train] == [("say 0", "o0"), ("say 1", "7"), ("say 2", "x")]
+    assert set(train[0]) == {"image", "text_input", "text_output", "instance_id"}
+    assert train[2]["image"].getpixel((0, 0))[0] == 2
+    val = build(root, lines[2:])
+    expected = {"text_input": "say 2", "question_id": "q", "candidates": ["y", "x"], "instance_id": "0"}
+    assert {key: value for key, value in val[0].items() if key != "image"} == expected
+    assert (val.annotation[0]["answers"], val.annotation[0]["label"]) == (["x"], 1)
+
+
+def test_label_and_output_follow_from_each_other(root: Path) -> None:
+    choices = ["no", "maybe", "no"]
+    (by_label,) = build(root, [asked(output=None, candidates=choices, label=1)], split="train").annotation
+    assert by_label["answers"] == ["maybe"]
+    lines = [
+        asked(candidates=choices, output="no", label=2),
+        asked(candidates=choices, output=["perhaps", "maybe"]),
+        asked(candidates=choices, output=None),
+    ]
+    dataset = build(root, lines)
+    assert [record["label"] for record in dataset.annotation] == [2, 1, None]
+    assert [record["answers"] for record in dataset.annotation] == [["no"], ["perhaps", "maybe"], []]
+
+
+def test_nothing_to_compare_with_is_fine_in_evaluation(root: Path) -> None:
+    dataset = build(root, [asked(output=None), asked(1, output="")])
+    assert [record["answers"] for record in dataset.annotation] == [[], []]
+    assert [record["question_id"] for record in dataset.annotation] == [0, 1]
+
+
+@pytest.mark.parametrize(("file", "place"), [("own.jsonl", "line 4"), ("own.json", "record 1")])
+def test_a_missing_field_is_named_with_its_line(root: Path, file: str, place: str) -> None:
+    def write(record: dict[str, Any]) -> list[Any]:
+        return ["", asked(), "  ", record] if file == "own.jsonl" else [json.dumps([asked(), record])]
+
+    for split, record, message in (
+        ("val", asked(image=None), "no field 'image' or 'video'"),
+        ("val", asked(instruction=None), r"no field 'instruction' for the template '\{instruction\}'"),
+        ("train", asked(output=None), "no field 'output'"),
+        ("train", asked(output=[]), "no field 'output'"),
+        ("val", asked(instruction=""), "a text in its field 'instruction', got ''"),
+        ("val", asked(image=["a.jpg"]), "a text in its field 'image'"),
+        ("val", asked(video="a.avi"), "'image', 'video'"),
+        ("val", asked(conversations=[]), "'instruction', 'conversations'"),
+    ):
+        with pytest.raises(ValueError, match=rf"{re.escape(file)}: {place} .*{message}"):
+            build(root, write(record), split=split, file=file)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"candidates": []}, r"at least one.*got \[\]"),
+        ({"candidates": "yes"}, "a list of texts in 'candidates'"),
+        ({"candidates": ["yes", ""]}, "none empty"),
+        ({"candidates": ["yes", 2]}, "a list of texts"),
+        ({"candidates": ["a", "b"], "label": 2, "output": None}, "label 2, which is no index into its 2 candidates"),
+        ({"candidates": ["a", "b"], "label": -1, "output": None}, "label -1"),
+        ({"candidates": ["a", "b"], "label": "a", "output": None}, "label 'a'"),
+        ({"candidates": ["o1", "b"], "classes": [0]}, "1 'classes' for its 2 candidates"),
+        ({"candidates": ["a", "b"], "output": "c"}, "'c' in its field 'output', which is none of the candidates"),
+        (
+            {"candidates": ["a", "b"], "output": "b", "label": 0},
+            "label 0, but 'b' in its field 'output' is candidate 1",
+        ),
+    ],
+)
+def test_choices_that_are_none_are_named(root: Path, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"own\.jsonl: line 2 .*{message}"):
+        build(root, [asked(candidates=["o0", "b"]), asked(1, **fields)])
+
+
+def test_what_no_batch_can_hold_is_told_at_loading(root: Path) -> None:
+    with pytest.raises(ValueError, match=r"own\.jsonl: line 2 has a field 'video', the first record 'image'"):
+        build(root, [asked(), asked(image=None, video="a.avi")], split="train")
+    with pytest.raises(ValueError, match=r"own\.jsonl: line 2 and the first record differ in having 'candidates'"):
+        build(root, [asked(candidates=["o0"]), asked(1)])
+    assert len(build(root, [asked(candidates=["o0"]), asked(1)], split="train")) == 2
+
+
+def test_lists_of_candidates_may_differ_in_a_batch(root: Path) -> None:
+    lines = [asked(candidates=["o0", "b", "c"]), asked(1, candidates=["o1"])]
+    dataset = build(root, lines, vis_processor={"eval": {"name": "blip_image_eval", "image_size": 4}})
+    batch = dataset.collater([dataset[0], dataset[1]])
+    assert batch["image"].shape == (2, 3, 4, 4)
+    assert batch["candidates"] == [["o0", "b", "c"], ["o1"]]
+
+
+def test_a_video_is_read_by_its_frames(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(path: Path, num_frames: int, processor: Any) -> torch.Tensor:
+        assert path == root / "a.avi"
+        return torch.zeros(3, num_frames, 2, 2)
+
+    monkeypatch.setattr(instruct, "read_frames", read)
+    dataset = build(root, [asked(image=None, video="a.avi")], split="train", num_frames=5)
+    assert dataset.collater([dataset[0]] * 2)["image"].shape == (2, 3, 5, 2, 2)
+
+
+# Conversations
+
+
+SAID = ["<image>\nWhat is it?", "a pot", "Its colour?", "red"]
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "speakers"),
+    [
+        ("conversations", ("from", "value"), ("human", "gpt")),
+        ("messages", ("role", "content"), ("user", "assistant")),
+        ("conversations", ("role", "content"), ("user", "assistant")),
+    ],
+)
+def test_a_conversation_is_one_sample_a_question(
+    root: Path, name: str, keys: tuple[str, str], speakers: tuple[str, str]
+) -> None:
+    turns = [{keys[0]: speakers[i % 2], keys[1]: text} for i, text in enumerate(SAID)]
+    line = {"id": 5, "image": "b.jpg", "question_id": "q", name: turns}
+    train = build(root, [asked(), line], split="train")
+    assert [(s["text_input"], s["text_output"]) for s in train][1:] == [
+        ("What is it?", "a pot"),
+        ("What is it?\na pot\nIts colour?", "red"),
+    ]
+    assert [record["question_id"] for record in build(root, [asked(), line]).annotation] == [0, "q_0", "q_1"]
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        ([], "pairs of a question and an answer in 'conversations', got 0 turns"),
+        ([("human", "a"), ("gpt", "b"), ("human", "c")], "got 3 turns"),
+        ("hello", "got 'hello'"),
+        ([("gpt", "a"), ("human", "b")], r"\{from: human, value: a text\} in turn 0"),
+        ([("human", "a"), ("human", "b")], r"\{from: gpt, value: a text\} in turn 1"),
+        ([("human", "<image>"), ("gpt", "b")], "in turn 0"),
+        ([("human", "a"), ("gpt", None)], "in turn 1"),
+        ([("human", "a"), "b"], "in turn 1, got 'b'"),
+    ],
+)
+def test_unequal_conversations_are_named(root: Path, turns: Any, message: str) -> None:
+    if isinstance(turns, list):
+        turns = [turn if isinstance(turn, str) else {"from": turn[0], "value": turn[1]} for turn in turns]
+    with pytest.raises(ValueError, match=rf"own\.jsonl: line 3 .*{message}"):
+        build(root, [asked(), "", {"image": "a.jpg", "conversations": turns}], split="train")
+
+
+# Templates over records
+
+
+def test_question_generation_is_the_same_records_with_other_templates(root: Path) -> None:
+    line = {"image": "a.jpg", "question": "What is it? #1", "answer": ["a Pot"] * 3}
+    cleaned = {"train": {"name": "blip_question"}}
+    forth = build(root, [line], split="train", instructions="vqa", text_processor=cleaned)
+    assert forth[0]["text_output"] == "a Pot"
+    assert "what is it? 1" in forth[0]["text_input"]
+    back = build(root, [line], split="train", instructions="vqg", text_processor=cleaned)
+    assert back[0]["text_output"] == "what is it? 1"
+    assert "a Pot" in back[0]["text_input"]
+
+
+def test_templates_and_answers_are_drawn_by_their_share(root: Path) -> None:
+    line = asked(output=["a", "a", "a", "b"])
+    templates = {"output": "output", "train": ["x {instruction}", "y {instruction}"], "eval": "z {instruction}"}
+    train = build(root, [line], split="train", instructions=templates)
+    random.seed(0)
+    drawn = Counter((sample["text_input"][0], sample["text_output"]) for sample in (train[0] for _ in range(800)))
+    assert set(drawn) == {(x, a) for x in "xy" for a in "ab"}
+    # 800 draws: (x, a) has probability 3/8, so 300, with a standard deviation of 13.7; (x, b) 100, of 9.4
+    assert all(abs(drawn[x, "a"] - 300) < 55 and abs(drawn[x, "b"] - 100) < 38 for x in "xy")
+    assert build(root, [line], instructions=templates)[0]["text_input"] == "z say 0"
+    most = build(root, [line], split="train", instructions=templates, answer_choice="most_frequent")
+    assert {most[0]["text_output"] for _ in range(20)} == {"a"}
+    line = {"image": "a.jpg", "question": "q", "answer": ["c", "d", "d"]}
+    fixed = build(root, [line], instructions="vqg")  # evaluation asks the same each time
+    assert all("is: d. Question:" in fixed[0]["text_input"] for _ in range(20))
+    with pytest.raises(ValueError, match="Did you mean 'most_frequent'"):
+        build(root, [line], answer_choice="most_frequnt")
+
+
+def test_fields_are_drawn_in_the_order_of_the_gaps(root: Path) -> None:
+    fields = {name: [f"{name}{i}" for i in range(50)] for name in ("p", "q", "r", "s")}
+    templates = {"output": "s", "train": ["{q} {r} {p}"]}
+    dataset = build(root, [{"image": "a.jpg", **fields}], split="train", instructions=templates)
+    random.seed(3)
+    q, r, p, s = (random.choice(fields[name]) for name in "qrps")
+    random.seed(3)
+    sample = dataset[0]
+    assert (sample["text_input"], sample["text_output"]) == (f"{q} {r} {p}", s)
+
+
+def test_a_gap_that_a_record_cannot_fill_is_told_at_loading(root: Path) -> None:
+    templates = {"train": ["{question}", "{question} {hint}"], "eval": "{question}"}
+    lines = [{"image": "a.jpg", "question": "q", "answer": "a", "hint": ""}, {"image": "a.jpg", "question": "q"}]
+    assert len(build(root, lines, instructions=templates)) == 2
+    lines[1]["answer"] = "b"
+    with pytest.raises(ValueError, match=r"line 2 has no field 'hint' for the template '\{question\} \{hint\}'"):
+        build(root, lines, split="train", instructions=templates)
+    many = {"image": "a.jpg", "question": "q", "answer": "x", "options": ["x"] * 27}
+    with pytest.raises(ValueError, match="line 1 at most 26 choices"):
+        build(root, [many], instructions="iconqa")
+
+
+def test_a_reader_of_another_format_needs_no_lines(root: Path) -> None:
+    dataset_of = {"split": "train", "templates": load_templates("caption"), "training": True}
+    records = [{"image": "a.jpg", "caption": "x"}, {"image": "b.jpg"}]
+    with pytest.raises(ValueError, match=r"some\.json: record 1 has no field 'caption'.*there: 'image', 'question_id'"):
+        InstructDataset([root / "some.json"], root, reader=lambda paths: records, **dataset_of)
+
+
+# The page
+
+
+def test_the_example_of_the_page_is_read(root: Path) -> None:
+    section = DATA_PAGE.split("## Instruction data")[1]
+    (lines,) = re.findall(r"```jsonl\n(.*?)```", section, re.DOTALL)
+    own, templates = (
+        yaml.safe_load(text)["datasets"]["instruct"] for text in re.findall(r"```yaml\n(.*?)```", section, re.DOTALL)
+    )
+    (root / "train.jsonl").write_text(lines)
+    own["build_info"]["annotations"] = {"train": {"storage": str(root / "train.jsonl")}}
+    own["build_info"]["images"] = {"storage": str(root)}
+    train = InstructBuilder(**own).build()["train"]
+    learned = [sample["text_output"] for sample in train]
+    assert learned in (["tulips", flower, "no", "a pot", "red"] for flower in ("daisy", "aster"))
+    assert load_templates(templates["instructions"]).eval == "Question: {question} Answer:"
+    for name in NAMES:
+        assert f"`{name}`" in section
+
+
+def test_the_packaged_dataset_needs_files() -> None:
+    with pytest.raises(ValueError, match="annotations names no split"):
+        load_dataset("instruct")
