@@ -155,16 +155,20 @@ def test_padding_between_queries_and_prompt_changes_nothing() -> None:
     assert torch.equal(lm.generate(padded, mask, config), expected)
 
 
+@pytest.mark.parametrize("step_bytes", [1, 150_000, 4 << 30])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_candidate_losses_are_those_of_whole_passes(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_candidate_losses_are_those_of_whole_passes(
+    family: str, step_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = random_model(family)
     lm = face(model)
-    monkeypatch.setattr("lavis_lite.nn.llm.ROWS_PER_STEP", 8)  # two candidates at once
+    monkeypatch.setattr("lavis_lite.nn.llm.STEP_BYTES", step_bytes)
     embeds, mask = inputs(lm)
     ids = torch.randint(4, VOCABULARY, (4, 5, 3), generator=torch.Generator().manual_seed(2))
     counts = torch.ones_like(ids)
-    counts[:, 1, 1:] = counts[:, 3, 2:] = 0
+    counts[:, 1, 1:] = counts[:, 3, 2:] = counts[3, 0] = 0
     actual = lm.candidate_losses(lm.prefix(embeds, mask), ids, counts)
+    assert (actual == torch.inf).nonzero().tolist() == [[3, 0]]
     for row, candidate in ((0, 0), (1, 1), (2, 3), (3, 4)):
         length, num_tokens = int(mask[row].sum()), int(counts[row, candidate].sum())
         text = ids[row, candidate, :num_tokens]

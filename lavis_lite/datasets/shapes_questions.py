@@ -67,32 +67,35 @@ class Asker:
 
     def ask(self, scene: Scene, count: int, rng: random.Random) -> list[Question]:
         """`count` different questions, going round the kinds: colour, shape, number, yes/no, relation."""
-        rounds = [self._color, self._shape, self._number, self._exists, self._relation]
+        rounds = [self.color, self.shape, self.number, self.exists, self.relation]
         found: dict[str, Question] = {}
         for turn in range(20 * count):
-            question = rounds[turn % len(rounds)](scene, rng)
+            question = rounds[turn % len(rounds)](scene, rng) or self.relation(scene, rng) or self.exists(scene, rng)
             found.setdefault(question.text, question)
             if len(found) == count:
                 break
         return list(found.values())
 
-    def _color(self, scene: Scene, rng: random.Random) -> Question:
+    def color(self, scene: Scene, rng: random.Random) -> Question | None:
+        """The colour of an object; None for one that can't be named without it."""
         thing = rng.choice(scene.things)
         said = refer(scene, thing)
         if said is None:
-            return self._relation(scene, rng)
+            return None
         return _question(f"What color is the {said}?", thing.color, self.colors, "what color is the", "other")
 
-    def _shape(self, scene: Scene, rng: random.Random) -> Question:
+    def shape(self, scene: Scene, rng: random.Random) -> Question | None:
+        """The shape or the size of an object; None for one whose colour others have too."""
         thing = rng.choice(scene.things)
         if len(self.sizes) > 1 and rng.random() < 0.3:
             said = f"{thing.color} {thing.shape}"
             return _question(f"What size is the {said}?", thing.size, self.sizes, "what size is the", "other")
         if sum(t.color == thing.color for t in scene.things) > 1:
-            return self._relation(scene, rng)
+            return None
         return _question(f"What is the {thing.color} shape?", thing.shape, self.shapes, "what is the", "other")
 
-    def _number(self, scene: Scene, rng: random.Random) -> Question:
+    def number(self, scene: Scene, rng: random.Random) -> Question:
+        """How many shapes there are, or how many of a colour or a shape."""
         draw = rng.random()
         if draw < 0.35:
             kind, number = "shapes", len(scene.things)
@@ -104,7 +107,8 @@ class Asker:
             kind, number = plural(shape), sum(t.shape == shape for t in scene.things)
         return _question(f"How many {kind} are there?", str(number), self.numbers, "how many", "number")
 
-    def _exists(self, scene: Scene, rng: random.Random) -> Question:
+    def exists(self, scene: Scene, rng: random.Random) -> Question:
+        """Whether there is such an object: yes or no."""
         thing = rng.choice(scene.things)
         color, shape = thing.color, thing.shape
         answer = rng.choice(YES_NO)
@@ -117,9 +121,10 @@ class Asker:
             return _question(f"Is the {shape} {color}?", answer, YES_NO, "is the", "yes/no")
         return _question(f"Is there a {color} {shape}?", answer, YES_NO, "is there a", "yes/no")
 
-    def _relation(self, scene: Scene, rng: random.Random) -> Question:
+    def relation(self, scene: Scene, rng: random.Random) -> Question | None:
+        """Where objects are to one another; None for a single one."""
         if len(scene.things) == 1:
-            return self._exists(scene, rng)
+            return None
         a, b = rng.sample(scene.things, 2)
         relation = rng.choice(scene.relations(a, b))
         said_a, said_b = f"{a.color} {a.shape}", f"{b.color} {b.shape}"

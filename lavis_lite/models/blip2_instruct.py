@@ -1,18 +1,11 @@
 """InstructBLIP's architectures: the Q-Former reads the instruction as well as the language model does.
 
-Surprising: `predict_class` of Vicuna divides a candidate's loss by the number of all positions, image and padding
-included, as the published results did; with `n_segments` above 1 each segment has a denominator of its own.
+Surprising: they are BLIP-2's language models with other defaults; any of those becomes one with `qformer_text_input`.
 """
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from lavis_lite.models.blip2_llm import Blip2LanguageModel
-from lavis_lite.models.blip2_llm_base import image_of
-from lavis_lite.models.blip2_prompts import class_prompts
+from lavis_lite.models.blip2_llm import Blip2LanguageModel, VicunaText
 from lavis_lite.registry import registry
 
 
@@ -21,8 +14,6 @@ class InstructModel(Blip2LanguageModel):
 
     truncation_side = "left"
     answer_repetition_penalty = 1.5
-    mean_class_loss: ClassVar[bool] = False
-    """Whether a candidate's loss is divided by the number of positions."""
 
     def __init__(
         self,
@@ -69,57 +60,10 @@ class InstructModel(Blip2LanguageModel):
             temperature=temperature,
         )
 
-    def predict_class(
-        self, samples: dict[str, Any], candidates: Sequence[str] | Sequence[Sequence[str]], n_segments: int = 1
-    ) -> Tensor | list[list[int]]:
-        """Indices of the candidates, likeliest first: (B,C), or a list a sample if each has its own candidates.
-
-        `prompt` (one, or one a sample) may have a gap for `text_input`; `context`, `history` and `caption` are put
-        before it. The candidates are scored in `n_segments` parts.
-        """
-        if isinstance(candidates[0], str):
-            return self.class_losses(samples, candidates, n_segments).argsort(dim=-1)
-        if len(candidates) != len(image_of(samples)):
-            raise ValueError(f"{len(candidates)} lists of candidates were given for {len(image_of(samples))} images")
-        ranks = [
-            self.class_losses(one_of(samples, row), own, n_segments).argsort(dim=-1)[0].tolist()
-            for row, own in enumerate(candidates)
-        ]
-        return torch.tensor(ranks, device=self.device) if len(set(map(len, ranks))) == 1 else ranks
-
-    @torch.no_grad()
-    def class_losses(self, samples: dict[str, Any], candidates: Sequence[str], n_segments: int = 1) -> Tensor:
-        """Each candidate's loss (B,C)."""
-        if not 1 <= n_segments <= len(candidates):
-            raise ValueError(f"n_segments {n_segments} must be from 1 to the number of candidates, {len(candidates)}")
-        prompts = class_prompts(samples, self.prompt, len(image_of(samples)))
-        embeds, mask = self.asked(samples, prompts)
-        prefix = self.lm.prefix(embeds, mask)
-        room = self.max_output_txt_len - (0 if self.lm.is_encoder_decoder else len(self.coder.before))
-        rows = self.coder.continuations(candidates, max_length=room, end=False)
-        size, losses = len(rows) // n_segments, []
-        for number in range(n_segments):
-            segment = rows[number * size : None if number == n_segments - 1 else (number + 1) * size]
-            ids, counts = self.pad(segment)
-            loss = self.lm.candidate_losses(prefix, ids[None], counts[None])
-            num_positions = embeds.shape[1] + ids.shape[1] - 1
-            losses.append(loss / num_positions if self.mean_class_loss else loss)
-        return torch.cat(losses, dim=1)
-
-
-def one_of(samples: dict[str, Any], row: int) -> dict[str, Any]:
-    """The samples' one with this index; single strings are for all."""
-    return {key: value if isinstance(value, str) else value[row : row + 1] for key, value in samples.items()}
-
 
 @registry.register_model("blip2_vicuna_instruct")
-class Blip2VicunaInstruct(InstructModel):
-    """With Vicuna, whose texts begin and end with `</s>`; `[PAD]` is added to its vocabulary."""
-
-    model_types = ("llama",)
-    starts_with_end = True
-    pad_token = "[PAD]"
-    mean_class_loss = True
+class Blip2VicunaInstruct(VicunaText, InstructModel):
+    """With Vicuna."""
 
     def __init__(self, *, llm_model: str = "lmsys/vicuna-7b-v1.1", **parts: Any) -> None:
         super().__init__(llm_model, **parts)

@@ -4,19 +4,26 @@
 One implementation for all: the architectures differ in names and in what stands around a text. Surprising: the
 language model is frozen, without dropout, and runs in its own precision; a prompt that asks for an answer is never
 cut; lengths that a caller gives to `generate` count, as published, one start token for a causal model and none for an
-encoder-decoder.
+encoder-decoder; `class_losses` of Vicuna are means over all positions, as published, and of all others sums.
 
-Letters: B samples, T text tokens.
+Letters: B samples, C candidates of a sample, T text tokens.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lavis_lite.models.base import Output
 from lavis_lite.models.blip2_llm_base import LanguageModelBase, image_of
-from lavis_lite.models.blip2_prompts import generation_prompts, lemmatize, question_prompts, split_caption
+from lavis_lite.models.blip2_prompts import (
+    class_prompts,
+    generation_prompts,
+    lemmatize,
+    question_prompts,
+    split_caption,
+)
+from lavis_lite.models.blip2_ranking import Candidates, candidate_lists, candidate_rows, segment_widths, stacked
 from lavis_lite.models.blip_base import text_list
 from lavis_lite.nn.losses import IGNORED
 from lavis_lite.registry import registry
@@ -180,6 +187,62 @@ class Blip2LanguageModel(LanguageModelBase):
         order = prefix.logits[:, ids[:, 0]].topk(min(k, len(answer_list)), dim=1).indices
         return order, self.lm.candidate_losses(prefix, ids[order], mask[order])
 
+    def predict_class(
+        self, samples: dict[str, Any], candidates: Candidates, n_segments: int = 1
+    ) -> Tensor | list[list[int]]:
+        """Indices of the candidates, likeliest first, by `class_losses`: (B,C), or a list a sample if not all have
+        the same number of candidates.
+        """
+        order = self.class_losses(samples, candidates, n_segments).argsort(dim=-1, stable=True)
+        lengths = [len(own) for own in candidates] if not isinstance(candidates[0], str) else []
+        if len(set(lengths)) < 2:
+            return order
+        return [row[:length] for row, length in zip(order.tolist(), lengths, strict=True)]
+
+    @torch.no_grad()
+    def class_losses(self, samples: dict[str, Any], candidates: Candidates, n_segments: int = 1) -> Tensor:
+        """The loss of each candidate as the answer: (B,C); the likeliest has the lowest.
+
+        `candidates` are those of all samples, or a list a sample: C is then the longest list's length, and the loss is
+        inf where a sample has fewer. What is asked is `prompt` (one, or one a sample; default the model's) with
+        `text_input` in its gaps, or `text_input` alone where there is no prompt; `context`, `history` and `caption`
+        are put before it. Image and prompt are read once for all candidates.
+
+        Normalisation: the negative log-likelihood summed over a candidate's tokens, end token included, not divided by
+        its length. Vicuna's, as published, has no end token and is divided by the number of positions: those of image
+        and prompt, and those of the sample's longest candidate less one. `n_segments` above 1, which saved memory in
+        the original and serves here to repeat its results only, changes Vicuna's divisor: it is the longest candidate
+        of the segment that counts and, with one list for all, the longest prompt of the batch. Such losses do not
+        compare well; without segments no loss depends on the rest of the batch.
+
+        Raises:
+            ValueError: candidates that are none, empty or longer than `max_output_txt_len`; numbers of images, prompts
+                and lists that differ; a prompt longer than the language model's context.
+        """
+        count = len(image_of(samples))
+        lists = candidate_lists(candidates, count)
+        prompts = class_prompts(samples, self.question_template() if "text_input" in samples else self.prompt, count)
+        rows = candidate_rows(self.coder, lists, limit=self.max_output_txt_len, end=not self.bare_candidates)
+        widths = segment_widths(rows, n_segments)
+        embeds, mask = self.asked(samples, prompts)
+        ids, counts = (part.view(*widths.shape, -1) for part in self.pad(stacked(rows)))
+        losses = self.lm.candidate_losses(self.lm.prefix(embeds, mask), ids, counts)
+        if not self.bare_candidates:
+            return losses
+        num_read = mask.sum(dim=1, keepdim=True)
+        if n_segments > 1 and len(lists) == 1:
+            num_read = num_read.amax()
+        return losses / (num_read + widths.to(mask.device) - 1)
+
+
+class VicunaText:
+    """Vicuna's texts, which begin and end with `</s>`; `[PAD]` is added to its vocabulary."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("llama",)
+    starts_with_end: ClassVar[bool] = True
+    pad_token: ClassVar[str] = "[PAD]"
+    bare_candidates: ClassVar[bool] = True
+
 
 @registry.register_model("blip2_opt")
 class Blip2OPT(Blip2LanguageModel):
@@ -205,12 +268,8 @@ class Blip2T5(Blip2LanguageModel):
 
 
 @registry.register_model("blip2_vicuna")
-class Blip2Vicuna(Blip2LanguageModel):
-    """With Vicuna, whose texts begin and end with `</s>`; `[PAD]` is added to its vocabulary."""
-
-    model_types = ("llama",)
-    starts_with_end = True
-    pad_token = "[PAD]"
+class Blip2Vicuna(VicunaText, Blip2LanguageModel):
+    """With Vicuna."""
 
     def __init__(self, *, llm_model: str = "lmsys/vicuna-7b-v1.1", **parts: Any) -> None:
         super().__init__(llm_model, **parts)

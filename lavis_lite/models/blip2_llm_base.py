@@ -5,7 +5,7 @@ Letters: B samples, F frames of a video (1 for an image), Q queries, S tokens th
 E width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -20,9 +20,13 @@ from lavis_lite.models.llm_text import TextCoder, text_coder
 from lavis_lite.nn import llm_loading
 from lavis_lite.nn.llm import LanguageModel, has_weights, language_model_config, load_language_model
 from lavis_lite.nn.llm_sources import embedding_width
+from lavis_lite.weights import LazyState
 
 TINY_WIDTH = 512
 """Below it `llm_precision: auto` follows the config file; at and above it, it is bf16."""
+
+BASE_LAYER = ".base_layer."
+"""Between a layer that peft has wrapped and its weights."""
 
 
 class LanguageModelBase(Blip2Base):
@@ -45,6 +49,9 @@ class LanguageModelBase(Blip2Base):
     pad_token: ClassVar[str | None] = None
     """Padding token that is added to the vocabulary."""
     answer_repetition_penalty: ClassVar[float] = 1.0
+    bare_candidates: ClassVar[bool] = False
+    """Candidates are scored without end token, by the mean over all positions of image, prompt and longest candidate.
+    """
 
     def __init__(
         self,
@@ -130,7 +137,10 @@ class LanguageModelBase(Blip2Base):
 
     @classmethod
     def text_coder(cls, tokenizer: Any, config: PreTrainedConfig) -> TextCoder:
-        """What this architecture puts around a text."""
+        """What this architecture puts around a text. The tokenizer is told too, for those who use it outside."""
+        if cls.starts_with_end:
+            tokenizer.bos_token = tokenizer.eos_token
+            tokenizer.add_bos_token = True  # builds its template anew
         return text_coder(
             tokenizer,
             is_encoder_decoder=config.is_encoder_decoder,
@@ -138,6 +148,16 @@ class LanguageModelBase(Blip2Base):
             start_with_end=cls.starts_with_end,
             truncation_side=cls.truncation_side,
         )
+
+    def adapt_state_dict(self, state: MutableMapping[str, Tensor]) -> MutableMapping[str, Tensor]:
+        """As Blip2Base's; layers of a language model without LoRA go into those that LoRA wraps."""
+        state, own = LazyState.of(super().adapt_state_dict(state)), self.state_dict()
+
+        def wrapped(name: str) -> str:
+            inner = BASE_LAYER.join(name.rsplit(".", 1))
+            return inner if name not in own and inner in own else name
+
+        return state.renamed(wrapped)
 
     def checkpoint_state_dict(self) -> dict[str, Tensor]:
         """As BaseModel's; of a language model that can be fetched again, also its buffers stay out."""
@@ -178,15 +198,24 @@ class LanguageModelBase(Blip2Base):
 
 
 def image_of(samples: dict[str, Any]) -> Tensor:
-    """The batch's images (B,3,H,W) or videos (B,3,F,H,W). ValueError if there are none, or not a batch of them."""
+    """The batch's images (B,3,H,W) or videos (B,3,F,H,W). ValueError if there are none, or not one batch of them."""
     image = samples.get("image")
     if image is None:
         raise ValueError("samples['image'] is missing: a batch of images (B,3,H,W)")
-    if image.dim() not in (4, 5):
+    if not isinstance(image, Tensor):
+        shapes = [tuple(getattr(one, "shape", ())) for one in image] if isinstance(image, list | tuple) else []
+        raise ValueError(
+            f"samples['image'] is a {type(image).__name__}{f' of shapes {shapes}' if shapes else ''}; it must be one "
+            "tensor: stack images of one size, and put images and videos, or videos of different lengths, into "
+            "different batches"
+        )
+    if image.dim() not in (4, 5) or image.shape[1] != 3:
         raise ValueError(
             f"samples['image'] has shape {tuple(image.shape)}; it must be a batch of images (B,3,H,W) or videos "
-            "(B,3,F,H,W): add the batch's dimension with unsqueeze(0)"
+            "(B,3,F,H,W): add the batch's dimension with unsqueeze(0), and put frames behind the colours"
         )
+    if image.numel() == 0:
+        raise ValueError(f"samples['image'] has shape {tuple(image.shape)}: there is no image or no frame to see")
     return image
 
 

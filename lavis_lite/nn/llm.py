@@ -28,8 +28,12 @@ from lavis_lite.nn.losses import IGNORED
 
 __all__ = ["LanguageModel", "Prefix", "has_weights", "language_model_config", "load_language_model"]
 
-ROWS_PER_STEP = 256
-"""Candidates scored at once, over all samples."""
+STEP_BYTES = 4 << 30
+"""Memory for the candidates that are scored at once: each has a copy of its sample's keys and values, 0.5 MB a token
+with Vicuna-7B. With it and its inputs' own keys and values (32 samples of 200 tokens: 3.4 GB), 24 GB hold the model.
+"""
+BYTES_PER_LOGIT = 12
+"""Logits in the model's precision, in float32, and their log-softmax."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +49,30 @@ class LanguageModelCache:
 
     def expand(self, times: int) -> Self:
         """Every row repeated, copies side by side; this cache stays as it is."""
-        past = copy.deepcopy(self.past)
-        past.batch_repeat_interleave(times)
-        encoder = None if self.encoder is None else self.encoder.repeat_interleave(times, 0)
-        return replace(self, past=past, mask=self.mask.repeat_interleave(times, 0), encoder=encoder)
+        return self.rows(torch.arange(len(self.mask), device=self.mask.device).repeat_interleave(times))
+
+    def rows(self, index: Tensor) -> Self:
+        """A cache of these rows, of which one may come up several times; this cache stays as it is."""
+        past = copy.deepcopy(self.past, {id(tensor): tensor for tensor in self._tensors()})  # selecting copies them
+        past.batch_select_indices(index)
+        encoder = None if self.encoder is None else self.encoder[index]
+        return replace(self, past=past, mask=self.mask[index], encoder=encoder)
+
+    @property
+    def row_bytes(self) -> int:
+        """What one row takes."""
+        encoder = () if self.encoder is None else (self.encoder,)
+        return sum(tensor.nbytes for tensor in (*self._tensors(), *encoder)) // len(self.mask)
+
+    def _tensors(self) -> Iterator[Tensor]:
+        past = self.past
+        parts = (past.self_attention_cache, past.cross_attention_cache) if _has_two_parts(past) else (past,)
+        for layer in (layer for part in parts for layer in part.layers):
+            yield from (value for value in vars(layer).values() if isinstance(value, Tensor))
 
     def select(self, index: Tensor) -> Self:
         """These rows, each of the same sample as the row it replaces, in place: inputs need no reordering."""
-        past = self.past.self_attention_cache if isinstance(self.past, EncoderDecoderCache) else self.past
+        past = self.past.self_attention_cache if _has_two_parts(self.past) else self.past
         past.batch_select_indices(index)
         return self
 
@@ -63,6 +83,11 @@ class Prefix:
 
     logits: Tensor
     cache: LanguageModelCache
+
+
+def _has_two_parts(past: Any) -> bool:
+    """Whether there are keys and values of what is written, and of what the encoder read."""
+    return isinstance(past, EncoderDecoderCache)
 
 
 def _contiguous(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -171,20 +196,30 @@ class LanguageModel:
 
     @torch.no_grad()
     def candidate_losses(self, prefix: Prefix, ids_BMT: Tensor, mask_BMT: Tensor) -> Tensor:
-        """Negative log-likelihood of each candidate text behind the inputs, summed over its tokens: (B,M)."""
-        ids_BMT, mask_BMT = (t.expand(len(prefix.logits), -1, -1) for t in (ids_BMT, mask_BMT))
-        losses = -F.log_softmax(prefix.logits, dim=-1).gather(1, ids_BMT[:, :, 0])
-        num_samples = len(ids_BMT)
-        if ids_BMT.shape[2] == 1:
-            return losses
-        labels = ids_BMT.masked_fill(mask_BMT == 0, IGNORED)[:, :, 1:]
-        at_once = max(1, ROWS_PER_STEP // num_samples)
-        parts = []
-        for ids, wanted in zip(ids_BMT.split(at_once, dim=1), labels.split(at_once, dim=1), strict=True):
-            logits, _ = self.extend(prefix.cache.expand(ids.shape[1]), ids[:, :, :-1].flatten(0, 1))
-            loss = F.cross_entropy(logits.transpose(1, 2), wanted.flatten(0, 1), ignore_index=IGNORED, reduction="none")
-            parts.append(loss.sum(dim=1).view(num_samples, -1))
-        return losses + torch.cat(parts, dim=1)
+        """Negative log-likelihood of each candidate text behind the inputs, summed over its tokens: (B,M), inf for one
+        without tokens. Ids and mask of one sample are those of all.
+
+        The longest are scored first, as many at once as `STEP_BYTES` hold. Raises ValueError if inputs and candidates
+        do not fit the model's context.
+        """
+        num_samples, (num_candidates, longest) = len(prefix.logits), ids_BMT.shape[1:]
+        if not self.is_encoder_decoder:
+            self._check_length(prefix.cache.mask.shape[1] + longest - 1)
+        ids_BMT, mask_BMT = (t.expand(num_samples, -1, -1) for t in (ids_BMT, mask_BMT))
+        first = -F.log_softmax(prefix.logits, dim=-1).gather(1, ids_BMT[:, :, 0])
+        losses = first.masked_fill(mask_BMT[:, :, 0] == 0, torch.inf).flatten()
+        ids, labels = ids_BMT.flatten(0, 1), ids_BMT.masked_fill(mask_BMT == 0, IGNORED).flatten(0, 1)
+        lengths, order = mask_BMT.sum(dim=2).flatten().sort(descending=True, stable=True)
+        widths = lengths[lengths > 1].tolist()  # a text of one token needs no further reading
+        row_bytes = 2 * prefix.cache.row_bytes  # the copy, and what it grows to
+        at_once = max(1, STEP_BYTES // (row_bytes + BYTES_PER_LOGIT * prefix.logits.shape[1] * longest))
+        for begin in range(0, len(widths), at_once):
+            rows, width = order[begin : min(begin + at_once, len(widths))], widths[begin]
+            logits, _ = self.extend(prefix.cache.rows(rows // num_candidates), ids[rows, : width - 1])
+            wanted = labels[rows, 1:width].flatten()
+            loss = F.cross_entropy(logits.flatten(0, 1), wanted, ignore_index=IGNORED, reduction="none")
+            losses[rows] += loss.view(len(rows), -1).sum(dim=1)
+        return losses.view(num_samples, num_candidates)
 
     def _causal(
         self, embeds_NTE: Tensor, mask_NS: Tensor, *, keep: int, past: Any = None, use_cache: bool = False

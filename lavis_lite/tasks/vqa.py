@@ -91,7 +91,7 @@ class VQATask(BaseTask):
         if samples.get("answer_list") is not None:
             arguments["answer_list"] = samples["answer_list"]
         if self.blank_images:
-            samples = {**samples, "image": torch.zeros_like(samples["image"])}
+            samples = blanked(samples)
         if self.prompt and "prompt" in inspect.signature(model.predict_answers).parameters:
             arguments["prompt"] = self.prompt
         else:
@@ -113,6 +113,11 @@ class VQATask(BaseTask):
         return vqa_metrics(asked, answers, variant=self.accuracy)
 
 
+def blanked(samples: Samples) -> Samples:
+    """The batch with images, or videos, of the mean colour."""
+    return {**samples, "image": torch.zeros_like(samples["image"])}
+
+
 @registry.register_task("gqa")
 @dataclass(kw_only=True)
 class GQATask(VQATask):
@@ -132,6 +137,18 @@ class AOKVQATask(VQATask):
         """As VQA, and `<split>_aok_vqa_leaderboard.json`: question id to `{"direct_answer": ...}`."""
         answers = {str(result["question_id"]): {"direct_answer": result["answer"]} for result in results}
         write_json(result_dir / f"{split}_aok_vqa_leaderboard.json", answers)
+        return super().score(results, dataset=dataset, split=split, result_dir=result_dir)
+
+
+@registry.register_task("vizwiz_vqa")
+@dataclass(kw_only=True)
+class VizWizTask(VQATask):
+    """VizWiz, whose questions are known by their image; also writes its server's file."""
+
+    def score(self, results: list[Result], *, dataset: Any, split: str, result_dir: Path) -> Metrics:
+        """As VQA, and `<split>_vizwiz_submission.json`: [{"image": file name, "answer": ...}]."""
+        entries = [{"image": result["question_id"], "answer": result["answer"]} for result in results]
+        write_json(result_dir / f"{split}_vizwiz_submission.json", entries)
         return super().score(results, dataset=dataset, split=split, result_dir=result_dir)
 
 

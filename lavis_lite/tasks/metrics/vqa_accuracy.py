@@ -5,8 +5,10 @@ Two variants, in percent. `official` is what the evaluation servers do: human an
 prediction is always cleaned, human answers lose only punctuation, and only if they differ. The clean-up's oddities
 (a "." stays before a digit; at most 32 are removed; "none" is 0) are the official script's.
 
-Other sets score in other ways: `exact` (GQA) asks the cleaned prediction to equal an answer, `direct`
-(A-OKVQA) counts min(1, matches/3) of the raw strings, `contains` looks for an answer inside the cleaned prediction.
+Other sets score in other ways: `exact` (GQA) asks the cleaned prediction to equal an answer, `normalised` one of the
+answers cleaned alike ("two" is right where the answer is "two"), `direct` (A-OKVQA) counts min(1, matches/3) of the raw
+strings, `contains` looks for an answer inside the cleaned prediction, `ivqa` (five annotators) counts min(1, matches/2)
+of cleaned texts.
 """
 
 import re
@@ -14,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-Variant = Literal["official", "lavis", "exact", "direct", "contains"]
+Variant = Literal["official", "lavis", "exact", "normalised", "direct", "contains", "ivqa"]
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -89,6 +91,9 @@ def vqa_accuracy(
     if variant == "contains":
         cleaned = clean_answer(prediction)
         return float(any(human in cleaned for human in humans))
+    if variant in ("normalised", "ivqa"):
+        matches = [clean_answer(human) for human in humans].count(clean_answer(prediction))
+        return float(min(1, matches if variant == "normalised" else matches / 2))
     if variant == "official":
         humans, prediction = [_one_line(human) for human in humans], _one_line(prediction)
     differ = len(set(humans)) > 1
@@ -115,16 +120,23 @@ def vqa_metrics(
         raise ValueError(f"{len(missing)} of {len(truths)} questions have no predicted answer{example}")
     scores = {key: vqa_accuracy(predictions[key], truth["answers"], variant=variant) for key, truth in truths.items()}
     overall = _percent(list(scores.values()))
-    by_type = {f"per_{kind}": _by_type(truths, scores, kind) for kind in ("question_type", "answer_type")}
-    return {"overall": overall, "agg_metrics": overall, **{name: table for name, table in by_type.items() if table}}
+    return {"overall": overall, "agg_metrics": overall, **by_kind(truths, scores)}
 
 
-def _by_type(truths: Mapping[Any, Mapping[str, Any]], scores: Mapping[Any, float], kind: str) -> dict[str, float]:
-    groups: dict[str, list[float]] = defaultdict(list)
-    for key, truth in truths.items():
-        if truth.get(kind) is not None:
-            groups[truth[kind]].append(scores[key])
-    return {name: _percent(values) for name, values in sorted(groups.items())}
+def by_kind(
+    truths: Mapping[Any, Mapping[str, Any]],
+    scores: Mapping[Any, float],
+    kinds: Sequence[str] = ("question_type", "answer_type"),
+) -> dict[str, dict[str, float]]:
+    """`per_<kind>` for each field that some truth has: the mean score in percent of each of its values."""
+    tables = {}
+    for kind in kinds:
+        groups: dict[str, list[float]] = defaultdict(list)
+        for key, truth in truths.items():
+            if truth.get(kind) is not None:
+                groups[truth[kind]].append(scores[key])
+        tables[f"per_{kind}"] = {name: _percent(values) for name, values in sorted(groups.items())}
+    return {name: table for name, table in tables.items() if table}
 
 
 def _percent(values: Sequence[float]) -> float:

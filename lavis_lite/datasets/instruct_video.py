@@ -1,0 +1,100 @@
+"""Videos behind instructions: question answering (MSVD-QA, MSRVTT-QA, iVQA) and captioning (MSVD, MSRVTT).
+
+Samples have frames (3,F,H,W) where image sets have an image; `num_frames` says how many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lavis_lite.datasets.annotations import Record, load_annotations, read_json
+from lavis_lite.datasets.base import BaseDataset
+from lavis_lite.datasets.instruct import InstructBuilder
+from lavis_lite.datasets.instruct_captions import CaptionInstructBuilder
+from lavis_lite.datasets.templates import fill
+from lavis_lite.registry import registry
+
+VOCABULARY = "ans2label"
+ANSWERS = tuple(f"answer{number}" for number in range(1, 6))
+
+
+def read_video_questions(paths: Sequence[Path]) -> list[Record]:
+    """Records {video, question[, answer, question_id]}."""
+    return load_annotations(paths, ("video", "question"))
+
+
+@registry.register_builder("msvd_qa")
+@registry.register_builder("msvd_qa_instruct")
+@registry.register_builder("msrvtt_qa")
+@registry.register_builder("msrvtt_qa_instruct")
+@dataclass(kw_only=True)
+class VideoQABuilder(InstructBuilder):
+    """Questions about videos. As in LAVIS, `build_info.annotations.ans2label` is no split but the answers to rank: a
+    JSON object {answer: index}, or a list of answers. The datasets have it as `answer_list` (list[str], or None).
+    """
+
+    reader = staticmethod(read_video_questions)
+
+    def splits(self) -> list[str]:
+        """The names of the splits there are."""
+        return [name for name in super().splits() if name != VOCABULARY]
+
+    def prepare(self, splits: Iterable[str] | None = None) -> None:
+        """As BaseBuilder's, and the answers."""
+        wanted = self.splits() if splits is None else list(splits)
+        super().prepare([*wanted, VOCABULARY] if VOCABULARY in self._section("annotations") else wanted)
+
+    def _build_split(self, split: str) -> BaseDataset:
+        dataset = super()._build_split(split)
+        dataset.answer_list = self.answer_list()
+        return dataset
+
+    def answer_list(self) -> list[str] | None:
+        """The answers in order of their index; None if no file has them. ValueError for a file of another form."""
+        if VOCABULARY not in self._section("annotations"):
+            return None
+        (path,) = self.annotation_paths(VOCABULARY)
+        content = read_json(path)
+        if isinstance(content, dict) and all(isinstance(index, int) for index in content.values()):
+            return sorted(content, key=content.__getitem__)
+        if isinstance(content, list) and all(isinstance(answer, str) for answer in content):
+            return content
+        raise ValueError(f"{path}: expected the answers to rank, as {{answer: index}} or as a list of texts")
+
+
+@registry.register_builder("ivqa")
+@dataclass(kw_only=True)
+class IVQABuilder(InstructBuilder):
+    """iVQA's tables: a row a question, with video_id, question, answer1 to answer5 of five annotators, start, end."""
+
+    video_name: str = "{video_id}.mp4"
+    """How the clips are called, in the table's columns, e.g. "{video_id}_{start}_{end}.mp4"."""
+
+    def reader(self, paths: Sequence[Path]) -> list[Record]:
+        """`answer` is the list of the answers that were given."""
+        return [
+            {
+                "video": fill(self.video_name, row),
+                "question": row["question"],
+                "answer": [row[name] for name in ANSWERS if row.get(name)],
+            }
+            for row in load_annotations(paths, ("video_id", "question"))
+        ]
+
+
+def read_video_captions(paths: Sequence[Path]) -> list[Record]:
+    """Records {video[, caption, image_id]}; a video without an id is known by its name."""
+    return [{"image_id": record["video"], **record} for record in load_annotations(paths, ("video",))]
+
+
+@registry.register_builder("msvd_caption")
+@registry.register_builder("msvd_caption_instruct")
+@registry.register_builder("msrvtt_caption")
+@registry.register_builder("msrvtt_caption_instruct")
+@dataclass(kw_only=True)
+class VideoCaptionBuilder(CaptionInstructBuilder):
+    """Captions of videos; see `read_video_captions`."""
+
+    reader = staticmethod(read_video_captions)

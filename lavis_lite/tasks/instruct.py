@@ -1,0 +1,153 @@
+"""Instructions: choose among a sample's candidates by their likelihood, or write, and score either.
+
+Samples hold the complete instruction as `text_input`. Of candidates that stand for the same class (the record's
+`classes`: yes and true, say), the likeliest speaks for the class, so that only the order of losses matters and not
+what they are divided by. Sets scored by VQA accuracy or as captions have their own tasks, with the same samples.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from torch import nn
+
+from lavis_lite.registry import registry
+from lavis_lite.tasks.base import BaseTask, Metrics, Samples
+from lavis_lite.tasks.metrics.ranking import mean_reciprocal_rank, rank_of, roc_auc
+from lavis_lite.tasks.metrics.vqa_accuracy import by_kind, vqa_accuracy
+from lavis_lite.tasks.results import Result, as_list, per_sample, write_json
+from lavis_lite.tasks.vqa import blanked
+
+GENERATE_ARGUMENTS = {
+    "num_beams": "num_beams",
+    "max_length": "max_len",
+    "min_length": "min_len",
+    "length_penalty": "length_penalty",
+    "repetition_penalty": "repetition_penalty",
+}
+GROUPS = ("group", "question_type", "answer_type")
+Metric = Literal["accuracy", "auc", "mrr"]
+Record = dict[str, Any]
+
+
+@registry.register_task("instruct")
+@dataclass(kw_only=True)
+class InstructTask(BaseTask):
+    """Instruction following; lengths are in tokens. `agg_metrics` is `metric`, in percent."""
+
+    num_beams: int = 5
+    max_len: int = 30
+    min_len: int = 1
+    length_penalty: float | None = None
+    """None leaves it, as the next, to the model."""
+    repetition_penalty: float | None = None
+    metric: Metric = "accuracy"
+    """`accuracy`: the right candidate is the likeliest, or the cleaned text is a right answer; `mrr`: mean reciprocal
+    rank of the right candidate; `auc`: area under the ROC curve between two classes."""
+    blank_images: bool = False
+    """Answer with every image blanked to the mean colour."""
+
+    def __post_init__(self) -> None:
+        if self.metric not in get_args(Metric):
+            raise ValueError(f"run.metric must be one of {', '.join(get_args(Metric))}, got {self.metric!r}")
+
+    def valid_step(self, model: nn.Module, samples: Samples) -> list[Result]:
+        """`question_id` and `prediction` of each sample, and the `losses` of its candidates if it has any."""
+        if self.blank_images:
+            samples = blanked(samples)
+        samples = {**samples, "prompt": "{}"}
+        ids = as_list(samples["question_id"])
+        if "candidates" not in samples:
+            arguments = self.arguments_for(model.generate, GENERATE_ARGUMENTS)
+            return per_sample(samples, question_id=ids, prediction=model.generate(samples, **arguments))
+        candidates = samples["candidates"]
+        rows = model.class_losses(samples, candidates)
+        if rows.isnan().any():
+            raise ValueError(
+                f"the candidates of question {ids[int(rows.isnan().any(dim=1).int().argmax())]!r} have losses that are "
+                "not numbers: the model's weights are broken, or overflow in this precision (run.precision=fp32)"
+            )
+        losses = [row[: len(own)] for row, own in zip(rows.tolist(), candidates, strict=True)]
+        chosen = [own[row.index(min(row))] for row, own in zip(losses, candidates, strict=True)]
+        return per_sample(samples, question_id=ids, prediction=chosen, losses=losses)
+
+    def score(self, results: list[Result], *, dataset: Any, split: str, result_dir: Path) -> Metrics:
+        """Write `<split>_predictions.json`; the metric, also by the record's group, question and answer type.
+
+        With `auc` and `mrr` also the accuracy. Without any right answer in the split, only the file is written.
+        """
+        write_json(result_dir / f"{split}_predictions{'_blank' if self.blank_images else ''}.json", results)
+        records = {result["instance_id"]: dataset.annotation[int(result["instance_id"])] for result in results}
+        judged = [result for result in results if has_truth(records[result["instance_id"]], result)]
+        if not judged:
+            return {"agg_metrics": 0.0, "note": f"the {split} split has no answers: only the result file was written"}
+        if self.metric != "accuracy":
+            check_choices(judged, self.metric, split)
+        pairs = [(records[result["instance_id"]], result) for result in judged]
+        hits = {result["instance_id"]: hit(record, result) for record, result in pairs}
+        accuracy = 100 * sum(hits.values()) / len(hits)
+        truths = {key: records[key] for key in hits}
+        if self.metric == "accuracy":
+            return {"accuracy": accuracy, "agg_metrics": accuracy, **by_kind(truths, hits, GROUPS)}
+        if self.metric == "auc":
+            area = roc_auc(*zip(*(margin(record, result["losses"]) for record, result in pairs), strict=True))
+            return {"auc": area, "accuracy": accuracy, "agg_metrics": area}
+        ranks = {result["instance_id"]: right_rank(record, result["losses"]) for record, result in pairs}
+        mrr = mean_reciprocal_rank(list(ranks.values()))
+        by_group = by_kind(truths, {key: 1 / rank for key, rank in ranks.items()}, GROUPS)
+        return {"mrr": mrr, "accuracy": accuracy, "agg_metrics": mrr, **by_group}
+
+
+def has_truth(record: Record, result: Result) -> bool:
+    """Whether it is known what is right: the label of a choice, any answer where there are no candidates."""
+    return record.get("label") is not None if "losses" in result else bool(record.get("answers"))
+
+
+def class_losses(record: Record, losses: Sequence[float]) -> tuple[list[float], int]:
+    """The loss of each class, that of its likeliest candidate, and which class is right.
+
+    Classes are in order of their numbers; without `classes` each text is one, in order of the candidates.
+    """
+    candidates = record["candidates"]
+    classes = record.get("classes") or candidates
+    if len(classes) != len(candidates):
+        raise ValueError(
+            f"{len(classes)} classes {list(classes)} were given for {len(candidates)} candidates {candidates}"
+        )
+    best: dict[Any, float] = {}
+    for name, loss in zip(classes, losses, strict=True):
+        best[name] = min(loss, best.get(name, loss))
+    names = sorted(best) if record.get("classes") else list(best)
+    return [best[name] for name in names], names.index(classes[record["label"]])
+
+
+def right_rank(record: Record, losses: Sequence[float]) -> int:
+    """The right class's place, from 1."""
+    return rank_of(*class_losses(record, losses))
+
+
+def hit(record: Record, result: Result) -> float:
+    """1 for a right answer, 0 for a wrong one."""
+    if "losses" in result:
+        return float(right_rank(record, result["losses"]) == 1)
+    return vqa_accuracy(result["prediction"], record["answers"], variant="normalised")
+
+
+def margin(record: Record, losses: Sequence[float]) -> tuple[float, bool]:
+    """By how much the second of two classes is likelier than the first, and whether it is right."""
+    best, right = class_losses(record, losses)
+    if len(best) != 2:
+        raise ValueError(
+            f"run.metric 'auc' is between two classes, but {record['candidates']} are {len(best)}: say in the record's "
+            "`classes` which candidates mean the same, or choose accuracy or mrr"
+        )
+    return best[0] - best[1], right == 1
+
+
+def check_choices(results: Sequence[Result], metric: str, split: str) -> None:
+    """Raise ValueError if a sample was answered without candidates."""
+    if any("losses" not in result for result in results):
+        raise ValueError(
+            f"run.metric {metric!r} ranks candidates, and samples of the {split} split have none: choose accuracy"
+        )

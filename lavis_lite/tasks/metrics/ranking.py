@@ -1,0 +1,40 @@
+"""Metrics of candidates ranked by their loss, in percent: mean reciprocal rank and area under the ROC curve.
+
+Equal losses keep the order of the candidates, as a stable sort does. Equal scores of a positive and a negative sample
+count half in the area, as in scikit-learn's `roc_auc_score`.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def rank_of(losses: Sequence[float], right: int) -> int:
+    """The place, from 1, of the candidate `right`, the lowest loss first. ValueError if a loss is not a number."""
+    if any(math.isnan(loss) for loss in losses):
+        raise ValueError(f"the losses {list(losses)} are not all numbers: they have no order")
+    return 1 + sum((loss, index) < (losses[right], right) for index, loss in enumerate(losses))
+
+
+def mean_reciprocal_rank(ranks: Sequence[int]) -> float:
+    """100 times the mean of 1/rank; ranks count from 1 (Visual Dialog's MRR)."""
+    return 100 * sum(1 / rank for rank in ranks) / len(ranks)
+
+
+def roc_auc(scores: Sequence[float], is_positive: Sequence[bool]) -> float:
+    """100 times the share of pairs (a positive and a negative sample) in which the positive one scores higher.
+
+    Raises ValueError if there are only positive or only negative samples, or a score is not a number.
+    """
+    values, positive = np.asarray(scores, dtype=np.float64), np.asarray(is_positive, dtype=bool)
+    if np.isnan(values).any():
+        raise ValueError(f"score {int(np.isnan(values).argmax())} is not a number: the scores have no order")
+    if positive.all() or not positive.any():
+        raise ValueError(
+            f"the area under the ROC curve needs positive and negative samples; there are {int(positive.sum())} and "
+            f"{int((~positive).sum())}"
+        )
+    negatives = np.sort(values[~positive])
+    below, upto = (np.searchsorted(negatives, values[positive], side=side) for side in ("left", "right"))
+    return float(100 * np.mean(below + upto) / (2 * len(negatives)))
