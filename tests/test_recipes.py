@@ -40,7 +40,7 @@ EVAL = [path for path in RECIPES if path.parent.name == "eval"]
 MODEL_TYPES = [(arch, kind) for arch, kinds in model_zoo for kind in kinds]
 DATASET_TYPES = [(name, kind) for name, kinds in dataset_zoo for kind in kinds]
 WITHOUT_RESULT = {"blip/train/snli_ve_ft", "blip/eval/vqav2"} | {f"blip2/train/pretrain_stage{i}" for i in (1, 2)}
-OWN_FILES = {"caption", "classification", "pairs", "retrieval", "vqa"}
+OWN_FILES = {"caption", "classification", "instruct", "pairs", "retrieval", "vqa"}
 
 
 def name_of(path: Path) -> str:

@@ -90,7 +90,8 @@ def dataset_shares(
             f"run.train_dataset_ratios names {sorted(ratios)}, but the training datasets are {sorted(lengths)}"
         )
     own = ratios or {
-        name: length ** POWERS[sampling] * (factors or {}).get(name, 1.0) for name, length in lengths.items()
+        name: max(length, 1) ** POWERS[sampling] * (factors or {}).get(name, 1.0)  # TrainSampler refuses an empty one
+        for name, length in lengths.items()
     }
     weights = np.array([own[name] for name in lengths], dtype=np.float64)
     if weights.min() < 0 or weights.sum() <= 0:
