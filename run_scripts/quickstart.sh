@@ -1,67 +1,117 @@
 #!/usr/bin/env bash
 # From a bare clone to trained and evaluated tiny models on the generated dataset `shapes`, on two CPU cores:
-#   bash run_scripts/quickstart.sh                  BLIP, about ten minutes
-#   bash run_scripts/quickstart.sh --family blip2   BLIP-2, with the image encoder of the former; its figures are still to be tuned
+#   bash run_scripts/quickstart.sh                          BLIP
+#   bash run_scripts/quickstart.sh --family blip2           BLIP-2, with the image encoder of the former
+#   bash run_scripts/quickstart.sh --family instructblip    InstructBLIP, from the latter
+# What a family starts from is trained first if it isn't there.
 # Leaves <output>/{results.json,report.html} and one folder a step with its log, checkpoints and results.
 set -euo pipefail
 family=blip
 while [ $# -gt 0 ]; do
     case "$1" in
         --family) family=${2:-} && shift 2 ;;
-        *) echo "usage: $0 [--family blip|blip2]" >&2 && exit 2 ;;
+        *) echo "usage: $0 [--family blip|blip2|instructblip]" >&2 && exit 2 ;;
     esac
 done
 case "$family" in
     blip) out=output/quickstart ;;
-    blip2) out=output/quickstart_blip2 ;;
-    *) echo "error: --family must be blip or blip2, not '$family'" >&2 && exit 2 ;;
+    blip2 | instructblip) out=output/quickstart_$family ;;
+    *) echo "error: --family must be blip, blip2 or instructblip, not '$family'" >&2 && exit 2 ;;
 esac
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
 
 recipes=projects/$family/quickstart
 encoder=output/quickstart/pretrain/checkpoint_last.pth
+blip2=output/quickstart_blip2
 started=$SECONDS
 
+# train NAME...: recipes of this family, or of another one as FAMILY/NAME
 train() {
-    for step in "$@"; do
-        echo "== $step ($recipes/$step.yaml)"
-        "$python" train.py --cfg-path "$recipes/$step.yaml"
+    for name in "$@"; do
+        local recipe=$recipes/$name.yaml
+        case "$name" in */*) recipe=projects/${name%/*}/quickstart/${name#*/}.yaml ;; esac
+        echo "== ${name#*/} ($recipe)"
+        "$python" train.py --cfg-path "$recipe"
     done
 }
-# evaluate STEP NAME OPTIONS...: test a trained step once more under other conditions
+# evaluate RECIPE STEP NAME OPTIONS...: a recipe's test once more, with a step's weights, under other conditions
 evaluate() {
-    local step=$1 name=$2 && shift 2
-    "$python" evaluate.py --cfg-path "$recipes/$step.yaml" --checkpoint "$out/$step/checkpoint_best.pth" \
+    local recipe=$1 step=$2 name=$3 && shift 3
+    echo "== $name"
+    "$python" evaluate.py --cfg-path "$recipes/$recipe.yaml" --checkpoint "$step/checkpoint_best.pth" \
         --options "run.job_id=$name" "$@"
 }
+# together CHAIN...: functions that don't wait for one another, a core each, every one with a file of its own
+together() {
+    local pids=() i
+    for chain in "$@"; do
+        OMP_NUM_THREADS=1 "$chain" >"$out/$chain.txt" 2>&1 &
+        pids+=($!)
+        echo "== $chain ... (tail -f $out/$chain.txt)"
+    done
+    for ((i = 1; i <= $#; i++)); do
+        if ! wait "${pids[i - 1]}"; then
+            kill "${pids[@]}" 2>/dev/null || true
+            tail -n 20 "$out/${!i}.txt" >&2
+            echo "error: ${!i} failed; all it said is in $out/${!i}.txt" >&2
+            exit 1
+        fi
+        echo "== ${!i} done, $(((SECONDS - started) / 60)) min so far"
+        grep -h " test: " "$out/${!i}.txt" || true
+    done
+}
+language_model() {
+    echo "== a tiny language model, $1, learns from texts alone"
+    "$python" run_scripts/train_tiny_llm.py "tiny_$1" --texts "projects/blip2/quickstart/_texts_$1.yaml" \
+        --out "$blip2/$1" --batch-size "$2"
+}
+image_encoder() {
+    if [ ! -f "$encoder" ]; then
+        echo "== the image encoder: a tiny BLIP is pretrained"
+        train blip/pretrain
+    fi
+}
+
 quickstart_blip() {
     train pretrain caption vqa retrieval
-    echo "== vqa with blank images: what the questions give away by themselves"
-    evaluate vqa vqa_blank run.blank_images=True
+    evaluate vqa "$out/vqa" vqa_blank run.blank_images=True # what the questions give away by themselves
 }
+
+language_models() { language_model opt 16 && language_model t5 32; }
+stage1() { train blip2/stage1; }
+# with the queries of other images, a caption says what the language model knows by itself
+stage2_opt() { train blip2/stage2_opt && evaluate stage2_opt "$out/stage2_opt" stage2_opt_shuffled run.shuffle_images=True; }
+stage2_t5() { train blip2/stage2_t5 && evaluate stage2_t5 "$out/stage2_t5" stage2_t5_shuffled run.shuffle_images=True; }
+finetune_vqa() { train vqa && evaluate vqa "$out/vqa" vqa_blank run.blank_images=True; }
+finetune_others() { train caption retrieval; }
 quickstart_blip2() {
-    if [ ! -f "$encoder" ]; then
-        echo "== the image encoder: a tiny BLIP is pretrained (projects/blip/quickstart/pretrain.yaml)"
-        "$python" train.py --cfg-path projects/blip/quickstart/pretrain.yaml
+    image_encoder
+    together stage1 language_models
+    together stage2_opt stage2_t5
+    together finetune_vqa finetune_others
+}
+
+t5_texts() { language_model t5 32; }
+stage2() { train blip2/stage2_t5; }
+instruct() { train instruct; }
+instruct_blind() { train instruct_blind; }
+quickstart_instructblip() {
+    if [ ! -f "$blip2/stage2_t5/checkpoint_last.pth" ]; then
+        echo "== a tiny BLIP-2 first"
+        image_encoder
+        together stage1 t5_texts
+        stage2
     fi
-    for llm in opt t5; do
-        echo "== a tiny language model, $llm, learns from texts alone"
-        "$python" run_scripts/train_tiny_llm.py "tiny_$llm" --texts "$recipes/_llm_texts.yaml" --out "$out/$llm"
-    done
-    train stage1
-    for llm in opt t5; do
-        train "stage2_$llm"
-        echo "== stage2_$llm with the queries of other images: what the language model knows by itself"
-        evaluate "stage2_$llm" "stage2_${llm}_shuffled" run.shuffle_images=True
-    done
-    train caption vqa retrieval
-    echo "== vqa with blank images"
-    evaluate vqa vqa_blank run.blank_images=True
+    together instruct instruct_blind
+    evaluate held_out "$out/instruct" held_out
+    evaluate held_out "$out/instruct_blind" held_out_blind model.qformer_text_input=False
+    evaluate held_out "$blip2/stage2_t5" held_out_blip2 model.arch=blip2_t5
 }
 
 if [ -d "$out" ]; then
     echo "== removing the results of an earlier quickstart in $out"
     rm -rf "$out"
 fi
+mkdir -p "$out"
 "quickstart_$family"
 "$python" run_scripts/quickstart_report.py "$out" --family "$family" --seconds $((SECONDS - started))

@@ -48,7 +48,7 @@ def retold(entries: list[tuple[str, str | None]], rng: random.Random) -> list[tu
     captions = [entry for entry in entries if entry[1] is None]
     questions = [entry for entry in entries if entry[1] is not None]
     kinds = [rng.sample(kind, min(2, len(kind))) for kind in (captions, questions) if kind]
-    return [rng.choice(rng.choices(kinds, weights=(6, 4)[: len(kinds)])[0]) for _ in range(8)]
+    return [rng.choice(rng.choices(kinds, weights=(7, 3)[: len(kinds)])[0]) for _ in range(8)]
 
 
 def decoder_batch(tokenizer: PreTrainedTokenizerBase, chosen: list[Any], rng: random.Random) -> dict[str, Tensor]:
