@@ -51,6 +51,7 @@ class Figure(NamedTuple):
     label: str
     unit: str = " %"
     factor: float = 1.0
+    split: str = "test"
 
 
 class Family(NamedTuple):
@@ -112,6 +113,28 @@ FAMILIES = {
             ("retrieval", "retrieval", "Texts found for an image"),
         ),
     ),
+    "instructblip": Family(
+        "A tiny InstructBLIP",
+        "A tiny BLIP-2 with T5, tuned on instructions of seven kinds; an eighth kind, dialogues, is held out",
+        {"instruct": "Instruction tuning", "instruct_blind": "Without the instruction in the Q-Former"},
+        (
+            *(
+                Figure(f"held_in.{group}", "instruct", "accuracy", label, split=f"shapes_instruct_{group}_test")
+                for group, label in {
+                    "color": "colours named right",
+                    "count": "numbers named right",
+                    "relation": "questions about relations",
+                    "yesno": "yes or no",
+                    "options": "one of several options",
+                    "statement": "statements: true or false",
+                }.items()
+            ),
+            Figure("held_out.accuracy", "held_out", "accuracy", "held out: dialogues, last question right"),
+            Figure("held_out.blind", "held_out_blind", "accuracy", "  without the instruction in the Q-Former"),
+            Figure("held_out.blip2", "held_out_blip2", "accuracy", "  BLIP-2, not tuned on instructions"),
+        ),
+        (("instruct", "held_out", "The held-out group: the last question of a dialogue"),),
+    ),
 }
 
 
@@ -129,11 +152,11 @@ def rows(job: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (job / "log.txt").read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def test_metrics(job: Path) -> dict[str, Any]:
+def test_metrics(job: Path, split: str = "test") -> dict[str, Any]:
     """The last test metrics of a job."""
-    found = [row for row in rows(job) if row.get("split") == "test"]
+    found = [row for row in rows(job) if row.get("split") == split]
     if not found:
-        raise SystemExit(f"error: {job / 'log.txt'} holds no test metrics; did that step finish?")
+        raise SystemExit(f"error: {job / 'log.txt'} holds no {split} metrics; did that step finish?")
     return found[-1]["metrics"]
 
 
@@ -142,7 +165,7 @@ def collect(out: Path, family: Family, seconds: float) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for figure in family.figures:
         group, name = figure.key.split(".")
-        results.setdefault(group, {})[name] = figure.factor * test_metrics(out / figure.job)[figure.metric]
+        results.setdefault(group, {})[name] = figure.factor * test_metrics(out / figure.job, figure.split)[figure.metric]
     return results | {"seconds": seconds}
 
 
@@ -201,6 +224,15 @@ def retrieval_cards(job: Path) -> Iterator[Card]:
         yield Card(Path(dataset.vis_root) / found["images"][i], found["texts"][best[0]], right, note)
 
 
+def instruct_cards(job: Path) -> Iterator[Card]:
+    """Every test instruction's answer; right when it's the record's."""
+    dataset = test_set(job)
+    said = {entry["instance_id"]: entry["prediction"] for entry in result(job, "predictions")}
+    for index, record in enumerate(dataset.annotation):
+        answer, asked = said[str(index)], dataset[index]["text_input"]
+        yield Card(Path(dataset.vis_root) / record["image"], answer, answer in record["answers"], asked)
+
+
 def shown(cards: Iterable[Card]) -> list[Card]:
     """Evenly spread cards, with up to a third of the wrong ones among them, so that mistakes are seen."""
     cards = list(cards)
@@ -256,6 +288,7 @@ def section(title: str, text: str, cards: Iterable[Card]) -> str:
 
 KINDS = {
     "caption": (caption_cards, "Right: every statement of the caption is true of the scene."),
+    "instruct": (instruct_cards, "Right: the likeliest of the possible answers is the true one."),
     "vqa": (vqa_cards, "Right: at least two of ten people gave this answer."),
     "retrieval": (retrieval_cards, "The best of all texts of the gallery."),
 }

@@ -11,11 +11,10 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from lavis_lite.datasets.annotations import Record, load_annotations, read_json, require_fields
 from lavis_lite.datasets.instruct import InstructBuilder
-from lavis_lite.datasets.instruct_captions import CaptionInstructBuilder
+from lavis_lite.datasets.instruct_captions import CaptionInstructBuilder, read_with_words
 from lavis_lite.datasets.instruct_jsonl import PLACE, place_of
 from lavis_lite.datasets.vqa import answers_of
 from lavis_lite.registry import registry
@@ -139,29 +138,17 @@ class VizWizBuilder(InstructBuilder):
 def read_textvqa(paths: Sequence[Path]) -> list[Record]:
     """TextVQA's questions, and, where that file is given too, the words that Rosetta read in each image (`ocr_tokens`).
 
-    Both are `{"data": [...]}`. The validation images are in the folder of the training images.
+    The validation images are in the folder of the training images.
     """
-    questions: list[Record] = []
-    words: dict[Any, list[str]] | None = None
-    for path in paths:
-        content = read_json(path)
-        if not isinstance(content, dict) or not isinstance(content.get("data"), list):
-            raise ValueError(f'{path}: expected TextVQA\'s {{"data": [...]}}: questions, or the words in the images')
-        if content["data"] and "ocr_tokens" in content["data"][0]:
-            require_fields(content["data"], ("image_id", "ocr_tokens"), path)
-            words = (words or {}) | {entry["image_id"]: entry["ocr_tokens"] for entry in content["data"]}
-        else:
-            require_fields(content["data"], ("image_id", "question", "question_id"), path)
-            questions += content["data"]
     return [
         {
             "image": f"{'test' if row.get('set_name') == 'test' else 'train'}_images/{row['image_id']}.jpg",
             "question": row["question"],
             "question_id": row["question_id"],
             "answer": answers_of(row),
-            **({} if words is None else {"ocr_tokens": words.get(row["image_id"], [])}),
+            **({"ocr_tokens": row["ocr_tokens"]} if "ocr_tokens" in row else {}),
         }
-        for row in questions
+        for row in read_with_words(paths, ("image_id", "question", "question_id"))
     ]
 
 
