@@ -57,13 +57,14 @@ together() {
             exit 1
         fi
         echo "== ${!i} done, $(((SECONDS - started) / 60)) min so far"
-        grep -h " test: " "$out/${!i}.txt" || true
+        grep -h " test: .*agg_metrics" "$out/${!i}.txt" || true
     done
 }
+# language_model NAME TEXTS BATCH
 language_model() {
     echo "== a tiny language model, $1, learns from texts alone"
-    "$python" run_scripts/train_tiny_llm.py "tiny_$1" --texts "projects/blip2/quickstart/_texts_$1.yaml" \
-        --out "$blip2/$1" --batch-size "$2"
+    "$python" run_scripts/train_tiny_llm.py "tiny_$1" --texts "projects/blip2/quickstart/$2" --out "$blip2/$1" \
+        --batch-size "$3"
 }
 image_encoder() {
     if [ ! -f "$encoder" ]; then
@@ -77,7 +78,7 @@ quickstart_blip() {
     evaluate vqa "$out/vqa" vqa_blank run.blank_images=True # what the questions give away by themselves
 }
 
-language_models() { language_model opt 16 && language_model t5 32; }
+language_models() { language_model opt _texts_opt.yaml 16 && language_model t5 _texts_t5.yaml 32; }
 stage1() { train blip2/stage1; }
 # with the queries of other images, a caption says what the language model knows by itself
 stage2_opt() { train blip2/stage2_opt && evaluate stage2_opt "$out/stage2_opt" stage2_opt_shuffled run.shuffle_images=True; }
@@ -91,7 +92,7 @@ quickstart_blip2() {
     together finetune_vqa finetune_others
 }
 
-t5_texts() { language_model t5 32; }
+t5_texts() { language_model t5 _texts_t5.yaml 32; }
 stage2() { train blip2/stage2_t5; }
 instruct() { train instruct; }
 instruct_blind() { train instruct_blind; }

@@ -152,8 +152,8 @@ def rows(job: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (job / "log.txt").read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def test_metrics(job: Path, split: str = "test") -> dict[str, Any]:
-    """The last test metrics of a job."""
+def last_metrics(job: Path, split: str) -> dict[str, Any]:
+    """The last metrics of a job on a split."""
     found = [row for row in rows(job) if row.get("split") == split]
     if not found:
         raise SystemExit(f"error: {job / 'log.txt'} holds no {split} metrics; did that step finish?")
@@ -165,7 +165,9 @@ def collect(out: Path, family: Family, seconds: float) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for figure in family.figures:
         group, name = figure.key.split(".")
-        results.setdefault(group, {})[name] = figure.factor * test_metrics(out / figure.job, figure.split)[figure.metric]
+        results.setdefault(group, {})[name] = (
+            figure.factor * last_metrics(out / figure.job, figure.split)[figure.metric]
+        )
     return results | {"seconds": seconds}
 
 
@@ -179,8 +181,9 @@ def table(results: dict[str, Any], family: Family) -> list[tuple[str, str]]:
 
 
 def test_set(job: Path) -> Any:
-    """The test dataset that a job used."""
-    ((name, section),) = OmegaConf.to_container(OmegaConf.load(job / "config.yaml"))["datasets"].items()
+    """The test dataset that a job used, one that trained or one that only evaluated."""
+    (config,) = job.glob("config*.yaml")
+    ((name, section),) = OmegaConf.to_container(OmegaConf.load(config))["datasets"].items()
     section.pop("type", None)
     return registry.get_builder_class(name)(**section).build(["test"])["test"]
 

@@ -3,7 +3,8 @@
 A document is what was said of one scene: a few of its captions and of its questions with their answers, each perhaps
 several times. A model that has learned to go on with such a document can use what stands before, and that is all BLIP-2
 asks of a frozen one. The repetitions matter: without them a model this small does not learn to copy (of a caption of
-two objects in its context it keeps the relation no better than by chance). Leaves a folder that `opt_model`, `t5_model` and `llm_model` take.
+two objects in its context it keeps the relation no better than by chance). Leaves a folder that `opt_model`, `t5_model`
+and `llm_model` take.
 """
 
 import argparse

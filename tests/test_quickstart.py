@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from lavis_lite import cli
-from lavis_lite.config import parser
+from lavis_lite.config import Config, parser
 from lavis_lite.models import load_model
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +59,7 @@ def test_a_language_model_learns_from_texts_and_is_taken(
     assert not any(n.startswith(f"{key}.") for n in model.checkpoint_state_dict())
 
 
-@pytest.mark.parametrize("family", ["blip", "blip2"])
+@pytest.mark.parametrize("family", ["blip", "blip2", "instructblip"])
 def test_every_figure_of_the_report_has_a_job_that_measures_it(family: str) -> None:
     report = script("quickstart_report").FAMILIES[family]
     recipes = {
@@ -67,48 +67,84 @@ def test_every_figure_of_the_report_has_a_job_that_measures_it(family: str) -> N
     }
     jobs = {name: recipe["run"]["job_id"] for name, recipe in recipes.items() if not name.startswith("_")}
     assert all(name == job for name, job in jobs.items())
-    shell = (ROOT / "run_scripts/quickstart.sh").read_text().replace("${llm}", "opt").replace("$llm", "opt")
-    again = set(re.findall(r"evaluate \S+ \"?(\w+)\"?", shell)) | {"stage2_t5_shuffled"}
+    again = {name for _, _, name in evaluations(f"quickstart_{family}")}
     assert {figure.job for figure in report.figures} <= set(jobs) | again
     assert set(report.jobs) <= set(jobs)
     assert {job for _, job, _ in report.pictures} <= set(jobs)
 
 
-def test_the_blip2_quickstart_runs_from_end_to_end(
+def evaluations(function: str) -> list[tuple[str, str, str]]:
+    """(recipe, folder of the weights, name) of every `evaluate` that a function of quickstart.sh comes to."""
+    shell = (ROOT / "run_scripts/quickstart.sh").read_text()
+    bodies = dict(re.findall(r"^(\w+)\(\) \{((?:.*\}$)|(?:\n(?:.*\n)*?\}$))", shell, flags=re.MULTILINE))
+    called = [
+        name for name in bodies if name != function and re.search(rf"(?<![/\w]){name}(?![/\w])", bodies[function])
+    ]
+    own = re.findall(r'evaluate (\w+) "(\S+)" (\w+)', bodies[function])
+    return own + [found for name in called if name not in ("train", "evaluate") for found in evaluations(name)]
+
+
+class Quickstart:
+    """Jobs of quickstart.sh with a few steps and samples."""
+
+    def __init__(self, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.texts, self.monkeypatch = texts, monkeypatch
+
+    def door(self, name: str, *options: str) -> None:
+        recipe = ROOT / f"projects/{name}.yaml"
+        sizes = ("num_train=70", "num_val=5", "num_test=5", "gallery_size=5")
+        small = [f"datasets.{dataset}.{size}" for dataset in Config.from_file(recipe).datasets for size in sizes]
+        settings = [*small, "run.num_workers=0", *options]
+        assert cli.main(parser(), ["--cfg-path", str(recipe), "--options", *settings]) == 0
+
+    def train(self, *names: str) -> None:
+        for name in names:
+            self.door(name, "run.max_iters=2")
+
+    def evaluate_again(self, family: str, *options: str) -> None:
+        """What the script evaluates beside the training jobs, with its own options."""
+        shell = (ROOT / "run_scripts/quickstart.sh").read_text().replace("\\\n", " ")
+        for recipe, folder, name in evaluations(f"quickstart_{family}"):
+            given = re.search(rf'evaluate {recipe} "\S+" {name}((?: [\w.]+=\w+)*)', shell)[1].split()
+            folder = folder.replace("$out", f"output/quickstart_{family}").replace("$blip2", "output/quickstart_blip2")
+            best = f"model.checkpoint={folder}/checkpoint_best.pth"
+            self.door(
+                f"{family}/quickstart/{recipe}", "run.evaluate=True", f"run.job_id={name}", best, *given, *options
+            )
+
+    def language_model(self, name: str) -> None:
+        out = f"output/quickstart_blip2/{name}"
+        arguments = ["x", f"tiny_{name}", "--texts", str(self.texts), "--out", out, "--steps", "2"]
+        self.monkeypatch.setattr(sys, "argv", arguments)
+        script("train_tiny_llm").main()
+
+    def report(self, family: str) -> None:
+        out = f"output/quickstart_{family}"
+        self.monkeypatch.setattr(sys, "argv", ["x", out, "--family", family, "--seconds", "1"])
+        script("quickstart_report").main()
+
+
+def test_the_blip2_and_instructblip_quickstarts_run_from_end_to_end(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every job of quickstart.sh in its order, a few steps each, and the report of them."""
+    """Every job of quickstart.sh in its order, two steps each, and the reports of them."""
     monkeypatch.chdir(tmp_path)
+    quickstart = Quickstart(texts, monkeypatch)
+    quickstart.train("blip/quickstart/pretrain")
+    quickstart.language_model("opt")
+    quickstart.language_model("t5")
+    quickstart.train(*(f"blip2/quickstart/{job}" for job in script("quickstart_report").FAMILIES["blip2"].jobs))
+    quickstart.evaluate_again("blip2")
+    quickstart.report("blip2")
     out = Path("output/quickstart_blip2")
-
-    def door(name: str, *options: str) -> None:
-        recipe = yaml.safe_load((ROOT / f"projects/{name}.yaml").read_text())
-        sets = ["shapes_vqa"] if "vqa" in name else ["shapes_retrieval"] if "retrieval" in name else ["shapes_caption"]
-        sets += ["shapes_pairs"] if recipe["run"]["job_id"] in ("pretrain", "stage1") else []
-        sizes = ("num_train=70", "num_val=5", "num_test=5", "gallery_size=5")
-        small = [f"datasets.{dataset}.{size}" for dataset in sets for size in sizes]
-        settings = [*small, "run.num_workers=0", *options]
-        assert cli.main(parser(), ["--cfg-path", str(ROOT / f"projects/{name}.yaml"), "--options", *settings]) == 0
-
-    door("blip/quickstart/pretrain", "run.max_iters=2")
-    for llm in ("opt", "t5"):
-        arguments = ["x", f"tiny_{llm}", "--texts", str(texts), "--out", str(out / llm), "--steps", "2"]
-        monkeypatch.setattr(sys, "argv", arguments)
-        script("train_tiny_llm").main()
-    for job in script("quickstart_report").FAMILIES["blip2"].jobs:
-        door(f"blip2/quickstart/{job}", "run.max_iters=2")
-    for job, name, option in (
-        ("stage2_opt", "stage2_opt_shuffled", "run.shuffle_images=True"),
-        ("stage2_t5", "stage2_t5_shuffled", "run.shuffle_images=True"),
-        ("vqa", "vqa_blank", "run.blank_images=True"),
-    ):
-        best = f"model.checkpoint={out / job / 'checkpoint_best.pth'}"
-        door(f"blip2/quickstart/{job}", "run.evaluate=True", f"run.job_id={name}", option, best)
-    monkeypatch.setattr(sys, "argv", ["x", str(out), "--family", "blip2", "--seconds", "1"])
-    script("quickstart_report").main()
     assert "with the queries of other images" in capsys.readouterr().out
     assert (out / "report.html").read_text().count("<svg") == 6
     assert not any("opt_model" in name for name in torch.load(out / "vqa" / "checkpoint_last.pth")["model"])
+    quickstart.train("instructblip/quickstart/instruct", "instructblip/quickstart/instruct_blind")
+    quickstart.evaluate_again("instructblip")
+    quickstart.report("instructblip")
+    assert "BLIP-2, not tuned on instructions" in capsys.readouterr().out
+    assert Path("output/quickstart_instructblip/report.html").read_text().count('<div class="card') == 10
 
 
 def test_figures_are_collected_from_the_logs(tmp_path: Path) -> None:
@@ -125,4 +161,4 @@ def test_figures_are_collected_from_the_logs(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "log.txt").write_text("")
     with pytest.raises(SystemExit, match="holds no test metrics"):
-        report.test_metrics(tmp_path / "empty")
+        report.last_metrics(tmp_path / "empty", "test")
