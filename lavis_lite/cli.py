@@ -152,16 +152,27 @@ def report(cfg: Config, model: Any, datasets: dict[str, dict[str, Any]], *, num_
         for split, dataset in splits.items():
             lines.append(f"samples     {name}/{split}: {len(dataset):,}")
     if not cfg.run.evaluate:
-        lines.append(f"steps       {steps_line(cfg.run, datasets, num_processes=num_processes)}")
+        lines += training_lines(cfg.run, datasets, num_processes=num_processes)
     return "\n".join(lines)
 
 
-def steps_line(run: RunConfig, datasets: dict[str, dict[str, Any]], *, num_processes: int) -> str:
-    """Return in words how many steps the run takes. Raises what training would: no training set, too small a one ..."""
-    from lavis_lite.optim import build_schedule
+def training_lines(run: RunConfig, datasets: dict[str, dict[str, Any]], *, num_processes: int) -> list[str]:
+    """Return each training set's share, if there are several, and how many steps the run takes.
+
+    Raises what training would: no training set, too small a one ...
+    """
     from lavis_lite.runners.loaders import train_loader, train_sets
 
-    per_epoch = train_loader(train_sets(datasets, run.train_splits), run, world=num_processes).steps_per_epoch
+    loader = train_loader(train_sets(datasets, run.train_splits), run, world=num_processes)
+    shares = loader.sampler.shares
+    lines = [f"share       {name}: {share:.2%} of the steps" for name, share in shares.items() if len(shares) > 1]
+    return [*lines, f"steps       {steps_line(run, loader.steps_per_epoch, num_processes=num_processes)}"]
+
+
+def steps_line(run: RunConfig, per_epoch: int, *, num_processes: int) -> str:
+    """Return in words how many steps the run takes, with `per_epoch` an epoch."""
+    from lavis_lite.optim import build_schedule
+
     by_epochs = per_epoch * run.max_epoch
     total = run.max_iters if run.runner == "runner_iter" else min(by_epochs, run.max_iters or by_epochs)
     build_schedule(run, max_epoch=run.max_epoch, iters_per_epoch=per_epoch, total_steps=total)

@@ -3,8 +3,8 @@
 Merge order, the last one winning: `RunConfig`'s defaults, configs/models/<arch>/<model_type>.yaml,
 configs/datasets/<name>/<type>.yaml, the project's YAML (its `_base_` files first), `--options`. Schemas are the
 constructors' own signatures (config_schema.py).
-Surprising: a dataset that names no processors takes the model type's `preprocess`; `expected:` is free data, the result
-that a recipe has been seen to reach.
+Surprising: a dataset that names no processors takes the model type's `preprocess`; one that names its `builder` may be
+called anything; `expected:` is free data, the result that a recipe has been seen to reach.
 """
 
 import argparse
@@ -56,7 +56,7 @@ class Config:
     model: dict[str, Any]
     """`arch`, `model_type`, the constructor's arguments, and the weight keys."""
     datasets: dict[str, dict[str, Any]]
-    """Dataset name -> the builder's arguments."""
+    """Dataset name -> the builder's arguments, and `builder`, its name, where that is not the dataset's."""
     run: RunConfig
     task: dict[str, Any] = field(default_factory=dict)
     """The task's own fields, as far as given."""
@@ -98,8 +98,9 @@ class Config:
         _check_sections(own_layers)
         own = merge_layers(own_layers)
         _import_user_modules(resolve_key(own, ("imports",), own_layers), own_layers)
-        types = _dataset_types(own, own_layers)
-        layers = [_model_layer_of(own, own_layers), *_dataset_layers(types), *own_layers]
+        builders = {name: name for name in own.get("datasets", {})} | _dataset_keys(own, own_layers, "builder")
+        types = _dataset_types(own, own_layers, builders)
+        layers = [_model_layer_of(own, own_layers), *_dataset_layers(types, builders), *own_layers]
         tree = resolve(merge({"run": RUN_DEFAULTS}, merge_layers(layers)), layers)
         raw = {path: text for layer in layers for path, text in layer.raw.items()}
         return _checked(tree, Checker(layers, raw), types, source=str(path))
@@ -207,27 +208,36 @@ def _model_layer_of(tree: dict[str, Any], layers: Sequence[Layer]) -> Layer:
     return Layer(f"{arch}'s defaults", {})  # a user's own architecture: its constructor has the defaults
 
 
-def _dataset_types(tree: dict[str, Any], layers: Sequence[Layer]) -> dict[str, str]:
-    names = tree.get("datasets", {})
-    types = {name: resolve_key(tree, ("datasets", name, "type"), layers) or "default" for name in names}
+def _dataset_keys(tree: dict[str, Any], layers: Sequence[Layer], key: str) -> dict[str, str]:
+    """The name that each dataset has under `key`; datasets that say nothing are left out."""
+    found = {name: resolve_key(tree, ("datasets", name, key), layers) for name in tree.get("datasets", {})}
+    for name, value in found.items():
+        if not isinstance(value, str | None):
+            where = f"{origin(layers, ('datasets', name, key))}: datasets.{name}.{key}"
+            raise ConfigError(f"{where}: expected a name, got {value!r}")
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _dataset_types(tree: dict[str, Any], layers: Sequence[Layer], builders: Mapping[str, str]) -> dict[str, str]:
+    types = dict.fromkeys(builders, "default") | _dataset_keys(tree, layers, "type")
     for name, kind in types.items():
-        known = zoo.dataset_zoo.types(name)
+        known = zoo.dataset_zoo.types(builders[name])
         if known and kind not in known:
             where = f"{origin(layers, ('datasets', name, 'type'))}: datasets.{name}.type"
-            raise ConfigError(f"{where}: {name} has no type {kind!r}. {did_you_mean(kind, known)}")
+            raise ConfigError(f"{where}: {builders[name]} has no type {kind!r}. {did_you_mean(kind, known)}")
     return types
 
 
-def _dataset_layers(types: Mapping[str, str]) -> list[Layer]:
+def _dataset_layers(types: Mapping[str, str], builders: Mapping[str, str]) -> list[Layer]:
     result = []
-    for name, kind in types.items():
-        if name not in zoo.dataset_zoo:
+    for name, builder in builders.items():
+        if builder not in zoo.dataset_zoo:
             continue  # a user's own dataset: its builder has the defaults
-        path = zoo.dataset_config_path(name, kind)
+        path = zoo.dataset_config_path(builder, types[name])
         tree = normalise(load_yaml(path), source=str(path))
-        if name not in tree.get("datasets", {}):
-            raise ConfigError(f"{path}: expected the section datasets.{name}")
-        result.append(Layer(str(path), {"datasets": {name: tree["datasets"][name]}}))
+        if builder not in tree.get("datasets", {}):
+            raise ConfigError(f"{path}: expected the section datasets.{builder}")
+        result.append(Layer(str(path), {"datasets": {name: tree["datasets"][builder]}}))
     return result
 
 

@@ -102,21 +102,28 @@ def check_run(section: Mapping[str, Any], checker: Checker) -> tuple[RunConfig, 
 def check_dataset(
     name: str, body: Mapping[str, Any], preprocess: Mapping[str, Any], checker: Checker
 ) -> dict[str, Any]:
+    """Check a dataset's section against its builder: that called `builder`, else as the dataset; return its arguments
+    and, if it is given, `builder`.
+    """
     path = ("datasets", name)
-    builder = _looked_up(registry.get_builder_class, name, checker, path)
+    chosen = {"builder": body["builder"]} if body.get("builder") is not None else {}
+    where, advice = ((*path, "builder"), "") if chosen else (path, " A name of your own needs the key builder.")
+    builder = _looked_up(registry.get_builder_class, chosen.get("builder", name), checker, where, advice=advice)
     schema, open_ended = schema_of(builder)
-    dead = {"type", "dataset_card"} - schema.keys()
+    dead = {"type", "builder", "dataset_card"} - schema.keys()
     body = {key: value for key, value in body.items() if key not in dead}
     defaults = {key: preprocess[key] for key in PROCESSOR_KEYS if key in preprocess and key in schema}
     check_processors(body, checker, path)
-    return checker.section(defaults | body, schema, path, open_ended=open_ended)
+    return chosen | checker.section(defaults | body, schema, path, open_ended=open_ended)
 
 
-def _looked_up(get: Callable[[str], Any], name: Any, checker: Checker, path: tuple[str, ...]) -> Any:
+def _looked_up(
+    get: Callable[[str], Any], name: Any, checker: Checker, path: tuple[str, ...], *, advice: str = ""
+) -> Any:
     try:
         return get(name)
     except RegistryError as error:
-        raise checker.error(path, str(error)) from None
+        raise checker.error(path, f"{error}{advice}") from None
 
 
 def _med_overrides(med_config_path: Any, checker: Checker) -> dict[str, Any]:

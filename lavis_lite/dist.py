@@ -106,9 +106,6 @@ def barrier() -> None:
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
     """Rank 0 runs the body first, then all others; if rank 0 fails, the others fail too instead of waiting for ever."""
-    if world_size() == 1:
-        yield
-        return
     if not is_main():
         failure = broadcast_object(None)
         if failure is not None:

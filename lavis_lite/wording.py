@@ -6,11 +6,16 @@ from collections.abc import Sequence
 MAX_OCR_TOKENS = 30
 
 
+def letters(count: int) -> list[str]:
+    """The marks of that many choices: "(a)", "(b)" ... ValueError for more than there are letters."""
+    if count > len(string.ascii_lowercase):
+        raise ValueError(f"at most {len(string.ascii_lowercase)} choices can be lettered, got {count}")
+    return [f"({letter})" for letter in string.ascii_lowercase[:count]]
+
+
 def lettered(choices: Sequence[str]) -> str:
-    """Choices behind letters: "(a) red (b) blue". ValueError for more than there are letters."""
-    if len(choices) > len(string.ascii_lowercase):
-        raise ValueError(f"at most {len(string.ascii_lowercase)} choices can be lettered, got {len(choices)}")
-    return " ".join(f"({letter}) {choice}" for letter, choice in zip(string.ascii_lowercase, choices, strict=False))
+    """Choices behind letters: "(a) red (b) blue"."""
+    return " ".join(f"{letter} {choice}" for letter, choice in zip(letters(len(choices)), choices, strict=True))
 
 
 def joined_words(words: Sequence[str]) -> str:

@@ -184,6 +184,9 @@ def test_prompt_forms() -> None:
     assert class_prompts(sample, "", 1) == [
         'This image has the caption "a dog". dialog history: hi\ncontext: a park. who?'
     ]
+    assert question_prompts(sample, "Q: {} A:", 1) == [class_prompts({**sample, "prompt": "Q: {} A:"}, "", 1)[0]]
+    some = {"text_input": ["who?", "why?"], "history": ["", "hi"], "context": ["a park", ""], "caption": ""}
+    assert class_prompts(some, "", 2) == ["context: a park. who?", "dialog history: hi\nwhy?"]
     assert question_prompts({"text_input": ["a {} {b}"]}, "Q: {}", 1) == ["Q: a {} {b}"]
     with pytest.raises(ValueError, match="has two gaps"):
         question_prompts({"text_input": ["who?"]}, "{} {}", 1)

@@ -1,7 +1,8 @@
 """Configuration: merge order, inheritance, schemas, and that every mistake is named with its file and the way out."""
 
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from lavis_lite.config_files import load_with_bases, merge, merge_layers, parse_
 from lavis_lite.config_schema import Checker, describe, schema_of
 
 PROJECTS = Path(__file__).parents[1] / "projects"
+DATA_PAGE = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
 BASIC = """
 model: {arch: blip_caption, model_type: tiny}
 datasets:
@@ -217,6 +219,36 @@ def test_datasets_can_be_taken_out_or_have_no_body(tmp_path: Path):
     cfg = load(tmp_path, "_base_: base.yaml\ndatasets: {shapes_caption: false, shapes_pairs: }")
     assert list(cfg.datasets) == ["shapes_pairs"]
     assert "datasets.shapes_caption: expected a mapping" in message(tmp_path, "datasets: {shapes_caption: 3}")
+
+
+def test_a_dataset_may_be_called_anything_if_it_names_its_builder(tmp_path: Path):
+    """The example of docs/data.md, and what else a name of one's own goes through."""
+    (example,) = re.findall(r"### Several of a kind\n.*?```yaml\n(.*?)```", DATA_PAGE, re.DOTALL)
+    text = example.replace("run:", "run:\n  task: instruct") + "model: {arch: blip2_t5_instruct, model_type: tiny}"
+    cfg = load(tmp_path, text, "run.train_dataset_factors.garden_videos=2")
+    assert list(cfg.datasets) == ["garden", "garden_videos"]
+    assert [body["builder"] for body in cfg.datasets.values()] == ["instruct", "instruct"]
+    assert cfg.datasets["garden_videos"]["num_frames"] == 8
+    assert cfg.datasets["garden"]["vis_processor"] == cfg.preprocess["vis_processor"]
+    again = Config.from_file(write(tmp_path, cfg.to_yaml(), "again.yaml"))
+    assert again == replace(cfg, source=again.source)
+    text = BASIC.replace("shapes_caption:", "mine: {builder: coco_caption, type: default}")
+    own, packaged = load(tmp_path, text).datasets["mine"], load(tmp_path, BASIC.replace("shapes_", "coco_"))
+    assert own == {"builder": "coco_caption"} | packaged.datasets["coco_caption"]  # the YAML of its builder
+
+
+def test_mistakes_with_a_builder_are_named(tmp_path: Path):
+    def said(body: str) -> str:
+        return message(tmp_path, BASIC.replace("shapes_caption:", f"mine: {body}"))
+
+    assert "datasets.mine: unknown builder 'mine'" in said("{}")
+    assert "A name of your own needs the key builder." in said("{}")
+    assert "datasets.mine.builder: unknown builder 'instuct'. Did you mean 'instruct'" in said("{builder: instuct}")
+    assert "datasets.mine.builder: expected a name, got [1]" in said("{builder: [1]}")
+    assert "datasets.mine.type: nocaps has no type 'big'" in said("{builder: nocaps, type: big}")
+    assert "datasets.mine.num_frame: unknown key. Did you mean 'num_frames'" in said(
+        "{builder: instruct, num_frame: 3}"
+    )
 
 
 def test_dataset_without_processors_takes_the_models(tmp_path: Path):

@@ -81,6 +81,8 @@ def test_objects_become_records_with_sample_id_and_files_are_joined(tmp_path: Pa
         ("cut.jsonl", '{"a": 1}\n{"a"', r"cut\.jsonl.*line 2, column"),
         ("odd.json", "[1]", r"odd\.json: record 0 is a int"),
         ("odd.json", "3", r"odd\.json: expected a list"),
+        ("odd.jsonl", '{"a": 1}\n\n[2]', r"odd\.jsonl: line 3 is a list, expected an object"),
+        ("lack.jsonl", '\n{"a": 1}\n \n{"b": 1}', r"lack\.jsonl: line 4 has no field 'a'; .*'b'"),
         ("lack.json", '[{"a": 1}, {"b": 1, "c": 2}]', r"lack\.json: record 1 has no field 'a'; .*'b', 'c'"),
         ("null.json", '[{"a": null}]', r"record 0 has no field 'a'"),
         ("wide.csv", "a,b\n1,2,3\n", r"wide\.csv: record 0 has more columns"),

@@ -245,8 +245,28 @@ def test_label_and_output_follow_from_each_other(root: Path) -> None:
     assert [record["answers"] for record in dataset.annotation] == [["no"], ["perhaps", "maybe"], []]
 
 
+@pytest.mark.parametrize(
+    ("form", "candidates"),
+    [("text", ["red", "blue"]), ("letter_text", ["(a) red", "(b) blue"]), ("letter", ["(a)", "(b)"])],
+)
+def test_candidates_with_letters(root: Path, form: str, candidates: list[str]) -> None:
+    templates = {"train": ["{question} {options}"]}
+    line = {"image": "a.jpg", "question": "which?", "candidates": ["red", "blue"], "label": 1, "answer": "blue"}
+    options = {"instructions": templates, "candidate_format": form}
+    (train,), (val,) = (build(root, [line], split=split, **options) for split in ("train", "val"))
+    assert (val["candidates"], train["text_output"]) == (candidates, candidates[1])
+    assert train["text_input"] == val["text_input"] == "which? (a) red (b) blue"
+    unknown = build(root, [{**line, "label": None, "answer": None}], **options)
+    assert (unknown[0]["candidates"], unknown.annotation[0]["answers"]) == (candidates, [])
+    with pytest.raises(ValueError, match=r"candidate_format 'leter'. Did you mean 'letter'"):
+        build(root, [line], candidate_format="leter")
+    if form != "text":
+        with pytest.raises(ValueError, match="line 1 at most 26 choices can be lettered, got 27"):
+            build(root, [asked(candidates=["o0"] * 27)], candidate_format=form)
+
+
 def test_nothing_to_compare_with_is_fine_in_evaluation(root: Path) -> None:
-    dataset = build(root, [asked(output=None), asked(1, output="")])
+    dataset = build(root, [asked(output=None), json.dumps({**asked(1, output=""), "question_id": None})])
     assert [record["answers"] for record in dataset.annotation] == [[], []]
     assert [record["question_id"] for record in dataset.annotation] == [0, 1]
 
@@ -260,7 +280,8 @@ def test_a_missing_field_is_named_with_its_line(root: Path, file: str, place: st
         ("val", asked(image=None), "no field 'image' or 'video'"),
         ("val", asked(instruction=None), r"no field 'instruction' for the template '\{instruction\}'"),
         ("train", asked(output=None), "no field 'output'"),
-        ("train", asked(output=[]), "no field 'output'"),
+        ("train", asked(output=[]), "nothing in its field 'output', which is what is learned"),
+        ("train", asked(output=""), "nothing in its field 'output'"),
         ("val", asked(instruction=""), "a text in its field 'instruction', got ''"),
         ("val", asked(image=["a.jpg"]), "a text in its field 'image'"),
         ("val", asked(video="a.avi"), "'image', 'video'"),
@@ -280,7 +301,9 @@ def test_a_missing_field_is_named_with_its_line(root: Path, file: str, place: st
         ({"candidates": ["a", "b"], "label": 2, "output": None}, "label 2, which is no index into its 2 candidates"),
         ({"candidates": ["a", "b"], "label": -1, "output": None}, "label -1"),
         ({"candidates": ["a", "b"], "label": "a", "output": None}, "label 'a'"),
-        ({"candidates": ["o1", "b"], "classes": [0]}, "1 'classes' for its 2 candidates"),
+        ({"candidates": ["o1", "b"], "classes": [0]}, r"for each of its 2 candidates in 'classes'; got \[0\]"),
+        ({"candidates": ["o1", "b"], "classes": 2}, "in 'classes'; got 2"),
+        ({"candidates": ["o1", "b"], "classes": [0, "no"]}, r"in 'classes'; got \[0, 'no'\]"),
         ({"candidates": ["a", "b"], "output": "c"}, "'c' in its field 'output', which is none of the candidates"),
         (
             {"candidates": ["a", "b"], "output": "b", "label": 0},
@@ -423,10 +446,11 @@ def test_a_gap_that_a_record_cannot_fill_is_told_at_loading(root: Path) -> None:
 
 
 def test_a_reader_of_another_format_needs_no_lines(root: Path) -> None:
-    dataset_of = {"split": "train", "templates": load_templates("caption"), "training": True}
+    builder = InstructBuilder(instructions="caption")
+    options = builder.dataset_options("train") | {"reader": lambda paths: records}
     records = [{"image": "a.jpg", "caption": "x"}, {"image": "b.jpg"}]
     with pytest.raises(ValueError, match=r"some\.json: record 1 has no field 'caption'.*there: 'image', 'question_id'"):
-        InstructDataset([root / "some.json"], root, reader=lambda paths: records, **dataset_of)
+        InstructDataset([root / "some.json"], root, split="train", **options)
 
 
 # The page

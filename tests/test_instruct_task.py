@@ -52,7 +52,8 @@ class Fake(nn.Module):
         assert samples["prompt"].replace("{}", samples["text_input"][0], 1) == samples["text_input"][0]
         return [int(value) - 1 for value in samples["image"].flatten(1).amax(1)]
 
-    def class_losses(self, samples: dict[str, Any], candidates: list[list[str]], n_segments: int = 1) -> torch.Tensor:
+    def class_losses(self, samples: dict[str, Any], candidates: list[list[str]], *, divided: bool) -> torch.Tensor:
+        assert not divided, "the area under the curve compares samples"
         rows = [self.losses[number] if number >= 0 else [1.0] * len(self.losses[0]) for number in self.numbers(samples)]
         assert [len(row) for row in rows] == [len(own) for own in candidates]
         return torch.stack([torch.tensor(row + [torch.inf] * (max(map(len, candidates)) - len(row))) for row in rows])
@@ -157,10 +158,10 @@ def test_several_words_speak_for_a_class(tmp_path: Path) -> None:
     losses = [[4.0, 9.0, 9.0, 1.0], [2.0, 3.0, 2.0, 9.0], [3.0, 1.0, 2.0, 2.5], [7.0, 7.0, 7.0, 7.0]]
     # no less yes, by the likeliest words: 3, 0, -1, 0; right: yes, yes, no, no
     metrics = run(InstructTask(metric="auc"), Fake(losses=losses), records, tmp_path)
-    assert metrics["auc"] == metrics["agg_metrics"] == pytest.approx(100 * (1 + 1 + 0.5 + 1) / 4)
+    assert metrics["auc_likeliest"] == pytest.approx(100 * (1 + 1 + 0.5 + 1) / 4)
     assert metrics["accuracy"] == 75.0, "of equal losses the first class is taken"
-    with pytest.raises(ValueError, match=r"1 classes \[0\] were given for 4 candidates"):
-        run(InstructTask(), Fake(losses=losses), [{**records[0], "classes": [0]}], tmp_path)
+    # by both words: 2.99, log((e^-2 + e^-9) / (e^-2 + e^-3)) = -0.31, log((e^-2 + e^-2.5) / (e^-3 + e^-1)) = -0.65, 0
+    assert metrics["auc"] == metrics["agg_metrics"] == pytest.approx(100 * (1 + 1 + 0 + 1) / 4)
     plain = [{"candidates": ["no", "yes"], "label": label} for label in (1, 0)]
     assert run(InstructTask(metric="auc"), Fake(losses=[[2.0, 1.0], [2.0, 1.5]]), plain, tmp_path)["auc"] == 100.0
 

@@ -429,6 +429,9 @@ def test_the_padding_token_is_added_once(tmp_path: Path) -> None:
     size = json.loads((PACKAGED / "tiny_vicuna" / "config.json").read_text())["vocab_size"]
     assert model.get_input_embeddings().num_embeddings == model.lm_head.out_features == size + 1
     assert tokenizer.pad_token_id <= size
+    for layer in (model.get_input_embeddings(), model.lm_head):
+        torch.testing.assert_close(layer.weight[size], layer.weight[:size].mean(dim=0))
+        assert layer.weight.requires_grad
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     again, _ = load_language_model(tmp_path, dtype=torch.float32, pad_token="[PAD]")

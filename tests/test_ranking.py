@@ -60,12 +60,13 @@ def test_each_loss_is_that_of_a_whole_pass(arch: str) -> None:
     """Lists of unequal lengths, prompts of unequal lengths, one batch; images, and videos for one of the models."""
     model = build(arch)
     samples = samples_of("video" if arch == "blip2_vicuna_instruct" else "image")
-    losses = model.class_losses(samples, OWN)
+    losses, undivided = (model.class_losses(samples, OWN, divided=divided) for divided in (True, False))
     assert losses.shape == (3, 5)
     for row, own in enumerate(OWN):
         assert (losses[row, len(own) :] == torch.inf).all()
         sums, lengths = zip(*(whole_pass(model, rows(samples, [row]), text) for text in own), strict=True)
         expected = torch.stack(sums)
+        torch.testing.assert_close(undivided[row, : len(own)], expected, rtol=1e-5, atol=1e-5)
         if arch in VICUNAS:
             longest = max(len(ids) for ids in model.coder.tokenizer(own, add_special_tokens=False).input_ids)
             expected = expected / (lengths[0] + longest - 1)
@@ -73,6 +74,16 @@ def test_each_loss_is_that_of_a_whole_pass(arch: str) -> None:
     assert model.predict_class(samples, OWN) == [
         row[: len(own)].argsort().tolist() for row, own in zip(losses, OWN, strict=True)
     ]
+
+
+@pytest.mark.parametrize("arch", ["blip2_opt", "blip2_vicuna_instruct", "blip2_t5_instruct"])
+def test_an_answer_list_is_ranked_as_candidates_are(arch: str) -> None:
+    model, samples = build(arch), samples_of()
+    settings = {"inference_method": "rank", "answer_list": CANDIDATES}
+    order, losses = model.rank_answers(samples, ASKED, CANDIDATES, len(CANDIDATES))
+    torch.testing.assert_close(losses, model.class_losses(samples, CANDIDATES, divided=False).gather(1, order))
+    likeliest = [CANDIDATES[row[0]] for row in model.predict_class(samples, CANDIDATES).tolist()]
+    assert model.predict_answers(samples, **settings) == likeliest
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])

@@ -46,19 +46,34 @@ def as_records(content: Any, path: str | Path) -> list[Record]:
         raise ValueError(f"{path}: expected a list or an object of records, found {type(content).__name__}")
     for number, record in enumerate(content):
         if not isinstance(record, dict):
-            raise ValueError(f"{path}: record {number} is a {type(record).__name__}, expected an object with fields")
+            kind = type(record).__name__
+            raise ValueError(f"{place_of(path, number)} is a {kind}, expected an object with fields")
     return content
 
 
+def place_of(path: str | Path, number: int) -> str:
+    """Where a record is: the line, counted from 1, of a JSONL file, whose blank lines are no records; else its number.
+
+    `path` is the file that has the record as its `number`th (from 0), or, as a text, words for where it's from.
+    """
+    if not isinstance(path, Path) or path.suffix.lower() != ".jsonl":
+        return f"{path}: record {number}"
+    lines = _read_text(path).split("\n")
+    return f"{path}: line {[at for at, line in enumerate(lines, start=1) if line.strip()][number]}"
+
+
 def require_fields(records: Iterable[Record], fields: Sequence[str], path: str | Path) -> None:
-    """Raise ValueError for the first record that lacks a field; `"answer|answers"` stands for either of two."""
+    """Raise ValueError for the first record that lacks a field; `"answer|answers"` stands for either of two.
+
+    `path` is what `place_of` takes.
+    """
     wanted = [field.split("|") for field in fields]
     for number, record in enumerate(records):
         for names in wanted:
             if all(record.get(name) is None for name in names):
                 there = ", ".join(repr(key) for key in record) or "none"
                 needed = " or ".join(repr(name) for name in names)
-                raise ValueError(f"{path}: record {number} has no field {needed}; fields there: {there}")
+                raise ValueError(f"{place_of(path, number)} has no field {needed}; fields there: {there}")
 
 
 def add_instance_ids(records: list[Record]) -> list[Record]:
@@ -71,7 +86,7 @@ def add_instance_ids(records: list[Record]) -> list[Record]:
 def load_annotations(paths: Sequence[str | Path], required: Sequence[str] = ()) -> list[Record]:
     """All files' records one after another, checked for the required fields; without instance ids."""
     records: list[Record] = []
-    for path in paths:
+    for path in map(Path, paths):
         part = read_records(path)
         require_fields(part, required, path)
         records += part

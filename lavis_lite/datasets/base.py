@@ -25,6 +25,9 @@ from lavis_lite.zoo import dataset_config_path
 
 logger = logging.getLogger(__name__)
 
+SEEN = ("images", "videos")
+"""What `build_info` calls the folder of what is looked at."""
+
 
 def identity(value: Any) -> Any:
     """The processor of a dataset that names none."""
@@ -94,11 +97,12 @@ class BaseBuilder:
     """What a dataset's YAML may say.
 
     `build_info`: `{annotations: {<split>: {url, md5, storage}}, images: {storage}}`; `url` and `storage` may be lists
-    of equal length. Relative storages are below the data root (environment variable LAVIS_LITE_DATA).
+    of equal length. Relative storages are below the data root (environment variable LAVIS_LITE_DATA). `videos` is
+    another name for `images`, as in LAVIS.
     """
 
     data_type: str = "images"
-    """LAVIS's key; images are all there is so far, so nothing reads it."""
+    """LAVIS's key, which nothing reads: the records say what there is to look at."""
     build_info: dict[str, Any] = field(default_factory=dict)
     vis_processor: dict[str, Any] = field(default_factory=dict)
     text_processor: dict[str, Any] = field(default_factory=dict)
@@ -156,14 +160,28 @@ class BaseBuilder:
         ]
 
     def image_root(self) -> Path:
-        """The folder that the annotations' image paths start from. Raises FileNotFoundError if it's missing."""
-        entry = self._section("images")
-        check_keys(entry, ("storage",), "build_info.images")
-        root = resolve_storage(entry.get("storage") or "")
-        if entry.get("storage") and not root.is_dir():
+        """The folder that the annotations' paths of images or videos start from.
+
+        Raises FileNotFoundError if it's missing, ValueError if there are two.
+        """
+        sections = {kind: self._section(kind) for kind in SEEN}
+        for kind, section in sections.items():
+            check_keys(section, ("storage",), f"build_info.{kind}")
+        given = {kind: section["storage"] for kind, section in sections.items() if section.get("storage")}
+        if len(given) > 1:
+            raise ValueError(
+                f"{type(self).__name__}: build_info names two folders, images: {given['images']} and videos: "
+                f"{given['videos']}: set build_info.images or build_info.videos to null"
+            )
+        if not given:
+            return resolve_storage("")
+        ((kind, storage),) = given.items()
+        root = resolve_storage(storage)
+        if not root.is_dir():
             raise FileNotFoundError(
-                f"{type(self).__name__}: image folder not found: {root}. Put the images there, name another folder in "
-                "build_info.images.storage, or set the environment variable LAVIS_LITE_DATA to the data root."
+                f"{type(self).__name__}: {kind[:-1]} folder not found: {root}. Put the {kind} there, name another "
+                f"folder in build_info.{kind}.storage, or set the environment variable LAVIS_LITE_DATA to the data "
+                "root."
             )
         return root
 
@@ -180,7 +198,7 @@ class BaseBuilder:
         )
 
     def _section(self, key: str) -> dict[str, Any]:
-        check_keys(self.build_info, ("annotations", "images"), "build_info")
+        check_keys(self.build_info, ("annotations", *SEEN), "build_info")
         return self.build_info.get(key) or {}
 
 

@@ -14,16 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
-from lavis_lite.datasets.annotations import Record, as_list
+from lavis_lite.datasets.annotations import Record, as_list, place_of
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset, identity
-from lavis_lite.datasets.instruct_jsonl import PLACE, place_of, read_instructions
+from lavis_lite.datasets.instruct_jsonl import PLACE, read_instructions
 from lavis_lite.datasets.templates import GAP, Templates, load_templates
 from lavis_lite.datasets.video import read_frames
 from lavis_lite.registry import did_you_mean, registry
-from lavis_lite.wording import joined_words, lettered
+from lavis_lite.wording import joined_words, lettered, letters
 
 Reader = Callable[[Sequence[Path]], list[Record]]
 AnswerChoice = Literal["drawn", "most_frequent"]
+CandidateFormat = Literal["text", "letter_text", "letter"]
 CLEANED = ("question", "caption")
 """Fields that the text processor cleans, whether they are asked or learned; all others are taken as they are."""
 
@@ -47,17 +48,20 @@ class InstructDataset(BaseDataset):
         reader: Reader,
         templates: Templates,
         training: bool,
-        num_frames: int = 4,
-        answer_choice: AnswerChoice = "drawn",
+        num_frames: int,
+        answer_choice: AnswerChoice,
+        candidate_format: CandidateFormat,
         vis_processor: Callable[[Any], Any] = identity,
         text_processor: Callable[[str], str] = identity,
     ) -> None:
-        if answer_choice not in get_args(AnswerChoice):
-            raise ValueError(
-                f"no answer_choice {answer_choice!r}. {did_you_mean(answer_choice, get_args(AnswerChoice))}"
-            )
+        for name, value, known in (
+            ("answer_choice", answer_choice, get_args(AnswerChoice)),
+            ("candidate_format", candidate_format, get_args(CandidateFormat)),
+        ):
+            if value not in known:
+                raise ValueError(f"no {name} {value!r}. {did_you_mean(value, known)}")
         self.reader, self.templates, self.training = reader, templates, training
-        self.num_frames, self.answer_choice = num_frames, answer_choice
+        self.num_frames, self.answer_choice, self.candidate_format = num_frames, answer_choice, candidate_format
         self.gaps = {gap: text for text in templates.used(training=training) for gap in GAP.findall(text)}
         super().__init__(
             annotation_paths, vis_root, split=split, vis_processor=vis_processor, text_processor=text_processor
@@ -73,11 +77,14 @@ class InstructDataset(BaseDataset):
         """
         arranged: list[Record] = []
         for index, record in enumerate(records):
-            record.setdefault("question_id", index)
+            if record.get("question_id") is None:
+                record["question_id"] = index
             place = record.pop(PLACE, None)
             try:
                 settle(record, self.templates.output)
                 self.check(record, arranged[0] if arranged else record)
+                if self.candidate_format != "text" and record.get("candidates"):
+                    put_letters(record, with_text=self.candidate_format == "letter_text")
             except ValueError as error:
                 paths = ", ".join(map(str, self.annotation_paths))
                 raise ValueError(f"{place_of(*place) if place else f'{paths}: record {index}'} {error}") from None
@@ -88,18 +95,18 @@ class InstructDataset(BaseDataset):
         """Raise ValueError for what the record lacks, and for what no batch can hold beside the first one."""
         kind, its_kind = seen_as(record), seen_as(first)
         if record.get(kind) is None:
-            raise lacking(record, "'image' or 'video'")
+            raise lacking(record, kind, " or 'video'")
         if kind != its_kind:
             raise ValueError(
                 f"has a field {kind!r}, the first record {its_kind!r}: no batch holds both, make two datasets"
             )
         if self.training and not record["answers"]:
-            raise lacking(record, f"{self.templates.output!r}, which is what is learned")
+            raise lacking(record, self.templates.output, ", which is what is learned")
         if not self.training and (record.get("candidates") is None) != (first.get("candidates") is None):
             raise ValueError("and the first record differ in having 'candidates': in a split all have them, or none")
         for gap, template in self.gaps.items():
             if self.value(record, gap) in (None, []):
-                raise lacking(record, f"{gap!r} for the template {template!r}")
+                raise lacking(record, gap, f" for the template {template!r}")
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.annotation[index]
@@ -150,11 +157,11 @@ def seen_as(record: Record) -> str:
     return "image" if record.get("video") is None else "video"
 
 
-def lacking(record: Record, what: str) -> ValueError:
-    """The error about a field that is missing, with those that are there."""
-    return ValueError(
-        f"has no field {what}; fields there: {', '.join(repr(key) for key in record if key != 'answers')}"
-    )
+def lacking(record: Record, field: str, why: str) -> ValueError:
+    """The error about a field that is missing or has nothing in it, with those that are there."""
+    there = ", ".join(repr(key) for key in record if key != "answers")
+    begin = "has no field" if record.get(field) is None else "has nothing in its field"
+    return ValueError(f"{begin} {field!r}{why}; fields there: {there}")
 
 
 def settle(record: Record, output: str) -> None:
@@ -167,10 +174,7 @@ def settle(record: Record, output: str) -> None:
     record["answers"], candidates, label = answers, record.get("candidates"), record.get("label")
     if candidates is None:
         return
-    if not isinstance(candidates, list) or not candidates or not all(isinstance(c, str) and c for c in candidates):
-        raise ValueError(f"must have a list of texts in 'candidates', at least one, none empty; got {candidates!r}")
-    if len(record.get("classes") or candidates) != len(candidates):
-        raise ValueError(f"has {len(record['classes'])} 'classes' for its {len(candidates)} candidates")
+    check_candidates(candidates, record.get("classes"))
     right = [candidates.index(text) for text in answers if text in candidates]
     if answers and not right:
         raise ValueError(f"has {answers[0]!r} in its field {output!r}, which is none of the candidates {candidates!r}")
@@ -184,6 +188,29 @@ def settle(record: Record, output: str) -> None:
         record["answers"] = answers or [candidates[label]]
 
 
+def check_candidates(candidates: Any, classes: Any) -> None:
+    """Raise ValueError for what is no list of texts, and for classes that do not sort them."""
+    if not isinstance(candidates, list) or not candidates or not all(isinstance(c, str) and c for c in candidates):
+        raise ValueError(f"must have a list of texts in 'candidates', at least one, none empty; got {candidates!r}")
+    if classes is None:
+        return
+    kinds = set(map(type, classes)) if isinstance(classes, list | tuple) else set()
+    if kinds not in ({int}, {str}) or len(classes) != len(candidates):
+        raise ValueError(
+            f"must have a number, or a name, for each of its {len(candidates)} candidates in 'classes'; got {classes!r}"
+        )
+
+
+def put_letters(record: Record, *, with_text: bool) -> None:
+    """Make the record's candidates "(a) red", or "(a)", and its answers the right one of them; `options` keep the
+    texts. ValueError for more than there are letters.
+    """
+    texts, marks = record["candidates"], letters(len(record["candidates"]))
+    record["options"] = record.get("options") or texts
+    record["candidates"] = [f"{a} {text}" for a, text in zip(marks, texts, strict=True)] if with_text else marks
+    record["answers"] = [] if record["label"] is None else [record["candidates"][record["label"]]]
+
+
 @registry.register_builder("instruct")
 @dataclass(kw_only=True)
 class InstructBuilder(BaseBuilder):
@@ -195,6 +222,8 @@ class InstructBuilder(BaseBuilder):
     """Frames of a video, sampled uniformly."""
     answer_choice: AnswerChoice = "drawn"
     """Which of several right answers is learned."""
+    candidate_format: CandidateFormat = "text"
+    """What is learned and ranked of a candidate: "red", "(a) red" or "(a)". InstructBLIP's is not published."""
 
     reader: ClassVar[Reader] = staticmethod(read_instructions)
     train_dataset = InstructDataset
@@ -207,4 +236,5 @@ class InstructBuilder(BaseBuilder):
             "training": split == "train",
             "num_frames": self.num_frames,
             "answer_choice": self.answer_choice,
+            "candidate_format": self.candidate_format,
         }

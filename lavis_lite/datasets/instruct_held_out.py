@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lavis_lite.datasets.annotations import Record, load_annotations, read_json, require_fields
+from lavis_lite.datasets.annotations import Record, load_annotations, place_of, read_json, require_fields
 from lavis_lite.datasets.instruct import InstructBuilder
 from lavis_lite.datasets.instruct_captions import CaptionInstructBuilder, read_with_words
-from lavis_lite.datasets.instruct_jsonl import PLACE, place_of
+from lavis_lite.datasets.instruct_jsonl import PLACE
 from lavis_lite.datasets.vqa import answers_of
 from lavis_lite.registry import registry
 

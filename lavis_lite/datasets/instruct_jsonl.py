@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lavis_lite.datasets.annotations import Record, load_annotations
+from lavis_lite.datasets.annotations import Record, load_annotations, place_of
 
 PLACE = "_place"
 """What a reader may put into a record: (file, number of the record in it). Errors name it; the dataset takes it out."""
@@ -83,11 +83,3 @@ def said_by(turn: Any, number: int, form: tuple[str, str, str, str]) -> str:
     if not text:
         raise ValueError(f"must say {{{who}: {speaker}, {what}: a text}} in turn {number}, got {turn!r}")
     return text
-
-
-def place_of(path: Path, number: int) -> str:
-    """Where the file's record is: the line, counted from 1, of a JSONL file, whose blank lines are no records."""
-    if path.suffix.lower() != ".jsonl":
-        return f"{path}: record {number}"
-    lines = path.read_text(encoding="utf-8-sig").split("\n")
-    return f"{path}: line {[at for at, line in enumerate(lines, start=1) if line.strip()][number]}"

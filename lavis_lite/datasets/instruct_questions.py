@@ -38,9 +38,11 @@ class QuestionDataset(InstructDataset):
         return super().load()
 
     def arrange(self, records: list[Record]) -> list[Record]:
-        """A-OKVQA's `difficult_direct_answer` loses its answers in evaluation, unless it is a choice."""
+        """A-OKVQA's `difficult_direct_answer` loses its answers where they are judged, unless it is a choice."""
         if self.training:
             return super().arrange(learnable(records, self.templates.output, self.annotation_paths))
+        if self.templates.output != "answer":
+            return super().arrange(records)
         hard = [record.get("difficult_direct_answer") and "candidates" not in record for record in records]
         return super().arrange([r | {"answer": None} if skip else r for r, skip in zip(records, hard, strict=True)])
 

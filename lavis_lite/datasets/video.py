@@ -20,7 +20,8 @@ def read_frames(path: str | Path, num_frames: int, processor: Callable[[Image.Im
         frames = decode(path, num_frames)
     except FileNotFoundError:
         raise UnreadableSample(
-            f"video file not found: {path}. Check the dataset's build_info.images.storage (relative paths are below "
-            "the data root, environment variable LAVIS_LITE_DATA) or remove the record from the annotations."
+            f"video file not found: {path}. Check the dataset's build_info.videos.storage, or images.storage (relative "
+            "paths are below the data root, environment variable LAVIS_LITE_DATA) or remove the record from the "
+            "annotations."
         ) from None
     return processed(frames, processor)

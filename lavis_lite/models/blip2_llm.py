@@ -180,9 +180,9 @@ class Blip2LanguageModel(LanguageModelBase):
         self, samples: dict[str, Any], prompts: list[str], answer_list: list[str], k: int
     ) -> tuple[Tensor, Tensor]:
         """The k candidates of each question by their first token's probability, and the negative log-likelihood of
-        each, end token included: indices (B,k), (B,k).
+        each, with an end token where `class_losses` have one: indices (B,k), (B,k).
         """
-        ids, mask = self.pad(self.coder.continuations(answer_list))
+        ids, mask = self.pad(self.coder.continuations(answer_list, end=not self.bare_candidates))
         prefix = self.lm.prefix(*self.asked(samples, prompts))
         order = prefix.logits[:, ids[:, 0]].topk(min(k, len(answer_list)), dim=1).indices
         return order, self.lm.candidate_losses(prefix, ids[order], mask[order])
@@ -200,7 +200,9 @@ class Blip2LanguageModel(LanguageModelBase):
         return [row[:length] for row, length in zip(order.tolist(), lengths, strict=True)]
 
     @torch.no_grad()
-    def class_losses(self, samples: dict[str, Any], candidates: Candidates, n_segments: int = 1) -> Tensor:
+    def class_losses(
+        self, samples: dict[str, Any], candidates: Candidates, n_segments: int = 1, *, divided: bool = True
+    ) -> Tensor:
         """The loss of each candidate as the answer: (B,C); the likeliest has the lowest.
 
         `candidates` are those of all samples, or a list a sample: C is then the longest list's length, and the loss is
@@ -213,7 +215,8 @@ class Blip2LanguageModel(LanguageModelBase):
         and prompt, and those of the sample's longest candidate less one. `n_segments` above 1, which saved memory in
         the original and serves here to repeat its results only, changes Vicuna's divisor: it is the longest candidate
         of the segment that counts and, with one list for all, the longest prompt of the batch. Such losses do not
-        compare well; without segments no loss depends on the rest of the batch.
+        compare well; without segments no loss depends on the rest of the batch. `divided=False` leaves Vicuna's sums as
+        they are too, which compares them between samples.
 
         Raises:
             ValueError: candidates that are none, empty or longer than `max_output_txt_len`; numbers of images, prompts
@@ -227,7 +230,7 @@ class Blip2LanguageModel(LanguageModelBase):
         embeds, mask = self.asked(samples, prompts)
         ids, counts = (part.view(*widths.shape, -1) for part in self.pad(stacked(rows)))
         losses = self.lm.candidate_losses(self.lm.prefix(embeds, mask), ids, counts)
-        if not self.bare_candidates:
+        if not self.bare_candidates or not divided:
             return losses
         num_read = mask.sum(dim=1, keepdim=True)
         if n_segments > 1 and len(lists) == 1:

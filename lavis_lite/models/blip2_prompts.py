@@ -9,6 +9,13 @@ import torch
 from lavis_lite.models.blip_base import text_list
 from lavis_lite.wording import joined_words, lettered
 
+FRAMES = {
+    "context": "context: {}. {}",
+    "history": "dialog history: {}\n{}",
+    "caption": 'This image has the caption "{}". {}',
+}
+"""How LAVIS puts a text before a prompt: the later a key, the further in front."""
+
 
 def generation_prompts(samples: dict[str, Any], default: str, count: int) -> list[str]:
     """The prompt of each of `count` samples: `samples["prompt"]` (one, or one a sample) or the model's.
@@ -29,11 +36,16 @@ def question_prompts(samples: dict[str, Any], template: str, count: int) -> list
     """Questions (`text_input`) inside a template: its one gap, or, of two, that before or after the other.
 
     With two gaps the first takes `ocr_tokens` if the samples have them; else the second takes `choices` as
-    "(a) red (b) blue".
+    "(a) red (b) blue". Before it stands what `preceded` puts there.
     """
     if "text_input" not in samples:
         raise ValueError("samples['text_input'] is missing: it holds the questions")
-    questions = text_list(samples["text_input"], count)
+    return preceded(samples, inside(samples, template, text_list(samples["text_input"], count)))
+
+
+def inside(samples: dict[str, Any], template: str, questions: list[str]) -> list[str]:
+    """The questions inside the template; ValueError if nothing is there for its second gap."""
+    count = len(questions)
     if not template:
         return questions
     if template.count("{}") < 2:
@@ -49,20 +61,23 @@ def question_prompts(samples: dict[str, Any], template: str, count: int) -> list
 
 def class_prompts(samples: dict[str, Any], default: str, count: int) -> list[str]:
     """Prompts of a choice between candidates: `text_input` in the gaps (alone, where the prompt is empty; a list of
-    texts fills several), and before it what the sample has of `caption`, `history` and `context`.
+    texts fills several), and before it what `preceded` puts there.
     """
     prompts = text_list(samples.get("prompt", default), count)
     if "text_input" in samples:
         texts = text_list(samples["text_input"], count)
         parts = [[text] if isinstance(text, str) else list(text) for text in texts]
         prompts = [fill_gaps(prompt or "{}", own) for prompt, own in zip(prompts, parts, strict=True)]
-    for key, frame in (
-        ("context", "context: {}. {}"),
-        ("history", "dialog history: {}\n{}"),
-        ("caption", 'This image has the caption "{}". {}'),
-    ):
-        if samples.get(key):
-            prompts = fill([frame] * count, text_list(samples[key], count), prompts)
+    return preceded(samples, prompts)
+
+
+def preceded(samples: dict[str, Any], prompts: list[str]) -> list[str]:
+    """The prompts behind what the samples have of `caption`, `history` and `context`; an empty text adds nothing."""
+    for key, frame in FRAMES.items():
+        texts = text_list(samples.get(key) or "", len(prompts))
+        prompts = [
+            fill_gaps(frame, (text, prompt)) if text else prompt for text, prompt in zip(texts, prompts, strict=True)
+        ]
     return prompts
 
 

@@ -107,10 +107,15 @@ def check_language_model(
 
 
 def add_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token: str) -> None:
-    """Add the padding token as one more row of the vocabulary, unless the tokenizer has it."""
+    """Add the padding token as one more row of the vocabulary, the mean of the others, unless the tokenizer has it."""
     num_added = tokenizer.add_special_tokens({"pad_token": token})
-    if num_added:
-        model.resize_token_embeddings(model.get_input_embeddings().num_embeddings + num_added, mean_resizing=False)
+    if not num_added:
+        return
+    known = model.get_input_embeddings().num_embeddings
+    model.resize_token_embeddings(known + num_added, mean_resizing=False)
+    with torch.no_grad():
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            layer.weight[known:] = layer.weight[:known].mean(dim=0)
 
 
 def _check_extras(quantization: str | None, lora: Mapping[str, Any] | None) -> None:

@@ -69,8 +69,8 @@ class BaseTask:
         wanted = wanted_splits(cfg.run)
         built, existing = {}, {}
         for name, section in cfg.datasets.items():
-            arguments = {key: value for key, value in section.items() if key != "type"}
-            builder = registry.get_builder_class(name)(**arguments)
+            arguments = {key: value for key, value in section.items() if key not in ("type", "builder")}
+            builder = registry.get_builder_class(section.get("builder", name))(**arguments)
             existing[name] = list(builder.splits())
             splits = builder.build([split for split in wanted if split in existing[name]])
             if splits:

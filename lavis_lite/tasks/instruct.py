@@ -1,10 +1,13 @@
 """Instructions: choose among a sample's candidates by their likelihood, or write, and score either.
 
-Samples hold the complete instruction as `text_input`. Of candidates that stand for the same class (the record's
-`classes`: yes and true, say), the likeliest speaks for the class, so that only the order of losses matters and not
-what they are divided by. Sets scored by VQA accuracy or as captions have their own tasks, with the same samples.
+Samples hold the complete instruction as `text_input`. Candidates may stand for the same class (the record's `classes`:
+yes and true, say): the likeliest then speaks for the class. Only the area under the ROC curve compares samples, by the
+log-likelihood ratio of two classes, for which InstructBLIP gives no formula: a class is as likely as its candidates
+together, losses are sums over tokens. Sets scored by VQA accuracy or as captions have their own tasks, with the same
+samples.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +47,8 @@ class InstructTask(BaseTask):
     repetition_penalty: float | None = None
     metric: Metric = "accuracy"
     """`accuracy`: the right candidate is the likeliest, or the cleaned text is a right answer; `mrr`: mean reciprocal
-    rank of the right candidate; `auc`: area under the ROC curve between two classes."""
+    rank of the right candidate; `auc`: area under the ROC curve between two classes, and as `auc_likeliest` that where
+    a class is as likely as its likeliest candidate."""
     blank_images: bool = False
     """Answer with every image blanked to the mean colour."""
 
@@ -62,7 +66,7 @@ class InstructTask(BaseTask):
             arguments = self.arguments_for(model.generate, GENERATE_ARGUMENTS)
             return per_sample(samples, question_id=ids, prediction=model.generate(samples, **arguments))
         candidates = samples["candidates"]
-        rows = model.class_losses(samples, candidates)
+        rows = model.class_losses(samples, candidates, divided=False)
         if rows.isnan().any():
             raise ValueError(
                 f"the candidates of question {ids[int(rows.isnan().any(dim=1).int().argmax())]!r} have losses that are "
@@ -91,8 +95,12 @@ class InstructTask(BaseTask):
         if self.metric == "accuracy":
             return {"accuracy": accuracy, "agg_metrics": accuracy, **by_kind(truths, hits, GROUPS)}
         if self.metric == "auc":
-            area = roc_auc(*zip(*(margin(record, result["losses"]) for record, result in pairs), strict=True))
-            return {"auc": area, "accuracy": accuracy, "agg_metrics": area}
+            classes = [two_classes(record, result["losses"]) for record, result in pairs]
+            is_second = [right == 1 for _, right in classes]
+            area, likeliest = (
+                roc_auc([of(first) - of(second) for (first, second), _ in classes], is_second) for of in (joint, min)
+            )
+            return {"auc": area, "auc_likeliest": likeliest, "accuracy": accuracy, "agg_metrics": area}
         ranks = {result["instance_id"]: right_rank(record, result["losses"]) for record, result in pairs}
         mrr = mean_reciprocal_rank(list(ranks.values()))
         by_group = by_kind(truths, {key: 1 / rank for key, rank in ranks.items()}, GROUPS)
@@ -104,27 +112,23 @@ def has_truth(record: Record, result: Result) -> bool:
     return record.get("label") is not None if "losses" in result else bool(record.get("answers"))
 
 
-def class_losses(record: Record, losses: Sequence[float]) -> tuple[list[float], int]:
-    """The loss of each class, that of its likeliest candidate, and which class is right.
+def by_class(record: Record, losses: Sequence[float]) -> tuple[list[list[float]], int]:
+    """The losses of each class's candidates, and which class is right.
 
     Classes are in order of their numbers; without `classes` each text is one, in order of the candidates.
     """
-    candidates = record["candidates"]
-    classes = record.get("classes") or candidates
-    if len(classes) != len(candidates):
-        raise ValueError(
-            f"{len(classes)} classes {list(classes)} were given for {len(candidates)} candidates {candidates}"
-        )
-    best: dict[Any, float] = {}
+    classes = record.get("classes") or record["candidates"]
+    found: dict[Any, list[float]] = {}
     for name, loss in zip(classes, losses, strict=True):
-        best[name] = min(loss, best.get(name, loss))
-    names = sorted(best) if record.get("classes") else list(best)
-    return [best[name] for name in names], names.index(classes[record["label"]])
+        found.setdefault(name, []).append(loss)
+    names = sorted(found) if record.get("classes") else list(found)
+    return [found[name] for name in names], names.index(classes[record["label"]])
 
 
 def right_rank(record: Record, losses: Sequence[float]) -> int:
     """The right class's place, from 1."""
-    return rank_of(*class_losses(record, losses))
+    found, right = by_class(record, losses)
+    return rank_of([min(own) for own in found], right)
 
 
 def hit(record: Record, result: Result) -> float:
@@ -134,15 +138,21 @@ def hit(record: Record, result: Result) -> float:
     return vqa_accuracy(result["prediction"], record["answers"], variant="normalised")
 
 
-def margin(record: Record, losses: Sequence[float]) -> tuple[float, bool]:
-    """By how much the second of two classes is likelier than the first, and whether it is right."""
-    best, right = class_losses(record, losses)
-    if len(best) != 2:
+def joint(losses: Sequence[float]) -> float:
+    """The negative log-likelihood of any one of the candidates being written, given each one's own."""
+    least = min(losses)
+    return least - math.log(sum(math.exp(least - loss) for loss in losses))
+
+
+def two_classes(record: Record, losses: Sequence[float]) -> tuple[list[list[float]], int]:
+    """As `by_class`; ValueError if there are not two classes."""
+    found, right = by_class(record, losses)
+    if len(found) != 2:
         raise ValueError(
-            f"run.metric 'auc' is between two classes, but {record['candidates']} are {len(best)}: say in the record's "
-            "`classes` which candidates mean the same, or choose accuracy or mrr"
+            f"run.metric 'auc' is between two classes, but {record['candidates']} are {len(found)}: say in the "
+            "record's `classes` which candidates mean the same, or choose accuracy or mrr"
         )
-    return best[0] - best[1], right == 1
+    return found, right
 
 
 def check_choices(results: Sequence[Result], metric: str, split: str) -> None:

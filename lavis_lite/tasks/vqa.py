@@ -59,6 +59,14 @@ class VQATask(BaseTask):
         if self.prompt and "{}" not in self.prompt:
             raise ValueError(f"run.prompt={self.prompt!r} has no '{{}}' to put the question into")
 
+    def build_datasets(self, cfg: Any) -> dict[str, dict[str, Any]]:
+        """As BaseTask's. Raises ValueError if questions of an evaluated split share an id: they'd share an answer."""
+        built = super().build_datasets(cfg)
+        for name, splits in built.items():
+            for split in splits.keys() & {*cfg.run.valid_splits, *cfg.run.test_splits}:
+                check_ids(splits[split].annotation, f"{name}/{split}")
+        return built
+
     def train_step(self, model: nn.Module, samples: Samples) -> dict[str, Any]:
         """The model's loss on the questions inside the prompt."""
         return super().train_step(model, self.inside_prompt(samples))
@@ -152,8 +160,23 @@ class VizWizTask(VQATask):
         return super().score(results, dataset=dataset, split=split, result_dir=result_dir)
 
 
+def id_of(record: dict[str, Any]) -> Any:
+    """The question id, the instance id where there is none."""
+    return record.get("question_id", record.get("instance_id"))
+
+
+def check_ids(annotation: Iterable[dict[str, Any]], where: str) -> None:
+    """Raise ValueError if two records have the same question id."""
+    first: dict[Any, int] = {}
+    for index, record in enumerate(annotation):
+        other = first.setdefault(id_of(record), index)
+        if other != index:
+            raise ValueError(
+                f"{where}: records {other} and {index} have the same question_id {id_of(record)!r}: answers are kept "
+                "by it, so each question needs its own"
+            )
+
+
 def ground_truth(annotation: Iterable[dict[str, Any]]) -> dict[Any, dict[str, Any]]:
-    """The annotations that have answers, by question id (the instance id where there is none)."""
-    return {
-        record.get("question_id", record.get("instance_id")): record for record in annotation if record.get("answers")
-    }
+    """The annotations that have answers, by question id."""
+    return {id_of(record): record for record in annotation if record.get("answers")}
