@@ -141,12 +141,13 @@ def load_into(
     *,
     source: str | Path,
     allow_missing: Callable[[str], bool] | Sequence[str] = (),
+    elsewhere: Callable[[str], bool] = lambda key: False,
 ) -> LoadReport:
     """Copies `state` into `model`, tensor by tensor in the model's precision, and logs every difference; the model is
     untouched if this raises.
 
-    `allow_missing` (a predicate on keys, or prefixes) names trainable keys the file may lack. A missing alias of a
-    tied parameter is no difference if its twin is given.
+    `allow_missing` (a predicate on keys, or prefixes) names trainable keys the file may lack; what is `elsewhere` is
+    loaded from another source. A missing alias of a tied parameter is no difference if its twin is given.
 
     Raises:
         ValueError: no key fits (another architecture) or no trainable one does, shapes differ, or a trainable key is
@@ -171,7 +172,7 @@ def load_into(
             f"{_listed([key for key in state if key in own], limit=4)}. Its trainable ones are "
             f"{_listed(list(trainable.values()), limit=4)}"
         )
-    _log_differences(report, own, source=source)
+    _log_differences(report, own, source=source, elsewhere=elsewhere)
     _check_differences(report, own, state, source=source, allow_missing=allow_missing)
     with torch.no_grad():
         for key in state:
@@ -200,15 +201,22 @@ def _check_differences(
         )
 
 
-def _log_differences(report: LoadReport, own: Mapping[str, torch.Tensor], *, source: str | Path) -> None:
-    trainable = [key for key in report.missing if own[key].requires_grad]
-    frozen = [key for key in report.missing if not own[key].requires_grad]
-    for level, what, keys in (
-        (logging.WARNING, "trainable keys missing in the file", trainable),
-        (logging.INFO, "frozen keys or buffers missing in the file (left as they are)", frozen),
-        (logging.INFO, "keys unknown to the model (ignored)", report.unexpected),
+def _log_differences(
+    report: LoadReport, own: Mapping[str, torch.Tensor], *, source: str | Path, elsewhere: Callable[[str], bool]
+) -> None:
+    kinds = {
+        key: "elsewhere" if elsewhere(key) else "trainable" if own[key].requires_grad else "frozen"
+        for key in report.missing
+    } | dict.fromkeys(report.unexpected, "unknown")
+    for kind, what in (
+        ("trainable", "trainable keys missing in the file"),
+        ("frozen", "frozen keys or buffers missing in the file (left as they are)"),
+        ("elsewhere", "keys not in the file, which come from a source of their own"),
+        ("unknown", "keys unknown to the model (ignored)"),
     ):
+        keys = [key for key in kinds if kinds[key] == kind]
         if keys:
+            level = logging.WARNING if kind == "trainable" else logging.INFO
             logger.log(level, f"{source}: {len(keys)} {what}: {_listed(keys)}")
 
 

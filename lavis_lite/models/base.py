@@ -93,6 +93,7 @@ class BaseModel(nn.Module):
             allow_missing=lambda key: (
                 any(part in key for part in new_parts) or (initialise and self.is_restorable(key))
             ),
+            elsewhere=self.is_restorable,
         )
         if not initialise:
             self.warn_of_foreign_parts(report.unexpected, source)
