@@ -300,7 +300,7 @@ KINDS = {
 def page(out: Path, family: Family, results: dict[str, Any]) -> str:
     """The whole report."""
     figures = "".join(
-        f'<tr><td>{html.escape(name)}</td><td class="number">{value}</td></tr>'
+        f'<tr><td>{html.escape(name).replace("  ", "&emsp;")}</td><td class="number">{value}</td></tr>'
         for name, value in table(results, family)
     )
     pictures = [section(title, KINDS[kind][1], KINDS[kind][0](out / job)) for kind, job, title in family.pictures]
