@@ -89,25 +89,31 @@ def is_users_mistake(error: Exception) -> bool:
 def run(cfg: Config) -> None:
     """Train, or evaluate if `cfg.run.evaluate`; prints an evaluation's metrics. Must be entered by every rank."""
     from lavis_lite import dist
-    from lavis_lite import logger as run_logger
-    from lavis_lite.runners.sampling import seed_everything
 
     dist.init(cfg.run.device)
     try:
-        cfg.run, job_dir = start_job(cfg.run)
-        run_logger.setup(job_dir)
-        if cfg.run.evaluate:
-            cfg.run = dataclasses.replace(cfg.run, valid_splits=[])  # the task builds the test splits only
-        task = registry.get_task_class(cfg.run.task)(**cfg.task)
-        datasets = task.build_datasets(cfg)
-        seed_everything(cfg.run.seed)  # the same on every rank: DDP does not even out the models' buffers
-        model = task.build_model(cfg)
-        runner = registry.get_runner_class(cfg.run.runner)(cfg, task, model, datasets, job_dir)
-        metrics = runner.evaluate() if cfg.run.evaluate else runner.train()
+        metrics = run_job(cfg)
         if metrics and cfg.run.evaluate and dist.is_main():
             print(json.dumps(metrics, indent=2, default=str))
     finally:
         dist.shutdown()
+
+
+def run_job(cfg: Config) -> dict[str, Any]:
+    """`run` between joining and leaving the process group; returns what the runner does."""
+    from lavis_lite import logger as run_logger
+    from lavis_lite.runners.sampling import seed_everything
+
+    cfg.run, job_dir = start_job(cfg.run)
+    run_logger.setup(job_dir)
+    if cfg.run.evaluate:
+        cfg.run = dataclasses.replace(cfg.run, valid_splits=[])  # the task builds the test splits only
+    task = registry.get_task_class(cfg.run.task)(**cfg.task)
+    datasets = task.build_datasets(cfg)
+    seed_everything(cfg.run.seed)  # the same on every rank: DDP does not even out the models' buffers
+    model = task.build_model(cfg)
+    runner = registry.get_runner_class(cfg.run.runner)(cfg, task, model, datasets, job_dir)
+    return runner.evaluate() if cfg.run.evaluate else runner.train()
 
 
 def dry_run(cfg: Config) -> None:

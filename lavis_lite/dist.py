@@ -9,6 +9,7 @@ but for `fetch_rows`. Where ranks cannot keep step, `alone()` makes each of them
 import contextlib
 import contextvars
 import datetime
+import gc
 import inspect
 import math
 import os
@@ -17,6 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as torch_dist
+
+# Imported before there is a group: its functions take the group that exists then as default arguments. DDP imports it
+# late, and the group would outlive `shutdown`, with threads that abort a Python which ends while they free a tensor.
+import torch.distributed.nn.functional
 from torch import nn
 
 from lavis_lite.errors import RankZeroFailed
@@ -62,9 +67,10 @@ def resolve_device(device: str = "auto") -> torch.device:
 
 
 def shutdown() -> None:
-    """Leaves the process group, if there is one."""
+    """Leaves the process group, if there is one, and waits for its threads; no model in DDP may be in use any more."""
     if _active():
         torch_dist.destroy_process_group()
+        gc.collect()  # a model in DDP refers to its group and is often part of a cycle
 
 
 def rank() -> int:

@@ -7,7 +7,6 @@ that the parts fit, not that they learn.
 import copy
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 import yaml
+from ports import free_port
 
 from lavis_lite import checkpoint, cli
 from lavis_lite.config_files import Layer, merge_layers, resolve
@@ -207,10 +207,7 @@ def process(script: str, *argv: str, world: int = 0, **environment: str) -> subp
     """`script` in a process of its own, or under torchrun in `world` of them; stdout and stderr are one pipe."""
     start = [sys.executable, str(script)]
     if world:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={world}", f"--master_port={port}"]
+        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={world}", f"--master_port={free_port()}"]
         start = [sys.executable, *launcher, str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
     return subprocess.Popen(

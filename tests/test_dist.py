@@ -1,6 +1,5 @@
 """Collectives: identities in a world of one; two gloo processes against one process and hand arithmetic."""
 
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from ports import free_port
 from torch import nn
 
 from lavis_lite import dist
@@ -15,10 +15,7 @@ from lavis_lite import dist
 
 def launch(body: Callable[[Path], None], folder: Path, *, world: int) -> None:
     """Runs `body(folder)` in `world` gloo processes under torchrun's environment; any failure fails the test."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_enter, args=(body, folder, world, port), nprocs=world)
+    mp.spawn(_enter, args=(body, folder, world, free_port()), nprocs=world)
 
 
 def _enter(rank: int, body: Callable[[Path], None], folder: Path, world: int, port: int) -> None:
@@ -125,3 +122,26 @@ def fail_on_main() -> None:
 
 def test_objects_and_main_first(tmp_path: Path) -> None:
     launch(body_objects, tmp_path, world=2)
+
+
+def own_threads() -> list[str]:
+    """Names of this process's native threads."""
+    return sorted(path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm"))
+
+
+def body_train(folder: Path) -> None:
+    model, _ = dist.data_parallel(nn.Linear(2, 1))
+    model.cycle = model  # as runner, task and model refer to one another
+    model(torch.ones(3, 2)).sum().backward()
+    assert any("gloo" in name for name in own_threads())
+
+
+def _train_and_leave(rank: int, folder: Path, port: int) -> None:
+    _enter(rank, body_train, folder, 2, port)
+    assert not any("gloo" in name for name in own_threads()), own_threads()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's list of threads")
+def test_shutdown_ends_the_groups_threads(tmp_path: Path) -> None:
+    """A thread of gloo that frees a tensor while Python ends aborts the process, although the job is done."""
+    mp.spawn(_train_and_leave, args=(tmp_path, free_port()), nprocs=2)

@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from ports import free_port
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -187,9 +187,7 @@ def script(job_dir: Path, *options: str, rank: int = 0, world: int = 1, port: in
 
 def two_ranks(job_dir: Path, *options: str) -> list[subprocess.Popen[bytes]]:
     """`script` as a world of two."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     return [script(job_dir, *options, rank=rank, world=2, port=port) for rank in range(2)]
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from ports import free_port
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -486,10 +486,7 @@ def two_ranks(rank: int, port: int, folder: str) -> None:
 
 
 def test_two_processes_agree_with_one(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(two_ranks, args=(port, str(tmp_path)), nprocs=2)
+    mp.spawn(two_ranks, args=(free_port(), str(tmp_path)), nprocs=2)
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first.pop("error") == "ZeroDivisionError: division by zero"
     assert second.pop("error") == "RankZeroFailed: rank 0 failed: ZeroDivisionError: division by zero"
