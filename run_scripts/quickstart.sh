@@ -41,17 +41,26 @@ evaluate() {
     "$python" evaluate.py --cfg-path "$recipes/$recipe.yaml" --checkpoint "$step/checkpoint_best.pth" \
         --options "run.job_id=$name" "$@"
 }
+groups=() # process groups of the chains at work: they end with this script, whatever ends it
+end_groups() {
+    for group in ${groups[@]+"${groups[@]}"}; do kill -- "-$group" 2>/dev/null || true; done
+}
+trap end_groups EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
 # together CHAIN...: functions that don't wait for one another, a core each, every one with a file of its own
 together() {
-    local pids=() i
+    local i
+    groups=()
+    set -m # gives each a process group
     for chain in "$@"; do
-        OMP_NUM_THREADS=1 "$chain" >"$out/$chain.txt" 2>&1 &
-        pids+=($!)
+        OMP_NUM_THREADS=1 "$chain" >"$out/$chain.txt" 2>&1 </dev/null &
+        groups+=($!)
         echo "== $chain ... (tail -f $out/$chain.txt)"
     done
+    set +m
     for ((i = 1; i <= $#; i++)); do
-        if ! wait "${pids[i - 1]}"; then
-            kill "${pids[@]}" 2>/dev/null || true
+        if ! wait "${groups[i - 1]}"; then
             tail -n 20 "$out/${!i}.txt" >&2
             echo "error: ${!i} failed; all it said is in $out/${!i}.txt" >&2
             exit 1
@@ -59,6 +68,7 @@ together() {
         echo "== ${!i} done, $(((SECONDS - started) / 60)) min so far"
         grep -h " test: .*agg_metrics" "$out/${!i}.txt" || true
     done
+    groups=()
 }
 # language_model NAME TEXTS BATCH
 language_model() {
