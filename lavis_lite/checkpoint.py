@@ -140,14 +140,14 @@ def load_into(
     state: Mapping[str, torch.Tensor],
     *,
     source: str | Path,
-    allow_missing: Callable[[str], bool] | Sequence[str] = (),
+    allow_missing: Callable[[str], bool] = lambda key: False,
     elsewhere: Callable[[str], bool] = lambda key: False,
 ) -> LoadReport:
     """Copies `state` into `model`, tensor by tensor in the model's precision, and logs every difference; the model is
     untouched if this raises.
 
-    `allow_missing` (a predicate on keys, or prefixes) names trainable keys the file may lack; what is `elsewhere` is
-    loaded from another source. A missing alias of a tied parameter is no difference if its twin is given.
+    `allow_missing` says which trainable keys the file may lack; what is `elsewhere` is loaded from another source. A
+    missing alias of a tied parameter is no difference if its twin is given.
 
     Raises:
         ValueError: no key fits (another architecture) or no trainable one does, shapes differ, or a trainable key is
@@ -187,14 +187,12 @@ def _check_differences(
     state: Mapping[str, torch.Tensor],
     *,
     source: str | Path,
-    allow_missing: Callable[[str], bool] | Sequence[str],
+    allow_missing: Callable[[str], bool],
 ) -> None:
     if report.mismatched:
         shapes = [f"{key} {tuple(state[key].shape)} (model: {tuple(own[key].shape)})" for key in report.mismatched]
         raise ValueError(f"{source}: {len(shapes)} shapes differ from the model's: {_listed(shapes)}")
-    prefixes = () if callable(allow_missing) else tuple(allow_missing)
-    allowed = allow_missing if callable(allow_missing) else lambda key: key.startswith(prefixes)
-    lost = [key for key in report.missing if own[key].requires_grad and not allowed(key)]
+    lost = [key for key in report.missing if own[key].requires_grad and not allow_missing(key)]
     if lost:
         raise ValueError(
             f"{source} lacks {len(lost)} trainable keys of the model, which would keep random values: {_listed(lost)}"

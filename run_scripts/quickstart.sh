@@ -105,7 +105,7 @@ quickstart_blip2() {
 t5_texts() { language_model t5 _texts_t5.yaml 32; }
 stage2() { train blip2/stage2_t5; }
 instruct() { train instruct; }
-instruct_blind() { train instruct_blind; }
+instruct_unaware() { train instruct_unaware; }
 quickstart_instructblip() {
     if [ ! -f "$blip2/stage2_t5/checkpoint_last.pth" ]; then
         echo "== a tiny BLIP-2 first"
@@ -113,9 +113,9 @@ quickstart_instructblip() {
         together stage1 t5_texts
         stage2
     fi
-    together instruct instruct_blind
+    together instruct instruct_unaware
     evaluate held_out "$out/instruct" held_out
-    evaluate held_out "$out/instruct_blind" held_out_blind model.qformer_text_input=False
+    evaluate held_out "$out/instruct_unaware" held_out_unaware model.qformer_text_input=False
     evaluate held_out "$blip2/stage2_t5" held_out_blip2 model.arch=blip2_t5
 }
 

@@ -116,7 +116,7 @@ FAMILIES = {
     "instructblip": Family(
         "A tiny InstructBLIP",
         "A tiny BLIP-2 with T5, tuned on instructions of seven kinds; an eighth kind, dialogues, is held out",
-        {"instruct": "Instruction tuning", "instruct_blind": "Without the instruction in the Q-Former"},
+        {"instruct": "Instruction tuning", "instruct_unaware": "Without the instruction in the Q-Former"},
         (
             *(
                 Figure(f"held_in.{group}", "instruct", "accuracy", label, split=f"shapes_instruct_{group}_test")
@@ -130,7 +130,7 @@ FAMILIES = {
                 }.items()
             ),
             Figure("held_out.accuracy", "held_out", "accuracy", "held out: dialogues, last question right"),
-            Figure("held_out.blind", "held_out_blind", "accuracy", "  without the instruction in the Q-Former"),
+            Figure("held_out.unaware", "held_out_unaware", "accuracy", "  without the instruction in the Q-Former"),
             Figure("held_out.blip2", "held_out_blip2", "accuracy", "  BLIP-2, not tuned on instructions"),
         ),
         (("instruct", "held_out", "The held-out group: the last question of a dialogue"),),
@@ -184,8 +184,9 @@ def test_set(job: Path) -> Any:
     """The test dataset that a job used, one that trained or one that only evaluated."""
     (config,) = job.glob("config*.yaml")
     ((name, section),) = OmegaConf.to_container(OmegaConf.load(config))["datasets"].items()
+    builder = section.pop("builder", name)
     section.pop("type", None)
-    return registry.get_builder_class(name)(**section).build(["test"])["test"]
+    return registry.get_builder_class(builder)(**section).build(["test"])["test"]
 
 
 def result(job: Path, name: str) -> Any:

@@ -28,8 +28,14 @@ class Case:
 
     def sizes(self) -> dict[str, Any]:
         """Constructor arguments of the image encoder, the text transformer and the tokenizer."""
-        vit, med = self.config["vit"], self.config["med"]
-        explicit = self.config["_explicit"]
+        return self.image_and_tokenizer() | {
+            "vit_layer_norm_epsilon": self.config["_explicit"]["vit"]["norm_eps"],
+            "med": self.text_transformer("med"),
+        }
+
+    def image_and_tokenizer(self) -> dict[str, Any]:
+        """Arguments that every family's models take."""
+        vit, explicit = self.config["vit"], self.config["_explicit"]
         return {
             "image_size": vit["img"],
             "vit": {
@@ -39,17 +45,20 @@ class Case:
                 "num_heads": vit["heads"],
                 "mlp_ratio": explicit["vit"]["mlp_ratio"],
             },
-            "vit_layer_norm_epsilon": explicit["vit"]["norm_eps"],
-            "med": {
-                "hidden_size": med["hidden"],
-                "num_layers": med["layers"],
-                "num_heads": med["heads"],
-                "intermediate_size": med["inter"],
-                "vocab_size": med["vocab_size"],
-                "max_positions": explicit["med"]["max_position_embeddings"],
-                "layer_norm_eps": explicit["med"]["layer_norm_eps"],
-            },
             "tokenizer": str(REFERENCE / explicit["tokenizer"]["folder"]),
+        }
+
+    def text_transformer(self, name: str) -> dict[str, Any]:
+        """Sizes of the text transformer that the case calls `name`."""
+        sizes, explicit = self.config[name], self.config["_explicit"][name]
+        return {
+            "hidden_size": sizes["hidden"],
+            "num_layers": sizes["layers"],
+            "num_heads": sizes["heads"],
+            "intermediate_size": sizes["inter"],
+            "vocab_size": explicit["vocab_size"],
+            "max_positions": explicit["max_position_embeddings"],
+            "layer_norm_eps": explicit["layer_norm_eps"],
         }
 
     def model(self, arch: str, *settings: str, **more: Any) -> Any:
@@ -85,28 +94,11 @@ def up_to_end(ids: list[int], end: int) -> list[int]:
 
 def blip2_sizes(case: Case) -> dict[str, Any]:
     """Constructor arguments of the image encoder, the Q-Former and the tokenizer."""
-    vit, qformer, explicit = case.config["vit"], case.config["qformer"], case.config["_explicit"]
-    return {
+    explicit, shared = case.config["_explicit"], case.image_and_tokenizer()
+    return shared | {
         **{name: case.config[name] for name in ("vit_model", "freeze_vit", "num_query_token")},
         "cross_attention_freq": explicit["qformer"]["cross_attention_freq"],
-        "image_size": vit["img"],
-        "vit": {
-            "patch_size": vit["patch"],
-            "width": vit["width"],
-            "depth": vit["depth"],
-            "num_heads": vit["heads"],
-            "mlp_ratio": explicit["vit"]["mlp_ratio"],
-            "norm_eps": explicit["vit"]["norm_eps"],
-        },
+        "vit": shared["vit"] | {"norm_eps": explicit["vit"]["norm_eps"]},
         "vit_weights": "random",
-        "qformer": {
-            "hidden_size": qformer["hidden"],
-            "num_layers": qformer["layers"],
-            "num_heads": qformer["heads"],
-            "intermediate_size": qformer["inter"],
-            "vocab_size": explicit["qformer"]["vocab_size"],
-            "max_positions": explicit["qformer"]["max_position_embeddings"],
-            "layer_norm_eps": explicit["qformer"]["layer_norm_eps"],
-        },
-        "tokenizer": str(REFERENCE / explicit["tokenizer"]["folder"]),
+        "qformer": case.text_transformer("qformer"),
     }

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lavis_lite.datasets.annotations import Record, load_annotations, read_json
+from lavis_lite.datasets.annotations import Record, load_annotations, place_of, read_json
 from lavis_lite.datasets.base import BaseDataset
 from lavis_lite.datasets.instruct import InstructBuilder, InstructDataset
 from lavis_lite.datasets.instruct_captions import learnable
@@ -178,9 +178,8 @@ def read_entailment(paths: Sequence[Path], *, classes: dict[str, str]) -> list[R
     for path in paths:
         for number, row in enumerate(load_annotations([path], ("image", "sentence", "label"))):
             if row["label"] not in classes:
-                raise ValueError(
-                    f"{path}: record {number} has label {row['label']!r}. {did_you_mean(row['label'], classes)}"
-                )
+                hint = did_you_mean(row["label"], classes)
+                raise ValueError(f"{place_of(path, number)} has label {row['label']!r}. {hint}")
             image = f"{str(row['image']).removesuffix('.jpg')}.jpg"
             label = list(classes).index(row["label"])
             records.append({"image": image, "caption": row["sentence"], "candidates": words, "label": label})
