@@ -215,6 +215,13 @@ def test_killed_and_resumed_gives_the_same_account(tmp_path: Path) -> None:
     assert by_dataset(tmp_path / "straight")[1] == task.account(8, 16)
 
 
+def test_another_mixture_does_not_go_on(tmp_path: Path) -> None:
+    make(tmp_path, data=mixed_data(), max_epoch=1, test_splits=[]).train()
+    changes = {"max_epoch": 2, "test_splits": [], "resume": "auto", "train_dataset_ratios": {"few": 1, "many": 1}}
+    with pytest.raises(ValueError, match=r"'24 samples, share 0\.75'.*'24 samples, share 0\.5'.*same data, sampling"):
+        make(tmp_path, data=mixed_data(), **changes).train()
+
+
 def test_two_ranks_give_the_account_of_one_process(tmp_path: Path) -> None:
     """Each rank's losses are of its own half; also when one process goes on where two stopped within the epoch."""
     changes = {**mixed, "max_epoch": 1, "dropout": 0, "keep_checkpoints": 9}

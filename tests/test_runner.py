@@ -394,6 +394,8 @@ def test_resuming_what_does_not_fit(tmp_path: Path) -> None:
     path = str(tmp_path / "checkpoint_last.pth")
     with pytest.raises(ValueError, match=r"5 iterations per .*this run has 11"):
         make(tmp_path / "b", batch_size_train=2, resume_ckpt_path=path).train()
+    with pytest.raises(ValueError, match=r"with \{'line': '22 samples, share 1'\} as training sets, .*'21 samples"):
+        make(tmp_path / "f", data=toy_data(train=21, val=5, test=7), resume_ckpt_path=path).train()
     with pytest.raises(ValueError, match="parameter groups differ"):
         make(tmp_path / "c", lr_layer_decay=0.5, resume_ckpt_path=path).train()
     with pytest.raises(ValueError, match=r"no training state \(optimizer.*model\.pretrained"):
@@ -548,7 +550,7 @@ def test_unreadable_samples_are_in_the_log(tmp_path: Path) -> None:
 
 
 def test_plan() -> None:
-    plan = Plan(inner=5, total=12, global_batch=4)
+    plan = Plan(inner=5, total=12, global_batch=4, mixture={"line": "22 samples, share 1"})
     assert plan.num_epochs == 3
     assert [plan.bounds(epoch) for epoch in range(3)] == [(0, 5), (5, 10), (10, 12)]
     windows = [plan.window(step, accumulate=3) for step in range(12)]

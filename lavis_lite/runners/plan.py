@@ -17,11 +17,15 @@ TRAINING_STATE = ("model", "optimizer", "scaler", "step", "epoch", "best", "plan
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How long a run is, in iterations of `global_batch` samples: `inner` between two validations, `total` in all."""
+    """How long a run is, in iterations of `global_batch` samples: `inner` between two validations, `total` in all.
+
+    `mixture` has the training sets, each with its number of samples and its share of the iterations in words.
+    """
 
     inner: int
     total: int
     global_batch: int
+    mixture: dict[str, str]
 
     @property
     def num_epochs(self) -> int:
@@ -42,7 +46,7 @@ class Plan:
         size = min(accumulate, end - start)
         return size, step == start + size - 1
 
-    def to_dict(self) -> dict[str, int]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values, for the checkpoint."""
         return asdict(self)
 
@@ -86,12 +90,16 @@ def check_resumable(saved: Mapping[str, Any], *, path: Path, plan: Plan, optimiz
             f"{path} holds no training state ({', '.join(lost)} missing): resume from a checkpoint_last.pth, "
             "or start anew from these weights with model.pretrained or model.finetuned"
         )
-    for key, what in (("inner", "iterations per (inner) epoch"), ("global_batch", "samples an iteration")):
+    for key, what in (
+        ("inner", "iterations per (inner) epoch"),
+        ("global_batch", "samples an iteration"),
+        ("mixture", "as training sets"),
+    ):
         was, now = saved["plan"].get(key), getattr(plan, key)
         if was != now:
             raise ValueError(
-                f"{path} was written with {was} {what}, this run has {now}: resume with the same data and global batch "
-                "(processes x run.batch_size_train), or start anew from its weights with model.pretrained"
+                f"{path} was written with {was} {what}, this run has {now}: resume with the same data, sampling and "
+                "global batch (processes x run.batch_size_train), or start anew from its weights with model.pretrained"
             )
     names = [group.get("names") for group in saved["optimizer"]["param_groups"]]
     if names != [group.get("names") for group in optimizer.param_groups]:

@@ -91,7 +91,7 @@ class Runner:
             raise ValueError("run.iters_per_inner_epoch needs run.runner=runner_iter; runner_base counts epochs")
         total = steps_per_epoch * self.run.max_epoch
         total = min(total, self.run.max_iters or total)
-        return Plan(inner=steps_per_epoch, total=total, global_batch=self.loader.sampler.global_batch)
+        return Plan(inner=steps_per_epoch, total=total, **self.loader.sampler.describe())
 
     def _prepare(self) -> None:
         """Builds everything that training needs, and resumes if there is something to resume."""
@@ -286,7 +286,7 @@ class IterRunner(Runner):
         if total is None:
             raise ValueError("run.runner=runner_iter needs run.max_iters (and perhaps run.iters_per_inner_epoch)")
         inner = self.run.iters_per_inner_epoch or steps_per_epoch
-        return Plan(inner=inner, total=total, global_batch=self.loader.sampler.global_batch)
+        return Plan(inner=inner, total=total, **self.loader.sampler.describe())
 
 
 def _losses(output: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ import hashlib
 import random
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -152,6 +152,11 @@ class TrainSampler:
             return self.names[0]
         uniform = hash_seed(self.seed, "mix", step) / 2**63
         return self.names[min(int(np.searchsorted(self.bounds, uniform, side="right")), len(self.names) - 1)]
+
+    def describe(self) -> dict[str, Any]:
+        """What must stay for a resumed run to see the same data, under the names of `Plan`."""
+        mixture = {name: f"{length} samples, share {self.shares[name]:.6g}" for name, length in self.lengths.items()}
+        return {"global_batch": self.global_batch, "mixture": mixture}
 
     def _keys(self, name: str, draw: int) -> list[Key]:
         epoch, position = divmod(draw, self.lengths[name] // self.global_batch)
