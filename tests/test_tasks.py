@@ -312,8 +312,8 @@ def test_vqa_without_answers_or_answer_list(tmp_path: Path) -> None:
 
 
 def test_gqa_and_aok_vqa_score_in_their_own_way(tmp_path: Path) -> None:
-    """The toy answers "dog": right for GQA if that is the answer; for A-OKVQA two of three matches."""
-    for answers, accuracy in ((["dog"], 100.0), (["the dog"], 0.0)):
+    """The toy answers "dog": right for GQA if that is the answer, cleaned as it; for A-OKVQA two of three matches."""
+    for answers, accuracy in ((["dog"], 100.0), (["the dog."], 100.0), (["hot-dog"], 0.0)):
         data = loader(Items([{"question_id": 1, "text_input": "what?", "answers": answers}]))
         assert GQATask().evaluate(Toy(), data, split="val", result_dir=tmp_path)["agg_metrics"] == accuracy
     direct = loader(Items([{"question_id": "ä1", "text_input": "what?", "answers": ["dog", "cat", "dog"]}]))

@@ -129,9 +129,9 @@ def blanked(samples: Samples) -> Samples:
 @registry.register_task("gqa")
 @dataclass(kw_only=True)
 class GQATask(VQATask):
-    """Questions with one right answer: the cleaned prediction must equal it."""
+    """Questions with one right answer: the prediction must equal it, both cleaned."""
 
-    accuracy: Variant = "exact"
+    accuracy: Variant = "normalised"
 
 
 @registry.register_task("aok_vqa")

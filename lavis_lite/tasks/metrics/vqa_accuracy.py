@@ -5,10 +5,10 @@ Two variants, in percent. `official` is what the evaluation servers do: human an
 prediction is always cleaned, human answers lose only punctuation, and only if they differ. The clean-up's oddities
 (a "." stays before a digit; at most 32 are removed; "none" is 0) are the official script's.
 
-Other sets score in other ways: `exact` (GQA) asks the cleaned prediction to equal an answer, `normalised` one of the
-answers cleaned alike ("two" is right where the answer is "two"), `direct` (A-OKVQA) counts min(1, matches/3) of the raw
-strings, `contains` looks for an answer inside the cleaned prediction, `ivqa` (five annotators) counts min(1, matches/2)
-of cleaned texts.
+Other sets score in other ways: `normalised` (GQA) asks the cleaned prediction to equal one of the answers cleaned alike
+("t-shirt" is right where the answer is "t-shirt"), `direct` (A-OKVQA) counts min(1, matches/3) of the raw strings,
+`contains` looks for an answer inside the cleaned prediction, `ivqa` (five annotators) counts min(1, matches/2) of
+cleaned texts.
 """
 
 import re
@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-Variant = Literal["official", "lavis", "exact", "normalised", "direct", "contains", "ivqa"]
+Variant = Literal["official", "lavis", "normalised", "direct", "contains", "ivqa"]
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -86,8 +86,6 @@ def vqa_accuracy(
     humans = [answer["answer"] if isinstance(answer, Mapping) else answer for answer in answers]
     if variant == "direct":
         return min(1.0, humans.count(prediction) / 3)
-    if variant == "exact":
-        return float(clean_answer(prediction) in humans)
     if variant == "contains":
         cleaned = clean_answer(prediction)
         return float(any(human in cleaned for human in humans))
