@@ -149,6 +149,8 @@ class RunConfig:
         self._require("job_id", lambda v: v not in ("", ".", "..") and "/" not in v, "a folder's plain name")
         if self.runner == "runner_iter" and self.max_iters is None:
             raise RunConfigError("max_iters", "missing: runner_iter needs the number of steps")
+        if self.runner == "runner_base" and self.iters_per_inner_epoch is not None:
+            raise RunConfigError("iters_per_inner_epoch", "needs runner: runner_iter; runner_base counts epochs")
         self._apply_amp()
 
     def _require(self, key: str, holds: Any, expected: str) -> None:

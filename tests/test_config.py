@@ -180,6 +180,8 @@ def test_amp_is_precision_and_may_not_contradict_it(tmp_path: Path):
 def test_runner_iter_needs_its_number_of_steps(tmp_path: Path):
     assert "run.max_iters: missing" in message(tmp_path, BASIC, "run.runner=runner_iter")
     assert load(tmp_path, BASIC, "run.runner=runner_iter", "run.max_iters=2e4").run.max_iters == 20000
+    text = message(tmp_path, BASIC, "run.iters_per_inner_epoch=2", "run.max_iters=8")
+    assert "run.iters_per_inner_epoch: needs runner: runner_iter" in text
 
 
 def test_numbers_as_lavis_writes_them(tmp_path: Path):

@@ -87,8 +87,6 @@ class Runner:
         return self._evaluate_splits(splits)
 
     def _plan(self, steps_per_epoch: int) -> Plan:
-        if self.run.iters_per_inner_epoch is not None:
-            raise ValueError("run.iters_per_inner_epoch needs run.runner=runner_iter; runner_base counts epochs")
         total = steps_per_epoch * self.run.max_epoch
         total = min(total, self.run.max_iters or total)
         return Plan(inner=steps_per_epoch, total=total, **self.loader.sampler.describe())
