@@ -14,10 +14,18 @@ def letters(count: int) -> list[str]:
 
 
 def lettered(choices: Sequence[str]) -> str:
-    """Choices behind letters: "(a) red (b) blue"."""
+    """Choices behind letters: "(a) red (b) blue". ValueError for one text, which would be taken for its letters."""
+    refuse_text(choices)
     return " ".join(f"{letter} {choice}" for letter, choice in zip(letters(len(choices)), choices, strict=True))
 
 
 def joined_words(words: Sequence[str]) -> str:
-    """The first words read in an image, joined by commas; InstructBLIP's code takes thirty."""
+    """The first words read in an image, joined by commas; InstructBLIP takes thirty. ValueError as `lettered`."""
+    refuse_text(words)
     return ", ".join(words[:MAX_OCR_TOKENS])
+
+
+def refuse_text(texts: Sequence[str]) -> None:
+    """Raise ValueError if this is one text in place of a list of them."""
+    if isinstance(texts, str):
+        raise ValueError(f"expected a list of texts for each image, got the text {texts!r}")

@@ -188,8 +188,20 @@ def test_prompt_forms() -> None:
     some = {"text_input": ["who?", "why?"], "history": ["", "hi"], "context": ["a park", ""], "caption": ""}
     assert class_prompts(some, "", 2) == ["context: a park. who?", "dialog history: hi\nwhy?"]
     assert question_prompts({"text_input": ["a {} {b}"]}, "Q: {}", 1) == ["Q: a {} {b}"]
+    assert generation_prompts(words, "Read: {}. Q: {}", 1) == ["Read: " + ", ".join(["x"] * 30) + ". Q: who?"]
+    assert generation_prompts(words, "Read: {}", 1) == ["Read: " + ", ".join(["x"] * 30)]
     with pytest.raises(ValueError, match="has two gaps"):
         question_prompts({"text_input": ["who?"]}, "{} {}", 1)
+
+
+def test_prompts_with_gaps_left_over_and_texts_for_lists() -> None:
+    with pytest.raises(ValueError, match=r"'Read: \{\}. Q: \{\}' has 2 gaps, but there are 1 texts"):
+        generation_prompts({"ocr_tokens": [["a"]]}, "Read: {}. Q: {}", 1)
+    with pytest.raises(ValueError, match="has 2 gaps, but there are 1 texts"):
+        class_prompts({"prompt": "Q: {} Options: {}", "text_input": ["who?"]}, "", 1)
+    for key in ("ocr_tokens", "choices"):
+        with pytest.raises(ValueError, match="expected a list of texts for each image, got the text 'word'"):
+            question_prompts({"text_input": ["who?"], key: ["word"]}, "{} {}", 1)
 
 
 def test_the_lemmatizer_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,16 +20,15 @@ FRAMES = {
 def generation_prompts(samples: dict[str, Any], default: str, count: int) -> list[str]:
     """The prompt of each of `count` samples: `samples["prompt"]` (one, or one a sample) or the model's.
 
-    A gap `{}` is filled with `ocr_tokens` if the samples have them, else with `text_input`.
+    The first gap `{}` is filled with `ocr_tokens` if the samples have them, the next with `text_input`.
     """
     prompts = text_list(samples.get("prompt", default), count)
     if not any("{}" in prompt for prompt in prompts):
         return prompts
-    if "ocr_tokens" in samples:
-        return fill(prompts, ocr_texts(samples["ocr_tokens"]))
+    values = [ocr_texts(samples["ocr_tokens"])] if "ocr_tokens" in samples else []
     if "text_input" in samples:
-        return fill(prompts, text_list(samples["text_input"], count))
-    return prompts
+        values.append(text_list(samples["text_input"], count))
+    return fill(prompts, *values) if values else prompts
 
 
 def question_prompts(samples: dict[str, Any], template: str, count: int) -> list[str]:
@@ -88,7 +87,14 @@ def fill(templates: Sequence[str], *values: Sequence[str]) -> list[str]:
 
 
 def fill_gaps(template: str, values: Sequence[str]) -> str:
-    """The template with its gaps `{}` filled in order; other braces, also in the values, are text."""
+    """The template with its gaps `{}` filled in order; other braces, also in the values, are text.
+
+    Raises ValueError if there are more gaps than values.
+    """
+    if template.count("{}") > len(values):
+        raise ValueError(
+            f"prompt {template!r} has {template.count('{}')} gaps, but there are {len(values)} texts for them"
+        )
     head, *rest = template.split("{}", len(values))
     return head + "".join(value + part for value, part in zip(values, rest, strict=False))
 
