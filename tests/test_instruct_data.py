@@ -271,6 +271,14 @@ def test_nothing_to_compare_with_is_fine_in_evaluation(root: Path) -> None:
     assert [record["question_id"] for record in dataset.annotation] == [0, 1]
 
 
+def test_empty_cells_of_a_table_are_no_fields(root: Path) -> None:
+    header, row = "image,video,instruction,output,conversations", 'a.jpg,,"say, 0",o0,'
+    dataset = build(root, [header, row], split="train", file="own.csv")
+    assert (dataset[0]["text_input"], dataset[0]["text_output"]) == ("say, 0", "o0")
+    with pytest.raises(ValueError, match=r"own\.csv: record 0 has no field 'image' or 'video'"):
+        build(root, [header, row.removeprefix("a.jpg")], file="own.csv")
+
+
 @pytest.mark.parametrize(("file", "place"), [("own.jsonl", "line 4"), ("own.json", "record 1")])
 def test_a_missing_field_is_named_with_its_line(root: Path, file: str, place: str) -> None:
     def write(record: dict[str, Any]) -> list[Any]:
@@ -282,6 +290,8 @@ def test_a_missing_field_is_named_with_its_line(root: Path, file: str, place: st
         ("train", asked(output=None), "no field 'output'"),
         ("train", asked(output=[]), "nothing in its field 'output', which is what is learned"),
         ("train", asked(output=""), "nothing in its field 'output'"),
+        ("train", asked(output=[{"answer": "x"}]), "a text, or a list of texts, in its field 'output'"),
+        ("val", asked(output={"answer": "x"}), "a text, or a list of texts, in its field 'output'"),
         ("val", asked(instruction=""), "a text in its field 'instruction', got ''"),
         ("val", asked(image=["a.jpg"]), "a text in its field 'image'"),
         ("val", asked(video="a.avi"), "'image', 'video'"),

@@ -417,8 +417,8 @@ def test_scienceqa_of_a_list(data: Data) -> None:
     assert val[0]["text_input"].startswith("Context: none Question:")
     with pytest.raises(ValueError, match=r"val0\.json: no problem of the split 'val' has an image"):
         data.build("scienceqa_instruct", "val", rows[1:])
-    with pytest.raises(ValueError, match=r"record 0 has the label 9"):
-        data.build("scienceqa_instruct", "val", [{**rows[0], "answer": 9}])
+    with pytest.raises(ValueError, match=r"val0\.json: record 1 has the label 9"):
+        data.build("scienceqa_instruct", "val", [rows[1], {**rows[0], "answer": 9}])
 
 
 # Dialogue

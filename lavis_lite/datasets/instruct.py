@@ -171,6 +171,8 @@ def settle(record: Record, output: str) -> None:
     Raises ValueError for candidates that leave nothing to choose, and for a label or an answer that is none of them.
     """
     answers = [str(text) for text in as_list(record.get(output)) if text not in (None, "")]
+    if any(isinstance(text, dict | list) for text in as_list(record.get(output))):
+        raise ValueError(f"must have a text, or a list of texts, in its field {output!r}, got {record[output]!r}")
     record["answers"], candidates, label = answers, record.get("candidates"), record.get("label")
     if candidates is None:
         return

@@ -11,6 +11,8 @@ from lavis_lite.datasets.annotations import Record, load_annotations, place_of
 
 PLACE = "_place"
 """What a reader may put into a record: (file, number of the record in it). Errors name it; the dataset takes it out."""
+OPTIONAL = ("image", "video", "conversations", "messages")
+"""Fields of which a table has the columns and a row leaves some empty."""
 MARK = re.compile(r"<(?:image|video)>")
 FORMS = (("from", "value", "human", "gpt"), ("role", "content", "user", "assistant"))
 """How conversations are written: the key of who speaks, the key of the text, who asks, who answers."""
@@ -36,6 +38,7 @@ def read_instructions(paths: Sequence[Path]) -> list[Record]:
 
 def asked(record: Record) -> list[Record]:
     """The record, or its conversation's questions, each with its `instruction` and `output`."""
+    record = {key: value for key, value in record.items() if value != "" or key not in OPTIONAL}
     seen, told = (
         [name for name in names if record.get(name) is not None]
         for names in (("image", "video"), ("instruction", "conversations", "messages"))

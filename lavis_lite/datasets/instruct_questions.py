@@ -19,6 +19,7 @@ from lavis_lite.datasets.annotations import Record, load_annotations, place_of, 
 from lavis_lite.datasets.base import BaseDataset
 from lavis_lite.datasets.instruct import InstructBuilder, InstructDataset
 from lavis_lite.datasets.instruct_captions import learnable
+from lavis_lite.datasets.instruct_jsonl import PLACE
 from lavis_lite.datasets.vqa import VQABuilder, VQAEvalDataset, VQATrainDataset, answers_of, load_questions
 from lavis_lite.registry import did_you_mean, registry
 
@@ -206,7 +207,7 @@ def read_scienceqa(paths: Sequence[Path], *, split: str, context: Sequence[str],
     """
     records = []
     for path in paths:
-        for row in load_annotations([path], ("question", "choices", "answer")):
+        for number, row in enumerate(load_annotations([path], ("question", "choices", "answer"))):
             home = row.get("split", split)
             if not row.get("image") or home != split:
                 continue
@@ -216,6 +217,7 @@ def read_scienceqa(paths: Sequence[Path], *, split: str, context: Sequence[str],
                 "context": text,
                 "candidates": row["choices"],
                 "label": row["answer"],
+                PLACE: (path, number),
             }
             if "sample_id" in row:
                 place = {"image": f"{home}/{row['sample_id']}/{row['image']}", "question_id": row["sample_id"]}
