@@ -3,7 +3,6 @@
 The model scores the whole gallery (`compute_sim_matrix`); this task turns scores into ranks and files.
 """
 
-import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,6 @@ from lavis_lite.tasks.base import BaseTask, Metrics, Samples, evaluating, unwrap
 from lavis_lite.tasks.metrics.retrieval import best_first, recall_metrics
 from lavis_lite.tasks.results import write_json
 
-logger = logging.getLogger(__name__)
-
 TOP = 10
 
 
@@ -29,7 +26,7 @@ class RetrievalTask(BaseTask):
     """Text retrieval (`txt_*`: texts for an image) and image retrieval (`img_*`). `agg_metrics` is `txt_r_mean`."""
 
     k_test: int = 128
-    """Candidates of each query that the matching head re-ranks."""
+    """Candidates of each query that the matching head re-ranks; all, where the gallery has fewer."""
 
     def __post_init__(self) -> None:
         if self.k_test < 1:
@@ -39,11 +36,8 @@ class RetrievalTask(BaseTask):
         """Score the gallery of `loader.dataset`; the same metrics on every rank."""
         dataset, model = loader.dataset, unwrap(model)
         check_gallery(dataset, split)
-        k_test = min(self.k_test, len(dataset.img2txt), len(dataset.text))
-        if k_test < self.k_test and dist.is_main():
-            logger.info("%s: run.k_test=%d is more than the gallery has; using %d", split, self.k_test, k_test)
         with evaluating(model):
-            scores = model.compute_sim_matrix(loader, k_test=k_test)
+            scores = model.compute_sim_matrix(loader, k_test=self.k_test)
         return dist.on_main(
             lambda: self.score_matrices(*scores, dataset=dataset, split=split, result_dir=Path(result_dir))
         )
