@@ -217,13 +217,21 @@ def test_vqa_official_files_are_told_apart_and_merged(root: Path) -> None:
     official = {"data_subtype": "val2014", "questions": [{"question_id": 4, "question": "Q?", "image_id": 391895}]}
     dataset = make(root, VQAEvalDataset, None, files=[[question], ["yes", "no"], official, {"annotations": [truth]}])
     assert dataset.answer_list == ["yes", "no"]
-    expected = {**question, **truth, "instance_id": "0"}
+    expected = {**question, **truth, "answers": ["yes"], "instance_id": "0"}
     assert dataset.annotation == [expected]
     assert dataset.collater([dataset[0]])["question_id"] == [4]
     alone = make(root, VQAEvalDataset, None, files=[official, {"annotations": [truth]}])
     assert alone.annotation[0]["image"] == "val2014/COCO_val2014_000000391895.jpg"
-    assert alone.annotation[0]["answers"] == truth["answers"]
+    assert alone.annotation[0]["answers"] == ["yes"]
     assert alone.answer_list is None
+
+
+def test_vqa_answers_to_score_are_a_list_of_texts(root: Path) -> None:
+    """A single text is one answer, not its letters; numbers are texts."""
+    given = ["red", ["red", "pink"], 2, [{"answer": 3}, {"answer": "three"}], []]
+    records = [{"question": "?", "image": "a.png", "answers": answers} for answers in given]
+    dataset = make(root, VQAEvalDataset, records)
+    assert [r["answers"] for r in dataset.annotation] == [["red"], ["red", "pink"], ["2"], ["3", "three"], []]
 
 
 # Two images; classes

@@ -92,12 +92,12 @@ class VQATrainDataset(VQADataset):
 
 
 class VQAEvalDataset(VQADataset):
-    """Samples {image, text_input, question_id, instance_id}; the raw answers are in `annotation[i]["answers"]`."""
+    """Samples {image, text_input, question_id, instance_id}; `annotation[i]["answers"]` has the answers (list[str])."""
 
     def arrange(self, records: list[Record]) -> list[Record]:
         arranged = []
         for index, record in enumerate(records):
-            answers = record.get("answers") or answers_of(record)
+            answers = answers_of({"answers": record.get("answers")}) or answers_of(record)
             extra = {"answers": answers} if answers else {}
             arranged.append({"question_id": index, **record, **extra})
         return arranged
@@ -116,7 +116,7 @@ def answers_of(record: Record) -> list[str]:
     """The record's answers as strings, whatever the field is called and whether they are strings or {answer: ...}."""
     for name in _ANSWER_FIELDS:
         if record.get(name) is not None:
-            return [a["answer"] if isinstance(a, dict) else str(a) for a in as_list(record[name])]
+            return [str(a["answer"] if isinstance(a, dict) else a) for a in as_list(record[name])]
     return []
 
 
