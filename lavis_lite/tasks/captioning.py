@@ -94,7 +94,8 @@ class CaptionTask(BaseTask):
         if not references:
             note = f"the {split} split has no reference captions: only the result file was written"
             return {"agg_metrics": 0.0, "note": note, **extra}
-        answered = {key: texts for key, texts in references.items() if str(key) in {str(k) for k in captions}}
+        told = {str(key) for key in captions}
+        answered = {key: texts for key, texts in references.items() if str(key) in told}
         if len(answered) < len(references):
             logger.warning("%s: scoring %d of %d images with references", split, len(answered), len(references))
         return {**caption_metrics(answered, captions, tuple(self.metrics)), **extra}
