@@ -82,10 +82,11 @@ class TensorBoardLog:
         self.writer = SummaryWriter(str(folder))
 
     def write(self, scalars: Mapping[str, float], *, step: int) -> None:
-        """Records each number of `scalars` at `step`."""
+        """Records each number of `scalars` at `step`, on disk at once: what waits is lost if Python ends unclosed."""
         if self.writer is not None:
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, step)
+            self.writer.flush()
 
     def close(self) -> None:
         """Flushes and closes the event file."""

@@ -336,6 +336,16 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
     assert "encoder.weight" not in last(tmp_path)["model"]
 
 
+def test_events_outlive_a_process_that_does_not_close_them(tmp_path: Path) -> None:
+    """As an evaluation's, and those of a training that fails."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    code = "import sys; from lavis_lite.logger import TensorBoardLog as Log; Log(sys.argv[1]).write({'a': 1.0}, step=1)"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    events = accumulator.EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["a"]
+
+
 @pytest.mark.parametrize(("metrics", "best"), [([0.2, 0.9, 0.5], 1), ([-3.0, -2.0, -9.0], 1), ([0.0, 0.0, 0.0], 0)])
 def test_best_weights_are_tested(tmp_path: Path, metrics: list[float], best: int) -> None:
     runner = make(tmp_path, task=ToyTask(metrics=list(metrics)), max_epoch=3)
