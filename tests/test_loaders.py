@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from lavis_lite.errors import UnreadableSample
 from lavis_lite.runners.loaders import check_splits, eval_loader, eval_sets, to_device, train_loader, train_sets
+from lavis_lite.runners.sampling import TrainSampler
 
 
 class Noisy(Dataset):
@@ -67,6 +68,16 @@ def test_every_epoch_is_another_permutation() -> None:
     assert first != second
     assert ids(take(train_loader({"a": Noisy(11)}, run_config(batch_size_train=3)), 3)) == first
     assert ids(take(train_loader({"a": Noisy(11)}, run_config(batch_size_train=3, seed=8)), 3)) != first
+
+
+def test_no_order_is_drawn_twice_however_many_datasets_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of millions of samples it takes a second."""
+    lengths = {f"set{number}": 100 for number in range(40)}
+    sampler = TrainSampler(lengths, dict.fromkeys(lengths, 1 / 40), batch_size=2, seed=0)
+    seeds, generator = [], np.random.PCG64
+    monkeypatch.setattr(np.random, "PCG64", lambda seed: seeds.append(seed) or generator(seed))
+    assert len({key for batch in islice(sampler, 400) for key in batch}) == 800
+    assert len(seeds) == len(set(seeds)) == 40
 
 
 @pytest.mark.parametrize("world", [2, 3])

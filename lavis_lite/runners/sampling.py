@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import random
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -135,6 +134,7 @@ class TrainSampler:
         self.names = list(self.lengths)
         self.bounds = np.cumsum(list(self.shares.values()))
         self.start_step = 0
+        self._orders: dict[str, tuple[int, np.ndarray]] = {}  # each dataset's present epoch and its order
 
     def __iter__(self) -> Iterator[list[Key]]:
         draws = dict.fromkeys(self.names, 0)
@@ -161,11 +161,12 @@ class TrainSampler:
     def _keys(self, name: str, draw: int) -> list[Key]:
         epoch, position = divmod(draw, self.lengths[name] // self.global_batch)
         first = position * self.global_batch + self.rank * self.batch_size
-        indices = _permutation(self.lengths[name], hash_seed(self.seed, "order", name, epoch))
-        chosen = indices[first : first + self.batch_size].tolist()
+        chosen = self._order(name, epoch)[first : first + self.batch_size].tolist()
         return [Key(name, index, hash_seed(self.seed, epoch, name, index)) for index in chosen]
 
-
-@lru_cache(maxsize=16)
-def _permutation(length: int, seed: int) -> np.ndarray:
-    return np.random.Generator(np.random.PCG64(seed)).permutation(length)
+    def _order(self, name: str, epoch: int) -> np.ndarray:
+        known = self._orders.get(name)
+        if known is None or known[0] != epoch:
+            generator = np.random.Generator(np.random.PCG64(hash_seed(self.seed, "order", name, epoch)))
+            known = self._orders[name] = (epoch, generator.permutation(self.lengths[name]))
+        return known[1]
