@@ -298,6 +298,13 @@ def test_reranked_scores_by_hand(model: Any) -> None:
     torch.testing.assert_close(torch.as_tensor(everything), whole, rtol=1e-4, atol=1e-5)
 
 
+def test_match_logits_are_averaged_in_float32_under_autocast() -> None:
+    """Rounded to bf16, scores of different texts are often equal, and retrieval ranks them by chance."""
+    matcher = build("blip2_image_text_matching")
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert matcher({"image": images(), "text_input": TEXTS}).dtype == torch.float32
+
+
 def test_images_wait_for_reranking_in_half_the_bytes() -> None:
     """Under autocast the tokens are kept in the type that keys and values are computed in, which changes no score."""
     tokens = torch.randn(2, 3, 4)

@@ -45,10 +45,10 @@ class Blip2Matching(Blip2Base):
         return project(self.vision_proj, self.query_states(context))
 
     def matching_logits(self, ids: Tensor, mask: Tensor, context: Context) -> Tensor:
-        """(B,2): no match, match; the mean over the queries, who see image and text. One context row may serve several
-        consecutive texts.
+        """(B,2): no match, match; the mean over the queries, who see image and text, in float32: rounded to bf16, many
+        candidates of a query would score the same. One context row may serve several consecutive texts.
         """
-        return self.itm_head(self.query_states(context, ids, mask)).mean(dim=1)
+        return self.itm_head(self.query_states(context, ids, mask)).float().mean(dim=1)
 
     def forward(self, samples: dict[str, Any], mode: str = "multimodal") -> Output:
         return self.extract_features(samples, mode=mode)
