@@ -346,7 +346,16 @@ def test_events_outlive_a_process_that_does_not_close_them(tmp_path: Path) -> No
     assert events.Tags()["scalars"] == ["a"]
 
 
-@pytest.mark.parametrize(("metrics", "best"), [([0.2, 0.9, 0.5], 1), ([-3.0, -2.0, -9.0], 1), ([0.0, 0.0, 0.0], 0)])
+@pytest.mark.parametrize(
+    ("metrics", "best"),
+    [
+        ([0.2, 0.9, 0.5], 1),
+        ([-3.0, -2.0, -9.0], 1),
+        ([0.0, 0.0, 0.0], 0),
+        ([math.nan, 0.2, 0.1], 1),
+        ([0.2, math.nan, 0.1], 0),
+    ],
+)
 def test_best_weights_are_tested(tmp_path: Path, metrics: list[float], best: int) -> None:
     runner = make(tmp_path, task=ToyTask(metrics=list(metrics)), max_epoch=3)
     result = runner.train()

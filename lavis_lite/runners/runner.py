@@ -6,6 +6,7 @@ A run is cut into epochs (`runner_base`) or inner epochs (`runner_iter`); that i
 
 import contextlib
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -183,7 +184,8 @@ class Runner:
         name, metric = aggregate(results, by=self.run.best_by)
         if name not in results:
             self.progress.report_metrics(name, {"agg_metrics": metric}, step=self.state.step, epoch=epoch)
-        if self.state.best_metric is None or metric > self.state.best_metric:
+        known = self.state.best_metric
+        if known is None or math.isnan(known) or metric > known:
             self.state.best_metric, self.state.best_epoch = metric, epoch
             self._save_weights(self.job_dir / "checkpoint_best.pth")
             logger.info(f"best so far: {metric:.4g} on {name} after epoch {epoch + 1}")
