@@ -132,6 +132,20 @@ def test_mixing_follows_sizes_or_ratios() -> None:
     assert all(len({i >= 100 for i in batch["id"].tolist()}) == 1 for batch in batches)
 
 
+def test_splits_laid_out_for_evaluation_are_not_trained_on() -> None:
+    """They would teach the instruction as if it were a caption, or end in a KeyError in the midst of an epoch."""
+
+    class Evaluated(Noisy):
+        training = False
+
+    text = r"train_splits names 'val', which 'a' lays out for evaluation.*annotations\.train"
+    for splits in (["val"], ["train", "val"]):
+        with pytest.raises(ValueError, match=text):
+            train_sets({"a": {"train": Noisy(4), "val": Evaluated(4)}}, splits)
+    with pytest.raises(ValueError, match=text):
+        train_sets({"a": {"train": Noisy(4), "val": type("Other", (Noisy,), {})(4)}}, ["train", "val"])
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [

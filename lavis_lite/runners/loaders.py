@@ -192,11 +192,24 @@ def train_sets(datasets: Mapping[str, Mapping[str, Dataset]], splits: Sequence[s
     """Of each dataset that has any of `splits`, those splits, concatenated where there are several.
 
     Raises:
-        ValueError: a split is in none of the datasets.
+        ValueError: a split is in none of the datasets, or is laid out for evaluation.
     """
     check_splits(datasets, splits, setting="train_splits")
-    parts = {name: [by_split[s] for s in splits if s in by_split] for name, by_split in datasets.items()}
-    return {name: _concatenated(found) for name, found in parts.items() if found}
+    parts = {name: {s: by_split[s] for s in splits if s in by_split} for name, by_split in datasets.items()}
+    for name, found in parts.items():
+        check_layout(name, found)
+    return {name: _concatenated(list(found.values())) for name, found in parts.items() if found}
+
+
+def check_layout(name: str, found: Mapping[str, Dataset]) -> None:
+    """Raises ValueError if a dataset's split to train on is laid out for evaluation, without what is learned."""
+    differ = len(set(map(type, found.values()))) > 1
+    for split, dataset in found.items():
+        if not getattr(dataset, "training", True) or (differ and split != "train"):
+            raise ValueError(
+                f"run.train_splits names {split!r}, which {name!r} lays out for evaluation, as all splits but 'train': "
+                "name its files under build_info.annotations.train, whose storage may be a list"
+            )
 
 
 def eval_sets(datasets: Mapping[str, Mapping[str, Dataset]], splits: Sequence[str]) -> dict[str, Dataset]:
