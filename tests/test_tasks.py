@@ -267,6 +267,11 @@ def test_vqa_trains_inside_the_prompt_it_asks_with() -> None:
     assert seen[1] is batch
     with pytest.raises(ValueError, match="several"):
         VQATask(prompt="OCR tokens: {}. Question: {}").train_step(model, batch)
+    model.prompt = "a photo of"
+    VQATask(prompt="Question: {} Answer:").train_step(model, batch)
+    model.prompt = "Q: {} A:"
+    with pytest.raises(ValueError, match=r"run\.prompt='Question: \{\}'.*model\.prompt='Q: \{\} A:'.*set one"):
+        VQATask(prompt="Question: {}").train_step(model, batch)
 
 
 class Writer(Toy):

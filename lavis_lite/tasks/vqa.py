@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lavis_lite.registry import registry
-from lavis_lite.tasks.base import BaseTask, Metrics, Samples
+from lavis_lite.tasks.base import BaseTask, Metrics, Samples, unwrap
 from lavis_lite.tasks.metrics.vqa_accuracy import Variant, vqa_metrics
 from lavis_lite.tasks.results import Result, as_list, per_sample, write_json
 
@@ -68,7 +68,16 @@ class VQATask(BaseTask):
         return built
 
     def train_step(self, model: nn.Module, samples: Samples) -> dict[str, Any]:
-        """The model's loss on the questions inside the prompt."""
+        """The model's loss on the questions inside the prompt.
+
+        ValueError if the model's prompt goes around them too, which in evaluation this one replaces.
+        """
+        inner = getattr(unwrap(model), "prompt", None) or ""
+        if self.prompt and "{}" in inner:
+            raise ValueError(
+                f"run.prompt={self.prompt!r} and model.prompt={inner!r} would both go around the question in training, "
+                "and only the first in evaluation: set one of them"
+            )
         return super().train_step(model, self.inside_prompt(samples))
 
     def inside_prompt(self, samples: Samples) -> Samples:
