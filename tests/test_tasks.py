@@ -316,6 +316,21 @@ def test_vqa_without_answers_or_answer_list(tmp_path: Path) -> None:
         VQATask(num_ans_candidates=9).evaluate(Toy(), loader(questions()), split="val", result_dir=tmp_path)
 
 
+def test_vqa_warns_of_questions_with_too_few_answers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The official rules compare people with one another: a single answer makes every prediction wrong."""
+    for answers, accuracy, overall, warns in (
+        (["dog"], "official", 0.0, True),
+        (["dog"] * 3, "official", 66.67, True),
+        (["dog"] * 4, "official", 100.0, False),
+        (["dog"], "normalised", 100.0, False),
+    ):
+        caplog.clear()
+        data = loader(Items([{"question_id": 1, "text_input": "what?", "answers": answers}]))
+        task = VQATask(accuracy=accuracy, inference_method="generate")
+        assert task.evaluate(Toy(), data, split="val", result_dir=tmp_path)["agg_metrics"] == overall
+        assert ("1 questions have fewer than 4 answers" in caplog.text) == warns
+
+
 def test_gqa_and_aok_vqa_score_in_their_own_way(tmp_path: Path) -> None:
     """The toy answers "dog": right for GQA if that is the answer, cleaned as it; for A-OKVQA two of three matches."""
     for answers, accuracy in ((["dog"], 100.0), (["the dog."], 100.0), (["hot-dog"], 0.0)):

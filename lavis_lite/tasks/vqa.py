@@ -6,6 +6,7 @@ sample's `text_output`, which the dataset draws from its answers; `blip_vqa` lea
 """
 
 import inspect
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from lavis_lite.registry import registry
 from lavis_lite.tasks.base import BaseTask, Metrics, Samples, unwrap
 from lavis_lite.tasks.metrics.vqa_accuracy import Variant, vqa_metrics
 from lavis_lite.tasks.results import Result, as_list, per_sample, write_json
+
+logger = logging.getLogger(__name__)
 
 ANSWER_ARGUMENTS = {
     "num_beams": "num_beams",
@@ -127,6 +130,7 @@ class VQATask(BaseTask):
         if not self.report_metric or not asked:
             why = f"the {split} split has no answers" if self.report_metric else "run.report_metric is false"
             return {"agg_metrics": 0.0, "note": f"{why}: only the result file was written"}
+        warn_of_few_answers(asked.values(), self.accuracy, split)
         return vqa_metrics(asked, answers, variant=self.accuracy)
 
 
@@ -184,6 +188,17 @@ def check_ids(annotation: Iterable[dict[str, Any]], where: str) -> None:
                 f"{where}: records {other} and {index} have the same question_id {id_of(record)!r}: answers are kept "
                 "by it, so each question needs its own"
             )
+
+
+def warn_of_few_answers(truths: Iterable[dict[str, Any]], accuracy: Variant, split: str) -> None:
+    """Warn if the rules ask for more people to agree than answered some question."""
+    needed = {"official": 4, "lavis": 4, "direct": 3, "ivqa": 2}.get(accuracy, 1)
+    few = sum(len(truth["answers"]) < needed for truth in truths)
+    if few:
+        logger.warning(
+            f"{split}: {few} questions have fewer than {needed} answers, so that with run.accuracy={accuracy} even a "
+            "right prediction is not wholly right (official: a single answer counts 0): choose normalised or exact"
+        )
 
 
 def ground_truth(annotation: Iterable[dict[str, Any]]) -> dict[Any, dict[str, Any]]:
