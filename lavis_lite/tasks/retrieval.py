@@ -65,7 +65,7 @@ def top(scores: np.ndarray) -> list[list[int]]:
 
 
 def check_gallery(dataset: Any, split: str) -> None:
-    """Raise ValueError if the dataset is not laid out as a retrieval gallery, or is empty."""
+    """Raise ValueError if the dataset is not laid out as a retrieval gallery, is empty, or has images without texts."""
     missing = [name for name in ("text", "txt2img", "img2txt") if not hasattr(dataset, name)]
     if missing:
         raise ValueError(
@@ -74,3 +74,7 @@ def check_gallery(dataset: Any, split: str) -> None:
         )
     if not len(dataset.text) or not len(dataset.img2txt):
         raise ValueError(f"the {split} split is empty: there is nothing to retrieve")
+    silent = [index for index in range(len(dataset.img2txt)) if not len(dataset.img2txt[index])]
+    if silent:
+        first = dataset.annotation[silent[0]].get("image")
+        raise ValueError(f"{len(silent)} images of the {split} split have no texts, e.g. {first}: leave them out")
