@@ -208,6 +208,18 @@ def test_captioning_with_several_captions_prompt_and_one_sample(tmp_path: Path) 
     assert json.loads((tmp_path / "test_captions.json").read_text()) == [entry]
 
 
+def test_images_without_references_are_captioned_and_not_scored(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = captions()
+    whole = dataset.references
+    dataset.references = lambda: {key: texts for key, texts in whole().items() if key != "ü"}
+    metrics = CaptionTask(metrics=["bleu"]).evaluate(Toy(), loader(dataset), split="val", result_dir=tmp_path)
+    assert metrics["Bleu_1"] == pytest.approx(1, abs=1e-3)
+    assert "1 images have no references" in caplog.text
+    assert len(json.loads((tmp_path / "val_captions.json").read_text(encoding="utf-8"))) == len(dataset)
+
+
 def test_captioning_without_references_or_with_a_file(tmp_path: Path) -> None:
     dataset = Items([{"image_id": 1}, {"image_id": 2}])
     metrics = CaptionTask().evaluate(Toy(), loader(dataset), split="test", result_dir=tmp_path)
@@ -367,6 +379,9 @@ def test_retrieval_writes_the_best(tmp_path: Path) -> None:
     assert written["top_images_of_text"] == [[0, 1], [0, 1], [1, 0]]
     assert written["images"] == ["a.jpg", "ß.jpg"]
     assert written["metrics"] == metrics
+    dataset.img2txt = [[0, 1, 2], []]
+    with pytest.raises(ValueError, match=r"1 images of the test split have no texts, e\.g\. ß\.jpg: leave them out"):
+        RetrievalTask().evaluate(model, loader(dataset), split="test", result_dir=tmp_path)
     with pytest.raises(ValueError, match="no text, txt2img, img2txt"):
         RetrievalTask().evaluate(model, loader(captions()), split="test", result_dir=tmp_path)
 

@@ -98,6 +98,12 @@ class CaptionTask(BaseTask):
         answered = {key: texts for key, texts in references.items() if str(key) in told}
         if len(answered) < len(references):
             logger.warning("%s: scoring %d of %d images with references", split, len(answered), len(references))
+        if self.annotation_file is None:  # a file that knows other images is the wrong one, which is an error
+            gold = {str(key) for key in answered}
+            known = {key: caption for key, caption in captions.items() if str(key) in gold}
+            if len(known) < len(captions):
+                logger.warning("%s: %d images have no references", split, len(captions) - len(known))
+            captions = known
         return {**caption_metrics(answered, captions, tuple(self.metrics)), **extra}
 
     def references(self, dataset: Any) -> dict[Any, list[str]]:
