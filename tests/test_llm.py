@@ -288,6 +288,22 @@ def test_inputs_beyond_the_context_are_refused() -> None:
         lm.loss(torch.zeros(1, 65, lm.width), torch.ones(1, 65, dtype=torch.long), torch.tensor([[5]]))
 
 
+def test_texts_beyond_the_context_of_a_decoder_are_refused() -> None:
+    """What an encoder-decoder writes has 64 positions too, of which the start token takes one; the last is not read."""
+    lm = face(random_model("bart"))
+    (embeds, mask), text = inputs(lm), torch.full((4, 64), 5)
+    assert lm.generate(embeds, mask, lm.decoding(max_length=65, min_length=65)).shape == (4, 65)
+    assert lm.loss(embeds, mask, text).isfinite()
+    assert lm.candidate_losses(lm.prefix(embeds, mask), text[None], torch.ones_like(text)[None]).isfinite().all()
+    longer = torch.full((4, 65), 5)
+    with pytest.raises(ValueError, match="take 65 tokens, but the language model's context has 64"):
+        lm.generate(embeds, mask, lm.decoding(max_length=66))
+    with pytest.raises(ValueError, match="context has 64"):
+        lm.loss(embeds, mask, longer)
+    with pytest.raises(ValueError, match="context has 64"):
+        lm.candidate_losses(lm.prefix(embeds, mask), longer[None], torch.ones_like(longer)[None])
+
+
 # loading
 
 

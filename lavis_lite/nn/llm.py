@@ -133,7 +133,7 @@ class LanguageModel:
         num_labels = labels_BT.shape[1]
         if not self.is_encoder_decoder:
             return self._causal(embeds_BSE, mask_BS, keep=num_labels + 1)[0][:, :-1]
-        self._check_length(embeds_BSE.shape[1])
+        self._check_length(embeds_BSE.shape[1], num_labels)
         before = F.pad(labels_BT[:, :-1], (1, 0), value=self.start_id)
         with self._own_precision(embeds_BSE):
             output = self.model(
@@ -156,7 +156,7 @@ class LanguageModel:
 
         Raises ValueError if inputs and text do not fit the model's context.
         """
-        self._check_length(embeds_BSE.shape[1] + (0 if self.is_encoder_decoder else config.max_length - 1))
+        self._check_length(embeds_BSE.shape[1], config.max_length - 1)  # the last token is not read
         prefix = self.prefix(embeds_BSE, mask_BS)
 
         def step(new_ids: Tensor, cache: LanguageModelCache | None, length: int) -> tuple[Tensor, LanguageModelCache]:
@@ -203,8 +203,7 @@ class LanguageModel:
         do not fit the model's context.
         """
         num_samples, (num_candidates, longest) = len(prefix.logits), ids_BMT.shape[1:]
-        if not self.is_encoder_decoder:
-            self._check_length(prefix.cache.mask.shape[1] + longest - 1)
+        self._check_length(prefix.cache.mask.shape[1], longest - (not self.is_encoder_decoder))
         ids_BMT, mask_BMT = (t.expand(num_samples, -1, -1) for t in (ids_BMT, mask_BMT))
         first = -F.log_softmax(prefix.logits, dim=-1).gather(1, ids_BMT[:, :, 0])
         losses = first.masked_fill(mask_BMT[:, :, 0] == 0, torch.inf).flatten()
@@ -262,7 +261,9 @@ class LanguageModel:
         with torch.autocast(like.device.type, enabled=False):
             yield
 
-    def _check_length(self, num_tokens: int) -> None:
+    def _check_length(self, num_inputs: int, num_written: int = 0) -> None:
+        """ValueError if that is too much; what an encoder-decoder writes has positions of its own."""
+        num_tokens = max(num_inputs, num_written) if self.is_encoder_decoder else num_inputs + num_written
         if self.max_positions is not None and num_tokens > self.max_positions:
             raise ValueError(
                 f"image, prompt and text to write take {num_tokens} tokens, but the language model's context has "
