@@ -19,6 +19,7 @@ from transformers import (
     BloomConfig,
     Gemma3TextConfig,
     GPT2Config,
+    Lfm2Config,
     LlamaConfig,
     OPTConfig,
     PreTrainedModel,
@@ -51,6 +52,7 @@ CONFIGS: dict[str, Any] = {
     ),
     "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64),
     "bloom": BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
+    "lfm2": Lfm2Config(**SIZES, num_key_value_heads=2, layer_types=["full_attention", "conv"]),
     "t5": T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4),
     "bart": BartConfig(vocab_size=VOCABULARY, d_model=32, max_position_embeddings=64, **BART),
 }

@@ -54,7 +54,7 @@ class LanguageModelCache:
     def rows(self, index: Tensor) -> Self:
         """A cache of these rows, of which one may come up several times; this cache stays as it is."""
         past = copy.deepcopy(self.past, {id(tensor): tensor for tensor in self._tensors()})  # selecting copies them
-        past.batch_select_indices(index)
+        past.reorder_cache(index)
         encoder = None if self.encoder is None else self.encoder[index]
         return replace(self, past=past, mask=self.mask[index], encoder=encoder)
 
@@ -68,12 +68,14 @@ class LanguageModelCache:
         past = self.past
         parts = (past.self_attention_cache, past.cross_attention_cache) if _has_two_parts(past) else (past,)
         for layer in (layer for part in parts for layer in part.layers):
-            yield from (value for value in vars(layer).values() if isinstance(value, Tensor))
+            for value in vars(layer).values():  # linear attention has dictionaries of its states
+                values = value.values() if isinstance(value, dict) else (value,)
+                yield from (one for one in values if isinstance(one, Tensor))
 
     def select(self, index: Tensor) -> Self:
         """These rows, each of the same sample as the row it replaces, in place: inputs need no reordering."""
         past = self.past.self_attention_cache if _has_two_parts(self.past) else self.past
-        past.batch_select_indices(index)
+        past.reorder_cache(index)
         return self
 
 
