@@ -507,6 +507,14 @@ class TestRefused:
         with pytest.raises(ValueError, match=r"a vit is neither a causal nor an encoder-decoder language model"):
             self.load(without(tmp_path, model_type="vit"))
 
+    def test_a_class_that_reads_from_both_sides(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"a bert reads a text from both sides"):
+            self.load(without(tmp_path, model_type="bert"))
+
+    def test_a_class_without_keys_and_values(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"MambaForCausalLM takes no past_key_values, .* choose another"):
+            self.load(without(tmp_path, model_type="mamba"))
+
     def test_a_tokenizer_of_another_model(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"the tokenizer has 380 tokens, but the language model's vocabulary 300"):
             self.load(without(tmp_path, vocab_size=300))

@@ -5,6 +5,7 @@ tanh approximation; BLIP-2's published weights were trained against the exact on
 too, for the language model in it.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoTokenizer,
     PreTrainedConfig,
@@ -22,6 +24,8 @@ from lavis_lite import download
 
 PACKAGED = Path(__file__).parents[1] / "configs" / "llms"
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+NEEDED = {"inputs_embeds", "attention_mask", "past_key_values"}
+"""What a model's `forward` must take."""
 COMPOSITES = {"blip-2", "instructblip", "instructblipvideo"}
 """Hugging Face's models that hold a language model; their folders serve as its source."""
 
@@ -97,9 +101,27 @@ def read_config(source: str | Path, overrides: Mapping[str, Any]) -> tuple[PreTr
         raise ValueError(f"{source}: a {model_type} is neither a causal nor an encoder-decoder language model")
     if config.is_encoder_decoder and type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
         raise ValueError(f"{source}: the encoder-decoder {model_type} does not write text given text")
+    _check_class(source, config)
     if getattr(config, "dense_act_fn", None) == "gelu_new":
         config.dense_act_fn = "gelu"
     return config, untied
+
+
+def _check_class(source: str | Path, config: PreTrainedConfig) -> None:
+    """ValueError if the model's class lacks what we need, or reads both ways, as BERT does unless told otherwise."""
+    is_two_way = type(config) in MODEL_FOR_MASKED_LM_MAPPING and getattr(config, "is_decoder", None) is False
+    if is_two_way and not config.is_encoder_decoder:
+        raise ValueError(
+            f"{source}: a {config.model_type} reads a text from both sides, and would see what it is to write: choose "
+            "a causal or encoder-decoder language model"
+        )
+    mapping = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
+    lacking = sorted(NEEDED - inspect.signature(mapping[type(config)].forward).parameters.keys())
+    if lacking:
+        raise ValueError(
+            f"{source}: transformers' {mapping[type(config)].__name__} takes no {', '.join(lacking)}, without which it "
+            "cannot go on behind an image: choose another language model"
+        )
 
 
 def _fetch(load: Callable[..., Any], source: str | Path, what: str) -> Any:
