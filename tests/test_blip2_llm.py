@@ -13,6 +13,7 @@ from reference_case import REFERENCE
 from torch import Tensor
 from transformers import (
     AutoTokenizer,
+    BartConfig,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
@@ -156,6 +157,25 @@ def test_ranking_is_the_likeliest_whole_answer(arch: str) -> None:
     prefix = model.lm.prefix(*model.asked(samples, prompts))
     likeliest = [answers[int(row[first].argmax())] for row in prefix.logits]
     assert model.predict_answers(samples, num_ans_candidates=1, **settings) == likeliest
+
+
+def test_a_start_token_that_all_answers_share_does_not_choose_between_them(tmp_path: Path) -> None:
+    """BART's answers begin with `<s>`: the first token that counts is the second."""
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    config = BartConfig(**sizes, vocab_size=424, max_position_embeddings=64)
+    folder = llm_folder(tmp_path / "llm", config, "llama")
+    model = build("blip2_llm", llm_model=str(folder), llm_precision="fp32")
+    assert len(model.coder.before) == 1
+    with torch.no_grad():
+        for parameter in model.llm_model.parameters():
+            parameter.normal_(std=0.5)
+    samples, prompts, answers = {"image": pictures()}, ["what?"] * 3, ["yes", "no", "red", "blue", "two", "a"]
+    order, _ = model.rank_answers(samples, prompts, answers, 1)
+    ids = torch.tensor([row[:2] for row in model.coder.continuations(answers)])
+    embeds, mask = model.asked(samples, prompts)
+    logits = model.lm.logits(embeds, mask, ids[:1].expand(3, -1))[:, 1]
+    assert order[:, 0].tolist() == logits[:, ids[:, 1]].argmax(dim=1).tolist()
+    assert order.any()
 
 
 def test_the_question_goes_into_the_gap_of_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -535,6 +555,16 @@ def test_bad_samples(arch: str) -> None:
         model.predict_answers({"image": image, "text_input": QUESTIONS[:2]}, inference_method="rank")
     with pytest.raises(ValueError, match="not one of rank, generate"):
         model.predict_answers({"image": image, "text_input": QUESTIONS[:2]}, inference_method="guess")
+    asked = {"image": image, "text_input": QUESTIONS[:2]}
+    with pytest.raises(ValueError, match=r"in answer_list must be a list of texts; got 'red'"):
+        model.predict_answers(asked, inference_method="rank", answer_list="red")
+    with pytest.raises(ValueError, match=r"candidate 1 in answer_list must be a text that is not empty; got ''"):
+        model.predict_answers(asked, inference_method="rank", answer_list=["red", ""])
+    with pytest.raises(ValueError, match="num_ans_candidates 0 must be at least 1"):
+        model.predict_answers(asked, inference_method="rank", answer_list=["red"], num_ans_candidates=0)
+    for prompt in (None, 3):
+        with pytest.raises(ValueError, match=f"{prompt} is neither a text nor a list of one a sample"):
+            model.generate({"image": image, "prompt": prompt})
 
 
 def test_a_prompt_longer_than_the_context() -> None:

@@ -23,7 +23,14 @@ from lavis_lite.models.blip2_prompts import (
     question_prompts,
     split_caption,
 )
-from lavis_lite.models.blip2_ranking import Candidates, candidate_lists, candidate_rows, segment_widths, stacked
+from lavis_lite.models.blip2_ranking import (
+    Candidates,
+    candidate_lists,
+    candidate_rows,
+    checked,
+    segment_widths,
+    stacked,
+)
 from lavis_lite.models.blip_base import text_list
 from lavis_lite.nn.losses import IGNORED
 from lavis_lite.registry import registry
@@ -161,6 +168,9 @@ class Blip2LanguageModel(LanguageModelBase):
         if inference_method == "rank":
             if not answer_list:
                 raise ValueError("inference_method rank chooses from a list: give answer_list, or use generate")
+            answer_list = checked(answer_list, " in answer_list")
+            if num_ans_candidates < 1:
+                raise ValueError(f"num_ans_candidates {num_ans_candidates} must be at least 1")
             order, losses = self.rank_answers(samples, prompts, answer_list, num_ans_candidates)
             best = order.gather(1, losses.argmin(dim=1, keepdim=True)).squeeze(1)
             answers = [answer_list[i] for i in best.tolist()]
@@ -184,7 +194,11 @@ class Blip2LanguageModel(LanguageModelBase):
         """
         ids, mask = self.pad(self.coder.continuations(answer_list, end=not self.bare_candidates))
         prefix = self.lm.prefix(*self.asked(samples, prompts))
-        order = prefix.logits[:, ids[:, 0]].topk(min(k, len(answer_list)), dim=1).indices
+        logits, num_shared = prefix.logits, len(self.coder.before) if self.coder.keeps_end else 0
+        if num_shared:  # a token that begins every answer, as BART's, tells them not apart
+            shared = ids[:1, :num_shared].expand(len(logits), -1)
+            logits = self.lm.extend(prefix.cache.expand(1), shared)[0][:, -1]
+        order = logits[:, ids[:, num_shared]].topk(min(k, len(answer_list)), dim=1).indices
         return order, self.lm.candidate_losses(prefix, ids[order], mask[order])
 
     def predict_class(

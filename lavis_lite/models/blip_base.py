@@ -1,7 +1,7 @@
 """What BLIP's models share: tokenizer, image encoder, text transformer sizes, and loading of published files."""
 
 import logging
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -141,7 +141,11 @@ def ramp(samples: dict[str, Any], alpha: float, num_epochs: int) -> float:
 
 def text_list(texts: str | Sequence[str], count: int) -> list[str]:
     """One text a sample: a single string is used for all."""
-    texts = [texts] * count if isinstance(texts, str) else list(texts)
+    if isinstance(texts, str):
+        return [texts] * count
+    if not isinstance(texts, Iterable):
+        raise ValueError(f"{texts!r} is neither a text nor a list of one a sample")
+    texts = list(texts)
     if len(texts) != count:
         raise ValueError(f"{len(texts)} texts were given for {count} images")
     return texts
