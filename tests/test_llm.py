@@ -22,6 +22,7 @@ from transformers import (
     Lfm2Config,
     LlamaConfig,
     OPTConfig,
+    PegasusConfig,
     PreTrainedModel,
     Qwen2Config,
     T5Config,
@@ -54,7 +55,10 @@ CONFIGS: dict[str, Any] = {
     "bloom": BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
     "lfm2": Lfm2Config(**SIZES, num_key_value_heads=2, layer_types=["full_attention", "conv"]),
     "t5": T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4),
-    "bart": BartConfig(vocab_size=VOCABULARY, d_model=32, max_position_embeddings=64, **BART),
+    "bart": BartConfig(vocab_size=VOCABULARY, d_model=32, max_position_embeddings=64, **BART, scale_embedding=True),
+    "pegasus": PegasusConfig(
+        vocab_size=VOCABULARY, d_model=32, max_position_embeddings=64, **BART, scale_embedding=True
+    ),
 }
 FAMILIES = sorted(CONFIGS)
 
@@ -304,6 +308,16 @@ def test_texts_beyond_the_context_of_a_decoder_are_refused() -> None:
         lm.loss(embeds, mask, longer)
     with pytest.raises(ValueError, match="context has 64"):
         lm.candidate_losses(lm.prefix(embeds, mask), longer[None], torch.ones_like(longer)[None])
+
+
+@pytest.mark.parametrize("family", ["bart", "pegasus", "t5"])
+def test_ids_are_embedded_as_the_model_does(family: str) -> None:
+    model = random_model(family)
+    lm = face(model)
+    ids, labels = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[9, 10]])
+    ours = lm.logits(lm.embed(ids), torch.ones_like(ids), labels)
+    theirs = model(input_ids=ids, decoder_input_ids=torch.tensor([[START, 9]])).logits
+    torch.testing.assert_close(ours, theirs)
 
 
 # loading

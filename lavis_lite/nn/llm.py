@@ -110,6 +110,8 @@ class LanguageModel:
         self.is_encoder_decoder: bool = model.config.is_encoder_decoder
         self.width: int = model.get_input_embeddings().embedding_dim
         self.max_positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        encoder = model.get_encoder() if self.is_encoder_decoder else None  # Pegasus's and Marian's scale ids only
+        self._embedding_scale: float = getattr(encoder, "embed_scale", None) or 1.0
         self._accepted = inspect.signature(model.forward).parameters
         model.get_output_embeddings().register_forward_pre_hook(_contiguous)
 
@@ -119,8 +121,8 @@ class LanguageModel:
         return self.model.get_input_embeddings().weight.dtype
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Embeddings (...,E) of ids."""
-        return self.model.get_input_embeddings()(ids)
+        """Embeddings (...,E) of ids, as the model makes them of ids itself."""
+        return self.model.get_input_embeddings()(ids) * self._embedding_scale
 
     def decoding(self, **settings: Any) -> DecodingConfig:
         """Decoding settings with this model's end and padding tokens; lengths count the start token."""
