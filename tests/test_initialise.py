@@ -53,3 +53,13 @@ def test_image_encoder_starts_as_a_timm_file(tmp_path: Path) -> None:
 def test_other_sizes_are_an_error(bert: Path) -> None:
     with pytest.raises(ValueError, match="choose a source of the same sizes"):
         build(init_text=str(bert), med={**MED, "intermediate_size": 48})
+
+
+def test_complete_weights_need_no_start(tmp_path: Path) -> None:
+    """Trained weights are evaluated where what they started from is gone; a start may still be finetuned from."""
+    torch.save({"model": build().state_dict()}, tmp_path / "trained.pth")
+    gone = {"init_text": str(tmp_path / "gone"), "init_vit": str(tmp_path / "gone.pth")}
+    for kind in ("checkpoint", "finetuned"):
+        build(**gone, **{kind: str(tmp_path / "trained.pth")})
+    with pytest.raises(FileNotFoundError, match="gone"):
+        build(**gone, pretrained=str(tmp_path / "trained.pth"))

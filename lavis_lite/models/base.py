@@ -46,18 +46,15 @@ class BaseModel(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: dict[str, Any], *, device: str | torch.device = "cpu") -> Self:
-        """Build from a model section and load its weights: `init_*`, then `checkpoint`, else `finetuned`, else
-        `pretrained`, then frozen parts that the file does not hold. `device` is where the model will run; it is built
-        on the CPU.
+        """Build from a model section and load its weights: `checkpoint`, else `finetuned`, which are complete, else
+        `init_*` and then `pretrained`; then frozen parts that the file does not hold. `device` is where the model will
+        run; it is built on the CPU.
         """
         model = cls(**{key: value for key, value in cfg.items() if key not in MODEL_KEYS})
-        chosen = chosen_weights(cfg)
-        if cfg.get("init_vit") or cfg.get("init_text"):
+        kind, source = chosen_weights(cfg) or (None, None)
+        if kind in (None, "pretrained") and (cfg.get("init_vit") or cfg.get("init_text")):
             model.start_from(vit=cfg.get("init_vit"), text=cfg.get("init_text"))
-        loaded: set[str] = set()
-        if chosen is not None:
-            kind, source = chosen
-            loaded = model.load_weights(source, initialise=kind == "pretrained")
+        loaded = set() if source is None else model.load_weights(source, initialise=kind == "pretrained")
         model.load_frozen(loaded)
         return model
 
