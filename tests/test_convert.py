@@ -19,6 +19,7 @@ from lavis_lite.convert.configs import CLASSES
 from lavis_lite.convert.folders import write_folder
 from lavis_lite.models import from_pretrained, load_model, load_model_and_preprocess
 from lavis_lite.models.base import BaseModel
+from lavis_lite.nn.llm_sources import PACKAGED
 from lavis_lite.registry import registry
 
 ARCHS = sorted({arch for archs in CLASSES.values() for arch in archs})
@@ -214,3 +215,25 @@ def test_frozen_parts_are_taken_out_of_a_folder(tmp_path: Path) -> None:
     for part in ("opt_model", "visual_encoder"):
         same(getattr(model, part).state_dict(), getattr(source, part).state_dict())
     assert not torch.equal(model.query_tokens, source.query_tokens)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bart"])
+def test_language_models_with_names_of_their_own(family: str, tmp_path: Path) -> None:
+    """GPT-2's vocabulary is full and gets its row for images; of BART transformers' BLIP-2 would take half."""
+    if family == "gpt2":
+        config = transformers.GPT2Config(vocab_size=159, n_embd=32, n_layer=1, n_head=2, n_positions=64)
+    else:
+        sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+        config = transformers.BartConfig(vocab_size=159, d_model=32, max_position_embeddings=64, **sizes)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(PACKAGED / "tiny_opt")
+    config.vocab_size = len(tokenizer)
+    config.save_pretrained(tmp_path / "llm")
+    tokenizer.save_pretrained(tmp_path / "llm")
+    model = load_model("blip2_llm", "tiny", llm_model=str(tmp_path / "llm"))
+    if family == "bart":
+        with pytest.raises(ValueError, match="takes of a bart the decoder alone"):
+            write_folder(model, tmp_path / "hf", arch="blip2_llm")
+        return
+    again = from_pretrained(write_folder(model, tmp_path / "hf", arch="blip2_llm")).state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again[name][: len(tensor)] if tensor.dim() else again[name], tensor), name

@@ -21,7 +21,11 @@ LAYOUTS = {
     "instructblip": ("qformer.embeddings.layernorm.", "qformer.embeddings."),
 }
 """By Hugging Face's model type: the Q-Former's first norm, and its word and position embeddings."""
-VOCABULARIES = ("embed_tokens.weight", "shared.weight", "lm_head.weight")
+VOCABULARIES = (
+    *("embed_tokens.weight", "shared.weight", "lm_head.weight"),
+    *(".wte.weight", ".transformer.word_embeddings.weight", ".embed_in.weight", ".embed_out.weight"),
+)
+"""Of language models: GPT-2's and GPT-J's, Bloom's and Falcon's, GPT-NeoX's have names of their own."""
 MOST_ADDED = 64
 """Vocabularies are rounded up to multiples of 64 at most."""
 BIAS = ".attn.qkv.bias"

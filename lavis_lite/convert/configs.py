@@ -157,7 +157,13 @@ def _blip2_config(model: nn.Module, config_class: Any, vision: dict[str, Any]) -
         sizes["image_text_hidden_size"] = model.text_proj.out_features
     else:
         sizes["text_config"] = language_model_config(model)
-    return config_class(vision_config=vision, qformer_config=qformer, **sizes)
+    config = config_class(vision_config=vision, qformer_config=qformer, **sizes)
+    if part is not None and config.use_decoder_only_language_model == model.lm.is_encoder_decoder:
+        raise ValueError(
+            f"transformers' BLIP-2 takes of a {config.text_config.model_type} the decoder alone, so that this model "
+            "cannot be written as a folder: keep it as a .pth file"
+        )
+    return config
 
 
 def language_model_config(model: nn.Module) -> Any:
