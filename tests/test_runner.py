@@ -431,6 +431,23 @@ def test_bad_loss_stops_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     assert all(torch.isfinite(value).all() for value in saved["model"].values())
 
 
+def test_a_bad_gradient_before_a_checkpoint_keeps_the_last_one(tmp_path: Path) -> None:
+    """Step 10 has a finite loss, and a gradient that is none; its checkpoint would be the last of this run."""
+
+    class Root(ToyTask):
+        def train_step(self, model: nn.Module, samples: dict[str, Any]) -> dict[str, torch.Tensor]:
+            losses = super().train_step(model, samples)
+            if self.steps == 10:
+                losses["loss"] = losses["loss"] + (losses["prediction"].sum() * 0).sqrt()
+            return losses
+
+    with pytest.raises(NonFiniteLoss, match=r"weights are not finite after step 10.*Checkpoints are from before"):
+        make(tmp_path, task=Root()).train()
+    saved = last(tmp_path)
+    assert saved["step"] == 5
+    assert all(torch.isfinite(value).all() for value in saved["model"].values())
+
+
 def test_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(tmp_path, max_epoch=1).train()
     before = (tmp_path / "checkpoint_last.pth").read_bytes()

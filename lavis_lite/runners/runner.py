@@ -154,13 +154,19 @@ class Runner:
     def _update_weights(self) -> None:
         if self.run.grad_clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
-            parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-            norm = nn.utils.clip_grad_norm_(parameters, self.run.grad_clip_norm)
+            norm = nn.utils.clip_grad_norm_(self._parameters(), self.run.grad_clip_norm)
             if not self.scaler.is_enabled():  # the scaler's overflow steps have infinite norms
                 self.metrics.update(grad_norm=norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _parameters(self) -> list[torch.Tensor]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def _check_finite(self) -> None:
+        self.guard.check()
+        self.guard.check_weights(self._parameters(), step=self.state.step)
 
     def _log(self, epoch: int, lr: float) -> None:
         self.guard.check()
@@ -217,7 +223,7 @@ class Runner:
 
     def _save_last(self) -> None:
         """Gathers the whole training state and writes it; must be entered by every rank."""
-        self.guard.check()
+        self._check_finite()
         ranks = dist.gather_objects([rank_state(self.loader, self.device)])
         metrics = [self.metrics.state_dict(), self.by_dataset.state_dict()]
         self.saved_step = self.state.step
@@ -236,7 +242,7 @@ class Runner:
         save_last(saved, self.job_dir, step=self.state.step, keep=self.run.keep_checkpoints)
 
     def _save_weights(self, path: Path) -> None:
-        self.guard.check()
+        self._check_finite()
         if dist.is_main():
             weights = {
                 "model": self.model.checkpoint_state_dict(),

@@ -9,7 +9,7 @@ import logging
 import random
 import shutil
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,11 @@ from lavis_lite.errors import NonFiniteLoss
 from lavis_lite.runners.sampling import seed_rank
 
 logger = logging.getLogger(__name__)
+
+REMEDY = (
+    "Checkpoints are from before. "
+    "Try a lower run.init_lr, run.grad_clip_norm=1.0, a longer run.warmup_steps, or run.precision=bf16 or fp32"
+)
 
 
 @dataclass
@@ -156,7 +161,11 @@ class FiniteGuard:
         if step == 0:
             return
         losses = ", ".join(f"{name} {value:g}" for name, value in zip(self.names, values, strict=True))
-        raise NonFiniteLoss(
-            f"the loss is not finite at step {int(step)}: {losses}; learning rate {lr:g}. Checkpoints are from before. "
-            "Try a lower run.init_lr, run.grad_clip_norm=1.0, a longer run.warmup_steps, or run.precision=bf16 or fp32"
-        )
+        raise NonFiniteLoss(f"the loss is not finite at step {int(step)}: {losses}; learning rate {lr:g}. {REMEDY}")
+
+    def check_weights(self, parameters: Iterable[torch.Tensor], *, step: int) -> None:
+        """Raises NonFiniteLoss if a weight is not finite after `step` steps: a gradient may be nan at a finite loss."""
+        if not torch.stack([torch.isfinite(parameter.detach()).all() for parameter in parameters]).all():
+            raise NonFiniteLoss(
+                f"weights are not finite after step {step}: at a finite loss, a gradient was not. {REMEDY}"
+            )
