@@ -314,6 +314,7 @@ def test_samples_know_the_epoch_and_schedule_is_per_step(tmp_path: Path) -> None
 def test_what_a_run_leaves(tmp_path: Path) -> None:
     import yaml
 
+    (tmp_path / "checkpoint_99.pth").touch()  # of an earlier run that came further; the newest is what is kept
     result = make(tmp_path, tensorboard=True, keep_checkpoints=1, num_workers=0).train()
     names = {entry.name for entry in tmp_path.iterdir()}
     assert names == {

@@ -194,8 +194,12 @@ def test_captioning_of_shuffled_images_gives_each_one_the_next_ones_picture() ->
 
     samples = {"image": torch.tensor([1.0, 2.0, 3.0]), "image_id": ["a", "b", "c"], "instance_id": ["0", "1", "2"]}
     for shuffled, said in ((False, ["1", "2", "3"]), (True, ["3", "1", "2"])):
-        results = CaptionTask(shuffle_images=shuffled).valid_step(Seer(), samples)
-        assert [result["caption"] for result in results] == said
+        task = CaptionTask(shuffle_images=shuffled)
+        assert [result["caption"] for result in task.valid_step(Seer(), samples)] == said
+    alone = {"image": torch.tensor([4.0]), "image_id": ["d"], "instance_id": ["3"]}
+    assert task.valid_step(Seer(), alone)[0]["caption"] == "3"
+    with pytest.raises(ValueError, match=r"run\.batch_size_eval above 1"):
+        CaptionTask(shuffle_images=True).valid_step(Seer(), alone)
 
 
 def test_captioning_with_several_captions_prompt_and_one_sample(tmp_path: Path) -> None:

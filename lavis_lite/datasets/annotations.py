@@ -110,7 +110,7 @@ def _read_text(path: Path) -> str:
 def _broken_json(path: str | Path, line: int, error: json.JSONDecodeError) -> ValueError:
     return ValueError(
         f"{path}: broken or truncated JSON at line {line}, column {error.colno}: {error.msg}. "
-        "Delete the file so that it's fetched again, or restore it."
+        "Correct it; a file that was downloaded can be deleted, and is then fetched again."
     )
 
 

@@ -69,7 +69,7 @@ def save_last(saved: Mapping[str, Any], job_dir: Path, *, step: int, keep: int) 
     if keep > 0:
         checkpoint.save(saved, job_dir / f"checkpoint_{step}.pth")
         kept = [path for path in job_dir.glob("checkpoint_*.pth") if path.stem.split("_")[1].isdigit()]
-        for old in sorted(kept, key=lambda path: int(path.stem.split("_")[1]))[:-keep]:
+        for old in sorted(kept, key=lambda path: path.stat().st_mtime_ns)[:-keep]:  # a resumed run may count lower
             old.unlink()
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from lavis_lite.registry import registry
@@ -59,6 +60,7 @@ class CaptionTask(BaseTask):
     """Caption the batch's next image in place of each: what is left of the score comes from the language alone."""
 
     def __post_init__(self) -> None:
+        self._last_image: torch.Tensor | None = None
         check_metrics(self.metrics)
         if self.num_captions < 1:
             raise ValueError(f"run.num_captions must be at least 1, got {self.num_captions}")
@@ -70,7 +72,7 @@ class CaptionTask(BaseTask):
         if self.prompt is not None:
             samples = {**samples, "prompt": self.prompt}
         if self.shuffle_images:
-            samples = {**samples, "image": samples["image"].roll(1, dims=0)}
+            samples = {**samples, "image": self.other_images(samples["image"])}
         texts = model.generate(samples, **self.arguments_for(model.generate, GENERATE_ARGUMENTS))
         ids = as_list(samples["image_id"])
         if len(texts) != len(ids) * self.num_captions:
@@ -78,6 +80,14 @@ class CaptionTask(BaseTask):
         groups = [texts[i : i + self.num_captions] for i in range(0, len(texts), self.num_captions)]
         columns = {"image_id": ids, "caption": [group[0] for group in groups]}
         return per_sample(samples, **columns, **({"captions": groups} if self.num_captions > 1 else {}))
+
+    def other_images(self, images: torch.Tensor) -> torch.Tensor:
+        """The neighbour of each image (B,...) in its batch; a batch of one gets the last image of the batch before."""
+        if len(images) == 1 and self._last_image is None:
+            raise ValueError("run.shuffle_images needs other images in the batch: set run.batch_size_eval above 1")
+        others = images.roll(1, dims=0) if len(images) > 1 else self._last_image
+        self._last_image = images[-1:]
+        return others
 
     def score(self, results: list[Result], *, dataset: Any, split: str, result_dir: Path) -> Metrics:
         """Write `<split>_captions.json`; caption metrics, and the dataset's `extra_metrics(captions)` if it has any."""
