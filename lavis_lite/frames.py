@@ -25,14 +25,19 @@ UNKNOWN_SIZE = 0xFFFFFFFF
 """What stands for the size of a RIFF file that was written as a stream."""
 
 
+def at_least_one(num_frames: int) -> int:
+    """`num_frames`; ValueError if that is below 1."""
+    if num_frames < 1:
+        raise ValueError(f"num_frames must be 1 or more, got {num_frames}")
+    return num_frames
+
+
 def sampled(num_there: int, num_frames: int, *, source: object) -> list[int]:
     """The numbers floor(i x num_there / num_frames) of the frames to take, in time order, each once.
 
     Raises ValueError if `num_frames` is below 1, UnreadableSample if `source` has fewer.
     """
-    if num_frames < 1:
-        raise ValueError(f"num_frames must be 1 or more, got {num_frames}")
-    if num_there < num_frames:
+    if num_there < at_least_one(num_frames):
         raise UnreadableSample(f"{source} has {num_there} frames, and num_frames={num_frames}: lower num_frames")
     return [i * num_there // num_frames for i in range(num_frames)]
 

@@ -161,6 +161,11 @@ def test_other_braces_are_text() -> None:
         fill("{b}", {"a": 1, "b": None})
 
 
+def test_no_frames_are_refused_before_a_video_is_read(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="num_frames must be 1 or more, got 0"):
+        build(tmp_path, [asked()], num_frames=0)
+
+
 def test_lists_are_worded() -> None:
     assert lettered(["red", 3]) == "(a) red (b) 3"
     assert lettered(list("x" * 26)).endswith("(z) x")

@@ -312,7 +312,7 @@ def test_video_processors_refuse_what_is_no_video() -> None:
     with pytest.raises(ValueError, match="the list of frames has 3 frames, and num_frames=4"):
         processor(images)
     with pytest.raises(ValueError, match="num_frames must be 1 or more, got 0"):
-        load_processor("blip_video_eval", {"num_frames": 0})(images)
+        load_processor("blip_video_eval", {"num_frames": 0})
     with pytest.raises(ValueError, match="no tensors after their processor, but Image"):
         frames.processed(images, identity)
     for name in ("blip_video_eval", "blip_video_train"):

@@ -19,6 +19,7 @@ from lavis_lite.datasets.base import BaseBuilder, BaseDataset, identity
 from lavis_lite.datasets.instruct_jsonl import PLACE, read_instructions
 from lavis_lite.datasets.templates import GAP, Templates, load_templates
 from lavis_lite.datasets.video import read_frames
+from lavis_lite.frames import at_least_one
 from lavis_lite.registry import did_you_mean, registry
 from lavis_lite.wording import joined_words, lettered, letters
 
@@ -61,7 +62,8 @@ class InstructDataset(BaseDataset):
             if value not in known:
                 raise ValueError(f"no {name} {value!r}. {did_you_mean(value, known)}")
         self.reader, self.templates, self.training = reader, templates, training
-        self.num_frames, self.answer_choice, self.candidate_format = num_frames, answer_choice, candidate_format
+        self.num_frames = at_least_one(num_frames)
+        self.answer_choice, self.candidate_format = answer_choice, candidate_format
         self.gaps = {gap: text for text in templates.used(training=training) for gap in GAP.findall(text)}
         super().__init__(
             annotation_paths, vis_root, split=split, vis_processor=vis_processor, text_processor=text_processor

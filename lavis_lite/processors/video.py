@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from lavis_lite.frames import decode, processed, sampled
+from lavis_lite.frames import at_least_one, decode, processed, sampled
 from lavis_lite.processors.image import BlipImageEvalProcessor, BlipImageTrainProcessor, ImageProcessor
 from lavis_lite.registry import registry
 
@@ -20,7 +20,7 @@ class VideoProcessor(ImageProcessor):
 
     def __init__(self, *, num_frames: int = 4, image_size: int = 224, **image: Any) -> None:
         super().__init__(image_size=image_size, **image)
-        self.num_frames = num_frames
+        self.num_frames = at_least_one(num_frames)
 
     def __call__(self, video: str | Path | Sequence[Image.Image]) -> torch.Tensor:
         """A video file or its frames in time order -> float32 (3, num_frames, image_size, image_size).
