@@ -529,6 +529,12 @@ class TestRefused:
         with pytest.raises(ValueError, match=r"MambaForCausalLM takes no past_key_values, .* choose another"):
             self.load(without(tmp_path, model_type="mamba"))
 
+    @pytest.mark.parametrize("model_type", ["fsmt", "prophetnet"])
+    def test_a_class_that_only_seems_to_fit(self, model_type: str, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+        with pytest.raises(ValueError, match=rf"a {model_type} .* choose another language model"):
+            self.load(tmp_path)
+
     def test_a_tokenizer_of_another_model(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"the tokenizer has 380 tokens, but the language model's vocabulary 300"):
             self.load(without(tmp_path, vocab_size=300))

@@ -426,6 +426,11 @@ def test_gathering_keeps_each_sample_once_in_order(caplog: pytest.LogCaptureFixt
         assert [r["instance_id"] for r in gather(results, dataset)] == ["0", "1", "2"]
     assert "1 of 4 samples" in caplog.text
     assert gather(results, dataset)[2]["n"] == 0
+    for record, own in zip(dataset.annotation, "wxyz", strict=True):  # a field of the user's file
+        record["instance_id"] = own
+    assert [r["instance_id"] for r in gather(results, dataset)] == ["0", "1", "2"]
+    named = [{"instance_id": i} for i in "zywx"]
+    assert [r["instance_id"] for r in gather(named, dataset)] == list("wxyz")
     with pytest.raises(KeyError, match="instance_id"):
         per_sample({"image": torch.zeros(1)}, answer=["a"])
 

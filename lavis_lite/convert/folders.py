@@ -132,7 +132,8 @@ def hf_model(model: nn.Module, config: Any, own: Mapping[str, Tensor], *, arch: 
     if wrong:
         raise ValueError(
             f"{name} of these sizes has {len(wrong)} tensors that this model lacks or has in another shape: "
-            f"{', '.join(f'{key} {tuple(wanted[key])}' for key in wrong[:3])}"
+            f"{', '.join(f'{key} {tuple(wanted[key])}' for key in wrong[:3])}. It cannot be written as a folder: "
+            "keep it as a .pth file"
         )
     twin.load_state_dict({key: given[key] for key in wanted}, assign=True)
     return twin

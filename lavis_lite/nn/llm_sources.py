@@ -26,6 +26,11 @@ PACKAGED = Path(__file__).parents[1] / "configs" / "llms"
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 NEEDED = {"inputs_embeds", "attention_mask", "past_key_values"}
 """What a model's `forward` must take."""
+UNFIT = {
+    "fsmt": "multiplies embeddings that it is given by a factor of its own",
+    "prophetnet": "reads one token at a time behind what it has read, and candidates have several",
+}
+"""Classes that have what is needed by their signature, and yet are of no use."""
 COMPOSITES = {"blip-2", "instructblip", "instructblipvideo"}
 """Hugging Face's models that hold a language model; their folders serve as its source."""
 
@@ -115,6 +120,8 @@ def _check_class(source: str | Path, config: PreTrainedConfig) -> None:
             f"{source}: a {config.model_type} reads a text from both sides, and would see what it is to write: choose "
             "a causal or encoder-decoder language model"
         )
+    if config.model_type in UNFIT:
+        raise ValueError(f"{source}: a {config.model_type} {UNFIT[config.model_type]}: choose another language model")
     mapping = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
     lacking = sorted(NEEDED - inspect.signature(mapping[type(config)].forward).parameters.keys())
     if lacking:

@@ -40,7 +40,9 @@ def per_sample(samples: dict[str, Any], **columns: Sequence[Any]) -> list[Result
 
 
 def gather(results: Iterable[Result], dataset: Any) -> list[Result]:
-    """All ranks' results, on every rank, each `instance_id` once, in the order of `dataset.annotation`.
+    """All ranks' results, on every rank, each `instance_id` once, in the dataset's order.
+
+    An `instance_id` is a sample's index, as in all datasets here, or the field of this name in `dataset.annotation`.
 
     A sampler that pads the shards to one length makes some samples appear twice; the first one counts. A sample without
     a result is warned about, by number.
@@ -52,4 +54,5 @@ def gather(results: Iterable[Result], dataset: Any) -> list[Result]:
     if missing > 0 and dist.is_main():
         logger.warning("%d of %d samples have no result and do not count in the metrics", missing, len(dataset))
     order = {record.get("instance_id"): i for i, record in enumerate(getattr(dataset, "annotation", []))}
+    order |= {str(i): i for i in range(len(dataset))}
     return sorted(unique.values(), key=lambda result: order.get(result["instance_id"], len(order)))
