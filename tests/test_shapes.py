@@ -99,6 +99,15 @@ def test_true_captions(text: str) -> None:
     assert is_true(text, json.loads(json.dumps(PAIR.to_dict())))
 
 
+def test_captions_without_relations_list_and_count(tmp_path: Path) -> None:
+    """The descriptions for retrieval say where things are all the same."""
+    config = ShapesConfig(num_train=40, num_val=2, num_test=2, gallery_size=2, min_objects=2, relations=False)
+    made = ensure_built(config, tmp_path)
+    places = re.compile(r"\b(left|right|above|over|below|under)\b")
+    assert not any(places.search(record["caption"]) for record in notes(made, "caption_train.json"))
+    assert all(places.search(record["caption"]) for record in notes(made, "retrieval_train.json"))
+
+
 @pytest.mark.parametrize(
     "text",
     [

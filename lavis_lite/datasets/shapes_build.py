@@ -6,6 +6,7 @@ The folder is written aside and renamed as a whole, so one that has its name is 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -99,7 +100,9 @@ class _Split:
 
     def caption_records(self, purpose: str, indices: Any) -> list[dict[str, Any]]:
         """COCO's Karpathy form: one record a caption in train, one an image with five captions elsewhere."""
-        write_captions = captions if purpose == "caption" else full_captions
+        write_captions = full_captions
+        if purpose == "caption":
+            write_captions = functools.partial(captions, relations=self.config.relations)
         records: list[dict[str, Any]] = []
         for index in indices:
             texts = write_captions(self.scenes[index], self.rng(purpose, index), sizes=self.config.size_names)
@@ -145,7 +148,8 @@ class _Split:
         return records
 
     def caption(self, index: int, rng: random.Random) -> str:
-        return captions(self.scenes[index], rng, sizes=self.config.size_names, count=1)[0]
+        config = self.config
+        return captions(self.scenes[index], rng, sizes=config.size_names, relations=config.relations, count=1)[0]
 
     def wrong_text(self, scene: Scene, rng: random.Random) -> str:
         if rng.random() < 0.7:

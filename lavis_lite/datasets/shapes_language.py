@@ -83,10 +83,12 @@ def plural(noun: str) -> str:
     return f"{noun}es" if noun.endswith("s") else f"{noun}s"
 
 
-def captions(scene: Scene, rng: random.Random, *, sizes: Sequence[str], count: int = 5) -> list[str]:
+def captions(
+    scene: Scene, rng: random.Random, *, sizes: Sequence[str], relations: bool = True, count: int = 5
+) -> list[str]:
     """`count` captions of the scene, all true, in random wording; different ones as far as there are enough."""
     sized = len(sizes) > 1
-    return _different(lambda: _caption(scene, rng, sized=sized and rng.random() < 0.5), count)
+    return _different(lambda: _caption(scene, rng, sized=sized and rng.random() < 0.5, relations=relations), count)
 
 
 def full_captions(scene: Scene, rng: random.Random, *, sizes: Sequence[str], count: int = 5) -> list[str]:
@@ -129,7 +131,7 @@ def _different(make: Callable[[], str], count: int) -> list[str]:
     return (list(found) * count)[:count]
 
 
-def _caption(scene: Scene, rng: random.Random, *, sized: bool) -> str:
+def _caption(scene: Scene, rng: random.Random, *, sized: bool, relations: bool) -> str:
     if len(scene.things) == 1:
         thing = scene.things[0]
         table = SINGLE_CAPTIONS + (SIZED_SINGLE_CAPTIONS if sized else ())
@@ -142,7 +144,7 @@ def _caption(scene: Scene, rng: random.Random, *, sized: bool) -> str:
         number, kind = rng.choice(kinds)
         return rng.choice(COUNT_CAPTIONS).format(n=NUMBERS[number], kind=kind)
     things = rng.sample(scene.things, len(scene.things))
-    if draw < 0.4:
+    if draw < 0.4 or not relations:
         listed = " and ".join(f"a {phrase(thing, sized=sized)}" for thing in things)
         return rng.choice(LIST_CAPTIONS).format(list=listed, n=NUMBERS[len(things)])
     a, b = things[:2]

@@ -68,6 +68,7 @@ class ShapesConfig:
     """What the dataset looks like. `shapes`, `colors`, `sizes`: how many of the known ones, or a list of names.
 
     `noise_share`: share of wrong texts among the web-style pairs. `gallery_size`: images of the retrieval test.
+    `relations`: whether captions also say which object is left of or above which, or list and count them only.
     """
 
     num_train: int = 5000
@@ -84,6 +85,7 @@ class ShapesConfig:
     gallery_size: int = 200
     questions_per_image: int = 5
     jpeg_quality: int = 92
+    relations: bool = True
 
     def check(self) -> None:
         """Raise ValueError for values that no dataset can be made of."""
