@@ -88,7 +88,7 @@ quickstart_blip() {
     evaluate vqa "$out/vqa" vqa_blank run.blank_images=True # what the questions give away by themselves
 }
 
-language_models() { language_model opt _texts_opt.yaml 16 && language_model t5 _texts_t5.yaml 32; }
+language_models() { language_model opt _texts_opt.yaml 16 && language_model t5 _texts_t5.yaml 24; }
 stage1() { train blip2/stage1; }
 # with the queries of other images, a caption says what the language model knows by itself
 stage2_opt() { train blip2/stage2_opt && evaluate stage2_opt "$out/stage2_opt" stage2_opt_shuffled run.shuffle_images=True; }
@@ -102,7 +102,7 @@ quickstart_blip2() {
     together finetune_vqa finetune_others
 }
 
-t5_texts() { language_model t5 _texts_t5.yaml 32; }
+t5_texts() { language_model t5 _texts_t5.yaml 24; }
 stage2() { train blip2/stage2_t5; }
 instruct() { train instruct; }
 instruct_unaware() { train instruct_unaware; }
