@@ -41,34 +41,36 @@ evaluate() {
     "$python" evaluate.py --cfg-path "$recipes/$recipe.yaml" --checkpoint "$step/checkpoint_best.pth" \
         --options "run.job_id=$name" "$@"
 }
-groups=() # process groups of the chains at work: they end with this script, whatever ends it
-end_groups() {
-    for group in ${groups[@]+"${groups[@]}"}; do kill -- "-$group" 2>/dev/null || true; done
+# Chains are functions below that run in the background, two at a time and a core each, in process groups that end with
+# this script, whatever ends it.
+end_chains() {
+    for group in $(jobs -p); do kill -- "-$group" 2>/dev/null || true; done
 }
-trap end_groups EXIT
+trap end_chains EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
-# together CHAIN...: functions that don't wait for one another, a core each, every one with a file of its own
-together() {
-    local i
-    groups=()
-    set -m # gives each a process group
+begin() {
+    local chain
     for chain in "$@"; do
+        set -m # gives it a process group
         OMP_NUM_THREADS=1 "$chain" >"$out/$chain.txt" 2>&1 </dev/null &
-        groups+=($!)
+        set +m
+        printf -v "pid_$chain" %s $!
         echo "== $chain ... (tail -f $out/$chain.txt)"
     done
-    set +m
-    for ((i = 1; i <= $#; i++)); do
-        if ! wait "${groups[i - 1]}"; then
-            tail -n 20 "$out/${!i}.txt" >&2
-            echo "error: ${!i} failed; all it said is in $out/${!i}.txt" >&2
+}
+finish() {
+    local chain pid
+    for chain in "$@"; do
+        pid="pid_$chain"
+        if ! wait "${!pid}"; then
+            tail -n 20 "$out/$chain.txt" >&2
+            echo "error: $chain failed; all it said is in $out/$chain.txt" >&2
             exit 1
         fi
-        echo "== ${!i} done, $(((SECONDS - started) / 60)) min so far"
-        grep -h " test: .*agg_metrics" "$out/${!i}.txt" || true
+        echo "== $chain done, $(((SECONDS - started) / 60)) min so far"
+        grep -h " test: .*agg_metrics" "$out/$chain.txt" || true
     done
-    groups=()
 }
 # language_model NAME TEXTS BATCH
 language_model() {
@@ -88,7 +90,8 @@ quickstart_blip() {
     evaluate vqa "$out/vqa" vqa_blank run.blank_images=True # what the questions give away by themselves
 }
 
-language_models() { language_model opt _texts_opt.yaml 16 && language_model t5 _texts_t5.yaml 24; }
+texts_opt() { language_model opt _texts_opt.yaml 16; }
+texts_t5() { language_model t5 _texts_t5.yaml 24; }
 stage1() { train blip2/stage1; }
 # with the queries of other images, a caption says what the language model knows by itself
 stage2_opt() { train blip2/stage2_opt && evaluate stage2_opt "$out/stage2_opt" stage2_opt_shuffled run.shuffle_images=True; }
@@ -97,12 +100,15 @@ finetune_vqa() { train vqa && evaluate vqa "$out/vqa" vqa_blank run.blank_images
 finetune_others() { train caption retrieval; }
 quickstart_blip2() {
     image_encoder
-    together stage1 language_models
-    together stage2_opt stage2_t5
-    together finetune_vqa finetune_others
+    begin stage1 texts_opt
+    finish texts_opt; begin texts_t5
+    finish stage1; begin stage2_opt
+    finish texts_t5; begin stage2_t5
+    finish stage2_opt; begin finetune_vqa
+    finish stage2_t5; begin finetune_others
+    finish finetune_vqa finetune_others
 }
 
-t5_texts() { language_model t5 _texts_t5.yaml 24; }
 stage2() { train blip2/stage2_t5; }
 instruct() { train instruct; }
 instruct_unaware() { train instruct_unaware; }
@@ -110,10 +116,12 @@ quickstart_instructblip() {
     if [ ! -f "$blip2/stage2_t5/checkpoint_last.pth" ]; then
         echo "== a tiny BLIP-2 first"
         image_encoder
-        together stage1 t5_texts
+        begin stage1 texts_t5
+        finish stage1 texts_t5
         stage2
     fi
-    together instruct instruct_unaware
+    begin instruct instruct_unaware
+    finish instruct instruct_unaware
     evaluate held_out "$out/instruct" held_out
     evaluate held_out "$out/instruct_unaware" held_out_unaware model.qformer_text_input=False
     evaluate held_out "$blip2/stage2_t5" held_out_blip2 model.arch=blip2_t5
