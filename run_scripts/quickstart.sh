@@ -96,16 +96,17 @@ stage1() { train blip2/stage1; }
 # with the queries of other images, a caption says what the language model knows by itself
 stage2_opt() { train blip2/stage2_opt && evaluate stage2_opt "$out/stage2_opt" stage2_opt_shuffled run.shuffle_images=True; }
 stage2_t5() { train blip2/stage2_t5 && evaluate stage2_t5 "$out/stage2_t5" stage2_t5_shuffled run.shuffle_images=True; }
+# from T5's stage 2; captioning goes on from OPT's, retrieval from stage 1
 finetune_vqa() { train vqa && evaluate vqa "$out/vqa" vqa_blank run.blank_images=True; }
 finetune_others() { train caption retrieval; }
 quickstart_blip2() {
     image_encoder
-    begin stage1 texts_opt
-    finish texts_opt; begin texts_t5
-    finish stage1; begin stage2_opt
-    finish texts_t5; begin stage2_t5
-    finish stage2_opt; begin finetune_vqa
-    finish stage2_t5; begin finetune_others
+    begin stage1 texts_t5
+    finish texts_t5; begin texts_opt
+    finish stage1; begin stage2_t5
+    finish texts_opt; begin stage2_opt
+    finish stage2_t5; begin finetune_vqa
+    finish stage2_opt; begin finetune_others
     finish finetune_vqa finetune_others
 }
 

@@ -139,7 +139,7 @@ def test_the_blip2_and_instructblip_quickstarts_run_from_end_to_end(
     out = Path("output/quickstart_blip2")
     assert "with the queries of other images" in capsys.readouterr().out
     assert (out / "report.html").read_text().count("<svg") == 6
-    assert not any("opt_model" in name for name in torch.load(out / "vqa" / "checkpoint_last.pth")["model"])
+    assert not any("t5_model" in name for name in torch.load(out / "vqa" / "checkpoint_last.pth")["model"])
     quickstart.train("instructblip/quickstart/instruct", "instructblip/quickstart/instruct_unaware")
     quickstart.evaluate_again("instructblip")
     quickstart.report("instructblip")
