@@ -3,7 +3,7 @@
 #   bash run_scripts/quickstart.sh                          BLIP
 #   bash run_scripts/quickstart.sh --family blip2           BLIP-2, with the image encoder of the former
 #   bash run_scripts/quickstart.sh --family instructblip    InstructBLIP, from the latter
-# What a family starts from is trained first if it isn't there.
+# What a family starts from is trained first if it isn't there, and completed if it was interrupted.
 # Leaves <output>/{results.json,report.html} and one folder a step with its log, checkpoints and results.
 set -euo pipefail
 family=blip
@@ -25,13 +25,14 @@ encoder=output/quickstart/pretrain/checkpoint_last.pth
 blip2=output/quickstart_blip2
 started=$SECONDS
 
-# train NAME...: recipes of this family, or of another one as FAMILY/NAME
+# train NAME...: recipes of this family, or of another one as FAMILY/NAME, which go on where they were interrupted and end
+# at once if they are complete
 train() {
     for name in "$@"; do
         local recipe=$recipes/$name.yaml
         case "$name" in */*) recipe=projects/${name%/*}/quickstart/${name#*/}.yaml ;; esac
         echo "== ${name#*/} ($recipe)"
-        "$python" train.py --cfg-path "$recipe"
+        "$python" train.py --cfg-path "$recipe" --resume auto
     done
 }
 # evaluate RECIPE STEP NAME OPTIONS...: a recipe's test once more, with a step's weights, under other conditions
@@ -79,10 +80,8 @@ language_model() {
         --batch-size "$3"
 }
 image_encoder() {
-    if [ ! -f "$encoder" ]; then
-        echo "== the image encoder: a tiny BLIP is pretrained"
-        train blip/pretrain
-    fi
+    echo "== the image encoder: a tiny BLIP's"
+    train blip/pretrain
 }
 
 quickstart_blip() {
@@ -110,17 +109,18 @@ quickstart_blip2() {
     finish finetune_vqa finetune_others
 }
 
+texts_t5_once() { [ -f "$blip2/t5/model.safetensors" ] || texts_t5; }
 stage2() { train blip2/stage2_t5; }
 instruct() { train instruct; }
 instruct_unaware() { train instruct_unaware; }
 quickstart_instructblip() {
-    if [ ! -f "$blip2/stage2_t5/checkpoint_last.pth" ]; then
-        echo "== a tiny BLIP-2 first"
-        image_encoder
-        begin stage1 texts_t5
-        finish stage1 texts_t5
-        stage2
+    image_encoder
+    if [ "$encoder" -nt "$blip2/stage1/checkpoint_last.pth" ]; then # there is none, or it is another encoder's
+        rm -rf "$blip2/stage1" "$blip2/stage2_t5"
     fi
+    begin stage1 texts_t5_once
+    finish stage1 texts_t5_once
+    stage2
     begin instruct instruct_unaware
     finish instruct instruct_unaware
     evaluate held_out "$out/instruct" held_out

@@ -143,8 +143,8 @@ def main() -> None:
     model, tokenizer = load_language_model(args.model, dtype=torch.float32)
     sections = OmegaConf.to_container(OmegaConf.load(args.texts))["datasets"]
     train(model, tokenizer, documents(sections), args)
-    model.eval().save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
+    model.eval().save_pretrained(args.out)  # its weights last: with them, the folder is complete
     print(f"language model in {args.out}")
 
 
