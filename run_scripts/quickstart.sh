@@ -25,8 +25,8 @@ encoder=output/quickstart/pretrain/checkpoint_last.pth
 blip2=output/quickstart_blip2
 started=$SECONDS
 
-# train NAME...: recipes of this family, or of another one as FAMILY/NAME, which go on where they were interrupted and end
-# at once if they are complete
+# train NAME...: recipes of this family, or of another one as FAMILY/NAME, which go on where they were interrupted; one that
+# is complete is tested once more at most
 train() {
     for name in "$@"; do
         local recipe=$recipes/$name.yaml
@@ -42,8 +42,8 @@ evaluate() {
     "$python" evaluate.py --cfg-path "$recipes/$recipe.yaml" --checkpoint "$step/checkpoint_best.pth" \
         --options "run.job_id=$name" "$@"
 }
-# Chains are functions below that run in the background, two at a time and a core each, in process groups that end with
-# this script, whatever ends it.
+# begin CHAIN..., finish CHAIN...: functions below that run in the background, two at a time and a core each, every one with
+# a file of its own. Their process groups end with this script, whatever ends it.
 end_chains() {
     for group in $(jobs -p); do kill -- "-$group" 2>/dev/null || true; done
 }
@@ -116,6 +116,7 @@ instruct_unaware() { train instruct_unaware; }
 quickstart_instructblip() {
     image_encoder
     if [ "$encoder" -nt "$blip2/stage1/checkpoint_last.pth" ]; then # there is none, or it is another encoder's
+        echo "== a tiny BLIP-2 is trained first, in $blip2/{stage1,stage2_t5}"
         rm -rf "$blip2/stage1" "$blip2/stage2_t5"
     fi
     begin stage1 texts_t5_once

@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import re
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -82,6 +84,39 @@ def evaluations(function: str) -> list[tuple[str, str, str]]:
     ]
     own = re.findall(r'evaluate (\w+) "(\S+)" (\w+)', bodies[function])
     return own + [found for name in called if name not in ("train", "evaluate") for found in evaluations(name)]
+
+
+def chains(tmp_path: Path, functions: str) -> subprocess.CompletedProcess[str]:
+    """Runs shell `functions` with what quickstart.sh has to begin and finish them."""
+    shell = (ROOT / "run_scripts/quickstart.sh").read_text()
+    kept = shell[shell.index("# begin CHAIN") : shell.index("# language_model NAME")]
+    text = f"set -euo pipefail\nout={tmp_path}\nstarted=0\n{kept}\n{functions}\n"
+    return subprocess.run(["bash", "-c", text], capture_output=True, text=True, timeout=60)
+
+
+def test_chains_run_side_by_side_and_one_after_the_other(tmp_path: Path) -> None:
+    """`b` only ends when `c`, which begins after `a`, is at work."""
+    waits = f"b() {{ until [ -f {tmp_path}/c ]; do sleep 0.05; done; }}"
+    order = "begin a b; finish a; begin c; finish b c"
+    done = chains(tmp_path, f"a() {{ echo at work; }}\n{waits}\nc() {{ touch {tmp_path}/c; }}\n{order}")
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"== (\w) done", done.stdout) == ["a", "b", "c"]
+    assert (tmp_path / "a.txt").read_text() == "at work\n"
+
+
+def test_a_chain_that_fails_ends_the_others(tmp_path: Path) -> None:
+    slow = f"slow() {{ echo $BASHPID >{tmp_path}/pid; sleep 600; }}"
+    bad = f"bad() {{ until [ -s {tmp_path}/pid ]; do sleep 0.05; done; echo what went wrong; false; echo on; }}"
+    done = chains(tmp_path, f"{slow}\n{bad}\nbegin slow bad\nfinish bad slow")
+    assert done.returncode == 1
+    assert f"what went wrong\nerror: bad failed; all it said is in {tmp_path}/bad.txt\n" in done.stderr
+    pid = (tmp_path / "pid").read_text().strip()
+    for _ in range(100):
+        state = Path(f"/proc/{pid}/stat")
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.05)
+    pytest.fail("the other chain is still at work")
 
 
 class Quickstart:
