@@ -116,7 +116,7 @@ instruct_unaware() { train instruct_unaware; }
 quickstart_instructblip() {
     image_encoder
     if [ "$encoder" -nt "$blip2/stage1/checkpoint_last.pth" ]; then # there is none, or it is another encoder's
-        echo "== a tiny BLIP-2 is trained first, in $blip2/{stage1,stage2_t5}"
+        echo "== a tiny BLIP-2 is trained first: $blip2/stage1, $blip2/stage2_t5"
         rm -rf "$blip2/stage1" "$blip2/stage2_t5"
     fi
     begin stage1 texts_t5_once
