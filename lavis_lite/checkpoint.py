@@ -19,6 +19,8 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import nn
 
+from lavis_lite.errors import InputError, MissingFileError, WriteError
+
 logger = logging.getLogger(__name__)
 
 
@@ -93,7 +95,7 @@ def load(path: str | Path, *, map_location: str | torch.device = "cpu") -> dict[
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(_missing_message(path))
+        raise MissingFileError(_missing_message(path))
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -101,12 +103,12 @@ def load(path: str | Path, *, map_location: str | torch.device = "cpu") -> dict[
             return load_file(path, device=str(map_location))
         return torch.load(path, map_location=map_location, weights_only=True, mmap=is_mappable(path) or None)
     except pickle.UnpicklingError as error:
-        raise ValueError(_unpickling_message(path, error)) from error
+        raise InputError(_unpickling_message(path, error)) from error
     except Exception as error:
         cut_short = isinstance(error, OSError) and error.errno == errno.EINVAL  # torch seeks to before the start
         if isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError)) and not cut_short:
             raise
-        raise ValueError(_corrupt_message(path, error)) from error
+        raise InputError(_corrupt_message(path, error)) from error
 
 
 def is_mappable(path: Path) -> bool:
@@ -129,7 +131,7 @@ def find_state_dict(obj: Mapping[str, Any], *, source: str = "checkpoint") -> di
             break
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
         found = sorted(map(str, obj))[:10] if isinstance(obj, Mapping) else type(obj).__name__
-        raise ValueError(f"{source} holds no weights: expected a state dict or {{'model': state dict}}, found {found}")
+        raise InputError(f"{source} holds no weights: expected a state dict or {{'model': state dict}}, found {found}")
     if all(key.startswith("module.") for key in state):
         return {key.removeprefix("module."): value for key, value in state.items()}
     return dict(state)
@@ -161,13 +163,13 @@ def load_into(
         mismatched=[key for key in state if key in own and state[key].shape != own[key].shape],
     )
     if own and not given:
-        raise ValueError(
+        raise InputError(
             f"{source} is a checkpoint of another architecture: {type(model).__name__} has none of its "
             f"{len(state)} keys. It has {_listed(list(state), limit=4)}; the model has {_listed(list(own), limit=4)}"
         )
     trainable = {id(value): key for key, value in own.items() if value.requires_grad}
     if trainable and not given & trainable.keys():
-        raise ValueError(
+        raise InputError(
             f"{source} holds no trainable key of {type(model).__name__}, only {len(given)} frozen ones or buffers: "
             f"{_listed([key for key in state if key in own], limit=4)}. Its trainable ones are "
             f"{_listed(list(trainable.values()), limit=4)}"
@@ -191,10 +193,10 @@ def _check_differences(
 ) -> None:
     if report.mismatched:
         shapes = [f"{key} {tuple(state[key].shape)} (model: {tuple(own[key].shape)})" for key in report.mismatched]
-        raise ValueError(f"{source}: {len(shapes)} shapes differ from the model's: {_listed(shapes)}")
+        raise InputError(f"{source}: {len(shapes)} shapes differ from the model's: {_listed(shapes)}")
     lost = [key for key in report.missing if own[key].requires_grad and not allow_missing(key)]
     if lost:
-        raise ValueError(
+        raise InputError(
             f"{source} lacks {len(lost)} trainable keys of the model, which would keep random values: {_listed(lost)}"
         )
 
@@ -234,13 +236,13 @@ def _tensor_bytes(obj: Any) -> dict[int, int]:
     return sizes
 
 
-def _write_error(path: Path, cause: OSError, *, num_bytes: int | None) -> OSError:
+def _write_error(path: Path, cause: OSError, *, num_bytes: int | None) -> WriteError:
     folder = next(parent for parent in path.absolute().parents if parent.is_dir())
     needed = "" if num_bytes is None else f"about {num_bytes / 2**20:.1f} MiB needed, "
     free = shutil.disk_usage(folder).free / 2**20
     what = "the disk is full" if cause.errno in (errno.ENOSPC, errno.EDQUOT) else (cause.strerror or str(cause))
     kept = "the previous file is intact" if path.exists() else "no file was left behind"
-    return OSError(
+    return WriteError(
         cause.errno,
         f"cannot write {path}: {what} ({needed}{free:.1f} MiB free in {folder}); {kept}. "
         "Free some space or point run.output_dir at another disk, then continue with --resume auto",

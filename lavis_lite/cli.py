@@ -5,21 +5,37 @@ A user's mistake ends as one line `error: ...` on stderr and exit code 2; anythi
 
 import argparse
 import dataclasses
+import errno
 import json
 import logging
 import os
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from lavis_lite.config import Config, ConfigError, RunConfig, parser
-from lavis_lite.errors import RankZeroFailed
-from lavis_lite.registry import RegistryError, registry
+from lavis_lite.errors import MissingFileError, RankZeroFailed, UserError
+from lavis_lite.registry import registry
 
 logger = logging.getLogger(__name__)
+
+SYSTEM_ERRORS = {
+    errno.ENOSPC: "free some space or write to another disk",
+    errno.EDQUOT: "free some space or write to another disk",
+    errno.EROFS: "write to another folder",
+    errno.EACCES: "check the permissions of the file and its folder",
+    errno.EPERM: "check the permissions of the file and its folder",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path",
+    errno.EISDIR: "name a file",
+    errno.ENAMETOOLONG: "shorten the name",
+    errno.EIO: "the disk or network drive failed",
+    errno.ESTALE: "the network drive failed",
+}
+"""What the operating system refuses, and what to do about it."""
 
 TRAIN_HELP = """Train (and then test) what a YAML describes, in one process or under torchrun.
 
@@ -56,34 +72,37 @@ def main(p: argparse.ArgumentParser, argv: Sequence[str] | None, *, evaluate: bo
         return 2
     args = p.parse_args(argv)
     _log_to_console()
-    try:
+
+    def execute() -> None:
         cfg = Config.from_args(args)
         if evaluate:
             cfg.run = dataclasses.replace(cfg.run, evaluate=True)
         dry_run(cfg) if args.dry_run else run(cfg)
-    except (ValueError, KeyError, OSError) as error:
-        if not is_users_mistake(error):
-            raise
+
+    return exit_code(execute)
+
+
+def exit_code(execute: Callable[[], None]) -> int:
+    """Run a command and return its exit code: 0, or 2 after an error that the user can correct, told in one line.
+
+    These are every `UserError`, and what the operating system refuses (`SYSTEM_ERRORS`). Any other error is a bug and
+    is raised.
+    """
+    try:
+        execute()
+    except UserError as error:
         if _is_first_process() or not isinstance(error, ConfigError):  # a mistake in a file is the same on every rank
             print(f"error: {error}", file=sys.stderr)
         return 2
     except RankZeroFailed as error:
         logger.warning("%s", error)
         return 2
+    except OSError as error:
+        if error.errno not in SYSTEM_ERRORS:
+            raise
+        print(f"error: {error}: {SYSTEM_ERRORS[error.errno]}", file=sys.stderr)
+        return 2
     return 0
-
-
-def is_users_mistake(error: Exception) -> bool:
-    """Whether the message is for the user: our own, the system's (no such file, disk full), and a ValueError
-    that this package raised itself. A ValueError or KeyError out of another library is a bug and keeps its traceback.
-    """
-    if isinstance(error, (ConfigError, RegistryError, OSError)):
-        return True
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    own = trace is not None and Path(trace.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
-    return own and isinstance(error, ValueError)
 
 
 def run(cfg: Config) -> None:
@@ -208,7 +227,7 @@ def _settle_job(run: RunConfig) -> dict[str, Any]:
         path = Path(run.resume_ckpt_path)
         path = path / "checkpoint_last.pth" if path.is_dir() else path
         if not path.is_file():
-            raise FileNotFoundError(f"no checkpoint to resume: {path}")
+            raise MissingFileError(f"no checkpoint to resume: {path}")
         return {"job_id": run.job_id or new_job_id(output), "resume_ckpt_path": str(path)}
     return {"job_id": run.job_id or new_job_id(output), "resume": None}
 

@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lavis_lite.errors import InputError
+
 KeyPath = tuple[str, ...]
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """A mistake in a configuration: says which file, which key, and what would be right."""
 
 

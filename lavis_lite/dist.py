@@ -24,7 +24,7 @@ import torch.distributed as torch_dist
 import torch.distributed.nn.functional
 from torch import nn
 
-from lavis_lite.errors import RankZeroFailed
+from lavis_lite.errors import InputError, RankZeroFailed
 
 TIMEOUT = datetime.timedelta(hours=2)  # rank 0 may download a dataset or score a whole test set while others wait
 
@@ -54,12 +54,12 @@ def resolve_device(device: str = "auto") -> torch.device:
     try:
         target = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"run.device={device!r} is unknown: use auto, cpu, cuda or cuda:N") from None
+        raise InputError(f"run.device={device!r} is unknown: use auto, cpu, cuda or cuda:N") from None
     if target.type != "cuda":
         return target
     index = target.index if target.index is not None else int(os.environ.get("LOCAL_RANK", "0"))
     if index >= torch.cuda.device_count():
-        raise ValueError(
+        raise InputError(
             f"run.device={device!r} needs CUDA device {index}, but this machine has {torch.cuda.device_count()}: "
             "start fewer processes per node or set run.device=cpu"
         )

@@ -18,6 +18,8 @@ from urllib.error import HTTPError
 from urllib.parse import parse_qs, unquote, urldefrag, urlsplit
 from urllib.request import Request, url2pathname, urlopen
 
+from lavis_lite.errors import InputError, MissingFileError, MissingPackageError, UnreachableError
+
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 20
@@ -63,7 +65,7 @@ def fetch_folder(source: str | Path) -> Path:
     if path.is_dir():
         return path
     if not is_folder(source):
-        raise FileNotFoundError(f"no folder {path} (relative paths start at {Path.cwd()})")
+        raise MissingFileError(f"no folder {path} (relative paths start at {Path.cwd()})")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -76,13 +78,13 @@ def fetch_folder(source: str | Path) -> Path:
             if any(folder.glob(weights)):
                 break
     except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{source} is neither a folder here nor in the hub's cache, and the hub cannot be asked"
             f"{' because LAVIS_LITE_OFFLINE is set' if is_offline() else ''}: give a local folder"
         ) from error
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ConnectionError(f"{source} is no folder here, and the hub says: {reason}") from error
+        raise UnreachableError(f"{source} is no folder here, and the hub says: {reason}") from error
     return folder
 
 
@@ -115,7 +117,7 @@ def fetch(
     if target.is_file() and size in (None, target.stat().st_size):
         return target
     if is_offline():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{url} is not in the cache and LAVIS_LITE_OFFLINE is set: put the file at {target}, or unset the variable"
         )
     _download(_mirrored(url), target, sha256=sha256, md5=md5, size=size)
@@ -135,7 +137,7 @@ def _local_path(source: str | Path) -> Path:
     text = str(source)
     path = Path(url2pathname(urlsplit(text).path)) if text.startswith("file://") else Path(text).expanduser()
     if not path.exists():
-        raise FileNotFoundError(f"no file {path} (relative paths start at {Path.cwd()})")
+        raise MissingFileError(f"no file {path} (relative paths start at {Path.cwd()})")
     return path
 
 
@@ -143,7 +145,7 @@ def _sha256_of(fragment: str, *, url: str) -> str | None:
     """The checksum in a URL's fragment, if there is one."""
     found = parse_qs(fragment).get("sha256", [None])[0]
     if found is not None and not re.fullmatch("[0-9a-fA-F]{64}", found):
-        raise ValueError(f"{url}: the checksum sha256={found} is not 64 hexadecimal digits")
+        raise InputError(f"{url}: the checksum sha256={found} is not 64 hexadecimal digits")
     return found
 
 
@@ -157,7 +159,7 @@ def _mirrored(url: str) -> str:
     for rule in filter(None, os.environ.get("LAVIS_LITE_MIRROR", "").split(",")):
         old, separator, new = rule.partition("=")
         if not separator or not old or not new:
-            raise ValueError(f"LAVIS_LITE_MIRROR: {rule!r} is not of the form old-prefix=new-prefix")
+            raise InputError(f"LAVIS_LITE_MIRROR: {rule!r} is not of the form old-prefix=new-prefix")
         if url.startswith(old):
             return new + url.removeprefix(old)
     return url
@@ -167,7 +169,7 @@ def _download(url: str, target: Path, *, sha256: str | None, md5: str | None, si
     try:
         from iopath.common.file_io import file_lock
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackageError(
             f"downloading needs iopath: `pip install iopath`, or put {url} at {target} yourself"
         ) from error
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -179,7 +181,7 @@ def _download(url: str, target: Path, *, sha256: str | None, md5: str | None, si
             headers = _transfer(url, partial)
         except (OSError, http.client.HTTPException) as error:
             kept = _kept_bytes(partial)
-            raise ConnectionError(
+            raise UnreachableError(
                 f"cannot download {url}: {error}. "
                 + (f"{kept:,} bytes are kept, and the next attempt goes on from there. " if kept else "")
                 + f"Put the file at {target}, or set LAVIS_LITE_MIRROR=old-prefix=new"
@@ -234,7 +236,7 @@ def _receive(url: str, partial: Path) -> email.message.Message:
                 file.write(chunk)
         found = partial.stat().st_size
         if expected is not None and found < expected:
-            raise ConnectionError(f"the connection ended after {found:,} of {expected:,} bytes")
+            raise UnreachableError(f"the connection ended after {found:,} of {expected:,} bytes")
         return response.headers
 
 
@@ -259,11 +261,11 @@ def _published_md5(headers: email.message.Message) -> str | None:
 
 def _check(path: Path, *, source: str | Path, sha256: str | None, md5: str | None, size: int | None) -> None:
     if size is not None and path.stat().st_size != size:
-        raise ValueError(f"{source} has {path.stat().st_size} bytes, not {size}: the file is cut short or another one")
+        raise InputError(f"{source} has {path.stat().st_size} bytes, not {size}: the file is cut short or another one")
     for name, expected in (("sha256", sha256), ("md5", md5)):
         if expected is None:
             continue
         with path.open("rb") as file:
             found = hashlib.file_digest(file, name).hexdigest()
         if found != expected.lower():
-            raise ValueError(f"{source} has {name} {found}, not {expected}: the file is damaged or another one")
+            raise InputError(f"{source} has {name} {found}, not {expected}: the file is damaged or another one")

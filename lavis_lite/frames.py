@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lavis_lite.errors import UnreadableSample
+from lavis_lite.errors import InputError, MissingFileError, MissingPackageError, UnreadableSample
 
 UNKNOWN_SIZE = 0xFFFFFFFF
 """What stands for the size of a RIFF file that was written as a stream."""
@@ -28,7 +28,7 @@ UNKNOWN_SIZE = 0xFFFFFFFF
 def at_least_one(num_frames: int) -> int:
     """`num_frames`; ValueError if that is below 1."""
     if num_frames < 1:
-        raise ValueError(f"num_frames must be 1 or more, got {num_frames}")
+        raise InputError(f"num_frames must be 1 or more, got {num_frames}")
     return num_frames
 
 
@@ -53,11 +53,11 @@ def decode(path: str | Path, num_frames: int) -> list[Image.Image]:
     """
     file = Path(path).absolute()  # FFmpeg takes a relative name with a colon for a URL
     if not file.is_file():
-        raise FileNotFoundError(f"video file not found: {path}")
+        raise MissingFileError(f"video file not found: {path}")
     try:
         import decord
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackageError(
             "reading videos needs decord: `pip install decord` (made for x86-64), or decode the frames yourself and "
             "hand the processor `blip_video_eval` the list of PIL images"
         ) from error
@@ -107,7 +107,7 @@ def processed(frames: Sequence[Image.Image], processor: Callable[[Image.Image], 
         torch.set_rng_state(cpu)
         tensors.append(processor(frame))
     if not torch.is_tensor(tensors[0]):
-        raise ValueError(
+        raise InputError(
             f"a video's frames are no tensors after their processor, but {type(tensors[0]).__name__}: name an image "
             "processor as vis_processor, e.g. {eval: {name: blip_image_eval, image_size: 224}}"
         )

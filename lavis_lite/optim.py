@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lavis_lite.errors import InputError
 from lavis_lite.registry import registry
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.iters_per_epoch < 1 or self.total_steps < 1 or self.max_epoch < 1:
-            raise ValueError(
+            raise InputError(
                 f"a schedule needs at least one step: iters_per_epoch={self.iters_per_epoch}, "
                 f"total_steps={self.total_steps}, max_epoch={self.max_epoch}"
             )
@@ -74,7 +75,7 @@ class LinearWarmupStep(Schedule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.decay_rate is None:
-            raise ValueError("lr_sched linear_warmup_step_lr needs run.lr_decay_rate, e.g. 0.9 (factor per epoch)")
+            raise InputError("lr_sched linear_warmup_step_lr needs run.lr_decay_rate, e.g. 0.9 (factor per epoch)")
 
     def _decayed(self, step: int) -> float:
         epoch = step // self.iters_per_epoch if self.per_epoch else (step - self.warmup_steps) / self.iters_per_epoch
@@ -139,7 +140,7 @@ def build_optimizer(groups: Iterable[dict[str, Any]], run: Any) -> torch.optim.A
     """
     groups = [{**group, "lr": run.init_lr * group.get("lr_scale", 1.0)} for group in groups if group["params"]]
     if not groups:
-        raise ValueError("the model has no trainable parameter: unfreeze a part of it, or set run.evaluate=True")
+        raise InputError("the model has no trainable parameter: unfreeze a part of it, or set run.evaluate=True")
     can_fuse = all(p.device.type in ("cuda", "cpu") for group in groups for p in group["params"])
     return torch.optim.AdamW(groups, lr=run.init_lr, betas=(run.beta1, run.beta2), fused=can_fuse or None)
 

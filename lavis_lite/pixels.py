@@ -3,6 +3,8 @@
 import numpy as np
 from PIL import Image
 
+from lavis_lite.errors import InputTypeError
+
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """`image` as 8-bit RGB. Raises TypeError if it is not a PIL image.
@@ -10,7 +12,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     16-bit grey is divided by 257 (Pillow would clip it to white). Alpha is dropped without blending, as in LAVIS.
     """
     if not isinstance(image, Image.Image):
-        raise TypeError(
+        raise InputTypeError(
             f"an image processor takes a PIL image, got {type(image).__name__}: open it with PIL.Image.open"
         )
     if image.mode == "I" or image.mode.startswith("I;16"):

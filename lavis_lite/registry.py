@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import Any, TypeVar
 
+from lavis_lite.errors import InputTypeError, UnknownNameError
+
 T = TypeVar("T")
 
 PACKAGES = {
@@ -23,11 +25,8 @@ PACKAGES = {
 }
 
 
-class RegistryError(KeyError):
-    """An unknown or twice used name. A KeyError whose text is the message itself, not its repr."""
-
-    def __str__(self) -> str:
-        return str(self.args[0])
+class RegistryError(UnknownNameError):
+    """An unknown or twice used name."""
 
 
 def did_you_mean(name: object, candidates: Iterable[str], *, limit: int = 12) -> str:
@@ -56,7 +55,7 @@ class Registry:
 
     def _register(self, kind: str, name: str) -> Callable[[T], T]:
         if not isinstance(name, str) or not name:
-            raise TypeError(f"register_{kind} needs a name, as in @registry.register_{kind}('name')")
+            raise InputTypeError(f"register_{kind} needs a name, as in @registry.register_{kind}('name')")
 
         def decorate(item: T) -> T:
             other = self._tables[kind].get(name)

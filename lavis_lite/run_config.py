@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lavis_lite.errors import InputError
+
 DEAD_RUN_KEYS = {
     "world_size": "torchrun sets it",
     "dist_url": "torchrun sets it",
@@ -43,7 +45,7 @@ _ABOVE_ZERO = ("grad_clip_norm", "lr_layer_decay", "lr_decay_rate")
 _BELOW_ONE = ("beta1", "beta2")
 
 
-class RunConfigError(ValueError):
+class RunConfigError(InputError):
     """A value of the run section that makes no sense; `key` says which, so that the caller can name the file."""
 
     def __init__(self, key: str, text: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lavis_lite import checkpoint, download
+from lavis_lite.errors import InputError, MissingFileError
 
 WINDOW = 2**26
 """Bytes read through one memory map before it is renewed."""
@@ -136,7 +137,7 @@ def _folder_state(folder: Path) -> LazyState:
     found = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if found is None:
         there = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
-        raise FileNotFoundError(f"{folder} holds no {' or '.join(WEIGHT_FILES)}; it holds {there}")
+        raise MissingFileError(f"{folder} holds no {' or '.join(WEIGHT_FILES)}; it holds {there}")
     paths = _shards(found) if found.suffix == ".json" else [found]
     if (folder / EXTRA_FILE).is_file():
         paths.append(folder / EXTRA_FILE)
@@ -150,10 +151,10 @@ def _shards(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{index} is no index of weight files ({type(error).__name__}: {error})") from error
+        raise InputError(f"{index} is no index of weight files ({type(error).__name__}: {error})") from error
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{index.parent} lacks {len(missing)} of the {len(names)} weight files that {index.name} names: "
             f"{', '.join(missing[:3])}. Download them again"
         )

@@ -3,13 +3,15 @@
 import string
 from collections.abc import Sequence
 
+from lavis_lite.errors import InputError
+
 MAX_OCR_TOKENS = 30
 
 
 def letters(count: int) -> list[str]:
     """The marks of that many choices: "(a)", "(b)" ... ValueError for more than there are letters."""
     if count > len(string.ascii_lowercase):
-        raise ValueError(f"at most {len(string.ascii_lowercase)} choices can be lettered, got {count}")
+        raise InputError(f"at most {len(string.ascii_lowercase)} choices can be lettered, got {count}")
     return [f"({letter})" for letter in string.ascii_lowercase[:count]]
 
 
@@ -28,4 +30,4 @@ def joined_words(words: Sequence[str]) -> str:
 def refuse_text(texts: Sequence[str]) -> None:
     """Raise ValueError if this is one text in place of a list of them."""
     if isinstance(texts, str):
-        raise ValueError(f"expected a list of texts for each image, got the text {texts!r}")
+        raise InputError(f"expected a list of texts for each image, got the text {texts!r}")

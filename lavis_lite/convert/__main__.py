@@ -28,18 +28,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(argv: Sequence[str]) -> int:
     """Parse, convert, and return the exit code."""
     from lavis_lite import logger as run_logger
-    from lavis_lite.cli import is_users_mistake
+    from lavis_lite.cli import exit_code
 
     args = parser().parse_args(argv)
     run_logger.setup()
-    try:
-        print(args.convert(args))
-    except (ValueError, KeyError, OSError) as error:
-        if not is_users_mistake(error):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: print(args.convert(args)))
 
 
 def parser() -> argparse.ArgumentParser:

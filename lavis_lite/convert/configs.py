@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from lavis_lite.config_sections import BERT_TO_MED
+from lavis_lite.errors import InputError
 from lavis_lite.registry import registry
 
 INSTRUCT = "InstructBlipForConditionalGeneration"
@@ -50,7 +51,7 @@ def hf_class_of(arch: str, *, reads_text: bool = False) -> str:
     names = [name for name, archs in CLASSES.items() if arch in archs]
     if not names:
         known = sorted({arch for archs in CLASSES.values() for arch in archs})
-        raise ValueError(f"transformers has no class for {arch}; it has one for {', '.join(known)}")
+        raise InputError(f"transformers has no class for {arch}; it has one for {', '.join(known)}")
     return INSTRUCT if reads_text and INSTRUCT in names else names[0]
 
 
@@ -62,12 +63,12 @@ def arch_of(config: Mapping[str, Any], *, source: str, wanted: str | None = None
     name = hf_class_in(config)
     archs = CLASSES.get(SAME_PARTS.get(name, name), ())
     if not archs:
-        raise ValueError(
+        raise InputError(
             f"{source}: its config.json is of {name or config.get('model_type')}, and only "
             f"{', '.join((*CLASSES, *SAME_PARTS))} can be read"
         )
     if wanted is not None and wanted not in archs:
-        raise ValueError(f"{source} is a {name}, which is no {wanted}; it can be {' or '.join(archs)}")
+        raise InputError(f"{source} is a {name}, which is no {wanted}; it can be {' or '.join(archs)}")
     if wanted is not None:
         return wanted
     family = (config.get("text_config") or {}).get("model_type")
@@ -159,7 +160,7 @@ def _blip2_config(model: nn.Module, config_class: Any, vision: dict[str, Any]) -
         sizes["text_config"] = language_model_config(model)
     config = config_class(vision_config=vision, qformer_config=qformer, **sizes)
     if part is not None and config.use_decoder_only_language_model == model.lm.is_encoder_decoder:
-        raise ValueError(
+        raise InputError(
             f"transformers' BLIP-2 takes of a {config.text_config.model_type} the decoder alone, so that this model "
             "cannot be written as a folder: keep it as a .pth file"
         )
@@ -178,7 +179,7 @@ def language_model_config(model: nn.Module) -> Any:
 def vision_config(encoder: nn.Module, *, is_blip2: bool) -> dict[str, Any]:
     """Sizes of an image encoder as transformers names them. ValueError if its class has no such encoder."""
     if type(encoder).__name__ != ("EvaViT" if is_blip2 else "BlipViT"):
-        raise ValueError(
+        raise InputError(
             "transformers has EVA-CLIP (vit_model eva_clip_g) in BLIP-2 and BLIP's own ViT in BLIP, but no "
             f"{type(encoder).__name__}"
         )

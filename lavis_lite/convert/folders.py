@@ -22,6 +22,7 @@ from lavis_lite import checkpoint
 from lavis_lite.convert.blip import blip_from_hf, blip_to_hf
 from lavis_lite.convert.blip2 import VOCABULARIES, blip2_from_hf, blip2_to_hf
 from lavis_lite.convert.configs import QFORMER_TOKENIZER, hf_class_of, hf_config
+from lavis_lite.errors import InputError, MissingFileError
 from lavis_lite.weights import EXTRA_FILE, LazyState
 
 logger = logging.getLogger(__name__)
@@ -100,20 +101,20 @@ def read_settings(folder: Path) -> tuple[str | None, dict[str, Any]]:
         stored = json.loads(path.read_text(encoding="utf-8"))
         return stored["arch"], dict(stored["settings"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): delete it to do without") from error
+        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}): delete it to do without") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """A folder's config.json. FileNotFoundError or ValueError if there is none that can be read."""
     path = folder / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no config.json, which says what its weights are of")
+        raise MissingFileError(f"{folder} holds no config.json, which says what its weights are of")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise InputError(f"{path} is no JSON: {error}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{path}: expected a mapping, found a {type(config).__name__}")
+        raise InputError(f"{path}: expected a mapping, found a {type(config).__name__}")
     return config
 
 
@@ -130,7 +131,7 @@ def hf_model(model: nn.Module, config: Any, own: Mapping[str, Tensor], *, arch: 
     wanted = {key: tensor.shape for key, tensor in twin.state_dict().items()}
     wrong = [key for key, shape in wanted.items() if key not in given or given[key].shape != shape]
     if wrong:
-        raise ValueError(
+        raise InputError(
             f"{name} of these sizes has {len(wrong)} tensors that this model lacks or has in another shape: "
             f"{', '.join(f'{key} {tuple(wanted[key])}' for key in wrong[:3])}. It cannot be written as a folder: "
             "keep it as a .pth file"

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lavis_lite.errors import InputError, MissingFileError
+
 Record = dict[str, Any]
 
 
@@ -34,7 +36,7 @@ def read_records(path: str | Path) -> list[Record]:
     elif suffix == ".json":
         content = read_json(path)
     else:
-        raise ValueError(f"{path}: unknown kind of annotation file {suffix!r}; use .json, .jsonl, .csv or .tsv")
+        raise InputError(f"{path}: unknown kind of annotation file {suffix!r}; use .json, .jsonl, .csv or .tsv")
     return as_records(content, path)
 
 
@@ -43,11 +45,11 @@ def as_records(content: Any, path: str | Path) -> list[Record]:
     if isinstance(content, dict):
         return [{"sample_id": key, **(v if isinstance(v, dict) else {"data": v})} for key, v in content.items()]
     if not isinstance(content, list):
-        raise ValueError(f"{path}: expected a list or an object of records, found {type(content).__name__}")
+        raise InputError(f"{path}: expected a list or an object of records, found {type(content).__name__}")
     for number, record in enumerate(content):
         if not isinstance(record, dict):
             kind = type(record).__name__
-            raise ValueError(f"{place_of(path, number)} is a {kind}, expected an object with fields")
+            raise InputError(f"{place_of(path, number)} is a {kind}, expected an object with fields")
     return content
 
 
@@ -73,7 +75,7 @@ def require_fields(records: Iterable[Record], fields: Sequence[str], path: str |
             if all(record.get(name) is None for name in names):
                 there = ", ".join(repr(key) for key in record) or "none"
                 needed = " or ".join(repr(name) for name in names)
-                raise ValueError(f"{place_of(path, number)} has no field {needed}; fields there: {there}")
+                raise InputError(f"{place_of(path, number)} has no field {needed}; fields there: {there}")
 
 
 def add_instance_ids(records: list[Record]) -> list[Record]:
@@ -102,13 +104,13 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise FileNotFoundError(f"annotation file not found: {path}") from None
+        raise MissingFileError(f"annotation file not found: {path}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error})") from error
+        raise InputError(f"{path}: not UTF-8 text ({error})") from error
 
 
-def _broken_json(path: str | Path, line: int, error: json.JSONDecodeError) -> ValueError:
-    return ValueError(
+def _broken_json(path: str | Path, line: int, error: json.JSONDecodeError) -> InputError:
+    return InputError(
         f"{path}: broken or truncated JSON at line {line}, column {error.colno}: {error.msg}. "
         "Correct it; a file that was downloaded can be deleted, and is then fetched again."
     )
@@ -132,6 +134,6 @@ def _read_table(path: Path, delimiter: str) -> list[Record]:
     records = []
     for record in csv.DictReader(lines, delimiter=delimiter, strict=True):
         if None in record:
-            raise ValueError(f"{path}: record {len(records)} has more columns than the header; quote the field")
+            raise InputError(f"{path}: record {len(records)} has more columns than the header; quote the field")
         records.append(record)
     return records

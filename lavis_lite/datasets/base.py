@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from lavis_lite import dist, download
 from lavis_lite.datasets.annotations import Record, add_instance_ids, as_list, load_annotations
 from lavis_lite.datasets.image import open_image
+from lavis_lite.errors import InputError, MissingFileError, UnknownNameError
 from lavis_lite.registry import did_you_mean, registry
 from lavis_lite.zoo import dataset_config_path
 
@@ -84,7 +85,7 @@ class BaseDataset(Dataset):
         if key in self.long_keys:
             return torch.tensor(values, dtype=torch.long)
         if key.startswith("image") and hasattr(values[0], "convert"):
-            raise ValueError(
+            raise InputError(
                 f"the {self.split} images of {self.annotation_paths[0]} are no tensors: name a vis_processor in the "
                 f"dataset's YAML, e.g. vis_processor: {{{'train' if self.split == 'train' else 'eval'}: "
                 "{name: blip_image_eval, image_size: 224}}"
@@ -124,13 +125,13 @@ class BaseBuilder:
         """One dataset a split (all splits by default). Raises KeyError for a split that isn't configured."""
         there = self.splits()
         if not there:
-            raise ValueError(
+            raise InputError(
                 f"{type(self).__name__}: build_info.annotations names no split; give {{train: {{storage: FILE}}}}"
             )
         wanted = there if splits is None else list(splits)
         for split in wanted:
             if split not in there:
-                raise KeyError(f"{type(self).__name__} has no split {split!r}; there are {', '.join(there)}")
+                raise UnknownNameError(f"{type(self).__name__} has no split {split!r}; there are {', '.join(there)}")
         self.prepare(wanted)
         built = {}
         for split in wanted:
@@ -150,10 +151,10 @@ class BaseBuilder:
         urls, storages, sums = (as_list(entry[key]) if entry.get(key) else [] for key in ("url", "storage", "md5"))
         count = max(len(urls), len(storages))
         if not count:
-            raise ValueError(f"{type(self).__name__}: {where} needs a url or a storage")
+            raise InputError(f"{type(self).__name__}: {where} needs a url or a storage")
         for key, values in (("url", urls), ("storage", storages), ("md5", sums)):
             if values and len(values) != count:
-                raise ValueError(f"{type(self).__name__}: {where}.{key} has {len(values)} entries, expected {count}")
+                raise InputError(f"{type(self).__name__}: {where}.{key} has {len(values)} entries, expected {count}")
         blank: list[Any] = [None] * count
         return [
             locate(*files, where=where) for files in zip(urls or blank, storages or blank, sums or blank, strict=True)
@@ -169,7 +170,7 @@ class BaseBuilder:
             check_keys(section, ("storage",), f"build_info.{kind}")
         given = {kind: section["storage"] for kind, section in sections.items() if section.get("storage")}
         if len(given) > 1:
-            raise ValueError(
+            raise InputError(
                 f"{type(self).__name__}: build_info names two folders, images: {given['images']} and videos: "
                 f"{given['videos']}: set build_info.images or build_info.videos to null"
             )
@@ -178,7 +179,7 @@ class BaseBuilder:
         ((kind, storage),) = given.items()
         root = resolve_storage(storage)
         if not root.is_dir():
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"{type(self).__name__}: {kind[:-1]} folder not found: {root}. Put the {kind} there, name another "
                 f"folder in build_info.{kind}.storage, or set the environment variable LAVIS_LITE_DATA to the data "
                 "root."
@@ -209,7 +210,7 @@ def make_processor(blocks: dict[str, Any], split: str) -> Callable[[Any], Any]:
     if not block:
         return identity
     if "name" not in block:
-        raise ValueError(f"a processor block needs a `name`; found {block!r}")
+        raise InputError(f"a processor block needs a `name`; found {block!r}")
     arguments = {key: value for key, value in block.items() if key != "name"}
     return registry.get_processor_class(block["name"])(**arguments)
 
@@ -218,7 +219,7 @@ def check_keys(given: dict[str, Any], known: Sequence[str], where: str) -> None:
     """Raise ValueError for a key that isn't known, with the nearest one."""
     for key in given:
         if key not in known:
-            raise ValueError(f"{where}: unknown key {key!r}. {did_you_mean(key, known)}")
+            raise InputError(f"{where}: unknown key {key!r}. {did_you_mean(key, known)}")
 
 
 def resolve_storage(storage: str) -> Path:
@@ -235,11 +236,11 @@ def locate(url: str | None, storage: str | None, md5: str | None, *, where: str 
         local = Path(url).expanduser()
         if local.is_file():
             return local
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{where}: annotation file not found: {local.absolute()}" + (f", nor {target}" if target else "")
         )
     if not url:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{where}: annotation file not found: {target}, and no url to fetch it from. Put it there, give an "
             "absolute path as storage, or set the environment variable LAVIS_LITE_DATA to the data root."
         )

@@ -12,6 +12,7 @@ from typing import Any
 
 from lavis_lite.datasets.annotations import Record, as_list, as_records, read_json, read_records, require_fields
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset
+from lavis_lite.errors import InputError
 from lavis_lite.registry import registry
 
 
@@ -86,7 +87,7 @@ def records_of_coco(content: dict[str, Any], path: Any) -> list[Record]:
     captions: dict[Any, list[str]] = {image["id"]: [] for image in content["images"]}
     for number, annotation in enumerate(content["annotations"]):
         if annotation["image_id"] not in captions:
-            raise ValueError(
+            raise InputError(
                 f"{path} (annotations): record {number} has image_id {annotation['image_id']}, not in images"
             )
         captions[annotation["image_id"]].append(annotation["caption"])

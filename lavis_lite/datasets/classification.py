@@ -12,6 +12,7 @@ from typing import Any
 
 from lavis_lite.datasets.annotations import Record
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset, identity
+from lavis_lite.errors import InputError
 from lavis_lite.registry import did_you_mean, registry
 
 
@@ -48,8 +49,8 @@ class ClassificationDataset(BaseDataset):
             return int(label)
         where = f"{', '.join(map(str, self.annotation_paths))}: record {index} has label {label!r}"
         if not self.classes:
-            raise ValueError(f"{where}: labels must be integers from 0, or name them with `classes: [...]`")
-        raise ValueError(f"{where}, which is no class. {did_you_mean(label, self.classes)}")
+            raise InputError(f"{where}: labels must be integers from 0, or name them with `classes: [...]`")
+        raise InputError(f"{where}, which is no class. {did_you_mean(label, self.classes)}")
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.annotation[index]

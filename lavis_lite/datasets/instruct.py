@@ -19,6 +19,7 @@ from lavis_lite.datasets.base import BaseBuilder, BaseDataset, identity
 from lavis_lite.datasets.instruct_jsonl import PLACE, read_instructions
 from lavis_lite.datasets.templates import GAP, Templates, load_templates
 from lavis_lite.datasets.video import read_frames
+from lavis_lite.errors import InputError
 from lavis_lite.frames import at_least_one
 from lavis_lite.registry import did_you_mean, registry
 from lavis_lite.wording import joined_words, lettered, letters
@@ -60,7 +61,7 @@ class InstructDataset(BaseDataset):
             ("candidate_format", candidate_format, get_args(CandidateFormat)),
         ):
             if value not in known:
-                raise ValueError(f"no {name} {value!r}. {did_you_mean(value, known)}")
+                raise InputError(f"no {name} {value!r}. {did_you_mean(value, known)}")
         self.reader, self.templates, self.training = reader, templates, training
         self.num_frames = at_least_one(num_frames)
         self.answer_choice, self.candidate_format = answer_choice, candidate_format
@@ -89,7 +90,7 @@ class InstructDataset(BaseDataset):
                     put_letters(record, with_text=self.candidate_format == "letter_text")
             except ValueError as error:
                 paths = ", ".join(map(str, self.annotation_paths))
-                raise ValueError(f"{place_of(*place) if place else f'{paths}: record {index}'} {error}") from None
+                raise InputError(f"{place_of(*place) if place else f'{paths}: record {index}'} {error}") from None
             arranged.append(record)
         return arranged
 
@@ -99,13 +100,13 @@ class InstructDataset(BaseDataset):
         if record.get(kind) is None:
             raise lacking(record, kind, " or 'video'")
         if kind != its_kind:
-            raise ValueError(
+            raise InputError(
                 f"has a field {kind!r}, the first record {its_kind!r}: no batch holds both, make two datasets"
             )
         if self.training and not record["answers"]:
             raise lacking(record, self.templates.output, ", which is what is learned")
         if not self.training and (record.get("candidates") is None) != (first.get("candidates") is None):
-            raise ValueError("and the first record differ in having 'candidates': in a split all have them, or none")
+            raise InputError("and the first record differ in having 'candidates': in a split all have them, or none")
         for gap, template in self.gaps.items():
             if self.value(record, gap) in (None, []):
                 raise lacking(record, gap, f" for the template {template!r}")
@@ -159,11 +160,11 @@ def seen_as(record: Record) -> str:
     return "image" if record.get("video") is None else "video"
 
 
-def lacking(record: Record, field: str, why: str) -> ValueError:
+def lacking(record: Record, field: str, why: str) -> InputError:
     """The error about a field that is missing or has nothing in it, with those that are there."""
     there = ", ".join(repr(key) for key in record if key != "answers")
     begin = "has no field" if record.get(field) is None else "has nothing in its field"
-    return ValueError(f"{begin} {field!r}{why}; fields there: {there}")
+    return InputError(f"{begin} {field!r}{why}; fields there: {there}")
 
 
 def settle(record: Record, output: str) -> None:
@@ -174,20 +175,20 @@ def settle(record: Record, output: str) -> None:
     """
     answers = [str(text) for text in as_list(record.get(output)) if text not in (None, "")]
     if any(isinstance(text, dict | list) for text in as_list(record.get(output))):
-        raise ValueError(f"must have a text, or a list of texts, in its field {output!r}, got {record[output]!r}")
+        raise InputError(f"must have a text, or a list of texts, in its field {output!r}, got {record[output]!r}")
     record["answers"], candidates, label = answers, record.get("candidates"), record.get("label")
     if candidates is None:
         return
     check_candidates(candidates, record.get("classes"))
     right = [candidates.index(text) for text in answers if text in candidates]
     if answers and not right:
-        raise ValueError(f"has {answers[0]!r} in its field {output!r}, which is none of the candidates {candidates!r}")
+        raise InputError(f"has {answers[0]!r} in its field {output!r}, which is none of the candidates {candidates!r}")
     if label is None:
         record["label"] = right[0] if right else None
     elif not isinstance(label, int) or not 0 <= label < len(candidates):
-        raise ValueError(f"has the label {label!r}, which is no index into its {len(candidates)} candidates")
+        raise InputError(f"has the label {label!r}, which is no index into its {len(candidates)} candidates")
     elif answers and candidates[label] not in answers:
-        raise ValueError(f"has the label {label}, but {answers[0]!r} in its field {output!r} is candidate {right[0]}")
+        raise InputError(f"has the label {label}, but {answers[0]!r} in its field {output!r} is candidate {right[0]}")
     else:
         record["answers"] = answers or [candidates[label]]
 
@@ -195,12 +196,12 @@ def settle(record: Record, output: str) -> None:
 def check_candidates(candidates: Any, classes: Any) -> None:
     """Raise ValueError for what is no list of texts, and for classes that do not sort them."""
     if not isinstance(candidates, list) or not candidates or not all(isinstance(c, str) and c for c in candidates):
-        raise ValueError(f"must have a list of texts in 'candidates', at least one, none empty; got {candidates!r}")
+        raise InputError(f"must have a list of texts in 'candidates', at least one, none empty; got {candidates!r}")
     if classes is None:
         return
     kinds = set(map(type, classes)) if isinstance(classes, list | tuple) else set()
     if kinds not in ({int}, {str}) or len(classes) != len(candidates):
-        raise ValueError(
+        raise InputError(
             f"must have a number, or a name, for each of its {len(candidates)} candidates in 'classes'; got {classes!r}"
         )
 

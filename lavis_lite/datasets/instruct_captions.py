@@ -24,6 +24,7 @@ from lavis_lite.datasets.caption import (
 )
 from lavis_lite.datasets.instruct import InstructBuilder, InstructDataset
 from lavis_lite.datasets.pairs import PairsBuilder
+from lavis_lite.errors import InputError
 from lavis_lite.registry import registry
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ def read_with_words(paths: Sequence[Path], required: Sequence[str]) -> list[Reco
     for path in paths:
         content = read_json(path)
         if not isinstance(content, dict) or not isinstance(content.get("data"), list):
-            raise ValueError(f'{path}: expected {{"data": [...]}}, as TextCaps and TextVQA are published')
+            raise InputError(f'{path}: expected {{"data": [...]}}, as TextCaps and TextVQA are published')
         part = as_records(content["data"], path)
         if part and "ocr_tokens" in part[0]:
             require_fields(part, ("image_id", "ocr_tokens"), path)

@@ -17,6 +17,7 @@ from lavis_lite.datasets.instruct import InstructBuilder
 from lavis_lite.datasets.instruct_captions import CaptionInstructBuilder, read_with_words
 from lavis_lite.datasets.instruct_jsonl import PLACE
 from lavis_lite.datasets.vqa import answers_of
+from lavis_lite.errors import InputError
 from lavis_lite.registry import registry
 
 
@@ -42,7 +43,7 @@ class YesNoBuilder(InstructBuilder):
         classes = tuple(label for label, words in enumerate(self.verbalizers) for _ in words)
         label = record.get("label")
         if label is not None and label not in classes:
-            raise ValueError(f"{place_of(*place)} has label {label!r}; labels are {', '.join(map(str, set(classes)))}")
+            raise InputError(f"{place_of(*place)} has label {label!r}; labels are {', '.join(map(str, set(classes)))}")
         known = {} if label is None else {"label": classes.index(label)}
         return {"candidates": [word for words in self.verbalizers for word in words], "classes": classes, **known}
 
@@ -173,7 +174,7 @@ def read_visdial(paths: Sequence[Path]) -> list[Record]:
         content = read_json(path)
         data = content.get("data") if isinstance(content, dict) else None
         if not isinstance(data, dict) or not {"questions", "answers", "dialogs"} <= data.keys():
-            raise ValueError(f'{path}: expected Visual Dialog\'s {{"data": {{"questions", "answers", "dialogs"}}}}')
+            raise InputError(f'{path}: expected Visual Dialog\'s {{"data": {{"questions", "answers", "dialogs"}}}}')
         require_fields(data["dialogs"], ("image_id", "dialog"), f"{path} (dialogs)")
         split = str(content.get("split", "val")).removesuffix("2018")
         for number, dialog in enumerate(data["dialogs"]):

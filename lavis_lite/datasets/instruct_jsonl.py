@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lavis_lite.datasets.annotations import Record, load_annotations, place_of
+from lavis_lite.errors import InputError
 
 PLACE = "_place"
 """What a reader may put into a record: (file, number of the record in it). Errors name it; the dataset takes it out."""
@@ -31,7 +32,7 @@ def read_instructions(paths: Sequence[Path]) -> list[Record]:
             try:
                 found = asked(record)
             except ValueError as error:
-                raise ValueError(f"{place_of(path, number)} {error}") from None
+                raise InputError(f"{place_of(path, number)} {error}") from None
             records += [{**one, PLACE: (path, number)} for one in found]
     return records
 
@@ -45,12 +46,12 @@ def asked(record: Record) -> list[Record]:
     )
     for given in (seen, told):
         if len(given) > 1:
-            raise ValueError(f"has several of what there is to be one of: {', '.join(map(repr, given))}")
+            raise InputError(f"has several of what there is to be one of: {', '.join(map(repr, given))}")
     for name in seen + [name for name in told if name == "instruction"]:
         if not isinstance(record[name], str) or not record[name].strip():
-            raise ValueError(f"must have a text in its field {name!r}, got {record[name]!r}")
+            raise InputError(f"must have a text in its field {name!r}, got {record[name]!r}")
     if not seen:
-        raise ValueError(f"has no field 'image' or 'video'; fields there: {', '.join(map(repr, record))}")
+        raise InputError(f"has no field 'image' or 'video'; fields there: {', '.join(map(repr, record))}")
     return turns(record, told[0]) if told and told[0] != "instruction" else [record]
 
 
@@ -64,7 +65,7 @@ def turns(record: Record, name: str) -> list[Record]:
     said = record[name]
     if not isinstance(said, list) or not said or len(said) % 2:
         count = f"{len(said)} turns" if isinstance(said, list) else f"{said!r}"
-        raise ValueError(f"must have pairs of a question and an answer in {name!r}, got {count}")
+        raise InputError(f"must have pairs of a question and an answer in {name!r}, got {count}")
     form = FORMS[1] if isinstance(said[0], dict) and "role" in said[0] else FORMS[0]
     texts = [said_by(turn, number, form) for number, turn in enumerate(said)]
     kept = {key: value for key, value in record.items() if key != name}
@@ -84,5 +85,5 @@ def said_by(turn: Any, number: int, form: tuple[str, str, str, str]) -> str:
     text = turn.get(what) if isinstance(turn, dict) and turn.get(who) == speaker else None
     text = MARK.sub("", text).strip() if isinstance(text, str) else ""
     if not text:
-        raise ValueError(f"must say {{{who}: {speaker}, {what}: a text}} in turn {number}, got {turn!r}")
+        raise InputError(f"must say {{{who}: {speaker}, {what}: a text}} in turn {number}, got {turn!r}")
     return text

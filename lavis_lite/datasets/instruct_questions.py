@@ -21,6 +21,7 @@ from lavis_lite.datasets.instruct import InstructBuilder, InstructDataset
 from lavis_lite.datasets.instruct_captions import learnable
 from lavis_lite.datasets.instruct_jsonl import PLACE
 from lavis_lite.datasets.vqa import VQABuilder, VQAEvalDataset, VQATrainDataset, answers_of, load_questions
+from lavis_lite.errors import InputError, MissingFileError
 from lavis_lite.registry import did_you_mean, registry
 
 logger = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ def read_ocr_vqa(paths: Sequence[Path]) -> list[Record]:
         for book in books:
             key, pairs = book["sample_id"], (book["questions"], book["answers"])
             if len(pairs[0]) != len(pairs[1]):
-                raise ValueError(f"{path}: {key} has {len(pairs[0])} questions and {len(pairs[1])} answers")
+                raise InputError(f"{path}: {key} has {len(pairs[0])} questions and {len(pairs[1])} answers")
             records += [
                 {"image": key, "question": question, "answer": answer, "question_id": f"{key}_{number}"}
                 | ({"split": book["split"]} if "split" in book else {})
@@ -126,7 +127,7 @@ class OCRVQAFile(BaseDataset):
         files = {path.stem: path.name for path in self.vis_root.iterdir()}
         there = [{**record, "image": files[record["image"]]} for record in records if record["image"] in files]
         if records and not there:
-            raise FileNotFoundError(f"{self.vis_root} has none of the {self.split} images of {where}")
+            raise MissingFileError(f"{self.vis_root} has none of the {self.split} images of {where}")
         if len(there) < len(records):
             left_out = len(records) - len(there)
             logger.warning("%s: %d of %d questions have no image and are left out", where, left_out, len(records))
@@ -135,7 +136,7 @@ class OCRVQAFile(BaseDataset):
     def is_mine(self, record: Record, where: str) -> bool:
         """Whether the record is of this split; all are in a file that names none."""
         if "split" in record and self.split not in OCR_VQA_SPLITS:
-            raise ValueError(f"{where} has the splits {', '.join(OCR_VQA_SPLITS)}, but no {self.split!r}")
+            raise InputError(f"{where} has the splits {', '.join(OCR_VQA_SPLITS)}, but no {self.split!r}")
         return "split" not in record or record["split"] == OCR_VQA_SPLITS[self.split]
 
 
@@ -180,7 +181,7 @@ def read_entailment(paths: Sequence[Path], *, classes: dict[str, str]) -> list[R
         for number, row in enumerate(load_annotations([path], ("image", "sentence", "label"))):
             if row["label"] not in classes:
                 hint = did_you_mean(row["label"], classes)
-                raise ValueError(f"{place_of(path, number)} has label {row['label']!r}. {hint}")
+                raise InputError(f"{place_of(path, number)} has label {row['label']!r}. {hint}")
             image = f"{str(row['image']).removesuffix('.jpg')}.jpg"
             label = list(classes).index(row["label"])
             records.append({"image": image, "caption": row["sentence"], "candidates": words, "label": label})
@@ -225,7 +226,7 @@ def read_scienceqa(paths: Sequence[Path], *, split: str, context: Sequence[str],
                 place = {key: row[key] for key in ("image", "question_id") if key in row}
             records.append(record | place)
     if not records:
-        raise ValueError(f"{', '.join(map(str, paths))}: no problem of the split {split!r} has an image")
+        raise InputError(f"{', '.join(map(str, paths))}: no problem of the split {split!r} has an image")
     return records
 
 

@@ -14,6 +14,7 @@ from lavis_lite.datasets.base import BaseDataset
 from lavis_lite.datasets.instruct import InstructBuilder
 from lavis_lite.datasets.instruct_captions import CaptionInstructBuilder
 from lavis_lite.datasets.templates import fill
+from lavis_lite.errors import InputError
 from lavis_lite.registry import registry
 
 VOCABULARY = "ans2label"
@@ -61,7 +62,7 @@ class VideoQABuilder(InstructBuilder):
             return sorted(content, key=content.__getitem__)
         if isinstance(content, list) and all(isinstance(answer, str) for answer in content):
             return content
-        raise ValueError(f"{path}: expected the answers to rank, as {{answer: index}} or as a list of texts")
+        raise InputError(f"{path}: expected the answers to rank, as {{answer: index}} or as a list of texts")
 
 
 @registry.register_builder("ivqa")

@@ -14,6 +14,7 @@ import torch
 
 from lavis_lite.datasets.annotations import Record
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset
+from lavis_lite.errors import InputError
 from lavis_lite.registry import registry
 
 _LABELS = {"true": 1, "false": 0, "1": 1, "0": 0}
@@ -29,9 +30,9 @@ class NLVREvalDataset(BaseDataset):
         for index, record in enumerate(records):
             where = f"{', '.join(map(str, self.annotation_paths))}: record {index}"
             if not isinstance(record["images"], list) or len(record["images"]) != 2:
-                raise ValueError(f"{where}: `images` must be a list of two paths, found {record['images']!r}")
+                raise InputError(f"{where}: `images` must be a list of two paths, found {record['images']!r}")
             if str(record["label"]).lower() not in _LABELS:
-                raise ValueError(f"{where}: label {record['label']!r} is neither 'True' nor 'False'")
+                raise InputError(f"{where}: label {record['label']!r} is neither 'True' nor 'False'")
         return records
 
     def __getitem__(self, index: int) -> dict[str, Any]:

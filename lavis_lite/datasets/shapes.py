@@ -22,6 +22,7 @@ from lavis_lite.datasets.shapes_build import ensure_built, official_paths
 from lavis_lite.datasets.shapes_scene import SPLITS, ShapesConfig
 from lavis_lite.datasets.shapes_truth import true_rate
 from lavis_lite.datasets.vqa import VQAEvalDataset, VQATrainDataset
+from lavis_lite.errors import InputError
 from lavis_lite.registry import registry
 
 
@@ -34,7 +35,7 @@ class ShapesBuilder(ShapesConfig, BaseBuilder):
     def __post_init__(self) -> None:
         self.check()
         if self.build_info:
-            raise ValueError(
+            raise InputError(
                 "shapes is generated and takes no build_info; use the builders caption, vqa ... for other files"
             )
 

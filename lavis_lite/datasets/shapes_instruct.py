@@ -21,6 +21,7 @@ from lavis_lite.datasets.shapes import ShapesBuilder
 from lavis_lite.datasets.shapes_build import image_name
 from lavis_lite.datasets.shapes_groups import Ask, GroupAsker
 from lavis_lite.datasets.shapes_scene import Scene, ShapesConfig
+from lavis_lite.errors import InputError
 from lavis_lite.registry import registry
 from lavis_lite.wording import lettered
 
@@ -77,7 +78,7 @@ def ensure_instructions(config: ShapesConfig, folder: Path, group: str, split: s
     scenes = {int(key): Scene.from_dict(scene) for key, scene in read_json(folder / f"scenes_{split}.json").items()}
     records = make_records(config, scenes, group, split)
     if not records:
-        raise ValueError(f"shapes: no scene of {split} allows instructions of the group {group}; raise max_objects")
+        raise InputError(f"shapes: no scene of {split} allows instructions of the group {group}; raise max_objects")
     aside = path.with_name(f".{path.name}-{os.getpid()}")
     aside.write_text(json.dumps(records, separators=(",", ":")), encoding="utf-8")
     return aside.replace(path)

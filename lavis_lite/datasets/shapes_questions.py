@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from lavis_lite.datasets.shapes_language import NUMBERS, RELATION_WORDS, STATEMENTS, plural, with_articles, words_of
 from lavis_lite.datasets.shapes_scene import OPPOSITE, RELATIONS, Scene, ShapesConfig, Thing
+from lavis_lite.errors import InputError
 
 YES_NO = ("yes", "no")
 AXES = (("left", "right"), ("above", "below"))
@@ -184,7 +185,7 @@ def statement(
             text, truth = _state(template, pair, config, rng)
             if truth == wanted and (other != first or len(scenes) == 1):
                 return text, other
-    raise ValueError("shapes: no NLVR2 statement found; allow more shapes, colors or objects")
+    raise InputError("shapes: no NLVR2 statement found; allow more shapes, colors or objects")
 
 
 def _state(template: str, pair: tuple[Scene, Scene], config: ShapesConfig, rng: random.Random) -> Statement:

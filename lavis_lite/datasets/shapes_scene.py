@@ -12,6 +12,8 @@ import random
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from lavis_lite.errors import InputError
+
 SHAPES = ("circle", "square", "triangle", "cross", "diamond", "star")
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "black", "brown")
 SIZES = {"small": 10.0, "large": 18.0, "medium": 14.0}  # diameters in pixels at 48 x 48
@@ -91,17 +93,17 @@ class ShapesConfig:
         """Raise ValueError for values that no dataset can be made of."""
         for name in ("num_train", "num_val", "num_test", "questions_per_image", "gallery_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"shapes: {name} must be at least 1, found {getattr(self, name)}")
+                raise InputError(f"shapes: {name} must be at least 1, found {getattr(self, name)}")
         if not 1 <= self.min_objects <= self.max_objects <= 4:
-            raise ValueError(
+            raise InputError(
                 f"shapes: need 1 <= min_objects <= max_objects <= 4, found {self.min_objects}, {self.max_objects}"
             )
         if self.image_size < 32:
-            raise ValueError(f"shapes: image_size must be at least 32, found {self.image_size}")
+            raise InputError(f"shapes: image_size must be at least 32, found {self.image_size}")
         if not 0.0 <= self.noise_share <= 1.0:
-            raise ValueError(f"shapes: noise_share must be in [0, 1], found {self.noise_share}")
+            raise InputError(f"shapes: noise_share must be in [0, 1], found {self.noise_share}")
         if not 1 <= self.jpeg_quality <= 100:
-            raise ValueError(f"shapes: jpeg_quality must be in [1, 100], found {self.jpeg_quality}")
+            raise InputError(f"shapes: jpeg_quality must be in [1, 100], found {self.jpeg_quality}")
         for name, known, least in (("shapes", SHAPES, 2), ("colors", COLORS, 2), ("sizes", tuple(SIZES), 1)):
             choose(name, getattr(self, name), known, least)
 
@@ -127,11 +129,11 @@ def choose(name: str, wanted: int | list[str], known: tuple[str, ...], least: in
     """The first `wanted` of the known names, or the named ones. Raises ValueError."""
     if isinstance(wanted, int):
         if not least <= wanted <= len(known):
-            raise ValueError(f"shapes: {name} must be {least} to {len(known)} or a list of names, found {wanted}")
+            raise InputError(f"shapes: {name} must be {least} to {len(known)} or a list of names, found {wanted}")
         return list(known[:wanted])
     unknown = [item for item in wanted if item not in known]
     if unknown or len(set(wanted)) != len(wanted) or len(wanted) < least:
-        raise ValueError(f"shapes: {name} must be {least} or more different ones of {', '.join(known)}; found {wanted}")
+        raise InputError(f"shapes: {name} must be {least} or more different ones of {', '.join(known)}; found {wanted}")
     return list(wanted)
 
 
@@ -156,7 +158,7 @@ class SceneMaker:
             things = self._things(count, rng)
             if self._valid(things) and self.split_of(things) == split:
                 return Scene(things=tuple(things), background=self._background(rng), margin=self.margin)
-        raise ValueError(f"shapes: {count} objects don't fit into {self.config.image_size} pixels; lower max_objects")
+        raise InputError(f"shapes: {count} objects don't fit into {self.config.image_size} pixels; lower max_objects")
 
     def key(self, things: list[Thing]) -> str:
         """The scene as a string: objects, attributes and cells of 4 pixels (at 48 x 48), in no order."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from lavis_lite.datasets.shapes_language import NUMBERS, RELATION_WORDS, plural
 from lavis_lite.datasets.shapes_scene import COLORS, SHAPES, SIZES, Scene, Thing
+from lavis_lite.errors import InputError, UnknownNameError
 
 
 @dataclass(frozen=True)
@@ -97,11 +98,11 @@ def is_true(text: str, scene: Scene | dict[str, Any]) -> bool:
 def true_rate(captions: Mapping[Any, str], scenes: Mapping[Any, Scene | dict[str, Any]]) -> float:
     """Percent of the captions that are true of the scene with the same id (ids compare as strings, as in JSON)."""
     if not captions:
-        raise ValueError("true_rate needs at least one caption")
+        raise InputError("true_rate needs at least one caption")
     by_id = {str(key): scene for key, scene in scenes.items()}
     missing = [key for key in captions if str(key) not in by_id]
     if missing:
-        raise KeyError(f"no scene for image id {missing[0]!r} ({len(missing)} of {len(captions)} captions)")
+        raise UnknownNameError(f"no scene for image id {missing[0]!r} ({len(missing)} of {len(captions)} captions)")
     return 100.0 * sum(is_true(text, by_id[str(key)]) for key, text in captions.items()) / len(captions)
 
 

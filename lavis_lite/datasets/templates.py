@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lavis_lite.config_files import load_yaml
+from lavis_lite.errors import InputError, MissingFileError, UnknownNameError
 from lavis_lite.registry import did_you_mean
 from lavis_lite.zoo import CONFIGS
 
@@ -49,7 +50,7 @@ def fill(template: str, fields: Mapping[str, Any]) -> str:
     def value(gap: re.Match[str]) -> str:
         if fields.get(gap[1]) is None:
             there = ", ".join(key for key, value in fields.items() if value is not None)
-            raise KeyError(f"the template {template!r} needs the field {gap[1]!r}; the record has {there}")
+            raise UnknownNameError(f"the template {template!r} needs the field {gap[1]!r}; the record has {there}")
         return str(fields[gap[1]])
 
     return GAP.sub(value, template)
@@ -66,7 +67,7 @@ def load_templates(name: str | Path | Mapping[str, Any]) -> Templates:
     where = "instructions" if isinstance(name, Mapping) else str(name)
     for key in content:
         if key not in KEYS:
-            raise ValueError(f"{where}: unknown key {key!r}. {did_you_mean(str(key), KEYS)}")
+            raise InputError(f"{where}: unknown key {key!r}. {did_you_mean(str(key), KEYS)}")
     if content.get("base") is not None:
         base = load_templates(content["base"])
         content = {**vars(base), **content}
@@ -80,7 +81,7 @@ def _file(name: str | Path) -> Path:
         path = PROMPTS / f"{name}.yaml"
     if not path.is_file():
         known = sorted(p.stem for p in PROMPTS.glob("*.yaml"))
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"no instruction templates {str(name)!r}. {did_you_mean(str(name), known)} "
             "Or give the path of a YAML file with the keys output, train (a list) and eval."
         )
@@ -92,16 +93,16 @@ def _templates(content: Mapping[str, Any], where: str) -> Templates:
     train, default = content.get("train"), content.get("eval")
     train = [default] if train is None and default is not None else train
     if not isinstance(train, list | tuple) or not train:
-        raise ValueError(f"{where}: `train` must be a list of at least one template, got {train!r}")
+        raise InputError(f"{where}: `train` must be a list of at least one template, got {train!r}")
     default = train[0] if default is None else default
     for template in (*train, default):
         if not isinstance(template, str):
-            raise ValueError(f'{where}: a template must be a text; put it into quotes, as "{{question}}": {template!r}')
+            raise InputError(f'{where}: a template must be a text; put it into quotes, as "{{question}}": {template!r}')
         if "{}" in template:
-            raise ValueError(f"{where}: gaps are named, as {{question}}, not '{{}}': {template!r}")
+            raise InputError(f"{where}: gaps are named, as {{question}}, not '{{}}': {template!r}")
     output = content.get("output", "answer")
     if not isinstance(output, str) or not output:
-        raise ValueError(f"{where}: `output` must be the name of a record's field, got {output!r}")
+        raise InputError(f"{where}: `output` must be the name of a record's field, got {output!r}")
     if any(output in GAP.findall(template) for template in (*train, default)):
-        raise ValueError(f"{where}: the field {output!r} is what is learned, so no template may hold it")
+        raise InputError(f"{where}: the field {output!r} is what is learned, so no template may hold it")
     return Templates(train=tuple(train), eval=default, output=output, source=str(content.get("source", "")))

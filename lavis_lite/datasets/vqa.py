@@ -17,6 +17,7 @@ import torch
 
 from lavis_lite.datasets.annotations import Record, as_list, as_records, read_json, read_records, require_fields
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset, identity
+from lavis_lite.errors import InputError
 from lavis_lite.registry import registry
 
 _ANSWER_FIELDS = ("answer", "answers", "direct_answers")
@@ -56,7 +57,7 @@ class VQATrainDataset(VQADataset):
         self.answer_weight = answer_weight
         for index, record in enumerate(self.annotation):
             if not answers_of(record):
-                raise ValueError(
+                raise InputError(
                     f"{', '.join(map(str, self.annotation_paths))}: record {index} has no answer to train on "
                     f"(field {' or '.join(map(repr, _ANSWER_FIELDS))}); fields there: {', '.join(map(repr, record))}"
                 )

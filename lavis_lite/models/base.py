@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lavis_lite import checkpoint, weights
 from lavis_lite.config_sections import MODEL_KEYS
+from lavis_lite.errors import InputError
 from lavis_lite.optim import parameter_groups
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class BaseModel(nn.Module):
 
     def start_from(self, *, vit: str | None = None, text: str | None = None) -> None:
         """Start encoders from weights of another family; models that can override it."""
-        raise ValueError(f"{type(self).__name__} takes no init_vit or init_text; give pretrained or finetuned weights")
+        raise InputError(f"{type(self).__name__} takes no init_vit or init_text; give pretrained or finetuned weights")
 
     def load_weights(self, source: str, *, initialise: bool = False) -> set[str]:
         """Load a file or URL (.pth as LAVIS and BLIP write it, or .safetensors), or a Hugging Face folder or hub id;
@@ -164,7 +165,7 @@ def chosen_weights(cfg: dict[str, Any]) -> tuple[str, str] | None:
     for kind in ("finetuned", "pretrained"):
         wanted, source = cfg.get(f"load_{kind}"), cfg.get(kind)
         if wanted and not source:
-            raise ValueError(f"model.load_{kind} is true, but model.{kind} names no file or URL")
+            raise InputError(f"model.load_{kind} is true, but model.{kind} names no file or URL")
         if source and wanted is not False:
             return kind, source
     return None

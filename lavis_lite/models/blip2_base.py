@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from lavis_lite import checkpoint, weights
 from lavis_lite.convert import blip2_from_hf, is_hf_blip2
 from lavis_lite.convert.blip2 import fit_vocabularies
+from lavis_lite.errors import InputError
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.initialise import qformer_bert_weights, start_from
 from lavis_lite.models.tokenizers import blip2_tokenizer, tokenize
@@ -67,7 +68,7 @@ class Blip2Base(BaseModel):
     ) -> None:
         super().__init__()
         if num_query_token < 1:
-            raise ValueError(f"num_query_token {num_query_token} must be at least 1")
+            raise InputError(f"num_query_token {num_query_token} must be at least 1")
         self.tokenizer = blip2_tokenizer(tokenizer, truncation_side=self.truncation_side)
         self.max_txt_len = max_txt_len
         self.freeze_vit = freeze_vit
@@ -105,9 +106,9 @@ class Blip2Base(BaseModel):
     def _freeze_encoder(self, precision: str) -> None:
         dtype = PRECISIONS["fp32"] if precision == "auto" else PRECISIONS.get(precision)
         if dtype is None:
-            raise ValueError(f"vit_precision {precision!r} is not one of auto, {', '.join(PRECISIONS)}")
+            raise InputError(f"vit_precision {precision!r} is not one of auto, {', '.join(PRECISIONS)}")
         if not self.freeze_vit and dtype != torch.float32:
-            raise ValueError(
+            raise InputError(
                 f"vit_precision {precision} with freeze_vit=False would train weights in {precision}: "
                 "set vit_precision=fp32 (run.precision still chooses what it computes in)"
             )
@@ -133,7 +134,7 @@ class Blip2Base(BaseModel):
         precision.
         """
         if image is None:
-            raise ValueError("samples['image'] is missing")
+            raise InputError("samples['image'] is missing")
         with self._encoder_scope(image):
             tokens = self.visual_encoder(image.to(next(self.visual_encoder.parameters()).dtype))
         return self.ln_vision(tokens.float())
@@ -183,7 +184,7 @@ class Blip2Base(BaseModel):
         feed-forward is a copy of BERT's.
         """
         if vit is not None:
-            raise ValueError("BLIP-2's image encoder is chosen by model.vit_model and model.vit_weights, not init_vit")
+            raise InputError("BLIP-2's image encoder is chosen by model.vit_model and model.vit_weights, not init_vit")
         if text is not None:
             start_from(self, qformer_bert_weights(text), source=text)
 
@@ -203,7 +204,7 @@ class Blip2Base(BaseModel):
         state = self.visual_encoder.adapt_state_dict(state)
         report = checkpoint.load_into(self.visual_encoder, state, source=source)
         if report.missing:
-            raise ValueError(f"{source} lacks {len(report.missing)} tensors of the image encoder: {report.missing[:5]}")
+            raise InputError(f"{source} lacks {len(report.missing)} tensors of the image encoder: {report.missing[:5]}")
 
     def adapt_state_dict(self, state: MutableMapping[str, Tensor]) -> MutableMapping[str, Tensor]:
         """Translate Hugging Face's names, resize position embeddings to this image size."""
@@ -247,7 +248,7 @@ def encoder_precision(cfg: dict[str, Any], device: torch.device) -> str:
     if precision == "auto":
         return "fp16" if device.type == "cuda" and cfg.get("freeze_vit", True) else "fp32"
     if precision == "fp16" and device.type == "cpu":
-        raise ValueError("model.vit_precision=fp16 does not run on the CPU: set it to auto, bf16 or fp32")
+        raise InputError("model.vit_precision=fp16 does not run on the CPU: set it to auto, bf16 or fp32")
     return precision
 
 
@@ -256,7 +257,7 @@ def qformer_config(sizes: dict[str, Any], *, num_tokens: int, context_width: int
     known = {field.name for field in fields(QFormerConfig)} - {"context_width", "has_text", "num_context_streams"}
     unknown = sorted(sizes.keys() - known)
     if unknown:
-        raise ValueError(f"qformer has no size {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+        raise InputError(f"qformer has no size {', '.join(unknown)}; it has {', '.join(sorted(known))}")
     if sizes["vocab_size"] < num_tokens:
-        raise ValueError(f"qformer.vocab_size {sizes['vocab_size']} is below the tokenizer's {num_tokens} tokens")
+        raise InputError(f"qformer.vocab_size {sizes['vocab_size']} is below the tokenizer's {num_tokens} tokens")
     return QFormerConfig(**sizes, context_width=context_width, has_text=has_text)

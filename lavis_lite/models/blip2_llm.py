@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from lavis_lite.errors import InputError
 from lavis_lite.models.base import Output
 from lavis_lite.models.blip2_llm_base import LanguageModelBase, image_of
 from lavis_lite.models.blip2_prompts import (
@@ -58,7 +59,7 @@ class Blip2LanguageModel(LanguageModelBase):
         """
         count = len(image_of(samples))
         if "text_input" not in samples:
-            raise ValueError("samples['text_input'] is missing: captions, or questions with their text_output")
+            raise InputError("samples['text_input'] is missing: captions, or questions with their text_output")
         if "text_output" in samples:
             asked = question_prompts(samples, self.question_template(), count)
             answers = text_list(samples["text_output"], count)
@@ -94,7 +95,7 @@ class Blip2LanguageModel(LanguageModelBase):
         before, prompt = list(self.coder.before), self.prompt.strip()
         num_given = len(self.coder.inputs([prompt])[0]) if prompt else 0
         if num_given >= self.max_txt_len:
-            raise ValueError(f"prompt {prompt!r} takes all of max_txt_len={self.max_txt_len} tokens: shorten it")
+            raise InputError(f"prompt {prompt!r} takes all of max_txt_len={self.max_txt_len} tokens: shorten it")
         texts = [f"{prompt} {caption}".strip() for caption in bare]
         rows = self.coder.outputs(texts, max_length=self.max_txt_len - len(before))
         return self.causal_batch([before + row for row in rows], [num_given] * len(rows))
@@ -163,14 +164,14 @@ class Blip2LanguageModel(LanguageModelBase):
         (BLIP-2, section 4.1).
         """
         if inference_method not in ("rank", "generate"):
-            raise ValueError(f"inference_method {inference_method!r} is not one of rank, generate")
+            raise InputError(f"inference_method {inference_method!r} is not one of rank, generate")
         prompts = question_prompts(samples, prompt or self.question_template(), len(image_of(samples)))
         if inference_method == "rank":
             if not answer_list:
-                raise ValueError("inference_method rank chooses from a list: give answer_list, or use generate")
+                raise InputError("inference_method rank chooses from a list: give answer_list, or use generate")
             answer_list = checked(answer_list, " in answer_list")
             if num_ans_candidates < 1:
-                raise ValueError(f"num_ans_candidates {num_ans_candidates} must be at least 1")
+                raise InputError(f"num_ans_candidates {num_ans_candidates} must be at least 1")
             order, losses = self.rank_answers(samples, prompts, answer_list, num_ans_candidates)
             best = order.gather(1, losses.argmin(dim=1, keepdim=True)).squeeze(1)
             answers = [answer_list[i] for i in best.tolist()]

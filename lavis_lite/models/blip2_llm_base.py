@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from lavis_lite import weights
+from lavis_lite.errors import InputError
 from lavis_lite.models.base import chosen_weights
 from lavis_lite.models.blip2_base import PRECISIONS, TEXT_PARTS, Blip2Base
 from lavis_lite.models.llm_text import TextCoder, text_coder
@@ -113,10 +114,10 @@ class LanguageModelBase(Blip2Base):
     def language_model_config(cls, source: str, overrides: dict[str, Any] | None) -> PreTrainedConfig:
         """The language model's config. ValueError if this architecture does not take its family."""
         if not isinstance(source, str | Path):
-            raise ValueError(f"model.{cls.part}_model is missing: a folder, a hub id or a packaged tiny language model")
+            raise InputError(f"model.{cls.part}_model is missing: a folder, a hub id or a packaged tiny language model")
         config = language_model_config(source, overrides)
         if cls.model_types and config.model_type not in cls.model_types:
-            raise ValueError(
+            raise InputError(
                 f"model.{cls.part}_model={source} is a {config.model_type}, and {cls.__name__} takes "
                 f"{' or '.join(cls.model_types)} only: use arch blip2_llm (llm_model) for any language model"
             )
@@ -126,7 +127,7 @@ class LanguageModelBase(Blip2Base):
     def from_config(cls, cfg: dict[str, Any], *, device: str | torch.device = "cpu") -> Self:
         """As Blip2Base's; what does not fit is said before the language model is loaded."""
         if cfg.get("llm_precision") == "fp16" and torch.device(device).type == "cpu":
-            raise ValueError("model.llm_precision=fp16 does not run on the CPU: set it to auto, bf16 or fp32")
+            raise InputError("model.llm_precision=fp16 does not run on the CPU: set it to auto, bf16 or fp32")
         key = f"{cls.part}_model"
         source = cfg.get(key, cls.__signature__.parameters[key].default)
         config = cls.language_model_config(source, cfg.get("llm"))
@@ -201,33 +202,33 @@ def image_of(samples: dict[str, Any]) -> Tensor:
     """The batch's images (B,3,H,W) or videos (B,3,F,H,W). ValueError if there are none, or not one batch of them."""
     image = samples.get("image")
     if image is None:
-        raise ValueError("samples['image'] is missing: a batch of images (B,3,H,W)")
+        raise InputError("samples['image'] is missing: a batch of images (B,3,H,W)")
     if not isinstance(image, Tensor):
         shapes = [tuple(getattr(one, "shape", ())) for one in image] if isinstance(image, list | tuple) else []
-        raise ValueError(
+        raise InputError(
             f"samples['image'] is a {type(image).__name__}{f' of shapes {shapes}' if shapes else ''}; it must be one "
             "tensor: stack images of one size, and put images and videos, or videos of different lengths, into "
             "different batches"
         )
     if image.dim() not in (4, 5) or image.shape[1] != 3:
-        raise ValueError(
+        raise InputError(
             f"samples['image'] has shape {tuple(image.shape)}; it must be a batch of images (B,3,H,W) or videos "
             "(B,3,F,H,W): add the batch's dimension with unsqueeze(0), and put frames behind the colours"
         )
     if image.numel() == 0:
-        raise ValueError(f"samples['image'] has shape {tuple(image.shape)}: there is no image or no frame to see")
+        raise InputError(f"samples['image'] has shape {tuple(image.shape)}: there is no image or no frame to see")
     return image
 
 
 def llm_dtype(precision: str, config: PreTrainedConfig, *, frozen: bool) -> torch.dtype:
     """The language model's precision. ValueError for an unknown one, and for training weights in a low one."""
     if precision not in ("auto", *PRECISIONS):
-        raise ValueError(f"llm_precision {precision!r} is not one of auto, {', '.join(PRECISIONS)}")
+        raise InputError(f"llm_precision {precision!r} is not one of auto, {', '.join(PRECISIONS)}")
     if precision == "auto":
         tiny = config.dtype == torch.float32 and embedding_width(config) < TINY_WIDTH
         return torch.float32 if tiny or not frozen else torch.bfloat16
     if not frozen and precision != "fp32":
-        raise ValueError(f"llm_precision {precision} with freeze_llm=False would train weights in it: set fp32 or auto")
+        raise InputError(f"llm_precision {precision} with freeze_llm=False would train weights in it: set fp32 or auto")
     return PRECISIONS[precision]
 
 
@@ -244,12 +245,12 @@ def check_fit(state: Mapping[str, Tensor], config: PreTrainedConfig, *, part: st
     advice = f"set model.{part}_model to the one that it was made with"
     for name in state:
         if name == f"{part}_proj.weight" and len(state[name]) != width:
-            raise ValueError(
+            raise InputError(
                 f"{source} was made for a language model of width {len(state[name])}, but {llm} has {width}: {advice}"
             )
         is_vocabulary = name.endswith(("embed_tokens.weight", "lm_head.weight", "shared.weight"))
         if name.startswith(f"{part}_model.") and is_vocabulary and not 0 <= len(state[name]) - vocabulary <= 1:
-            raise ValueError(
+            raise InputError(
                 f"{source} was made with a vocabulary of {len(state[name])} tokens ({name}), but {llm} has "
                 f"{vocabulary}: {advice}"
             )

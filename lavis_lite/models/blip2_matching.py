@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lavis_lite.errors import InputError
 from lavis_lite.models.base import Output
 from lavis_lite.models.blip2_base import Blip2Base
 from lavis_lite.models.blip_base import project, text_list
@@ -63,7 +64,7 @@ class Blip2Matching(Blip2Base):
         `multimodal`: `multimodal_embeds` (B,Q,E), the queries that saw image and text.
         """
         if mode not in ("image", "text", "multimodal"):
-            raise ValueError(f"mode {mode!r} is not one of image, text, multimodal")
+            raise InputError(f"mode {mode!r} is not one of image, text, multimodal")
         if mode == "text":
             states = self.text_states(*self.tokenize(given_texts(samples)))
             return Output({"text_embeds": states, "text_embeds_proj": project(self.text_proj, states)})
@@ -93,7 +94,7 @@ class Blip2ITM(Blip2Matching):
         with all texts, of which there may be more or fewer than images.
         """
         if match_head not in ("itm", "itc"):
-            raise ValueError(f"match_head {match_head!r} is not one of itm, itc")
+            raise InputError(f"match_head {match_head!r} is not one of itm, itc")
         context, texts = self.image_context(samples), given_texts(samples)
         if match_head == "itm":
             texts = text_list(texts, len(samples["image"]))
@@ -107,5 +108,5 @@ def given_texts(samples: dict[str, Any]) -> list[str]:
     """`text_input`, of which a single string is one text."""
     texts = samples.get("text_input")
     if texts is None:
-        raise ValueError("samples['text_input'] is missing")
+        raise InputError("samples['text_input'] is missing")
     return [texts] if isinstance(texts, str) else list(texts)

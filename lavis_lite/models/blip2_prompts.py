@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from lavis_lite.errors import InputError, MissingPackageError
 from lavis_lite.models.blip_base import text_list
 from lavis_lite.wording import joined_words, lettered
 
@@ -38,7 +39,7 @@ def question_prompts(samples: dict[str, Any], template: str, count: int) -> list
     "(a) red (b) blue". Before it stands what `preceded` puts there.
     """
     if "text_input" not in samples:
-        raise ValueError("samples['text_input'] is missing: it holds the questions")
+        raise InputError("samples['text_input'] is missing: it holds the questions")
     return preceded(samples, inside(samples, template, text_list(samples["text_input"], count)))
 
 
@@ -53,7 +54,7 @@ def inside(samples: dict[str, Any], template: str, questions: list[str]) -> list
         return fill([template] * count, ocr_texts(samples["ocr_tokens"]), questions)
     if "choices" in samples:
         return fill([template] * count, questions, [lettered(choices) for choices in samples["choices"]])
-    raise ValueError(
+    raise InputError(
         f"prompt {template!r} has two gaps: give samples['ocr_tokens'] or samples['choices'] for the other"
     )
 
@@ -92,7 +93,7 @@ def fill_gaps(template: str, values: Sequence[str]) -> str:
     Raises ValueError if there are more gaps than values.
     """
     if template.count("{}") > len(values):
-        raise ValueError(
+        raise InputError(
             f"prompt {template!r} has {template.count('{}')} gaps, but there are {len(values)} texts for them"
         )
     head, *rest = template.split("{}", len(values))
@@ -132,7 +133,7 @@ def _spacy_model() -> Any:
 
         return spacy.load("en_core_web_sm")
     except (ImportError, OSError) as error:
-        raise ImportError(
+        raise MissingPackageError(
             "apply_lemmatizer needs spaCy and its English model: `pip install spacy` and "
             "`python -m spacy download en_core_web_sm`, or set apply_lemmatizer=False"
         ) from error

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lavis_lite.errors import InputError
 from lavis_lite.models.llm_text import Rows, TextCoder
 
 Candidates = Sequence[str] | Sequence[Sequence[str]]
@@ -23,25 +24,25 @@ def candidate_lists(candidates: Candidates, count: int) -> list[list[str]]:
     no text or an empty one, and for another number of lists.
     """
     if isinstance(candidates, str) or not isinstance(candidates, Sequence):
-        raise ValueError(f"candidates must be a list of texts, or one such list for each image; got {candidates!r}")
+        raise InputError(f"candidates must be a list of texts, or one such list for each image; got {candidates!r}")
     if not candidates:
-        raise ValueError("there are no candidates to choose between: give a list of texts, or one for each image")
+        raise InputError("there are no candidates to choose between: give a list of texts, or one for each image")
     if isinstance(candidates[0], str):
         return [checked(candidates, "")]
     if len(candidates) != count:
-        raise ValueError(f"{len(candidates)} lists of candidates were given for {count} images")
+        raise InputError(f"{len(candidates)} lists of candidates were given for {count} images")
     return [checked(own, f" of sample {row}") for row, own in enumerate(candidates)]
 
 
 def checked(candidates: Sequence[str], owner: str) -> list[str]:
     """The candidates as a list; ValueError if there are none, or one is not a text that says something."""
     if isinstance(candidates, str) or not isinstance(candidates, Sequence):
-        raise ValueError(f"the candidates{owner} must be a list of texts; got {candidates!r}")
+        raise InputError(f"the candidates{owner} must be a list of texts; got {candidates!r}")
     if not candidates:
-        raise ValueError(f"the candidates{owner} are an empty list: there is nothing to choose between")
+        raise InputError(f"the candidates{owner} are an empty list: there is nothing to choose between")
     for index, text in enumerate(candidates):
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"candidate {index}{owner} must be a text that is not empty; got {text!r}")
+            raise InputError(f"candidate {index}{owner} must be a text that is not empty; got {text!r}")
     return list(candidates)
 
 
@@ -57,9 +58,9 @@ def candidate_rows(coder: TextCoder, lists: Sequence[Sequence[str]], *, limit: i
     for text, row in rows.items():
         shown = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
         if not row:
-            raise ValueError(f"candidate {shown!r} has no token in the language model's vocabulary")
+            raise InputError(f"candidate {shown!r} has no token in the language model's vocabulary")
         if len(row) > room:
-            raise ValueError(
+            raise InputError(
                 f"candidate {shown!r} takes {len(row)} tokens, but max_output_txt_len={limit} has room for {room}: "
                 "candidates are not cut; shorten it or raise model.max_output_txt_len"
             )
@@ -81,7 +82,7 @@ def segment_widths(rows: Sequence[Rows], n_segments: int) -> Tensor:
     widths = torch.ones(len(rows), max(map(len, rows)), dtype=torch.long)
     for i, own in enumerate(rows):
         if not 1 <= n_segments <= len(own):
-            raise ValueError(f"n_segments {n_segments} must be from 1 to the number of candidates, {len(own)}")
+            raise InputError(f"n_segments {n_segments} must be from 1 to the number of candidates, {len(own)}")
         size = len(own) // n_segments
         for number in range(n_segments):
             segment = slice(number * size, len(own) if number == n_segments - 1 else (number + 1) * size)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lavis_lite.convert import blip_from_hf, is_hf_blip
+from lavis_lite.errors import InputError
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.initialise import bert_weights, start_from, vit_weights
 from lavis_lite.models.tokenizers import blip_tokenizer, tokenize
@@ -121,9 +122,9 @@ def check_med(med: dict[str, Any], num_tokens: int) -> None:
     known = {field.name for field in fields(BertConfig)} - {"context_width"}
     unknown = sorted(med.keys() - known)
     if unknown:
-        raise ValueError(f"med has no size {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+        raise InputError(f"med has no size {', '.join(unknown)}; it has {', '.join(sorted(known))}")
     if med["vocab_size"] < num_tokens:
-        raise ValueError(f"med.vocab_size {med['vocab_size']} is smaller than the tokenizer's {num_tokens} tokens")
+        raise InputError(f"med.vocab_size {med['vocab_size']} is smaller than the tokenizer's {num_tokens} tokens")
 
 
 def project(layer: nn.Linear, states: Tensor) -> Tensor:
@@ -144,10 +145,10 @@ def text_list(texts: str | Sequence[str], count: int) -> list[str]:
     if isinstance(texts, str):
         return [texts] * count
     if not isinstance(texts, Iterable):
-        raise ValueError(f"{texts!r} is neither a text nor a list of one a sample")
+        raise InputError(f"{texts!r} is neither a text nor a list of one a sample")
     texts = list(texts)
     if len(texts) != count:
-        raise ValueError(f"{len(texts)} texts were given for {count} images")
+        raise InputError(f"{len(texts)} texts were given for {count} images")
     return texts
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lavis_lite.errors import InputError
 from lavis_lite.models.base import Output
 from lavis_lite.models.blip_base import BlipBase, project, text_list
 from lavis_lite.nn.attention import Context
@@ -71,7 +72,7 @@ class BlipITM(BlipMatching):
             return self.matching_logits(ids, mask, self.text_encoder.project_context(tokens))
         if match_head == "itc":
             return image_feat @ self.encode_text(ids, mask).t()
-        raise ValueError(f"match_head {match_head!r} is not one of itm, itc")
+        raise InputError(f"match_head {match_head!r} is not one of itm, itc")
 
 
 @registry.register_model("blip_feature_extractor")
@@ -96,10 +97,10 @@ class BlipFeatureExtractor(BlipTowers):
         """
         needed = {"image": ("image",), "text": ("text_input",), "multimodal": ("image", "text_input")}
         if mode not in needed:
-            raise ValueError(f"mode {mode!r} is not one of {', '.join(needed)}")
+            raise InputError(f"mode {mode!r} is not one of {', '.join(needed)}")
         missing = [key for key in needed[mode] if samples.get(key) is None]
         if missing:
-            raise ValueError(f"features of mode {mode!r} need samples[{missing[0]!r}], which is missing")
+            raise InputError(f"features of mode {mode!r} need samples[{missing[0]!r}], which is missing")
         features = Output()
         if mode != "text":
             features["image_embeds"] = self.visual_encoder(samples["image"])

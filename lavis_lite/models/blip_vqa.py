@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lavis_lite.errors import InputError
 from lavis_lite.models.base import Output
 from lavis_lite.models.blip_base import BlipBase, text_list
 from lavis_lite.models.blip_caption import decoding_step
@@ -76,7 +77,7 @@ class BlipVQA(BlipBase):
         `generate` writes freely by beam search, `max_len` and `min_len` tokens counting `[DEC]`.
         """
         if inference_method not in ("rank", "generate"):
-            raise ValueError(f"inference_method {inference_method!r} is not one of rank, generate")
+            raise InputError(f"inference_method {inference_method!r} is not one of rank, generate")
         states, mask = self.encode_questions(samples)
         if inference_method == "generate":
             config = self.decoding(
@@ -84,7 +85,7 @@ class BlipVQA(BlipBase):
             )
             return self.generate_answers(states, config)
         if not answer_list:
-            raise ValueError("inference_method rank chooses from a list of answers: give answer_list, or use generate")
+            raise InputError("inference_method rank chooses from a list of answers: give answer_list, or use generate")
         context = self.text_decoder.bert.project_context(states, mask=mask)
         order, loss = self.rank_answers(context, answer_list, min(num_ans_candidates, len(answer_list)))
         best = order.gather(1, loss.argmin(dim=1, keepdim=True)).squeeze(1)
@@ -115,7 +116,7 @@ class BlipVQA(BlipBase):
 def check_answers(samples: dict[str, Any], expected: int) -> None:
     """The flat answers must be as many as the questions announce."""
     if not len(samples["answer"]) == len(samples["weight"]) == expected:
-        raise ValueError(
+        raise InputError(
             f"n_answers announces {expected} answers, but there are {len(samples['answer'])} answers "
             f"and {len(samples['weight'])} weights"
         )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lavis_lite import checkpoint, download
+from lavis_lite.errors import InputError
 from lavis_lite.nn.vision import interpolate_pos_embed
 
 logger = logging.getLogger(__name__)
@@ -84,13 +85,13 @@ def start_from(model: nn.Module, state: dict[str, Tensor], *, source: str) -> No
         elif name.endswith("position_ids"):
             continue
         else:
-            raise ValueError(
+            raise InputError(
                 f"{source}: {name} has shape {tuple(theirs.shape)}, this model's is {tuple(mine.shape)}: "
                 "choose a source of the same sizes"
             )
         copied += 1
     if not copied:
-        raise ValueError(
+        raise InputError(
             f"{source} holds no tensor that {type(model).__name__} could start from; "
             f"it has {', '.join(sorted(state)[:3])}, ..."
         )

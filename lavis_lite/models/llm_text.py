@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lavis_lite.errors import InputError
+
 Rows = list[list[int]]
 
 
@@ -106,7 +108,7 @@ def text_coder(
     if end is not None:
         end_id = tokenizer(end, add_special_tokens=False).input_ids[-1]
     if end_id is None:
-        raise ValueError(f"the language model's tokenizer ({type(tokenizer).__name__}) has no end token to write")
+        raise InputError(f"the language model's tokenizer ({type(tokenizer).__name__}) has no end token to write")
     return TextCoder(
         tokenizer=tokenizer,
         before=before,

@@ -20,6 +20,7 @@ from lavis_lite.config_schema import Checker
 from lavis_lite.config_sections import PROCESSOR_KEYS, check_processors, model_arguments, model_layer
 from lavis_lite.convert.configs import arch_of, model_section
 from lavis_lite.convert.folders import read_config, read_settings
+from lavis_lite.errors import InputError
 from lavis_lite.registry import registry
 
 logger = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ def _overrides(overrides: Mapping[str, Any]) -> Layer:
     """Keyword arguments as the last layer of a configuration; paths are text, as in a YAML."""
     fixed = sorted(overrides.keys() & {"arch", "model_type", "checkpoint"})
     if fixed:
-        raise ValueError(f"{', '.join(fixed)} cannot be overridden: give it as an argument of its own")
+        raise InputError(f"{', '.join(fixed)} cannot be overridden: give it as an argument of its own")
     values = {key: str(value) if isinstance(value, Path) else value for key, value in overrides.items()}
     return Layer("keyword argument", {"model": values} if values else {})
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lavis_lite import dist
+from lavis_lite.errors import InputError
 from lavis_lite.models.batches import Texts, in_compute_type, stack_texts, trimmed
 from lavis_lite.nn.attention import Context
 
@@ -52,7 +53,7 @@ def similarity_matrices(model: Retriever, loader: DataLoader, k_test: int) -> tu
     """
     num_images, num_texts = len(loader.dataset), len(loader.dataset.text)
     if k_test < 1:
-        raise ValueError(f"k_test {k_test} must be at least 1")
+        raise InputError(f"k_test {k_test} must be at least 1")
     texts = [model.tokenize(chunk) for chunk in chunks(loader.dataset.text, TEXTS_PER_STEP)]
     text_feat = torch.cat([model.encode_text(ids, mask) for ids, mask in texts])
     tokens, index, rows = compare_images(model, loader, text_feat)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lavis_lite import download
+from lavis_lite.errors import MissingFileError
 
 logger = logging.getLogger(__name__)
 PACKAGED = Path(__file__).parents[1] / "configs" / "tokenizers"
@@ -23,7 +24,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     folder = PACKAGED / name if (PACKAGED / name).is_dir() else Path(name)
     looks_local = folder.is_dir() or name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not folder.expanduser().is_dir():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"tokenizer folder {name} does not exist; give a folder with vocab.txt or tokenizer.json, or a hub id"
         )
     source = str(folder.expanduser()) if folder.expanduser().is_dir() else name
@@ -34,7 +35,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(source, local_files_only=download.is_offline())
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"tokenizer {name!r} could not be loaded from {source!r} "
             f"({type(error).__name__}: {str(error).splitlines()[0]}). "
             "Without a network, set model.tokenizer to a folder that holds its vocab.txt or tokenizer.json."

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lavis_lite.errors import InputError
+
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values, each (B,H,S,D)."""
 
@@ -41,7 +43,7 @@ class BertConfig:
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+            raise InputError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Context:
             for mine, theirs in zip(self.layers, other.layers, strict=True)
         )
         if (self.mask is None) != (other.mask is None):
-            raise ValueError("a context with a mask and one without cannot be joined")
+            raise InputError("a context with a mask and one without cannot be joined")
         return Context(layers, None if self.mask is None else torch.cat([self.mask, other.mask]))
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lavis_lite.errors import InputError
 from lavis_lite.nn.attention import (
     AddNorm,
     Attention,
@@ -88,7 +89,7 @@ class BertEmbeddings(nn.Module):
         stop = start + ids_BT.shape[1]
         if stop > self.position_embeddings.num_embeddings:
             limit = self.position_embeddings.num_embeddings
-            raise ValueError(f"a text of {stop} tokens is longer than the {limit} positions of the text transformer")
+            raise InputError(f"a text of {stop} tokens is longer than the {limit} positions of the text transformer")
         x = self.word_embeddings(ids_BT) + self.position_embeddings(self.position_ids[:, start:stop])
         return self.dropout(self.LayerNorm(x))
 

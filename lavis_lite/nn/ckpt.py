@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lavis_lite.errors import MissingPackageError
+
 DEVICE_TYPES = ("cpu", "cuda")
 
 
@@ -26,7 +28,7 @@ def checkpoint_blocks(modules: Iterable[nn.Module]) -> None:
     try:
         from fairscale.nn.checkpoint import checkpoint_wrapper
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackageError(
             "activation checkpointing needs fairscale: `pip install fairscale`, or set use_grad_checkpoint=False"
         ) from error
     for module in modules:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lavis_lite.errors import InputError
 from lavis_lite.nn.attention import KeyValue
 
 
@@ -55,18 +56,18 @@ class DecodingConfig:
 
     def __post_init__(self) -> None:
         if self.num_beams < 1 or self.num_return < 1:
-            raise ValueError(
+            raise InputError(
                 f"num_beams {self.num_beams} and the number of captions {self.num_return} must be at least 1"
             )
         if not self.sample and self.num_return > self.num_beams:
-            raise ValueError(
+            raise InputError(
                 f"{self.num_return} captions an image need as many beams (num_beams is {self.num_beams}) "
                 "or nucleus sampling"
             )
         if self.min_length > self.max_length:
-            raise ValueError(f"min_length {self.min_length} is above max_length {self.max_length}")
+            raise InputError(f"min_length {self.min_length} is above max_length {self.max_length}")
         if not 0.0 < self.top_p <= 1.0 or self.temperature <= 0.0 or self.repetition_penalty <= 0.0:
-            raise ValueError(
+            raise InputError(
                 f"top_p {self.top_p} must lie in (0, 1], temperature {self.temperature} and "
                 f"repetition_penalty {self.repetition_penalty} above 0"
             )
@@ -76,7 +77,7 @@ class DecodingConfig:
 def decode(step: Step, prompt_BL: Tensor, config: DecodingConfig) -> Tensor:
     """Token ids (B x num_return, L'), prompt first, padded behind the end token."""
     if prompt_BL.shape[1] >= config.max_length:
-        raise ValueError(
+        raise InputError(
             f"the prompt has {prompt_BL.shape[1]} tokens, which leaves nothing to generate "
             f"below max_length {config.max_length}"
         )

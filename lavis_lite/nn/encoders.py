@@ -10,6 +10,7 @@ from typing import Any
 
 import timm
 
+from lavis_lite.errors import InputError
 from lavis_lite.nn.vision import VIT_SIZES, BlipViT, ImageEncoder, ViTConfig
 from lavis_lite.nn.vision_clip import CLIP_SIZES, ClipViT
 from lavis_lite.nn.vision_eva import EVA_SIZES, EvaViT
@@ -50,7 +51,7 @@ def build_encoder(
     sizes = dict(sizes or {})
     unknown = sorted(sizes.keys() - SIZES)
     if unknown:
-        raise ValueError(f"vit has no size {', '.join(unknown)}; it has {', '.join(SIZES)}")
+        raise InputError(f"vit has no size {', '.join(unknown)}; it has {', '.join(SIZES)}")
     if vit_model in ENCODERS:
         kind, config = ENCODERS[vit_model]
         encoder = kind(replace(config, image_size=image_size, drop_path_rate=drop_path_rate, **sizes))
@@ -58,7 +59,7 @@ def build_encoder(
         encoder = timm_encoder(vit_model, image_size=image_size, drop_path_rate=drop_path_rate, sizes=sizes)
     else:
         known = [*ENCODERS, *timm.list_models()]
-        raise ValueError(f"unknown image encoder {vit_model!r}. {did_you_mean(vit_model, known)}")
+        raise InputError(f"unknown image encoder {vit_model!r}. {did_you_mean(vit_model, known)}")
     if grad_checkpoint:
         encoder.checkpoint_all()
     return encoder

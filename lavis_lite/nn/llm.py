@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import EncoderDecoderCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
+from lavis_lite.errors import InputError
 from lavis_lite.nn.decoding import DecodingConfig, decode
 from lavis_lite.nn.llm_loading import load_language_model
 from lavis_lite.nn.llm_sources import has_weights, language_model_config
@@ -269,7 +270,7 @@ class LanguageModel:
         """ValueError if that is too much; what an encoder-decoder writes has positions of its own."""
         num_tokens = max(num_inputs, num_written) if self.is_encoder_decoder else num_inputs + num_written
         if self.max_positions is not None and num_tokens > self.max_positions:
-            raise ValueError(
+            raise InputError(
                 f"image, prompt and text to write take {num_tokens} tokens, but the language model's context has "
                 f"{self.max_positions}: shorten the prompt or lower the maximum length"
             )

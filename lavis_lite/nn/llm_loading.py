@@ -22,6 +22,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from lavis_lite import download
+from lavis_lite.errors import InputError, MissingPackageError
 from lavis_lite.nn.llm_sources import (
     PACKAGED,
     WEIGHT_FILES,
@@ -99,7 +100,7 @@ def check_language_model(
     tokenizer = load_llm_tokenizer(source)
     num_rows = config.get_text_config().vocab_size
     if tokenizer.vocab_size > num_rows:
-        raise ValueError(
+        raise InputError(
             f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, but the language model's vocabulary "
             f"{num_rows}: they belong to different models"
         )
@@ -121,7 +122,7 @@ def add_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, to
 def _check_extras(quantization: str | None, lora: Mapping[str, Any] | None) -> None:
     """Unknown quantizations and missing packages are errors."""
     if quantization not in (None, *QUANTIZATIONS):
-        raise ValueError(f"llm_quantization {quantization!r} is not one of {', '.join(QUANTIZATIONS)}")
+        raise InputError(f"llm_quantization {quantization!r} is not one of {', '.join(QUANTIZATIONS)}")
     if quantization is not None:
         _require("bitsandbytes", f"llm_quantization={quantization}")
     if lora is not None:
@@ -129,14 +130,16 @@ def _check_extras(quantization: str | None, lora: Mapping[str, Any] | None) -> N
         try:
             peft.LoraConfig(**lora)
         except TypeError as error:
-            raise ValueError(f"llm_lora: {error}; its keys are those of peft's LoraConfig") from error
+            raise InputError(f"llm_lora: {error}; its keys are those of peft's LoraConfig") from error
 
 
 def _require(package: str, setting: str) -> Any:
     try:
         return __import__(package)
     except ImportError as error:
-        raise ImportError(f"{setting} needs {package}: `pip install {package}`, or leave the setting out") from error
+        raise MissingPackageError(
+            f"{setting} needs {package}: `pip install {package}`, or leave the setting out"
+        ) from error
 
 
 def _switch_dropout_off(config: PreTrainedConfig) -> None:
@@ -153,7 +156,7 @@ def _build(
     on_meta = torch.empty(0).is_meta
     if on_meta or not has_weights(source):
         if quantization is not None:
-            raise ValueError(f"{source} has no weights, so that there is nothing for llm_quantization to quantize")
+            raise InputError(f"{source} has no weights, so that there is nothing for llm_quantization to quantize")
         if not on_meta:
             logger.warning(f"{source} has no weights: the language model's are random")
         model = auto.from_config(config, dtype=dtype)
@@ -181,7 +184,7 @@ def _read_weights(auto: Any, source: str | Path, **settings: Any) -> PreTrainedM
         hf_logging.set_verbosity(verbosity)
     missing = sorted(report["missing_keys"])
     if missing:
-        raise ValueError(f"{source} lacks {len(missing)} tensors of the language model: {', '.join(missing[:4])}")
+        raise InputError(f"{source} lacks {len(missing)} tensors of the language model: {', '.join(missing[:4])}")
     return model
 
 

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from lavis_lite import download
+from lavis_lite.errors import InputError, MissingFileError
 
 PACKAGED = Path(__file__).parents[1] / "configs" / "llms"
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
@@ -56,7 +57,7 @@ def locate(source: str | Path) -> str:
         return str(folder)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         known = ", ".join(sorted(path.parent.name for path in PACKAGED.glob("*/tokenizer.json")))
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"language model folder {name} does not exist: give a folder with config.json, tokenizer and weights, a "
             f"hub id, or one of the package's tiny models ({known})"
         )
@@ -91,21 +92,21 @@ def read_config(source: str | Path, overrides: Mapping[str, Any]) -> tuple[PreTr
     raw = raw["text_config"] if raw.get("model_type") in COMPOSITES else raw
     model_type = raw.get("model_type")
     if model_type not in CONFIG_MAPPING:
-        raise ValueError(
+        raise InputError(
             f"{source}: model_type {model_type!r} in its config.json is no class of the installed transformers: "
             "choose a causal or encoder-decoder language model, or update transformers"
         )
     config_class = CONFIG_MAPPING[model_type]
     unknown = sorted(name for name in overrides if name not in raw and not hasattr(config_class(), name))
     if unknown:
-        raise ValueError(f"{source}: a {model_type} config has no {', '.join(unknown)} to override")
+        raise InputError(f"{source}: a {model_type} config has no {', '.join(unknown)} to override")
     raw = {**raw, **overrides}
     config = config_class.from_dict(raw)
     untied = raw.get("tie_word_embeddings") is False or getattr(config, "scale_decoder_outputs", True) is False
     if not config.is_encoder_decoder and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(f"{source}: a {model_type} is neither a causal nor an encoder-decoder language model")
+        raise InputError(f"{source}: a {model_type} is neither a causal nor an encoder-decoder language model")
     if config.is_encoder_decoder and type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
-        raise ValueError(f"{source}: the encoder-decoder {model_type} does not write text given text")
+        raise InputError(f"{source}: the encoder-decoder {model_type} does not write text given text")
     _check_class(source, config)
     if getattr(config, "dense_act_fn", None) == "gelu_new":
         config.dense_act_fn = "gelu"
@@ -116,16 +117,16 @@ def _check_class(source: str | Path, config: PreTrainedConfig) -> None:
     """ValueError if the model's class lacks what we need, or reads both ways, as BERT does unless told otherwise."""
     is_two_way = type(config) in MODEL_FOR_MASKED_LM_MAPPING and getattr(config, "is_decoder", None) is False
     if is_two_way and not config.is_encoder_decoder:
-        raise ValueError(
+        raise InputError(
             f"{source}: a {config.model_type} reads a text from both sides, and would see what it is to write: choose "
             "a causal or encoder-decoder language model"
         )
     if config.model_type in UNFIT:
-        raise ValueError(f"{source}: a {config.model_type} {UNFIT[config.model_type]}: choose another language model")
+        raise InputError(f"{source}: a {config.model_type} {UNFIT[config.model_type]}: choose another language model")
     mapping = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
     lacking = sorted(NEEDED - inspect.signature(mapping[type(config)].forward).parameters.keys())
     if lacking:
-        raise ValueError(
+        raise InputError(
             f"{source}: transformers' {mapping[type(config)].__name__} takes no {', '.join(lacking)}, without which it "
             "cannot go on behind an image: choose another language model"
         )
@@ -145,9 +146,9 @@ def _fetch(load: Callable[..., Any], source: str | Path, what: str) -> Any:
         raise _missing(what, place, error) from error
 
 
-def _missing(what: str, place: str, error: Exception) -> FileNotFoundError:
+def _missing(what: str, place: str, error: Exception) -> MissingFileError:
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".:")
-    return FileNotFoundError(
+    return MissingFileError(
         f"the language model's {what} could not be loaded from {place}: {reason}. "
         "Without a network, give a folder that holds config.json, the tokenizer's files and the weights."
     )

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from lavis_lite.errors import InputError
+
 
 @torch.no_grad()
 def copy_parameters(pairs: Iterable[tuple[nn.Module, nn.Module]]) -> None:
@@ -32,7 +34,7 @@ def enqueue(queues: Iterable[tuple[Tensor, Tensor]], pointer: Tensor) -> None:
     for queue, columns in queues:
         size, new = queue.shape[1], columns.shape[1]
         if new > size:
-            raise ValueError(f"queue_size {size} is smaller than the global batch of {new}: choose a longer queue")
+            raise InputError(f"queue_size {size} is smaller than the global batch of {new}: choose a longer queue")
         at_end = min(new, size - start)
         queue[:, start : start + at_end] = columns[:, :at_end]
         queue[:, : new - at_end] = columns[:, at_end:]

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lavis_lite.errors import InputError
 from lavis_lite.nn.attention import SELF_MASKED, AddNorm, Attention, BertConfig, Context, KeyValue, context_mask
 from lavis_lite.nn.bert import Intermediate, LanguageModelHead
 
@@ -96,7 +97,7 @@ class QFormerEmbeddings(nn.Module):
         if ids_BT is not None:
             stop, limit = start + ids_BT.shape[1], self.position_ids.shape[1]
             if stop > limit:
-                raise ValueError(f"a text of {stop} tokens is longer than the {limit} positions of the Q-Former")
+                raise InputError(f"a text of {stop} tokens is longer than the {limit} positions of the Q-Former")
             parts.append(self.word_embeddings(ids_BT) + self.position_embeddings(self.position_ids[:, start:stop]))
         return self.dropout(self.LayerNorm(torch.cat(parts, dim=1)))
 
@@ -124,9 +125,9 @@ class QFormer(nn.Module):
     def __init__(self, config: QFormerConfig, *, with_lm_head: bool = False) -> None:
         super().__init__()
         if config.context_width is None:
-            raise ValueError("the Q-Former needs context_width, the width of the image's tokens")
+            raise InputError("the Q-Former needs context_width, the width of the image's tokens")
         if with_lm_head and not config.has_text:
-            raise ValueError("a Q-Former without text has no word embeddings for the language-model head to share")
+            raise InputError("a Q-Former without text has no word embeddings for the language-model head to share")
         self.config = config
         self.bert = QFormerBert(config)
         self.cls = LanguageModelHead(config) if with_lm_head else None
@@ -192,11 +193,11 @@ class QFormer(nn.Module):
 
     def _check(self, queries: Tensor | None, ids: Tensor | None, past: Sequence[KeyValue] | None) -> None:
         if queries is None and ids is None:
-            raise ValueError("the Q-Former needs queries or text")
+            raise InputError("the Q-Former needs queries or text")
         if ids is not None and not self.config.has_text:
-            raise ValueError("this Q-Former was built without text; set qformer_text_input=True to let it read one")
+            raise InputError("this Q-Former was built without text; set qformer_text_input=True to let it read one")
         if queries is not None and past is not None:
-            raise ValueError("cached queries cannot be followed by other queries")
+            raise InputError("cached queries cannot be followed by other queries")
 
 
 def num_rows(ids_BT: Tensor | None, context: Context) -> int:
@@ -228,7 +229,7 @@ def qformer_mask(
         position = torch.arange(len(is_text), device=mask_BT.device)
         allowed = ~sees | (seen_by & (position[None, :] <= position[:, None]))
     else:
-        raise ValueError(f"attention {attention!r} is not one of bidirectional, causal, unimodal")
+        raise InputError(f"attention {attention!r} is not one of bidirectional, causal, unimodal")
     counts = torch.cat([mask_BT.new_ones(len(mask_BT), num_queries), mask_BT], dim=1).bool()
     allowed = allowed[None, None] & counts[:, None, None, :]
     return torch.zeros(allowed.shape, dtype=dtype, device=mask_BT.device).masked_fill(~allowed, SELF_MASKED)

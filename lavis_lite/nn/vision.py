@@ -17,6 +17,7 @@ from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from lavis_lite.errors import InputError
 from lavis_lite.nn.ckpt import checkpoint_blocks
 
 
@@ -39,9 +40,9 @@ class ViTConfig:
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+            raise InputError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.width % self.num_heads:
-            raise ValueError(f"vit width {self.width} is not a multiple of num_heads {self.num_heads}")
+            raise InputError(f"vit width {self.width} is not a multiple of num_heads {self.num_heads}")
 
 
 VIT_SIZES: dict[str, ViTConfig] = {
@@ -54,11 +55,11 @@ VIT_SIZES: dict[str, ViTConfig] = {
 def vit_config(vit_type: str, **overrides: object) -> ViTConfig:
     """The sizes of `tiny`, `base` or `large`, with some replaced."""
     if vit_type not in VIT_SIZES:
-        raise ValueError(f"vit_type {vit_type!r} is not one of {', '.join(VIT_SIZES)}")
+        raise InputError(f"vit_type {vit_type!r} is not one of {', '.join(VIT_SIZES)}")
     known = [field.name for field in fields(ViTConfig)]
     unknown = sorted(overrides.keys() - known)
     if unknown:
-        raise ValueError(f"vit has no size {', '.join(unknown)}; it has {', '.join(known)}")
+        raise InputError(f"vit has no size {', '.join(unknown)}; it has {', '.join(known)}")
     return replace(VIT_SIZES[vit_type], **overrides)
 
 
@@ -77,7 +78,7 @@ class ImageEncoder(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         size = self.image_size
         if image.ndim != 4 or image.shape[1:] != (3, size, size):
-            raise ValueError(
+            raise InputError(
                 f"image has shape {tuple(image.shape)}; the image encoder wants (B, 3, {size}, {size}): "
                 f"set image_size of the processor and of the model to the same value"
             )
@@ -155,7 +156,7 @@ def square_root(number: int) -> int:
     """The side of a square grid of that many patches."""
     side = round(number**0.5)
     if side * side != number:
-        raise ValueError(f"{number} patches do not form a square grid")
+        raise InputError(f"{number} patches do not form a square grid")
     return side
 
 

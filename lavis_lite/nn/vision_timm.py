@@ -13,6 +13,7 @@ import timm
 from timm.models import PretrainedCfg, get_pretrained_cfg, group_parameters
 from torch import Tensor, nn
 
+from lavis_lite.errors import InputError
 from lavis_lite.nn.vision import ImageEncoder
 from lavis_lite.registry import did_you_mean
 
@@ -31,7 +32,7 @@ class TimmEncoder(ImageEncoder):
         if isinstance(tokens, Tensor) and tokens.ndim == 4:
             tokens = tokens.flatten(1, 2) if getattr(self, "output_fmt", "") == "NHWC" else tokens.flatten(2).mT
         if not isinstance(tokens, Tensor) or tokens.ndim != 3 or tokens.shape[-1] != self.width:
-            raise ValueError(
+            raise InputError(
                 f"timm's {type(self).__name__} gives no tokens of width {self.width}: choose another model"
             )
         return tokens
@@ -56,7 +57,7 @@ class TimmEncoder(ImageEncoder):
         if decay == 1.0:
             return 1.0
         if not self.layer_numbers:
-            raise ValueError(f"timm does not number the layers of {type(self).__name__}: set lr_layer_decay=1")
+            raise InputError(f"timm does not number the layers of {type(self).__name__}: set lr_layer_decay=1")
         return decay ** max(self.depth + 1 - self.layer_numbers[name], 0)
 
 
@@ -77,7 +78,7 @@ def timm_encoder(
     try:
         model = timm.create_model(name, pretrained=False, num_classes=0, **settings)
     except (TypeError, AssertionError) as error:
-        raise ValueError(f"timm's {name} cannot be built with {settings}: {error}") from error
+        raise InputError(f"timm's {name} cannot be built with {settings}: {error}") from error
     for part in HEADS:
         if isinstance(getattr(model, part, None), nn.Module):
             setattr(model, part, nn.Identity())
@@ -94,7 +95,7 @@ def timm_config(name: str) -> PretrainedCfg:
     try:
         return get_pretrained_cfg(name, allow_unregistered=False)
     except RuntimeError as error:
-        raise ValueError(f"timm knows no {name}: {error} {did_you_mean(name, timm.list_pretrained())}") from error
+        raise InputError(f"timm knows no {name}: {error} {did_you_mean(name, timm.list_pretrained())}") from error
 
 
 def timm_weights(name: str) -> dict[str, Tensor]:
@@ -103,5 +104,5 @@ def timm_weights(name: str) -> dict[str, Tensor]:
     Raises ValueError if timm does not know the name or has no weights of it.
     """
     if not timm_config(name).has_weights:
-        raise ValueError(f"timm has no published weights of {name}: give a file as vit_weights")
+        raise InputError(f"timm has no published weights of {name}: give a file as vit_weights")
     return timm.create_model(name, pretrained=True).state_dict()

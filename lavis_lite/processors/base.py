@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from lavis_lite.config_schema import schema_of
+from lavis_lite.errors import InputError
 from lavis_lite.registry import did_you_mean
 
 
@@ -23,5 +24,5 @@ class BaseProcessor:
         allowed, open_ended = schema_of(cls)
         for key in arguments:
             if key not in allowed and not open_ended:
-                raise ValueError(f"{cls.__name__} has no argument '{key}'. {did_you_mean(key, allowed)}")
+                raise InputError(f"{cls.__name__} has no argument '{key}'. {did_you_mean(key, allowed)}")
         return cls(**arguments)

@@ -11,6 +11,7 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
+from lavis_lite.errors import InputError
 from lavis_lite.pixels import to_rgb
 from lavis_lite.processors.base import BaseProcessor
 from lavis_lite.processors.randaugment import RandomAugment
@@ -33,7 +34,7 @@ class ImageProcessor(BaseProcessor):
         self.mean = tuple(CLIP_MEAN if mean is None else mean)
         self.std = tuple(CLIP_STD if std is None else std)
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise ValueError(f"mean and std take three numbers each, std above 0; got {self.mean} and {self.std}")
+            raise InputError(f"mean and std take three numbers each, std above 0; got {self.mean} and {self.std}")
         self.transform = transforms.Compose(
             [to_rgb, *geometry, transforms.ToTensor(), transforms.Normalize(self.mean, self.std)]
         )
@@ -46,14 +47,14 @@ class ImageProcessor(BaseProcessor):
 def check_size(image_size: int) -> int:
     """`image_size` itself; raises ValueError if it is no positive integer."""
     if not isinstance(image_size, int) or image_size < 1:
-        raise ValueError(f"image_size must be a positive integer (the square's side in pixels), got {image_size!r}")
+        raise InputError(f"image_size must be a positive integer (the square's side in pixels), got {image_size!r}")
     return image_size
 
 
 def random_crop(image_size: int, *, min_scale: float, max_scale: float, hflip: bool) -> list[object]:
     """Random resized crop of `min_scale`..`max_scale` of the area, then a mirror image half the time if `hflip`."""
     if not 0 < min_scale <= max_scale <= 1:
-        raise ValueError(f"need 0 < min_scale <= max_scale <= 1, got {min_scale} and {max_scale}")
+        raise InputError(f"need 0 < min_scale <= max_scale <= 1, got {min_scale} and {max_scale}")
     crop = transforms.RandomResizedCrop(
         check_size(image_size), scale=(min_scale, max_scale), interpolation=InterpolationMode.BICUBIC
     )

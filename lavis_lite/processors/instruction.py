@@ -9,6 +9,7 @@ import random
 import re
 
 from lavis_lite.config_files import load_yaml
+from lavis_lite.errors import InputError
 from lavis_lite.processors.text import BlipCaptionProcessor, TextProcessor
 from lavis_lite.registry import did_you_mean, registry
 from lavis_lite.zoo import CONFIGS
@@ -33,7 +34,7 @@ class BlipInstructionProcessor(TextProcessor):
         super().__init__(max_words=max_words)
         for name, value, known in (("modality", modality, MODALITIES), ("task", task, TASKS)):
             if value not in known:
-                raise ValueError(f"blip_instruction has no {name} {value!r}. {did_you_mean(value, known)}")
+                raise InputError(f"blip_instruction has no {name} {value!r}. {did_you_mean(value, known)}")
         self.prompt, self.task = prompt, task
         self.clean = BlipCaptionProcessor(max_words=max_words)
         file = CONFIGS / "prompts" / f"lavis_{modality}_{task}.yaml"

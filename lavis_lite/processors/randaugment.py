@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance
 
+from lavis_lite.errors import InputError
+
 GREY = 128
 MAX_MAGNITUDE = 10
 MAX_SHEAR, MAX_SHIFT, MAX_DEGREES = 0.3, 10.0, 30.0
@@ -170,9 +172,9 @@ class RandomAugment:
         legacy_autocontrast: bool = False,
     ) -> None:
         if not 0 <= magnitude <= MAX_MAGNITUDE:
-            raise ValueError(f"magnitude must lie between 0 and {MAX_MAGNITUDE}, got {magnitude}")
+            raise InputError(f"magnitude must lie between 0 and {MAX_MAGNITUDE}, got {magnitude}")
         if num_ops < 0 or not 0 <= probability <= 1:
-            raise ValueError(f"num_ops must be >= 0 and probability in 0..1, got {num_ops} and {probability}")
+            raise InputError(f"num_ops must be >= 0 and probability in 0..1, got {num_ops} and {probability}")
         self.num_ops = num_ops
         self.magnitude = magnitude
         self.probability = probability

@@ -6,6 +6,7 @@ newlines and tabs. Equal to LAVIS's processors of the same names, string for str
 
 import re
 
+from lavis_lite.errors import InputError, InputTypeError
 from lavis_lite.processors.base import BaseProcessor
 from lavis_lite.registry import registry
 
@@ -23,13 +24,13 @@ class TextProcessor(BaseProcessor):
 
     def __init__(self, *, max_words: int) -> None:
         if max_words < 1:
-            raise ValueError(f"max_words must be at least 1, got {max_words}")
+            raise InputError(f"max_words must be at least 1, got {max_words}")
         self.max_words = max_words
 
     def check(self, text: str) -> str:
         """`text` itself; raises TypeError if it is not a string (a missing caption, a number)."""
         if not isinstance(text, str):
-            raise TypeError(f"{type(self).__name__} takes one string, got {type(text).__name__}: {text!r}")
+            raise InputTypeError(f"{type(self).__name__} takes one string, got {type(text).__name__}: {text!r}")
         return text
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from lavis_lite.errors import InputTypeError
 from lavis_lite.frames import at_least_one, decode, processed, sampled
 from lavis_lite.processors.image import BlipImageEvalProcessor, BlipImageTrainProcessor, ImageProcessor
 from lavis_lite.registry import registry
@@ -34,7 +35,7 @@ class VideoProcessor(ImageProcessor):
         elif isinstance(video, list | tuple):
             frames = [video[i] for i in sampled(len(video), self.num_frames, source="the list of frames")]
         else:
-            raise TypeError(
+            raise InputTypeError(
                 f"a video processor takes a video's path or a list of PIL images, got {type(video).__name__}: name an "
                 "image processor for single images and for a dataset's vis_processor"
             )

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from lavis_lite.errors import UnreadableSample
+from lavis_lite.errors import InputError, UnreadableSample
 from lavis_lite.runners.sampling import Key, TrainSampler, dataset_shares, kept_rng, seed_sample
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class TrainLoader:
         self, datasets: Mapping[str, Dataset], run: Any, *, rank: int = 0, world: int = 1, pin: bool = False
     ) -> None:
         if not datasets:
-            raise ValueError(
+            raise InputError(
                 "no dataset to train on: run.train_splits and the datasets section have no split in common"
             )
         lengths = {name: len(dataset) for name, dataset in datasets.items()}
@@ -206,7 +206,7 @@ def check_layout(name: str, found: Mapping[str, Dataset]) -> None:
     differ = len(set(map(type, found.values()))) > 1
     for split, dataset in found.items():
         if not getattr(dataset, "training", True) or (differ and split != "train"):
-            raise ValueError(
+            raise InputError(
                 f"run.train_splits names {split!r}, which {name!r} lays out for evaluation, as all splits but 'train': "
                 "name its files under build_info.annotations.train, whose storage may be a list"
             )
@@ -226,7 +226,7 @@ def check_splits(datasets: Mapping[str, Mapping[str, Dataset]], splits: Sequence
     have = {name: sorted(by_split) for name, by_split in datasets.items()}
     for split in splits:
         if not any(split in by_split for by_split in datasets.values()):
-            raise ValueError(f"run.{setting} names the split {split!r}, which no dataset has; there are {have}")
+            raise InputError(f"run.{setting} names the split {split!r}, which no dataset has; there are {have}")
 
 
 def _concatenated(parts: Sequence[Dataset]) -> Dataset:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from lavis_lite.errors import InputError
+
 logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -63,9 +65,9 @@ def resolve_precision(run: Any, device: torch.device) -> torch.dtype:
     elif name == "auto":
         name = "fp32"
     if name not in DTYPES:
-        raise ValueError(f"run.precision={name!r} is unknown: use auto, {', '.join(DTYPES)}")
+        raise InputError(f"run.precision={name!r} is unknown: use auto, {', '.join(DTYPES)}")
     if name == "fp16" and device.type == "cpu":
-        raise ValueError("run.precision=fp16 needs a GPU: use bf16 or fp32 (or auto) on CPU")
+        raise InputError("run.precision=fp16 needs a GPU: use bf16 or fp32 (or auto) on CPU")
     return DTYPES[name]
 
 
@@ -86,7 +88,7 @@ def check_resumable(saved: Mapping[str, Any], *, path: Path, plan: Plan, optimiz
     """Raises ValueError, naming the way out, if the checkpoint `saved` cannot be continued exactly by this run."""
     lost = [key for key in TRAINING_STATE if key not in saved]
     if lost:
-        raise ValueError(
+        raise InputError(
             f"{path} holds no training state ({', '.join(lost)} missing): resume from a checkpoint_last.pth, "
             "or start anew from these weights with model.pretrained or model.finetuned"
         )
@@ -97,10 +99,10 @@ def check_resumable(saved: Mapping[str, Any], *, path: Path, plan: Plan, optimiz
     ):
         was, now = saved["plan"].get(key), getattr(plan, key)
         if was != now:
-            raise ValueError(
+            raise InputError(
                 f"{path} was written with {was} {what}, this run has {now}: resume with the same data, sampling and "
                 "global batch (processes x run.batch_size_train), or start anew from its weights with model.pretrained"
             )
     names = [group.get("names") for group in saved["optimizer"]["param_groups"]]
     if names != [group.get("names") for group in optimizer.param_groups]:
-        raise ValueError(f"{path}: the optimizer's parameter groups differ from this run's: resume with the same model")
+        raise InputError(f"{path}: the optimizer's parameter groups differ from this run's: resume with the same model")

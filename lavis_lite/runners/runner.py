@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from lavis_lite import checkpoint, dist
+from lavis_lite.errors import InputError, UnknownNameError
 from lavis_lite.logger import MetricLogger
 from lavis_lite.optim import build_optimizer, build_schedule, set_lr
 from lavis_lite.registry import registry
@@ -290,12 +291,12 @@ class IterRunner(Runner):
     def _plan(self, steps_per_epoch: int) -> Plan:
         total = self.run.max_iters
         if total is None:
-            raise ValueError("run.runner=runner_iter needs run.max_iters (and perhaps run.iters_per_inner_epoch)")
+            raise InputError("run.runner=runner_iter needs run.max_iters (and perhaps run.iters_per_inner_epoch)")
         inner = self.run.iters_per_inner_epoch or steps_per_epoch
         return Plan(inner=inner, total=total, **self.loader.sampler.describe())
 
 
 def _losses(output: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     if "loss" not in output:
-        raise KeyError(f"train_step returned no 'loss': found {sorted(output)}")
+        raise UnknownNameError(f"train_step returned no 'loss': found {sorted(output)}")
     return {name: value for name, value in output.items() if name.startswith("loss") and torch.is_tensor(value)}

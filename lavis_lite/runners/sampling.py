@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from lavis_lite import dist
+from lavis_lite.errors import InputError
 from lavis_lite.registry import did_you_mean
 
 POWERS = {"size": 1.0, "sqrt": 0.5, "uniform": 0.0}
@@ -83,9 +84,9 @@ def dataset_shares(
     for name in factors or {}:
         if name not in lengths:
             text = f"run.train_dataset_factors names {name!r}, which is no training dataset"
-            raise ValueError(f"{text}. {did_you_mean(name, lengths)}")
+            raise InputError(f"{text}. {did_you_mean(name, lengths)}")
     if ratios and set(ratios) != set(lengths):
-        raise ValueError(
+        raise InputError(
             f"run.train_dataset_ratios names {sorted(ratios)}, but the training datasets are {sorted(lengths)}"
         )
     own = ratios or {
@@ -95,7 +96,7 @@ def dataset_shares(
     weights = np.array([own[name] for name in lengths], dtype=np.float64)
     if weights.min() < 0 or weights.sum() <= 0:
         setting = "ratios" if ratios else "factors"
-        raise ValueError(
+        raise InputError(
             f"run.train_dataset_{setting} must not be negative and not all 0: {dict(ratios or factors or {})}"
         )
     return dict(zip(lengths, (weights / weights.sum()).tolist(), strict=True))
@@ -127,7 +128,7 @@ class TrainSampler:
         self.global_batch = batch_size * world
         for name, length in self.lengths.items():
             if length < self.global_batch:
-                raise ValueError(
+                raise InputError(
                     f"dataset {name!r} has {length} training samples, fewer than a global batch of {self.global_batch} "
                     f"({batch_size} on each of {world} processes): lower run.batch_size_train"
                 )

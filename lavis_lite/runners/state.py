@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from lavis_lite import checkpoint, dist
-from lavis_lite.errors import NonFiniteLoss
+from lavis_lite.errors import InputError, NonFiniteLoss
 from lavis_lite.runners.sampling import seed_rank
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def aggregate(results: Mapping[str, Mapping[str, Any]], *, by: str) -> tuple[str
     judged = list(results.items())[: 1 if by == "first" else None]
     for split, metrics in judged:
         if "agg_metrics" not in metrics:
-            raise ValueError(f"the task's score gave no 'agg_metrics' for {split}: found {sorted(metrics)}")
+            raise InputError(f"the task's score gave no 'agg_metrics' for {split}: found {sorted(metrics)}")
     mean = statistics.fmean(float(metrics["agg_metrics"]) for _, metrics in judged)
     return judged[0][0] if by == "first" else by, mean
 

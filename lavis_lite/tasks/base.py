@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lavis_lite import dist
+from lavis_lite.errors import InputError
 from lavis_lite.registry import did_you_mean, registry
 from lavis_lite.tasks.results import Result, gather
 
@@ -51,7 +52,7 @@ def batch_of(samples: Samples, model: nn.Module) -> Iterator[None]:
     except KeyError as error:
         if error.args[0] not in SAMPLE_KEYS or error.args[0] in samples:
             raise
-        raise ValueError(
+        raise InputError(
             f"{type(unwrap(model)).__name__} needs {error.args[0]!r}, which the dataset's samples lack (they have "
             f"{', '.join(samples)}): choose a dataset that fits the model and the task"
         ) from error
@@ -102,7 +103,7 @@ class BaseTask:
                     results += self.valid_step(model, {**samples, **context})
         results = gather(results, dataset)
         if not results:
-            raise ValueError(f"the {split} split is empty: there is nothing to evaluate")
+            raise InputError(f"the {split} split is empty: there is nothing to evaluate")
         return dist.on_main(lambda: self.score(results, dataset=dataset, split=split, result_dir=Path(result_dir)))
 
     def batch_context(self, dataset: Any) -> Samples:
@@ -135,7 +136,7 @@ class BaseTask:
                 arguments[argument] = value
             elif value != defaults[name]:
                 owner = type(getattr(method, "__self__", method)).__name__
-                raise ValueError(
+                raise InputError(
                     f"run.{name}={value!r} has no effect: {owner}.{method.__name__} takes no '{argument}', only "
                     f"{', '.join(p for p in parameters if p != 'samples')}. Leave run.{name} out."
                 )
@@ -146,7 +147,7 @@ def wanted_splits(run: Any) -> list[str]:
     """The splits that a run uses, each once: the test splits when it only evaluates, else all of them."""
     if getattr(run, "evaluate", False):
         if not run.test_splits:
-            raise ValueError(
+            raise InputError(
                 "run.evaluate is true but run.test_splits is empty: name the splits, e.g. test_splits: [test]"
             )
         return list(dict.fromkeys(run.test_splits))
@@ -159,7 +160,7 @@ def check_splits(wanted: Iterable[str], existing: Mapping[str, list[str]]) -> No
     listing = "; ".join(f"{name}: {', '.join(splits) or 'none'}" for name, splits in existing.items())
     for split in wanted:
         if split not in every:
-            raise ValueError(
+            raise InputError(
                 f"no dataset has the split '{split}' (run.train_splits, valid_splits, test_splits). "
                 f"{did_you_mean(split, every)} Splits there are: {listing or 'none, since cfg.datasets is empty'}"
             )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lavis_lite.errors import InputError, MissingFileError
 from lavis_lite.registry import registry
 from lavis_lite.tasks.base import BaseTask, Metrics, Samples
 from lavis_lite.tasks.metrics.caption import DEFAULT_METRICS, caption_metrics, check_metrics
@@ -63,9 +64,9 @@ class CaptionTask(BaseTask):
         self._last_image: torch.Tensor | None = None
         check_metrics(self.metrics)
         if self.num_captions < 1:
-            raise ValueError(f"run.num_captions must be at least 1, got {self.num_captions}")
+            raise InputError(f"run.num_captions must be at least 1, got {self.num_captions}")
         if self.num_captions > 1 and not self.use_nucleus_sampling and self.num_captions > self.num_beams:
-            raise ValueError(f"run.num_captions={self.num_captions} needs run.num_beams of at least as many")
+            raise InputError(f"run.num_captions={self.num_captions} needs run.num_beams of at least as many")
 
     def valid_step(self, model: nn.Module, samples: Samples) -> list[Result]:
         """`image_id` and `caption` of each sample (and `captions`, all of them, if there are several)."""
@@ -76,7 +77,7 @@ class CaptionTask(BaseTask):
         texts = model.generate(samples, **self.arguments_for(model.generate, GENERATE_ARGUMENTS))
         ids = as_list(samples["image_id"])
         if len(texts) != len(ids) * self.num_captions:
-            raise ValueError(f"{type(model).__name__}.generate gave {len(texts)} captions for {len(ids)} images")
+            raise InputError(f"{type(model).__name__}.generate gave {len(texts)} captions for {len(ids)} images")
         groups = [texts[i : i + self.num_captions] for i in range(0, len(texts), self.num_captions)]
         columns = {"image_id": ids, "caption": [group[0] for group in groups]}
         return per_sample(samples, **columns, **({"captions": groups} if self.num_captions > 1 else {}))
@@ -84,7 +85,7 @@ class CaptionTask(BaseTask):
     def other_images(self, images: torch.Tensor) -> torch.Tensor:
         """The neighbour of each image (B,...) in its batch; a batch of one gets the last image of the batch before."""
         if len(images) == 1 and self._last_image is None:
-            raise ValueError("run.shuffle_images needs other images in the batch: set run.batch_size_eval above 1")
+            raise InputError("run.shuffle_images needs other images in the batch: set run.batch_size_eval above 1")
         others = images.roll(1, dims=0) if len(images) > 1 else self._last_image
         self._last_image = images[-1:]
         return others
@@ -122,12 +123,12 @@ class CaptionTask(BaseTask):
             return dataset.references() if hasattr(dataset, "references") else {}
         path = Path(self.annotation_file)
         if not path.is_file():
-            raise FileNotFoundError(f"run.annotation_file: no such file: {path}")
+            raise MissingFileError(f"run.annotation_file: no such file: {path}")
         references: dict[Any, list[str]] = {}
         try:
             for annotation in json.loads(path.read_text(encoding="utf-8"))["annotations"]:
                 references.setdefault(annotation["image_id"], []).append(annotation["caption"])
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             expected = '{"annotations": [{"image_id": ..., "caption": "..."}]}'
-            raise ValueError(f"run.annotation_file: {path} is not {expected} ({error})") from error
+            raise InputError(f"run.annotation_file: {path} is not {expected} ({error})") from error
         return references

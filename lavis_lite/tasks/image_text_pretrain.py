@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lavis_lite import dist
+from lavis_lite.errors import InputError
 from lavis_lite.registry import registry
 from lavis_lite.tasks.base import BaseTask, Metrics, Samples
 from lavis_lite.tasks.results import Result, per_sample
@@ -37,7 +38,7 @@ class ImageTextPretrainTask(BaseTask):
     def valid_step(self, model: nn.Module, samples: Samples) -> list[Result]:
         """The batch's mean losses, noted for each of its samples, so that batches count by their size."""
         if "text_input" not in samples:
-            raise ValueError(
+            raise InputError(
                 "the batch has no 'text_input': losses need image-text pairs, and this split is laid out for "
                 "captioning or retrieval. Validate on a split of a pairs dataset, or leave run.valid_splits empty."
             )

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from lavis_lite.errors import InputError
 from lavis_lite.registry import registry
 from lavis_lite.tasks.base import BaseTask, Metrics, Samples
 from lavis_lite.tasks.metrics.ranking import mean_reciprocal_rank, rank_of, roc_auc
@@ -54,7 +55,7 @@ class InstructTask(BaseTask):
 
     def __post_init__(self) -> None:
         if self.metric not in get_args(Metric):
-            raise ValueError(f"run.metric must be one of {', '.join(get_args(Metric))}, got {self.metric!r}")
+            raise InputError(f"run.metric must be one of {', '.join(get_args(Metric))}, got {self.metric!r}")
 
     def valid_step(self, model: nn.Module, samples: Samples) -> list[Result]:
         """`question_id` and `prediction` of each sample, and the `losses` of its candidates if it has any."""
@@ -68,7 +69,7 @@ class InstructTask(BaseTask):
         candidates = samples["candidates"]
         rows = model.class_losses(samples, candidates, divided=False)
         if rows.isnan().any():
-            raise ValueError(
+            raise InputError(
                 f"the candidates of question {ids[int(rows.isnan().any(dim=1).int().argmax())]!r} have losses that are "
                 "not numbers: the model's weights are broken, or overflow in this precision (run.precision=fp32)"
             )
@@ -148,7 +149,7 @@ def two_classes(record: Record, losses: Sequence[float]) -> tuple[list[list[floa
     """As `by_class`; ValueError if there are not two classes."""
     found, right = by_class(record, losses)
     if len(found) != 2:
-        raise ValueError(
+        raise InputError(
             f"run.metric 'auc' is between two classes, but {record['candidates']} are {len(found)}: say in the "
             "record's `classes` which candidates mean the same, or choose accuracy or mrr"
         )
@@ -158,6 +159,6 @@ def two_classes(record: Record, losses: Sequence[float]) -> tuple[list[list[floa
 def check_choices(results: Sequence[Result], metric: str, split: str) -> None:
     """Raise ValueError if a sample was answered without candidates."""
     if any("losses" not in result for result in results):
-        raise ValueError(
+        raise InputError(
             f"run.metric {metric!r} ranks candidates, and samples of the {split} split have none: choose accuracy"
         )

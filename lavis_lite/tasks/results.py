@@ -10,6 +10,7 @@ import torch
 
 from lavis_lite import dist
 from lavis_lite.checkpoint import write_text
+from lavis_lite.errors import UnknownNameError
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,9 @@ def as_list(value: Any) -> list[Any]:
 def per_sample(samples: dict[str, Any], **columns: Sequence[Any]) -> list[Result]:
     """One dict a sample of the batch: its `instance_id` and its entry of each column (each of length B)."""
     if "instance_id" not in samples:
-        raise KeyError("the batch has no 'instance_id': the dataset's samples need one, unique within the split")
+        raise UnknownNameError(
+            "the batch has no 'instance_id': the dataset's samples need one, unique within the split"
+        )
     names = ["instance_id", *columns]
     return [
         dict(zip(names, row, strict=True))

@@ -12,6 +12,7 @@ import numpy as np
 from torch import nn
 
 from lavis_lite import dist
+from lavis_lite.errors import InputError
 from lavis_lite.registry import registry
 from lavis_lite.tasks.base import BaseTask, Metrics, Samples, evaluating, unwrap
 from lavis_lite.tasks.metrics.retrieval import best_first, recall_metrics
@@ -30,7 +31,7 @@ class RetrievalTask(BaseTask):
 
     def __post_init__(self) -> None:
         if self.k_test < 1:
-            raise ValueError(f"run.k_test must be at least 1, got {self.k_test}")
+            raise InputError(f"run.k_test must be at least 1, got {self.k_test}")
 
     def evaluate(self, model: nn.Module, loader: Iterable[Samples], *, split: str, result_dir: Path) -> Metrics:
         """Score the gallery of `loader.dataset`; the same metrics on every rank."""
@@ -68,13 +69,13 @@ def check_gallery(dataset: Any, split: str) -> None:
     """Raise ValueError if the dataset is not laid out as a retrieval gallery, is empty, or has images without texts."""
     missing = [name for name in ("text", "txt2img", "img2txt") if not hasattr(dataset, name)]
     if missing:
-        raise ValueError(
+        raise InputError(
             f"the {split} dataset ({type(dataset).__name__}) has no {', '.join(missing)}: retrieval is evaluated on a "
             "gallery, as the 'retrieval' builder's evaluation splits are"
         )
     if not len(dataset.text) or not len(dataset.img2txt):
-        raise ValueError(f"the {split} split is empty: there is nothing to retrieve")
+        raise InputError(f"the {split} split is empty: there is nothing to retrieve")
     silent = [index for index in range(len(dataset.img2txt)) if not len(dataset.img2txt[index])]
     if silent:
         first = dataset.annotation[silent[0]].get("image")
-        raise ValueError(f"{len(silent)} images of the {split} split have no texts, e.g. {first}: leave them out")
+        raise InputError(f"{len(silent)} images of the {split} split have no texts, e.g. {first}: leave them out")

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from lavis_lite.errors import InputError
 from lavis_lite.registry import registry
 from lavis_lite.tasks.base import BaseTask, Metrics, Samples, unwrap
 from lavis_lite.tasks.metrics.vqa_accuracy import Variant, vqa_metrics
@@ -56,11 +57,11 @@ class VQATask(BaseTask):
 
     def __post_init__(self) -> None:
         if self.inference_method not in ("rank", "generate"):
-            raise ValueError(f"run.inference_method must be 'rank' or 'generate', got {self.inference_method!r}")
+            raise InputError(f"run.inference_method must be 'rank' or 'generate', got {self.inference_method!r}")
         if self.accuracy not in get_args(Variant):
-            raise ValueError(f"run.accuracy must be one of {', '.join(get_args(Variant))}, got {self.accuracy!r}")
+            raise InputError(f"run.accuracy must be one of {', '.join(get_args(Variant))}, got {self.accuracy!r}")
         if self.prompt and "{}" not in self.prompt:
-            raise ValueError(f"run.prompt={self.prompt!r} has no '{{}}' to put the question into")
+            raise InputError(f"run.prompt={self.prompt!r} has no '{{}}' to put the question into")
 
     def build_datasets(self, cfg: Any) -> dict[str, dict[str, Any]]:
         """As BaseTask's. Raises ValueError if questions of an evaluated split share an id: they'd share an answer."""
@@ -77,7 +78,7 @@ class VQATask(BaseTask):
         """
         inner = getattr(unwrap(model), "prompt", None) or ""
         if self.prompt and "{}" in inner:
-            raise ValueError(
+            raise InputError(
                 f"run.prompt={self.prompt!r} and model.prompt={inner!r} would both go around the question in training, "
                 "and only the first in evaluation: set one of them"
             )
@@ -88,7 +89,7 @@ class VQATask(BaseTask):
         if not self.prompt:
             return samples
         if self.prompt.count("{}") > 1:
-            raise ValueError(
+            raise InputError(
                 f"run.prompt={self.prompt!r} has several '{{}}', but there is only the question to put there"
             )
         return {**samples, "text_input": [self.prompt.replace("{}", text) for text in samples["text_input"]]}
@@ -99,7 +100,7 @@ class VQATask(BaseTask):
             return {}
         answer_list = getattr(dataset, "answer_list", None)
         if not answer_list:
-            raise ValueError(
+            raise InputError(
                 "run.inference_method 'rank' chooses from an answer list and this dataset has none: add the list to "
                 "the split's annotation files, or set run.inference_method: generate"
             )
@@ -184,7 +185,7 @@ def check_ids(annotation: Iterable[dict[str, Any]], where: str) -> None:
     for index, record in enumerate(annotation):
         other = first.setdefault(id_of(record), index)
         if other != index:
-            raise ValueError(
+            raise InputError(
                 f"{where}: records {other} and {index} have the same question_id {id_of(record)!r}: answers are kept "
                 "by it, so each question needs its own"
             )

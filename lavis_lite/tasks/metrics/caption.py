@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lavis_lite.errors import InputError, MissingPackageError
 from lavis_lite.tasks.metrics import caption_java
 from lavis_lite.tasks.metrics.caption_tokens import ptb_like_tokens
 
@@ -26,7 +27,7 @@ def check_metrics(metrics: Iterable[str]) -> None:
     names = list(metrics)
     unknown = [name for name in names if name not in METRICS]
     if unknown or not names:
-        raise ValueError(f"run.metrics={names!r}: choose from {', '.join(METRICS)}")
+        raise InputError(f"run.metrics={names!r}: choose from {', '.join(METRICS)}")
 
 
 def caption_metrics(
@@ -69,7 +70,7 @@ def by_string(table: Mapping[Any, Any], name: str) -> dict[str, Any]:
     """`table` with its ids as strings; raises ValueError if two ids become the same."""
     keyed = {str(key): value for key, value in table.items()}
     if len(keyed) < len(table):
-        raise ValueError(f"{name}: two image ids are the same once written as strings")
+        raise InputError(f"{name}: two image ids are the same once written as strings")
     return keyed
 
 
@@ -78,11 +79,11 @@ def check_images(references: Mapping[str, Sequence[str]], captions: Mapping[str,
     alien = [key for key in captions if not references.get(key)]
     silent = [key for key in references if key not in captions]
     if alien:
-        raise ValueError(f"{len(alien)} captions belong to images without references, e.g. image id {alien[0]!r}")
+        raise InputError(f"{len(alien)} captions belong to images without references, e.g. image id {alien[0]!r}")
     if silent:
-        raise ValueError(f"{len(silent)} of {len(references)} images have no caption, e.g. image id {silent[0]!r}")
+        raise InputError(f"{len(silent)} of {len(references)} images have no caption, e.g. image id {silent[0]!r}")
     if not captions:
-        raise ValueError("there are no captions to score")
+        raise InputError("there are no captions to score")
 
 
 def approximate_tokenize(texts: Mapping[str, Sequence[str]]) -> Texts:
@@ -106,5 +107,5 @@ def _score(name: str, gold: Texts, told: Texts) -> dict[str, float]:
         else:
             from pycocoevalcap.spice.spice import Spice as Scorer
     except ImportError as error:
-        raise ImportError(f"caption metrics need pycocoevalcap ({error}): pip install pycocoevalcap") from error
+        raise MissingPackageError(f"caption metrics need pycocoevalcap ({error}): pip install pycocoevalcap") from error
     return {LABELS[name]: float(Scorer().compute_score(gold, told)[0])}

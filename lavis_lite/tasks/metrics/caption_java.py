@@ -12,6 +12,8 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lavis_lite.errors import InputError, MissingPackageError
+
 logger = logging.getLogger(__name__)
 
 TIMEOUT_S = 3600
@@ -31,7 +33,7 @@ def folder() -> Path:
     """Where pycocoevalcap is installed. Raises ImportError if it is not."""
     spec = importlib.util.find_spec("pycocoevalcap")
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError("caption metrics need pycocoevalcap: pip install pycocoevalcap")
+        raise MissingPackageError("caption metrics need pycocoevalcap: pip install pycocoevalcap")
     return Path(spec.submodule_search_locations[0])
 
 
@@ -113,7 +115,7 @@ def _ask(process: subprocess.Popen, line: str) -> str:
     process.stdin.flush()
     answer = process.stdout.readline().strip()
     if not answer:
-        raise ValueError("no answer")
+        raise InputError("no answer")
     return answer
 
 

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lavis_lite.errors import InputError
+
 
 def rank_of(losses: Sequence[float], right: int) -> int:
     """The place, from 1, of the candidate `right`, the lowest loss first. ValueError if a loss is not a number."""
     if any(math.isnan(loss) for loss in losses):
-        raise ValueError(f"the losses {list(losses)} are not all numbers: they have no order")
+        raise InputError(f"the losses {list(losses)} are not all numbers: they have no order")
     return 1 + sum((loss, index) < (losses[right], right) for index, loss in enumerate(losses))
 
 
@@ -29,9 +31,9 @@ def roc_auc(scores: Sequence[float], is_positive: Sequence[bool]) -> float:
     """
     values, positive = np.asarray(scores, dtype=np.float64), np.asarray(is_positive, dtype=bool)
     if np.isnan(values).any():
-        raise ValueError(f"score {int(np.isnan(values).argmax())} is not a number: the scores have no order")
+        raise InputError(f"score {int(np.isnan(values).argmax())} is not a number: the scores have no order")
     if positive.all() or not positive.any():
-        raise ValueError(
+        raise InputError(
             f"the area under the ROC curve needs positive and negative samples; there are {int(positive.sum())} and "
             f"{int((~positive).sum())}"
         )

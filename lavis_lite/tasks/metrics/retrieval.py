@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from lavis_lite.errors import InputError
+
 RANKS = (1, 5, 10)
 
 
@@ -45,13 +47,13 @@ def recall_metrics(
 def _recalls(scores: np.ndarray, right: Sequence[Sequence[int]], *, num_candidates: int, name: str) -> list[float]:
     scores = np.asarray(scores)
     if scores.shape != (len(right), num_candidates):
-        raise ValueError(
+        raise InputError(
             f"{name} has shape {scores.shape}, expected {(len(right), num_candidates)} (queries, candidates)"
         )
     if not len(right):
-        raise ValueError(f"{name} is empty: there are no queries to rank for")
+        raise InputError(f"{name} is empty: there are no queries to rank for")
     if np.isnan(scores).any():
-        raise ValueError(
+        raise InputError(
             f"{name} has NaNs in row {int(np.isnan(scores).any(axis=1).argmax())}: ranks would be meaningless"
         )
     ranks = np.array(
@@ -62,5 +64,5 @@ def _recalls(scores: np.ndarray, right: Sequence[Sequence[int]], *, num_candidat
 
 def _first_hit(row: np.ndarray, answers: Sequence[int], query: int) -> int:
     if not len(answers):
-        raise ValueError(f"query {query} has no right answer: leave images without texts out of the gallery")
+        raise InputError(f"query {query} has no right answer: leave images without texts out of the gallery")
     return int(np.flatnonzero(np.isin(best_first(row), answers))[0])

@@ -16,6 +16,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from lavis_lite.errors import InputError
+
 Variant = Literal["official", "lavis", "normalised", "direct", "contains", "ivqa"]
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
@@ -115,7 +117,7 @@ def vqa_metrics(
     missing = [key for key in truths if key not in predictions]
     if missing or not truths:
         example = f", e.g. {missing[0]!r}" if missing else ""
-        raise ValueError(f"{len(missing)} of {len(truths)} questions have no predicted answer{example}")
+        raise InputError(f"{len(missing)} of {len(truths)} questions have no predicted answer{example}")
     scores = {key: vqa_accuracy(predictions[key], truth["answers"], variant=variant) for key, truth in truths.items()}
     overall = _percent(list(scores.values()))
     return {"overall": overall, "agg_metrics": overall, **by_kind(truths, scores)}
