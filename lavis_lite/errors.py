@@ -28,6 +28,10 @@ class MissingFileError(UserError, FileNotFoundError):
     """A file or folder that is not there."""
 
 
+class ExistingFileError(UserError, FileExistsError):
+    """A file or folder that is there and must not be replaced."""
+
+
 class WriteError(UserError, OSError):
     """A file that could not be written; what was there before is intact."""
 

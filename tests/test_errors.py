@@ -10,7 +10,16 @@ import lavis_lite
 from lavis_lite import cli, errors
 
 PACKAGE = Path(lavis_lite.__file__).parent
-BUILT_IN = {"ValueError", "TypeError", "KeyError", "FileNotFoundError", "OSError", "ImportError", "ConnectionError"}
+BUILT_IN = {
+    "ValueError",
+    "TypeError",
+    "KeyError",
+    "FileNotFoundError",
+    "OSError",
+    "ImportError",
+    "ConnectionError",
+    "FileExistsError",
+}
 
 
 def raised_names(path: Path) -> set[str]:

@@ -22,7 +22,7 @@ from lavis_lite import checkpoint
 from lavis_lite.convert.blip import blip_from_hf, blip_to_hf
 from lavis_lite.convert.blip2 import VOCABULARIES, blip2_from_hf, blip2_to_hf
 from lavis_lite.convert.configs import QFORMER_TOKENIZER, hf_class_of, hf_config
-from lavis_lite.errors import InputError, MissingFileError
+from lavis_lite.errors import ExistingFileError, InputError, MissingFileError
 from lavis_lite.weights import EXTRA_FILE, LazyState
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def check_target(target: str | Path, *, overwrite: bool) -> Path:
     """The path to write to. FileExistsError if something is there and must not be replaced."""
     target = Path(target).expanduser()
     if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists: choose another target, or overwrite it (--overwrite)")
+        raise ExistingFileError(f"{target} exists: choose another target, or overwrite it (--overwrite)")
     return target
 
 
