@@ -27,6 +27,8 @@ ATTEMPTS = 20
 TIMEOUT = 60
 """Seconds without a byte after which a connection counts as lost."""
 CHUNK = 2**20
+MAX_NAME = 100
+"""Characters of a URL's file name that a cached file keeps; file systems allow 255 in all."""
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 
@@ -111,9 +113,11 @@ def fetch(
         path = _local_path(source)
         _check(path, source=path, sha256=sha256, md5=md5, size=size)
         return path
-    url, fragment = urldefrag(str(source))
+    url, fragment = _split(str(source))
     sha256 = sha256 or _sha256_of(fragment, url=url)
-    target = Path(cache_dir or _cache() / "downloads").expanduser() / _cache_name(url)
+    folder = Path(cache_dir or _cache() / "downloads").expanduser()
+    target = folder / _cache_name(url)
+    assert target.parent.resolve() == folder.resolve(), f"{url} would be cached outside {folder}: {target}"
     if target.is_file() and size in (None, target.stat().st_size):
         return target
     if is_offline():
@@ -149,9 +153,29 @@ def _sha256_of(fragment: str, *, url: str) -> str | None:
     return found
 
 
+def _split(source: str) -> tuple[str, str]:
+    """A URL and its fragment. ValueError for what is no URL."""
+    try:
+        url, fragment = urldefrag(source)
+        urlsplit(url)
+    except ValueError as error:
+        raise InputError(f"{source!r} is not a URL: {error}") from None
+    if not url.isascii() or not url.isprintable() or " " in url:
+        raise InputError(f"{source!r} is not a URL: write other characters than ASCII's, and spaces, as %XX")
+    return url, fragment
+
+
 def _cache_name(url: str) -> str:
-    """The URL's file name after eight hex digits of the URL's hash: different addresses never share a cached file."""
-    name = unquote(Path(urlsplit(url).path).name) or "index"
+    """A plain file name: eight hex digits of the URL's hash, so that different addresses never share a cached file,
+    and the last component of its path, of which letters, digits, `.`, `_` and `-` are kept.
+
+    Note: a server or a recipe chooses the URL, and `%2f..` in it would leave the cache: it is cleaned after unquoting.
+    """
+    component = unquote(urlsplit(url).path.rstrip("/")).rsplit("/", maxsplit=1)[-1]
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", component) or "index"
+    stem, dot, suffix = name.rpartition(".")
+    if len(name) > MAX_NAME:  # the suffix says what kind of file it is
+        name = f"{stem[: MAX_NAME - 1 - len(suffix)]}.{suffix}" if dot and len(suffix) < 20 else name[:MAX_NAME]
     return f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from lavis_lite import download
+from lavis_lite.models import load_model
 
 CONTENT = b"weights" * 1000
 
@@ -58,7 +60,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     server.requests, server.ranges, server.headers = [], [], {}
     server.version, server.portion = '"1"', 3000
     server.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield server
     server.shutdown()
@@ -80,11 +82,57 @@ def test_downloads_once_and_checks(server: Any, tmp_path: Path) -> None:
     }
     path = download.fetch(url, **sums)
     assert path.read_bytes() == CONTENT
-    assert path.name.endswith("-model a.pth")
+    assert path.name.endswith("-model_a.pth")
     assert path.is_relative_to(tmp_path / "cache")
     assert download.fetch(url, **sums) == path
     assert len(server.requests) == 1
     assert cached(tmp_path) == [path.name]
+
+
+HOSTILE = [
+    "x%2f..%2f..%2f..%2fsite-packages%2fzz.pth",
+    "x%2F..%2F..%2F..%2Fzz.pth",
+    "..%2f..%2fzz.pth",
+    "%2fetc%2fzz.pth",
+    "x%5c..%5c..%5czz.pth",
+    "x%00.pth",
+    "%2e%2e/",
+    "..",
+    "%",
+    "%ff%fe%0a%1b[31m.pth",
+    "a" * 300 + ".pth",
+    "a." + "b" * 300,
+    "",
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_no_url_is_cached_outside_the_cache(server: Any, tmp_path: Path, name: str) -> None:
+    """The server and whoever writes the URL choose the name; a .pth in site-packages would be run."""
+    before = {path for path in tmp_path.rglob("*") if "cache" not in path.parts}
+    path = download.fetch(f"{server.url}/files/{name}")
+    assert path.read_bytes() == CONTENT
+    assert path.resolve().parent == (tmp_path / "cache" / "downloads").resolve()
+    assert re.fullmatch(r"[0-9a-f]{8}-[A-Za-z0-9._-]{1,100}", path.name)
+    assert path.suffix == ".pth" or not name.endswith(".pth")
+    assert {path for path in tmp_path.rglob("*") if "cache" not in path.parts} == before
+    assert download.fetch(f"{server.url}/files/{name}") == path
+    assert len(server.requests) == 1
+
+
+def test_a_hostile_url_through_the_library(server: Any, tmp_path: Path) -> None:
+    target = tmp_path / "site-packages"
+    target.mkdir()
+    with pytest.raises(ValueError, match="truncated or not a checkpoint"):
+        load_model("blip_caption", "tiny", checkpoint=f"{server.url}/files/x%2f..%2f..%2f..%2fsite-packages%2fzz.pth")
+    assert not list(target.iterdir())
+    assert len(list((tmp_path / "cache" / "downloads").glob("*.pth"))) == 1
+
+
+@pytest.mark.parametrize("url", ["http://[::1/x.pth", "http://host/a b.pth", "http://host/ä.pth", "http://host/\ud83d"])
+def test_what_is_no_url_is_said(url: str) -> None:
+    with pytest.raises(ValueError, match="is not a URL"):
+        download.fetch(url)
 
 
 def test_same_name_elsewhere_is_another_file(server: Any) -> None:
