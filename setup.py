@@ -36,7 +36,7 @@ setup(
         "tensorboard>=2.16",
         "tqdm>=4.60",
         "numpy>=1.26",
-        "pillow>=10.0",
+        "pillow>=10.1",
         "safetensors>=0.4.3",
     ],
     extras_require={

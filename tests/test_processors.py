@@ -181,11 +181,24 @@ def test_images_of_other_modes_become_rgb() -> None:
     assert colour(sixteen) == [128, 128, 128]
     assert colour(Image.new("I", (5, 5), 65535)) == [255, 255, 255]
     assert colour(Image.new("CMYK", (5, 5), (0, 255, 255, 0))) == [255, 0, 0]
-    assert colour(Image.new("RGBA", (5, 5), (10, 20, 30, 0))) == [10, 20, 30]
+    assert colour(Image.new("RGBA", (5, 5), (10, 20, 30, 255))) == [10, 20, 30]
     assert colour(Image.new("1", (1, 1), 1)) == [255, 255, 255]
-    palette = Image.new("RGB", (5, 5), (0, 0, 255)).convert("P")
-    palette.info["transparency"] = b"\x00" * 256
-    assert colour(palette) == [0, 0, 255]
+
+
+@pytest.mark.parametrize("name", ["blip_image_eval", "blip_image_train", "blip2_image_train", "blip_video_eval"])
+def test_transparent_pixels_show_the_processor_s_background(name: str) -> None:
+    def colour(**settings: str) -> list[float]:
+        process = load_processor(
+            name,
+            {"image_size": 4, **settings} | ({"randaugment": False} if "blip_i" in name and "train" in name else {}),
+        )
+        image = Image.new("RGBA", (5, 5), (10, 20, 30, 0))
+        tensor = process([image] * 4)[:, 0] if "video" in name else process(image)
+        return [round(float(c) * 255) for c in tensor[:, 2, 2] * CLIP_STD + CLIP_MEAN]
+
+    assert colour() == [255, 255, 255]
+    assert colour(background="#102030") == [16, 32, 48]
+    assert colour(background="ignore_alpha") == [10, 20, 30]  # LAVIS's
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1)])
@@ -226,6 +239,12 @@ def test_mistakes_are_named() -> None:
         load_processor("blip_image_train", {"min_scale": 1.5})
     with pytest.raises(ValueError, match="std above 0"):
         load_processor("blip_image_eval", {"std": [0.2, 0.2, 0]})
+    with pytest.raises(ValueError, match="background: expected a colour such as white"):
+        load_processor("blip_image_eval", {"background": "whitish"})
+    with pytest.raises(ValueError, match="max_pixels must be a positive integer, got 0"):
+        load_processor("blip_image_eval", {"max_pixels": 0})
+    with pytest.raises(ValueError, match=r"has 3 x 2 pixels, more than max_pixels=5: shrink it"):
+        load_processor("blip_image_eval", {"max_pixels": 5})(Image.new("RGB", (3, 2)))
     with pytest.raises(ValueError, match="magnitude"):
         load_processor("blip_image_train", {"magnitude": 11})
     with pytest.raises(TypeError, match="PIL"):

@@ -7,6 +7,7 @@ datasets. The split named `train` gets the `train` processors and the training c
 from __future__ import annotations
 
 import logging
+import mmap
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
@@ -21,6 +23,7 @@ from lavis_lite import dist, download
 from lavis_lite.datasets.annotations import Record, add_instance_ids, as_list, load_annotations
 from lavis_lite.datasets.image import open_image
 from lavis_lite.errors import InputError, MissingFileError, UnknownNameError
+from lavis_lite.pixels import is_constant
 from lavis_lite.registry import did_you_mean, registry
 from lavis_lite.zoo import dataset_config_path
 
@@ -28,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 SEEN = ("images", "videos")
 """What `build_info` calls the folder of what is looked at."""
+
+OPENING = ("background", "max_pixels")
+"""The settings of an image processor that hold for the files, too, that a dataset opens for it."""
 
 
 def identity(value: Any) -> Any:
@@ -58,6 +64,7 @@ class BaseDataset(Dataset):
         self.split = split
         self.vis_processor = vis_processor
         self.text_processor = text_processor
+        self.warned_of_constant = np.frombuffer(mmap.mmap(-1, 1), dtype=np.bool_)  # of all loader workers together
         self.annotation = add_instance_ids(self.arrange(self.load()))
 
     def load(self) -> list[Record]:
@@ -73,7 +80,18 @@ class BaseDataset(Dataset):
 
     def image(self, file: str) -> Any:
         """The processed image of a path as the annotation gives it: absolute, or below `vis_root`."""
-        return self.vis_processor(open_image(self.vis_root / file))
+        path = self.vis_root / file
+        given = {key: getattr(self.vis_processor, key) for key in OPENING if hasattr(self.vis_processor, key)}
+        image = open_image(path, **given)
+        if self.split == "train" and not self.warned_of_constant and is_constant(image):
+            self.warned_of_constant.fill(True)
+            logger.warning(
+                "%s has one colour only, %s, so nothing can be learned from it; others may be like it, and are not "
+                "named. If it is a transparent drawing, set another `background` in the image processor",
+                path,
+                image.getpixel((0, 0)),
+            )
+        return self.vis_processor(image)
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch: tensors stacked, `long_keys` as LongTensor (B), everything else as lists."""

@@ -1,7 +1,7 @@
-"""Opening an image file of any kind as 8-bit RGB.
+"""Opening an image file as 8-bit RGB, with errors that name the file.
 
-As in LAVIS, the first frame of an animation is taken, alpha is dropped without blending, and the EXIF orientation is
-ignored (published results were measured so). Unlike `PIL.Image.convert`, 16-bit grey is scaled to 8 bit, not clipped.
+As in LAVIS, the first frame of an animation is taken and the EXIF orientation is ignored (published results were
+measured so). Unlike there, transparency is composited on a background, and 16-bit grey is scaled to 8 bit, not clipped.
 """
 
 from __future__ import annotations
@@ -10,26 +10,35 @@ import struct
 import zlib
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from lavis_lite.errors import UnreadableSample
-from lavis_lite.pixels import to_rgb
+from lavis_lite.errors import InputError, UnreadableSample
+from lavis_lite.pixels import MAX_PIXELS, formats, open_file, to_rgb
 
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """The image as RGB, fully decoded. Raises UnreadableSample, naming the file, when it's missing or broken."""
+def open_image(path: str | Path, *, background: str = "white", max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Return the image as RGB, fully decoded; `background` and `max_pixels` are `to_rgb`'s.
+
+    Raises UnreadableSample, naming the file, when it's missing, broken, too large, or not a regular file of a format
+    that is read.
+    """
     try:
-        with Image.open(path) as image:
-            return to_rgb(image)
+        with open_file(path, max_pixels=max_pixels) as image:
+            return to_rgb(image, background=background, max_pixels=max_pixels)
     except FileNotFoundError:
         raise UnreadableSample(
             f"image file not found: {path}. Check the dataset's build_info.images.storage (relative paths are below "
             "the data root, environment variable LAVIS_LITE_DATA) or remove the record from the annotations."
         ) from None
-    except Image.DecompressionBombError as error:
-        raise UnreadableSample(f"image file too large to decode safely: {path} ({error}). Shrink it.") from error
+    except InputError as error:
+        raise UnreadableSample(f"image file {path}: {error}") from None
+    except UnidentifiedImageError:
+        raise UnreadableSample(
+            f"image file broken or of another kind: {path} is none of {', '.join(formats())}. Convert it, fetch it "
+            "again, or remove the record from the annotations."
+        ) from None
     except _BROKEN as error:
         raise UnreadableSample(
             f"image file broken or truncated: {path} ({type(error).__name__}: {error}). "

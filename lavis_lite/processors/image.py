@@ -1,7 +1,7 @@
 """Image processors of BLIP and BLIP-2: a PIL image of any mode in, a normalised float (3,S,S) tensor out.
 
 Surprising: evaluation squashes the image to a square (no centre crop), and all resizing is Pillow's bicubic with
-antialiasing. CMYK, palette, grey, alpha and 16-bit images become 8-bit RGB first.
+antialiasing. CMYK, palette, grey, transparent and 16-bit images become 8-bit RGB first (`lavis_lite.pixels.to_rgb`).
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from lavis_lite.errors import InputError
-from lavis_lite.pixels import to_rgb
+from lavis_lite.pixels import MAX_PIXELS, check_background, check_max_pixels, to_rgb
 from lavis_lite.processors.base import BaseProcessor
 from lavis_lite.processors.randaugment import RandomAugment
 from lavis_lite.registry import registry
@@ -22,7 +22,11 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class ImageProcessor(BaseProcessor):
-    """Convert to RGB, then `geometry` (PIL to PIL), then to a normalised tensor."""
+    """Convert to RGB, then `geometry` (PIL to PIL), then to a normalised tensor.
+
+    `background` is what transparent pixels show, and more than `max_pixels` are refused; both hold for the files too
+    that a dataset opens for this processor.
+    """
 
     def __init__(
         self,
@@ -30,18 +34,25 @@ class ImageProcessor(BaseProcessor):
         *,
         mean: Sequence[float] | None,
         std: Sequence[float] | None,
+        background: str,
+        max_pixels: int,
     ) -> None:
         self.mean = tuple(CLIP_MEAN if mean is None else mean)
         self.std = tuple(CLIP_STD if std is None else std)
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise InputError(f"mean and std take three numbers each, std above 0; got {self.mean} and {self.std}")
+        self.background, self.max_pixels = check_background(background), check_max_pixels(max_pixels)
         self.transform = transforms.Compose(
-            [to_rgb, *geometry, transforms.ToTensor(), transforms.Normalize(self.mean, self.std)]
+            [self.to_rgb, *geometry, transforms.ToTensor(), transforms.Normalize(self.mean, self.std)]
         )
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """PIL image of any mode -> float32 (3, image_size, image_size)."""
         return self.transform(image)
+
+    def to_rgb(self, image: Image.Image) -> Image.Image:
+        """Return an image of any mode as RGB, on this processor's background."""
+        return to_rgb(image, background=self.background, max_pixels=self.max_pixels)
 
 
 def check_size(image_size: int) -> int:
@@ -71,6 +82,8 @@ class BlipImageTrainProcessor(ImageProcessor):
         image_size: int = 384,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        background: str = "white",
+        max_pixels: int = MAX_PIXELS,
         min_scale: float = 0.5,
         max_scale: float = 1.0,
         hflip: bool = True,
@@ -82,7 +95,7 @@ class BlipImageTrainProcessor(ImageProcessor):
         geometry = random_crop(image_size, min_scale=min_scale, max_scale=max_scale, hflip=hflip)
         if randaugment:
             geometry.append(RandomAugment(num_ops, magnitude, legacy_autocontrast=legacy_autocontrast))
-        super().__init__(geometry, mean=mean, std=std)
+        super().__init__(geometry, mean=mean, std=std, background=background, max_pixels=max_pixels)
 
 
 @registry.register_processor("blip2_image_train")
@@ -95,12 +108,14 @@ class Blip2ImageTrainProcessor(ImageProcessor):
         image_size: int = 364,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        background: str = "white",
+        max_pixels: int = MAX_PIXELS,
         min_scale: float = 0.5,
         max_scale: float = 1.0,
         hflip: bool = True,
     ) -> None:
         geometry = random_crop(image_size, min_scale=min_scale, max_scale=max_scale, hflip=hflip)
-        super().__init__(geometry, mean=mean, std=std)
+        super().__init__(geometry, mean=mean, std=std, background=background, max_pixels=max_pixels)
 
 
 @registry.register_processor("blip_image_eval")
@@ -113,7 +128,9 @@ class BlipImageEvalProcessor(ImageProcessor):
         image_size: int = 384,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        background: str = "white",
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         size = check_size(image_size)
         resize = transforms.Resize((size, size), interpolation=InterpolationMode.BICUBIC)
-        super().__init__([resize], mean=mean, std=std)
+        super().__init__([resize], mean=mean, std=std, background=background, max_pixels=max_pixels)
