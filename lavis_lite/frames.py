@@ -2,7 +2,7 @@
 
 As in BLIP, frame i of n is number floor(i x there / n) of the `there` frames: the first of each of n equal stretches,
 counted in frames, not in seconds. Frames are RGB, upright, and of the video's own size. (LAVIS's video processors took
-frames 0, T/3, 2T/3 and 2T/3 again, with red and blue exchanged.)
+frames 0, T/3, 2T/3 and 2T/3 again, with red and blue exchanged.) A clip shorter than n repeats frames by the same rule.
 Surprising: the whole video is decoded, in order. decord seeks to wrong frames in many files, such as MPEG-4 and H.264
 in AVI, open groups of pictures and HEVC; and as it reads ahead, whether damage behind the last wanted frame is noticed
 would be a matter of timing. Reading on costs little: seconds only for videos of an hour.
@@ -12,7 +12,7 @@ import random
 import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -20,7 +20,10 @@ from PIL import Image
 from torch import Tensor
 
 from lavis_lite.errors import InputError, MissingFileError, MissingPackageError, UnreadableSample
+from lavis_lite.pixels import BROKEN, open_file, to_rgb
 
+ShortClips = Literal["repeat", "error"]
+"""What becomes of a clip with fewer frames than are wanted."""
 UNKNOWN_SIZE = 0xFFFFFFFF
 """What stands for the size of a RIFF file that was written as a stream."""
 
@@ -32,28 +35,85 @@ def at_least_one(num_frames: int) -> int:
     return num_frames
 
 
-def sampled(num_there: int, num_frames: int, *, source: object) -> list[int]:
-    """The numbers floor(i x num_there / num_frames) of the frames to take, in time order, each once.
+def check_short_clips(short_clips: str) -> str:
+    """Return `short_clips`; raise ValueError if it is neither "repeat" nor "error"."""
+    if short_clips not in get_args(ShortClips):
+        raise InputError(f"short_clips: expected repeat or error, got {short_clips!r}")
+    return short_clips
 
-    Raises ValueError if `num_frames` is below 1, UnreadableSample if `source` has fewer.
+
+def sampled(num_there: int, num_frames: int, *, source: object, short_clips: ShortClips = "repeat") -> list[int]:
+    """Return the numbers floor(i x num_there / num_frames) of the frames to take, in time order.
+
+    A source with fewer frames repeats them, or with `short_clips="error"` raises UnreadableSample, as one without any
+    does. Raises ValueError if `num_frames` is below 1.
     """
-    if num_there < at_least_one(num_frames):
-        raise UnreadableSample(f"{source} has {num_there} frames, and num_frames={num_frames}: lower num_frames")
+    if not num_there:
+        raise UnreadableSample(f"{source} has no frames")
+    if num_there < at_least_one(num_frames) and check_short_clips(short_clips) == "error":
+        raise UnreadableSample(
+            f"{source} has {num_there} frames, and num_frames={num_frames}: lower num_frames, or set short_clips: "
+            "repeat"
+        )
     return [i * num_there // num_frames for i in range(num_frames)]
 
 
-def decode(path: str | Path, num_frames: int) -> list[Image.Image]:
-    """`num_frames` RGB frames of a video file, spread over all of it as `sampled` says, in time order.
+def decode(path: str | Path, num_frames: int, *, short_clips: ShortClips = "repeat") -> list[Image.Image]:
+    """Return `num_frames` RGB frames of a video file, spread over all of it as `sampled` says, in time order.
+
+    An animated GIF, WebP or PNG is a video too.
 
     Raises:
         FileNotFoundError: there is no such file.
-        UnreadableSample: it is broken or no video, an AVI shorter than it says, or has fewer frames. (A cut-off
-            Matroska or MPEG stream is just a shorter video.)
+        UnreadableSample: it is broken or no video, an AVI shorter than it says, or too short. (A cut-off Matroska or
+            MPEG stream is just a shorter video.)
         ImportError: decord is not installed.
     """
     file = Path(path).absolute()  # FFmpeg takes a relative name with a colon for a URL
     if not file.is_file():
         raise MissingFileError(f"video file not found: {path}")
+
+    at_least_one(num_frames)
+
+    def choose(num_there: int) -> list[int]:
+        return sampled(num_there, num_frames, source=f"video file {path}", short_clips=short_clips)
+
+    return _decode_animation(file, choose) if is_animation(file) else _decode_video(file, choose)
+
+
+def _unreadable(file: Path, error: Exception) -> UnreadableSample:
+    reason = re.sub(r"\[[\d:]+\] \S+: ", "", str(error).partition("\n")[0])  # without decord's own source lines
+    return UnreadableSample(
+        f"video file broken, truncated or of an unknown codec: {file} ({type(error).__name__}: {reason}). Fetch or "
+        "convert it again, or remove the record from the annotations."
+    )
+
+
+def is_animation(file: Path) -> bool:
+    """Return whether a file is a GIF, PNG or WebP, by its first bytes."""
+    with file.open("rb") as stream:
+        head = stream.read(12)
+    return head.startswith((b"GIF87a", b"GIF89a", b"\x89PNG\r\n")) or (head[:4] == b"RIFF" and head[8:] == b"WEBP")
+
+
+def _decode_animation(file: Path, choose: Callable[[int], list[int]]) -> list[Image.Image]:
+    """Return the chosen frames of an animation, on white."""
+    try:
+        with open_file(file) as animation:
+            numbers = choose(getattr(animation, "n_frames", 1))
+            images = {}
+            for number in sorted(set(numbers)):
+                animation.seek(number)
+                images[number] = to_rgb(animation.copy())
+    except UnreadableSample:
+        raise
+    except BROKEN as error:
+        raise _unreadable(file, error) from error
+    return [images[number] for number in numbers]
+
+
+def _decode_video(file: Path, choose: Callable[[int], list[int]]) -> list[Image.Image]:
+    """Return the chosen frames of a video, read by decord."""
     try:
         import decord
     except ImportError as error:
@@ -64,13 +124,11 @@ def decode(path: str | Path, num_frames: int) -> list[Image.Image]:
     try:
         check_whole(file)
         reader = decord.VideoReader(str(file), num_threads=1)  # loaders have workers; threads cost memory
-        return read_on(reader, sampled(len(reader), num_frames, source=f"video file {path}"))
+        numbers = choose(len(reader))
+        images = dict(zip(sorted(set(numbers)), read_on(reader, set(numbers)), strict=True))
     except (decord.DECORDError, RuntimeError, AssertionError, StopIteration, OSError, EOFError) as error:
-        reason = re.sub(r"\[[\d:]+\] \S+: ", "", str(error).partition("\n")[0])  # without decord's own source lines
-        raise UnreadableSample(
-            f"video file broken, truncated or of an unknown codec: {path} ({type(error).__name__}: {reason}). Fetch or "
-            "convert it again, or remove the record from the annotations."
-        ) from error
+        raise _unreadable(file, error) from error
+    return [images[number] for number in numbers]
 
 
 def check_whole(file: Path) -> None:

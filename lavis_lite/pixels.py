@@ -6,6 +6,8 @@ pixels. Pillow would pass an EPS to Ghostscript, and wait at a named pipe for ev
 
 import functools
 import stat
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,9 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF"
 """Pillow's names of what is opened; an MPO is a JPEG as phones write it."""
 MAX_PIXELS = 120_000_000
 """More pixels are refused before they are decoded: a file of 20 kB can hold them. (Phones take 108,000,000.)"""
+
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+"""What Pillow raises about a broken file."""
 
 
 def open_file(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -123,6 +123,8 @@ def pixels(image: Image.Image) -> Tensor:
         (4, 4, [0, 1, 2, 3]),
         (9, 1, [0]),
         (1900, 19, list(range(0, 1900, 100))),
+        (3, 4, [0, 0, 1, 2]),
+        (1, 3, [0, 0, 0]),
     ],
 )
 def test_frames_are_spread_uniformly(there: int, asked: int, numbers: list[int]) -> None:
@@ -219,9 +221,8 @@ def broken_at(number: int, count: int) -> bytes:
         (lambda: avi(zmbv(noise(10)), b"ZMBV")[:9000], r"EOFError: 9000 bytes of \d+"),
         (lambda: broken_at(3, 10), "DECORDError: Check failed: avcodec_send_packet"),
         (lambda: broken_at(199, 200), "DECORDError"),
-        (lambda: avi(zmbv(noise(3)), b"ZMBV"), "has 3 frames, and num_frames=4: lower num_frames"),
     ],
-    ids=["empty", "text", "no frames", "cut off", "broken", "broken behind the last frame", "too short"],
+    ids=["empty", "text", "no frames", "cut off", "broken", "broken behind the last frame"],
 )
 def test_an_unreadable_video_is_named(tmp_path: Path, content: Callable[[], bytes], message: str) -> None:
     path = tmp_path / "clip.avi"
@@ -229,6 +230,64 @@ def test_an_unreadable_video_is_named(tmp_path: Path, content: Callable[[], byte
     with pytest.raises(UnreadableSample, match=message) as caught:
         read_frames(path, 4, pixels)
     assert str(path) in str(caught.value)
+
+
+def test_a_short_clip_repeats_frames_or_is_an_error(tmp_path: Path) -> None:
+    images = noise(3)
+    path = written(tmp_path / "clip.avi", images)
+    clip = read_frames(path, 4, pixels)
+    expected = np.stack([images[number] for number in (0, 0, 1, 2)]).transpose(3, 0, 1, 2)
+    np.testing.assert_array_equal(clip.numpy(), expected)
+    with pytest.raises(UnreadableSample, match=r"clip\.avi has 3 frames, and num_frames=4: lower num_frames, or set"):
+        read_frames(path, 4, pixels, short_clips="error")
+    settings = {"image_size": 16, "short_clips": "error"}
+    for video in (path, [Image.fromarray(image) for image in images]):
+        assert load_processor("blip_video_eval", {"image_size": 16})(video).shape == (3, 4, 16, 16)
+        with pytest.raises(ValueError, match="has 3 frames, and num_frames=4"):
+            load_processor("blip_video_eval", settings)(video)
+    with pytest.raises(ValueError, match="the list of frames has no frames"):
+        load_processor("blip_video_eval")([])
+    with pytest.raises(ValueError, match="short_clips: expected repeat or error, got 'loop'"):
+        load_processor("blip_video_eval", {"short_clips": "loop"})
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
+def test_an_animation_is_a_video(tmp_path: Path, suffix: str) -> None:
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)]
+    first, *others = (Image.new("RGB", (WIDTH, HEIGHT), colour) for colour in colours)
+    path = tmp_path / f"clip.{suffix}"
+    lossless = {"lossless": True} if suffix == "webp" else {}
+    first.save(path, save_all=True, append_images=others, duration=50, **lossless)
+    clip = read_frames(path, 3, pixels)
+    assert clip.shape == (3, 3, HEIGHT, WIDTH)
+    assert clip[:, :, 0, 0].T.tolist() == [list(colours[number]) for number in (0, 1, 3)]
+    assert (clip == clip[..., :1, :1]).all()
+    assert read_frames(path, 7, pixels)[:, :, 5, 5].T.tolist() == [list(colours[i * 5 // 7]) for i in range(7)]
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(UnreadableSample, match=rf"clip\.{suffix}"):
+        read_frames(path, 3, pixels)
+
+
+def test_an_instruct_dataset_of_short_clips(tmp_path: Path) -> None:
+    written(tmp_path / "a.avi", noise(3))
+    (tmp_path / "train.json").write_text(json.dumps([{"video": "a.avi", "instruction": "what?", "output": "red"}]))
+
+    def sample(**settings: Any) -> Any:
+        builder = registry.get_builder_class("instruct")(
+            build_info={
+                "annotations": {"train": {"storage": str(tmp_path / "train.json")}},
+                "videos": {"storage": str(tmp_path)},
+            },
+            vis_processor={"train": {"name": "blip_image_eval", "image_size": 16}},
+            **settings,
+        )
+        return builder.build(["train"])["train"][0]
+
+    assert sample()["image"].shape == (3, 4, 16, 16)
+    with pytest.raises(UnreadableSample, match="short_clips: repeat"):
+        sample(short_clips="error")
+    with pytest.raises(ValueError, match="short_clips: expected repeat or error"):
+        sample(short_clips="pad")
 
 
 def test_a_stream_whose_size_was_never_written_is_read(tmp_path: Path) -> None:
@@ -309,8 +368,6 @@ def test_video_processors_refuse_what_is_no_video() -> None:
     processor = load_processor("blip_video_eval")
     with pytest.raises(TypeError, match=r"takes a video's path or a list of PIL images, got Image: name an image proc"):
         processor(images[0])
-    with pytest.raises(ValueError, match="the list of frames has 3 frames, and num_frames=4"):
-        processor(images)
     with pytest.raises(ValueError, match="num_frames must be 1 or more, got 0"):
         load_processor("blip_video_eval", {"num_frames": 0})
     with pytest.raises(ValueError, match="no tensors after their processor, but Image"):

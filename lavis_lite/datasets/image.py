@@ -6,16 +6,12 @@ measured so). Unlike there, transparency is composited on a background, and 16-b
 
 from __future__ import annotations
 
-import struct
-import zlib
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
 from lavis_lite.errors import InputError, UnreadableSample
-from lavis_lite.pixels import MAX_PIXELS, formats, open_file, to_rgb
-
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+from lavis_lite.pixels import BROKEN, MAX_PIXELS, formats, open_file, to_rgb
 
 
 def open_image(path: str | Path, *, background: str = "white", max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -39,7 +35,7 @@ def open_image(path: str | Path, *, background: str = "white", max_pixels: int =
             f"image file broken or of another kind: {path} is none of {', '.join(formats())}. Convert it, fetch it "
             "again, or remove the record from the annotations."
         ) from None
-    except _BROKEN as error:
+    except BROKEN as error:
         raise UnreadableSample(
             f"image file broken or truncated: {path} ({type(error).__name__}: {error}). "
             "Fetch it again, or remove the record from the annotations."

@@ -20,7 +20,7 @@ from lavis_lite.datasets.instruct_jsonl import PLACE, read_instructions
 from lavis_lite.datasets.templates import GAP, Templates, load_templates
 from lavis_lite.datasets.video import read_frames
 from lavis_lite.errors import InputError
-from lavis_lite.frames import at_least_one
+from lavis_lite.frames import ShortClips, at_least_one, check_short_clips
 from lavis_lite.registry import did_you_mean, registry
 from lavis_lite.wording import joined_words, lettered, letters
 
@@ -51,6 +51,7 @@ class InstructDataset(BaseDataset):
         templates: Templates,
         training: bool,
         num_frames: int,
+        short_clips: ShortClips = "repeat",
         answer_choice: AnswerChoice,
         candidate_format: CandidateFormat,
         vis_processor: Callable[[Any], Any] = identity,
@@ -63,7 +64,7 @@ class InstructDataset(BaseDataset):
             if value not in known:
                 raise InputError(f"no {name} {value!r}. {did_you_mean(value, known)}")
         self.reader, self.templates, self.training = reader, templates, training
-        self.num_frames = at_least_one(num_frames)
+        self.num_frames, self.short_clips = at_least_one(num_frames), check_short_clips(short_clips)
         self.answer_choice, self.candidate_format = answer_choice, candidate_format
         self.gaps = {gap: text for text in templates.used(training=training) for gap in GAP.findall(text)}
         super().__init__(
@@ -128,7 +129,8 @@ class InstructDataset(BaseDataset):
         """The record's image, or its video's frames."""
         if seen_as(record) == "image":
             return self.image(record["image"])
-        return read_frames(self.vis_root / record["video"], self.num_frames, self.vis_processor)
+        path = self.vis_root / record["video"]
+        return read_frames(path, self.num_frames, self.vis_processor, short_clips=self.short_clips)
 
     def fields(self, record: Record) -> dict[str, Any]:
         """What the templates' gaps take and what is learned: one of several texts, cleaned if it's to be."""
@@ -225,6 +227,8 @@ class InstructBuilder(BaseBuilder):
     """Packaged templates, a YAML file, or a mapping such as `{output: answer, train: [...], eval: ...}`."""
     num_frames: int = 4
     """Frames of a video, sampled uniformly."""
+    short_clips: ShortClips = "repeat"
+    """What becomes of a video with fewer frames: they are repeated, or it is an unreadable sample."""
     answer_choice: AnswerChoice = "drawn"
     """Which of several right answers is learned."""
     candidate_format: CandidateFormat = "text"
@@ -240,6 +244,7 @@ class InstructBuilder(BaseBuilder):
             "templates": load_templates(self.instructions),
             "training": split == "train",
             "num_frames": self.num_frames,
+            "short_clips": self.short_clips,
             "answer_choice": self.answer_choice,
             "candidate_format": self.candidate_format,
         }

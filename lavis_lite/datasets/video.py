@@ -7,17 +7,24 @@ from PIL import Image
 from torch import Tensor
 
 from lavis_lite.errors import UnreadableSample
-from lavis_lite.frames import decode, processed
+from lavis_lite.frames import ShortClips, decode, processed
 
 
-def read_frames(path: str | Path, num_frames: int, processor: Callable[[Image.Image], Tensor]) -> Tensor:
+def read_frames(
+    path: str | Path,
+    num_frames: int,
+    processor: Callable[[Image.Image], Tensor],
+    *,
+    short_clips: ShortClips = "repeat",
+) -> Tensor:
     """`num_frames` frames (3,F,H,W) spread over the video, in time order, with one random crop for all of them.
 
     `processor` takes one frame, as an image processor does. Raises UnreadableSample, naming the file, when it's
-    missing, broken or has fewer frames; ImportError without decord; ValueError for a processor that makes no tensors.
+    missing or broken, or with `short_clips="error"` too short; ImportError without decord; ValueError for a processor
+    that makes no tensors.
     """
     try:
-        frames = decode(path, num_frames)
+        frames = decode(path, num_frames, short_clips=short_clips)
     except FileNotFoundError:
         raise UnreadableSample(
             f"video file not found: {path}. Check the dataset's build_info.videos.storage, or images.storage (relative "

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from lavis_lite.errors import InputTypeError
-from lavis_lite.frames import at_least_one, decode, processed, sampled
+from lavis_lite.frames import ShortClips, at_least_one, check_short_clips, decode, processed, sampled
 from lavis_lite.processors.image import BlipImageEvalProcessor, BlipImageTrainProcessor, ImageProcessor
 from lavis_lite.registry import registry
 
@@ -19,21 +19,24 @@ from lavis_lite.registry import registry
 class VideoProcessor(ImageProcessor):
     """Does with each of `num_frames` frames what the image processor does that stands behind it among the bases."""
 
-    def __init__(self, *, num_frames: int = 4, image_size: int = 224, **image: Any) -> None:
+    def __init__(
+        self, *, num_frames: int = 4, short_clips: ShortClips = "repeat", image_size: int = 224, **image: Any
+    ) -> None:
         super().__init__(image_size=image_size, **image)
-        self.num_frames = at_least_one(num_frames)
+        self.num_frames, self.short_clips = at_least_one(num_frames), check_short_clips(short_clips)
 
     def __call__(self, video: str | Path | Sequence[Image.Image]) -> torch.Tensor:
         """A video file or its frames in time order -> float32 (3, num_frames, image_size, image_size).
 
         `num_frames` are taken, spread as in `lavis_lite.frames.sampled`; whatever is random is the same for all.
-        Raises FileNotFoundError for a missing file, UnreadableSample (a ValueError) for a broken one and for too few
-        frames, TypeError for anything else.
+        Fewer are repeated, or with `short_clips: error` an UnreadableSample (a ValueError), as a broken file is. Raises
+        FileNotFoundError for a missing file, TypeError for anything else.
         """
         if isinstance(video, str | Path):
-            frames = decode(video, self.num_frames)
+            frames = decode(video, self.num_frames, short_clips=self.short_clips)
         elif isinstance(video, list | tuple):
-            frames = [video[i] for i in sampled(len(video), self.num_frames, source="the list of frames")]
+            numbers = sampled(len(video), self.num_frames, source="the list of frames", short_clips=self.short_clips)
+            frames = [video[i] for i in numbers]
         else:
             raise InputTypeError(
                 f"a video processor takes a video's path or a list of PIL images, got {type(video).__name__}: name an "
