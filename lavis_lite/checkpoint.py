@@ -11,6 +11,7 @@ import pickle
 import pickletools
 import re
 import shutil
+import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -91,11 +92,12 @@ def load(path: str | Path, *, map_location: str | torch.device = "cpu") -> dict[
 
     Raises:
         FileNotFoundError: no such file; the message lists its nearest neighbours.
-        ValueError: the file is truncated, is not a checkpoint, or holds pickled code.
+        ValueError: the file is truncated, is not a checkpoint, or holds pickled code or compressed entries.
     """
     path = Path(path)
     if not path.is_file():
         raise MissingFileError(_missing_message(path))
+    refuse_compressed(path)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -109,6 +111,25 @@ def load(path: str | Path, *, map_location: str | torch.device = "cpu") -> dict[
         if isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError)) and not cut_short:
             raise
         raise InputError(_corrupt_message(path, error)) from error
+
+
+def refuse_compressed(path: Path) -> None:
+    """Raise ValueError for a zip file with compressed entries: torch stores them plainly, and a small file could
+    inflate to more than the memory.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            compressed = [entry for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
+        raise InputError(_corrupt_message(path, error)) from error
+    if compressed:
+        size = sum(entry.file_size for entry in compressed)
+        raise InputError(
+            f"checkpoint {path} is refused: {len(compressed)} of its entries are compressed, to be inflated to "
+            f"{size:,} bytes, and torch writes none. Unpack it, or ask for the file as torch.save wrote it"
+        )
 
 
 def is_mappable(path: Path) -> bool:

@@ -138,20 +138,23 @@ def _folder_state(folder: Path) -> LazyState:
     if found is None:
         there = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
         raise MissingFileError(f"{folder} holds no {' or '.join(WEIGHT_FILES)}; it holds {there}")
-    paths = _shards(found) if found.suffix == ".json" else [found]
+    paths = shards(found) if found.suffix == ".json" else [found]
     if (folder / EXTRA_FILE).is_file():
         paths.append(folder / EXTRA_FILE)
     return _files_state(paths, source=str(folder))
 
 
-def _shards(index: Path) -> list[Path]:
-    """The files that an index names, in their order. ValueError for a damaged index, FileNotFoundError for a shard
-    that is not there.
+def shards(index: Path) -> list[Path]:
+    """The files that an index names, in their order. ValueError for a damaged index or one that names a file of
+    another folder, FileNotFoundError for a shard that is not there.
     """
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{index} is no index of weight files ({type(error).__name__}: {error})") from error
+    outside = [name for name in names if not isinstance(name, str) or name != Path(name).name or name == ".."]
+    if outside:
+        raise InputError(f"{index} names {outside[0]!r}, which is not a plain file name: its files lie beside it")
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise MissingFileError(

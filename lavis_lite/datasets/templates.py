@@ -77,10 +77,10 @@ def load_templates(name: str | Path | Mapping[str, Any]) -> Templates:
 def _file(name: str | Path) -> Path:
     """The YAML of that packaged name, or the file itself."""
     path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
-        path = PROMPTS / f"{name}.yaml"
-    if not path.is_file():
-        known = sorted(p.stem for p in PROMPTS.glob("*.yaml"))
+    known = sorted(p.stem for p in PROMPTS.glob("*.yaml"))
+    if str(name) in known:
+        return PROMPTS / f"{name}.yaml"
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
         raise MissingFileError(
             f"no instruction templates {str(name)!r}. {did_you_mean(str(name), known)} "
             "Or give the path of a YAML file with the keys output, train (a list) and eval."

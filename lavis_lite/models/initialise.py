@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lavis_lite import checkpoint, download
-from lavis_lite.errors import InputError
+from lavis_lite.errors import InputError, MissingFileError
+from lavis_lite.hub import from_hub
 from lavis_lite.nn.vision import interpolate_pos_embed
+from lavis_lite.nn.vision_timm import timm_weights
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +27,7 @@ def vit_weights(source: str, pos_embed: Tensor) -> dict[str, Tensor]:
     if Path(source).suffix in (".pth", ".pt", ".safetensors"):
         state = checkpoint.find_state_dict(checkpoint.load(source), source=source)
     else:
-        import timm
-
-        state = timm.create_model(source, pretrained=True).state_dict()
+        state = timm_weights(source)
     state = {
         f"visual_encoder.{name}": tensor for name, tensor in state.items() if not name.startswith(("head", "fc_norm"))
     }
@@ -37,14 +37,22 @@ def vit_weights(source: str, pos_embed: Tensor) -> dict[str, Tensor]:
 
 def bert_weights(source: str) -> dict[str, Tensor]:
     """BERT's tensors (a folder or hub id) under the names of BLIP's text encoder and decoder."""
-    from transformers import BertForMaskedLM
-
     state = {}
-    for name, tensor in BertForMaskedLM.from_pretrained(source).state_dict().items():
+    for name, tensor in load_bert(source).state_dict().items():
         state[f"text_decoder.{name}"] = tensor
         if name.startswith("bert."):
             state[f"text_encoder.{name.removeprefix('bert.')}"] = tensor
     return state
+
+
+def load_bert(source: str) -> nn.Module:
+    """Return transformers' BERT of a folder or hub id."""
+    from transformers import BertForMaskedLM
+
+    try:
+        return from_hub(BertForMaskedLM.from_pretrained, source)
+    except MissingFileError as error:
+        raise MissingFileError(f"init_text: no BERT could be loaded from {source}: {error}") from error
 
 
 def qformer_bert_weights(source: str) -> dict[str, Tensor]:
@@ -54,10 +62,8 @@ def qformer_bert_weights(source: str) -> dict[str, Tensor]:
     if Path(source).suffix in (".pth", ".pt", ".safetensors"):
         state = checkpoint.find_state_dict(checkpoint.load(download.fetch(source)), source=source)
         return {name: tensor for name, tensor in state.items() if name.startswith(("Qformer.", "query_tokens"))}
-    from transformers import BertForMaskedLM
-
     state = {}
-    for name, tensor in BertForMaskedLM.from_pretrained(source).state_dict().items():
+    for name, tensor in load_bert(source).state_dict().items():
         state[f"Qformer.{name}"] = tensor
         for part in ("intermediate", "output"):
             if f".{part}." in name and ".attention." not in name:

@@ -2,7 +2,6 @@
 image-grounded texts.
 """
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,10 +9,9 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lavis_lite import download
 from lavis_lite.errors import MissingFileError
+from lavis_lite.hub import from_hub
 
-logger = logging.getLogger(__name__)
 PACKAGED = Path(__file__).parents[1] / "configs" / "tokenizers"
 
 
@@ -21,7 +19,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """A tokenizer from a local folder, the package (`shapes`) or the hub (`bert-base-uncased`), without BLIP's extra
     tokens.
     """
-    folder = PACKAGED / name if (PACKAGED / name).is_dir() else Path(name)
+    folder = PACKAGED / name if name in {path.name for path in PACKAGED.iterdir()} else Path(name)
     looks_local = folder.is_dir() or name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not folder.expanduser().is_dir():
         raise MissingFileError(
@@ -29,15 +27,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         )
     source = str(folder.expanduser()) if folder.expanduser().is_dir() else name
     try:
-        return AutoTokenizer.from_pretrained(source, local_files_only=True)
-    except (OSError, ValueError):
-        logger.info(f"tokenizer {name!r} is not on this machine: asking the hub")
-    try:
-        return AutoTokenizer.from_pretrained(source, local_files_only=download.is_offline())
-    except (OSError, ValueError) as error:
+        return from_hub(AutoTokenizer.from_pretrained, source)
+    except MissingFileError as error:
         raise MissingFileError(
-            f"tokenizer {name!r} could not be loaded from {source!r} "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). "
+            f"tokenizer {name!r} could not be loaded from {source!r} ({error}). "
             "Without a network, set model.tokenizer to a folder that holds its vocab.txt or tokenizer.json."
         ) from error
 

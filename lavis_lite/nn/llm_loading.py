@@ -21,8 +21,8 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from lavis_lite import download
-from lavis_lite.errors import InputError, MissingPackageError
+from lavis_lite.errors import InputError, MissingFileError, MissingPackageError
+from lavis_lite.hub import from_hub
 from lavis_lite.nn.llm_sources import (
     PACKAGED,
     WEIGHT_FILES,
@@ -176,10 +176,9 @@ def _read_weights(auto: Any, source: str | Path, **settings: Any) -> PreTrainedM
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()  # it would list what does not belong to the language model
     try:
-        offline = download.is_offline()
-        model, report = auto.from_pretrained(
-            locate(source), local_files_only=offline, output_loading_info=True, **settings
-        )
+        model, report = from_hub(auto.from_pretrained, locate(source), output_loading_info=True, **settings)
+    except MissingFileError as error:
+        raise MissingFileError(f"the language model's weights could not be loaded from {source}: {error}") from error
     finally:
         hf_logging.set_verbosity(verbosity)
     missing = sorted(report["missing_keys"])

@@ -20,8 +20,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lavis_lite import download
 from lavis_lite.errors import InputError, MissingFileError
+from lavis_lite.hub import from_hub
 
 PACKAGED = Path(__file__).parents[1] / "configs" / "llms"
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
@@ -47,16 +47,21 @@ def embedding_width(config: PreTrainedConfig) -> int:
     return getattr(text, "word_embed_proj_dim", None) or text.hidden_size
 
 
+def packaged_names() -> list[str]:
+    """Return the names of this package's tiny models."""
+    return sorted(path.parent.name for path in PACKAGED.glob("*/tokenizer.json"))
+
+
 def locate(source: str | Path) -> str:
     """The folder of a packaged or local model, or the hub id. FileNotFoundError for a folder that is not there."""
-    name, packaged = str(source), PACKAGED / str(source)
-    if packaged.is_dir():
-        return str(packaged)
+    name = str(source)
+    if name in packaged_names():
+        return str(PACKAGED / name)
     folder = Path(name).expanduser()
     if folder.is_dir():
         return str(folder)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        known = ", ".join(sorted(path.parent.name for path in PACKAGED.glob("*/tokenizer.json")))
+        known = ", ".join(packaged_names())
         raise MissingFileError(
             f"language model folder {name} does not exist: give a folder with config.json, tokenizer and weights, a "
             f"hub id, or one of the package's tiny models ({known})"
@@ -75,7 +80,7 @@ def load_llm_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     what = "tokenizer (tokenizer.json, or vocab and merges)"
     tokenizer = _fetch(AutoTokenizer.from_pretrained, source, what)
     if len(tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)) < 2:  # transformers 5 makes an empty one
-        raise _missing(what, locate(source), OSError("its files are not there"))
+        raise _missing(what, locate(source), "its files are not there")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -100,7 +105,8 @@ def read_config(source: str | Path, overrides: Mapping[str, Any]) -> tuple[PreTr
     unknown = sorted(name for name in overrides if name not in raw and not hasattr(config_class(), name))
     if unknown:
         raise InputError(f"{source}: a {model_type} config has no {', '.join(unknown)} to override")
-    raw = {**raw, **overrides}
+    raw = {name: value for name, value in raw.items() if "attn_implementation" not in name}  # may name code of the hub
+    raw |= overrides
     config = config_class.from_dict(raw)
     untied = raw.get("tie_word_embeddings") is False or getattr(config, "scale_decoder_outputs", True) is False
     if not config.is_encoder_decoder and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -133,21 +139,15 @@ def _check_class(source: str | Path, config: PreTrainedConfig) -> None:
 
 
 def _fetch(load: Callable[..., Any], source: str | Path, what: str) -> Any:
-    """What a `from_pretrained` gives, from this machine or else from the hub."""
+    """Return what a `from_pretrained` gives, from this machine or else from the hub."""
     place = locate(source)
     try:
-        return load(place, local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
-        if Path(place).is_dir() or download.is_offline():
-            raise _missing(what, place, error) from error
-    try:
-        return load(place)
-    except (OSError, ValueError) as error:
+        return from_hub(load, place)
+    except MissingFileError as error:
         raise _missing(what, place, error) from error
 
 
-def _missing(what: str, place: str, error: Exception) -> MissingFileError:
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".:")
+def _missing(what: str, place: str, reason: object) -> MissingFileError:
     return MissingFileError(
         f"the language model's {what} could not be loaded from {place}: {reason}. "
         "Without a network, give a folder that holds config.json, the tokenizer's files and the weights."

@@ -7,13 +7,19 @@ heads are removed; a feature map is flattened to tokens; other image sizes are t
 import sys
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import huggingface_hub
 import timm
+import torch
 from timm.models import PretrainedCfg, get_pretrained_cfg, group_parameters
 from torch import Tensor, nn
 
-from lavis_lite.errors import InputError
+from lavis_lite import download
+from lavis_lite.errors import InputError, MissingFileError
+from lavis_lite.hub import hub_offline, refusing_code
 from lavis_lite.nn.vision import ImageEncoder
 from lavis_lite.registry import did_you_mean
 
@@ -101,8 +107,30 @@ def timm_config(name: str) -> PretrainedCfg:
 def timm_weights(name: str) -> dict[str, Tensor]:
     """The published weights of a timm model, downloaded or from the hub's cache, for `adapt_state_dict`.
 
-    Raises ValueError if timm does not know the name or has no weights of it.
+    Raises ValueError if timm does not know the name or has no weights of it, FileNotFoundError if they are not on this
+    machine and LAVIS_LITE_OFFLINE is set.
     """
-    if not timm_config(name).has_weights:
-        raise InputError(f"timm has no published weights of {name}: give a file as vit_weights")
-    return timm.create_model(name, pretrained=True).state_dict()
+    config = timm_config(name)
+    if not config.has_weights:
+        raise InputError(f"timm has no published weights of {name}: give a file of weights instead")
+    local = {"pretrained_cfg_overlay": {"file": str(cached_weights(name, config))}} if download.is_offline() else {}
+    with hub_offline(), refusing_code(name):
+        return timm.create_model(name, pretrained=True, **local).state_dict()
+
+
+def cached_weights(name: str, config: PretrainedCfg) -> Path:
+    """The file of a timm model's published weights that this machine has. FileNotFoundError if it has none."""
+    repository, _, revision = (config.hf_hub_id or "").partition("@")
+    names = [config.hf_hub_filename] if config.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
+    for file in names if repository else []:
+        found = huggingface_hub.try_to_load_from_cache(repository, file, revision=revision or None)
+        if isinstance(found, str):
+            return Path(found)
+    if config.url:
+        path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(config.url).path).name
+        if path.is_file():
+            return path
+    raise MissingFileError(
+        f"the weights of timm's {name} are not on this machine and LAVIS_LITE_OFFLINE is set: unset it, or give a file "
+        "of weights instead of the name"
+    )
