@@ -19,6 +19,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 from transformers import BertConfig, BertForMaskedLM, OPTConfig, OPTForCausalLM
+from transformers.utils import sentencepiece_model_pb2_new
 
 from lavis_lite import checkpoint, download, weights
 from lavis_lite.datasets.base import locate
@@ -302,3 +303,13 @@ def test_offline_what_the_hub_s_cache_holds_is_used(
     assert tokenizer.get_vocab() == load_llm_tokenizer(FOLDERS / "opt").get_vocab()
     assert isinstance(language_model_config("owner/opt"), OPTConfig)
     assert not connections
+
+
+def test_the_recorded_tokenizers_name_no_path() -> None:
+    """sentencepiece writes the paths of its input and of its output into the trainer's settings."""
+    for path in (FOLDERS / "t5" / "spiece.model", FOLDERS / "llama" / "tokenizer.model"):
+        model = sentencepiece_model_pb2_new.ModelProto()
+        model.ParseFromString(path.read_bytes())
+        assert (list(model.trainer_spec.input), model.trainer_spec.model_prefix) == (["corpus.txt"], "tiny")
+        vocabulary = load_tokenizer(str(path.parent)).get_vocab()
+        assert all(vocabulary[piece.piece] == number for number, piece in enumerate(model.pieces))
