@@ -180,8 +180,8 @@ def _import_user_modules(names: Any, layers: Sequence[Layer]) -> None:
     if names is None:
         return
     where = f"{origin(layers, ('imports',))}: imports"
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"{where}: expected a list of module names, got {names!r}")
+    if not isinstance(names, list) or not all(map(_is_module_name, names)):
+        raise ConfigError(f"{where}: expected a list of module names such as my_project.models, got {names!r}")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     for name in names:
@@ -190,6 +190,10 @@ def _import_user_modules(names: Any, layers: Sequence[Layer]) -> None:
         except ModuleNotFoundError as error:
             places = f"it is looked up on PYTHONPATH and in {Path.cwd()}"
             raise ConfigError(f"{where}: cannot import {name!r}: {error}; {places}") from None
+
+
+def _is_module_name(name: Any) -> bool:
+    return isinstance(name, str) and all(part.isidentifier() for part in name.split("."))
 
 
 def _model_layer_of(tree: dict[str, Any], layers: Sequence[Layer]) -> Layer:

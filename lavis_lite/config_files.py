@@ -5,7 +5,10 @@ processor's arguments would be unknown to the new one); a dataset without a body
 `false` takes an inherited dataset out.
 """
 
-from collections.abc import Sequence
+import contextlib
+import io
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,10 @@ from typing import Any
 from lavis_lite.errors import InputError
 
 KeyPath = tuple[str, ...]
+MAX_BYTES = 2**20
+"""Size of a YAML file; ours have some thousand bytes."""
+MAX_DEPTH = 32
+"""Levels of mappings and lists in a YAML file or option."""
 
 
 class ConfigError(InputError):
@@ -34,25 +41,57 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
     Raises ConfigError, naming file and line, for what is missing, empty, no mapping, or not YAML (a repeated key too).
     """
-    import yaml
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     try:
-        node = OmegaConf.load(path)
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file") from None
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{path}{line}: not valid YAML: {error.problem or error.context}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
-    tree = OmegaConf.to_container(node, resolve=False)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    if len(content) > MAX_BYTES:
+        raise ConfigError(f"{path}: the file is larger than the {MAX_BYTES:,} bytes that a configuration may have")
+    with reading_yaml(str(path)):
+        tree = OmegaConf.to_container(OmegaConf.load(io.StringIO(content.decode("utf-8-sig"))), resolve=False)
+        check_depth(tree)
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected sections such as 'model:' and 'run:', found a {type(tree).__name__}")
     if not tree:
         raise ConfigError(f"{path}: the file is empty")
     return tree
+
+
+@contextlib.contextmanager
+def reading_yaml(where: str, *, has_lines: bool = True) -> Iterator[None]:
+    """Turn what PyYAML and OmegaConf raise about a text into a ConfigError that begins with `where`."""
+    import yaml
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        yield
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark and has_lines else ""
+        raise ConfigError(f"{where}{line}: not valid YAML: {error.problem or error.context}") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: nested too deeply: at most {MAX_DEPTH} levels") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{where}: cannot be read as YAML: {str(error).splitlines()[0]}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        # PyYAML converts numbers and tagged values (`!!int x`) with Python's own functions, unchecked.
+        reason = next(iter(str(error).splitlines()), "")
+        raise ConfigError(
+            f"{where}: not valid YAML: a number or tagged value cannot be converted ({type(error).__name__}: {reason})"
+        ) from None
+
+
+def check_depth(value: Any, *, left: int = MAX_DEPTH) -> None:
+    """Raise RecursionError for mappings and lists in more than `MAX_DEPTH` levels."""
+    if isinstance(value, dict | list):
+        if not left:
+            raise RecursionError
+        for item in value.values() if isinstance(value, dict) else value:
+            check_depth(item, left=left - 1)
 
 
 def load_with_bases(path: Path, *, chain: tuple[Path, ...] = ()) -> list[Layer]:
@@ -91,6 +130,12 @@ def normalise(tree: dict[str, Any], *, source: str) -> dict[str, Any]:
             raise ConfigError(f"{source}: {section}: expected a mapping of keys to values, got {body!r}")
         tree[section] = body
     if "datasets" in tree:
+        for name in tree["datasets"]:
+            if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
+                raise ConfigError(
+                    f"{source}: datasets.{name}: results are filed under it: expected a name of letters, digits, _ "
+                    f"and -, got {name!r}"
+                )
         tree["datasets"] = {name: {} if body in (None, True) else body for name, body in tree["datasets"].items()}
         for name, body in tree["datasets"].items():
             if body is not False and not isinstance(body, dict):
@@ -109,6 +154,8 @@ def parse_options(options: Sequence[str]) -> Layer:
     tree: dict[str, Any] = {}
     raw: dict[KeyPath, str] = {}
     for option in options:
+        if any("\ud800" <= character <= "\udfff" for character in option):
+            raise ConfigError(f"--options: {option!r} is not UTF-8 text")
         key, equals, text = option.partition("=")
         path = tuple(key.strip().split("."))
         if not equals or not all(path):
@@ -126,17 +173,13 @@ def parse_options(options: Sequence[str]) -> Layer:
 
 
 def _parse_value(text: str, *, option: str) -> Any:
-    import yaml
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
-    try:
-        node = OmegaConf.from_dotlist([f"value={text}"])
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(
-            f"--options: the value of {option!r} is not valid YAML: {str(error).splitlines()[0]}"
-        ) from None
-    return OmegaConf.to_container(node, resolve=False)["value"]
+    shown = option if len(option) < 100 else f"{option[:100]}..."
+    with reading_yaml(f"--options: the value of {shown!r}", has_lines=False):
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]
+        check_depth(value)
+    return value
 
 
 def merge(base: dict[str, Any], over: dict[str, Any], *, inside_processor: bool = False) -> dict[str, Any]:

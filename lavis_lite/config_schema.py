@@ -91,8 +91,14 @@ def describe(annotation: Any) -> str:
     return words.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 
+MAX_WHOLE = 2**53
+"""The largest whole number, up to which a float has all of them."""
+MAX_NUMBER = 3e38
+"""The largest number, which a 32-bit float can hold."""
+
+
 class _Mismatch(Exception):
-    """Internal: the value does not fit the annotation."""
+    """Internal: the value does not fit the annotation; perhaps with what else there is to say."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,7 @@ class Checker:
 
     def error(self, path: KeyPath, text: str) -> ConfigError:
         """Return (not raise) the ConfigError about the key at `path`."""
-        return ConfigError(f"{origin(self.layers, path)}: {'.'.join(path)}: {text}")
+        return ConfigError(f"{origin(self.layers, path)}: {'.'.join(map(str, path))}: {text}")
 
     def section(
         self, values: Mapping[str, Any], schema: Schema, path: KeyPath, *, open_ended: bool = False
@@ -129,8 +135,8 @@ class Checker:
             return self.section(value, schema_of(annotation)[0], path)
         try:
             return self._convert(value, annotation, path)
-        except _Mismatch:
-            hint = f". {did_you_mean(value, get_args(annotation))}" if _is_text_choice(annotation) else ""
+        except _Mismatch as mismatch:
+            hint = f". {did_you_mean(value, get_args(annotation))}" if _is_text_choice(annotation) else str(mismatch)
             given = f"{value!r} ({describe(type(value))})"
             raise self.error(path, f"expected {describe(annotation)}, got {given}{hint}") from None
 
@@ -146,6 +152,8 @@ class Checker:
             return [self.value(v, element, (*path, str(i))) for i, v in enumerate(value)]
         if annotation is dict or kind in (dict, Mapping):
             _require(isinstance(value, Mapping), value)
+            if args and args[0] is str:
+                _require(all(isinstance(key, str) for key in value), value, ": its keys must be text")
             element = args[1] if args else Any
             return {key: self.value(v, element, (*path, str(key))) for key, v in value.items()}
         return _convert_scalar(value, annotation)
@@ -154,28 +162,33 @@ class Checker:
         mappings = [a for a in args if is_dataclass(a) or a is dict or get_origin(a) in (dict, Mapping)]
         if isinstance(value, Mapping) and len(mappings) == 1:
             return self.value(value, mappings[0], path)
+        why = ""
         for arg in sorted(args, key=lambda a: a is not type(value)):  # an exact match first: 1 stays 1 for float | int
             try:
                 return self._convert(value, arg, path)
-            except _Mismatch:
-                continue
-        raise _Mismatch
+            except _Mismatch as mismatch:
+                why = why or str(mismatch)
+        raise _Mismatch(why)
 
 
-def _require(fits: bool, value: Any) -> Any:
+def _require(fits: bool, value: Any, why: str = "") -> Any:
     if not fits:
-        raise _Mismatch
+        raise _Mismatch(why)
     return value
 
 
 def _convert_scalar(value: Any, annotation: Any) -> Any:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if annotation is int:
-        return int(_require(number and math.isfinite(value) and value == int(value), value))
+        _require(number and math.isfinite(value) and value == int(value), value)
+        return int(_require(abs(value) <= MAX_WHOLE, value, f", which is beyond {MAX_WHOLE:,}"))
     if annotation is float:
-        return float(_require(number, value))
+        _require(number, value)
+        return float(_require(abs(value) <= MAX_NUMBER, value, f", which is not within {MAX_NUMBER:g}"))
     if annotation is Path:
         return Path(_require(isinstance(value, str), value))
+    if annotation is str and isinstance(value, str):
+        _require("\0" not in value, value, ", which holds a null character")
     if annotation in (bool, str, types.NoneType):
         return _require(type(value) is annotation, value)
     if is_dataclass(annotation):
@@ -188,8 +201,9 @@ def _is_text_choice(annotation: Any) -> bool:
 
 
 def _as_typed(text: str, parsed: Any, annotation: Any) -> Any:
-    """An option for a text key is the text as typed ('001', 'a picture of '), unless quoted."""
-    args = get_args(annotation)
+    """An option for a text key is the text as typed ('001', 'a picture of '), unless quoted; null is never text."""
+    args = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else ()
     wants_text = annotation is str or (str in args and (isinstance(parsed, str) or type(parsed) not in args))
-    as_yaml = text[:1] in ("'", '"') or "${" in text or isinstance(parsed, (list, dict))
+    is_null = parsed is None and text.strip() != ""
+    as_yaml = text[:1] in ("'", '"') or "${" in text or isinstance(parsed, (list, dict)) or is_null
     return text if wants_text and not as_yaml else parsed

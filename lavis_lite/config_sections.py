@@ -62,11 +62,14 @@ def model_arguments(section: Mapping[str, Any], checker: Checker) -> dict[str, A
 def check_processors(blocks: Mapping[str, Any], checker: Checker, path: tuple[str, ...]) -> None:
     """Check `vis_processor` and `text_processor`: blocks train and eval, each a registered name and its arguments."""
     for key in PROCESSOR_KEYS:
-        for split, block in (blocks.get(key) or {}).items():
+        splits = blocks.get(key) or {}
+        if not isinstance(splits, Mapping):
+            raise checker.error((*path, key), f"expected a mapping with the blocks train and eval, got {splits!r}")
+        for split, block in splits.items():
             where = (*path, key, str(split))
             if split not in ("train", "eval"):
                 raise checker.error(where, f"unknown key. {did_you_mean(split, ('train', 'eval'))}")
-            if not isinstance(block, Mapping) or "name" not in block:
+            if not isinstance(block, Mapping) or not isinstance(block.get("name"), str):
                 raise checker.error(where, f"expected a mapping with the processor's name, got {block!r}")
             processor = _looked_up(registry.get_processor_class, block["name"], checker, (*where, "name"))
             schema, open_ended = schema_of(processor)
@@ -128,13 +131,17 @@ def _looked_up(
 
 def _med_overrides(med_config_path: Any, checker: Checker) -> dict[str, Any]:
     """Translate LAVIS's `med_config_path`: its stock files are our defaults, any other is a BERT configuration."""
-    if med_config_path is None or Path(med_config_path).name in _STOCK_BERT_FILES:
-        return {}
     where = ("model", "med_config_path")
+    if med_config_path is None:
+        return {}
+    if not isinstance(med_config_path, str):
+        raise checker.error(where, f"expected a path, got {med_config_path!r}")
     path = Path(med_config_path)
+    if path.name in _STOCK_BERT_FILES:
+        return {}
     try:
         bert = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise checker.error(where, f"cannot read {path} as JSON: {error}") from None
     if not isinstance(bert, dict):
         raise checker.error(where, f"{path}: expected a mapping of BERT's configuration, found a {type(bert).__name__}")

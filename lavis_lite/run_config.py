@@ -41,8 +41,14 @@ _AT_LEAST: dict[str, float] = {
     "checkpoint_every": 1,
     "keep_checkpoints": 0,
 }
+_AT_MOST: dict[str, float] = {"lr_layer_decay": 1, "num_workers": 1024}
 _ABOVE_ZERO = ("grad_clip_norm", "lr_layer_decay", "lr_decay_rate")
 _BELOW_ONE = ("beta1", "beta2")
+
+
+def is_plain_name(name: str) -> bool:
+    """Return whether a name can be a file's or folder's: neither a path nor longer than file systems allow."""
+    return name not in ("", ".", "..") and not set("/\\\0") & set(name) and len(name.encode(errors="replace")) <= 200
 
 
 class RunConfigError(InputError):
@@ -137,6 +143,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         for key, least in _AT_LEAST.items():
             self._require(key, lambda v, least=least: v >= least, f"{least:g} or more")
+        for key, most in _AT_MOST.items():
+            self._require(key, lambda v, most=most: v <= most, f"{most:g} or less")
+        for key in ("train_splits", "valid_splits", "test_splits"):
+            self._require(key, lambda v: all(map(is_plain_name, v)), "plain names, since results are filed under them")
+        self._require("output_dir", lambda v: v.strip() != "", "a folder")
         for key in _ABOVE_ZERO:
             self._require(key, lambda v: v > 0, "more than 0")
         for key in _BELOW_ONE:
@@ -148,7 +159,7 @@ class RunConfig:
             given = f"train_dataset_sampling: {self.train_dataset_sampling}, factors {self.train_dataset_factors}"
             way_out = "leave it out, or set train_dataset_sampling: size and train_dataset_factors: null"
             raise RunConfigError("train_dataset_ratios", f"contradicts {given}; {way_out}")
-        self._require("job_id", lambda v: v not in ("", ".", "..") and "/" not in v, "a folder's plain name")
+        self._require("job_id", is_plain_name, "a folder's plain name")
         if self.runner == "runner_iter" and self.max_iters is None:
             raise RunConfigError("max_iters", "missing: runner_iter needs the number of steps")
         if self.runner == "runner_base" and self.iters_per_inner_epoch is not None:

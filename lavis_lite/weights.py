@@ -150,7 +150,7 @@ def shards(index: Path) -> list[Path]:
     """
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise InputError(f"{index} is no index of weight files ({type(error).__name__}: {error})") from error
     outside = [name for name in names if not isinstance(name, str) or name != Path(name).name or name == ".."]
     if outside:

@@ -100,7 +100,7 @@ def read_settings(folder: Path) -> tuple[str | None, dict[str, Any]]:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         return stored["arch"], dict(stored["settings"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}): delete it to do without") from error
 
 
@@ -111,7 +111,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise MissingFileError(f"{folder} holds no config.json, which says what its weights are of")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is no JSON: {error}") from error
     if not isinstance(config, dict):
         raise InputError(f"{path}: expected a mapping, found a {type(config).__name__}")
