@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lavis_lite.errors import MissingFileError
+from lavis_lite.errors import InputError, MissingFileError
 from lavis_lite.hub import from_hub
 
 PACKAGED = Path(__file__).parents[1] / "configs" / "tokenizers"
@@ -52,6 +52,21 @@ def blip2_tokenizer(name: str, *, truncation_side: str = "right") -> PreTrainedT
     return tokenizer
 
 
+def checked_texts(texts: Sequence[str]) -> list[str]:
+    """Return the texts as a list; raise ValueError for one that is not text or cannot be written as UTF-8."""
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InputError(f"text {number} of the batch: expected a string, got {type(text).__name__}: {text!r}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"text {number} of the batch has half a character (a lone surrogate) at position {error.start}: "
+                f"{text[max(0, error.start - 10) : error.start + 10]!r}"
+            ) from None
+    return list(texts)
+
+
 def tokenize(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
@@ -60,9 +75,12 @@ def tokenize(
     max_length: int | None = None,
     device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Ids and mask (B,T), padded to the longest; `start` replaces [CLS]; `max_length` truncates."""
+    """Ids and mask (B,T), padded to the longest; `start` replaces [CLS]; `max_length` truncates.
+
+    Raises ValueError for what is not text, and for text with half a character.
+    """
     tokens = tokenizer(
-        list(texts),
+        checked_texts(texts),
         padding="longest",
         truncation=max_length is not None,
         max_length=max_length,
