@@ -109,6 +109,27 @@ def test_broken_files_are_named(tmp_path: Path, text: str, expected: str):
     assert "project.yaml" in error
 
 
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("[" * 2000 + "]" * 2000, "nested too deeply: at most 32 levels"),
+        ("{a: " * 2000 + "1" + "}" * 2000, "nested too deeply: at most 32 levels"),
+        ("[" * 33 + "]" * 33, "nested too deeply: at most 32 levels"),
+        ("9" * 6000, "a number or tagged value cannot be converted (ValueError: Exceeds the limit"),
+        ("!!int x", "a number or tagged value cannot be converted (ValueError: invalid literal"),
+        ("!!bool x", "a number or tagged value cannot be converted (KeyError"),
+        ("!!timestamp 2001-01-01100", "a number or tagged value cannot be converted (AttributeError"),
+        ("x" * 2**20, "the file is larger than the 1,048,576 bytes"),
+    ],
+)
+def test_files_have_limits(tmp_path: Path, body: str, expected: str):
+    assert expected in message(tmp_path, f"{BASIC}\nexpected: {body}\n")
+
+
+def test_what_is_within_the_limits_is_read(tmp_path: Path):
+    assert load(tmp_path, f"{BASIC}\nexpected: {'[' * 31}5{']' * 31}\n").expected
+
+
 def test_missing_and_non_utf8_files_are_named(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"nope\.yaml: there is no such file"):
         Config.from_file(tmp_path / "nope.yaml")
@@ -122,6 +143,38 @@ def test_missing_and_non_utf8_files_are_named(tmp_path: Path):
 @pytest.mark.parametrize(
     ("option", "expected"),
     [
+        ("run.output_dir=null", "run.output_dir: expected text, got None (null)"),
+        ("run.output_dir=~", "run.output_dir: expected text, got None (null)"),
+        ("run.output_dir=", "run.output_dir: expected a folder, got ''"),
+        ("run.train_splits=null", "run.train_splits: expected a list of text, got None (null)"),
+        ("run.seed=\ud800", "is not UTF-8 text"),
+        ("expected=!!int x", "a number or tagged value cannot be converted"),
+        ("expected=" + "9" * 6000, "a number or tagged value cannot be converted"),
+        (
+            "run.temperature=1e308",
+            "run.temperature: expected a number, got 1e+308 (a number), which is not within 3e+38",
+        ),
+        ("run.init_lr=.inf", "run.init_lr: expected a number, got inf (a number), which is not within 3e+38"),
+        ("run.init_lr=.nan", "run.init_lr: expected a number, got nan"),
+        ("run.batch_size_eval=1e308", "a whole number, got 1e+308 (a number), which is beyond 9,007,199,254,740,992"),
+        ("run.max_iters=1e308", "a whole number or null, got 1e+308 (a number), which is beyond 9,007,199,254,740,992"),
+        ("run.lr_layer_decay=1.5", "run.lr_layer_decay: expected 1 or less, got 1.5"),
+        ("run.num_workers=5000", "run.num_workers: expected 1024 or less, got 5000"),
+        ("run.valid_splits=[../x]", "run.valid_splits: expected plain names"),
+        (
+            "run.train_dataset_ratios={5: 1}",
+            "run.train_dataset_ratios: expected a mapping, got {5: 1} (a mapping): its",
+        ),
+        ("datasets={../x: {builder: shapes_caption}}", "datasets.../x: results are filed under it: expected a name of"),
+        ("datasets={5: {}}", "datasets.5: results are filed under it: expected a name of"),
+        (
+            "datasets.shapes_caption.text_processor=5",
+            "text_processor: expected a mapping with the blocks train and eval",
+        ),
+        ("datasets.shapes_caption.vis_processor.train.name=[1]", "expected a mapping with the processor's name, got"),
+        ("model.med_config_path=[1]", "model.med_config_path: expected a path, got [1]"),
+        ("imports=['..']", "imports: expected a list of module names such as my_project.models, got ['..']"),
+        ("imports=['']", "imports: expected a list of module names such as my_project.models, got ['']"),
         ("run.max_epochs=3", "--options: run.max_epochs: unknown key. Did you mean 'max_epoch'"),
         ("run.num_beam=3", "run.num_beam: unknown key. Did you mean 'num_beams'"),
         ("model.image_sise=3", "model.image_sise: unknown key. Did you mean 'image_size'"),
