@@ -117,7 +117,7 @@ def refuse_compressed(path: Path) -> None:
     """Raise ValueError for a zip file with compressed entries: torch stores them plainly, and a small file could
     inflate to more than the memory.
     """
-    if not zipfile.is_zipfile(path):
+    if path.suffix == ".safetensors" or not is_mappable(path):
         return
     try:
         with zipfile.ZipFile(path) as archive:
