@@ -17,13 +17,13 @@ from lavis_lite.errors import InputError, InputTypeError
 
 IGNORE_ALPHA = "ignore_alpha"
 """The background that is none: transparency is dropped, and what colour lies under it shows, as in LAVIS."""
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
-"""Pillow's names of what is opened; an MPO is a JPEG as phones write it."""
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""Pillow's names of what is opened."""
 MAX_PIXELS = 120_000_000
 """More pixels are refused before they are decoded: a file of 20 kB can hold them. (Phones take 108,000,000.)"""
 
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
-"""What Pillow raises about a broken file."""
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, RuntimeError, struct.error, zlib.error)
+"""What Pillow raises about a broken file (RuntimeError: about an AVIF)."""
 
 
 def open_file(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -187,6 +187,12 @@ def test_exif_orientation_is_ignored(tmp_path: Path, picture: Image.Image) -> No
     assert open_image(tmp_path / "turned.jpg").size == (30, 20)
 
 
+def test_a_jpeg_of_several_pictures_gives_the_first(tmp_path: Path, picture: Image.Image) -> None:
+    """An MPO, as phones write it."""
+    picture.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[Image.new("RGB", picture.size)])
+    assert abs(colours(open_image(tmp_path / "a.jpg"))[2, 2].astype(int) - (200, 40, 40)).max() < 12
+
+
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UnreadableSample, match=r"not found: .*nowhere\.jpg.*LAVIS_LITE_DATA"):
         open_image(tmp_path / "nowhere.jpg")

@@ -23,6 +23,7 @@ from lavis_lite.datasets.image import open_image
 from lavis_lite.errors import UserError
 from lavis_lite.frames import decode
 from lavis_lite.models.tokenizers import blip2_tokenizer, blip_tokenizer, tokenize
+from lavis_lite.pixels import formats
 from lavis_lite.processors import load_processor
 
 BASE = """model: {arch: blip_caption, model_type: tiny}
@@ -261,7 +262,11 @@ def pictures() -> dict[str, bytes]:
         ("tif", "RGB", {"compression": "tiff_lzw"}),
         ("ppm", "RGB", {}),
         ("webp", "RGBA", {}),
+        ("avif", "RGBA", {}),
+        ("jp2", "RGB", {}),
     ]:
+        if suffix == "avif" and "AVIF" not in formats():
+            continue
         image = Image.frombytes("RGBA", (13, 11), noise)
         if mode == "F":
             image = image.convert("F")
@@ -273,7 +278,7 @@ def pictures() -> dict[str, bytes]:
         stream = io.BytesIO()
         image.save(
             stream,
-            {"jpg": "JPEG", "tif": "TIFF"}.get(suffix, suffix.upper()),
+            {"jpg": "JPEG", "tif": "TIFF", "jp2": "JPEG2000"}.get(suffix, suffix.upper()),
             **more,
             **({"append_images": frames} if frames else {}),
         )
