@@ -24,14 +24,15 @@ from lavis_lite.pixels import BROKEN, open_file, to_rgb
 
 ShortClips = Literal["repeat", "error"]
 """What becomes of a clip with fewer frames than are wanted."""
+MAX_FRAMES = 10_000
 UNKNOWN_SIZE = 0xFFFFFFFF
 """What stands for the size of a RIFF file that was written as a stream."""
 
 
-def at_least_one(num_frames: int) -> int:
-    """`num_frames`; ValueError if that is below 1."""
-    if num_frames < 1:
-        raise InputError(f"num_frames must be 1 or more, got {num_frames}")
+def check_num_frames(num_frames: int) -> int:
+    """Return `num_frames`; raise ValueError if it is not 1 to `MAX_FRAMES`."""
+    if not 1 <= num_frames <= MAX_FRAMES:
+        raise InputError(f"num_frames must be 1 to {MAX_FRAMES:,}, got {num_frames}")
     return num_frames
 
 
@@ -46,11 +47,11 @@ def sampled(num_there: int, num_frames: int, *, source: object, short_clips: Sho
     """Return the numbers floor(i x num_there / num_frames) of the frames to take, in time order.
 
     A source with fewer frames repeats them, or with `short_clips="error"` raises UnreadableSample, as one without any
-    does. Raises ValueError if `num_frames` is below 1.
+    does. Raises ValueError if `num_frames` is below 1 or above `MAX_FRAMES`.
     """
     if not num_there:
         raise UnreadableSample(f"{source} has no frames")
-    if num_there < at_least_one(num_frames) and check_short_clips(short_clips) == "error":
+    if num_there < check_num_frames(num_frames) and check_short_clips(short_clips) == "error":
         raise UnreadableSample(
             f"{source} has {num_there} frames, and num_frames={num_frames}: lower num_frames, or set short_clips: "
             "repeat"
@@ -73,7 +74,7 @@ def decode(path: str | Path, num_frames: int, *, short_clips: ShortClips = "repe
     if not file.is_file():
         raise MissingFileError(f"video file not found: {path}")
 
-    at_least_one(num_frames)
+    check_num_frames(num_frames)
 
     def choose(num_there: int) -> list[int]:
         return sampled(num_there, num_frames, source=f"video file {path}", short_clips=short_clips)

@@ -20,7 +20,7 @@ from lavis_lite.datasets.instruct_jsonl import PLACE, read_instructions
 from lavis_lite.datasets.templates import GAP, Templates, load_templates
 from lavis_lite.datasets.video import read_frames
 from lavis_lite.errors import InputError
-from lavis_lite.frames import ShortClips, at_least_one, check_short_clips
+from lavis_lite.frames import ShortClips, check_num_frames, check_short_clips
 from lavis_lite.registry import did_you_mean, registry
 from lavis_lite.wording import joined_words, lettered, letters
 
@@ -64,7 +64,7 @@ class InstructDataset(BaseDataset):
             if value not in known:
                 raise InputError(f"no {name} {value!r}. {did_you_mean(value, known)}")
         self.reader, self.templates, self.training = reader, templates, training
-        self.num_frames, self.short_clips = at_least_one(num_frames), check_short_clips(short_clips)
+        self.num_frames, self.short_clips = check_num_frames(num_frames), check_short_clips(short_clips)
         self.answer_choice, self.candidate_format = answer_choice, candidate_format
         self.gaps = {gap: text for text in templates.used(training=training) for gap in GAP.findall(text)}
         super().__init__(

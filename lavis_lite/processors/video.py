@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from lavis_lite.errors import InputTypeError
-from lavis_lite.frames import ShortClips, at_least_one, check_short_clips, decode, processed, sampled
+from lavis_lite.frames import ShortClips, check_num_frames, check_short_clips, decode, processed, sampled
 from lavis_lite.processors.image import BlipImageEvalProcessor, BlipImageTrainProcessor, ImageProcessor
 from lavis_lite.registry import registry
 
@@ -23,7 +23,7 @@ class VideoProcessor(ImageProcessor):
         self, *, num_frames: int = 4, short_clips: ShortClips = "repeat", image_size: int = 224, **image: Any
     ) -> None:
         super().__init__(image_size=image_size, **image)
-        self.num_frames, self.short_clips = at_least_one(num_frames), check_short_clips(short_clips)
+        self.num_frames, self.short_clips = check_num_frames(num_frames), check_short_clips(short_clips)
 
     def __call__(self, video: str | Path | Sequence[Image.Image]) -> torch.Tensor:
         """A video file or its frames in time order -> float32 (3, num_frames, image_size, image_size).
