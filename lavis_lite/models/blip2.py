@@ -182,7 +182,7 @@ class Blip2Qformer(Blip2Matching):
 
     def compute_sim_matrix(self, loader: DataLoader, k_test: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores (images, texts) and (texts, images) of an evaluation set, -100 where not among the `k_test` most
-        similar.
+        similar; with `k_test` 0 the similarities of all pairs.
         """
 
         def encode_image(image: Tensor) -> tuple[Tensor, Tensor]:

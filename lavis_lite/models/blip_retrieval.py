@@ -12,7 +12,7 @@ from lavis_lite.models.base import Output
 from lavis_lite.models.blip_base import gathered_ids, ramp, text_list
 from lavis_lite.models.blip_momentum import BlipMomentum
 from lavis_lite.models.reranking import Retriever, similarity_matrices
-from lavis_lite.nn.losses import same_id_targets
+from lavis_lite.nn.losses import same_id_targets, similarity
 from lavis_lite.registry import registry
 
 
@@ -50,14 +50,14 @@ class BlipRetrieval(BlipMomentum):
 
     def compute_sim_matrix(self, loader: DataLoader, k_test: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores (images, texts) and (texts, images) of an evaluation set, -100 where not among the `k_test` most
-        similar.
+        similar; with `k_test` 0 the similarities of all pairs.
         """
         retriever = Retriever(
             device=self.device,
             tokenize=partial(self.tokenize, max_length=self.max_txt_len),
             encode_text=self.encode_text,
             encode_image=self.encode_image,
-            similarity=lambda image_feat, text_feat: image_feat @ text_feat.t(),
+            similarity=similarity,
             project_context=self.text_encoder.project_context,
             matching_logits=self.matching_logits,
         )

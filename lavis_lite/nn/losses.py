@@ -35,6 +35,14 @@ def soft_cross_entropy(logits_BN: Tensor, targets_BN: Tensor) -> Tensor:
     return -(F.log_softmax(logits_BN, dim=1) * targets_BN).sum(dim=1).mean()
 
 
+def similarity(images_BD: Tensor, texts_ND: Tensor) -> Tensor:
+    """Likeness of each image to each text: (B,N). Always in float32: rounded to bf16, many texts would be equally
+    alike.
+    """
+    with torch.autocast(images_BD.device.type, enabled=False):
+        return images_BD.float() @ texts_ND.float().t()
+
+
 def best_query_similarity(queries_BQD: Tensor, texts_ND: Tensor) -> Tensor:
     """An image's likeness to a text is that of its best query: (B,N) (BLIP-2, section 3.1). Always in float32, since
     the temperature magnifies rounding.
