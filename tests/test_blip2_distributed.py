@@ -13,6 +13,7 @@ from test_blip2 import SIZES, build, images
 from test_dist import launch
 
 from lavis_lite import dist
+from lavis_lite.nn.losses import matching_loss
 from lavis_lite.registry import registry
 
 TEXTS = ["a red square", "the black cat is sitting", "a red circle is", "a red circle is"]
@@ -90,7 +91,7 @@ def stage1_step(model: Any, parallel: Any, name: str, rows: slice) -> dict[str, 
     output = parallel(batch)
     output["loss"].backward()
     return {
-        **{key: dist.all_reduce_mean(value) for key, value in output.items()},
+        **{key: dist.all_reduce_mean(value) for key, value in output.items() if not key.startswith("cos_")},
         **{key: p.grad for key, p in model.named_parameters() if p.grad is not None},
     }
 
@@ -107,7 +108,8 @@ def blip_step(rows: slice) -> dict[str, Any]:
     ids, mask = model.tokenize(batch["text_input"])
     pool = model.pool(tokens, ids, mask, image_feat, model.encode_text(ids, mask))
     negatives = tuple(n[rows] for n in NEGATIVES)
-    loss = model.matching_loss(tokens, ids, mask, pool, negatives, model.text_encoder.project_context(tokens))
+    context = model.text_encoder.project_context(tokens)
+    loss = matching_loss(model.pair_logits(tokens, ids, mask, pool, negatives, context), len(ids))
     loss.backward()
     gradients = {key: dist.all_reduce_mean(p.grad) for key, p in model.named_parameters() if p.grad is not None}
     return {"loss": dist.all_reduce_mean(loss), **gradients}

@@ -93,8 +93,8 @@ def negative_weights(logits_BN: Tensor, is_positive_BN: Tensor) -> Tensor:
     return logits_BN.masked_fill(is_positive_BN, torch.finfo(logits_BN.dtype).min).softmax(dim=1)
 
 
-def matching_labels(num_positive: int, num_negative: int, device: torch.device) -> Tensor:
-    """Labels of the image-text matching batch: the positives first."""
-    labels = torch.zeros(num_positive + num_negative, dtype=torch.long, device=device)
+def matching_loss(logits: Tensor, num_positive: int) -> Tensor:
+    """Cross-entropy of the matching head's logits (rows, 2), of which the first `num_positive` are of pairs."""
+    labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
     labels[:num_positive] = 1
-    return labels
+    return F.cross_entropy(logits, labels)

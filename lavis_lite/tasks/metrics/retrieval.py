@@ -55,9 +55,7 @@ def known_ranks(k_test: int, num_candidates: int) -> list[int]:
     return [k for k in RANKS if k_test == 0 or k <= k_test or k_test >= num_candidates]
 
 
-def _recalls(
-    scores: np.ndarray, right: Sequence[Sequence[int]], *, num_candidates: int, name: str
-) -> dict[int, float]:
+def _recalls(scores: np.ndarray, right: Sequence[Sequence[int]], *, num_candidates: int, name: str) -> dict[int, float]:
     scores = np.asarray(scores)
     if scores.shape != (len(right), num_candidates):
         raise InputError(
