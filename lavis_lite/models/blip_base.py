@@ -131,7 +131,10 @@ class BlipBase(BaseModel):
             if name.endswith(".pos_embed"):
                 state[name] = interpolate_pos_embed(state[name], own[name].shape[1])
             elif name.endswith("_queue") and own[name].shape != state[name].shape:
-                logger.info(f"{name} of shape {tuple(state[name].shape)} is left out: the queue starts anew")
+                length = own[name].shape[-1]
+                logger.info(
+                    f"{name} of shape {tuple(state[name].shape)} is left out: this model's has {length} columns"
+                )
                 del state[name]
         if own.keys() & {"queue_ptr"} and not {"image_queue", "text_queue"} <= state.keys():
             state.pop("queue_ptr", None)
