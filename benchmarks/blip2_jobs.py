@@ -29,7 +29,7 @@ from lavis_lite.models.blip2_base import PRECISIONS
 from lavis_lite.nn.attention import Context
 from lavis_lite.nn.llm import LanguageModel, Prefix
 from lavis_lite.nn.llm_sources import PACKAGED, WEIGHT_FILES
-from lavis_lite.nn.losses import IGNORED, matching_labels
+from lavis_lite.nn.losses import IGNORED
 from lavis_lite.registry import registry
 
 LANGUAGE_MODELS = {"opt": ("opt-2.7b", "tiny_opt"), "t5": ("flan-t5-xl", "tiny_t5")}
@@ -170,20 +170,18 @@ def recomputing(model: Any) -> Any:
     matches.
     """
     plain = copy.copy(model)
-    plain.matching_loss = partial(matching_loss_of_pairs, plain)
+    plain.pair_logits = partial(logits_of_pairs, plain)
     return plain
 
 
-def matching_loss_of_pairs(
+def logits_of_pairs(
     model: Any, tokens: Tensor, context: Context, texts: Texts, negatives: tuple[Tensor, Tensor]
 ) -> Tensor:
-    """The matching loss the plain way: each of the three sets of pairs has its images' tokens."""
+    """The matching head's logits the plain way: each of the three sets of pairs has its images' tokens."""
     negative_image, negative_text = negatives
     ids, mask = stack_texts(texts, texts, (texts[0][negative_text], texts[1][negative_text]))
     images = model.Qformer.project_context(torch.cat([tokens, tokens[negative_image], tokens]))
-    num_samples = len(tokens)
-    labels = matching_labels(num_samples, 2 * num_samples, tokens.device)
-    return F.cross_entropy(model.matching_logits(ids, mask, images), labels)
+    return model.matching_logits(ids, mask, images)
 
 
 def llm_jobs(part: str, arguments: argparse.Namespace, image: Tensor) -> Iterator[Job]:

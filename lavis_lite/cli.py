@@ -138,11 +138,14 @@ def run_job(cfg: Config) -> dict[str, Any]:
 def dry_run(cfg: Config) -> None:
     """Print the merged configuration, parameter and sample counts; the model is built on the meta device."""
     from lavis_lite import dist
+    from lavis_lite.models.base import starting_points
 
     dist.init(cfg.run.device)
     try:
         task = registry.get_task_class(cfg.run.task)(**cfg.task)
         model = build_without_weights(cfg.model)
+        if start := starting_points(cfg.model):
+            model.check_start(**start)
         datasets = task.build_datasets(cfg)
         if dist.is_main():
             print(report(cfg, model, datasets, num_processes=dist.world_size()))

@@ -20,6 +20,7 @@ MODEL_KEYS: Schema = {
     "model_type": Parameter(str | None),
     "init_vit": Parameter(str | None),
     "init_text": Parameter(str | None),
+    "init_text_token_type": Parameter(bool),
     "pretrained": Parameter(str | None),
     "finetuned": Parameter(str | None),
     "load_pretrained": Parameter(bool),

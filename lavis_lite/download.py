@@ -7,6 +7,7 @@ Surprising: a URL may carry its file's checksum, `https://host/x.pth#sha256=<64 
 """
 
 import base64
+import difflib
 import email.message
 import hashlib
 import http.client
@@ -30,6 +31,8 @@ CHUNK = 2**20
 MAX_NAME = 100
 """Characters of a URL's file name that a cached file keeps; file systems allow 255 in all."""
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+LOOSE_HUB_ID = re.compile(rf"[\w-][\w.-]*|{HUB_ID.pattern}")
+"""Some old repositories, such as `bert-base-uncased`, have no owner."""
 WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 
 
@@ -56,6 +59,29 @@ def is_folder(source: str | Path) -> bool:
     return path.suffix not in WEIGHT_SUFFIXES and HUB_ID.fullmatch(str(source)) is not None
 
 
+def local_folder(source: str | Path, *, what: str = "folder", give: str = "give a folder or a hub id") -> Path | None:
+    """The folder on this machine, or None where `source` is a hub id: `name` or `owner/name`.
+
+    A path that is not there is never taken for a hub id: one that begins with `/`, `.` or `~`, has several levels, ends
+    like a weight file, or whose first part is a folder here. `what` and `give` are the error's first and last words.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    name, path = str(source), Path(source).expanduser()
+    if path.is_dir():
+        return path
+    is_inside = path.parent != Path(".") and path.parent.is_dir()
+    is_id = LOOSE_HUB_ID.fullmatch(name) and path.suffix not in WEIGHT_SUFFIXES
+    if is_id and not is_inside and not path.exists():
+        return None
+    problem = "is a file, not a folder" if path.exists() else "does not exist"
+    there = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir()) if is_inside else []
+    near = difflib.get_close_matches(path.name, there, n=3) or there[:5]
+    listing = f" ({path.parent} has {', '.join(near)})" if near else ""
+    raise MissingFileError(f"{what} {name} {problem}{listing}; relative paths start at {Path.cwd()}: {give}")
+
+
 def fetch_folder(source: str | Path) -> Path:
     """A local folder as it is, or the folder of a hub id's weights, configuration and processors in the hub's cache.
 
@@ -63,11 +89,9 @@ def fetch_folder(source: str | Path) -> Path:
         FileNotFoundError: no such folder; or it is not cached and LAVIS_LITE_OFFLINE is set.
         ConnectionError: the hub cannot be reached or has no such repository.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if not is_folder(source):
-        raise MissingFileError(f"no folder {path} (relative paths start at {Path.cwd()})")
+    folder = local_folder(source)
+    if folder is not None:
+        return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

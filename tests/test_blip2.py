@@ -298,6 +298,15 @@ def test_reranked_scores_by_hand(model: Any) -> None:
     torch.testing.assert_close(torch.as_tensor(everything), whole, rtol=1e-4, atol=1e-5)
 
 
+def test_contrast_alone_is_the_similarity(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = images(4)
+    sims = torch.tensor([[score_by_hand(one, text)[0] for text in GALLERY_TEXTS] for one in image])
+    monkeypatch.setattr(model, "matching_logits", None)  # the head is not called
+    i2t, t2i = model.compute_sim_matrix(Gallery(image, GALLERY_TEXTS), k_test=0)
+    torch.testing.assert_close(torch.as_tensor(i2t), sims, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.as_tensor(t2i), sims.t(), rtol=1e-4, atol=1e-5)
+
+
 def test_match_logits_are_averaged_in_float32_under_autocast() -> None:
     """Rounded to bf16, scores of different texts are often equal, and retrieval ranks them by chance."""
     matcher = build("blip2_image_text_matching")
@@ -330,5 +339,5 @@ def test_clear_errors(model: Any) -> None:
         matcher({"image": images(), "text_input": TEXTS}, match_head="both")
     with pytest.raises(ValueError, match="2 texts were given for 3 images"):
         model({"image": images(), "text_input": TEXTS[:2]})
-    with pytest.raises(ValueError, match="k_test 0"):
-        model.compute_sim_matrix(Gallery(images(4), GALLERY_TEXTS), k_test=0)
+    with pytest.raises(ValueError, match="k_test -1 must be 0"):
+        model.compute_sim_matrix(Gallery(images(4), GALLERY_TEXTS), k_test=-1)

@@ -13,6 +13,7 @@ from test_blip2 import SIZES, build, images
 from test_dist import launch
 
 from lavis_lite import dist
+from lavis_lite.nn.losses import matching_loss
 from lavis_lite.registry import registry
 
 TEXTS = ["a red square", "the black cat is sitting", "a red circle is", "a red circle is"]
@@ -24,6 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "whole_gradient": {"freeze_vit": False, "gather_with_grad": True},
     "image_ids": {"freeze_vit": False},
 }
+CONTRASTIVE = ("blip_pretrain", "blip_retrieval")
 UNEVEN = {"sizes": (3, 1), "index": ([3, 0, 3], [1, 3, 2, 2, 0])}
 EMPTY = {"sizes": (0, 2), "index": ([1, 0], [])}
 
@@ -86,11 +88,11 @@ def stage1(name: str) -> Any:
 def stage1_step(model: Any, parallel: Any, name: str, rows: slice) -> dict[str, Any]:
     """Losses and gradients of one step with the given negatives."""
     batch = samples(rows) | ({"image_id": IDS[rows]} if name == "image_ids" else {})
-    model.draw_negatives = lambda i2t, t2i, is_positive: tuple(n[rows] for n in NEGATIVES)
+    model.draw_negatives = lambda *arguments, **settings: tuple(n[rows] for n in NEGATIVES)
     output = parallel(batch)
     output["loss"].backward()
     return {
-        **{key: dist.all_reduce_mean(value) for key, value in output.items()},
+        **{key: dist.all_reduce_mean(value) for key, value in output.items() if not key.startswith("cos_")},
         **{key: p.grad for key, p in model.named_parameters() if p.grad is not None},
     }
 
@@ -107,10 +109,21 @@ def blip_step(rows: slice) -> dict[str, Any]:
     ids, mask = model.tokenize(batch["text_input"])
     pool = model.pool(tokens, ids, mask, image_feat, model.encode_text(ids, mask))
     negatives = tuple(n[rows] for n in NEGATIVES)
-    loss = model.matching_loss(tokens, ids, mask, pool, negatives, model.text_encoder.project_context(tokens))
+    context = model.text_encoder.project_context(tokens)
+    loss = matching_loss(model.pair_logits(tokens, ids, mask, pool, negatives, context), len(ids))
     loss.backward()
     gradients = {key: dist.all_reduce_mean(p.grad) for key, p in model.named_parameters() if p.grad is not None}
     return {"loss": dist.all_reduce_mean(loss), **gradients}
+
+
+def contrast_step(arch: str, rows: slice) -> dict[str, Any]:
+    """BLIP's whole step with contrast within the batch, as `stage1_step`."""
+    torch.manual_seed(3)
+    sizes = {"vit": {**SIZES["vit"], "width": 16}, "med": dict(SIZES["qformer"])}
+    model = registry.get_model_class(arch)(
+        image_size=16, queue_size=0, tokenizer=SIZES["tokenizer"], negative_all_rank=True, momentum=0.9, **sizes
+    ).eval()
+    return stage1_step(model, dist.data_parallel(model)[0], "image_ids", rows)
 
 
 def body(folder: Path) -> None:
@@ -127,6 +140,8 @@ def body(folder: Path) -> None:
         parallel, _ = dist.data_parallel(model)
         torch.save(stage1_step(model, parallel, name, rows), f"{name}{rank}.pt")
     torch.save(blip_step(rows), f"blip{rank}.pt")
+    for arch in CONTRASTIVE:
+        torch.save(contrast_step(arch, rows), f"{arch}{rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +177,15 @@ def test_blip_matches_with_negatives_of_all_ranks(folder: Path) -> None:
     expected = blip_step(slice(0, 4))
     assert any(key.startswith("visual_encoder.") for key in expected)
     assert_same_step(folder, "blip", expected)
+
+
+@pytest.mark.parametrize("arch", CONTRASTIVE)
+def test_contrast_within_the_batch_is_with_all_ranks(folder: Path, arch: str) -> None:
+    """Loss, accuracy and gradients of two ranks are those of one process; two of the four samples are of one image."""
+    expected = contrast_step(arch, slice(0, 4))
+    assert expected["chance_itc"] == pytest.approx(6 / 16 if arch == "blip_retrieval" else 4 / 16)
+    assert any(key.startswith("visual_encoder.") for key in expected)
+    assert_same_step(folder, arch, {key: value.detach() for key, value in expected.items()})
 
 
 def test_alone_ranks_need_not_keep_step(folder: Path) -> None:

@@ -25,7 +25,7 @@ from lavis_lite import checkpoint, download, weights
 from lavis_lite.datasets.base import locate
 from lavis_lite.datasets.templates import load_templates
 from lavis_lite.models import from_pretrained, load_model
-from lavis_lite.models.initialise import bert_weights, qformer_bert_weights, vit_weights
+from lavis_lite.models.initialise import vit_weights
 from lavis_lite.models.tokenizers import load_tokenizer
 from lavis_lite.nn.llm_loading import load_language_model
 from lavis_lite.nn.llm_sources import is_composite, language_model_config, load_llm_tokenizer
@@ -125,7 +125,7 @@ def load_opt(folder: Path) -> None:
     load_language_model(folder, dtype=torch.float32)
 
 
-BIN_LOADERS = [("bert", bert_weights), ("bert", qformer_bert_weights), ("opt", load_opt), ("opt", weights.open_state)]
+BIN_LOADERS = [("bert", weights.open_state), ("opt", load_opt), ("opt", weights.open_state)]
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["zip", "plain pickle"])
@@ -235,9 +235,9 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "language model's config": lambda: language_model_config("nobody/opt"),
     "is it a BLIP-2": lambda: is_composite("nobody/opt"),
     "language model": lambda: load_language_model("nobody/opt", dtype=torch.float32),
-    "init_text of BLIP": lambda: bert_weights("nobody/bert"),
-    "init_text of BLIP-2": lambda: qformer_bert_weights("nobody/bert"),
-    "init_text's file": lambda: qformer_bert_weights(f"{URL}.pth"),
+    "init_text of BLIP": lambda: load_model("blip_pretrain", "tiny", init_text="nobody/bert"),
+    "init_text of BLIP-2": lambda: load_model("blip2", "tiny", init_text="nobody/bert"),
+    "init_text's file": lambda: load_model("blip2", "tiny", init_text=f"{URL}.pth"),
     "init_vit": lambda: vit_weights("vit_base_patch16_224", torch.zeros(1, 5, 8)),
     "timm encoder": lambda: timm_weights("vit_base_patch16_224"),
     "timm encoder of a tag": lambda: timm_weights("test_vit.r160_in1k"),
@@ -311,5 +311,5 @@ def test_the_recorded_tokenizers_name_no_path() -> None:
         model = sentencepiece_model_pb2_new.ModelProto()
         model.ParseFromString(path.read_bytes())
         assert (list(model.trainer_spec.input), model.trainer_spec.model_prefix) == (["corpus.txt"], "tiny")
-        vocabulary = load_tokenizer(str(path.parent)).get_vocab()
+        vocabulary = load_llm_tokenizer(str(path.parent)).get_vocab()
         assert all(vocabulary[piece.piece] == number for number, piece in enumerate(model.pieces))

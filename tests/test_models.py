@@ -365,3 +365,32 @@ def test_a_checkpoint_with_foreign_parts_warns(tmp_path: Path, caplog: pytest.Lo
     assert "make sure" not in caplog.text
     build("blip_caption", checkpoint=str(tmp_path / "vqa.pth"))
     assert "also has text_encoder, which BlipCaption has not" in caplog.text
+
+
+class Gallery:
+    """Images two a batch, as a retrieval loader yields them."""
+
+    def __init__(self, image: Tensor, text: list[str]) -> None:
+        self.image, self.text, self.dataset = image, text, self
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return ({"image": self.image[part], "index": part} for part in torch.arange(len(self)).split(2))
+
+
+def test_retrieval_by_contrast_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scores are the cosines of the features, also under autocast, where rounded ones would be tied."""
+    model = build("blip_retrieval", embed_dim=16, queue_size=0).eval()
+    image, texts = pictures(5), ["a red circle", "a blue star", "yes"]
+    monkeypatch.setattr(model, "matching_logits", None)  # the head is not called
+    with torch.no_grad():
+        features = model.encode_image(image)[1], model.encode_text(*model.tokenize(texts, max_length=35))
+        expected = features[0] @ features[1].t()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rough = model.compute_sim_matrix(Gallery(image, texts), k_test=0)[0]
+    i2t, t2i = model.compute_sim_matrix(Gallery(image, texts), k_test=0)
+    torch.testing.assert_close(torch.as_tensor(i2t), expected)
+    torch.testing.assert_close(torch.as_tensor(t2i), expected.t())
+    assert not torch.equal(torch.as_tensor(rough), torch.as_tensor(rough).bfloat16().float())

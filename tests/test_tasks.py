@@ -390,6 +390,45 @@ def test_retrieval_writes_the_best(tmp_path: Path) -> None:
         RetrievalTask().evaluate(model, loader(captions()), split="test", result_dir=tmp_path)
 
 
+class Ranked(Toy):
+    """Ranks eleven images and their texts by place, each its own first; only the `k_test` best are ranked."""
+
+    def compute_sim_matrix(self, data: DataLoader, k_test: int) -> tuple[np.ndarray, np.ndarray]:
+        scores = np.full((11, 11), -100, dtype=np.float32)
+        for row in range(11):
+            for place in range(k_test or 11):
+                scores[row, (row + place) % 11] = -place
+        return scores, scores
+
+
+@pytest.mark.parametrize(("k_test", "known"), [(0, (1, 5, 10)), (1, (1,)), (5, (1, 5)), (10, (1, 5, 10))])
+def test_recall_beyond_the_ranked_candidates_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, k_test: int, known: tuple[int, ...]
+) -> None:
+    """The means are of the recalls that are there: each query's right answer comes third, so R@1 is 0, the rest 100."""
+    texts = [str(i) for i in range(11)]
+    answers = [[(i + 2) % 11] for i in range(11)]
+    images = [(i - 2) % 11 for i in range(11)]
+    dataset = Items([{"image": f"{i}.jpg"} for i in range(11)], text=texts, txt2img=images, img2txt=answers)
+    metrics = RetrievalTask(k_test=k_test).evaluate(Ranked(), loader(dataset), split="test", result_dir=tmp_path)
+    mean = sum(100.0 for k in known if k > 1) / len(known)
+    assert {f"txt_r{k}" for k in (1, 5, 10)} & metrics.keys() == {f"txt_r{k}" for k in known}
+    assert {f"img_r{k}" for k in (1, 5, 10)} & metrics.keys() == {f"img_r{k}" for k in known}
+    assert metrics["txt_r_mean"] == metrics["agg_metrics"] == pytest.approx(mean)
+    assert ("txt_r10, img_r" in caplog.text) == (10 not in known)
+    assert (f"run.k_test={k_test} ranks {k_test} candidates" in caplog.text) == (len(known) < 3)
+    written = json.loads((tmp_path / "test_retrieval.json").read_text())
+    assert {len(best) for best in written["top_texts_of_image"]} == {min(k_test or 10, 10)}
+
+
+def test_few_candidates_are_all_ranked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    records = [{"image": "a.jpg"}, {"image": "b.jpg"}]
+    dataset = Items(records, text=["eins", "zwei", "drei"], txt2img=[0, 0, 1], img2txt=[[0, 1], [2]])
+    metrics = RetrievalTask(k_test=3).evaluate(Gallery(), loader(dataset), split="test", result_dir=tmp_path)
+    assert metrics["txt_r10"] == metrics["img_r10"] == 100.0
+    assert "left out" not in caplog.text
+
+
 def test_classification_accuracy(tmp_path: Path) -> None:
     dataset = Items([{"label": 0}, {"label": 1}, {"label": 1}])
     metrics = MultimodalClassificationTask().evaluate(Toy(), loader(dataset), split="dev", result_dir=tmp_path)
@@ -456,7 +495,7 @@ def test_mistaken_settings_are_named() -> None:
         (VQATask, {"prompt": "Answer:"}, "prompt"),
         (VQATask, {"accuracy": "evalai"}, "accuracy"),
         (VQATask, {"inference_method": "beam"}, "rank"),
-        (RetrievalTask, {"k_test": 0}, "k_test"),
+        (RetrievalTask, {"k_test": -1}, "k_test"),
     ):
         with pytest.raises(ValueError, match=words):
             cls(**arguments)

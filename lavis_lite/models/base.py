@@ -53,8 +53,8 @@ class BaseModel(nn.Module):
         """
         model = cls(**{key: value for key, value in cfg.items() if key not in MODEL_KEYS})
         kind, source = chosen_weights(cfg) or (None, None)
-        if kind in (None, "pretrained") and (cfg.get("init_vit") or cfg.get("init_text")):
-            model.start_from(vit=cfg.get("init_vit"), text=cfg.get("init_text"))
+        if start := starting_points(cfg):
+            model.start_from(**start)
         loaded = set() if source is None else model.load_weights(source, initialise=kind == "pretrained")
         model.load_frozen(loaded)
         return model
@@ -71,8 +71,12 @@ class BaseModel(nn.Module):
         parts override it.
         """
 
-    def start_from(self, *, vit: str | None = None, text: str | None = None) -> None:
+    def start_from(self, *, vit: str | None = None, text: str | None = None, add_token_type: bool = True) -> None:
         """Start encoders from weights of another family; models that can override it."""
+        self.check_start(vit=vit, text=text)
+
+    def check_start(self, *, vit: str | None = None, text: str | None = None, add_token_type: bool = True) -> None:
+        """Raise what `start_from` would, as far as sources on this machine tell without reading weights."""
         raise InputError(f"{type(self).__name__} takes no init_vit or init_text; give pretrained or finetuned weights")
 
     def load_weights(self, source: str, *, initialise: bool = False) -> set[str]:
@@ -154,6 +158,15 @@ def inherited_signature(cls: type) -> inspect.Signature:
         if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
             break
     return inspect.Signature(list(found.values()))
+
+
+def starting_points(cfg: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `start_from` for a model section: empty if it names none, or has complete weights to load."""
+    kind, _ = chosen_weights(cfg) or (None, None)
+    if kind not in (None, "pretrained") or not (cfg.get("init_vit") or cfg.get("init_text")):
+        return {}
+    keys = {"vit": "init_vit", "text": "init_text", "add_token_type": "init_text_token_type"}
+    return {argument: cfg[key] for argument, key in keys.items() if cfg.get(key) not in (None, "")}
 
 
 def chosen_weights(cfg: dict[str, Any]) -> tuple[str, str] | None:

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -30,12 +29,13 @@ from lavis_lite.models.blip_base import gathered_ids, project, text_list
 from lavis_lite.models.reranking import Retriever, similarity_matrices
 from lavis_lite.nn.attention import Context, KeyValue
 from lavis_lite.nn.decoding import Step, select_cache
+from lavis_lite.nn.learning import contrast_metrics, matching_accuracy
 from lavis_lite.nn.losses import (
     best_query_similarity,
     contrastive_loss,
     draw_negatives,
     language_modeling_loss,
-    matching_labels,
+    matching_loss,
     negative_weights,
     same_id_targets,
 )
@@ -63,11 +63,13 @@ class Blip2Qformer(Blip2Matching):
         context = self.Qformer.project_context(tokens)
         states, cache = self.Qformer(self.query_tokens, context=context)
 
-        i2t, t2i = self.contrast(project(self.vision_proj, states), self.encode_text(*texts))
+        image_feat, text_feat = project(self.vision_proj, states), self.encode_text(*texts)
+        i2t, t2i = self.contrast(image_feat, text_feat)
         targets = self.targets(samples, len(tokens))
         loss_itc = contrastive_loss(i2t, t2i, targets)
         negatives = self.draw_negatives(i2t, t2i, targets > 0)
-        loss_itm = self.matching_loss(tokens, context, texts, negatives)
+        pairs = self.pair_logits(tokens, context, texts, negatives)
+        loss_itm = matching_loss(pairs, len(tokens))
         loss_lm = self.generation_loss(texts, cache)
         return Output(
             {
@@ -75,6 +77,8 @@ class Blip2Qformer(Blip2Matching):
                 "loss_itc": loss_itc.detach(),
                 "loss_itm": loss_itm.detach(),
                 "loss_lm": loss_lm.detach(),
+                **contrast_metrics(i2t, t2i, targets > 0, image_feat, text_feat, self.temp),
+                "acc_itm": matching_accuracy(pairs, len(tokens)),
             }
         )
 
@@ -103,8 +107,9 @@ class Blip2Qformer(Blip2Matching):
         texts = draw_negatives(negative_weights(i2t, is_positive), is_positive)
         return images, texts
 
-    def matching_loss(self, tokens: Tensor, context: Context, texts: Texts, negatives: tuple[Tensor, Tensor]) -> Tensor:
-        """Match or no match, of the pairs, of each text with a negative image and of each image with a negative text.
+    def pair_logits(self, tokens: Tensor, context: Context, texts: Texts, negatives: tuple[Tensor, Tensor]) -> Tensor:
+        """Match or no match (3B,2), of the pairs, of each text with a negative image and of each image with a negative
+        text.
 
         An image's keys and values serve its own text and the negative one without being copied.
         """
@@ -117,8 +122,7 @@ class Blip2Qformer(Blip2Matching):
         both = stack_texts(texts, fetch_texts(texts, negative_text, max_length=self.max_txt_len))
         ids, mask = (part.unflatten(0, (2, num_samples)).transpose(0, 1).flatten(0, 1) for part in both)
         own = self.matching_logits(ids, mask, context).unflatten(0, (num_samples, 2))
-        logits = torch.cat([own[:, 0], self.matching_logits(*texts, other), own[:, 1]])
-        return F.cross_entropy(logits, matching_labels(num_samples, 2 * num_samples, logits.device))
+        return torch.cat([own[:, 0], self.matching_logits(*texts, other), own[:, 1]])
 
     def generation_loss(self, texts: Texts, cache: Sequence[KeyValue]) -> Tensor:
         """Language-model loss of the texts behind the queries, of which `cache` has the keys and values."""
@@ -182,7 +186,7 @@ class Blip2Qformer(Blip2Matching):
 
     def compute_sim_matrix(self, loader: DataLoader, k_test: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores (images, texts) and (texts, images) of an evaluation set, -100 where not among the `k_test` most
-        similar.
+        similar; with `k_test` 0 the similarities of all pairs.
         """
 
         def encode_image(image: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,16 @@ from lavis_lite.convert import blip2_from_hf, is_hf_blip2
 from lavis_lite.convert.blip2 import fit_vocabularies
 from lavis_lite.errors import InputError
 from lavis_lite.models.base import BaseModel
-from lavis_lite.models.initialise import qformer_bert_weights, start_from
+from lavis_lite.models.initialise import (
+    TextModel,
+    bert_weights,
+    check_bert,
+    check_weight_file,
+    is_weight_file,
+    qformer_weights,
+    start_from,
+    trained_qformer_weights,
+)
 from lavis_lite.models.tokenizers import blip2_tokenizer, tokenize
 from lavis_lite.nn.attention import Context
 from lavis_lite.nn.decoding import DecodingConfig
@@ -179,14 +188,30 @@ class Blip2Base(BaseModel):
             self.visual_encoder.layer_scale(name.removeprefix(prefix), decay) if name.startswith(prefix) else 1.0
         )
 
-    def start_from(self, *, vit: str | None = None, text: str | None = None) -> None:
+    def start_from(self, *, vit: str | None = None, text: str | None = None, add_token_type: bool = True) -> None:
         """The Q-Former starts from a BERT (folder or hub id), or from the trained one of a BLIP-2 file; the queries'
-        feed-forward is a copy of BERT's.
+        feed-forward is a copy of BERT's. `add_token_type` as in `bert_weights`.
         """
+        self.check_start(vit=vit, text=text)
+        if text is None:
+            return
+        if is_weight_file(text):
+            start_from(self, trained_qformer_weights(text), source=text, parts=("Qformer.", "query_tokens"))
+        else:
+            bert = bert_weights(text, self.text_model(), add_token_type=add_token_type)
+            start_from(self, qformer_weights(bert), source=text, parts=("Qformer.",))
+
+    def check_start(self, *, vit: str | None = None, text: str | None = None, add_token_type: bool = True) -> None:
         if vit is not None:
             raise InputError("BLIP-2's image encoder is chosen by model.vit_model and model.vit_weights, not init_vit")
-        if text is not None:
-            start_from(self, qformer_bert_weights(text), source=text)
+        if text is not None and is_weight_file(text):
+            check_weight_file(text, setting="init_text")
+        elif text is not None:
+            check_bert(text, self.text_model())
+
+    def text_model(self) -> TextModel:
+        """What a BERT must have in common with the Q-Former."""
+        return TextModel(sizes=self.Qformer.config, section="qformer", tokenizer=self.tokenizer)
 
     def load_frozen(self, loaded: set[str]) -> None:
         """Fetch the image encoder unless the names `loaded` from a file cover it."""

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from lavis_lite.convert import blip_from_hf, is_hf_blip
 from lavis_lite.errors import InputError
 from lavis_lite.models.base import BaseModel
-from lavis_lite.models.initialise import bert_weights, start_from, vit_weights
+from lavis_lite.models.initialise import (
+    TextModel,
+    bert_weights,
+    blip_text_weights,
+    check_bert,
+    check_weight_file,
+    start_from,
+    vit_weights,
+)
 from lavis_lite.models.tokenizers import blip_tokenizer, tokenize
 from lavis_lite.nn.attention import BertConfig
 from lavis_lite.nn.decoding import DecodingConfig
@@ -89,15 +97,28 @@ class BlipBase(BaseModel):
         prefix = "visual_encoder."
         return lambda name: scale(name.removeprefix(prefix)) if name.startswith(prefix) else 1.0
 
-    def start_from(self, *, vit: str | None = None, text: str | None = None) -> None:
+    def start_from(self, *, vit: str | None = None, text: str | None = None, add_token_type: bool = True) -> None:
         """An ImageNet ViT (timm's name or a file) and/or a BERT (folder or hub id) as in BLIP's pretraining; twins
-        become copies.
+        become copies. `add_token_type` as in `bert_weights`.
         """
         if vit is not None:
-            start_from(self, vit_weights(vit, self.visual_encoder.pos_embed), source=vit)
+            state = vit_weights(vit, self.visual_encoder.pos_embed)
+            start_from(self, state, source=vit, parts=("visual_encoder.",))
         if text is not None:
-            start_from(self, bert_weights(text), source=text)
+            bert = bert_weights(text, self.text_model(), add_token_type=add_token_type)
+            parts = [f"{name}." for name in ("text_encoder", "text_decoder") if hasattr(self, name)]
+            start_from(self, blip_text_weights(bert), source=text, parts=parts)
         self.after_loading({})
+
+    def check_start(self, *, vit: str | None = None, text: str | None = None, add_token_type: bool = True) -> None:
+        if vit is not None:
+            check_weight_file(vit, setting="init_vit")
+        if text is not None:
+            check_bert(text, self.text_model())
+
+    def text_model(self) -> TextModel:
+        """What a BERT must have in common with this model."""
+        return TextModel(sizes=self.text_config(), section="med", tokenizer=self.tokenizer)
 
     def adapt_state_dict(self, state: MutableMapping[str, Tensor]) -> MutableMapping[str, Tensor]:
         """Translate Hugging Face's names, resize position embeddings to this image size, leave out feature queues of
@@ -110,7 +131,10 @@ class BlipBase(BaseModel):
             if name.endswith(".pos_embed"):
                 state[name] = interpolate_pos_embed(state[name], own[name].shape[1])
             elif name.endswith("_queue") and own[name].shape != state[name].shape:
-                logger.info(f"{name} of shape {tuple(state[name].shape)} is left out: the queue starts anew")
+                length = own[name].shape[-1]
+                logger.info(
+                    f"{name} of shape {tuple(state[name].shape)} is left out: this model's has {length} columns"
+                )
                 del state[name]
         if own.keys() & {"queue_ptr"} and not {"image_queue", "text_queue"} <= state.keys():
             state.pop("queue_ptr", None)

@@ -1,5 +1,8 @@
 """Contrast with a momentum twin, feature queues and hard negatives, shared by pretraining and retrieval finetuning.
 
+With `queue_size` 0 the contrast is within the batch: the candidates are the twin's features of all ranks' current
+samples, and nothing older. With a queue they are this rank's samples and the queue, as published.
+
 Surprising: twin, queues and the clamp of the temperature are updated inside `forward`, before the backward pass, as
 the published models were trained; but only where gradients are enabled, so that evaluating a loss changes nothing.
 """
@@ -13,23 +16,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lavis_lite import dist
+from lavis_lite.errors import InputError
 from lavis_lite.models.batches import in_compute_type, stack_texts
 from lavis_lite.models.blip_base import project
 from lavis_lite.models.blip_matching import BlipMatching
 from lavis_lite.nn.attention import Context
-from lavis_lite.nn.losses import draw_negatives, matching_labels, momentum_targets, soft_cross_entropy
+from lavis_lite.nn.learning import TEMPERATURE_LIMITS, contrast_metrics
+from lavis_lite.nn.losses import draw_negatives, momentum_targets, soft_cross_entropy
 from lavis_lite.nn.momentum import copy_parameters, enqueue, update_momentum
 
 TWINS = ("visual_encoder", "text_encoder", "vision_proj", "text_proj")
 
 
 class MomentumFeatures(NamedTuple):
-    """The twin's features of this rank's batch, (B,E) each, and with the queues behind them, (E,N) each."""
+    """The twin's features of this rank's batch, (B,E) each, and of all candidates, (E,N) each: the current batch, of
+    which this rank's first sample is column `start`, and the queues.
+    """
 
     image: Tensor
     text: Tensor
     image_all: Tensor
     text_all: Tensor
+    start: int
+    num_current: int
 
 
 class BlipMomentum(BlipMatching):
@@ -46,6 +55,8 @@ class BlipMomentum(BlipMatching):
         **parts: Any,
     ) -> None:
         super().__init__(embed_dim=embed_dim, **parts)
+        if queue_size < 0:
+            raise InputError(f"model.queue_size: must be 0 (contrast within the batch) or more, got {queue_size}")
         self.momentum, self.alpha, self.negative_all_rank = momentum, alpha, negative_all_rank
         self.temp = nn.Parameter(torch.tensor(0.07))
         for name in TWINS:
@@ -68,7 +79,18 @@ class BlipMomentum(BlipMatching):
         """Keep the temperature within [0.001, 0.5]."""
         if torch.is_grad_enabled():
             with torch.no_grad():
-                self.temp.clamp_(0.001, 0.5)
+                self.temp.clamp_(*TEMPERATURE_LIMITS)
+
+    @property
+    def has_queue(self) -> bool:
+        """Whether older features are candidates too."""
+        return self.image_queue.shape[1] > 0
+
+    def candidates(self, own: Tensor) -> Tensor:
+        """What of the current batch this rank's samples are compared with, along the first dimension: its own samples
+        or, without a queue, all ranks'.
+        """
+        return own if self.has_queue else dist.all_gather(own)
 
     @torch.no_grad()
     def momentum_features(self, image: Tensor, ids: Tensor, mask: Tensor, *, update: bool) -> MomentumFeatures:
@@ -77,29 +99,37 @@ class BlipMomentum(BlipMatching):
             update_momentum(self.twins(), self.momentum)
         image_feat = project(self.vision_proj_m, self.visual_encoder_m(image)[:, 0])
         text_feat = project(self.text_proj_m, self.text_encoder_m(ids, mask)[0][:, 0])
+        images, texts = self.candidates(image_feat).t(), self.candidates(text_feat).t()
         return MomentumFeatures(
             image_feat,
             text_feat,
-            torch.cat([image_feat.t(), self.image_queue], dim=1),
-            torch.cat([text_feat.t(), self.text_queue], dim=1),
+            torch.cat([images, self.image_queue], dim=1),
+            torch.cat([texts, self.text_queue], dim=1),
+            start=0 if self.has_queue else dist.rank() * len(image_feat),
+            num_current=images.shape[1],
         )
 
     def contrastive_loss(
         self, image_feat: Tensor, text_feat: Tensor, twin: MomentumFeatures, hard: Tensor, alpha: float
-    ) -> Tensor:
-        """Image-text contrast against batch and queue with soft labels; `hard` (B,N) are the row-normalised hard
-        targets.
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Image-text contrast against batch and queue with soft labels, and how well it does within the batch; `hard`
+        (B,N) are the row-normalised hard targets.
         """
         with torch.no_grad():
             i2t_targets = momentum_targets(twin.image @ twin.text_all / self.temp, hard, alpha)
             t2i_targets = momentum_targets(twin.text @ twin.image_all / self.temp, hard, alpha)
-        loss_i2t = soft_cross_entropy(image_feat @ twin.text_all / self.temp, i2t_targets)
-        loss_t2i = soft_cross_entropy(text_feat @ twin.image_all / self.temp, t2i_targets)
-        return (loss_i2t + loss_t2i) / 2
+        i2t = image_feat @ twin.text_all / self.temp
+        t2i = text_feat @ twin.image_all / self.temp
+        loss = (soft_cross_entropy(i2t, i2t_targets) + soft_cross_entropy(t2i, t2i_targets)) / 2
+        current = slice(0, twin.num_current)
+        positive = hard[:, current] > 0
+        return loss, contrast_metrics(i2t[:, current], t2i[:, current], positive, image_feat, text_feat, self.temp)
 
     @torch.no_grad()
     def enqueue_features(self, twin: MomentumFeatures, **more: tuple[Tensor, Tensor]) -> None:
-        """Put all ranks' momentum features (and other columns) into the queues."""
+        """Put all ranks' momentum features (and other columns) into the queues, if there are any."""
+        if not self.has_queue:
+            return
         queues = [
             (self.image_queue, dist.all_gather(twin.image).t()),
             (self.text_queue, dist.all_gather(twin.text).t()),
@@ -122,7 +152,7 @@ class BlipMomentum(BlipMatching):
             is_local=False,
         )
 
-    def matching_loss(
+    def pair_logits(
         self,
         tokens: Tensor,
         ids: Tensor,
@@ -131,7 +161,8 @@ class BlipMomentum(BlipMatching):
         negatives: tuple[Tensor, Tensor],
         context: Context,
     ) -> Tensor:
-        """Match or no match, of the pairs, of each text with a negative image and of each image with a negative text.
+        """Match or no match (3B,2), of the pairs, of each text with a negative image and of each image with a negative
+        text.
 
         `negatives` are the drawn rows of the pool, (B,) images and (B,) texts; `context` is that of `tokens`, this
         rank's images.
@@ -142,8 +173,7 @@ class BlipMomentum(BlipMatching):
         else:
             other = self.text_encoder.project_context(dist.fetch_rows(in_compute_type(pool.tokens), negative_image))
         texts = stack_texts((ids, mask), (ids, mask), (pool.ids[negative_text], pool.mask[negative_text]))
-        logits = self.matching_logits(*texts, context.append(other).append(context))
-        return F.cross_entropy(logits, matching_labels(len(ids), 2 * len(ids), logits.device))
+        return self.matching_logits(*texts, context.append(other).append(context))
 
     @torch.no_grad()
     def draw_negatives(

@@ -8,7 +8,8 @@ from lavis_lite.models.base import Output
 from lavis_lite.models.blip_base import ramp, text_list
 from lavis_lite.models.blip_momentum import BlipMomentum
 from lavis_lite.nn.bert import BertLMHeadModel
-from lavis_lite.nn.losses import language_modeling_loss
+from lavis_lite.nn.learning import matching_accuracy
+from lavis_lite.nn.losses import language_modeling_loss, matching_loss
 from lavis_lite.registry import registry
 
 
@@ -33,17 +34,20 @@ class BlipPretrain(BlipMomentum):
         text_feat = self.encode_text(ids, mask)
 
         twin = self.momentum_features(samples["image"], ids, mask, update=update)
-        hard = torch.eye(len(ids), twin.image_all.shape[1], device=tokens.device)
-        loss_itc = self.contrastive_loss(image_feat, text_feat, twin, hard, ramp(samples, self.alpha, num_epochs=2))
+        own = torch.arange(len(ids), device=tokens.device)[:, None]
+        columns = torch.arange(twin.image_all.shape[1], device=tokens.device)
+        hard = (own + twin.start == columns).float()
+        alpha = ramp(samples, self.alpha, num_epochs=2)
+        loss_itc, metrics = self.contrastive_loss(image_feat, text_feat, twin, hard, alpha)
         if update:
             self.enqueue_features(twin)
 
         context = self.text_encoder.project_context(tokens)
         pool = self.pool(tokens, ids, mask, twin.image, twin.text)
-        own = torch.arange(len(ids), device=tokens.device)[:, None] + pool.start
-        positive = own == torch.arange(len(pool.ids), device=tokens.device)
+        positive = own + pool.start == torch.arange(len(pool.ids), device=tokens.device)
         negatives = self.draw_negatives(image_feat, text_feat, pool, positive, floor=1e-4)
-        loss_itm = self.matching_loss(tokens, ids, mask, pool, negatives, context)
+        pairs = self.pair_logits(tokens, ids, mask, pool, negatives, context)
+        loss_itm = matching_loss(pairs, len(ids))
 
         decoder_ids = ids.clone()
         decoder_ids[:, 0] = self.decoder_start
@@ -57,5 +61,7 @@ class BlipPretrain(BlipMomentum):
                 "loss_itc": loss_itc.detach(),
                 "loss_itm": loss_itm.detach(),
                 "loss_lm": loss_lm.detach(),
+                **metrics,
+                "acc_itm": matching_accuracy(pairs, len(ids)),
             }
         )

@@ -12,7 +12,8 @@ from lavis_lite.models.base import Output
 from lavis_lite.models.blip_base import gathered_ids, ramp, text_list
 from lavis_lite.models.blip_momentum import BlipMomentum
 from lavis_lite.models.reranking import Retriever, similarity_matrices
-from lavis_lite.nn.losses import same_id_targets
+from lavis_lite.nn.learning import matching_accuracy
+from lavis_lite.nn.losses import matching_loss, same_id_targets, similarity
 from lavis_lite.registry import registry
 
 
@@ -36,8 +37,9 @@ class BlipRetrieval(BlipMomentum):
         image_id = gathered_ids(samples["image_id"], tokens.device)
 
         twin = self.momentum_features(samples["image"], ids, mask, update=update)
-        hard = same_id_targets(image_id, torch.cat([image_id, self.idx_queue[0]]))
-        loss_itc = self.contrastive_loss(image_feat, text_feat, twin, hard, ramp(samples, self.alpha, num_epochs=2))
+        hard = same_id_targets(image_id, torch.cat([self.candidates(image_id), self.idx_queue[0]]))
+        alpha = ramp(samples, self.alpha, num_epochs=2)
+        loss_itc, metrics = self.contrastive_loss(image_feat, text_feat, twin, hard, alpha)
         if update:
             self.enqueue_features(twin, image_id=(self.idx_queue, image_id))
 
@@ -45,19 +47,28 @@ class BlipRetrieval(BlipMomentum):
         pool_id = image_id if pool.is_local else dist.all_gather(image_id)
         negatives = self.draw_negatives(image_feat, text_feat, pool, image_id[:, None] == pool_id[None, :])
         context = self.text_encoder.project_context(tokens)
-        loss_itm = self.matching_loss(tokens, ids, mask, pool, negatives, context)
-        return Output({"loss": loss_itc + loss_itm, "loss_itc": loss_itc.detach(), "loss_itm": loss_itm.detach()})
+        pairs = self.pair_logits(tokens, ids, mask, pool, negatives, context)
+        loss_itm = matching_loss(pairs, len(ids))
+        return Output(
+            {
+                "loss": loss_itc + loss_itm,
+                "loss_itc": loss_itc.detach(),
+                "loss_itm": loss_itm.detach(),
+                **metrics,
+                "acc_itm": matching_accuracy(pairs, len(ids)),
+            }
+        )
 
     def compute_sim_matrix(self, loader: DataLoader, k_test: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores (images, texts) and (texts, images) of an evaluation set, -100 where not among the `k_test` most
-        similar.
+        similar; with `k_test` 0 the similarities of all pairs.
         """
         retriever = Retriever(
             device=self.device,
             tokenize=partial(self.tokenize, max_length=self.max_txt_len),
             encode_text=self.encode_text,
             encode_image=self.encode_image,
-            similarity=lambda image_feat, text_feat: image_feat @ text_feat.t(),
+            similarity=similarity,
             project_context=self.text_encoder.project_context,
             matching_logits=self.matching_logits,
         )

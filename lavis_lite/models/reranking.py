@@ -49,15 +49,18 @@ class Retriever:
 def similarity_matrices(model: Retriever, loader: DataLoader, k_test: int) -> tuple[np.ndarray, np.ndarray]:
     """Scores (I,T) and (T,I), float32, whole on every rank; a score is the matching logit plus the similarity.
 
-    `loader` yields this rank's images with their `index`; `loader.dataset.text` are all texts.
+    With `k_test` 0 it is the similarity alone, of all pairs: nothing is re-ranked. `loader` yields this rank's images
+    with their `index`; `loader.dataset.text` are all texts.
     """
     num_images, num_texts = len(loader.dataset), len(loader.dataset.text)
-    if k_test < 1:
-        raise InputError(f"k_test {k_test} must be at least 1")
+    if k_test < 0:
+        raise InputError(f"k_test {k_test} must be 0 (the contrast alone) or more")
     texts = [model.tokenize(chunk) for chunk in chunks(loader.dataset.text, TEXTS_PER_STEP)]
     text_feat = torch.cat([model.encode_text(ids, mask) for ids, mask in texts])
-    tokens, index, rows = compare_images(model, loader, text_feat)
+    tokens, index, rows = compare_images(model, loader, text_feat, keep_tokens=k_test > 0)
     sims = whole_rows(rows, index, num_images)
+    if k_test == 0:
+        return sims.cpu().numpy(), sims.t().contiguous().cpu().numpy()
     wanted_i2t = top_mask(sims, min(k_test, num_texts))
     wanted_t2i = top_mask(sims.t(), min(k_test, num_images)).t()
     scores = torch.full((len(index), num_texts), UNRANKED, device=model.device)
@@ -76,16 +79,19 @@ def similarity_matrices(model: Retriever, loader: DataLoader, k_test: int) -> tu
     )
 
 
-def compare_images(model: Retriever, loader: DataLoader, text_feat: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Of this rank's images the tokens, one tensor (S,E) each in main memory, the dataset indices (N,) and the
-    similarities to all texts (N,T); all empty on a rank without images.
+def compare_images(
+    model: Retriever, loader: DataLoader, text_feat: Tensor, *, keep_tokens: bool
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Of this rank's images the tokens (none unless `keep_tokens`), one tensor (S,E) each in main memory, the dataset
+    indices (N,) and the similarities to all texts (N,T); all empty on a rank without images.
     """
     tokens: list[Tensor] = []
     index = [torch.empty(0, dtype=torch.long, device=model.device)]
     sims = [text_feat.new_empty(0, len(text_feat))]
     for batch in loader:
         tokens_BSE, image_feat = model.encode_image(batch["image"].to(model.device))
-        tokens += in_compute_type(tokens_BSE).cpu().unbind()
+        if keep_tokens:
+            tokens += in_compute_type(tokens_BSE).cpu().unbind()
         index.append(torch.as_tensor(batch["index"], device=model.device))
         sims.append(model.similarity(image_feat, text_feat))
     return tokens, torch.cat(index), torch.cat(sims)

@@ -2,30 +2,60 @@
 image-grounded texts.
 """
 
-from collections.abc import Sequence
+import json
+import logging
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
+from lavis_lite import download
 from lavis_lite.errors import InputError, MissingFileError
 from lavis_lite.hub import from_hub
 
+logger = logging.getLogger(__name__)
+
 PACKAGED = Path(__file__).parents[1] / "configs" / "tokenizers"
+SPECIAL_TOKENS = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+"""What texts are padded with, what stands for unknown characters, what begins and what ends a text."""
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """A tokenizer from a local folder, the package (`shapes`) or the hub (`bert-base-uncased`), without BLIP's extra
     tokens.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it holds no tokenizer.
+        ValueError: it lacks one of the tokens that BLIP cannot do without: [PAD], [UNK], [CLS], [SEP].
     """
-    folder = PACKAGED / name if name in {path.name for path in PACKAGED.iterdir()} else Path(name)
-    looks_local = folder.is_dir() or name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local and not folder.expanduser().is_dir():
-        raise MissingFileError(
-            f"tokenizer folder {name} does not exist; give a folder with vocab.txt or tokenizer.json, or a hub id"
-        )
-    source = str(folder.expanduser()) if folder.expanduser().is_dir() else name
+    if name in {path.name for path in PACKAGED.iterdir()}:  # the name comes from outside: no ".." in a path
+        folder = PACKAGED / name
+    else:
+        give = "give a folder with vocab.txt or tokenizer.json, or a hub id"
+        folder = download.local_folder(name, what="tokenizer folder", give=give)
+    known = {} if folder is None else vocabulary(folder)
+    if folder is not None and not known and not any(folder.glob("*.model")):
+        there = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
+        raise MissingFileError(f"tokenizer folder {folder} holds neither vocab.txt nor tokenizer.json; it has {there}")
+    if known and not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
+        tokenizer = _from_vocabulary(known, folder)
+    else:
+        tokenizer = _from_transformers(name, folder)
+    complete_special_tokens(tokenizer, folder or name, known or tokenizer.get_vocab())
+    return tokenizer
+
+
+def _from_vocabulary(tokens: dict[str, int], folder: Path) -> PreTrainedTokenizerBase:
+    """BERT's tokenizer from a `vocab.txt` alone; texts are lower-cased unless the vocabulary has capitals."""
+    is_cased = any(token != token.lower() for token in tokens if not token.startswith("["))
+    logger.info(f"{folder / 'vocab.txt'}: {len(tokens)} tokens, {'cased' if is_cased else 'texts are lower-cased'}")
+    return BertTokenizer(vocab=tokens, do_lower_case=not is_cased)
+
+
+def _from_transformers(name: str, folder: Path | None) -> PreTrainedTokenizerBase:
+    source = name if folder is None else str(folder)
     try:
         return from_hub(AutoTokenizer.from_pretrained, source)
     except MissingFileError as error:
@@ -33,6 +63,54 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             f"tokenizer {name!r} could not be loaded from {source!r} ({error}). "
             "Without a network, set model.tokenizer to a folder that holds its vocab.txt or tokenizer.json."
         ) from error
+
+
+def vocabulary(folder: Path) -> dict[str, int]:
+    """Ids by token as the folder's `tokenizer.json` or `vocab.txt` has them; empty where there is neither.
+
+    Raises:
+        ValueError: the file is no vocabulary.
+    """
+    if (folder / "tokenizer.json").is_file():
+        try:
+            stored = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+            added = {token["content"]: token["id"] for token in stored["added_tokens"]}
+            known = stored["model"]["vocab"]
+            return (known if isinstance(known, dict) else {token: i for i, (token, _) in enumerate(known)}) | added
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{folder / 'tokenizer.json'} is no tokenizer ({type(error).__name__}: {error})"
+            ) from error
+    if (folder / "vocab.txt").is_file():
+        try:
+            lines = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{folder / 'vocab.txt'} is no vocabulary: it is not UTF-8 ({error})") from error
+        return {token.rstrip("\r"): index for index, token in enumerate(lines) if token.rstrip("\r")}
+    return {}
+
+
+def complete_special_tokens(tokenizer: PreTrainedTokenizerBase, source: str | Path, known: Collection[str]) -> None:
+    """Give the tokenizer those of BERT's special tokens that its files hold (`known`) but do not name.
+
+    Raises:
+        ValueError: its files lack one, or a text does not begin with [CLS] and end with [SEP].
+    """
+    named = {role: getattr(tokenizer, role) for role in SPECIAL_TOKENS}
+    unnamed = {role: usual for role, usual in SPECIAL_TOKENS.items() if named[role] is None and usual in known}
+    tokenizer.add_special_tokens(unnamed)
+    missing = [named[role] or usual for role, usual in SPECIAL_TOKENS.items() if getattr(tokenizer, role) not in known]
+    if missing:
+        raise InputError(
+            f"the tokenizer of {source} has no {', '.join(missing)}: add them to its vocab.txt or tokenizer.json, or "
+            "name the tokens that stand for them in its tokenizer_config.json"
+        )
+    ids = tokenizer("a").input_ids
+    if (ids[0], ids[-1]) != (tokenizer.cls_token_id, tokenizer.sep_token_id):
+        raise InputError(
+            f"the tokenizer of {source} does not put {tokenizer.cls_token} before a text and {tokenizer.sep_token} "
+            "after it: use a BERT tokenizer, or a folder with vocab.txt alone"
+        )
 
 
 def blip_tokenizer(name: str) -> PreTrainedTokenizerBase:

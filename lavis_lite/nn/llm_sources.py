@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lavis_lite import download
 from lavis_lite.errors import InputError, MissingFileError
 from lavis_lite.hub import from_hub
 
@@ -54,19 +55,13 @@ def packaged_names() -> list[str]:
 
 def locate(source: str | Path) -> str:
     """The folder of a packaged or local model, or the hub id. FileNotFoundError for a folder that is not there."""
-    name = str(source)
-    if name in packaged_names():
-        return str(PACKAGED / name)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return str(folder)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        known = ", ".join(packaged_names())
-        raise MissingFileError(
-            f"language model folder {name} does not exist: give a folder with config.json, tokenizer and weights, a "
-            f"hub id, or one of the package's tiny models ({known})"
-        )
-    return name
+    if str(source) in packaged_names():
+        return str(PACKAGED / str(source))
+    give = (
+        "give a folder with config.json, tokenizer and weights, a hub id, or one of the package's tiny models "
+        f"({', '.join(packaged_names())})"
+    )
+    return str(download.local_folder(source, what="language model folder", give=give) or source)
 
 
 def has_weights(source: str | Path) -> bool:
@@ -76,11 +71,16 @@ def has_weights(source: str | Path) -> bool:
 
 
 def load_llm_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; where it has no padding token, its end token serves as one."""
+    """The model's tokenizer, which must have an end token; where it has no padding token, that serves as one."""
     what = "tokenizer (tokenizer.json, or vocab and merges)"
     tokenizer = _fetch(AutoTokenizer.from_pretrained, source, what)
     if len(tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)) < 2:  # transformers 5 makes an empty one
         raise _missing(what, locate(source), "its files are not there")
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"{locate(source)}: the tokenizer names no end token, so that no text would ever end: give it an eos_token "
+            "in its tokenizer_config.json"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

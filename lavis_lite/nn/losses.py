@@ -35,6 +35,14 @@ def soft_cross_entropy(logits_BN: Tensor, targets_BN: Tensor) -> Tensor:
     return -(F.log_softmax(logits_BN, dim=1) * targets_BN).sum(dim=1).mean()
 
 
+def similarity(images_BD: Tensor, texts_ND: Tensor) -> Tensor:
+    """Likeness of each image to each text: (B,N). Always in float32: rounded to bf16, many texts would be equally
+    alike.
+    """
+    with torch.autocast(images_BD.device.type, enabled=False):
+        return images_BD.float() @ texts_ND.float().t()
+
+
 def best_query_similarity(queries_BQD: Tensor, texts_ND: Tensor) -> Tensor:
     """An image's likeness to a text is that of its best query: (B,N) (BLIP-2, section 3.1). Always in float32, since
     the temperature magnifies rounding.
@@ -85,8 +93,8 @@ def negative_weights(logits_BN: Tensor, is_positive_BN: Tensor) -> Tensor:
     return logits_BN.masked_fill(is_positive_BN, torch.finfo(logits_BN.dtype).min).softmax(dim=1)
 
 
-def matching_labels(num_positive: int, num_negative: int, device: torch.device) -> Tensor:
-    """Labels of the image-text matching batch: the positives first."""
-    labels = torch.zeros(num_positive + num_negative, dtype=torch.long, device=device)
+def matching_loss(logits: Tensor, num_positive: int) -> Tensor:
+    """Cross-entropy of the matching head's logits (rows, 2), of which the first `num_positive` are of pairs."""
+    labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
     labels[:num_positive] = 1
-    return labels
+    return F.cross_entropy(logits, labels)

@@ -34,7 +34,10 @@ def enqueue(queues: Iterable[tuple[Tensor, Tensor]], pointer: Tensor) -> None:
     for queue, columns in queues:
         size, new = queue.shape[1], columns.shape[1]
         if new > size:
-            raise InputError(f"queue_size {size} is smaller than the global batch of {new}: choose a longer queue")
+            raise InputError(
+                f"model.queue_size: {size} is smaller than the global batch of {new}: choose a longer queue, or 0 for "
+                "contrast within the batch"
+            )
         at_end = min(new, size - start)
         queue[:, start : start + at_end] = columns[:, :at_end]
         queue[:, : new - at_end] = columns[:, at_end:]

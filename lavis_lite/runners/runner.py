@@ -20,6 +20,7 @@ from lavis_lite.errors import InputError, UnknownNameError
 from lavis_lite.logger import MetricLogger
 from lavis_lite.optim import build_optimizer, build_schedule, set_lr
 from lavis_lite.registry import registry
+from lavis_lite.runners.learning import LearningWatch, learning_metrics
 from lavis_lite.runners.loaders import check_splits, eval_loader, eval_sets, to_device, train_loader, train_sets
 from lavis_lite.runners.plan import Plan, check_resumable, resolve_precision, resume_path
 from lavis_lite.runners.progress import Progress
@@ -114,6 +115,7 @@ class Runner:
         seed_rank(run.seed)
         self._resume()
         self.saved_step = self.state.step
+        self.watch = LearningWatch(step=self.state.step, warmup_steps=0 if run.warmup_lr is None else run.warmup_steps)
         self.parallel, self.no_sync = dist.data_parallel(self.model, find_unused_parameters=run.find_unused_parameters)
         self.loader.seek(0, self.state.step)
         self.batches = iter(self.loader)
@@ -133,12 +135,13 @@ class Runner:
             window, closes_window = plan.window(step, accumulate=run.accum_grad_iters)
             with contextlib.nullcontext() if closes_window else self.no_sync():
                 with self._autocast():
-                    losses = _losses(self.task.train_step(self.parallel, samples))
+                    output = self.task.train_step(self.parallel, samples)
+                losses = _losses(output)
                 self.guard.update(step, lr, losses)
                 self.scaler.scale(losses["loss"] / window).backward()
             if closes_window:
                 self._update_weights()
-            self.metrics.update(**losses)
+            self.metrics.update(**losses, **learning_metrics(output))
             if self.is_mixture:
                 self.by_dataset.update(**{self.loader.sampler.dataset_at(step): losses["loss"]})
             self.state.step = step + 1
@@ -177,6 +180,7 @@ class Runner:
         if self.device.type == "cuda":
             row["max_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self.progress.report(row, samples_per_step=self.loader.sampler.global_batch, total=self.plan.total)
+        self.watch.update(row)
 
     def _finish_epoch(self, epoch: int) -> None:
         """Validates after (inner) epoch `epoch`, keeps the best weights, saves the run."""

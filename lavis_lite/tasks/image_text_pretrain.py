@@ -1,4 +1,5 @@
-"""Pretraining: losses only. Evaluation is the mean of the loss and its parts over the split, sample by sample.
+"""Pretraining: losses only. Evaluation is the mean of the loss, its parts and the accuracies of contrast and matching
+within a batch over the split, sample by sample.
 
 Surprising: hard negatives are drawn at random, so evaluation uses a generator of its own with a fixed seed; the same
 weights give the same losses, and training goes on as if there had been no evaluation. Contrast and
@@ -16,6 +17,7 @@ from torch import nn
 
 from lavis_lite import dist
 from lavis_lite.errors import InputError
+from lavis_lite.nn.learning import ACCURACIES
 from lavis_lite.registry import registry
 from lavis_lite.tasks.base import BaseTask, Metrics, Samples
 from lavis_lite.tasks.results import Result, per_sample
@@ -36,19 +38,20 @@ class ImageTextPretrainTask(BaseTask):
             return super().evaluate(model, loader, split=split, result_dir=result_dir)
 
     def valid_step(self, model: nn.Module, samples: Samples) -> list[Result]:
-        """The batch's mean losses, noted for each of its samples, so that batches count by their size."""
+        """The batch's mean losses and accuracies for each of its samples, so that batches count by their size."""
         if "text_input" not in samples:
             raise InputError(
                 "the batch has no 'text_input': losses need image-text pairs, and this split is laid out for "
                 "captioning or retrieval. Validate on a split of a pairs dataset, or leave run.valid_splits empty."
             )
         with dist.alone():
-            losses = model(samples)
+            output = model(samples)
         size = len(samples["text_input"])
-        return per_sample(samples, **{k: [float(v)] * size for k, v in losses.items() if k.startswith("loss")})
+        wanted = [name for name in output if name.startswith("loss") or name in ACCURACIES]
+        return per_sample(samples, **{name: [float(output[name])] * size for name in wanted})
 
     def score(self, results: list[Result], *, dataset: Any, split: str, result_dir: Path) -> Metrics:
-        """`loss` and each `loss_*`, averaged over the samples; `agg_metrics` is `-loss`."""
-        names = [name for name in results[0] if name.startswith("loss")]
+        """`loss`, each `loss_*` and the accuracies, averaged over the samples; `agg_metrics` is `-loss`."""
+        names = [name for name in results[0] if name.startswith("loss") or name in ACCURACIES]
         means = {name: sum(result[name] for result in results) / len(results) for name in names}
         return {**means, "agg_metrics": -means["loss"]}

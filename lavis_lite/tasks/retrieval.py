@@ -3,6 +3,7 @@
 The model scores the whole gallery (`compute_sim_matrix`); this task turns scores into ranks and files.
 """
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,10 @@ from lavis_lite import dist
 from lavis_lite.errors import InputError
 from lavis_lite.registry import registry
 from lavis_lite.tasks.base import BaseTask, Metrics, Samples, evaluating, unwrap
-from lavis_lite.tasks.metrics.retrieval import best_first, recall_metrics
+from lavis_lite.tasks.metrics.retrieval import RANKS, best_first, recall_metrics
 from lavis_lite.tasks.results import write_json
+
+logger = logging.getLogger(__name__)
 
 TOP = 10
 
@@ -24,14 +27,17 @@ TOP = 10
 @registry.register_task("retrieval")
 @dataclass(kw_only=True)
 class RetrievalTask(BaseTask):
-    """Text retrieval (`txt_*`: texts for an image) and image retrieval (`img_*`). `agg_metrics` is `txt_r_mean`."""
+    """Text retrieval (`txt_*`: texts for an image) and image retrieval (`img_*`). `agg_metrics` is `txt_r_mean`, the
+    mean of the recalls that `k_test` allows to know.
+    """
 
     k_test: int = 128
-    """Candidates of each query that the matching head re-ranks; all, where the gallery has fewer."""
+    """Candidates of each query that the matching head re-ranks; all, where the gallery has fewer. 0: the contrast alone
+    ranks all of them."""
 
     def __post_init__(self) -> None:
-        if self.k_test < 1:
-            raise InputError(f"run.k_test must be at least 1, got {self.k_test}")
+        if self.k_test < 0:
+            raise InputError(f"run.k_test must be 0 (the contrast alone) or more, got {self.k_test}")
 
     def evaluate(self, model: nn.Module, loader: Iterable[Samples], *, split: str, result_dir: Path) -> Metrics:
         """Score the gallery of `loader.dataset`; the same metrics on every rank."""
@@ -47,22 +53,33 @@ class RetrievalTask(BaseTask):
         self, score_i2t: np.ndarray, score_t2i: np.ndarray, *, dataset: Any, split: str, result_dir: Path
     ) -> Metrics:
         """Recalls of the score matrices (I,T) and (T,I); writes `<split>_retrieval.json`."""
-        metrics = recall_metrics(score_i2t, score_t2i, dataset.txt2img, dataset.img2txt)
+        metrics = recall_metrics(score_i2t, score_t2i, dataset.txt2img, dataset.img2txt, k_test=self.k_test)
+        self.report_left_out(metrics, split)
         value = {
             "metrics": metrics,
             "images": [record.get("image") for record in dataset.annotation],
             "texts": list(dataset.text),
             "img2txt": [list(map(int, texts)) for texts in dataset.img2txt],
-            "top_texts_of_image": top(score_i2t),
-            "top_images_of_text": top(score_t2i),
+            "top_texts_of_image": top(score_i2t, self.k_test),
+            "top_images_of_text": top(score_t2i, self.k_test),
         }
         write_json(result_dir / f"{split}_retrieval.json", value)
         return metrics
 
+    def report_left_out(self, metrics: Metrics, split: str) -> None:
+        """Log which recalls are not known at this `k_test`, and what to set for all of them."""
+        left_out = [name for name in (f"{side}_r{k}" for side in ("txt", "img") for k in RANKS) if name not in metrics]
+        if left_out:
+            logger.warning(
+                f"{split}: {', '.join(left_out)} are left out of metrics and means, because run.k_test={self.k_test} "
+                f"ranks {self.k_test} candidates of a query: set it to {max(RANKS)} or more, or to 0 for the contrast "
+                "alone"
+            )
 
-def top(scores: np.ndarray) -> list[list[int]]:
-    """The indices of each row's best ten, best first."""
-    return [best_first(row)[:TOP].tolist() for row in scores]
+
+def top(scores: np.ndarray, k_test: int) -> list[list[int]]:
+    """The indices of each row's best ten, best first; of those that were ranked."""
+    return [best_first(row)[: min(TOP, k_test or TOP)].tolist() for row in scores]
 
 
 def check_gallery(dataset: Any, split: str) -> None:

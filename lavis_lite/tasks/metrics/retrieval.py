@@ -1,7 +1,7 @@
 """Recall at k of a retrieval score matrix, in both directions, in percent.
 
-Equal scores keep the order of numpy's default sort, as in LAVIS; it differs between processors. With k_test >= 10, the
-scores of -100 outside the candidates never reach the first ten, so published figures do not depend on it.
+Equal scores keep the order of numpy's default sort, as in LAVIS; it differs between processors. Scores of -100, which
+are those outside the `k_test` candidates, are such; recalls that depend on them are left out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,28 +23,39 @@ def recall_metrics(
     score_t2i: np.ndarray,
     txt2img: Sequence[int] | Mapping[int, int],
     img2txt: Sequence[Sequence[int]] | Mapping[int, Sequence[int]],
+    *,
+    k_test: int = 0,
 ) -> dict[str, float]:
     """`txt_r1/5/10` and `img_r1/5/10` in percent, their means, and `agg_metrics` (= `txt_r_mean`, as in LAVIS).
 
     `score_i2t` is (images, texts), `score_t2i` (texts, images). An image counts as found at the rank of its best text.
-    Raises ValueError for matrices of other shapes, with NaNs, and for queries without a right answer.
+    With `k_test` only each query's first so many candidates were ranked (0: all): a recall at more is left out, and a
+    mean is that of the recalls that are there. Raises ValueError for matrices of other shapes, with NaNs, and for
+    queries without a right answer.
     """
     texts_of = [list(img2txt[i]) for i in range(len(img2txt))]
     images_of = [[txt2img[t]] for t in range(len(txt2img))]
     txt = _recalls(score_i2t, texts_of, num_candidates=len(images_of), name="score_i2t")
     img = _recalls(score_t2i, images_of, num_candidates=len(texts_of), name="score_t2i")
-    txt_mean, img_mean = float(np.mean(txt)), float(np.mean(img))
+    txt = {k: txt[k] for k in known_ranks(k_test, len(images_of))}
+    img = {k: img[k] for k in known_ranks(k_test, len(texts_of))}
+    txt_mean, img_mean = float(np.mean(list(txt.values()))), float(np.mean(list(img.values())))
     return {
-        **{f"txt_r{k}": value for k, value in zip(RANKS, txt, strict=True)},
+        **{f"txt_r{k}": value for k, value in txt.items()},
         "txt_r_mean": txt_mean,
-        **{f"img_r{k}": value for k, value in zip(RANKS, img, strict=True)},
+        **{f"img_r{k}": value for k, value in img.items()},
         "img_r_mean": img_mean,
         "r_mean": (txt_mean + img_mean) / 2,
         "agg_metrics": txt_mean,
     }
 
 
-def _recalls(scores: np.ndarray, right: Sequence[Sequence[int]], *, num_candidates: int, name: str) -> list[float]:
+def known_ranks(k_test: int, num_candidates: int) -> list[int]:
+    """The k of which recall is known when `k_test` of so many candidates were ranked (0: all of them)."""
+    return [k for k in RANKS if k_test == 0 or k <= k_test or k_test >= num_candidates]
+
+
+def _recalls(scores: np.ndarray, right: Sequence[Sequence[int]], *, num_candidates: int, name: str) -> dict[int, float]:
     scores = np.asarray(scores)
     if scores.shape != (len(right), num_candidates):
         raise InputError(
@@ -59,7 +70,7 @@ def _recalls(scores: np.ndarray, right: Sequence[Sequence[int]], *, num_candidat
     ranks = np.array(
         [_first_hit(row, answers, query) for query, (row, answers) in enumerate(zip(scores, right, strict=True))]
     )
-    return [float(100 * np.mean(ranks < k)) for k in RANKS]
+    return {k: float(100 * np.mean(ranks < k)) for k in RANKS}
 
 
 def _first_hit(row: np.ndarray, answers: Sequence[int], query: int) -> int:

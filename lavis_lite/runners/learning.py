@@ -1,0 +1,129 @@
+"""Does a contrastive run learn? Warnings about what a falling loss hides, from the means that are logged.
+
+Each warning is given once in a run, says over how many steps the value was seen, and what to change.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lavis_lite import dist
+from lavis_lite.nn.learning import METRICS, TEMPERATURE_LIMITS
+
+logger = logging.getLogger(__name__)
+
+Means = Mapping[str, float]
+
+COLLAPSED = 0.99
+"""Mean cosine above which features count as all alike."""
+ALWAYS_NO_MATCH = 0.6365
+"""`loss_itm` of a head that has learned only that two of three pairs do not match: the entropy of 1/3 and 2/3."""
+
+
+def learning_metrics(output: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The entries of a training step's output that are logged beside its losses."""
+    return {name: output[name] for name in METRICS if torch.is_tensor(output.get(name))}
+
+
+@dataclass
+class Check:
+    """A symptom that is looked for in the means over at least `window` steps of the values `names`."""
+
+    names: tuple[str, ...]
+    window: int
+    find: Callable[[Means], str | None]
+    """The means -> what is wrong and what to do, or None."""
+    steps: int = 0
+    totals: dict[str, float] = field(default_factory=dict)
+
+    def update(self, row: Means, steps: int) -> str | None:
+        """Add the means over `steps` more steps; the symptom, if a window is full and has it."""
+        if not all(name in row for name in self.names):
+            return None
+        self.totals = {name: self.totals.get(name, 0.0) + steps * row[name] for name in self.names}
+        self.steps += steps
+        if self.steps < self.window:
+            return None
+        found = self.find({name: total / self.steps for name, total in self.totals.items()})
+        text = found and f"over the last {self.steps} steps {found}"
+        self.steps, self.totals = 0, {}
+        return text
+
+
+class LearningWatch:
+    """Reads each logged row of a run that starts after step `step`, and warns on rank 0.
+
+    Steps of the warm-up do not count: features of random weights are alike, and heads start at their priors.
+    """
+
+    def __init__(self, *, step: int, warmup_steps: int = 0) -> None:
+        self.step, self.warmup_steps = step, warmup_steps
+        self.checks = [
+            Check(("cos_image",), 100, lambda means: collapsed("images", means["cos_image"])),
+            Check(("cos_text",), 100, lambda means: collapsed("texts", means["cos_text"])),
+            Check(("temp",), 100, at_limit),
+            Check(("acc_itc", "chance_itc", "loss_itc"), 300, guessing),
+            Check(("acc_itm", "loss_itm"), 300, never_matching),
+        ]
+
+    def update(self, row: Means) -> None:
+        """Look at a row's means, which are over the steps since the last row."""
+        since, self.step = self.step, row["step"]
+        if since < self.warmup_steps:
+            return
+        for check in list(self.checks):
+            text = check.update(row, row["step"] - since)
+            if text:
+                self.checks.remove(check)
+                if dist.is_main():
+                    logger.warning(f"step {row['step']}: {text}. See 'Does it learn?' in docs/training.md")
+
+
+def collapsed(kind: str, cosine: float) -> str | None:
+    """All images or texts have one feature."""
+    if cosine <= COLLAPSED:
+        return None
+    return (
+        f"the features of a batch's {kind} were all alike (mean cosine of two {kind} {cosine:.4f}), so that contrast "
+        "has nothing to compare: lower run.init_lr, lengthen run.warmup_steps, set run.grad_clip_norm=1.0, and start "
+        "the encoders from trained weights whose layers are all used"
+    )
+
+
+def at_limit(means: Means) -> str | None:
+    """The temperature cannot move where it wants to."""
+    low, high = TEMPERATURE_LIMITS
+    temp = means["temp"]
+    if low * 1.02 < temp < high * 0.98:
+        return None
+    return (
+        f"the temperature of the contrast was at its limit (temp {temp:.4g}, limits {low} and {high}), which is a sign "
+        "of features that do not tell pairs apart: lower run.init_lr, and with a feature queue shorten it or set "
+        "model.queue_size=0"
+    )
+
+
+def guessing(means: Means) -> str | None:
+    """Contrast is at chance within the batch, whatever its loss."""
+    accuracy, chance = means["acc_itc"], means["chance_itc"]
+    if accuracy >= 1.5 * chance or chance > 0.5:
+        return None
+    return (
+        f"contrast within the batch was at chance (acc_itc {accuracy:.4f}, by guessing {chance:.4f}, with loss_itc "
+        f"{means['loss_itc']:.3g}): images and texts are not told apart, even if loss_itc falls. For short runs set "
+        "model.queue_size=0 and a lower model.momentum; check that texts belong to their images"
+    )
+
+
+def never_matching(means: Means) -> str | None:
+    """The matching head gives every pair the prior."""
+    if abs(means["acc_itm"] - 0.5) > 0.02 or abs(means["loss_itm"] - ALWAYS_NO_MATCH) > 0.01:
+        return None
+    return (
+        f"the matching head said the same of every pair (loss_itm {means['loss_itm']:.4f}, where always saying 'no "
+        f"match' gives {ALWAYS_NO_MATCH}; acc_itm {means['acc_itm']:.3f}): its scores mean nothing yet. Train longer, "
+        "first until acc_itc is well above chance; until then evaluate with run.k_test=0"
+    )
