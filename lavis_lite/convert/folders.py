@@ -93,13 +93,15 @@ def check_target(target: str | Path, *, overwrite: bool) -> Path:
 
 
 def read_settings(folder: Path) -> tuple[str | None, dict[str, Any]]:
-    """The architecture and settings that `write_folder` left in a folder, or none. ValueError for a damaged file."""
+    """The architecture that `write_folder` left in a folder, and the sections `model` and `preprocess`, or none.
+    ValueError for a damaged file.
+    """
     path = folder / SETTINGS_FILE
     if not path.is_file():
-        return None, {}
+        return None, {"model": {}, "preprocess": {}}
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        return stored["arch"], dict(stored["settings"])
+        return stored["arch"], {"model": dict(stored["settings"]), "preprocess": dict(stored.get("preprocess") or {})}
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}): delete it to do without") from error
 

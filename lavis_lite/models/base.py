@@ -36,6 +36,8 @@ class BaseModel(nn.Module):
 
     new_parts: ClassVar[tuple[str, ...]] = ()
     """What stands in the names of parameters that a pretrained file may lack because finetuning adds them."""
+    loaded_later: tuple[str, ...] = ()
+    """What stands in the names of parameters that any file may lack because `load_frozen` loads them."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -83,7 +85,7 @@ class BaseModel(nn.Module):
         parameter must be there.
         """
         state = self.adapt_state_dict(weights.open_state(source))
-        new_parts = self.new_parts if initialise else ()
+        new_parts = self.loaded_later + (self.new_parts if initialise else ())
         report = checkpoint.load_into(
             self,
             state,
