@@ -1,8 +1,8 @@
 """One run's configuration: YAML files and options merged, checked and turned into plain values.
 
 Merge order, the last one winning: `RunConfig`'s defaults, configs/models/<arch>/<model_type>.yaml, what
-`model.checkpoint` was trained as (trained_config.py), configs/datasets/<name>/<type>.yaml, the project's YAML (its `_base_` files first), `--options`. Schemas are the
-constructors' own signatures (config_schema.py).
+`model.checkpoint` was trained as (trained_config.py), configs/datasets/<name>/<type>.yaml, the project's YAML (its
+`_base_` files first), `--options`. Schemas are the constructors' own signatures (config_schema.py).
 Surprising: a dataset that names no processors takes the model type's `preprocess`; one that names its `builder` may be
 called anything; `expected:` is free data, the result that a recipe has been seen to reach.
 """

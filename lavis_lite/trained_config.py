@@ -201,15 +201,13 @@ def _shared(trained: Trained, schema: Mapping[str, Parameter]) -> dict[str, Any]
 
 def _check_sources(trained: Trained, given: Mapping[str, Any], base: Layer, own: Sequence[Layer]) -> None:
     """ValueError for a URL that the file names and neither the type nor the user does: it would be fetched."""
-    stated = merge_layers(own).get("model", {})
-    for key in SOURCES:
-        value = given.get(key)
-        if isinstance(value, str) and download.is_url(value) and key not in stated:
-            if value != base.tree.get("model", {}).get(key):
-                raise InputError(
-                    f"{trained.source}: its config takes model.{key} from {value}, which a file cannot decide: if you "
-                    f"trust the address, give {key} yourself"
-                )
+    stated, usual = merge_layers(own).get("model", {}), base.tree.get("model", {})
+    for key in given.keys() & set(SOURCES) - stated.keys():
+        if download.is_url(str(given[key])) and given[key] != usual.get(key):
+            raise InputError(
+                f"{trained.source}: its config takes model.{key} from {given[key]}, which a file must not decide: if "
+                f"you trust the address, give {key} yourself"
+            )
 
 
 def _tell_differences(
@@ -234,7 +232,9 @@ def _flat(layers: Sequence[Layer], *, resolved: bool = True) -> dict[str, Any]:
     left as it is written.
     """
     tree = merge_layers(layers)
-    sections = {key: resolve_key(tree, (key,), layers) if resolved else tree.get(key) for key in ("model", "preprocess")}
+    sections = {
+        key: resolve_key(tree, (key,), layers) if resolved else tree.get(key) for key in ("model", "preprocess")
+    }
     model = sections["model"] or {}
     flat = {f"model.{key}": value for key, value in model.items() if key not in MODEL_KEYS}
     for key, blocks in linked(sections["preprocess"] or {}, model).items():

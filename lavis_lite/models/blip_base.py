@@ -108,7 +108,7 @@ class BlipBase(BaseModel):
             state = blip_from_hf(state)
         for name in [name for name in state if name in own]:
             if name.endswith(".pos_embed"):
-                state[name] = interpolate_pos_embed(state[name], own[name].shape[1])
+                state[name] = interpolate_pos_embed(state[name], own[name].shape[1], quiet="_m." in name)
             elif name.endswith("_queue") and own[name].shape != state[name].shape:
                 logger.info(f"{name} of shape {tuple(state[name].shape)} is left out: the queue starts anew")
                 del state[name]

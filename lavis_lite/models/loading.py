@@ -20,7 +20,7 @@ from lavis_lite.config_files import Layer, merge_layers, resolve
 from lavis_lite.config_schema import Checker
 from lavis_lite.config_sections import PROCESSOR_KEYS, check_processors, model_arguments, model_layer
 from lavis_lite.convert.configs import arch_of, model_section
-from lavis_lite.convert.folders import read_config, read_settings
+from lavis_lite.convert.folders import read_config
 from lavis_lite.errors import InputError
 from lavis_lite.registry import registry
 

@@ -31,11 +31,6 @@ NOT_COUNTED = ("base_model_name_or_path", "revision", "inference_mode", "peft_ty
 """Keys of a peft folder's configuration that say nothing about the adapters."""
 
 
-def is_adapter_name(name: str) -> bool:
-    """Whether a tensor's name is one that peft gives: an adapter's, or of a layer that has one."""
-    return re.search(r"\.(lora_\w+|modules_to_save|base_layer|original_module|token_adapter)(\.|$)", name) is not None
-
-
 def lora_settings(value: Mapping[str, Any] | str | None) -> dict[str, Any] | None:
     """Return `llm_lora` as a mapping; that of a folder which peft wrote is its configuration and its place, under
     `adapter`.
@@ -53,7 +48,9 @@ def lora_settings(value: Mapping[str, Any] | str | None) -> dict[str, Any] | Non
         stored = json.loads(path.read_text(encoding="utf-8"))
         kind = stored["peft_type"]
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"llm_lora: {path} is not a configuration of peft ({type(error).__name__}: {error})") from error
+        raise InputError(
+            f"llm_lora: {path} is not a configuration of peft ({type(error).__name__}: {error})"
+        ) from error
     if kind != "LORA":
         raise InputError(f"llm_lora: {path} is of {kind} adapters; only LORA can be loaded")
     kept = {key: setting for key, setting in stored.items() if setting is not None and key not in NOT_COUNTED}
@@ -154,7 +151,7 @@ def _wrapped(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def has_adapters(model: nn.Module) -> bool:
     """Whether any layer has an adapter."""
-    return any(is_adapter_name(name) for name, _ in model.named_parameters())
+    return any(checkpoint.ADAPTER.search(name) for name, _ in model.named_parameters())
 
 
 @torch.no_grad()

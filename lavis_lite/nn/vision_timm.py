@@ -4,6 +4,7 @@ Surprising: the model keeps timm's own parameter names because `ImageEncoder` is
 heads are removed; a feature map is flattened to tokens; other image sizes are timm's business, which antialiases.
 """
 
+import logging
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from lavis_lite.errors import InputError
 from lavis_lite.nn.vision import ImageEncoder
 from lavis_lite.registry import did_you_mean
+
+logger = logging.getLogger(__name__)
 
 HEADS = ("head", "head_dist", "head_drop", "fc_norm", "attn_pool", "fc", "classifier")
 TIMM_NAMES = {"width": "embed_dim"}
@@ -49,7 +52,10 @@ class TimmEncoder(ImageEncoder):
         if any(name not in state or state[name].shape != tensor.shape for name, tensor in own.items()):
             _, timm_class = type(self).__bases__
             translate = getattr(sys.modules[timm_class.__module__], "checkpoint_filter_fn", None)
-            state = dict(state) if translate is None else translate(dict(state), self)
+            given, state = state, dict(state) if translate is None else translate(dict(state), self)
+            for name in own:
+                if "pos" in name and name in given and name in state and given[name].shape != state[name].shape:
+                    logger.info(f"{name} is resized from {tuple(given[name].shape)} to {tuple(state[name].shape)}")
         heads = tuple(f"{part}." for part in HEADS)
         return {name: tensor for name, tensor in state.items() if name in own or not name.startswith(heads)}
 
