@@ -46,7 +46,7 @@ def load_model(
     file.
     """
     layers, tree = configured(name, model_type, checkpoint, overrides)
-    return _build(tree["model"], layers, is_eval=is_eval, device=device, checkpoint=checkpoint)
+    return build(tree["model"], layers, is_eval=is_eval, device=device, checkpoint=checkpoint)
 
 
 def load_preprocess(config: Mapping[str, Any]) -> tuple[Processors, Processors]:
@@ -79,7 +79,7 @@ def load_model_and_preprocess(
     >>> model.generate({"image": vis_processors["eval"](raw_image).unsqueeze(0)})
     """
     layers, tree = configured(name, model_type, checkpoint, overrides)
-    model = _build(tree["model"], layers, is_eval=is_eval, device=device, checkpoint=checkpoint)
+    model = build(tree["model"], layers, is_eval=is_eval, device=device, checkpoint=checkpoint)
     return model, *load_preprocess(tree.get("preprocess", {}))
 
 
@@ -107,8 +107,8 @@ def from_pretrained(
             unknown or mistyped.
     """
     wanted = arch or _arch_of_class(model_class)
-    layers, tree = _described(source, wanted, overrides)
-    model = _build(tree["model"], layers, is_eval=is_eval, device=device, checkpoint=source)
+    layers, tree = described(source, wanted, overrides)
+    model = build(tree["model"], layers, is_eval=is_eval, device=device, checkpoint=source)
     if not processors:
         return model
     size, is_vqa = tree["model"].get("image_size"), tree["model"]["arch"] == "blip_vqa"
@@ -117,26 +117,34 @@ def from_pretrained(
     return model, *load_preprocess({"vis_processor": images, "text_processor": texts} | tree.get("preprocess", {}))
 
 
-def _described(
-    source: str | Path, arch: str | None, overrides: Mapping[str, Any]
-) -> tuple[list[Layer], dict[str, Any]]:
-    """The configuration of a folder or of a checkpoint for which no type was named."""
-    trained, own = trained_config.read(source), _overrides(overrides)
+def arch_in(source: str | Path, wanted: str | None = None) -> str:
+    """Return the architecture of a folder or checkpoint: the one that is wanted, else the one that it names. ValueError
+    if a folder's class has other parts, or a file does not say what it was trained as.
+    """
+    trained = trained_config.read(source)
     if download.is_folder(source):
-        folder = download.fetch_folder(source)
-        config = read_config(folder)
-        arch = arch_of(config, source=str(source), wanted=arch or (trained and trained.arch))
-        stored = trained if trained is not None and trained.arch == arch else None
-        section = ({} if stored is None else stored.model) | {"model_type": None}
-        tree = {"model": section | model_section(config, folder, arch=arch)}
-        layers = [Layer(str(folder), tree | ({} if stored is None else {"preprocess": stored.preprocess})), own]
-        return layers, resolve(merge_layers(layers), layers)
+        config = read_config(download.fetch_folder(source))
+        return arch_of(config, source=str(source), wanted=wanted or (trained and trained.arch))
     if trained is None:
         raise InputError(
             f"{source} does not say what it was trained as: name its architecture and type with "
             "load_model(arch, model_type, checkpoint=...)"
         )
-    arch = arch or trained.arch
+    return wanted or trained.arch
+
+
+def described(source: str | Path, arch: str | None, overrides: Mapping[str, Any]) -> tuple[list[Layer], dict[str, Any]]:
+    """Return the layers, and the resolved configuration, of a folder or of a checkpoint for which no type is named."""
+    trained, own = trained_config.read(source), _overrides(overrides)
+    arch = arch_in(source, arch)
+    if download.is_folder(source):
+        folder = download.fetch_folder(source)
+        config = read_config(folder)
+        stored = trained if trained is not None and trained.arch == arch else None
+        section = ({} if stored is None else stored.model) | {"model_type": None}
+        tree = {"model": section | model_section(config, folder, arch=arch)}
+        layers = [Layer(str(folder), tree | ({} if stored is None else {"preprocess": stored.preprocess})), own]
+        return layers, resolve(merge_layers(layers), layers)
     if arch == trained.arch and trained.model_type in zoo.model_zoo.types(arch):
         base = model_layer(arch, trained.model_type)
     else:
@@ -172,7 +180,7 @@ def _overrides(overrides: Mapping[str, Any]) -> Layer:
     return Layer("keyword argument", {"model": values} if values else {})
 
 
-def _build(
+def build(
     section: Mapping[str, Any],
     layers: list[Layer],
     *,
@@ -180,6 +188,7 @@ def _build(
     device: str | torch.device,
     checkpoint: str | Path | None,
 ) -> nn.Module:
+    """Check a model section against its architecture, build it and load its weights, or those of the checkpoint."""
     arguments = model_arguments(section, Checker(layers))
     if checkpoint is not None:
         arguments["checkpoint"] = str(checkpoint)

@@ -7,7 +7,7 @@ trained is float32, so that such a model must be float32 itself.
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ WHOLE_PARTS = ("modules_to_save", "trainable_token_indices")
 PEFT_PREFIX = "base_model.model."
 WRAPPED = re.compile(r"\.(base_layer|original_module|modules_to_save\.default|token_adapter)(?=\.)")
 """Between a layer that peft has wrapped and its weights."""
+MOST_ADDED = 64
+"""Rows that a vocabulary may have more than the adapters' own: Hugging Face's image token, rounded up."""
 NOT_COUNTED = ("base_model_name_or_path", "revision", "inference_mode", "peft_type", "peft_version", "auto_mapping")
 """Keys of a peft folder's configuration that say nothing about the adapters."""
 
@@ -155,8 +157,8 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return the model's tensors with its adapters merged, under the names of a model without them.
+def plain_state_dict(model: nn.Module, *, merge: bool = True) -> dict[str, Tensor]:
+    """Return the model's tensors under the names of a model without adapters, these merged or left out.
 
     The model stays as it is; only what is merged is copied.
     """
@@ -164,8 +166,9 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     if not has_adapters(model):
         return state
     for prefix, layer in _wrapped(model):
+        plain = plain_state_dict(_merged(layer) if merge else _without(layer), merge=merge)
         state = {name: tensor for name, tensor in state.items() if not name.startswith(f"{prefix}.")}
-        state |= {f"{prefix}.{name}": tensor for name, tensor in merged_state_dict(_merged(layer)).items()}
+        state |= {f"{prefix}.{name}": tensor for name, tensor in plain.items()}
     return state
 
 
@@ -179,6 +182,21 @@ def _merged(layer: nn.Module) -> nn.Module:
         layer.merge()
         layer = layer.get_base_layer()
     return layer.to(dtype)
+
+
+def _without(layer: nn.Module) -> nn.Module:
+    """The layer as it was before peft wrapped it."""
+    if hasattr(layer, "original_module"):
+        return layer.original_module
+    return layer.token_adapter.get_base_layer() if hasattr(layer, "token_adapter") else layer.get_base_layer()
+
+
+def unties(model: nn.Module, plain: Mapping[str, Tensor]) -> bool:
+    """Whether tensors that the model without adapters shares are not shared in `plain`, where they are merged."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in plain_state_dict(model, merge=False).items():
+        names.setdefault(id(tensor), []).append(name)
+    return any(len({id(plain[name]) for name in group}) > 1 for group in names.values())
 
 
 def load_adapter(model: nn.Module, source: str) -> None:
@@ -195,6 +213,11 @@ def load_adapter(model: nn.Module, source: str) -> None:
     if path is None:
         raise MissingFileError(f"llm_lora: {source} holds no {' or '.join(WEIGHT_FILES)}")
     state = checkpoint.find_state_dict(checkpoint.load(path), source=str(path))
+    state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in state.items()}
+    known = vocabulary_size(model)
+    for name in vocabulary_names(model, state):
+        sizes = [known if 0 < size - known <= MOST_ADDED else size for size in state[name].shape]
+        state[name] = resized(state[name], sizes)
     try:
         report = set_peft_model_state_dict(model, state)
     except (RuntimeError, KeyError) as error:
@@ -207,15 +230,43 @@ def load_adapter(model: nn.Module, source: str) -> None:
             raise InputError(f"llm_lora: {path} {what} the language model's adapters: {', '.join(names[:3])}")
 
 
-def write_adapter(model: nn.Module, folder: Path) -> None:
-    """Write the adapters, and what else was trained with them, as peft's `PeftModel.from_pretrained` reads them."""
+def write_adapter(model: nn.Module, folder: Path, *, num_tokens: int) -> None:
+    """Write the adapters, and what else was trained with them, as peft's `PeftModel.from_pretrained` reads them, for a
+    language model with `num_tokens` rows in its vocabulary.
+    """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     config = copy.deepcopy(model.peft_config["default"])
     config.inference_mode = True
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    known = vocabulary_size(model)
+    for name in vocabulary_names(model, state):
+        state[name] = resized(state[name], [num_tokens if size == known else size for size in state[name].shape])
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
     state = {f"{PEFT_PREFIX}{name}": tensor.detach().contiguous() for name, tensor in state.items()}
     save_file(state, folder / WEIGHT_FILES[0], metadata={"format": "pt"})
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """Rows of the embeddings."""
+    return len(model.get_input_embeddings().weight)
+
+
+def vocabulary_names(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """The tensors of the embeddings' and the output layer's adapters."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    prefixes = tuple(f"{name}." for name, module in model.named_modules() if any(module is end for end in ends))
+    return [name for name in state if name.startswith(prefixes)]
+
+
+def resized(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The tensor cut to sizes, or lengthened by the mean of what it has, as a vocabulary's added rows are."""
+    for dim, size in enumerate(sizes):
+        if tensor.shape[dim] > size:
+            tensor = tensor.narrow(dim, 0, size)
+        elif tensor.shape[dim] < size:
+            shape = [size - tensor.shape[dim] if d == dim else n for d, n in enumerate(tensor.shape)]
+            tensor = torch.cat([tensor, tensor.mean(dim=dim, keepdim=True).expand(shape)], dim=dim)
+    return tensor
