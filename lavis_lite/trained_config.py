@@ -161,9 +161,10 @@ def lay_under(layers: Sequence[Layer], trained: Trained | None, *, level: int = 
     except RegistryError:
         return list(layers)  # told with its place, where the section is checked
     is_same = trained.arch == arch
-    given = _known(trained, schema, open_ended=open_ended) if is_same else _shared(trained, schema)
     base, own = layers[0], list(layers[1:])
-    left = {key: value for key, value in base.tree.get("model", {}).items() if key not in given}
+    stated = base.tree.get("model", {})
+    given = _known(trained, schema, open_ended=open_ended) if is_same else _shared(trained, arch, stated)
+    left = {key: value for key, value in stated.items() if key not in given}
     if is_same and trained.is_whole:
         left = {key: value for key, value in left.items() if key in (*MODEL_KEYS, *HOW_IT_RAN) or key not in schema}
     usual = base.tree.get("preprocess", {})
@@ -189,14 +190,21 @@ def _known(trained: Trained, schema: Mapping[str, Parameter], *, open_ended: boo
     return {key: value for key, value in trained.model.items() if key in schema or open_ended}
 
 
-def _shared(trained: Trained, schema: Mapping[str, Parameter]) -> dict[str, Any]:
-    """The keys of the weights that both architectures have, given or at the default of the file's architecture."""
-    defaults: dict[str, Any] = {}
-    if trained.is_whole and trained.arch in registry.list_models():
-        parameters = inspect.signature(registry.get_model_class(trained.arch)).parameters
-        defaults = {name: one.default for name, one in parameters.items() if one.default is not one.empty}
-    both = defaults | trained.model
-    return {key: both[key] for key in OF_THE_WEIGHTS if key in schema and key in both}
+def _shared(trained: Trained, arch: str, stated: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of the weights that both architectures have, as the file gives them; what it does not say was at the
+    default of its architecture.
+    """
+    own = _defaults(arch)
+    known = trained.is_whole and trained.arch in registry.list_models()
+    usual = {key: value for key, value in _defaults(trained.arch).items() if key in own} if known else {}
+    missed = {key: value for key, value in usual.items() if key in stated or value != own[key]}
+    both = missed | trained.model
+    return {key: both[key] for key in OF_THE_WEIGHTS if key in both and key in own}
+
+
+def _defaults(arch: str) -> dict[str, Any]:
+    """The constructor's arguments with their defaults."""
+    return {name: one.default for name, one in inspect.signature(registry.get_model_class(arch)).parameters.items()}
 
 
 def _check_sources(trained: Trained, given: Mapping[str, Any], base: Layer, own: Sequence[Layer]) -> None:
@@ -219,12 +227,12 @@ def _tell_differences(
     for key in sorted(there.keys() & given):
         value = there[key]
         if key in stated and final[key] != value:
-            logger.log(level, f"{trained.source} was trained with {key}={value!r}; {final[key]!r} is used, as given")
+            logger.log(level, f"{trained.source}: {key}={final[key]!r}, as given; it was trained with {value!r}")
         elif key not in stated and usual.get(key) != value:
-            instead = f" (the type: {usual[key]!r})" if key in usual else ""
-            logger.log(level, f"{key}={value!r}, as {trained.source} was trained{instead}")
+            instead = f"; the type has {usual[key]!r}" if key in usual else ""
+            logger.log(level, f"{trained.source}: {key}={value!r}, as it was trained{instead}")
     for key in sorted(usual.keys() - there.keys() - stated):
-        logger.log(level, f"{key} is left out, as {trained.source} was trained (the type: {usual[key]!r})")
+        logger.log(level, f"{trained.source}: {key} is left out, as it was in training; the type has {usual[key]!r}")
 
 
 def _flat(layers: Sequence[Layer], *, resolved: bool = True) -> dict[str, Any]:

@@ -162,9 +162,9 @@ class LanguageModelBase(Blip2Base):
         return LazyState(readers)
 
     def load_frozen(self, loaded: set[str]) -> None:
-        """As Blip2Base's; then adapters from a folder of their own."""
+        """As Blip2Base's; then adapters from a folder of their own, unless the file had them."""
         super().load_frozen(loaded)
-        if self.adapter is not None:
+        if self.adapter is not None and not any(".lora_" in name for name in loaded):
             lora.load_adapter(self.lm.model, self.adapter)
 
     def checkpoint_state_dict(self) -> dict[str, Tensor]:

@@ -56,6 +56,8 @@ def lora_settings(value: Mapping[str, Any] | str | None) -> dict[str, Any] | Non
     if kind != "LORA":
         raise InputError(f"llm_lora: {path} is of {kind} adapters; only LORA can be loaded")
     kept = {key: setting for key, setting in stored.items() if setting is not None and key not in NOT_COUNTED}
+    if isinstance(kept.get("target_modules"), list):
+        kept["target_modules"] = sorted(kept["target_modules"])  # peft saves a set
     return {**_without_defaults(kept), ADAPTER: str(value)}
 
 
