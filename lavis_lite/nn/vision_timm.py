@@ -53,9 +53,11 @@ class TimmEncoder(ImageEncoder):
             _, timm_class = type(self).__bases__
             translate = getattr(sys.modules[timm_class.__module__], "checkpoint_filter_fn", None)
             given, state = state, dict(state) if translate is None else translate(dict(state), self)
-            for name in own:
-                if "pos" in name and name in given and name in state and given[name].shape != state[name].shape:
-                    logger.info(f"{name} is resized from {tuple(given[name].shape)} to {tuple(state[name].shape)}")
+            tables = [name for name in own if name.endswith("relative_position_bias_table") and name in given]
+            resized = [name for name in tables if given[name].shape != state[name].shape]
+            if resized:  # of absolute positions timm says it itself
+                sizes = sorted({f"{len(given[name])} to {len(state[name])} distances" for name in resized})
+                logger.info(f"{len(resized)} tables of relative positions are resized from {', '.join(sizes)}")
         heads = tuple(f"{part}." for part in HEADS)
         return {name: tensor for name, tensor in state.items() if name in own or not name.startswith(heads)}
 
