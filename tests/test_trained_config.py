@@ -8,6 +8,7 @@ from typing import Any
 import doors
 import pytest
 import torch
+from full_size import TINY_HF
 from PIL import Image
 
 from lavis_lite import checkpoint
@@ -277,3 +278,15 @@ def test_where_it_ran_is_not_what_it_was_trained_as(tmp_path: Path) -> None:
     path = saved(tmp_path, model, model={**tiny("blip2_opt"), "vit_precision": "fp16", "llm_precision": "fp16"})
     again = load_model("blip2_opt", "tiny", checkpoint=path)
     assert {parameter.dtype for parameter in again.parameters()} == {torch.float32}
+
+
+def test_frozen_parts_come_from_the_sources_of_the_training(tmp_path: Path) -> None:
+    """The file leaves out an image encoder and a language model that can be fetched again."""
+    encoder = load_model("blip2_opt", "tiny").visual_encoder.state_dict()
+    checkpoint.save({"model": {f"visual_encoder.{key}": value for key, value in encoder.items()}}, tmp_path / "vit.pth")
+    sources = {"opt_model": str(TINY_HF / "opt"), "vit_weights": str(tmp_path / "vit.pth")}
+    model = load_model("blip2_opt", "tiny", **sources)
+    path = saved(tmp_path, model, model={**tiny("blip2_opt"), **sources})
+    assert not any(key.startswith(("visual_encoder.", "opt_model.")) for key in doors.weights(path))
+    for again in (load_model("blip2_opt", "tiny", checkpoint=path), from_pretrained(path)):
+        doors.assert_same_state(again.state_dict(), model.state_dict())

@@ -6,6 +6,7 @@ trained is float32, so that such a model must be float32 itself.
 
 import copy
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from lavis_lite import checkpoint, download
 from lavis_lite.errors import InputError, MissingFileError, MissingPackageError
+
+logger = logging.getLogger(__name__)
 
 ADAPTER = "adapter"
 """Key of `llm_lora` beside those of LoraConfig: the folder that the adapters' weights come from."""
@@ -62,11 +65,14 @@ def lora_settings(value: Mapping[str, Any] | str | None) -> dict[str, Any] | Non
 
 
 def _without_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that differ from LoraConfig's own; those that the installed peft does not have are kept."""
+    """The settings that differ from LoraConfig's own; those of another version of peft are left out."""
     from peft import LoraConfig
 
     usual = LoraConfig().to_dict()
-    return {key: value for key, value in settings.items() if key not in usual or usual[key] != value}
+    unknown = sorted(settings.keys() - usual.keys())
+    if unknown:
+        logger.warning(f"llm_lora: the installed peft does not know {', '.join(unknown)}, which are left out")
+    return {key: value for key, value in settings.items() if key in usual and usual[key] != value}
 
 
 def lora_config(lora: Mapping[str, Any]) -> Any:
@@ -241,6 +247,7 @@ def write_adapter(model: nn.Module, folder: Path, *, num_tokens: int) -> None:
 
     config = copy.deepcopy(model.peft_config["default"])
     config.inference_mode = True
+    config.init_lora_weights = True  # some ways to start change the frozen weights, which are written as they are
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     known = vocabulary_size(model)
     for name in vocabulary_names(model, state):
