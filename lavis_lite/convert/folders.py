@@ -184,7 +184,11 @@ def hf_model(model: nn.Module, config: Any, own: Mapping[str, Tensor], *, arch: 
             f"{', '.join(f'{key} {tuple(wanted[key])}' for key in wrong[:3])}. It cannot be written as a folder: "
             "keep it as a .pth file"
         )
-    twin.load_state_dict({key: given[key].detach() for key in wanted}, assign=True)  # the model stays frozen
+    views = {  # loading unfreezes the parameters that it is given
+        id(tensor): nn.Parameter(tensor.detach(), False) if isinstance(tensor, nn.Parameter) else tensor
+        for tensor in given.values()
+    }
+    twin.load_state_dict({key: views[id(given[key])] for key in wanted}, assign=True)
     return twin
 
 
