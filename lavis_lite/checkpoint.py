@@ -24,6 +24,9 @@ from lavis_lite.errors import InputError, MissingFileError, WriteError
 
 logger = logging.getLogger(__name__)
 
+ADAPTER = re.compile(r"\.(lora_\w+|modules_to_save|base_layer|original_module|token_adapter)(\.|$)")
+"""In the names that peft gives to adapters and to the layers that have them."""
+
 
 class LoadReport(NamedTuple):
     """What `load_into` found: keys the file lacks, keys the model lacks, keys whose shapes differ."""
@@ -173,8 +176,8 @@ def load_into(
     missing alias of a tied parameter is no difference if its twin is given.
 
     Raises:
-        ValueError: no key fits (another architecture) or no trainable one does, shapes differ, or a trainable key is
-            missing.
+        ValueError: no key fits (another architecture) or no trainable one does, shapes differ, a trainable key is
+            missing, or the file holds adapters (LoRA) that the model has not.
     """
     own = model.state_dict(keep_vars=True)
     given = {id(own[key]) for key in state if key in own}
@@ -194,6 +197,12 @@ def load_into(
             f"{source} holds no trainable key of {type(model).__name__}, only {len(given)} frozen ones or buffers: "
             f"{_listed([key for key in state if key in own], limit=4)}. Its trainable ones are "
             f"{_listed(list(trainable.values()), limit=4)}"
+        )
+    adapters = [key for key in report.unexpected if ADAPTER.search(key)]
+    if adapters:
+        raise InputError(
+            f"{source} holds {len(adapters)} tensors of adapters (LoRA) that have no place in the model: "
+            f"{_listed(adapters, limit=4)}. Set model.llm_lora as it was in training"
         )
     _log_differences(report, own, source=source, elsewhere=elsewhere)
     _check_differences(report, own, state, source=source, allow_missing=allow_missing)

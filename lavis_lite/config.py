@@ -1,14 +1,15 @@
 """One run's configuration: YAML files and options merged, checked and turned into plain values.
 
-Merge order, the last one winning: `RunConfig`'s defaults, configs/models/<arch>/<model_type>.yaml,
-configs/datasets/<name>/<type>.yaml, the project's YAML (its `_base_` files first), `--options`. Schemas are the
-constructors' own signatures (config_schema.py).
+Merge order, the last one winning: `RunConfig`'s defaults, configs/models/<arch>/<model_type>.yaml, what
+`model.checkpoint` was trained as (trained_config.py), configs/datasets/<name>/<type>.yaml, the project's YAML (its
+`_base_` files first), `--options`. Schemas are the constructors' own signatures (config_schema.py).
 Surprising: a dataset that names no processors takes the model type's `preprocess`; one that names its `builder` may be
 called anything; `expected:` is free data, the result that a recipe has been seen to reach.
 """
 
 import argparse
 import dataclasses
+import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from lavis_lite import zoo
+from lavis_lite import trained_config, zoo
 from lavis_lite.config_files import (
     ConfigError,
     Layer,
@@ -100,7 +101,7 @@ class Config:
         _import_user_modules(resolve_key(own, ("imports",), own_layers), own_layers)
         builders = {name: name for name in own.get("datasets", {})} | _dataset_keys(own, own_layers, "builder")
         types = _dataset_types(own, own_layers, builders)
-        layers = [_model_layer_of(own, own_layers), *_dataset_layers(types, builders), *own_layers]
+        layers = [*_model_layers(own, own_layers), *_dataset_layers(types, builders), *own_layers]
         tree = resolve(merge({"run": RUN_DEFAULTS}, merge_layers(layers)), layers)
         raw = {path: text for layer in layers for path, text in layer.raw.items()}
         return _checked(tree, Checker(layers, raw), types, source=str(path))
@@ -194,6 +195,16 @@ def _import_user_modules(names: Any, layers: Sequence[Layer]) -> None:
 
 def _is_module_name(name: Any) -> bool:
     return isinstance(name, str) and all(part.isidentifier() for part in name.split("."))
+
+
+def _model_layers(tree: dict[str, Any], layers: Sequence[Layer]) -> list[Layer]:
+    """The model type's layer, and what the checkpoint that is named was trained as."""
+    base, checkpoint = _model_layer_of(tree, layers), resolve_key(tree, ("model", "checkpoint"), layers)
+    if not isinstance(checkpoint, str):
+        return [base]
+    own = [base, Layer("defaults", {"run": RUN_DEFAULTS}), *layers]
+    laid = trained_config.lay_under(own, trained_config.read(checkpoint), level=logging.INFO)
+    return laid[: 1 + len(laid) - len(own)]
 
 
 def _model_layer_of(tree: dict[str, Any], layers: Sequence[Layer]) -> Layer:

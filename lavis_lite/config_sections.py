@@ -50,13 +50,19 @@ def model_layer(arch: str, model_type: str) -> Layer:
 
 
 def model_arguments(section: Mapping[str, Any], checker: Checker) -> dict[str, Any]:
-    """Check a `model` section against the architecture's constructor; LAVIS's `med_config_path` is read into `med`."""
+    """Check a `model` section against the architecture's constructor; LAVIS's `med_config_path` is read into `med`, and
+    a folder of adapters into `llm_lora`.
+    """
     section = dict(section)
     model_class = _looked_up(registry.get_model_class, section["arch"], checker, ("model", "arch"))
     med = _med_overrides(section.pop("med_config_path", None), checker)
     if med:
         section["med"] = med | (section.get("med") or {})
     schema, open_ended = schema_of(model_class)
+    if "llm_lora" in schema and isinstance(section.get("llm_lora"), str):
+        from lavis_lite.nn.lora import lora_settings
+
+        section["llm_lora"] = lora_settings(section["llm_lora"])
     return checker.section(section, MODEL_KEYS | schema, ("model",), open_ended=open_ended)
 
 

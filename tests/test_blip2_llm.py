@@ -432,7 +432,6 @@ def test_any_language_model(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arch", ["blip2_opt", "blip2_vicuna_instruct", "blip2_t5_instruct"])
 def test_lora_is_what_is_trained_and_saved(arch: str, tmp_path: Path) -> None:
-    pytest.importorskip("peft")
     model = build(arch, llm_lora={"r": 2})
     prefix = f"{model.part}_model."
     trained = {name for name, p in model.named_parameters() if p.requires_grad and name.startswith(prefix)}
@@ -452,7 +451,6 @@ def test_lora_is_what_is_trained_and_saved(arch: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("arch", ["blip2_opt", "blip2_vicuna_instruct", "blip2_t5_instruct"])
 def test_lora_starts_from_a_file_that_holds_the_language_model(arch: str, tmp_path: Path) -> None:
     """As it does where the language model is a random one; the adapters are zero at first."""
-    pytest.importorskip("peft")
     language = {MODELS[arch][0]: {"opt": "tiny_opt", "llama": "tiny_vicuna", "t5": "tiny_t5"}[MODELS[arch][1]]}
     base = build(arch, **language)
     checkpoint.save({"model": base.checkpoint_state_dict()}, tmp_path / "base.pth")

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,29 @@ def test_positions_are_resized_in_float32_and_keep_their_type(name: str, align_c
     assert resized.dtype == torch.float16
     assert torch.equal(resized, expected)
     big.load_state_dict(big.adapt_state_dict(small.state_dict()))
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "told"),
+    [
+        ("eva_tiny", (48, 96), "position embeddings are resized from 4 x 4 to 8 x 8 patches"),
+        ("clip_tiny", (48, 96), "position embeddings are resized from 4 x 4 to 8 x 8 patches"),
+        (TIMM, (48, 96), "Resized position embedding: (4, 4) to (8, 8)."),  # timm's own
+        (SWIN, (224, 64), "8 tables of relative positions are resized from 169 to 49 distances, 169 to 9 distances"),
+    ],
+)
+def test_resizing_is_logged_once(
+    name: str, sizes: tuple[int, int], told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    small, big = (
+        build_encoder(name, image_size=size, sizes={} if name == SWIN else {"patch_size": 12}) for size in sizes
+    )
+    caplog.set_level(logging.INFO)
+    caplog.clear()
+    big.adapt_state_dict(small.state_dict())
+    assert [record.getMessage() for record in caplog.records] == [told]
+    big.adapt_state_dict(big.state_dict())
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize("name", ["eva_tiny", "clip_tiny", "blip_tiny", TIMM, SWIN])

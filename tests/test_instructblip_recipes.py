@@ -3,7 +3,6 @@ YAMLs name: instruction tuning from a BLIP-2, finetuning from what that left, on
 """
 
 import gzip
-import importlib.util
 import json
 import math
 import re
@@ -260,7 +259,6 @@ def test_finetuning_goes_on_from_instructblip_and_is_tested(name: str, folder: P
     assert 0 < max(float((saved[key] - start[key]).abs().max()) for key in saved) < 1e-5
 
 
-@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs peft")
 def test_lora_trains_adapters_of_the_language_model_too(folder: Path) -> None:
     saved = doors.weights(trained("lora", folder) / "checkpoint_last.pth")
     adapters = [key for key in saved if key.startswith("llm_model.")]

@@ -565,7 +565,6 @@ def test_a_model_without_weights_is_not_quantized(monkeypatch: pytest.MonkeyPatc
 
 
 def test_lora_trains_adapters_alone() -> None:
-    pytest.importorskip("peft")
     model, _ = load_language_model(TINY / "opt", dtype=torch.bfloat16, lora={"r": 4, "lora_alpha": 8})
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert trained

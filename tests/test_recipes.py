@@ -128,8 +128,6 @@ def test_recipe_builds_its_parts(path: Path) -> None:
 @recipes
 def test_recipe_builds_its_model_and_its_images_fit(path: Path) -> None:
     cfg = config(path)
-    if "llm_lora" in cfg.model:
-        pytest.importorskip("peft")
     weights = MODEL_KEYS.keys() - {"arch"}
     model = meta_model(json.dumps({key: value for key, value in cfg.model.items() if key not in weights}))
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) > 1e5

@@ -13,10 +13,17 @@ examples:
   # a checkpoint of one's own, language model and image encoder in bf16, with the language model from a local folder
   python -m lavis_lite.convert to-hf blip2_t5 caption_coco_flant5xl captioner --checkpoint output/checkpoint_best.pth \\
       --precision bf16 --options t5_model=/models/flan-t5-xl tokenizer=/models/bert-base-uncased
+  # a run with llm_lora: its adapters merged, or in a folder of their own for peft
+  python -m lavis_lite.convert to-hf blip2_opt pretrain_opt2.7b tuned --checkpoint output/checkpoint_best.pth
+  python -m lavis_lite.convert to-hf blip2_opt pretrain_opt2.7b base --checkpoint output/checkpoint_best.pth \\
+      --adapter adapter
   # back: a folder or hub id as a .pth that LAVIS loads, with the trainable parts only, as LAVIS's own files
   python -m lavis_lite.convert to-lavis blip2-opt-2.7b blip2_opt.pth --trainable-only
   python -m lavis_lite.convert to-lavis Salesforce/blip-vqa-base blip_vqa.pth"""
-PLACES = ("tokenizer", "vit_weights", "vit_precision", "llm_precision", "opt_model", "t5_model", "llm_model")
+PLACES = (
+    *("tokenizer", "vit_weights", "vit_precision", "llm_precision", "opt_model", "t5_model", "llm_model"),
+    *("llm_lora", "llm_quantization"),
+)
 """Keys of a model section that a folder does without: it has its own tokenizers and weights."""
 
 
@@ -47,10 +54,13 @@ def parser() -> argparse.ArgumentParser:
     to_hf.add_argument("type", help="model type, such as pretrain_opt2.7b")
     to_hf.add_argument("target", help="folder to write")
     to_hf.add_argument("--checkpoint", metavar="PATH", help="file or URL to load instead of the type's own weights")
+    to_hf.add_argument(
+        "--adapter", metavar="FOLDER", help="write adapters (LoRA) there as peft reads them, instead of merging them"
+    )
     to_hf.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one weight file (default 5GB)")
     to_lavis = ways.add_parser("to-lavis", help="write a .pth file")
     to_lavis.set_defaults(convert=write_lavis)
-    to_lavis.add_argument("source", help="Hugging Face folder or hub id")
+    to_lavis.add_argument("source", help="Hugging Face folder or hub id, or a checkpoint of train.py")
     to_lavis.add_argument("target", help="file to write")
     to_lavis.add_argument("--arch", help="architecture, where the folder's class serves several")
     to_lavis.add_argument("--trainable-only", action="store_true", help="leave out frozen parts, as LAVIS's files do")
@@ -67,26 +77,28 @@ def parser() -> argparse.ArgumentParser:
 
 
 def write_hf(args: argparse.Namespace) -> str:
-    """A model type as a folder; returns what was done."""
-    from lavis_lite.config_sections import MODEL_KEYS, model_layer
+    """A model type, or a checkpoint, as a folder; returns what was done."""
+    from lavis_lite.config_sections import MODEL_KEYS
     from lavis_lite.convert.configs import hf_class_of
     from lavis_lite.convert.folders import check_target, write_folder
-    from lavis_lite.models import load_model
+    from lavis_lite.models.loading import build, configured
+    from lavis_lite.zoo import model_config_path
 
-    layer = model_layer(args.arch, args.type)
+    model_config_path(args.arch, args.type)
     hf_class_of(args.arch)
-    check_target(args.target, overwrite=args.overwrite)
-    overrides = _overrides(args.options)
-    model = load_model(
-        args.arch, args.type, is_eval=True, checkpoint=args.checkpoint, **overrides, **_precision(args.arch, args)
-    )
+    for folder in filter(None, (args.target, args.adapter)):
+        check_target(folder, overwrite=args.overwrite)
+    overrides = _precision(args.arch, args) | _overrides(args.options)
+    layers, tree = configured(args.arch, args.type, args.checkpoint, overrides)
+    model = build(tree["model"], layers, is_eval=True, device="cpu", checkpoint=args.checkpoint)
     _lower(model, args)
-    settings = {k: v for k, v in (layer.tree["model"] | overrides).items() if k not in (*MODEL_KEYS, *PLACES)}
     write_folder(
         model,
         args.target,
         arch=args.arch,
-        settings=settings,
+        settings={key: value for key, value in tree["model"].items() if key not in (*MODEL_KEYS, *PLACES)},
+        preprocess=tree.get("preprocess", {}),
+        adapter=args.adapter,
         max_shard_size=args.max_shard_size,
         overwrite=args.overwrite,
     )
@@ -94,16 +106,14 @@ def write_hf(args: argparse.Namespace) -> str:
 
 
 def write_lavis(args: argparse.Namespace) -> str:
-    """A folder as a file; returns what was done."""
-    from lavis_lite import download
-    from lavis_lite.convert.configs import arch_of
-    from lavis_lite.convert.folders import check_target, read_config, read_settings, write_checkpoint
-    from lavis_lite.models import from_pretrained
+    """A folder or checkpoint as a file; returns what was done."""
+    from lavis_lite.convert.folders import check_target, write_checkpoint
+    from lavis_lite.models.loading import arch_in, build, described
 
     check_target(args.target, overwrite=args.overwrite)
-    folder = download.fetch_folder(args.source)
-    arch = arch_of(read_config(folder), source=args.source, wanted=args.arch or read_settings(folder)[0])
-    model = from_pretrained(folder, arch=arch, is_eval=True, **_overrides(args.options), **_precision(arch, args))
+    arch = arch_in(args.source, args.arch)
+    layers, tree = described(args.source, arch, _precision(arch, args) | _overrides(args.options))
+    model = build(tree["model"], layers, is_eval=True, device="cpu", checkpoint=args.source)
     _lower(model, args)
     write_checkpoint(model, args.target, trainable_only=args.trainable_only, overwrite=args.overwrite)
     return f"{args.source} ({arch}) written to {args.target}"
@@ -124,7 +134,7 @@ def _precision(arch: str, args: argparse.Namespace) -> dict[str, Any]:
     from lavis_lite.registry import registry
 
     has_llm = hasattr(registry.get_model_class(arch), "part")
-    return {"vit_precision": "fp32"} | ({"llm_precision": args.precision} if has_llm else {})
+    return {"vit_precision": "fp32"} | ({"llm_precision": args.precision, "llm_quantization": None} if has_llm else {})
 
 
 def _lower(model: Any, args: argparse.Namespace) -> None:

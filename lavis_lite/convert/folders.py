@@ -23,6 +23,7 @@ from lavis_lite.convert.blip import blip_from_hf, blip_to_hf
 from lavis_lite.convert.blip2 import VOCABULARIES, blip2_from_hf, blip2_to_hf
 from lavis_lite.convert.configs import QFORMER_TOKENIZER, hf_class_of, hf_config
 from lavis_lite.errors import ExistingFileError, InputError, MissingFileError
+from lavis_lite.nn import lora
 from lavis_lite.weights import EXTRA_FILE, LazyState
 
 logger = logging.getLogger(__name__)
@@ -37,21 +38,31 @@ def write_folder(
     *,
     arch: str,
     settings: Mapping[str, Any] | None = None,
+    preprocess: Mapping[str, Any] | None = None,
+    adapter: str | Path | None = None,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
 ) -> Path:
     """Write a model, in its precision, as a folder that transformers' `from_pretrained` and ours load.
 
-    `settings` are constructor arguments that config.json has no place for (prompt, lengths).
+    `settings` are constructor arguments that config.json has no place for (prompt, lengths), `preprocess` the
+    processors. Adapters of the language model (LoRA) are merged into it, in the folder and not in `model`; with
+    `adapter`, a second folder, they are written there as peft reads them.
 
     Raises:
-        FileExistsError: the folder is there and `overwrite` is not set.
-        ValueError: transformers has no class for the architecture or the sizes.
+        FileExistsError: a folder is there and `overwrite` is not set.
+        ValueError: transformers has no class for the architecture or the sizes, or there is no adapter to write.
     """
     target = check_target(target, overwrite=overwrite)
+    if adapter is not None:
+        adapter = check_target(adapter, overwrite=overwrite)
+        if not lora.has_adapters(model):
+            raise InputError("the model has no adapters to write: it was trained without llm_lora")
     config = hf_config(model, arch=arch)
     processor = build_processor(model, config)
-    own = model.state_dict(keep_vars=True)
+    own = lora.plain_state_dict(model, merge=adapter is None)
+    if lora.unties(model, own):
+        config.text_config.tie_word_embeddings = False
     twin = hf_model(model, config, own, arch=arch)
     partial = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
@@ -61,27 +72,62 @@ def write_folder(
         if getattr(model, "part", None) is not None:
             model.tokenizer.save_pretrained(partial / QFORMER_TOKENIZER)
         write_extras(own, from_hf(twin.state_dict(), model).keys(), partial / EXTRA_FILE)
-        text = json.dumps({"arch": arch, "settings": dict(settings or {})}, indent=2)
-        (partial / SETTINGS_FILE).write_text(f"{text}\n", encoding="utf-8")
-        if target.exists():
-            shutil.rmtree(target) if target.is_dir() else target.unlink()
-        os.replace(partial, target)
+        stored = {"arch": arch, "settings": dict(settings or {}), "preprocess": dict(preprocess or {})}
+        (partial / SETTINGS_FILE).write_text(f"{json.dumps(stored, indent=2)}\n", encoding="utf-8")
+        _put(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    if adapter is not None:
+        write_adapter(model, adapter, num_tokens=config.text_config.vocab_size)
+    elif lora.has_adapters(model):
+        logger.info("the adapters (LoRA) were merged into the language model")
     logger.info(f"{type(twin).__name__} written to {target}")
     return target
+
+
+def write_adapter(model: nn.Module, target: Path, *, num_tokens: int) -> None:
+    """Write the adapters of a model's language model as a folder that peft reads, in place of what is there."""
+    partial = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        lora.write_adapter(model.lm.model, partial, num_tokens=num_tokens)
+        _put(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    logger.info(f"the adapters (LoRA) were written to {target}")
+
+
+def _put(partial: Path, target: Path) -> None:
+    """Replace the target by a folder, whose files others may read as the umask says; safetensors keeps them private."""
+    usual = partial / ".mode"
+    usual.touch()
+    mode = usual.stat().st_mode
+    usual.unlink()
+    for path in partial.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+    if target.exists():
+        shutil.rmtree(target) if target.is_dir() else target.unlink()
+    os.replace(partial, target)
 
 
 def write_checkpoint(
     model: nn.Module, target: str | Path, *, trainable_only: bool = False, overwrite: bool = False
 ) -> Path:
-    """Write a model as a `.pth` file that LAVIS loads; `trainable_only` leaves out the frozen parts that have a source
-    of their own, as LAVIS's files do.
+    """Write a model as a `.pth` file that LAVIS loads, adapters (LoRA) merged; `trainable_only` leaves out the frozen
+    parts that have a source of their own, as LAVIS's files do.
 
-    Raises FileExistsError if the file is there and `overwrite` is not set.
+    Raises FileExistsError if the file is there and `overwrite` is not set, ValueError for `trainable_only` of a model
+    with adapters, whose language model is not the source's any more.
     """
     target = check_target(target, overwrite=overwrite)
-    return checkpoint.save({"model": model.checkpoint_state_dict() if trainable_only else model.state_dict()}, target)
+    if not trainable_only:
+        state = {name: tensor.detach() for name, tensor in lora.plain_state_dict(model).items()}
+    elif lora.has_adapters(model):
+        raise InputError("a file of the trainable parts only has no adapters (LoRA): write the whole model")
+    else:
+        state = model.checkpoint_state_dict()
+    return checkpoint.save({"model": state}, target)
 
 
 def check_target(target: str | Path, *, overwrite: bool) -> Path:
@@ -93,13 +139,15 @@ def check_target(target: str | Path, *, overwrite: bool) -> Path:
 
 
 def read_settings(folder: Path) -> tuple[str | None, dict[str, Any]]:
-    """The architecture and settings that `write_folder` left in a folder, or none. ValueError for a damaged file."""
+    """The architecture that `write_folder` left in a folder, and the sections `model` and `preprocess`, or none.
+    ValueError for a damaged file.
+    """
     path = folder / SETTINGS_FILE
     if not path.is_file():
-        return None, {}
+        return None, {"model": {}, "preprocess": {}}
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        return stored["arch"], dict(stored["settings"])
+        return stored["arch"], {"model": dict(stored["settings"]), "preprocess": dict(stored.get("preprocess") or {})}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}): delete it to do without") from error
 
@@ -136,7 +184,11 @@ def hf_model(model: nn.Module, config: Any, own: Mapping[str, Tensor], *, arch: 
             f"{', '.join(f'{key} {tuple(wanted[key])}' for key in wrong[:3])}. It cannot be written as a folder: "
             "keep it as a .pth file"
         )
-    twin.load_state_dict({key: given[key] for key in wanted}, assign=True)
+    views = {  # loading unfreezes the parameters that it is given
+        id(tensor): nn.Parameter(tensor.detach(), False) if isinstance(tensor, nn.Parameter) else tensor
+        for tensor in given.values()
+    }
+    twin.load_state_dict({key: views[id(given[key])] for key in wanted}, assign=True)
     return twin
 
 

@@ -5,18 +5,25 @@ The keys and shapes of the sample dict that models eat are listed in docs/archit
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping, MutableMapping
+import re
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from lavis_lite import checkpoint, weights
+from lavis_lite import checkpoint, trained_config, weights
 from lavis_lite.config_sections import MODEL_KEYS
 from lavis_lite.errors import InputError
 from lavis_lite.optim import parameter_groups
+from lavis_lite.registry import registry
 
 logger = logging.getLogger(__name__)
+
+NOT_TRAINED = re.compile(r"_m\.|queue|position_ids$|\.inv_freq$")
+"""In the names of momentum twins, queues and tables that follow from the sizes."""
+PRETRAINED = {"text_encoder", "text_decoder", "itm_head"}
+"""Parts of BLIP's pretraining model, from which every task starts."""
 
 
 class Output(dict[str, Tensor]):
@@ -36,6 +43,8 @@ class BaseModel(nn.Module):
 
     new_parts: ClassVar[tuple[str, ...]] = ()
     """What stands in the names of parameters that a pretrained file may lack because finetuning adds them."""
+    loaded_later: tuple[str, ...] = ()
+    """What stands in the names of parameters that any file may lack because `load_frozen` loads them."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -87,7 +96,7 @@ class BaseModel(nn.Module):
         parameter must be there.
         """
         state = self.adapt_state_dict(weights.open_state(source))
-        new_parts = self.new_parts if initialise else ()
+        new_parts = self.loaded_later + (self.new_parts if initialise else ())
         report = checkpoint.load_into(
             self,
             state,
@@ -98,15 +107,31 @@ class BaseModel(nn.Module):
             elsewhere=self.is_restorable,
         )
         if not initialise:
-            self.warn_of_foreign_parts(report.unexpected, source)
+            self.check_leftovers(report.unexpected, state, source)
         self.after_loading(state)
         return set(state)
 
-    def warn_of_foreign_parts(self, unexpected: list[str], source: str) -> None:
-        """Warn if the file has whole parts that this model lacks, which a checkpoint of another task has."""
+    def check_leftovers(self, unexpected: list[str], state: Collection[str], source: str) -> None:
+        """Tell what a complete file has beyond this model.
+
+        ValueError for trained tensors of a checkpoint that was trained as this architecture, and for those inside this
+        model's parts if it was another; a warning for whole parts, which a file of another task has. A pretraining
+        file has those of every task.
+        """
         own = {name.split(".")[0] for name in self.state_dict()}
-        parts = {name.split(".")[0] for name in unexpected if "." in name and "_m." not in name} - own
-        if parts:
+        left = [name for name in unexpected if not NOT_TRAINED.search(name)]
+        trained = trained_config.read(source)
+        if trained is not None and trained.is_whole:
+            is_same = trained.arch in registry.list_models() and type(self) is registry.get_model_class(trained.arch)
+            lost = left if is_same else [name for name in left if "." in name and name.split(".")[0] in own]
+            if lost:
+                raise InputError(
+                    f"{source}: {len(lost)} tensors that were trained have no place in the model: "
+                    f"{', '.join(lost[:4])}. Leave out the settings that differ from its training"
+                )
+        parts = {name.split(".")[0] for name in left if "." in name} - own
+        is_pretraining = PRETRAINED.issubset(name.split(".")[0] for name in state)
+        if parts and not is_pretraining:
             logger.warning(
                 f"{source} also has {', '.join(sorted(parts))}, which {type(self).__name__} has not: "
                 "make sure that it is a checkpoint of this architecture"

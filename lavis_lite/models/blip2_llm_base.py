@@ -18,16 +18,14 @@ from lavis_lite.errors import InputError
 from lavis_lite.models.base import chosen_weights
 from lavis_lite.models.blip2_base import PRECISIONS, TEXT_PARTS, Blip2Base
 from lavis_lite.models.llm_text import TextCoder, text_coder
-from lavis_lite.nn import llm_loading
+from lavis_lite.nn import llm_loading, lora
 from lavis_lite.nn.llm import LanguageModel, has_weights, language_model_config, load_language_model
 from lavis_lite.nn.llm_sources import embedding_width
+from lavis_lite.nn.lora import trains_whole_parts
 from lavis_lite.weights import LazyState
 
 TINY_WIDTH = 512
 """Below it `llm_precision: auto` follows the config file; at and above it, it is bf16."""
-
-BASE_LAYER = ".base_layer."
-"""Between a layer that peft has wrapped and its weights."""
 
 
 class LanguageModelBase(Blip2Base):
@@ -36,7 +34,7 @@ class LanguageModelBase(Blip2Base):
     `prompt` begins every caption; with a gap `{}` it goes around questions instead. `qformer_text_input`: the Q-Former
     reads what the language model is asked. `llm` overrides the language model's config; `llm_precision` is fp32, bf16,
     fp16 or auto (bf16, but for tiny and for trained models); `llm_quantization` is int8 or int4; `llm_lora` holds
-    settings of peft's LoraConfig.
+    settings of peft's LoraConfig, or is a folder that peft wrote.
     """
 
     part: ClassVar[str] = "llm"
@@ -65,14 +63,15 @@ class LanguageModelBase(Blip2Base):
         qformer_text_input: bool = False,
         llm_precision: str = "auto",
         llm: dict[str, Any] | None = None,
-        llm_lora: dict[str, Any] | None = None,
+        llm_lora: dict[str, Any] | str | None = None,
         llm_quantization: str | None = None,
         llm_grad_checkpoint: bool = False,
         freeze_llm: bool = True,
         **parts: Any,
     ) -> None:
         config = self.language_model_config(source, llm)
-        dtype = llm_dtype(llm_precision, config, frozen=freeze_llm)
+        llm_lora = lora.lora_settings(llm_lora)
+        dtype = llm_dtype(llm_precision, config, frozen=freeze_llm, lora=llm_lora)
         tokenizer = llm_loading.check_language_model(source, config, quantization=llm_quantization, lora=llm_lora)
         self.coder = self.text_coder(tokenizer, config)
         self.qformer_text_input = qformer_text_input  # the Q-Former is built with or without text
@@ -96,7 +95,9 @@ class LanguageModelBase(Blip2Base):
         )
         setattr(self, f"{self.part}_proj", nn.Linear(self.Qformer.config.hidden_size, self.lm.width))
         self.sources[f"{self.part}_model."] = source if has_weights(source) else None
-        self.new_parts = (f"{self.part}_proj.", "lora_")
+        self.adapter = (llm_lora or {}).get(lora.ADAPTER)
+        self.loaded_later = () if self.adapter is None else (f"{self.part}_model.",)
+        self.new_parts = (f"{self.part}_proj.", "lora_", ".modules_to_save.", ".token_adapter.")
         self.new_parts += TEXT_PARTS if qformer_text_input else ()
         self.new_parts += () if freeze_llm else (f"{self.part}_model.",)
 
@@ -151,14 +152,20 @@ class LanguageModelBase(Blip2Base):
         )
 
     def adapt_state_dict(self, state: MutableMapping[str, Tensor]) -> MutableMapping[str, Tensor]:
-        """As Blip2Base's; layers of a language model without LoRA go into those that LoRA wraps."""
+        """As Blip2Base's; layers of a language model without LoRA go into those that LoRA wraps or copies."""
         state, own = LazyState.of(super().adapt_state_dict(state)), self.state_dict()
+        wrapped = lora.targets(own)
+        readers = {}
+        for name, read in state.readers.items():
+            names = [name] if name in own else wrapped.get(name, [name])
+            readers |= {inner: read for inner in names if inner == name or inner not in state}
+        return LazyState(readers)
 
-        def wrapped(name: str) -> str:
-            inner = BASE_LAYER.join(name.rsplit(".", 1))
-            return inner if name not in own and inner in own else name
-
-        return state.renamed(wrapped)
+    def load_frozen(self, loaded: set[str]) -> None:
+        """As Blip2Base's; then adapters from a folder of their own, unless the file had them."""
+        super().load_frozen(loaded)
+        if self.adapter is not None and not any(".lora_" in name for name in loaded):
+            lora.load_adapter(self.lm.model, self.adapter)
 
     def checkpoint_state_dict(self) -> dict[str, Tensor]:
         """As BaseModel's; of a language model that can be fetched again, also its buffers stay out."""
@@ -220,10 +227,19 @@ def image_of(samples: dict[str, Any]) -> Tensor:
     return image
 
 
-def llm_dtype(precision: str, config: PreTrainedConfig, *, frozen: bool) -> torch.dtype:
+def llm_dtype(
+    precision: str, config: PreTrainedConfig, *, frozen: bool, lora: Mapping[str, Any] | None = None
+) -> torch.dtype:
     """The language model's precision. ValueError for an unknown one, and for training weights in a low one."""
     if precision not in ("auto", *PRECISIONS):
         raise InputError(f"llm_precision {precision!r} is not one of auto, {', '.join(PRECISIONS)}")
+    if trains_whole_parts(lora):
+        if precision not in ("auto", "fp32"):
+            raise InputError(
+                f"llm_precision {precision} with bias, modules_to_save or trainable_token_indices in llm_lora would "
+                "train weights of the language model in it: set fp32 or auto"
+            )
+        return torch.float32
     if precision == "auto":
         tiny = config.dtype == torch.float32 and embedding_width(config) < TINY_WIDTH
         return torch.float32 if tiny or not frozen else torch.bfloat16

@@ -129,7 +129,7 @@ class BlipBase(BaseModel):
             state = blip_from_hf(state)
         for name in [name for name in state if name in own]:
             if name.endswith(".pos_embed"):
-                state[name] = interpolate_pos_embed(state[name], own[name].shape[1])
+                state[name] = interpolate_pos_embed(state[name], own[name].shape[1], quiet="_m." in name)
             elif name.endswith("_queue") and own[name].shape != state[name].shape:
                 length = own[name].shape[-1]
                 logger.info(

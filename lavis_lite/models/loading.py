@@ -1,8 +1,9 @@
 """The library's door: a model, by architecture and type or from a Hugging Face folder, with the processors that make
 its inputs.
 
-Surprising: `checkpoint=` replaces the type's own weights, which are then not even downloaded. A type that names only
-`eval` processors has them as `train` too (they are deterministic), but never the other way round.
+Surprising: `checkpoint=` replaces the type's own weights, which are then not even downloaded, and brings with it what
+it was trained as (`trained_config`). A type that names only `eval` processors has them as `train` too (they are
+deterministic), but never the other way round.
 """
 
 import logging
@@ -14,12 +15,12 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from lavis_lite import download
+from lavis_lite import download, trained_config, zoo
 from lavis_lite.config_files import Layer, merge_layers, resolve
 from lavis_lite.config_schema import Checker
 from lavis_lite.config_sections import PROCESSOR_KEYS, check_processors, model_arguments, model_layer
 from lavis_lite.convert.configs import arch_of, model_section
-from lavis_lite.convert.folders import read_config, read_settings
+from lavis_lite.convert.folders import read_config
 from lavis_lite.errors import InputError
 from lavis_lite.registry import registry
 
@@ -38,13 +39,14 @@ def load_model(
 ) -> nn.Module:
     """Build a model and load its weights.
 
-    `checkpoint` (a file or URL, a Hugging Face folder or hub id) is loaded instead of the type's own weights;
-    `overrides` replace keys of the type's model section, as `--options model.key=value` does. Raises KeyError for an
-    unknown name or type (with the nearest ones), ValueError for an unknown or mistyped key, FileNotFoundError for a
-    missing file.
+    `checkpoint` (a file or URL, a Hugging Face folder or hub id) is loaded instead of the type's own weights, with the
+    settings that it was trained with; each that differs from the type's is logged. `overrides` replace keys of the
+    model section, as `--options model.key=value` does. Raises KeyError for an unknown name or type (with the nearest
+    ones), ValueError for an unknown or mistyped key and for weights that do not fit, FileNotFoundError for a missing
+    file.
     """
-    layers, tree = _packaged(name, model_type, overrides)
-    return _build(tree["model"], layers, is_eval=is_eval, device=device, checkpoint=checkpoint)
+    layers, tree = configured(name, model_type, checkpoint, overrides)
+    return build(tree["model"], layers, is_eval=is_eval, device=device, checkpoint=checkpoint)
 
 
 def load_preprocess(config: Mapping[str, Any]) -> tuple[Processors, Processors]:
@@ -70,14 +72,14 @@ def load_model_and_preprocess(
     checkpoint: str | Path | None = None,
     **overrides: Any,
 ) -> tuple[nn.Module, Processors, Processors]:
-    """Return `load_model`'s model, and its type's image and text processors, each a dictionary with "train" and
-    "eval".
+    """Return `load_model`'s model, and its image and text processors, each a dictionary with "train" and "eval":
+    those that the checkpoint was trained with, else the type's.
 
     >>> model, vis_processors, txt_processors = load_model_and_preprocess("blip_caption", "base_coco", is_eval=True)
     >>> model.generate({"image": vis_processors["eval"](raw_image).unsqueeze(0)})
     """
-    layers, tree = _packaged(name, model_type, overrides)
-    model = _build(tree["model"], layers, is_eval=is_eval, device=device, checkpoint=checkpoint)
+    layers, tree = configured(name, model_type, checkpoint, overrides)
+    model = build(tree["model"], layers, is_eval=is_eval, device=device, checkpoint=checkpoint)
     return model, *load_preprocess(tree.get("preprocess", {}))
 
 
@@ -91,34 +93,64 @@ def from_pretrained(
     device: str | torch.device = "cpu",
     **overrides: Any,
 ) -> nn.Module | tuple[nn.Module, Processors, Processors]:
-    """Build the model that a Hugging Face folder or hub id holds, and load its weights; with `processors` also return
-    its image and text processors.
+    """Build the model that a Hugging Face folder or hub id holds, or a checkpoint of train.py, and load its weights;
+    with `processors` also return its image and text processors.
 
-    The architecture is the usual one for transformers' class, unless `arch` names another with the same parts or
-    `model_class` is one's class; `overrides` replace keys of the model section.
+    A checkpoint says what it was trained as. For a folder the architecture is the usual one for transformers' class.
+    `arch` names another with the same parts, `model_class` is one's class; `overrides` replace keys of the model
+    section.
 
     Raises:
-        FileNotFoundError: the folder, its config.json or its weights are missing.
+        FileNotFoundError: the file, the folder, its config.json or its weights are missing.
         ConnectionError: the hub cannot be reached.
-        ValueError: its class is none of ours, or an override is unknown or mistyped.
+        ValueError: a folder's class is none of ours, a file does not say what it was trained as, or an override is
+            unknown or mistyped.
     """
-    folder = download.fetch_folder(source)
-    config = read_config(folder)
-    stored_arch, settings = read_settings(folder)
-    wanted = arch or _arch_of_class(model_class) or stored_arch
-    arch = arch_of(config, source=str(source), wanted=wanted)
-    settings = settings if arch == stored_arch else {}
-    layers = [
-        Layer(str(folder), {"model": settings | {"model_type": None} | model_section(config, folder, arch=arch)}),
-        _overrides(overrides),
-    ]
-    section = merge_layers(layers)["model"]
-    model = _build(section, layers, is_eval=is_eval, device=device, checkpoint=None)
+    wanted = arch or _arch_of_class(model_class)
+    layers, tree = described(source, wanted, overrides)
+    model = build(tree["model"], layers, is_eval=is_eval, device=device, checkpoint=source)
     if not processors:
         return model
-    images = {"eval": {"name": "blip_image_eval", "image_size": section["image_size"]}}
-    texts = {"eval": {"name": "blip_question" if arch == "blip_vqa" else "blip_caption"}}
-    return model, *load_preprocess({"vis_processor": images, "text_processor": texts})
+    size, is_vqa = tree["model"].get("image_size"), tree["model"]["arch"] == "blip_vqa"
+    images = {"eval": {"name": "blip_image_eval"} | ({} if size is None else {"image_size": size})}
+    texts = {"eval": {"name": "blip_question" if is_vqa else "blip_caption"}}
+    return model, *load_preprocess({"vis_processor": images, "text_processor": texts} | tree.get("preprocess", {}))
+
+
+def arch_in(source: str | Path, wanted: str | None = None) -> str:
+    """Return the architecture of a folder or checkpoint: the one that is wanted, else the one that it names. ValueError
+    if a folder's class has other parts, or a file does not say what it was trained as.
+    """
+    trained = trained_config.read(source)
+    if download.is_folder(source):
+        config = read_config(download.fetch_folder(source))
+        return arch_of(config, source=str(source), wanted=wanted or (trained and trained.arch))
+    if trained is None:
+        raise InputError(
+            f"{source} does not say what it was trained as: name its architecture and type with "
+            "load_model(arch, model_type, checkpoint=...)"
+        )
+    return wanted or trained.arch
+
+
+def described(source: str | Path, arch: str | None, overrides: Mapping[str, Any]) -> tuple[list[Layer], dict[str, Any]]:
+    """Return the layers, and the resolved configuration, of a folder or of a checkpoint for which no type is named."""
+    trained, own = trained_config.read(source), _overrides(overrides)
+    arch = arch_in(source, arch)
+    if download.is_folder(source):
+        folder = download.fetch_folder(source)
+        config = read_config(folder)
+        stored = trained if trained is not None and trained.arch == arch else None
+        section = ({} if stored is None else stored.model) | {"model_type": None}
+        tree = {"model": section | model_section(config, folder, arch=arch)}
+        layers = [Layer(str(folder), tree | ({} if stored is None else {"preprocess": stored.preprocess})), own]
+        return layers, resolve(merge_layers(layers), layers)
+    if arch == trained.arch and trained.model_type in zoo.model_zoo.types(arch):
+        base = model_layer(arch, trained.model_type)
+    else:
+        base = Layer("defaults", {"model": {"arch": arch, "model_type": None}})
+    layers = trained_config.lay_under([base, own], trained)
+    return layers, resolve(merge_layers(layers), layers)
 
 
 def _arch_of_class(model_class: type[nn.Module] | None) -> str | None:
@@ -127,8 +159,15 @@ def _arch_of_class(model_class: type[nn.Module] | None) -> str | None:
     return named.get(model_class)
 
 
-def _packaged(name: str, model_type: str, overrides: Mapping[str, Any]) -> tuple[list[Layer], dict[str, Any]]:
+def configured(
+    name: str, model_type: str, checkpoint: str | Path | None, overrides: Mapping[str, Any]
+) -> tuple[list[Layer], dict[str, Any]]:
+    """Return the layers of a model's configuration, and its sections `model` and `preprocess`, resolved: those of the
+    type, of what the checkpoint was trained as, and the overrides.
+    """
     layers = [model_layer(name, model_type), _overrides(overrides)]
+    if checkpoint is not None:
+        layers = trained_config.lay_under(layers, trained_config.read(checkpoint))
     return layers, resolve(merge_layers(layers), layers)
 
 
@@ -141,7 +180,7 @@ def _overrides(overrides: Mapping[str, Any]) -> Layer:
     return Layer("keyword argument", {"model": values} if values else {})
 
 
-def _build(
+def build(
     section: Mapping[str, Any],
     layers: list[Layer],
     *,
@@ -149,6 +188,7 @@ def _build(
     device: str | torch.device,
     checkpoint: str | Path | None,
 ) -> nn.Module:
+    """Check a model section against its architecture, build it and load its weights, or those of the checkpoint."""
     arguments = model_arguments(section, Checker(layers))
     if checkpoint is not None:
         arguments["checkpoint"] = str(checkpoint)

@@ -109,7 +109,7 @@ class LanguageModel:
         self.model = model
         self.start_id, self.end_id, self.pad_id = start_id, end_id, pad_id
         self.is_encoder_decoder: bool = model.config.is_encoder_decoder
-        self.width: int = model.get_input_embeddings().embedding_dim
+        self.width: int = model.get_input_embeddings().weight.shape[1]
         self.max_positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         encoder = model.get_encoder() if self.is_encoder_decoder else None  # Pegasus's and Marian's scale ids only
         self._embedding_scale: float = getattr(encoder, "embed_scale", None) or 1.0

@@ -5,6 +5,7 @@ of a frozen model is switched off. T5's tied or untied output layer follows the 
 forgets when it builds a T5 from its config alone.
 """
 
+import copy
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +33,7 @@ from lavis_lite.nn.llm_sources import (
     locate,
     read_config,
 )
+from lavis_lite.nn.lora import add_lora, lora_config
 
 __all__ = ["PACKAGED", "WEIGHT_FILES", "check_language_model", "load_language_model", "load_llm_tokenizer"]
 logger = logging.getLogger(__name__)
@@ -64,7 +66,7 @@ def load_language_model(
         pad_token: added to tokenizer and vocabulary if the tokenizer has no such token.
         frozen: no parameter is trained and nothing is dropped out, whatever the mode.
         quantization: "int8" or "int4" (needs bitsandbytes).
-        lora: keyword arguments of peft's LoraConfig; the adapters, in float32, are then all that is trained.
+        lora: keyword arguments of peft's LoraConfig; what peft trains, in float32, is then all that is trained.
         grad_checkpoint: recompute activations in the backward pass.
 
     Raises:
@@ -82,7 +84,7 @@ def load_language_model(
     if frozen or lora is not None:
         model.requires_grad_(False)
     if lora is not None:
-        _add_lora(model, lora)
+        add_lora(model, lora)
     if grad_checkpoint:
         _checkpoint_activations(model)
     return model, tokenizer
@@ -104,6 +106,9 @@ def check_language_model(
             f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, but the language model's vocabulary "
             f"{num_rows}: they belong to different models"
         )
+    if lora is not None:
+        with torch.device("meta"):
+            add_lora(_auto_class(config).from_config(copy.deepcopy(config)), {**lora, "init_lora_weights": False})
     return tokenizer
 
 
@@ -124,22 +129,14 @@ def _check_extras(quantization: str | None, lora: Mapping[str, Any] | None) -> N
     if quantization not in (None, *QUANTIZATIONS):
         raise InputError(f"llm_quantization {quantization!r} is not one of {', '.join(QUANTIZATIONS)}")
     if quantization is not None:
-        _require("bitsandbytes", f"llm_quantization={quantization}")
-    if lora is not None:
-        peft = _require("peft", "llm_lora")
         try:
-            peft.LoraConfig(**lora)
-        except TypeError as error:
-            raise InputError(f"llm_lora: {error}; its keys are those of peft's LoraConfig") from error
-
-
-def _require(package: str, setting: str) -> Any:
-    try:
-        return __import__(package)
-    except ImportError as error:
-        raise MissingPackageError(
-            f"{setting} needs {package}: `pip install {package}`, or leave the setting out"
-        ) from error
+            __import__("bitsandbytes")
+        except ImportError as error:
+            raise MissingPackageError(
+                f"llm_quantization={quantization} needs bitsandbytes: `pip install bitsandbytes`, or leave it out"
+            ) from error
+    if lora is not None:
+        lora_config(lora)
 
 
 def _switch_dropout_off(config: PreTrainedConfig) -> None:
@@ -148,11 +145,15 @@ def _switch_dropout_off(config: PreTrainedConfig) -> None:
             setattr(config, name, 0.0)
 
 
+def _auto_class(config: PreTrainedConfig) -> Any:
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
 def _build(
     source: str | Path, config: PreTrainedConfig, *, dtype: torch.dtype, untied: bool, quantization: str | None
 ) -> PreTrainedModel:
     """The model, loaded shard by shard in its own precision, or random."""
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    auto = _auto_class(config)
     on_meta = torch.empty(0).is_meta
     if on_meta or not has_weights(source):
         if quantization is not None:
@@ -213,14 +214,3 @@ def _quantized(quantization: str, dtype: torch.dtype) -> dict[str, Any]:
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
     return {"quantization_config": config, "device_map": {"": device}}
-
-
-def _add_lora(model: PreTrainedModel, lora: Mapping[str, Any]) -> None:
-    """Put trainable adapters into the model's layers, in float32."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    inject_adapter_in_model(LoraConfig(**lora), model)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()

@@ -6,6 +6,7 @@ bicubically without antialiasing, as the published weights were; timm's own resi
 Letters: B images, S image tokens, N patches, E width.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 
 from lavis_lite.errors import InputError
 from lavis_lite.nn.ckpt import checkpoint_blocks
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,14 +142,18 @@ class BlipViT(ImageEncoder, VisionTransformer):
         return twin.to(self.pos_embed.dtype).train(self.training)
 
 
-def interpolate_pos_embed(pos_embed: Tensor, num_tokens: int, *, align_corners: bool = False) -> Tensor:
+def interpolate_pos_embed(
+    pos_embed: Tensor, num_tokens: int, *, align_corners: bool = False, quiet: bool = False
+) -> Tensor:
     """Position embeddings (1,1+N,E) resized to `num_tokens` tokens, [CLS] first; both grids must be square.
 
-    Bicubic, in float32, without antialiasing.
+    Bicubic, in float32, without antialiasing; logged, unless it is `quiet`.
     """
     if pos_embed.shape[1] == num_tokens:
         return pos_embed
     old, new = (square_root(n - 1) for n in (pos_embed.shape[1], num_tokens))
+    if not quiet:
+        logger.info(f"position embeddings are resized from {old} x {old} to {new} x {new} patches")
     grid = pos_embed[:, 1:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=align_corners)
     return torch.cat([pos_embed[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2).to(pos_embed.dtype)], dim=1)

@@ -4,6 +4,7 @@ Surprising: the model keeps timm's own parameter names because `ImageEncoder` is
 heads are removed; a feature map is flattened to tokens; other image sizes are timm's business, which antialiases.
 """
 
+import logging
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -22,6 +23,8 @@ from lavis_lite.errors import InputError, MissingFileError
 from lavis_lite.hub import hub_offline, refusing_code
 from lavis_lite.nn.vision import ImageEncoder
 from lavis_lite.registry import did_you_mean
+
+logger = logging.getLogger(__name__)
 
 HEADS = ("head", "head_dist", "head_drop", "fc_norm", "attn_pool", "fc", "classifier")
 TIMM_NAMES = {"width": "embed_dim"}
@@ -55,7 +58,12 @@ class TimmEncoder(ImageEncoder):
         if any(name not in state or state[name].shape != tensor.shape for name, tensor in own.items()):
             _, timm_class = type(self).__bases__
             translate = getattr(sys.modules[timm_class.__module__], "checkpoint_filter_fn", None)
-            state = dict(state) if translate is None else translate(dict(state), self)
+            given, state = state, dict(state) if translate is None else translate(dict(state), self)
+            tables = [name for name in own if name.endswith("relative_position_bias_table") and name in given]
+            resized = [name for name in tables if given[name].shape != state[name].shape]
+            if resized:  # of absolute positions timm says it itself
+                sizes = sorted({f"{len(given[name])} to {len(state[name])} distances" for name in resized})
+                logger.info(f"{len(resized)} tables of relative positions are resized from {', '.join(sizes)}")
         heads = tuple(f"{part}." for part in HEADS)
         return {name: tensor for name, tensor in state.items() if name in own or not name.startswith(heads)}
 

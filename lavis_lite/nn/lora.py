@@ -1,0 +1,281 @@
+"""Adapters in a language model (LoRA, Hu et al. 2021): peft puts them in; training, merging, and peft's own folders.
+
+Surprising: `modules_to_save` and `bias` of peft's LoraConfig train whole parts of the language model. All that is
+trained is float32, so that such a model must be float32 itself.
+"""
+
+import copy
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lavis_lite import checkpoint, download
+from lavis_lite.errors import InputError, MissingFileError, MissingPackageError
+
+logger = logging.getLogger(__name__)
+
+ADAPTER = "adapter"
+"""Key of `llm_lora` beside those of LoraConfig: the folder that the adapters' weights come from."""
+CONFIG_FILE = "adapter_config.json"
+WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+BIASES = ("none", "all", "lora_only")
+WHOLE_PARTS = ("modules_to_save", "trainable_token_indices")
+"""Keys of LoraConfig that train parts of the language model itself."""
+PEFT_PREFIX = "base_model.model."
+WRAPPED = re.compile(r"\.(base_layer|original_module|modules_to_save\.default|token_adapter)(?=\.)")
+"""Between a layer that peft has wrapped and its weights."""
+MOST_ADDED = 64
+"""Rows that a vocabulary may have more than the adapters' own: Hugging Face's image token, rounded up."""
+NOT_COUNTED = ("base_model_name_or_path", "revision", "inference_mode", "peft_type", "peft_version", "auto_mapping")
+"""Keys of a peft folder's configuration that say nothing about the adapters."""
+
+
+def lora_settings(value: Mapping[str, Any] | str | None) -> dict[str, Any] | None:
+    """Return `llm_lora` as a mapping; that of a folder which peft wrote is its configuration and its place, under
+    `adapter`.
+
+    Raises:
+        FileNotFoundError: the folder is missing, or has no adapter_config.json.
+        ValueError: the folder holds other adapters than LoRA's.
+    """
+    if not isinstance(value, str | Path):
+        return None if value is None else dict(value)
+    path = download.fetch_folder(value) / CONFIG_FILE
+    if not path.is_file():
+        raise MissingFileError(f"llm_lora: {value} holds no {CONFIG_FILE}: name a folder that peft wrote")
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        kind = stored["peft_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"llm_lora: {path} is not a configuration of peft ({type(error).__name__}: {error})"
+        ) from error
+    if kind != "LORA":
+        raise InputError(f"llm_lora: {path} is of {kind} adapters; only LORA can be loaded")
+    kept = {key: setting for key, setting in stored.items() if setting is not None and key not in NOT_COUNTED}
+    if isinstance(kept.get("target_modules"), list):
+        kept["target_modules"] = sorted(kept["target_modules"])  # peft saves a set
+    return {**_without_defaults(kept), ADAPTER: str(value)}
+
+
+def _without_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that differ from LoraConfig's own; those of another version of peft are left out."""
+    from peft import LoraConfig
+
+    usual = LoraConfig().to_dict()
+    unknown = sorted(settings.keys() - usual.keys())
+    if unknown:
+        logger.warning(f"llm_lora: the installed peft does not know {', '.join(unknown)}, which are left out")
+    return {key: value for key, value in settings.items() if key in usual and usual[key] != value}
+
+
+def lora_config(lora: Mapping[str, Any]) -> Any:
+    """peft's LoraConfig. ValueError for an unknown key or value, ImportError without peft."""
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise MissingPackageError("llm_lora needs peft: `pip install peft`, or leave the setting out") from error
+    settings = {key: value for key, value in lora.items() if key != ADAPTER}
+    try:
+        config = LoraConfig(**settings)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"llm_lora: {error}; its keys are those of peft's LoraConfig") from error
+    if config.bias not in BIASES:
+        raise InputError(f"llm_lora.bias: {config.bias!r} is not one of {', '.join(BIASES)}")
+    return config
+
+
+def trains_whole_parts(lora: Mapping[str, Any] | None) -> bool:
+    """Whether parts of the language model itself are trained beside the adapters."""
+    return bool(lora) and (lora.get("bias", "none") != "none" or any(lora.get(key) for key in WHOLE_PARTS))
+
+
+def add_lora(model: nn.Module, lora: Mapping[str, Any]) -> None:
+    """Put adapters into the model's layers; what peft trains is then all that is trained, in float32.
+
+    Raises ValueError for `target_modules` or `modules_to_save` that the model does not have.
+    """
+    from peft import inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    config = lora_config(lora)
+    known = {key: _names(model, leaves=key == "target_modules") for key in ("target_modules", "modules_to_save")}
+    try:
+        inject_adapter_in_model(config, model)
+    except ValueError as error:
+        advice = f"set llm_lora.target_modules to some of {', '.join(known['target_modules'])}"
+        raise InputError(f"llm_lora: {str(error).rstrip('.')}: {advice}") from error
+    wrapped = {"target_modules": BaseTunerLayer, "modules_to_save": AuxiliaryTrainingWrapper}
+    for key, kind in wrapped.items():
+        found = [name for name, module in model.named_modules() if isinstance(module, kind)]
+        _check_found(lora.get(key), found, key=key, known=known[key])
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def _names(model: nn.Module, *, leaves: bool) -> list[str]:
+    """The last parts of the names of a model's modules, or of those only that can have adapters."""
+    layers = (nn.Linear, nn.Embedding)
+    found = (n for n, module in model.named_modules() if n and (isinstance(module, layers) if leaves else True))
+    return sorted({name for name in (n.rpartition(".")[2] for n in found) if not name.isdigit()})
+
+
+def _check_found(wanted: Any, found: list[str], *, key: str, known: list[str]) -> None:
+    """ValueError if a name is that of no wrapped module; a text is a pattern, which peft checks."""
+    if wanted is None or isinstance(wanted, str):
+        return
+    for name in wanted:
+        if not any(other == name or other.endswith(f".{name}") for other in found):
+            raise InputError(f"llm_lora.{key}: the language model has no {name}; it has {', '.join(known)}")
+
+
+def targets(own: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """For the name that a tensor has in a model without adapters, its names in `own`, a model's with them."""
+    found: dict[str, list[str]] = {}
+    for name in own:
+        plain = WRAPPED.sub("", name)
+        if plain != name:
+            found.setdefault(plain, []).append(name)
+    return found
+
+
+def _wrapped(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The layers that peft has wrapped, the outermost only."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    prefixes: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not name.startswith(tuple(prefixes)):
+            prefixes.append(f"{name}.")
+            yield name, module
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether any layer has an adapter."""
+    return any(checkpoint.ADAPTER.search(name) for name, _ in model.named_parameters())
+
+
+@torch.no_grad()
+def plain_state_dict(model: nn.Module, *, merge: bool = True) -> dict[str, Tensor]:
+    """Return the model's tensors under the names of a model without adapters, these merged or left out.
+
+    The model stays as it is; only what is merged is copied.
+    """
+    state: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
+    if not has_adapters(model):
+        return state
+    for prefix, layer in _wrapped(model):
+        plain = plain_state_dict(_merged(layer) if merge else _without(layer), merge=merge)
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(f"{prefix}.")}
+        state |= {f"{prefix}.{name}": tensor for name, tensor in plain.items()}
+    return state
+
+
+def _merged(layer: nn.Module) -> nn.Module:
+    """A copy of the layer without its adapter, which is merged into the weights, in their own precision."""
+    dtype = next(layer.parameters()).dtype
+    layer = copy.deepcopy(layer).float()
+    if hasattr(layer, "unload_and_optionally_merge_module"):
+        layer = layer.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+    else:
+        layer.merge()
+        layer = layer.get_base_layer()
+    return layer.to(dtype)
+
+
+def _without(layer: nn.Module) -> nn.Module:
+    """The layer as it was before peft wrapped it."""
+    if hasattr(layer, "original_module"):
+        return layer.original_module
+    return layer.token_adapter.get_base_layer() if hasattr(layer, "token_adapter") else layer.get_base_layer()
+
+
+def unties(model: nn.Module, plain: Mapping[str, Tensor]) -> bool:
+    """Whether tensors that the model without adapters shares are not shared in `plain`, where they are merged."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in plain_state_dict(model, merge=False).items():
+        names.setdefault(id(tensor), []).append(name)
+    return any(len({id(plain[name]) for name in group}) > 1 for group in names.values())
+
+
+def load_adapter(model: nn.Module, source: str) -> None:
+    """Load the weights of a folder (or hub id) that peft wrote into the model's adapters.
+
+    Raises:
+        FileNotFoundError: the folder or its weights are missing.
+        ValueError: they do not fit the adapters.
+    """
+    from peft import set_peft_model_state_dict
+
+    folder = download.fetch_folder(source)
+    path = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if path is None:
+        raise MissingFileError(f"llm_lora: {source} holds no {' or '.join(WEIGHT_FILES)}")
+    state = checkpoint.find_state_dict(checkpoint.load(path), source=str(path))
+    state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in state.items()}
+    known = vocabulary_size(model)
+    for name in vocabulary_names(model, state):
+        sizes = [known if 0 < size - known <= MOST_ADDED else size for size in state[name].shape]
+        state[name] = resized(state[name], sizes)
+    try:
+        report = set_peft_model_state_dict(model, state)
+    except (RuntimeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise InputError(f"llm_lora: {path} does not fit the language model: {reason}") from error
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    missing = sorted(trained & set(report.missing_keys))
+    for names, what in ((report.unexpected_keys, "has tensors that have no place in"), (missing, "lacks tensors of")):
+        if names:
+            raise InputError(f"llm_lora: {path} {what} the language model's adapters: {', '.join(names[:3])}")
+
+
+def write_adapter(model: nn.Module, folder: Path, *, num_tokens: int) -> None:
+    """Write the adapters, and what else was trained with them, as peft's `PeftModel.from_pretrained` reads them, for a
+    language model with `num_tokens` rows in its vocabulary.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    config = copy.deepcopy(model.peft_config["default"])
+    config.inference_mode = True
+    config.init_lora_weights = True  # some ways to start change the frozen weights, which are written as they are
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    known = vocabulary_size(model)
+    for name in vocabulary_names(model, state):
+        state[name] = resized(state[name], [num_tokens if size == known else size for size in state[name].shape])
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    state = {f"{PEFT_PREFIX}{name}": tensor.detach().contiguous() for name, tensor in state.items()}
+    save_file(state, folder / WEIGHT_FILES[0], metadata={"format": "pt"})
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """Rows of the embeddings."""
+    return len(model.get_input_embeddings().weight)
+
+
+def vocabulary_names(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """The tensors of the embeddings' and the output layer's adapters."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    prefixes = tuple(f"{name}." for name, module in model.named_modules() if any(module is end for end in ends))
+    return [name for name in state if name.startswith(prefixes)]
+
+
+def resized(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The tensor cut to sizes, or lengthened by the mean of what it has, as a vocabulary's added rows are."""
+    for dim, size in enumerate(sizes):
+        if tensor.shape[dim] > size:
+            tensor = tensor.narrow(dim, 0, size)
+        elif tensor.shape[dim] < size:
+            shape = [size - tensor.shape[dim] if d == dim else n for d, n in enumerate(tensor.shape)]
+            tensor = torch.cat([tensor, tensor.mean(dim=dim, keepdim=True).expand(shape)], dim=dim)
+    return tensor
