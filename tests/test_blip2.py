@@ -332,3 +332,15 @@ def test_clear_errors(model: Any) -> None:
         model({"image": images(), "text_input": TEXTS[:2]})
     with pytest.raises(ValueError, match="k_test 0"):
         model.compute_sim_matrix(Gallery(images(4), GALLERY_TEXTS), k_test=0)
+
+
+def test_a_frozen_image_encoder_stays_in_evaluation_mode() -> None:
+    """In training two passes of a frozen encoder are the same, drop path or not; those of a trained one differ."""
+    deep = {"patch_size": 8, "width": 8, "depth": 6, "num_heads": 2}
+    for frozen in (True, False):
+        model = build(vit=deep, drop_path_rate=0.5, freeze_vit=frozen, num_query_token=1).train()
+        assert model.Qformer.training
+        torch.manual_seed(0)
+        first, second = model.encode_image(images()), model.encode_image(images())
+        assert torch.equal(first, second) == frozen
+        assert torch.equal(first, model.eval().encode_image(images())) == frozen
