@@ -358,7 +358,7 @@ def check_stage1_captions(model: Any, image: Tensor, expected: dict[str, Any]) -
 
     assert model.generate({"image": image}, **expected["kwargs"]) == [text.strip() for text in expected["captions"]]
     end, start = model.tokenizer.sep_token_id, torch.full((len(image), 1), model.decoder_start)
-    ids = decode(model.step(model.image_prefix({"image": image})), start, model.decoding(**expected["kwargs"]))
+    ids = decode(model.step(model.image_prefix(image)), start, model.decoding(**expected["kwargs"]))
     assert [up_to_end(row, end) for row in ids.tolist()] == [up_to_end(row, end) for row in expected["ids"]]
 
 

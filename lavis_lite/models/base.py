@@ -37,6 +37,9 @@ class BaseModel(nn.Module):
     new_parts: ClassVar[tuple[str, ...]] = ()
     """What stands in the names of parameters that a pretrained file may lack because finetuning adds them."""
 
+    has_warned_of_cut_texts: bool = False
+    """Whether it was logged that texts are cut; it is once per model."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.__signature__ = inherited_signature(cls)

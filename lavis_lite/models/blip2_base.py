@@ -133,8 +133,6 @@ class Blip2Base(BaseModel):
         """The image's tokens (B,S,E) behind `ln_vision`, in its precision (float32, unless the whole model was cast); a
         frozen encoder runs without gradient in its own.
         """
-        if image is None:
-            raise InputError("samples['image'] is missing")
         with self._encoder_scope(image):
             tokens = self.visual_encoder(image)
         return self.ln_vision(tokens.to(self.ln_vision.weight.dtype))
