@@ -104,7 +104,7 @@ def check_captions(model: Any, image: Tensor, expected: dict[str, Any]) -> None:
 
 
 def check_vqa(case: Case) -> None:
-    model = case.model("blip_vqa", "max_txt_len")
+    model = case.model("blip_vqa", "max_txt_len", decoder_sees_padding=True)
     samples = {
         "image": case.inputs["image"],
         "text_input": case.config["questions"],

@@ -34,7 +34,7 @@ from lavis_lite.models.batches import (
 )
 from lavis_lite.models.blip2_matching import Blip2Matching
 from lavis_lite.models.blip_base import project
-from lavis_lite.models.inputs import image_of, integers, text_list, texts_of
+from lavis_lite.models.inputs import image_of, integers, optional_texts, texts_of
 from lavis_lite.models.reranking import Retriever, similarity_matrices
 from lavis_lite.nn.attention import Context, KeyValue
 from lavis_lite.nn.decoding import Step, select_cache
@@ -156,7 +156,7 @@ class Blip2Qformer(Blip2Matching):
         the prompt.
         """
         image = image_of(samples, answering=True)
-        prompts = text_list(samples.get("prompt") or "", len(image), "prompt")
+        prompts = optional_texts(samples, "prompt", len(image))
         config = self.decoding(
             max_length=max_length,
             min_length=min_length,

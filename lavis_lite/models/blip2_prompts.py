@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lavis_lite.errors import InputError, MissingPackageError
-from lavis_lite.models.inputs import required, text_list, texts_of, word_lists
+from lavis_lite.models.inputs import optional_texts, required, text_list, texts_of, word_lists
 from lavis_lite.wording import joined_words, lettered
 
 FRAMES = {
@@ -73,7 +73,7 @@ def class_prompts(samples: dict[str, Any], default: str, count: int) -> list[str
 def preceded(samples: dict[str, Any], prompts: list[str]) -> list[str]:
     """The prompts behind what the samples have of `caption`, `history` and `context`; an empty text adds nothing."""
     for key, frame in FRAMES.items():
-        texts = text_list(samples.get(key) or "", len(prompts), key)
+        texts = optional_texts(samples, key, len(prompts))
         prompts = [
             fill_gaps(frame, (text, prompt)) if text else prompt for text, prompt in zip(texts, prompts, strict=True)
         ]

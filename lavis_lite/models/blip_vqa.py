@@ -93,11 +93,10 @@ class BlipVQA(BlipBase):
             return self.generate_answers(states, None if self.decoder_sees_padding else mask, config)
         if not answer_list:
             raise InputError("inference_method rank chooses from a list of answers: give answer_list, or use generate")
-        if isinstance(answer_list, str) or num_ans_candidates < 1:
-            raise InputError(
-                f"rank needs a list of answers and num_ans_candidates of at least 1; got {type(answer_list).__name__} "
-                f"and {num_ans_candidates}"
-            )
+        if isinstance(answer_list, str):
+            raise InputError(f"answer_list must be a list of texts; got {answer_list!r}")
+        if num_ans_candidates < 1:
+            raise InputError(f"num_ans_candidates {num_ans_candidates} must be at least 1")
         answer_list = text_list(answer_list, len(answer_list), "answer_list")
         context = self.text_decoder.bert.project_context(states, mask=mask)
         order, loss = self.rank_answers(context, answer_list, min(num_ans_candidates, len(answer_list)))

@@ -86,6 +86,12 @@ def texts_of(samples: Mapping[str, Any], count: int, key: str = "text_input") ->
     return text_list(required(samples, key, f"a text, or a list of {count} texts, one per image"), count, key)
 
 
+def optional_texts(samples: Mapping[str, Any], key: str, count: int) -> list[str]:
+    """`samples[key]` as `text_list`, or empty texts where it is missing or None."""
+    texts = samples.get(key)
+    return [""] * count if texts is None else text_list(texts, count, key)
+
+
 def text_list(texts: str | Sequence[str], count: int, key: str = "text_input", *, nested: bool = False) -> list[str]:
     """One text per sample: a single string is used for all. With `nested` a sample may have a list of texts.
 
