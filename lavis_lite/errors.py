@@ -17,6 +17,17 @@ class InputTypeError(UserError, TypeError):
     """An argument of the wrong type."""
 
 
+class MissingInputError(InputError, KeyError):
+    """An entry of the samples that a model needs and was not given; `key` names it."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class UnknownNameError(UserError, KeyError):
     """A name that is not known. Its text is the message itself, not the message's repr as for other KeyErrors."""
 

@@ -1,10 +1,16 @@
 """Checks of the recorded cases of BLIP-2 with a language model; `test_reference.py` runs them.
 
-Where the original's default differs from ours it is given here: its `predict_answers` took length_penalty 0 with OPT
-and Vicuna.
+Where the original knowingly differs from ours, that is set here: its `predict_answers` took length_penalty 0 with OPT
+and Vicuna, its OPT cut prompts, and its ranking of candidates took any length.
 """
 
 import itertools
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,15 +21,36 @@ from lavis_lite.registry import registry
 
 LANGUAGE_MODEL_KEY = {"blip2_opt": "opt_model", "blip2_t5": "t5_model", "blip2_t5_instruct": "t5_model"}
 ANSWER_LENGTH_PENALTY = {"blip2_opt": 0.0, "blip2_vicuna_instruct": 0.0}
+AS_THE_ORIGINAL: dict[str, dict[str, Any]] = {"blip2_opt": {"cut_prompts": True}}
+ANY_LENGTH = 10_000
+"""Tokens that a candidate may have: the original cut and refused none."""
+
+
+@contextmanager
+def language_model_folder(llm: dict[str, Any]) -> Iterator[str]:
+    """The case's language model as a folder: the reference's, or with other sizes one of its tokenizer and the changed
+    config, without weights, which the case has.
+    """
+    folder = REFERENCE / llm["folder"]
+    if not llm["config_overrides"]:
+        yield str(folder)
+        return
+    with tempfile.TemporaryDirectory() as place:
+        changed = Path(place) / folder.name
+        shutil.copytree(folder, changed, ignore=shutil.ignore_patterns("*.safetensors", "*.bin"))
+        config = json.loads((folder / "config.json").read_text())
+        (changed / "config.json").write_text(json.dumps(config | llm["config_overrides"]))
+        yield str(changed)
 
 
 def language_model(case: Case, **settings: Any) -> Any:
     """The case's model in evaluation mode with its weights."""
     arch, llm = case.config["_arch"], case.config["_explicit"]["llm"]
     names = {"max_txt_len", "max_output_txt_len", "qformer_text_input", "prompt"} & case.config.keys()
-    given = {name: case.config[name] for name in names} | settings
-    given[LANGUAGE_MODEL_KEY.get(arch, "llm_model")] = str(REFERENCE / llm["folder"])
-    model = registry.get_model_class(arch)(**blip2_sizes(case), **given).eval()
+    given = {name: case.config[name] for name in names} | AS_THE_ORIGINAL.get(arch, {}) | settings
+    with language_model_folder(llm) as folder:
+        given[LANGUAGE_MODEL_KEY.get(arch, "llm_model")] = folder
+        model = registry.get_model_class(arch)(**blip2_sizes(case), **given).eval()
     # Llama's rotary frequencies follow from its config; transformers has long stopped to save them
     weights = {name: value for name, value in case.weights.items() if not name.endswith("rotary_emb.inv_freq")}
     model.load_state_dict(weights)
@@ -61,7 +88,7 @@ def check_blip2_t5(case: Case, monkeypatch: Any) -> None:
 
 def check_blip2_instruct(case: Case, monkeypatch: Any) -> None:
     check_blip2_t5(case, monkeypatch)
-    model = language_model(case)
+    model = language_model(case, max_output_txt_len=ANY_LENGTH)
     for name in case.config["cls"]:
         check_classes(model, case.facts[f"predict_class_{name}"], case.inputs)
 

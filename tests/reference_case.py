@@ -16,10 +16,10 @@ REFERENCE = Path(os.environ.get("LAVIS_LITE_REFERENCE_DIR", Path(__file__).paren
 
 
 class Case:
-    """One recorded case."""
+    """One recorded case, of the reference folder or of another one with `cases`."""
 
-    def __init__(self, name: str) -> None:
-        folder = REFERENCE / "cases" / name
+    def __init__(self, name: str, root: Path = REFERENCE) -> None:
+        folder = root / "cases" / name
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
         self.inputs = load_file(folder / "inputs.safetensors")
         self.outputs = load_file(folder / "outputs.safetensors")

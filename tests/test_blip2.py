@@ -132,7 +132,7 @@ def test_gather_with_grad_is_the_whole_gradient() -> None:
     samples = {"image": images(), "text_input": TEXTS}
     for switch in (True, False):
         model = build(gather_with_grad=switch)
-        queries = model.encode_queries(model.image_context(samples)).detach().requires_grad_()
+        queries = model.encode_queries(model.image_context(samples["image"])).detach().requires_grad_()
         words = model.encode_text(*model.tokenize(TEXTS)).detach().requires_grad_()
         i2t, t2i = model.contrast(queries, words)
         actual = torch.autograd.grad(contrastive_loss(i2t, t2i, torch.eye(3)), (queries, words))
@@ -175,7 +175,7 @@ def test_generates_the_same_alone_and_together(model: Any, kwargs: dict[str, int
 def test_greedy_equals_passes_without_cache(model: Any) -> None:
     """Each next token from one causal pass over queries and the text so far."""
     image = images(1, seed=5)
-    context = model.image_context({"image": image})
+    context = model.image_context(image)
     ids = [model.tokenizer.bos_token_id]
     while len(ids) < 8:
         row = torch.tensor([ids])
@@ -189,7 +189,7 @@ def test_greedy_equals_passes_without_cache(model: Any) -> None:
 
 def test_repetition_penalty_counts(model: Any) -> None:
     settings = {"num_beams": 1, "min_length": 12, "max_length": 12}
-    prefix = model.image_prefix({"image": images(4, seed=2)})
+    prefix = model.image_prefix(images(4, seed=2))
     start = torch.full((4, 1), model.decoder_start)
 
     def repeats(**more: float) -> int:
@@ -341,3 +341,15 @@ def test_clear_errors(model: Any) -> None:
         model({"image": images(), "text_input": TEXTS[:2]})
     with pytest.raises(ValueError, match="k_test -1 must be 0"):
         model.compute_sim_matrix(Gallery(images(4), GALLERY_TEXTS), k_test=-1)
+
+
+def test_a_frozen_image_encoder_stays_in_evaluation_mode() -> None:
+    """In training two passes of a frozen encoder are the same, drop path or not; those of a trained one differ."""
+    deep = {"patch_size": 8, "width": 8, "depth": 6, "num_heads": 2}
+    for frozen in (True, False):
+        model = build(vit=deep, drop_path_rate=0.5, freeze_vit=frozen, num_query_token=1).train()
+        assert model.Qformer.training
+        torch.manual_seed(0)
+        first, second = model.encode_image(images()), model.encode_image(images())
+        assert torch.equal(first, second) == frozen
+        assert torch.equal(first, model.eval().encode_image(images())) == frozen

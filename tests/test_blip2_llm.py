@@ -572,6 +572,33 @@ def test_a_prompt_longer_than_the_context() -> None:
         model.generate({"image": pictures(1), "prompt": "a photo of a red square and " * 40})
 
 
+def test_cut_prompts_are_what_the_tokenizer_s_own_truncation_leaves() -> None:
+    """The first `max_txt_len` tokens, `</s>` included, in `generate` and `predict_answers`; without the setting all."""
+    prompts = ["Question: what is to the left of the big red square and the small blue circle? Answer:", "a photo of"]
+    samples = {"image": pictures(2), "text_input": prompts}
+    for cut in (True, False):
+        model = build("blip2_opt", max_txt_len=9, cut_prompts=cut)
+        tokens = model.coder.tokenizer(
+            prompts,
+            truncation=cut,
+            max_length=9 if cut else None,
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
+        )
+        assert (tokens.input_ids.shape[1] == 9) == cut
+        read = []
+        generate = model.lm.generate
+        model.lm.generate = lambda *args: read.append(args[:2]) or generate(*args)  # noqa: B023
+        model.generate({"image": samples["image"], "prompt": prompts}, max_length=4)
+        model.predict_answers(samples, max_len=3)
+        num_queries = model.query_tokens.shape[1]
+        for embeds, mask in read:
+            assert torch.equal(embeds[:, num_queries:], model.lm.embed(tokens.input_ids))
+            assert torch.equal(mask[:, num_queries:], tokens.attention_mask)
+        assert len(read) == 2
+
+
 def test_precisions() -> None:
     """auto is bf16 but for tiny models, whose config says float32."""
     config = build("blip2_opt").opt_model.config

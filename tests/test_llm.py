@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from reference_case import REFERENCE
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     BartConfig,
@@ -581,11 +582,52 @@ def test_lora_trains_adapters_alone() -> None:
         load_language_model(TINY / "opt", dtype=torch.bfloat16, lora={"ranks": 4})
 
 
-@pytest.mark.parametrize("folder", ["opt", "t5", "llama"])
-def test_int8_loads_and_writes(folder: str) -> None:
+WIDE = {
+    "opt": {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128},
+    "t5": {"d_model": 64, "d_ff": 128, "d_kv": 16, "num_heads": 4},
+    "llama": {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16},
+}
+"""Sizes that bitsandbytes' CPU kernels take: 4-bit weights are in blocks of 64."""
+
+
+@pytest.fixture(scope="module", params=sorted(WIDE))
+def wide_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny language model, wide enough, as transformers saves it."""
+    folder = tmp_path_factory.mktemp("wide") / request.param
+    shutil.copytree(TINY / request.param, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    config = AutoConfig.from_pretrained(TINY / request.param, **WIDE[request.param])
+    torch.manual_seed(0)
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    auto.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("quantization", "stored"), [("int8", torch.int8), ("int4", torch.uint8)])
+def test_quantized_weights_answer_nearly_alike(quantization: str, stored: torch.dtype, wide_folder: Path) -> None:
+    """On the CPU too; 8 bits a weight, or two weights a byte, and logits near those of the whole weights."""
     pytest.importorskip("bitsandbytes")
-    model, _ = load_language_model(TINY / folder, dtype=torch.bfloat16, frozen=True, quantization="int8")
-    assert {parameter.dtype for parameter in model.parameters()} >= {torch.int8}
-    lm = face(model)
+    settings = {"dtype": torch.bfloat16, "frozen": True}
+    whole, model = (
+        face(load_language_model(wide_folder, **settings, **more)[0].eval())
+        for more in ({}, {"quantization": quantization})
+    )
+    assert stored in {parameter.dtype for parameter in model.model.parameters()}
+    embeds, mask = inputs(whole)
+    labels = torch.tensor([[5, 6]] * 4)
+    expected, found = (lm.logits(embeds, mask, labels) for lm in (whole, model))
+    assert not torch.equal(found, expected)
+    assert (found - expected).norm() < (0.1 if quantization == "int8" else 0.3) * expected.norm()
+    assert model.generate(embeds, mask, model.decoding(max_length=4, num_beams=2)).shape[0] == 4
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_adapters_on_quantized_weights_are_trained(quantization: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    settings = {"quantization": quantization, "lora": {"r": 4, "target_modules": ["q_proj"]}}
+    model, _ = load_language_model(TINY / "opt", dtype=torch.bfloat16, **settings)
+    lm = face(model.train())
     embeds, mask = inputs(lm)
-    assert lm.generate(embeds, mask, lm.decoding(max_length=4, num_beams=2)).shape[0] == 4
+    lm.loss(embeds, mask, torch.tensor([[5, 6]] * 4)).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert gradients
+    assert all("lora_" in name and gradient is not None for name, gradient in gradients.items())

@@ -211,21 +211,50 @@ def test_captions_do_not_depend_on_the_batch(captioner: Any, settings: dict[str,
     assert shuffled == [c for i in order for c in together[i * count : (i + 1) * count]]
 
 
+def questioner(**settings: Any) -> Any:
+    """A question answerer whose answers depend on every token of the question, were it padding."""
+    model = shaken("blip_vqa", **settings).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "text_decoder" in name and "crossattention" in name and parameter.ndim > 1:
+                parameter.mul_(6)
+    return model
+
+
+QUESTIONS = ["is it", "what color is the big star to the left of the red circle", "is there a blue square", "who?"]
+
+
 @pytest.mark.parametrize("method", ["rank", "generate"])
 def test_answers_do_not_depend_on_the_batch(method: str) -> None:
-    """Questions of one length: to shorter ones BLIP's `generate` shows their padding, as the published results did."""
-    model = shaken("blip_vqa").eval()
-    questions = ["is there a red circle", "what color is the star", "is there a blue square"]
-    if method == "rank":
-        questions[1] = "what color is the big star to the left"
-    images, settings = pictures(3), {"inference_method": method, "answer_list": ["red", "yes", "no", "two circles"]}
-    samples = {"image": images, "text_input": questions}
-    together = model.predict_answers(samples, **settings, num_ans_candidates=3)
+    model, images = questioner(), pictures(4)
+    settings = {"inference_method": method, "answer_list": ["red", "yes", "no", "two circles"], "num_ans_candidates": 3}
+    samples = {"image": images, "text_input": QUESTIONS}
+    together = model.predict_answers(samples, **settings)
     alone = [
-        model.predict_answers({"image": images[i : i + 1], "text_input": [q]}, **settings, num_ans_candidates=3)[0]
-        for i, q in enumerate(questions)
+        model.predict_answers({"image": images[i : i + 1], "text_input": [q]}, **settings)[0]
+        for i, q in enumerate(QUESTIONS)
     ]
     assert together == alone
+
+
+def test_the_decoder_may_see_the_questions_padding() -> None:
+    """As LAVIS's `generate` and transformers' does, which gives its decoder a mask of ones."""
+    model, samples = questioner(decoder_sees_padding=True), {"image": pictures(4), "text_input": QUESTIONS}
+    written = model.predict_answers(samples, inference_method="generate", num_beams=1, max_len=6)
+    assert written != questioner().predict_answers(samples, inference_method="generate", num_beams=1, max_len=6)
+    with torch.no_grad():
+        states, mask = model.encode_questions(samples)
+    assert 0 < mask.sum() < mask.numel()
+    ids = hugging_face(model).generate(
+        input_ids=torch.full((4, 1), model.decoder_start),
+        encoder_hidden_states=states,
+        encoder_attention_mask=torch.ones_like(mask),
+        do_sample=False,
+        max_length=6,
+        eos_token_id=model.tokenizer.sep_token_id,
+        pad_token_id=model.tokenizer.pad_token_id,
+    )
+    assert written == model.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
 def test_nucleus_sampling_is_seeded_and_varied(captioner: Any) -> None:

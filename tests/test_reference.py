@@ -104,7 +104,7 @@ def check_captions(model: Any, image: Tensor, expected: dict[str, Any]) -> None:
 
 
 def check_vqa(case: Case) -> None:
-    model = case.model("blip_vqa", "max_txt_len")
+    model = case.model("blip_vqa", "max_txt_len", decoder_sees_padding=True)
     samples = {
         "image": case.inputs["image"],
         "text_input": case.config["questions"],
@@ -155,7 +155,8 @@ def check_itm(case: Case) -> None:
 
 
 def check_feature_extractor(case: Case) -> None:
-    model = case.model("blip_feature_extractor", "embed_dim")
+    limit = case.text_transformer("med")["max_positions"]  # the original cuts no text here
+    model = case.model("blip_feature_extractor", "embed_dim", max_txt_len=limit)
     samples = {"image": case.inputs["image"], "text_input": case.config["captions"]}
     for mode in ("image", "text", "multimodal"):
         expected = {name.split("/")[1]: value for name, value in case.outputs.items() if name.startswith(f"{mode}/")}
@@ -358,7 +359,7 @@ def check_stage1_captions(model: Any, image: Tensor, expected: dict[str, Any]) -
 
     assert model.generate({"image": image}, **expected["kwargs"]) == [text.strip() for text in expected["captions"]]
     end, start = model.tokenizer.sep_token_id, torch.full((len(image), 1), model.decoder_start)
-    ids = decode(model.step(model.image_prefix({"image": image})), start, model.decoding(**expected["kwargs"]))
+    ids = decode(model.step(model.image_prefix(image)), start, model.decoding(**expected["kwargs"]))
     assert [up_to_end(row, end) for row in ids.tolist()] == [up_to_end(row, end) for row in expected["ids"]]
 
 
@@ -378,6 +379,7 @@ def check_score_matrices(case: Case, model: Any) -> None:
 def check_stage1_heads(case: Case) -> None:
     """Features, and both heads: the original answers pair by pair."""
     extractor, matcher = (stage1_model(case, f"blip2_{name}") for name in ("feature_extractor", "image_text_matching"))
+    extractor.max_txt_len = case.text_transformer("qformer")["max_positions"]  # the original's features cut no text
     samples = {"image": case.inputs["image"], "text_input": case.config["captions"]}
     features = {name: value for name, value in case.outputs.items() if name.startswith("extract_features/")}
     for name, value in features.items():

@@ -46,6 +46,9 @@ class BaseModel(nn.Module):
     loaded_later: tuple[str, ...] = ()
     """What stands in the names of parameters that any file may lack because `load_frozen` loads them."""
 
+    has_warned_of_cut_texts: bool = False
+    """Whether it was logged that texts are cut; it is once per model."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.__signature__ = inherited_signature(cls)

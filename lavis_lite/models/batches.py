@@ -1,5 +1,6 @@
 """Batches of texts and of image tokens, as BLIP and BLIP-2 put them together, trim, fetch and keep them."""
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from lavis_lite import dist
 from lavis_lite.nn.decoding import DecodingConfig, Step, decode
+
+logger = logging.getLogger(__name__)
 
 Texts = tuple[Tensor, Tensor]
 """Ids and mask (B,T)."""
@@ -25,6 +28,31 @@ def padded(texts: Texts, length: int) -> Texts:
     """The batch padded (with masked zeros) to a length."""
     ids, mask = (F.pad(part, (0, length - part.shape[1])) for part in texts)
     return ids, mask
+
+
+def cut_texts(model: Any, texts: Sequence[str]) -> Texts:
+    """Ids and mask of texts to match or to describe by features, cut to the model's `max_txt_len` tokens, which
+    `warn_of_cut_texts` says.
+    """
+    ids, mask = model.tokenize(texts, max_length=model.max_txt_len)
+    if ids.shape[1] >= model.max_txt_len:  # else none was cut
+        warn_of_cut_texts(model, texts)
+    return ids, mask
+
+
+def warn_of_cut_texts(model: Any, texts: Sequence[str]) -> None:
+    """Log once per model how many of the texts are longer than `max_txt_len` tokens."""
+    if model.has_warned_of_cut_texts:
+        return
+    lengths = [len(row) for row in model.tokenizer(list(texts), verbose=False).input_ids]
+    num_cut = sum(length > model.max_txt_len for length in lengths)
+    if num_cut:
+        model.has_warned_of_cut_texts = True
+        logger.warning(
+            f"{num_cut} of {len(texts)} texts are longer than max_txt_len={model.max_txt_len} tokens (the longest has "
+            f"{max(lengths)}): only their first {model.max_txt_len} are read. Set model.max_txt_len to read more, up "
+            "to the text transformer's positions. Later batches are cut without a warning."
+        )
 
 
 def trimmed(texts: Texts) -> Texts:

@@ -23,9 +23,17 @@ from torch.utils.data import DataLoader
 
 from lavis_lite import dist
 from lavis_lite.models.base import Output
-from lavis_lite.models.batches import Texts, captions_behind, fetch_texts, in_compute_type, stack_texts
+from lavis_lite.models.batches import (
+    Texts,
+    captions_behind,
+    fetch_texts,
+    in_compute_type,
+    stack_texts,
+    warn_of_cut_texts,
+)
 from lavis_lite.models.blip2_matching import Blip2Matching
-from lavis_lite.models.blip_base import gathered_ids, project, text_list
+from lavis_lite.models.blip_base import project
+from lavis_lite.models.inputs import image_of, integers, optional_texts, texts_of
 from lavis_lite.models.reranking import Retriever, similarity_matrices
 from lavis_lite.nn.attention import Context, KeyValue
 from lavis_lite.nn.decoding import Step, select_cache
@@ -58,8 +66,9 @@ class Blip2Qformer(Blip2Matching):
 
         With `image_id` (B,) all texts of one image are positives, as in retrieval finetuning.
         """
-        tokens = self.encode_image(samples["image"])
-        texts = self.tokenize(text_list(samples["text_input"], len(tokens)), max_length=self.max_txt_len)
+        image = image_of(samples)
+        texts = self.tokenize(texts_of(samples, len(image)), max_length=self.max_txt_len)
+        tokens = self.encode_image(image)
         context = self.Qformer.project_context(tokens)
         states, cache = self.Qformer(self.query_tokens, context=context)
 
@@ -93,7 +102,7 @@ class Blip2Qformer(Blip2Matching):
         without ids just itself.
         """
         if "image_id" in samples:
-            own = gathered_ids(samples["image_id"], self.device)
+            own = integers(samples, "image_id", num_samples, "the index of each image", self.device)
         else:
             own = torch.arange(num_samples, device=self.device) + dist.rank() * num_samples
         return same_id_targets(own, dist.all_gather(own))
@@ -150,6 +159,8 @@ class Blip2Qformer(Blip2Matching):
         `samples["prompt"]`, one string or one a sample, is how they begin. Lengths are in tokens and count `[DEC]` and
         the prompt.
         """
+        image = image_of(samples, answering=True)
+        prompts = optional_texts(samples, "prompt", len(image))
         config = self.decoding(
             max_length=max_length,
             min_length=min_length,
@@ -161,18 +172,17 @@ class Blip2Qformer(Blip2Matching):
             top_p=top_p,
             temperature=temperature,
         )
-        prefix = self.image_prefix(samples)
+        prefix = self.image_prefix(image)
 
         def step_of(rows: list[int]) -> Step:
             return self.step(select_cache(prefix, torch.tensor(rows, device=self.device)))
 
-        prompts = text_list(samples.get("prompt") or "", len(samples["image"]))
         return captions_behind(prompts, self, step_of, config)
 
     @torch.no_grad()
-    def image_prefix(self, samples: dict[str, Any]) -> list[KeyValue]:
-        """The queries' keys and values, behind which text about `image` stands."""
-        return self.Qformer(self.query_tokens, context=self.image_context(samples))[1]
+    def image_prefix(self, image: Tensor) -> list[KeyValue]:
+        """The queries' keys and values, behind which text about the images (B,3,H,W) stands."""
+        return self.Qformer(self.query_tokens, context=self.image_context(image))[1]
 
     def step(self, prefix: Sequence[KeyValue]) -> Step:
         """One decoding step of a text whose every token counts, behind the queries."""
@@ -193,6 +203,7 @@ class Blip2Qformer(Blip2Matching):
             tokens = self.encode_image(image)
             return tokens, self.encode_queries(self.Qformer.project_context(tokens))
 
+        warn_of_cut_texts(self, loader.dataset.text)
         retriever = Retriever(
             device=self.device,
             tokenize=partial(self.tokenize, max_length=self.max_txt_len),

@@ -139,14 +139,12 @@ class Blip2Base(BaseModel):
         return super().from_config(cfg, device=device)
 
     def encode_image(self, image: Tensor) -> Tensor:
-        """The image's tokens (B,S,E) behind `ln_vision`, float32; a frozen encoder runs without gradient in its own
-        precision.
+        """The image's tokens (B,S,E) behind `ln_vision`, in its precision (float32, unless the whole model was cast); a
+        frozen encoder runs without gradient in its own.
         """
-        if image is None:
-            raise InputError("samples['image'] is missing")
         with self._encoder_scope(image):
-            tokens = self.visual_encoder(image.to(next(self.visual_encoder.parameters()).dtype))
-        return self.ln_vision(tokens.float())
+            tokens = self.visual_encoder(image)
+        return self.ln_vision(tokens.to(self.ln_vision.weight.dtype))
 
     @contextlib.contextmanager
     def _encoder_scope(self, image: Tensor) -> Iterator[None]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lavis_lite.errors import InputError
 from lavis_lite.models.base import Output
-from lavis_lite.models.blip2_llm_base import LanguageModelBase, image_of
+from lavis_lite.models.blip2_llm_base import LanguageModelBase
 from lavis_lite.models.blip2_prompts import (
     class_prompts,
     generation_prompts,
@@ -32,7 +32,7 @@ from lavis_lite.models.blip2_ranking import (
     segment_widths,
     stacked,
 )
-from lavis_lite.models.blip_base import text_list
+from lavis_lite.models.inputs import image_of, required, texts_of
 from lavis_lite.nn.losses import IGNORED
 from lavis_lite.registry import registry
 
@@ -57,16 +57,15 @@ class Blip2LanguageModel(LanguageModelBase):
         A caption begins with the model's `prompt`, which is not learned; an encoder-decoder without one reads the
         caption's first words and learns the others.
         """
-        count = len(image_of(samples))
-        if "text_input" not in samples:
-            raise InputError("samples['text_input'] is missing: captions, or questions with their text_output")
+        count = len(image_of(samples, video=True))
+        required(samples, "text_input", "captions, or questions with their text_output")
         if "text_output" in samples:
             asked = question_prompts(samples, self.question_template(), count)
-            answers = text_list(samples["text_output"], count)
+            answers = texts_of(samples, count, "text_output")
             batch = self.answer_batch(asked, answers)
         else:
             asked = [self.prompt] * count
-            batch = self.caption_batch(text_list(samples["text_input"], count))
+            batch = self.caption_batch(texts_of(samples, count))
         loss = self.lm.loss(*self.joined(self.see(samples, asked), batch.ids, batch.mask), batch.labels)
         return Output({"loss": loss, "loss_lm": loss.detach()})
 
@@ -130,7 +129,7 @@ class Blip2LanguageModel(LanguageModelBase):
         `samples["prompt"]`, one string or one a sample, replaces the model's. Lengths are in tokens without the
         prompt; a causal model's count one start token.
         """
-        prompts = generation_prompts(samples, self.prompt, len(image_of(samples)))
+        prompts = generation_prompts(samples, self.prompt, len(image_of(samples, video=True, answering=True)))
         config = self.lm.decoding(
             max_length=max_length + int(self.lm.is_encoder_decoder),
             min_length=min_length,
@@ -165,7 +164,8 @@ class Blip2LanguageModel(LanguageModelBase):
         """
         if inference_method not in ("rank", "generate"):
             raise InputError(f"inference_method {inference_method!r} is not one of rank, generate")
-        prompts = question_prompts(samples, prompt or self.question_template(), len(image_of(samples)))
+        count = len(image_of(samples, video=True, answering=True))
+        prompts = question_prompts(samples, prompt or self.question_template(), count)
         if inference_method == "rank":
             if not answer_list:
                 raise InputError("inference_method rank chooses from a list: give answer_list, or use generate")
@@ -237,7 +237,7 @@ class Blip2LanguageModel(LanguageModelBase):
             ValueError: candidates that are none, empty or longer than `max_output_txt_len`; numbers of images, prompts
                 and lists that differ; a prompt longer than the language model's context.
         """
-        count = len(image_of(samples))
+        count = len(image_of(samples, video=True, answering=True))
         lists = candidate_lists(candidates, count)
         prompts = class_prompts(samples, self.question_template() if "text_input" in samples else self.prompt, count)
         rows = candidate_rows(self.coder, lists, limit=self.max_output_txt_len, end=not self.bare_candidates)
@@ -264,14 +264,19 @@ class VicunaText:
 
 @registry.register_model("blip2_opt")
 class Blip2OPT(Blip2LanguageModel):
-    """With OPT, whose texts begin with `</s>` and end with a line break."""
+    """With OPT, whose texts begin with `</s>` and end with a line break.
+
+    `cut_prompts` repeats LAVIS's `generate` and `predict_answers`: of a prompt, `</s>` included, only the first
+    `max_txt_len` tokens are read.
+    """
 
     part = "opt"
     model_types = ("opt",)
     end_text = "\n"
 
-    def __init__(self, *, opt_model: str = "facebook/opt-2.7b", **parts: Any) -> None:
+    def __init__(self, *, opt_model: str = "facebook/opt-2.7b", cut_prompts: bool = False, **parts: Any) -> None:
         super().__init__(opt_model, **parts)
+        self.prompt_limit = self.max_txt_len if cut_prompts else None
 
 
 @registry.register_model("blip2_t5")

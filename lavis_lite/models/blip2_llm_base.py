@@ -17,6 +17,7 @@ from lavis_lite import weights
 from lavis_lite.errors import InputError
 from lavis_lite.models.base import chosen_weights
 from lavis_lite.models.blip2_base import PRECISIONS, TEXT_PARTS, Blip2Base
+from lavis_lite.models.inputs import image_of
 from lavis_lite.models.llm_text import TextCoder, text_coder
 from lavis_lite.nn import llm_loading, lora
 from lavis_lite.nn.llm import LanguageModel, has_weights, language_model_config, load_language_model
@@ -48,6 +49,8 @@ class LanguageModelBase(Blip2Base):
     pad_token: ClassVar[str | None] = None
     """Padding token that is added to the vocabulary."""
     answer_repetition_penalty: ClassVar[float] = 1.0
+    prompt_limit: int | None = None
+    """Tokens to which prompts that ask for an answer are cut; None: they are not."""
     bare_candidates: ClassVar[bool] = False
     """Candidates are scored without end token, by the mean over all positions of image, prompt and longest candidate.
     """
@@ -180,7 +183,7 @@ class LanguageModelBase(Blip2Base):
 
     def see(self, samples: dict[str, Any], instructions: list[str]) -> Tensor:
         """What the language model reads of an `image` (B,3,H,W) or video (B,3,F,H,W): (B,FxQ,E), frame after frame."""
-        image = image_of(samples)
+        image = image_of(samples, video=True)
         frames = image.transpose(1, 2) if image.dim() == 5 else image[:, None]
         num_frames = frames.shape[1]
         context = self.Qformer.project_context(self.encode_image(frames.flatten(0, 1)))
@@ -197,34 +200,13 @@ class LanguageModelBase(Blip2Base):
         return embeds, torch.cat([mask_BT.new_ones(seen_BQE.shape[:2]), mask_BT], dim=1)
 
     def asked(self, samples: dict[str, Any], prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Embeddings and mask of the images and these prompts, which are not cut."""
-        return self.joined(self.see(samples, prompts), *self.pad(self.coder.inputs(prompts)))
+        """Embeddings and mask of the images and these prompts, which are not cut unless `prompt_limit` says so."""
+        rows = self.coder.inputs(prompts, max_length=self.prompt_limit)
+        return self.joined(self.see(samples, prompts), *self.pad(rows))
 
     def pad(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Ids and mask (B,T) on the model's device."""
         return tuple(tensor.to(self.device) for tensor in self.coder.pad(rows))
-
-
-def image_of(samples: dict[str, Any]) -> Tensor:
-    """The batch's images (B,3,H,W) or videos (B,3,F,H,W). ValueError if there are none, or not one batch of them."""
-    image = samples.get("image")
-    if image is None:
-        raise InputError("samples['image'] is missing: a batch of images (B,3,H,W)")
-    if not isinstance(image, Tensor):
-        shapes = [tuple(getattr(one, "shape", ())) for one in image] if isinstance(image, list | tuple) else []
-        raise InputError(
-            f"samples['image'] is a {type(image).__name__}{f' of shapes {shapes}' if shapes else ''}; it must be one "
-            "tensor: stack images of one size, and put images and videos, or videos of different lengths, into "
-            "different batches"
-        )
-    if image.dim() not in (4, 5) or image.shape[1] != 3:
-        raise InputError(
-            f"samples['image'] has shape {tuple(image.shape)}; it must be a batch of images (B,3,H,W) or videos "
-            "(B,3,F,H,W): add the batch's dimension with unsqueeze(0), and put frames behind the colours"
-        )
-    if image.numel() == 0:
-        raise InputError(f"samples['image'] has shape {tuple(image.shape)}: there is no image or no frame to see")
-    return image
 
 
 def llm_dtype(

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from lavis_lite.errors import InputError
 from lavis_lite.models.base import Output
+from lavis_lite.models.batches import cut_texts
 from lavis_lite.models.blip2_base import Blip2Base
-from lavis_lite.models.blip_base import project, text_list
+from lavis_lite.models.blip_base import project
+from lavis_lite.models.blip_matching import given_texts
+from lavis_lite.models.inputs import image_of, texts_of
 from lavis_lite.nn.attention import Context
 from lavis_lite.nn.losses import best_query_similarity
 from lavis_lite.registry import registry
@@ -56,7 +59,7 @@ class Blip2Matching(Blip2Base):
 
     @torch.no_grad()
     def extract_features(self, samples: dict[str, Any], mode: str = "multimodal") -> Output:
-        """Features of `image` (B,3,H,W) and/or `text_input` (B texts, of any length).
+        """Features of `image` (B,3,H,W) and/or `text_input` (B texts, of which the first `max_txt_len` tokens count).
 
         `image`: `image_embeds` (B,Q,E) and `image_embeds_proj` (B,Q,D), normalised; an image's likeness to a text is
         that of its best query.
@@ -66,18 +69,19 @@ class Blip2Matching(Blip2Base):
         if mode not in ("image", "text", "multimodal"):
             raise InputError(f"mode {mode!r} is not one of image, text, multimodal")
         if mode == "text":
-            states = self.text_states(*self.tokenize(given_texts(samples)))
+            states = self.text_states(*cut_texts(self, given_texts(samples)))
             return Output({"text_embeds": states, "text_embeds_proj": project(self.text_proj, states)})
-        context = self.image_context(samples)
+        image = image_of(samples, answering=True)
+        texts = texts_of(samples, len(image)) if mode == "multimodal" else []
+        context = self.image_context(image)
         if mode == "image":
             states = self.query_states(context)
             return Output({"image_embeds": states, "image_embeds_proj": project(self.vision_proj, states)})
-        ids, mask = self.tokenize(text_list(given_texts(samples), len(samples["image"])))
-        return Output({"multimodal_embeds": self.query_states(context, ids, mask)})
+        return Output({"multimodal_embeds": self.query_states(context, *cut_texts(self, texts))})
 
-    def image_context(self, samples: dict[str, Any]) -> Context:
-        """Keys and values of `image`."""
-        return self.Qformer.project_context(self.encode_image(samples.get("image")))
+    def image_context(self, image: Tensor) -> Context:
+        """Keys and values of the images."""
+        return self.Qformer.project_context(self.encode_image(image))
 
 
 @registry.register_model("blip2_feature_extractor")
@@ -91,22 +95,14 @@ class Blip2ITM(Blip2Matching):
 
     def forward(self, samples: dict[str, Any], match_head: str = "itm") -> Tensor:
         """`itm`: logits (B,2) of each pair, `[:, 1]` for a match; `itc`: similarities (images, texts) of all images
-        with all texts, of which there may be more or fewer than images.
+        with all texts, of which there may be more or fewer than images. Of a text the first `max_txt_len` tokens count.
         """
         if match_head not in ("itm", "itc"):
             raise InputError(f"match_head {match_head!r} is not one of itm, itc")
-        context, texts = self.image_context(samples), given_texts(samples)
-        if match_head == "itm":
-            texts = text_list(texts, len(samples["image"]))
-        ids, mask = self.tokenize(texts, max_length=self.max_txt_len)
+        image = image_of(samples, answering=True)
+        texts = texts_of(samples, len(image)) if match_head == "itm" else given_texts(samples)
+        ids, mask = cut_texts(self, texts)
+        context = self.image_context(image)
         if match_head == "itm":
             return self.matching_logits(ids, mask, context)
         return best_query_similarity(self.encode_queries(context), self.encode_text(ids, mask))
-
-
-def given_texts(samples: dict[str, Any]) -> list[str]:
-    """`text_input`, of which a single string is one text."""
-    texts = samples.get("text_input")
-    if texts is None:
-        raise InputError("samples['text_input'] is missing")
-    return [texts] if isinstance(texts, str) else list(texts)

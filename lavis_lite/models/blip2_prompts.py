@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lavis_lite.errors import InputError, MissingPackageError
-from lavis_lite.models.blip_base import text_list
+from lavis_lite.models.inputs import optional_texts, required, text_list, texts_of, word_lists
 from lavis_lite.wording import joined_words, lettered
 
 FRAMES = {
@@ -23,12 +23,12 @@ def generation_prompts(samples: dict[str, Any], default: str, count: int) -> lis
 
     The first gap `{}` is filled with `ocr_tokens` if the samples have them, the next with `text_input`.
     """
-    prompts = text_list(samples.get("prompt", default), count)
+    prompts = text_list(samples.get("prompt", default), count, "prompt")
     if not any("{}" in prompt for prompt in prompts):
         return prompts
-    values = [ocr_texts(samples["ocr_tokens"])] if "ocr_tokens" in samples else []
+    values = [ocr_texts(samples, count)] if "ocr_tokens" in samples else []
     if "text_input" in samples:
-        values.append(text_list(samples["text_input"], count))
+        values.append(texts_of(samples, count))
     return fill(prompts, *values) if values else prompts
 
 
@@ -38,9 +38,8 @@ def question_prompts(samples: dict[str, Any], template: str, count: int) -> list
     With two gaps the first takes `ocr_tokens` if the samples have them; else the second takes `choices` as
     "(a) red (b) blue". Before it stands what `preceded` puts there.
     """
-    if "text_input" not in samples:
-        raise InputError("samples['text_input'] is missing: it holds the questions")
-    return preceded(samples, inside(samples, template, text_list(samples["text_input"], count)))
+    required(samples, "text_input", "the questions, one per image")
+    return preceded(samples, inside(samples, template, texts_of(samples, count)))
 
 
 def inside(samples: dict[str, Any], template: str, questions: list[str]) -> list[str]:
@@ -51,9 +50,9 @@ def inside(samples: dict[str, Any], template: str, questions: list[str]) -> list
     if template.count("{}") < 2:
         return fill([template] * count, questions)
     if "ocr_tokens" in samples:
-        return fill([template] * count, ocr_texts(samples["ocr_tokens"]), questions)
+        return fill([template] * count, ocr_texts(samples, count), questions)
     if "choices" in samples:
-        return fill([template] * count, questions, [lettered(choices) for choices in samples["choices"]])
+        return fill([template] * count, questions, choice_texts(samples, count))
     raise InputError(
         f"prompt {template!r} has two gaps: give samples['ocr_tokens'] or samples['choices'] for the other"
     )
@@ -63,9 +62,9 @@ def class_prompts(samples: dict[str, Any], default: str, count: int) -> list[str
     """Prompts of a choice between candidates: `text_input` in the gaps (alone, where the prompt is empty; a list of
     texts fills several), and before it what `preceded` puts there.
     """
-    prompts = text_list(samples.get("prompt", default), count)
+    prompts = text_list(samples.get("prompt", default), count, "prompt")
     if "text_input" in samples:
-        texts = text_list(samples["text_input"], count)
+        texts = text_list(samples["text_input"], count, nested=True)
         parts = [[text] if isinstance(text, str) else list(text) for text in texts]
         prompts = [fill_gaps(prompt or "{}", own) for prompt, own in zip(prompts, parts, strict=True)]
     return preceded(samples, prompts)
@@ -74,7 +73,7 @@ def class_prompts(samples: dict[str, Any], default: str, count: int) -> list[str
 def preceded(samples: dict[str, Any], prompts: list[str]) -> list[str]:
     """The prompts behind what the samples have of `caption`, `history` and `context`; an empty text adds nothing."""
     for key, frame in FRAMES.items():
-        texts = text_list(samples.get(key) or "", len(prompts))
+        texts = optional_texts(samples, key, len(prompts))
         prompts = [
             fill_gaps(frame, (text, prompt)) if text else prompt for text, prompt in zip(texts, prompts, strict=True)
         ]
@@ -100,9 +99,14 @@ def fill_gaps(template: str, values: Sequence[str]) -> str:
     return head + "".join(value + part for value, part in zip(values, rest, strict=False))
 
 
-def ocr_texts(tokens: Sequence[Sequence[str]]) -> list[str]:
-    """Words read in each image, joined by commas."""
-    return [joined_words(words) for words in tokens]
+def ocr_texts(samples: dict[str, Any], count: int) -> list[str]:
+    """Words read in each image (`ocr_tokens`), joined by commas."""
+    return [joined_words(words) for words in word_lists(samples["ocr_tokens"], count, "ocr_tokens")]
+
+
+def choice_texts(samples: dict[str, Any], count: int) -> list[str]:
+    """The choices of each question, behind letters."""
+    return [lettered(choices) for choices in word_lists(samples["choices"], count, "choices")]
 
 
 def split_caption(text: str) -> tuple[str, str]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lavis_lite.errors import InputError
+from lavis_lite.models.inputs import checked_text
 from lavis_lite.models.llm_text import Rows, TextCoder
 
 Candidates = Sequence[str] | Sequence[Sequence[str]]
@@ -43,6 +44,7 @@ def checked(candidates: Sequence[str], owner: str) -> list[str]:
     for index, text in enumerate(candidates):
         if not isinstance(text, str) or not text.strip():
             raise InputError(f"candidate {index}{owner} must be a text that is not empty; got {text!r}")
+        checked_text(text, f"candidate {index}{owner}")
     return list(candidates)
 
 

@@ -1,11 +1,10 @@
 """What BLIP's models share: tokenizer, image encoder, text transformer sizes, and loading of published files."""
 
 import logging
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -162,20 +161,3 @@ def ramp(samples: dict[str, Any], alpha: float, num_epochs: int) -> float:
         return alpha
     per_epoch = samples["num_iters_per_epoch"]
     return alpha * min(1.0, (samples["epoch"] * per_epoch + samples["iters"]) / (num_epochs * per_epoch))
-
-
-def text_list(texts: str | Sequence[str], count: int) -> list[str]:
-    """One text a sample: a single string is used for all."""
-    if isinstance(texts, str):
-        return [texts] * count
-    if not isinstance(texts, Iterable):
-        raise InputError(f"{texts!r} is neither a text nor a list of one a sample")
-    texts = list(texts)
-    if len(texts) != count:
-        raise InputError(f"{len(texts)} texts were given for {count} images")
-    return texts
-
-
-def gathered_ids(image_id: Tensor | Sequence[int], device: torch.device) -> Tensor:
-    """Image ids as a LongTensor (B,)."""
-    return torch.as_tensor(image_id, dtype=torch.long, device=device).reshape(-1)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from lavis_lite.models.base import Output
 from lavis_lite.models.batches import captions_behind
-from lavis_lite.models.blip_base import BlipBase, text_list
+from lavis_lite.models.blip_base import BlipBase
+from lavis_lite.models.inputs import image_of, text_list, texts_of
 from lavis_lite.nn.attention import Context
 from lavis_lite.nn.bert import BertLMHeadModel
 from lavis_lite.nn.decoding import Step
@@ -28,8 +29,9 @@ class BlipCaption(BlipBase):
 
     def forward(self, samples: dict[str, Any]) -> Output:
         """Language-model loss of `text_input` (list[str], B) given `image` (B,3,H,W)."""
-        context = self.text_decoder.bert.project_context(self.visual_encoder(samples["image"]))
-        texts = text_list(samples["text_input"], len(samples["image"]))
+        image = image_of(samples)
+        texts = texts_of(samples, len(image))
+        context = self.text_decoder.bert.project_context(self.visual_encoder(image))
         ids, mask = self.tokenize(texts, start=self.decoder_start, max_length=self.max_txt_len)
         logits, _ = self.text_decoder(ids, mask, context=context)
         loss = language_modeling_loss(logits, self.labels(ids, self.prompt_length(self.prompt)))
@@ -57,6 +59,8 @@ class BlipCaption(BlipBase):
         `samples["prompt"]`, one string or one a sample, replaces the model's. Lengths are in tokens and count `[DEC]`
         and the prompt.
         """
+        image = image_of(samples, answering=True)
+        prompts = text_list(samples.get("prompt", self.prompt), len(image), "prompt")
         config = self.decoding(
             max_length=max_length,
             min_length=min_length,
@@ -68,8 +72,7 @@ class BlipCaption(BlipBase):
             top_p=top_p,
             temperature=temperature,
         )
-        context = self.text_decoder.bert.project_context(self.visual_encoder(samples["image"]))
-        prompts = text_list(samples.get("prompt", self.prompt), len(samples["image"]))
+        context = self.text_decoder.bert.project_context(self.visual_encoder(image))
 
         def step_of(rows: list[int]) -> Step:
             every = len(rows) == len(prompts)

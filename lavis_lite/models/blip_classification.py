@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lavis_lite.models.base import Output
-from lavis_lite.models.blip_base import BlipBase, ramp, text_list
+from lavis_lite.models.blip_base import BlipBase, ramp
 from lavis_lite.models.blip_nlvr import classification_head
+from lavis_lite.models.inputs import image_of, integers, required, texts_of
 from lavis_lite.nn.bert import BertModel
 from lavis_lite.nn.losses import soft_cross_entropy
 from lavis_lite.nn.momentum import copy_parameters, update_momentum
@@ -55,19 +56,22 @@ class BlipClassification(BlipBase):
 
     def forward(self, samples: dict[str, Any]) -> Output:
         """Loss of `image` (B,3,H,W), `text_input` list[str], `label` (B,)."""
-        ids, mask = self.tokenize(text_list(samples["text_input"], len(samples["image"])), max_length=self.max_txt_len)
-        logits = self.logits(samples["image"], ids, mask)
-        loss = F.cross_entropy(logits, samples["label"].to(logits.device))
+        image = image_of(samples)
+        ids, mask = self.tokenize(texts_of(samples, len(image)), max_length=self.max_txt_len)
+        label = integers(samples, "label", len(image), "the class of each image", self.device)
+        logits = self.logits(image, ids, mask)
+        loss = F.cross_entropy(logits, label)
         if self.use_distill:
             alpha = ramp(samples, self.alpha, num_epochs=1)
-            targets = self.twin_logits(samples["image"], ids, mask, update=torch.is_grad_enabled()).softmax(dim=1)
+            targets = self.twin_logits(image, ids, mask, update=torch.is_grad_enabled()).softmax(dim=1)
             loss = (1 - alpha) * loss + alpha * soft_cross_entropy(logits, targets)
         return Output({"loss": loss, "logits": logits.detach()})
 
     def predict(self, samples: dict[str, Any]) -> Output:
         """Logits (B,num_classes) and the labels (B,)."""
-        ids, mask = self.tokenize(text_list(samples["text_input"], len(samples["image"])), max_length=self.max_txt_len)
-        return Output({"predictions": self.logits(samples["image"], ids, mask), "targets": samples["label"]})
+        image, targets = image_of(samples, answering=True), required(samples, "label", "the classes (B,)")
+        ids, mask = self.tokenize(texts_of(samples, len(image)), max_length=self.max_txt_len)
+        return Output({"predictions": self.logits(image, ids, mask), "targets": targets})
 
     def logits(self, image: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """(B,num_classes)"""

@@ -1,5 +1,6 @@
 """BLIP's two-tower and matching models: feature extractor and image-text matching (BLIP, section 3.2)."""
 
+from collections.abc import Sized
 from typing import Any
 
 import torch
@@ -7,7 +8,9 @@ from torch import Tensor, nn
 
 from lavis_lite.errors import InputError
 from lavis_lite.models.base import Output
-from lavis_lite.models.blip_base import BlipBase, project, text_list
+from lavis_lite.models.batches import cut_texts
+from lavis_lite.models.blip_base import BlipBase, project
+from lavis_lite.models.inputs import image_of, required, text_list, texts_of
 from lavis_lite.nn.attention import Context
 from lavis_lite.nn.bert import BertModel
 from lavis_lite.registry import registry
@@ -63,16 +66,16 @@ class BlipITM(BlipMatching):
 
     def forward(self, samples: dict[str, Any], match_head: str = "itm") -> Tensor:
         """`itm`: logits (B,2) of each pair, `[:, 1]` for a match; `itc`: cosine similarities (B,B) of all images
-        (rows) with all texts.
+        (rows) with all texts. Of a text the first `max_txt_len` tokens count.
         """
-        tokens, image_feat = self.encode_image(samples["image"])
-        texts = text_list(samples["text_input"], len(tokens))
-        ids, mask = self.tokenize(texts, max_length=self.max_txt_len)
+        if match_head not in ("itm", "itc"):
+            raise InputError(f"match_head {match_head!r} is not one of itm, itc")
+        image = image_of(samples, answering=True)
+        ids, mask = cut_texts(self, texts_of(samples, len(image)))
+        tokens, image_feat = self.encode_image(image)
         if match_head == "itm":
             return self.matching_logits(ids, mask, self.text_encoder.project_context(tokens))
-        if match_head == "itc":
-            return image_feat @ self.encode_text(ids, mask).t()
-        raise InputError(f"match_head {match_head!r} is not one of itm, itc")
+        return image_feat @ self.encode_text(ids, mask).t()
 
 
 @registry.register_model("blip_feature_extractor")
@@ -88,30 +91,30 @@ class BlipFeatureExtractor(BlipTowers):
 
     @torch.no_grad()
     def extract_features(self, samples: dict[str, Any], mode: str = "multimodal") -> Output:
-        """Features of `image` (B,3,H,W) and/or `text_input` (B texts).
+        """Features of `image` (B,3,H,W) and/or `text_input` (B texts, of which the first `max_txt_len` tokens count).
 
         `image`: `image_embeds` (B,1+N,E) and `image_embeds_proj` (B,1+N,embed_dim), normalised; token 0 is the whole
         image.
         `text`: `text_embeds` (B,T,E) and `text_embeds_proj` (B,T,embed_dim), normalised; token 0 is the whole text.
         `multimodal`: `image_embeds` and `multimodal_embeds` (B,T,E), the text's tokens grounded in the image.
         """
-        needed = {"image": ("image",), "text": ("text_input",), "multimodal": ("image", "text_input")}
-        if mode not in needed:
-            raise InputError(f"mode {mode!r} is not one of {', '.join(needed)}")
-        missing = [key for key in needed[mode] if samples.get(key) is None]
-        if missing:
-            raise InputError(f"features of mode {mode!r} need samples[{missing[0]!r}], which is missing")
-        features = Output()
-        if mode != "text":
-            features["image_embeds"] = self.visual_encoder(samples["image"])
-        if mode == "image":
-            features["image_embeds_proj"] = project(self.vision_proj, features["image_embeds"])
+        if mode not in ("image", "text", "multimodal"):
+            raise InputError(f"mode {mode!r} is not one of image, text, multimodal")
         if mode == "text":
-            texts = samples["text_input"]
-            features["text_embeds"] = self.text_states(*self.tokenize([texts] if isinstance(texts, str) else texts))
-            features["text_embeds_proj"] = project(self.text_proj, features["text_embeds"])
-        if mode == "multimodal":
-            ids, mask = self.tokenize(text_list(samples["text_input"], len(samples["image"])))
-            context = self.text_encoder.project_context(features["image_embeds"])
-            features["multimodal_embeds"] = self.text_states(self.grounded(ids), mask, context)
-        return features
+            states = self.text_states(*cut_texts(self, given_texts(samples)))
+            return Output({"text_embeds": states, "text_embeds_proj": project(self.text_proj, states)})
+        image = image_of(samples, answering=True)
+        if mode == "image":
+            tokens, _ = self.encode_image(image)
+            return Output({"image_embeds": tokens, "image_embeds_proj": project(self.vision_proj, tokens)})
+        ids, mask = cut_texts(self, texts_of(samples, len(image)))
+        tokens, _ = self.encode_image(image)
+        states = self.text_states(self.grounded(ids), mask, self.text_encoder.project_context(tokens))
+        return Output({"image_embeds": tokens, "multimodal_embeds": states})
+
+
+def given_texts(samples: dict[str, Any]) -> list[str]:
+    """`text_input`, which may be as many texts as one likes; a single string is one text."""
+    texts = required(samples, "text_input", "a text, or a list of texts")
+    texts = [texts] if isinstance(texts, str) else texts
+    return text_list(texts, len(texts) if isinstance(texts, Sized) else 1)

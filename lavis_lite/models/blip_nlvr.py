@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lavis_lite.errors import InputError
 from lavis_lite.models.base import Output
-from lavis_lite.models.blip_base import BlipBase, text_list
+from lavis_lite.models.blip_base import BlipBase
+from lavis_lite.models.inputs import image_of, integers, required, texts_of
 from lavis_lite.nn.bert import BertModel
 from lavis_lite.registry import registry
 
@@ -28,16 +30,23 @@ class BlipNLVR(BlipBase):
     def forward(self, samples: dict[str, Any]) -> Output:
         """Loss of `image0`, `image1` (B,3,H,W), `text_input` list[str], `label` (B,)."""
         logits = self.logits(samples)
-        return Output({"loss": F.cross_entropy(logits, samples["label"].to(logits.device)), "logits": logits.detach()})
+        label = integers(samples, "label", len(logits), "the class of each pair", logits.device)
+        return Output({"loss": F.cross_entropy(logits, label), "logits": logits.detach()})
 
     def predict(self, samples: dict[str, Any]) -> Output:
         """Logits (B,num_classes) and the labels (B,)."""
-        return Output({"predictions": self.logits(samples), "targets": samples["label"]})
+        for key in ("image0", "image1"):
+            image_of(samples, key, answering=True)
+        return Output({"predictions": self.logits(samples), "targets": required(samples, "label", "the classes (B,)")})
 
     def states(self, samples: dict[str, Any]) -> Tensor:
         """The statement's states (B,T,E), grounded in both images."""
-        tokens = self.visual_encoder(torch.cat([samples["image0"], samples["image1"]]))
-        ids, mask = self.tokenize(text_list(samples["text_input"], len(samples["image0"])), start=self.encoder_start)
+        first, second = (image_of(samples, key) for key in ("image0", "image1"))
+        if first.shape != second.shape:
+            raise InputError(f"samples['image0'] has shape {tuple(first.shape)}, 'image1' has {tuple(second.shape)}")
+        texts = texts_of(samples, len(first))
+        tokens = self.visual_encoder(torch.cat([first, second]))
+        ids, mask = self.tokenize(texts, start=self.encoder_start)
         return self.text_encoder(ids, mask, context=self.text_encoder.project_context(*tokens.chunk(2)))[0]
 
     def logits(self, samples: dict[str, Any]) -> Tensor:

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 
 from lavis_lite.models.base import Output
-from lavis_lite.models.blip_base import ramp, text_list
+from lavis_lite.models.blip_base import ramp
 from lavis_lite.models.blip_momentum import BlipMomentum
+from lavis_lite.models.inputs import image_of, texts_of
 from lavis_lite.nn.bert import BertLMHeadModel
 from lavis_lite.nn.learning import matching_accuracy
 from lavis_lite.nn.losses import language_modeling_loss, matching_loss
@@ -28,12 +29,13 @@ class BlipPretrain(BlipMomentum):
     def forward(self, samples: dict[str, Any]) -> Output:
         """`image` (B,3,H,W), `text_input` list[str]; the loss is the sum of `loss_itc`, `loss_itm` and `loss_lm`."""
         update = torch.is_grad_enabled()
+        image = image_of(samples)
+        ids, mask = self.tokenize(texts_of(samples, len(image)), max_length=self.max_txt_len)
         self.clamp_temperature()
-        tokens, image_feat = self.encode_image(samples["image"])
-        ids, mask = self.tokenize(text_list(samples["text_input"], len(samples["image"])), max_length=self.max_txt_len)
+        tokens, image_feat = self.encode_image(image)
         text_feat = self.encode_text(ids, mask)
 
-        twin = self.momentum_features(samples["image"], ids, mask, update=update)
+        twin = self.momentum_features(image, ids, mask, update=update)
         own = torch.arange(len(ids), device=tokens.device)[:, None]
         columns = torch.arange(twin.image_all.shape[1], device=tokens.device)
         hard = (own + twin.start == columns).float()

@@ -9,8 +9,10 @@ from torch.utils.data import DataLoader
 
 from lavis_lite import dist
 from lavis_lite.models.base import Output
-from lavis_lite.models.blip_base import gathered_ids, ramp, text_list
+from lavis_lite.models.batches import warn_of_cut_texts
+from lavis_lite.models.blip_base import ramp
 from lavis_lite.models.blip_momentum import BlipMomentum
+from lavis_lite.models.inputs import image_of, integers, texts_of
 from lavis_lite.models.reranking import Retriever, similarity_matrices
 from lavis_lite.nn.learning import matching_accuracy
 from lavis_lite.nn.losses import matching_loss, same_id_targets, similarity
@@ -30,13 +32,14 @@ class BlipRetrieval(BlipMomentum):
         `loss_itm`.
         """
         update = torch.is_grad_enabled()
+        image = image_of(samples)
+        ids, mask = self.tokenize(texts_of(samples, len(image)), max_length=self.max_txt_len)
+        image_id = integers(samples, "image_id", len(image), "the index of each image", self.device)
         self.clamp_temperature()
-        tokens, image_feat = self.encode_image(samples["image"])
-        ids, mask = self.tokenize(text_list(samples["text_input"], len(samples["image"])), max_length=self.max_txt_len)
+        tokens, image_feat = self.encode_image(image)
         text_feat = self.encode_text(ids, mask)
-        image_id = gathered_ids(samples["image_id"], tokens.device)
 
-        twin = self.momentum_features(samples["image"], ids, mask, update=update)
+        twin = self.momentum_features(image, ids, mask, update=update)
         hard = same_id_targets(image_id, torch.cat([self.candidates(image_id), self.idx_queue[0]]))
         alpha = ramp(samples, self.alpha, num_epochs=2)
         loss_itc, metrics = self.contrastive_loss(image_feat, text_feat, twin, hard, alpha)
@@ -63,6 +66,7 @@ class BlipRetrieval(BlipMomentum):
         """Scores (images, texts) and (texts, images) of an evaluation set, -100 where not among the `k_test` most
         similar; with `k_test` 0 the similarities of all pairs.
         """
+        warn_of_cut_texts(self, loader.dataset.text)
         retriever = Retriever(
             device=self.device,
             tokenize=partial(self.tokenize, max_length=self.max_txt_len),

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lavis_lite.errors import InputError
 from lavis_lite.models.base import Output
-from lavis_lite.models.blip_base import BlipBase, text_list
+from lavis_lite.models.blip_base import BlipBase
 from lavis_lite.models.blip_caption import decoding_step
+from lavis_lite.models.inputs import image_of, integers, required, text_list, texts_of
 from lavis_lite.nn.attention import Context
 from lavis_lite.nn.bert import BertLMHeadModel, BertModel
 from lavis_lite.nn.decoding import decode
@@ -22,10 +23,15 @@ from lavis_lite.registry import registry
 
 @registry.register_model("blip_vqa")
 class BlipVQA(BlipBase):
-    """Answers questions about an image, freely (`generate`) or from a list (`rank`)."""
+    """Answers questions about an image, freely (`generate`) or from a list (`rank`).
 
-    def __init__(self, *, max_txt_len: int = 35, **parts: Any) -> None:
+    `decoder_sees_padding` repeats LAVIS's `generate`: there the decoder also attends to the padding of the batch's
+    shorter questions, so that an answer depends on the other questions of its batch.
+    """
+
+    def __init__(self, *, max_txt_len: int = 35, decoder_sees_padding: bool = False, **parts: Any) -> None:
         super().__init__(max_txt_len=max_txt_len, **parts)
+        self.decoder_sees_padding = decoder_sees_padding
         config = self.text_config()
         self.text_encoder = BertModel(config)
         self.text_decoder = BertLMHeadModel(self.text_config(context_width=config.hidden_size))
@@ -37,21 +43,21 @@ class BlipVQA(BlipBase):
         n_answers), `n_answers` (B).
         """
         states, mask = self.encode_questions(samples)
-        n_answers = torch.as_tensor(samples["n_answers"], device=states.device)
-        check_answers(samples, int(n_answers.sum()))
+        n_answers = integers(samples, "n_answers", len(states), "answers of each question", states.device)
+        answers = check_answers(samples, int(n_answers.sum()))
         question = torch.arange(len(n_answers), device=states.device).repeat_interleave(n_answers)
         context = self.text_decoder.bert.project_context(states, mask=mask).select(question)
-        loss = self.answer_loss(*self.tokenize(samples["answer"], start=self.decoder_start), context)
+        loss = self.answer_loss(*self.tokenize(answers, start=self.decoder_start), context)
         weight = torch.as_tensor(samples["weight"], device=loss.device, dtype=loss.dtype)
-        loss = (weight * loss).sum() / len(samples["image"])
+        loss = (weight * loss).sum() / len(states)
         return Output({"loss": loss, "loss_lm": loss.detach()})
 
     def encode_questions(self, samples: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The questions' image-grounded states (B,T,E) and their mask (B,T)."""
-        image = self.text_encoder.project_context(self.visual_encoder(samples["image"]))
-        questions = text_list(samples["text_input"], len(samples["image"]))
-        ids, mask = self.tokenize(questions, start=self.encoder_start, max_length=self.max_txt_len)
-        return self.text_encoder(ids, mask, context=image)[0], mask
+        image = image_of(samples)
+        ids, mask = self.tokenize(texts_of(samples, len(image)), start=self.encoder_start, max_length=self.max_txt_len)
+        context = self.text_encoder.project_context(self.visual_encoder(image))
+        return self.text_encoder(ids, mask, context=context)[0], mask
 
     def answer_loss(self, ids: Tensor, mask: Tensor, context: Context) -> Tensor:
         """Negative (label-smoothed) log-likelihood of each answer, summed over its tokens."""
@@ -78,24 +84,28 @@ class BlipVQA(BlipBase):
         """
         if inference_method not in ("rank", "generate"):
             raise InputError(f"inference_method {inference_method!r} is not one of rank, generate")
+        image_of(samples, answering=True)
         states, mask = self.encode_questions(samples)
         if inference_method == "generate":
             config = self.decoding(
                 max_length=max_len, min_length=min_len, num_beams=num_beams, length_penalty=length_penalty
             )
-            return self.generate_answers(states, config)
+            return self.generate_answers(states, None if self.decoder_sees_padding else mask, config)
         if not answer_list:
             raise InputError("inference_method rank chooses from a list of answers: give answer_list, or use generate")
+        if isinstance(answer_list, str):
+            raise InputError(f"answer_list must be a list of texts; got {answer_list!r}")
+        if num_ans_candidates < 1:
+            raise InputError(f"num_ans_candidates {num_ans_candidates} must be at least 1")
+        answer_list = text_list(answer_list, len(answer_list), "answer_list")
         context = self.text_decoder.bert.project_context(states, mask=mask)
         order, loss = self.rank_answers(context, answer_list, min(num_ans_candidates, len(answer_list)))
         best = order.gather(1, loss.argmin(dim=1, keepdim=True)).squeeze(1)
         return [answer_list[i] for i in best.tolist()]
 
-    def generate_answers(self, states: Tensor, config: Any) -> list[str]:
-        """Free answers given the questions' states. The decoder sees the padding of shorter questions too, as the
-        published results did.
-        """
-        context = self.text_decoder.bert.project_context(states)
+    def generate_answers(self, states: Tensor, mask: Tensor | None, config: Any) -> list[str]:
+        """Free answers given the questions' states (B,T,E), of which those count that the mask (B,T) has; None: all."""
+        context = self.text_decoder.bert.project_context(states, mask=mask)
         start = torch.full((len(states), 1), self.decoder_start, device=states.device)
         ids = decode(decoding_step(self.text_decoder, context), start, config)
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -113,10 +123,12 @@ class BlipVQA(BlipBase):
         return order, loss.view(num_questions, k)
 
 
-def check_answers(samples: dict[str, Any], expected: int) -> None:
-    """The flat answers must be as many as the questions announce."""
-    if not len(samples["answer"]) == len(samples["weight"]) == expected:
+def check_answers(samples: dict[str, Any], expected: int) -> list[str]:
+    """The flat answers, which must be as many as the questions announce."""
+    answers = required(samples, "answer", "the answers of all questions, one list")
+    weights = required(samples, "weight", "the weight of each answer")
+    if not len(answers) == len(weights) == expected:
         raise InputError(
-            f"n_answers announces {expected} answers, but there are {len(samples['answer'])} answers "
-            f"and {len(samples['weight'])} weights"
+            f"n_answers announces {expected} answers, but there are {len(answers)} answers and {len(weights)} weights"
         )
+    return text_list(answers, expected, "answer")

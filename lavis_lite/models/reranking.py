@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from lavis_lite import dist
 from lavis_lite.errors import InputError
 from lavis_lite.models.batches import Texts, in_compute_type, stack_texts, trimmed
+from lavis_lite.models.inputs import image_of
 from lavis_lite.nn.attention import Context
 
 UNRANKED = -100.0
@@ -89,7 +90,7 @@ def compare_images(
     index = [torch.empty(0, dtype=torch.long, device=model.device)]
     sims = [text_feat.new_empty(0, len(text_feat))]
     for batch in loader:
-        tokens_BSE, image_feat = model.encode_image(batch["image"].to(model.device))
+        tokens_BSE, image_feat = model.encode_image(image_of(batch, answering=True).to(model.device))
         if keep_tokens:
             tokens += in_compute_type(tokens_BSE).cpu().unbind()
         index.append(torch.as_tensor(batch["index"], device=model.device))

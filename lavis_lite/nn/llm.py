@@ -33,6 +33,10 @@ STEP_BYTES = 4 << 30
 """Memory for the candidates that are scored at once: each has a copy of its sample's keys and values, 0.5 MB a token
 with Vicuna-7B. With it and its inputs' own keys and values (32 samples of 200 tokens: 3.4 GB), 24 GB hold the model.
 """
+RELATIVE_POSITIONS = 2048
+"""Longest input and text, in tokens, of a model whose positions are relative and unlimited, such as T5:
+its attention takes memory with the square of the length. Flan-T5 was tuned with inputs of this length.
+"""
 BYTES_PER_LOGIT = 12
 """Logits in the model's precision, in float32, and their log-softmax."""
 
@@ -102,7 +106,7 @@ class LanguageModel:
     """The face of a causal or encoder-decoder model. It holds the model, of which it is no part.
 
     `end_id` ends a text and `start_id` stands before it (for a decoder; a causal model never reads it, but lengths and
-    the repetition penalty count it).
+    the repetition penalty count it). `max_positions` limits inputs and text, in tokens; it may be set.
     """
 
     def __init__(self, model: PreTrainedModel, *, start_id: int, end_id: int, pad_id: int) -> None:
@@ -110,10 +114,11 @@ class LanguageModel:
         self.start_id, self.end_id, self.pad_id = start_id, end_id, pad_id
         self.is_encoder_decoder: bool = model.config.is_encoder_decoder
         self.width: int = model.get_input_embeddings().weight.shape[1]
-        self.max_positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        own_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.max_positions: int = own_positions or RELATIVE_POSITIONS
         encoder = model.get_encoder() if self.is_encoder_decoder else None  # Pegasus's and Marian's scale ids only
         self._embedding_scale: float = getattr(encoder, "embed_scale", None) or 1.0
-        self._accepted = inspect.signature(model.forward).parameters
+        self._accepted = frozenset(inspect.signature(model.forward).parameters)  # names only: these can be pickled
         model.get_output_embeddings().register_forward_pre_hook(_contiguous)
 
     @property
@@ -269,7 +274,7 @@ class LanguageModel:
     def _check_length(self, num_inputs: int, num_written: int = 0) -> None:
         """ValueError if that is too much; what an encoder-decoder writes has positions of its own."""
         num_tokens = max(num_inputs, num_written) if self.is_encoder_decoder else num_inputs + num_written
-        if self.max_positions is not None and num_tokens > self.max_positions:
+        if num_tokens > self.max_positions:
             raise InputError(
                 f"image, prompt and text to write take {num_tokens} tokens, but the language model's context has "
                 f"{self.max_positions}: shorten the prompt or lower the maximum length"

@@ -202,6 +202,8 @@ def _checkpoint_activations(model: PreTrainedModel) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
     else:  # before transformers 5.2x
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+    if getattr(model, "_require_grads_hooks", None):  # for reentrant checkpoints only; a model with them has no pickle
+        model.disable_input_require_grads()
 
 
 def _quantized(quantization: str, dtype: torch.dtype) -> dict[str, Any]:

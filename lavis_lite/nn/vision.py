@@ -79,13 +79,14 @@ class ImageEncoder(nn.Module):
     embedding_names: ClassVar[tuple[str, ...]] = ("cls_token", "pos_embed", "patch_embed")
 
     def forward(self, image: Tensor) -> Tensor:
+        """The image may be of any floating-point type: it is cast to the weights'."""
         size = self.image_size
         if image.ndim != 4 or image.shape[1:] != (3, size, size):
             raise InputError(
                 f"image has shape {tuple(image.shape)}; the image encoder wants (B, 3, {size}, {size}): "
                 f"set image_size of the processor and of the model to the same value"
             )
-        return self.forward_features(image)
+        return self.forward_features(image.to(next(self.parameters()).dtype))
 
     def checkpoint_all(self) -> None:
         """Every block recomputes its activations in the backward pass."""
@@ -131,15 +132,6 @@ class BlipViT(ImageEncoder, VisionTransformer):
                 self.pos_embed[0, 1:] = build_sincos2d_pos_embed([side, side], dim=config.width)
         if config.num_checkpointed:
             checkpoint_blocks(self.blocks[-config.num_checkpointed :])
-
-    def __deepcopy__(self, memo: dict[int, object]) -> "BlipViT":
-        """A copy without activation checkpointing, whose wrapper would go on calling the original's blocks; for
-        momentum twins, which need none.
-        """
-        with torch.device(self.pos_embed.device):
-            twin = BlipViT(replace(self.config, num_checkpointed=0))
-        twin.load_state_dict(self.state_dict())
-        return twin.to(self.pos_embed.dtype).train(self.training)
 
 
 def interpolate_pos_embed(

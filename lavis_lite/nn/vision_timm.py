@@ -6,8 +6,8 @@ heads are removed; a feature map is flattened to tokens; other image sizes are t
 
 import logging
 import sys
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -46,6 +46,11 @@ class TimmEncoder(ImageEncoder):
             )
         return tokens
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Callable[..., Any], tuple[type[nn.Module]], dict[str, Any]]:
+        """Copies and pickles name timm's class, as the mixed one is made where it is needed."""
+        _, timm_class = type(self).__bases__
+        return _empty_encoder, (timm_class,), self.__getstate__()
+
     def checkpoint_all(self) -> None:
         if hasattr(self, "blocks"):
             super().checkpoint_all()
@@ -75,6 +80,17 @@ class TimmEncoder(ImageEncoder):
         return decay ** max(self.depth + 1 - self.layer_numbers[name], 0)
 
 
+@cache
+def encoder_class(timm_class: type[nn.Module]) -> type[TimmEncoder]:
+    """`TimmEncoder` mixed into a class of timm."""
+    return type(f"{timm_class.__name__}Encoder", (TimmEncoder, timm_class), {})
+
+
+def _empty_encoder(timm_class: type[nn.Module]) -> TimmEncoder:
+    mixed = encoder_class(timm_class)
+    return mixed.__new__(mixed)
+
+
 def timm_encoder(
     name: str, *, image_size: int, drop_path_rate: float = 0.0, sizes: Mapping[str, Any] | None = None
 ) -> TimmEncoder:
@@ -96,7 +112,7 @@ def timm_encoder(
     for part in HEADS:
         if isinstance(getattr(model, part, None), nn.Module):
             setattr(model, part, nn.Identity())
-    model.__class__ = type(f"{type(model).__name__}Encoder", (TimmEncoder, type(model)), {})
+    model.__class__ = encoder_class(type(model))
     model.width, model.image_size = model.num_features, image_size
     numbers = group_parameters(model, model.group_matcher(), reverse=True) if hasattr(model, "group_matcher") else {}
     blocks = [number for name, number in numbers.items() if name.startswith(model.block_names)]

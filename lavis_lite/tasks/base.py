@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lavis_lite import dist
-from lavis_lite.errors import InputError
+from lavis_lite.errors import InputError, MissingInputError
 from lavis_lite.registry import did_you_mean, registry
 from lavis_lite.tasks.results import Result, gather
 
@@ -50,10 +50,11 @@ def batch_of(samples: Samples, model: nn.Module) -> Iterator[None]:
     try:
         yield
     except KeyError as error:
-        if error.args[0] not in SAMPLE_KEYS or error.args[0] in samples:
+        key = error.key if isinstance(error, MissingInputError) else error.args[0]
+        if key not in SAMPLE_KEYS or key in samples:
             raise
         raise InputError(
-            f"{type(unwrap(model)).__name__} needs {error.args[0]!r}, which the dataset's samples lack (they have "
+            f"{type(unwrap(model)).__name__} needs {key!r}, which the dataset's samples lack (they have "
             f"{', '.join(samples)}): choose a dataset that fits the model and the task"
         ) from error
 

@@ -1,0 +1,164 @@
+"""What the models' public methods accept: one check of images, texts and numbers for all of them.
+
+Types, shapes and counts are compared in every call. Note: pixel values are looked at only where a model answers, not in
+its training losses: it takes one pass over the image and waits for the device. In training the loop checks the loss.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lavis_lite.errors import InputError, MissingInputError
+
+LARGEST_VALUE = 64.0
+"""Largest magnitude in an image. Normalised images stay within about 3; 8-bit values that were only cast reach 255."""
+SHOWN = 60
+"""Characters of a wrong value in a message."""
+
+
+def required(samples: Mapping[str, Any], key: str, what: str) -> Any:
+    """`samples[key]`. MissingInputError, which says what it should be, if it is missing or None."""
+    if not isinstance(samples, Mapping):
+        raise InputError(f"samples must be a dict with {key!r} ({what}); got a {type(samples).__name__}")
+    if samples.get(key) is None:
+        raise MissingInputError(key, f"samples[{key!r}] is missing: {what}")
+    return samples[key]
+
+
+def image_of(samples: Mapping[str, Any], key: str = "image", *, video: bool = False, answering: bool = False) -> Tensor:
+    """The batch's images (B,3,H,W) or, with `video`, videos (B,3,F,H,W); floating point, normalised.
+
+    With `answering` no value may be nan, infinite or far from what normalised pixels are. Raises ValueError.
+    """
+    wanted = f"a batch of images (B,3,H,W){' or videos (B,3,F,H,W)' if video else ''}"
+    image = required(samples, key, wanted)
+    if not isinstance(image, Tensor):
+        raise InputError(
+            f"samples[{key!r}] is a {described(image)}; it must be one tensor: stack images of one size, and put "
+            "images and videos, or videos of different lengths, into different batches. The image processor makes a "
+            'tensor of a picture: vis_processors["eval"](picture).unsqueeze(0)'
+        )
+    if image.dim() not in ((4, 5) if video else (4,)) or image.shape[1] != 3:
+        frames = ", and put frames behind the colours" if video else ""
+        raise InputError(
+            f"samples[{key!r}] has shape {tuple(image.shape)}; it must be {wanted}: add the batch's dimension with "
+            f"unsqueeze(0){frames}"
+        )
+    if image.numel() == 0:
+        raise InputError(f"samples[{key!r}] has shape {tuple(image.shape)}: there is no image or no frame to see")
+    if not image.is_floating_point():
+        raise InputError(
+            f"samples[{key!r}] is of type {image.dtype}; it must be floating point, as the image processor returns it: "
+            'scaled to 0..1, then normalised with mean and standard deviation (vis_processors["eval"])'
+        )
+    if answering:
+        check_values(image, key)
+    return image
+
+
+def described(image: Any) -> str:
+    """The type of what was given for an image, and of a list's first entries their shapes or types."""
+    if not isinstance(image, list | tuple):
+        return type(image).__name__
+    shapes = [tuple(one.shape) if hasattr(one, "shape") else type(one).__name__ for one in image[:4]]
+    return f"{type(image).__name__} of shapes {shapes}"
+
+
+def check_values(image: Tensor, key: str) -> None:
+    """Raise ValueError for nan, inf, and pixels that were not normalised. Waits for the device."""
+    if torch.compiler.is_compiling() or image.is_meta:
+        return
+    largest = float(torch.stack(image.detach().aminmax()).abs().amax())  # nan where any value is
+    if not math.isfinite(largest):
+        raise InputError(f"samples[{key!r}] holds nan or inf: the answer would mean nothing; look for it in the image")
+    if largest > LARGEST_VALUE:
+        raise InputError(
+            f"samples[{key!r}] holds values up to {largest:.4g}; normalised pixels stay within about 3: use the image "
+            'processor (vis_processors["eval"]), which scales to 0..1 and normalises'
+        )
+
+
+def texts_of(samples: Mapping[str, Any], count: int, key: str = "text_input") -> list[str]:
+    """`samples[key]` as one text per sample. MissingInputError or ValueError as `text_list`."""
+    return text_list(required(samples, key, f"a text, or a list of {count} texts, one per image"), count, key)
+
+
+def optional_texts(samples: Mapping[str, Any], key: str, count: int) -> list[str]:
+    """`samples[key]` as `text_list`, or empty texts where it is missing or None."""
+    texts = samples.get(key)
+    return [""] * count if texts is None else text_list(texts, count, key)
+
+
+def text_list(texts: str | Sequence[str], count: int, key: str = "text_input", *, nested: bool = False) -> list[str]:
+    """One text per sample: a single string is used for all. With `nested` a sample may have a list of texts.
+
+    Raises ValueError for another number of texts, or for one that is no text; `key` names them.
+    """
+    if isinstance(texts, str):
+        return [checked_text(texts, f"samples[{key!r}]")] * count
+    if isinstance(texts, bytes | Mapping) or not isinstance(texts, Iterable):
+        raise InputError(f"samples[{key!r}]: {shown(texts)} is neither a text nor a list of one a sample")
+    texts = list(texts)
+    if len(texts) != count:
+        raise InputError(f"samples[{key!r}]: {len(texts)} texts were given for {count} images")
+    if not texts:
+        raise InputError(f"samples[{key!r}]: the list of texts is empty")
+    for row, text in enumerate(texts):
+        for one in text if nested and isinstance(text, list | tuple) else (text,):
+            checked_text(one, f"samples[{key!r}][{row}]")
+    return texts
+
+
+def word_lists(value: Any, count: int, key: str) -> list[list[str]]:
+    """A list of texts per sample (words read in an image, choices). ValueError for anything else."""
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise InputError(f"samples[{key!r}]: {shown(value)} must be a list with a list of texts for each image")
+    for row, words in enumerate(value := list(value)):
+        if not isinstance(words, list | tuple):
+            kind = "text" if isinstance(words, str) else type(words).__name__
+            raise InputError(
+                f"samples[{key!r}][{row}]: expected a list of texts for each image, got the {kind} {shown(words)}"
+            )
+        for word in words:
+            checked_text(word, f"samples[{key!r}][{row}]")
+    if len(value) != count:
+        raise InputError(f"samples[{key!r}]: {len(value)} texts were given for {count} images")
+    return value
+
+
+def checked_text(text: Any, where: str) -> str:
+    """The text. ValueError if it is none, or holds half a character, which no tokenizer takes."""
+    if not isinstance(text, str):
+        raise InputError(f"{where} is {shown(text)}; it must be a text (str)")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{where} holds a lone surrogate, {text[error.start]!r} at position {error.start}, which is half a "
+                'character: clean it, for instance text.encode("utf-8", "ignore").decode()'
+            ) from error
+    return text
+
+
+def integers(samples: Mapping[str, Any], key: str, count: int, what: str, device: torch.device) -> Tensor:
+    """`samples[key]`, a tensor or list, as a LongTensor (B,). ValueError for another number of them, or other types."""
+    value = required(samples, key, f"{what} (B,)")
+    try:
+        found = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"samples[{key!r}] is {shown(value)}; it must be {count} integers: {what}") from error
+    if found.is_floating_point() or found.is_complex() or found.numel() != count:
+        raise InputError(
+            f"samples[{key!r}] is {found.dtype} of shape {tuple(found.shape)}; it must be {count} integers: {what}"
+        )
+    return found.to(device, torch.long).reshape(-1)
+
+
+def shown(value: Any) -> str:
+    """A wrong value, shortened."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
