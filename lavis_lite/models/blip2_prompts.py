@@ -105,6 +105,13 @@ def ocr_texts(tokens: Sequence[Sequence[str]]) -> list[str]:
     return [joined_words(words) for words in tokens]
 
 
+def without_prompt(caption: str, prompt: str) -> str:
+    """Return the caption without the prompt, if it begins with it as whole words."""
+    rest = caption.removeprefix(prompt)
+    inside_word = prompt[-1:].isalnum() and rest[:1].isalnum()
+    return (caption if inside_word else rest).strip()
+
+
 def split_caption(text: str) -> tuple[str, str]:
     """The caption's beginning, whose number of words is drawn uniformly from [1, half of them], and the rest.
 

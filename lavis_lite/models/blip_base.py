@@ -16,6 +16,7 @@ from lavis_lite.models.initialise import bert_weights, start_from, vit_weights
 from lavis_lite.models.tokenizers import blip_tokenizer, tokenize
 from lavis_lite.nn.attention import BertConfig
 from lavis_lite.nn.decoding import DecodingConfig
+from lavis_lite.nn.losses import IGNORED
 from lavis_lite.nn.vision import BlipViT, interpolate_pos_embed, layer_scales, vit_config
 
 logger = logging.getLogger(__name__)
@@ -74,11 +75,12 @@ class BlipBase(BaseModel):
         """Id of `[ENC]`."""
         return self.tokenizer.enc_token_id
 
-    def labels(self, ids: Tensor, num_masked: int = 0) -> Tensor:
-        """Labels of a language-model loss: padding and the first tokens do not count."""
-        labels = ids.masked_fill(ids == self.tokenizer.pad_token_id, -100)
-        labels[:, :num_masked] = -100
-        return labels
+    def labels(self, ids: Tensor, num_masked: int | Tensor = 0) -> Tensor:
+        """Labels of a language-model loss: padding and the first tokens, as many for all texts or (B,), do not count."""
+        given = (
+            torch.arange(ids.shape[1], device=ids.device) < torch.as_tensor(num_masked, device=ids.device)[..., None]
+        )
+        return ids.masked_fill((ids == self.tokenizer.pad_token_id) | given, IGNORED)
 
     def decoding(self, **settings: Any) -> DecodingConfig:
         """Decoding settings with this tokenizer's end and padding tokens."""
@@ -150,6 +152,16 @@ def text_list(texts: str | Sequence[str], count: int) -> list[str]:
     if len(texts) != count:
         raise InputError(f"{len(texts)} texts were given for {count} images")
     return texts
+
+
+def require_labels(num_labels: Sequence[int], texts: Sequence[str]) -> None:
+    """Raise ValueError, quoting texts, if none of a batch's texts has a token to learn: the loss would be nan."""
+    if not any(count > 0 for count in num_labels):
+        shown = ", ".join(map(repr, texts[:3])) + (", ..." if len(texts) > 3 else "")
+        raise InputError(
+            f"none of the batch's {len(texts)} texts has a token to learn ({shown}): give longer texts, a shorter "
+            "model.prompt, or raise model.max_txt_len and max_output_txt_len"
+        )
 
 
 def gathered_ids(image_id: Tensor | Sequence[int], device: torch.device) -> Tensor:
