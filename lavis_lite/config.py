@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lavis_lite import zoo
+from lavis_lite.config_agreement import follow_model
 from lavis_lite.config_files import (
     ConfigError,
     Layer,
@@ -150,7 +151,11 @@ def _checked(tree: dict[str, Any], checker: Checker, types: dict[str, str], *, s
     preprocess = tree.get("preprocess", {})
     checker.section(preprocess, {key: Parameter(dict[str, Any]) for key in PROCESSOR_KEYS}, ("preprocess",))
     check_processors(preprocess, checker, ("preprocess",))
-    datasets = {name: check_dataset(name, body, preprocess, checker) for name, body in tree.get("datasets", {}).items()}
+    preprocess = follow_model(preprocess, model, checker, ("preprocess",))
+    datasets = {
+        name: follow_model(check_dataset(name, body, preprocess, checker), model, checker, ("datasets", name))
+        for name, body in tree.get("datasets", {}).items()
+    }
     for key in ("train_dataset_ratios", "train_dataset_factors"):
         for name in getattr(run, key) or {}:
             if name not in datasets:

@@ -36,6 +36,8 @@ class BaseModel(nn.Module):
 
     new_parts: ClassVar[tuple[str, ...]] = ()
     """What stands in the names of parameters that a pretrained file may lack because finetuning adds them."""
+    prompt_begins_captions: ClassVar[bool] = False
+    """Training captions begin with the setting `prompt`."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -58,6 +60,11 @@ class BaseModel(nn.Module):
         loaded = set() if source is None else model.load_weights(source, initialise=kind == "pretrained")
         model.load_frozen(loaded)
         return model
+
+    @classmethod
+    def image_statistics(cls, cfg: Mapping[str, Any]) -> dict[str, list[float]] | None:
+        """Return `mean` and `std` of the images that the encoder of a model section was trained on; None for CLIP's."""
+        return None
 
     @classmethod
     def from_pretrained(cls, source: str, **settings: Any) -> Any:

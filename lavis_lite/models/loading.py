@@ -15,11 +15,12 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from lavis_lite import download
+from lavis_lite.config_agreement import preprocess_of
 from lavis_lite.config_files import Layer, merge_layers, resolve
 from lavis_lite.config_schema import Checker
 from lavis_lite.config_sections import PROCESSOR_KEYS, check_processors, model_arguments, model_layer
 from lavis_lite.convert.configs import arch_of, model_section
-from lavis_lite.convert.folders import read_config, read_settings
+from lavis_lite.convert.folders import read_config, read_image_settings, read_settings
 from lavis_lite.errors import InputError
 from lavis_lite.registry import registry
 
@@ -78,7 +79,7 @@ def load_model_and_preprocess(
     """
     layers, tree = _packaged(name, model_type, overrides)
     model = _build(tree["model"], layers, is_eval=is_eval, device=device, checkpoint=checkpoint)
-    return model, *load_preprocess(tree.get("preprocess", {}))
+    return model, *load_preprocess(preprocess_of(tree["model"], tree.get("preprocess", {})))
 
 
 def from_pretrained(
@@ -116,9 +117,9 @@ def from_pretrained(
     model = _build(section, layers, is_eval=is_eval, device=device, checkpoint=None)
     if not processors:
         return model
-    images = {"eval": {"name": "blip_image_eval", "image_size": section["image_size"]}}
+    images = {"eval": {"name": "blip_image_eval", **read_image_settings(folder, section["image_size"])}}
     texts = {"eval": {"name": "blip_question" if arch == "blip_vqa" else "blip_caption"}}
-    return model, *load_preprocess({"vis_processor": images, "text_processor": texts})
+    return model, *load_preprocess(preprocess_of(section, {"vis_processor": images, "text_processor": texts}))
 
 
 def _arch_of_class(model_class: type[nn.Module] | None) -> str | None:
