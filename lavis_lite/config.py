@@ -41,6 +41,7 @@ from lavis_lite.config_sections import (
     model_arguments,
     model_layer,
 )
+from lavis_lite.prompt_order import replaced_instructions
 from lavis_lite.registry import RegistryError, did_you_mean
 from lavis_lite.run_config import RunConfig, RunConfigError
 
@@ -64,6 +65,8 @@ class Config:
     preprocess: dict[str, Any] = field(default_factory=dict)
     """The model type's `vis_processor` and `text_processor` blocks."""
     dataset_types: dict[str, str] = field(default_factory=dict)
+    prompts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Dataset name -> the `instructions` that an explicit prompt makes of its own; follows from the other fields."""
     imports: list[str] = field(default_factory=list)
     expected: Any = None
     source: str = ""
@@ -167,6 +170,7 @@ def _checked(tree: dict[str, Any], checker: Checker, types: dict[str, str], *, s
         task=task,
         preprocess=preprocess,
         dataset_types=types,
+        prompts=replaced_instructions(task, model, datasets, types, checker),
         imports=tree.get("imports") or [],
         expected=tree.get("expected"),
         source=source,

@@ -76,7 +76,7 @@ def _completed(block: Mapping[str, Any], wanted: Mapping[str, Any], checker: Che
     if size is not None and "image_size" in wanted and size != wanted["image_size"]:
         raise checker.error(
             (*path, "image_size"),
-            f"{size} is not model.image_size, which is {wanted['image_size']}: leave it out, and it follows the model's",
+            f"{size} is not model.image_size, which is {wanted['image_size']}: leave it out to take the model's",
         )
     return {**block, **missing}
 

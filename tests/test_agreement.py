@@ -1,4 +1,4 @@
-"""Settings that must agree: processors follow the model's image size and its encoder's mean and std, captions its prompt.
+"""Settings that must agree: processors follow the model's image size and encoder's statistics, captions its prompt.
 
 `PIXELS` is what the types were published with (LAVIS's YAMLs), written down before the processors followed the model.
 """
@@ -7,13 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import doors
 import pytest
 import torch
 import yaml
 from PIL import Image
 from test_bad_input import complains
 
-import doors
 from lavis_lite.config import Config, ConfigError
 from lavis_lite.config_agreement import preprocess_of
 from lavis_lite.models import from_pretrained, load_model, load_model_and_preprocess
@@ -24,15 +24,20 @@ PROJECTS = Path(__file__).parents[1] / "projects"
 RECIPES = [path for path in sorted(PROJECTS.rglob("*.yaml")) if not path.name.startswith("_")]
 TYPES = [(arch, kind) for arch, kinds in model_zoo for kind in kinds if arch.startswith("blip")]
 PIXELS = {
-    364: ["blip2/coco", "blip2_feature_extractor/coco", "blip2_image_text_matching/coco"]
-    + ["blip2_opt/caption_coco_opt2.7b", "blip2_opt/caption_coco_opt6.7b", "blip2_t5/caption_coco_flant5xl"],
-    384: ["blip_caption/base_coco", "blip_caption/large_coco", "blip_classification/base", "blip_nlvr/nlvr"]
-    + ["blip_image_text_matching/base", "blip_image_text_matching/large", "blip_retrieval/coco"]
-    + ["blip_retrieval/flickr"],
-    480: ["blip_vqa/aokvqa", "blip_vqa/okvqa", "blip_vqa/vqav2"],
+    "blip2": (364, "coco"),
+    "blip2_feature_extractor": (364, "coco"),
+    "blip2_image_text_matching": (364, "coco"),
+    "blip2_opt": (364, "caption_coco_opt2.7b", "caption_coco_opt6.7b"),
+    "blip2_t5": (364, "caption_coco_flant5xl"),
+    "blip_caption": (384, "base_coco", "large_coco"),
+    "blip_classification": (384, "base"),
+    "blip_image_text_matching": (384, "base", "large"),
+    "blip_nlvr": (384, "nlvr"),
+    "blip_retrieval": (384, "coco", "flickr"),
+    "blip_vqa": (480, "aokvqa", "okvqa", "vqav2"),
 }
 """Types of another size than 224, or than 48 for `tiny`."""
-SIZES = {name: size for size, names in PIXELS.items() for name in names}
+SIZES = {f"{arch}/{kind}": size for arch, (size, *kinds) in PIXELS.items() for kind in kinds}
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 INCEPTION = ([0.5] * 3, [0.5] * 3)
 

@@ -258,7 +258,7 @@ def small(root: Path, monkeypatch: pytest.MonkeyPatch, group: str, **fields: Any
     """A group's builder with the packaged YAML, and few scenes."""
     monkeypatch.setenv("LAVIS_LITE_DATA", str(root))
     name = f"shapes_instruct_{group}"
-    section = OmegaConf.to_container(OmegaConf.load(dataset_config_path(name)))["datasets"][name]
+    section = OmegaConf.to_container(OmegaConf.load(dataset_config_path(name)), resolve=True)["datasets"][name]
     return registry.get_builder_class(name)(**{**section, "num_train": 30, "num_val": 8, "num_test": 8, **fields})
 
 

@@ -124,7 +124,7 @@ def read_json_mapping(path: Path) -> dict[str, Any]:
 
 
 def read_image_settings(folder: Path, image_size: int) -> dict[str, Any]:
-    """Return `mean` and `std` of a folder's preprocessor_config.json (or processor_config.json), as far as they are there.
+    """Return `mean` and `std` as a folder's preprocessor_config.json or processor_config.json gives them, if it does.
 
     Warns if the file's images have another size than `image_size`, the model's, which is the one that counts.
     """

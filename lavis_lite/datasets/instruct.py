@@ -32,8 +32,9 @@ CLEANED = ("question", "caption")
 
 
 class InstructDataset(BaseDataset):
-    """Samples {image (3,H,W) or (3,F,H,W), text_input (the instruction), text_output, instance_id}.
+    """Samples {image (3,H,W) or (3,F,H,W), text_input (the instruction), prompt, text_output, instance_id}.
 
+    `prompt` is "{}": the instruction is complete, and no other prompt goes around it.
     A record has `image` or `video` (a path), the fields that the templates' gaps name, and in `templates.output` what
     is learned: a text, or a list of which one is; without it, the candidate that `label` points to. In evaluation a
     sample has no text_output, but `question_id`, and, if the records have them, `candidates` (list[str]). The truth
@@ -117,6 +118,7 @@ class InstructDataset(BaseDataset):
         sample = {
             "image": self.seen(record),
             "text_input": self.templates.instruction(fields, training=self.training),
+            "prompt": "{}",
             "instance_id": str(index),
         }
         if self.training:

@@ -63,7 +63,7 @@ class Blip2LanguageModel(LanguageModelBase):
         if "text_input" not in samples:
             raise InputError("samples['text_input'] is missing: captions, or questions with their text_output")
         if "text_output" in samples:
-            asked = question_prompts(samples, self.question_template(), count)
+            asked = question_prompts(samples, self.question_template(samples), count)
             answers = text_list(samples["text_output"], count)
             batch = self.answer_batch(asked, answers)
         else:
@@ -72,9 +72,10 @@ class Blip2LanguageModel(LanguageModelBase):
         loss = self.lm.loss(*self.joined(self.see(samples, asked), batch.ids, batch.mask), batch.labels)
         return Output({"loss": loss, "loss_lm": loss.detach()})
 
-    def question_template(self) -> str:
-        """The model's prompt if it has a gap for a question."""
-        return self.prompt if "{}" in self.prompt else ""
+    def question_template(self, samples: dict[str, Any]) -> str | list[str]:
+        """What goes around questions: the samples' `prompt`, else the model's; "" for one without a gap for them."""
+        prompt = samples.get("prompt", self.prompt)
+        return prompt if all("{}" in text for text in text_list(prompt, len(samples["image"]))) else ""
 
     def answer_batch(self, asked: list[str], answers: list[str]) -> Batch:
         """Texts that are read, and others that are learned."""
@@ -163,7 +164,8 @@ class Blip2LanguageModel(LanguageModelBase):
         prompt: str = "",
         length_penalty: float = -1.0,
     ) -> list[str]:
-        """One answer to each question (`text_input`), which stands in the gap of `prompt`, e.g. "Question: {} Answer:".
+        """One answer to each question (`text_input`), which stands in the gap of `prompt`, e.g. "Question: {} Answer:";
+        without it in that of the samples' `prompt`, else of the model's.
 
         `generate` writes at most `max_len` tokens by beam search; `rank` picks from `answer_list` the likeliest of the
         `num_ans_candidates` answers whose first tokens are likeliest. A length penalty of -1 favours short answers
@@ -171,7 +173,8 @@ class Blip2LanguageModel(LanguageModelBase):
         """
         if inference_method not in ("rank", "generate"):
             raise InputError(f"inference_method {inference_method!r} is not one of rank, generate")
-        prompts = question_prompts(samples, prompt or self.question_template(), len(image_of(samples)))
+        count = len(image_of(samples))
+        prompts = question_prompts(samples, prompt or self.question_template(samples), count)
         if inference_method == "rank":
             if not answer_list:
                 raise InputError("inference_method rank chooses from a list: give answer_list, or use generate")
@@ -245,7 +248,8 @@ class Blip2LanguageModel(LanguageModelBase):
         """
         count = len(image_of(samples))
         lists = candidate_lists(candidates, count)
-        prompts = class_prompts(samples, self.question_template() if "text_input" in samples else self.prompt, count)
+        default = self.question_template(samples) if "text_input" in samples else self.prompt
+        prompts = class_prompts(samples, default, count)
         rows = candidate_rows(self.coder, lists, limit=self.max_output_txt_len, end=not self.bare_candidates)
         widths = segment_widths(rows, n_segments)
         embeds, mask = self.asked(samples, prompts)

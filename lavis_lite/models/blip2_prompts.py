@@ -32,8 +32,8 @@ def generation_prompts(samples: dict[str, Any], default: str, count: int) -> lis
     return fill(prompts, *values) if values else prompts
 
 
-def question_prompts(samples: dict[str, Any], template: str, count: int) -> list[str]:
-    """Questions (`text_input`) inside a template: its one gap, or, of two, that before or after the other.
+def question_prompts(samples: dict[str, Any], template: str | Sequence[str], count: int) -> list[str]:
+    """Questions (`text_input`) inside a template, or one each: its one gap, or, of two, that before or after the other.
 
     With two gaps the first takes `ocr_tokens` if the samples have them; else the second takes `choices` as
     "(a) red (b) blue". Before it stands what `preceded` puts there.
@@ -43,17 +43,15 @@ def question_prompts(samples: dict[str, Any], template: str, count: int) -> list
     return preceded(samples, inside(samples, template, text_list(samples["text_input"], count)))
 
 
-def inside(samples: dict[str, Any], template: str, questions: list[str]) -> list[str]:
+def inside(samples: dict[str, Any], template: str | Sequence[str], questions: list[str]) -> list[str]:
     """The questions inside the template; ValueError if nothing is there for its second gap."""
-    count = len(questions)
-    if not template:
-        return questions
-    if template.count("{}") < 2:
-        return fill([template] * count, questions)
+    templates = [text or "{}" for text in text_list(template, len(questions))]
+    if all(text.count("{}") < 2 for text in templates):
+        return fill(templates, questions)
     if "ocr_tokens" in samples:
-        return fill([template] * count, ocr_texts(samples["ocr_tokens"]), questions)
+        return fill(templates, ocr_texts(samples["ocr_tokens"]), questions)
     if "choices" in samples:
-        return fill([template] * count, questions, [lettered(choices) for choices in samples["choices"]])
+        return fill(templates, questions, [lettered(choices) for choices in samples["choices"]])
     raise InputError(
         f"prompt {template!r} has two gaps: give samples['ocr_tokens'] or samples['choices'] for the other"
     )

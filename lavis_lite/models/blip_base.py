@@ -76,10 +76,9 @@ class BlipBase(BaseModel):
         return self.tokenizer.enc_token_id
 
     def labels(self, ids: Tensor, num_masked: int | Tensor = 0) -> Tensor:
-        """Labels of a language-model loss: padding and the first tokens, as many for all texts or (B,), do not count."""
-        given = (
-            torch.arange(ids.shape[1], device=ids.device) < torch.as_tensor(num_masked, device=ids.device)[..., None]
-        )
+        """Labels of a language-model loss: padding and the first `num_masked` (one number, or (B,)) do not count."""
+        num_given = torch.as_tensor(num_masked, device=ids.device)[..., None]
+        given = torch.arange(ids.shape[1], device=ids.device) < num_given
         return ids.masked_fill((ids == self.tokenizer.pad_token_id) | given, IGNORED)
 
     def decoding(self, **settings: Any) -> DecodingConfig:
