@@ -1,14 +1,13 @@
-"""Which prompt a dataset is asked with. Of several sources one counts, and none is put inside another:
+"""The one order of prompts. The first source that fits a dataset counts, and no prompt is put inside another:
 
 1. `run.prompt`; 2. `model.prompt`, where the project gives another than the model type; 3. the dataset's
-`instructions`; 4. the model type's prompt, for datasets without instructions. An explicit prompt replaces a template
-where it can: one with `{}` where there is a question to put there, one without where captions are learned. Two explicit
-ones of one kind are an error.
+`instructions`; 4. the model type's prompt, for datasets without instructions. Two explicit prompts of one kind (for
+questions, with `{}`; for captions, without) are an error, as are explicit instructions beside an explicit prompt.
 """
 
 import logging
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from typing import Any
 
 from lavis_lite import zoo
@@ -16,14 +15,10 @@ from lavis_lite.config_agreement import setting
 from lavis_lite.config_files import load_yaml
 from lavis_lite.config_schema import Checker
 from lavis_lite.config_sections import model_layer
-from lavis_lite.datasets.templates import GAP, Templates, load_templates
 from lavis_lite.errors import InputError
 from lavis_lite.registry import registry
 
 logger = logging.getLogger(__name__)
-
-ASKED = ("question", "instruction", "statement", "text", "caption")
-"""Fields that an instruction is about, the first that a template has: what fills the `{}` of an explicit prompt."""
 
 
 def replaced_instructions(
@@ -33,77 +28,71 @@ def replaced_instructions(
     types: Mapping[str, str],
     checker: Checker,
 ) -> dict[str, dict[str, Any]]:
-    """Return the `instructions` of those datasets of which an explicit prompt replaces the template; log each.
+    """Return the `instructions` of each dataset whose template an explicit prompt replaces; log a line for each.
 
-    Raises ConfigError, naming both keys, for two explicit prompts, or one and explicit instructions.
+    Raises ConfigError, naming both keys, for two explicit prompts, or one beside explicit instructions.
     """
-    explicit = {"run.prompt": task.get("prompt") or "", "model.prompt": given_model_prompt(model)}
-    prompts = {key: prompt for key, prompt in explicit.items() if prompt}
-    _check_one(prompts, checker)
+    prompts = explicit_prompts(task, model, checker)
     replaced = {}
     for name, section in datasets.items():
-        default = _packaged_instructions(section.get("builder", name), types.get(name, "default"))
-        if default is None or not prompts:
+        builder = section.get("builder", name)
+        builder_class = registry.get_builder_class(builder)
+        if not prompts or not hasattr(builder_class, "with_prompt"):
             continue
+        default = _packaged_instructions(builder_class, builder, types.get(name, "default"))
         instructions = section.get("instructions", default)
-        templates = load_templates(instructions)
-        found = {key: _as_template(prompt, templates, key, name) for key, prompt in prompts.items()}
-        key = next((key for key, template in found.items() if template is not None), None)
-        if key is None:
-            logger.info(f"datasets.{name} keeps its instructions: {' and '.join(prompts)} cannot stand for them")
+        key, found = _first_that_fits(builder_class, instructions, prompts, checker)
+        if found is None:
+            logger.info(f"datasets.{name} keeps its instructions: {' and '.join(prompts)} cannot replace them")
             continue
         if instructions != default:
             text = f"{key} is given too, {prompts[key]!r}: set one of them"
             raise checker.error(("datasets", name, "instructions"), text)
-        logger.info(f"datasets.{name} is asked with {key} {prompts[key]!r} instead of its instructions")
-        replaced[name] = {"base": instructions, "train": [found[key]], "eval": found[key]}
+        logger.info(f"datasets.{name}: {key} {prompts[key]!r} replaces its instructions")
+        replaced[name] = found
     return replaced
 
 
-def given_model_prompt(model: Mapping[str, Any]) -> str:
-    """Return `model.prompt` where the project gives another than the model type has; "" where it does not."""
-    prompt = setting(model, "prompt") or ""
-    if not prompt or not getattr(registry.get_model_class(model["arch"]), "prompt_begins_captions", False):
+def explicit_prompts(task: Mapping[str, Any], model: Mapping[str, Any], checker: Checker) -> dict[str, str]:
+    """Return the prompts that the project gives, by their keys, in their order. ConfigError for two of one kind."""
+    given = {"run.prompt": task.get("prompt") or "", "model.prompt": _given_model_prompt(model)}
+    prompts = {key: prompt for key, prompt in given.items() if prompt}
+    is_question = {"{}" in prompt for prompt in prompts.values()}
+    if len({prompt.strip() for prompt in prompts.values()}) == 2 and len(is_question) == 1:
+        run, own = prompts.values()
+        raise checker.error(("run", "prompt"), f"{run!r} and model.prompt, {own!r}, are two prompts: set one of them")
+    return prompts
+
+
+def _given_model_prompt(model: Mapping[str, Any]) -> str:
+    """Return `model.prompt` if it is another than the model type's, else ""."""
+    arch, prompt = model["arch"], setting(model, "prompt") or ""
+    if not prompt or not getattr(registry.get_model_class(arch), "prompt_begins_captions", False):
         return ""
-    arch, own = model["arch"], {"arch": model["arch"]}
+    own: Mapping[str, Any] = {"arch": arch}
     if model.get("model_type") in zoo.model_zoo.types(arch):
         own = model_layer(arch, model["model_type"]).tree["model"]
     return "" if prompt == setting(own, "prompt") else prompt
 
 
-def _check_one(prompts: Mapping[str, str], checker: Checker) -> None:
-    """Raise ConfigError if both keys hold a prompt for questions, or both one for captions, and not the same."""
-    kinds = {("{}" in prompt, prompt.strip()) for prompt in prompts.values()}
-    if len(kinds) == 2 and len({is_question for is_question, _ in kinds}) == 1:
-        run, model = prompts.values()
-        raise checker.error(("run", "prompt"), f"{run!r} and model.prompt, {model!r}, are two prompts: set one of them")
-
-
-def _packaged_instructions(builder: str, kind: str) -> Any:
-    """The `instructions` that a dataset's type has; None for a builder that takes none."""
-    builder_class = registry.get_builder_class(builder)
-    default = next((f.default for f in fields(builder_class) if f.name == "instructions"), MISSING)
-    if default is MISSING:
-        return None
-    if kind not in zoo.dataset_zoo.types(builder):
-        return default
-    section = load_yaml(zoo.dataset_config_path(builder, kind))["datasets"][builder] or {}
+def _packaged_instructions(builder_class: type, builder: str, kind: str) -> Any:
+    """Return the `instructions` of a dataset's type; the builder's default where the type names none."""
+    section: Mapping[str, Any] = {}
+    if kind in zoo.dataset_zoo.types(builder):
+        section = load_yaml(zoo.dataset_config_path(builder, kind))["datasets"][builder] or {}
+    default = next(field.default for field in fields(builder_class) if field.name == "instructions")
     return section.get("instructions", default)
 
 
-def _as_template(prompt: str, templates: Templates, key: str, name: str) -> str | None:
-    """The prompt with the fields of these templates in its gaps; None if it cannot stand for them."""
-    gaps = {gap for template in (*templates.train, templates.eval) for gap in GAP.findall(template)}
-    asked = next((field for field in ASKED if field in gaps - {templates.output}), None)
-    count = prompt.count("{}")
-    if count == 0:
-        return prompt if templates.output == "caption" else None
-    if asked is None:
-        return None
-    for names in ((asked,), ("ocr_tokens", asked), (asked, "options")):
-        if len(names) == count and gaps >= set(names):
-            head, *rest = prompt.split("{}")
-            return head + "".join(f"{{{field}}}{part}" for field, part in zip(names, rest, strict=True))
-    raise InputError(
-        f"{key}={prompt!r} has {count} '{{}}', and datasets.{name} has only {', '.join(sorted(gaps))} for them"
-    )
+def _first_that_fits(
+    builder_class: Any, instructions: Any, prompts: Mapping[str, str], checker: Checker
+) -> tuple[str, dict[str, Any] | None]:
+    """Return the first key whose prompt can replace the instructions, and what it makes of them; None if none can."""
+    for key, prompt in prompts.items():
+        try:
+            found = builder_class.with_prompt(instructions, prompt)
+        except InputError as error:
+            raise checker.error(tuple(key.split(".")), str(error)) from None
+        if found is not None:
+            return key, found
+    return "", None

@@ -61,15 +61,27 @@ def asked(path: Path, *options: str) -> tuple[set[str], str]:
     cfg = Config.from_file(path, options)
     task = registry.get_task_class(cfg.run.task)(**cfg.task)
     ((splits),) = task.build_datasets(cfg).values()
-    model, seen = language_model(), []
+    model = language_model()
     model.prompt = cfg.model.get("prompt", "")
     with pytest.MonkeyPatch.context() as patch:
-        see = model.see
-        patch.setattr(model, "see", lambda samples, prompts: seen.append(set(prompts)) or see(samples, prompts))
-        task.train_step(model, batch(splits["train"]))
-        task.valid_step(model, batch(splits["val"]))
-    training, (evaluation,) = seen
-    return training, evaluation
+        patch.setattr(model, "see", stop)
+        with pytest.raises(Asked) as training:
+            task.train_step(model, batch(splits["train"]))
+        with pytest.raises(Asked) as evaluation:
+            task.valid_step(model, batch(splits["val"]))
+    (prompt,) = set(evaluation.value.prompts)
+    return set(training.value.prompts), prompt
+
+
+class Asked(Exception):
+    """Ends a step where the model has put its prompts together."""
+
+    def __init__(self, prompts: list[str]) -> None:
+        self.prompts = prompts
+
+
+def stop(samples: dict[str, Any], prompts: list[str]) -> None:
+    raise Asked(prompts)
 
 
 def batch(dataset: BaseDataset) -> dict[str, Any]:
@@ -106,11 +118,11 @@ def test_an_explicit_prompt_replaces_the_template_of_questions(
     training, evaluation = asked(path)
     assert evaluation == expected
     assert training == {expected} or not (run or "{}" in model.get("prompt", ""))  # else one of many is drawn
-    said = [record.getMessage() for record in caplog.records if "is asked with" in record.getMessage()]
+    said = [record.getMessage() for record in caplog.records if "replaces its" in record.getMessage()]
     key = "run.prompt" if run else "model.prompt"
     prompt = {**model, **run}.get("prompt")
     replaced = "{}" in (prompt or "")
-    assert said == [f"datasets.gqa_instruct is asked with {key} {prompt!r} instead of its instructions"] * replaced
+    assert said == [f"datasets.gqa_instruct: {key} {prompt!r} replaces its instructions"] * replaced
 
 
 @pytest.mark.parametrize(
@@ -197,9 +209,8 @@ def test_a_job_s_config_asks_as_the_job_did(files: Path) -> None:
 
 def test_more_gaps_than_the_dataset_has_fields(files: Path) -> None:
     path = project(files, "vqa", "gqa_instruct", model={}, run={"prompt": "OCR: {} Q: {} A:"})
-    with pytest.raises(
-        ValueError, match=r"run.prompt='OCR: .* has 2 '\{\}', and datasets.gqa_instruct has only question"
-    ):
+    words = r"run\.prompt: 'OCR: .* has 2 '\{\}', and instructions with question fill only some"
+    with pytest.raises(ConfigError, match=words):
         Config.from_file(path)
 
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, get_args
 from lavis_lite.datasets.annotations import Record, as_list, place_of
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset, identity
 from lavis_lite.datasets.instruct_jsonl import PLACE, read_instructions
-from lavis_lite.datasets.templates import GAP, Templates, load_templates
+from lavis_lite.datasets.templates import GAP, Templates, load_templates, with_prompt
 from lavis_lite.datasets.video import read_frames
 from lavis_lite.errors import InputError
 from lavis_lite.frames import at_least_one
@@ -233,6 +233,7 @@ class InstructBuilder(BaseBuilder):
     """What is learned and ranked of a candidate: "red", "(a) red" or "(a)". InstructBLIP's is not published."""
 
     reader: ClassVar[Reader] = staticmethod(read_instructions)
+    with_prompt = staticmethod(with_prompt)
     train_dataset = InstructDataset
     eval_dataset = InstructDataset
 
