@@ -17,9 +17,10 @@ from test_bad_input import complains
 from lavis_lite.config import Config, ConfigError
 from lavis_lite.config_agreement import preprocess_of
 from lavis_lite.models import from_pretrained, load_model, load_model_and_preprocess
-from lavis_lite.models.loading import _packaged
+from lavis_lite.registry import registry
 from lavis_lite.zoo import dataset_zoo, model_zoo
 
+PICTURE = Image.new("RGB", (50, 40), "teal")
 PROJECTS = Path(__file__).parents[1] / "projects"
 RECIPES = [path for path in sorted(PROJECTS.rglob("*.yaml")) if not path.name.startswith("_")]
 TYPES = [(arch, kind) for arch, kinds in model_zoo for kind in kinds if arch.startswith("blip")]
@@ -53,20 +54,23 @@ def sizes_of(blocks: dict[str, Any]) -> set[int]:
 
 
 @pytest.mark.parametrize(("arch", "kind"), TYPES, ids=map("/".join, TYPES))
-def test_every_type_has_its_published_size_and_follows_another(arch: str, kind: str, tmp_path: Path) -> None:
-    """On the command line and in `load_model_and_preprocess`, which shares `_packaged` and `preprocess_of`."""
+def test_every_type_has_its_published_size_and_follows_another(
+    arch: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the command line and in `load_model_and_preprocess`, here without building the model."""
     sections = {"model": {"arch": arch, "model_type": kind}, "run": {"task": "captioning"}}
     published = SIZES.get(f"{arch}/{kind}", 48 if kind == "tiny" else 224)
     assert sizes_of(config(tmp_path, **sections).preprocess) == {published}
     assert sizes_of(config(tmp_path, "model.image_size=252", **sections).preprocess) == {252}
-    _, tree = _packaged(arch, kind, {"image_size": 252})
-    assert sizes_of(preprocess_of(tree["model"], tree["preprocess"])) == {252}
+    monkeypatch.setattr(registry.get_model_class(arch), "from_config", lambda cfg, device: torch.nn.Identity())
+    _, vis, _ = load_model_and_preprocess(arch, kind, image_size=252)
+    assert vis["train"](PICTURE).shape == vis["eval"](PICTURE).shape == (3, 252, 252)
 
 
 @pytest.mark.parametrize("arch", ["blip_caption", "blip2_opt", "blip2"])
 def test_a_model_of_another_size_answers_about_its_processors_images(arch: str) -> None:
     model, vis, _ = load_model_and_preprocess(arch, "tiny", is_eval=True, image_size=72)
-    image = torch.stack([vis[split](Image.new("RGB", (50, 40), "teal")) for split in ("train", "eval")])
+    image = torch.stack([vis[split](PICTURE) for split in ("train", "eval")])
     assert image.shape == (2, 3, 72, 72)
     with torch.no_grad():
         assert len(model.generate({"image": image}, num_beams=1, max_length=6, min_length=1)) == 2
