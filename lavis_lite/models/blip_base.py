@@ -43,6 +43,8 @@ class BlipBase(BaseModel):
         max_txt_len: int = 35,
     ) -> None:
         super().__init__()
+        if "image_size" in (vit or {}):
+            raise InputError("model.vit.image_size: set model.image_size instead, which the processors follow")
         overrides = {"image_size": image_size, "norm_eps": vit_layer_norm_epsilon, **(vit or {})}
         if vit_drop_path_rate is not None:
             overrides["drop_path_rate"] = vit_drop_path_rate
