@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lavis_lite import trained_config, zoo
+from lavis_lite.config_agreement import follow_model
 from lavis_lite.config_files import (
     ConfigError,
     Layer,
@@ -41,6 +42,7 @@ from lavis_lite.config_sections import (
     model_arguments,
     model_layer,
 )
+from lavis_lite.prompt_order import replaced_instructions
 from lavis_lite.registry import RegistryError, did_you_mean
 from lavis_lite.run_config import RunConfig, RunConfigError
 
@@ -64,6 +66,8 @@ class Config:
     preprocess: dict[str, Any] = field(default_factory=dict)
     """The model type's `vis_processor` and `text_processor` blocks."""
     dataset_types: dict[str, str] = field(default_factory=dict)
+    prompts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Dataset name -> the `instructions` that an explicit prompt makes of its own; follows from the other fields."""
     imports: list[str] = field(default_factory=list)
     expected: Any = None
     source: str = ""
@@ -151,7 +155,11 @@ def _checked(tree: dict[str, Any], checker: Checker, types: dict[str, str], *, s
     preprocess = tree.get("preprocess", {})
     checker.section(preprocess, {key: Parameter(dict[str, Any]) for key in PROCESSOR_KEYS}, ("preprocess",))
     check_processors(preprocess, checker, ("preprocess",))
-    datasets = {name: check_dataset(name, body, preprocess, checker) for name, body in tree.get("datasets", {}).items()}
+    preprocess = follow_model(preprocess, model, checker, ("preprocess",))
+    datasets = {
+        name: follow_model(check_dataset(name, body, preprocess, checker), model, checker, ("datasets", name))
+        for name, body in tree.get("datasets", {}).items()
+    }
     for key in ("train_dataset_ratios", "train_dataset_factors"):
         for name in getattr(run, key) or {}:
             if name not in datasets:
@@ -163,6 +171,7 @@ def _checked(tree: dict[str, Any], checker: Checker, types: dict[str, str], *, s
         task=task,
         preprocess=preprocess,
         dataset_types=types,
+        prompts=replaced_instructions(task, model, datasets, types, checker),
         imports=tree.get("imports") or [],
         expected=tree.get("expected"),
         source=source,

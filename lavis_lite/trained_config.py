@@ -36,6 +36,8 @@ SOURCES = ("tokenizer", "vit_weights", "opt_model", "t5_model", "llm_model")
 LINKED = ("image_size", "prompt")
 """Arguments of processors that follow the model's key of the same name where the two were the same in training."""
 MOST_NESTED = 8
+CHECKPOINT_ORIGIN = "config of "
+"""How the source of a checkpoint's layer begins."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,9 @@ def lay_under(layers: Sequence[Layer], trained: Trained | None, *, level: int = 
     blocks = trained.preprocess if is_same or not usual else {}
     kept = {key: value for key, value in usual.items() if key not in blocks}
     below = Layer(base.source, base.tree | {"model": left} | ({"preprocess": kept} if usual else {}))
-    inserted = Layer(f"config of {trained.source}", {"model": given} | ({"preprocess": blocks} if blocks else {}))
+    inserted = Layer(
+        f"{CHECKPOINT_ORIGIN}{trained.source}", {"model": given} | ({"preprocess": blocks} if blocks else {})
+    )
     _check_sources(trained, given, base, own)
     if not is_same:
         taken = ", ".join(sorted(given)) or "nothing"

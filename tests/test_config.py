@@ -309,7 +309,7 @@ def test_mistakes_with_a_builder_are_named(tmp_path: Path):
 def test_dataset_without_processors_takes_the_models(tmp_path: Path):
     text = BASIC.replace("shapes_caption:", "coco_caption: {vis_processor: {eval: {name: blip_image_eval}}}")
     body = load(tmp_path, text).datasets["coco_caption"]
-    assert body["vis_processor"] == {"eval": {"name": "blip_image_eval"}}
+    assert body["vis_processor"] == {"eval": {"name": "blip_image_eval", "image_size": 48}}
     assert body["text_processor"]["train"] == {"name": "blip_caption", "prompt": "a picture of "}
     assert "dataset_card" not in body
 

@@ -228,10 +228,11 @@ def test_own_records_in_training_and_evaluation(root: Path) -> None:
     lines = [asked(0), asked(1, output=7, note="kept"), asked(2, output="x", candidates=["y", "x"], question_id="q")]
     train = build(root, lines, split="train")
     assert [(s["text_input"], s["text_output"]) for s in train] == [("say 0", "o0"), ("say 1", "7"), ("say 2", "x")]
-    assert set(train[0]) == {"image", "text_input", "text_output", "instance_id"}
+    assert set(train[0]) == {"image", "text_input", "text_output", "instance_id", "prompt"}
     assert train[2]["image"].getpixel((0, 0))[0] == 2
     val = build(root, lines[2:])
     expected = {"text_input": "say 2", "question_id": "q", "candidates": ["y", "x"], "instance_id": "0"}
+    expected |= {"prompt": "{}"}  # the instruction is complete
     assert {key: value for key, value in val[0].items() if key != "image"} == expected
     assert (val.annotation[0]["answers"], val.annotation[0]["label"]) == (["x"], 1)
 

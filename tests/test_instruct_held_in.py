@@ -61,10 +61,12 @@ def data(tmp_path: Path) -> Data:
 
 
 def sample(dataset: Any, index: int = 0) -> dict[str, Any]:
-    """A sample without its image, which is checked to be there."""
+    """A sample without its image, which is checked to be there, and without the "{}" that says that its instruction is
+    complete.
+    """
     item = dataset[index]
     assert item.pop("image").shape == (1,)
-    return item
+    return {key: value for key, value in item.items() if (key, value) != ("prompt", "{}")}
 
 
 # Captions

@@ -258,7 +258,7 @@ def small(root: Path, monkeypatch: pytest.MonkeyPatch, group: str, **fields: Any
     """A group's builder with the packaged YAML, and few scenes."""
     monkeypatch.setenv("LAVIS_LITE_DATA", str(root))
     name = f"shapes_instruct_{group}"
-    section = OmegaConf.to_container(OmegaConf.load(dataset_config_path(name)))["datasets"][name]
+    section = OmegaConf.to_container(OmegaConf.load(dataset_config_path(name)), resolve=True)["datasets"][name]
     return registry.get_builder_class(name)(**{**section, "num_train": 30, "num_val": 8, "num_test": 8, **fields})
 
 
@@ -267,7 +267,7 @@ def test_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: str) ->
     datasets = small(tmp_path, monkeypatch, group).build(["train", "val"])
     train, val = datasets["train"], datasets["val"]
     sample = train[0]
-    assert sample.keys() == {"image", "text_input", "text_output", "instance_id"}
+    assert sample.keys() == {"image", "text_input", "prompt", "text_output", "instance_id"}
     assert sample["image"].shape == (3, 48, 48)
     assert sample["image"].dtype == torch.float32
     assert sample["text_output"] in train.annotation[0]["answers"]
@@ -277,7 +277,7 @@ def test_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: str) ->
         assert all("{" not in fill(template, train.fields(record)) for record in train.annotation)
     sample = val[1]
     assert ("candidates" in sample) == (group != "caption")
-    assert sample.keys() - {"candidates"} == {"image", "text_input", "question_id", "instance_id"}
+    assert sample.keys() - {"candidates"} == {"image", "text_input", "prompt", "question_id", "instance_id"}
     if group in GROUPS:
         assert sample["candidates"][val.annotation[1]["label"]] == val.annotation[1]["answers"][0]
         # What the tiny language models learn to answer is what is asked in evaluation.

@@ -157,13 +157,37 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise MissingFileError(f"{folder} holds no config.json, which says what its weights are of")
+    return read_json_mapping(path)
+
+
+def read_json_mapping(path: Path) -> dict[str, Any]:
+    """Return a JSON file's content. ValueError if it is not a mapping."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is no JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: expected a mapping, found a {type(config).__name__}")
-    return config
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a mapping, found a {type(content).__name__}")
+    return content
+
+
+def read_image_settings(folder: Path, image_size: int) -> dict[str, Any]:
+    """Return `mean` and `std` as a folder's preprocessor_config.json or processor_config.json gives them, if it does.
+
+    Warns if the file's images have another size than `image_size`, the model's, which is the one that counts.
+    """
+    found: dict[str, Any] = {}
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        path = folder / name
+        if path.is_file():
+            content = read_json_mapping(path)
+            found |= content.get("image_processor") or content
+    size = found.get("size")
+    if isinstance(size, Mapping):
+        size = size.get("height", size.get("shortest_edge"))
+    if isinstance(size, int) and size != image_size:
+        logger.warning(f"{folder} has images of {size} pixels in its preprocessor, and the model takes {image_size}")
+    return {ours: found[key] for key, ours in (("image_mean", "mean"), ("image_std", "std")) if key in found}
 
 
 def hf_model(model: nn.Module, config: Any, own: Mapping[str, Tensor], *, arch: str) -> Any:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, get_args
 from lavis_lite.datasets.annotations import Record, as_list, place_of
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset, identity
 from lavis_lite.datasets.instruct_jsonl import PLACE, read_instructions
-from lavis_lite.datasets.templates import GAP, Templates, load_templates
+from lavis_lite.datasets.templates import GAP, Templates, load_templates, with_prompt
 from lavis_lite.datasets.video import read_frames
 from lavis_lite.errors import InputError
 from lavis_lite.frames import ShortClips, check_num_frames, check_short_clips
@@ -32,8 +32,9 @@ CLEANED = ("question", "caption")
 
 
 class InstructDataset(BaseDataset):
-    """Samples {image (3,H,W) or (3,F,H,W), text_input (the instruction), text_output, instance_id}.
+    """Samples {image (3,H,W) or (3,F,H,W), text_input (the instruction), prompt, text_output, instance_id}.
 
+    `prompt` is "{}": the instruction is complete, and no other prompt goes around it.
     A record has `image` or `video` (a path), the fields that the templates' gaps name, and in `templates.output` what
     is learned: a text, or a list of which one is; without it, the candidate that `label` points to. In evaluation a
     sample has no text_output, but `question_id`, and, if the records have them, `candidates` (list[str]). The truth
@@ -118,6 +119,7 @@ class InstructDataset(BaseDataset):
         sample = {
             "image": self.seen(record),
             "text_input": self.templates.instruction(fields, training=self.training),
+            "prompt": "{}",
             "instance_id": str(index),
         }
         if self.training:
@@ -235,6 +237,7 @@ class InstructBuilder(BaseBuilder):
     """What is learned and ranked of a candidate: "red", "(a) red" or "(a)". InstructBLIP's is not published."""
 
     reader: ClassVar[Reader] = staticmethod(read_instructions)
+    with_prompt = staticmethod(with_prompt)
     train_dataset = InstructDataset
     eval_dataset = InstructDataset
 

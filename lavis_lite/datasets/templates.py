@@ -21,6 +21,8 @@ from lavis_lite.zoo import CONFIGS
 GAP = re.compile(r"\{(\w+)\}")
 KEYS = ("source", "base", "output", "train", "eval")
 PROMPTS = CONFIGS / "prompts"
+ASKED = ("question", "instruction", "statement", "text", "caption")
+"""The fields that an instruction may be about; the first that a template names fills the `{}` of an explicit prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +74,33 @@ def load_templates(name: str | Path | Mapping[str, Any]) -> Templates:
         base = load_templates(content["base"])
         content = {**vars(base), **content}
     return _templates(content, where)
+
+
+def with_prompt(instructions: str | Path | Mapping[str, Any], prompt: str) -> dict[str, Any] | None:
+    """Return instructions of which an explicit prompt is the one template; None if it cannot replace them.
+
+    Its `{}` takes the raw question; of two, the first takes the words in the image or the second the options. Without
+    `{}` it replaces the templates of captions. Raises ValueError for more placeholders than there are fields.
+    """
+    templates = load_templates(instructions)
+    gaps = {gap for template in (*templates.train, templates.eval) for gap in GAP.findall(template)}
+    asked = next((field for field in ASKED if field in gaps - {templates.output}), None)
+    count = prompt.count("{}")
+    if count == 0:
+        return one_template(instructions, prompt) if templates.output == "caption" else None
+    if asked is None:
+        return None
+    for names in ((asked,), ("ocr_tokens", asked), (asked, "options")):
+        if len(names) == count and gaps >= set(names):
+            head, *rest = prompt.split("{}")
+            parts = (f"{{{name}}}{part}" for name, part in zip(names, rest, strict=True))
+            return one_template(instructions, head + "".join(parts))
+    raise InputError(f"{prompt!r} has {count} '{{}}', and instructions with {', '.join(sorted(gaps))} fill only some")
+
+
+def one_template(base: str | Path | Mapping[str, Any], template: str) -> dict[str, Any]:
+    """Return instructions with the same `output` and one template for training and evaluation."""
+    return {"base": base, "train": [template], "eval": template}
 
 
 def _file(name: str | Path) -> Path:

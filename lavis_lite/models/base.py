@@ -45,6 +45,8 @@ class BaseModel(nn.Module):
     """What stands in the names of parameters that a pretrained file may lack because finetuning adds them."""
     loaded_later: tuple[str, ...] = ()
     """What stands in the names of parameters that any file may lack because `load_frozen` loads them."""
+    prompt_begins_captions: ClassVar[bool] = False
+    """Training captions begin with the setting `prompt`."""
 
     has_warned_of_cut_texts: bool = False
     """Whether it was logged that texts are cut; it is once per model."""
@@ -70,6 +72,11 @@ class BaseModel(nn.Module):
         loaded = set() if source is None else model.load_weights(source, initialise=kind == "pretrained")
         model.load_frozen(loaded)
         return model
+
+    @classmethod
+    def image_statistics(cls, cfg: Mapping[str, Any]) -> dict[str, list[float]] | None:
+        """Return `mean` and `std` of the images that the encoder of a model section was trained on; None for CLIP's."""
+        return None
 
     @classmethod
     def from_pretrained(cls, source: str, **settings: Any) -> Any:

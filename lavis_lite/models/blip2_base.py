@@ -6,7 +6,7 @@ holds trainable keys only; the image encoder then comes from `vit_weights` (defa
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import fields
 from typing import Any, ClassVar, Self
 
@@ -32,7 +32,7 @@ from lavis_lite.models.initialise import (
 from lavis_lite.models.tokenizers import blip2_tokenizer, tokenize
 from lavis_lite.nn.attention import Context
 from lavis_lite.nn.decoding import DecodingConfig
-from lavis_lite.nn.encoders import ENCODERS, PUBLISHED, build_encoder, timm_weights
+from lavis_lite.nn.encoders import ENCODERS, PUBLISHED, build_encoder, encoder_statistics, timm_weights
 from lavis_lite.nn.qformer import QFormer, QFormerConfig
 from lavis_lite.weights import LazyState
 
@@ -137,6 +137,11 @@ class Blip2Base(BaseModel):
         """As BaseModel's, and then the frozen parts from their own sources, unless the file had them."""
         cfg = {**cfg, "vit_precision": encoder_precision(cfg, torch.device(device))}
         return super().from_config(cfg, device=device)
+
+    @classmethod
+    def image_statistics(cls, cfg: Mapping[str, Any]) -> dict[str, list[float]] | None:
+        """Return timm's `mean` and `std` for an encoder of timm's; None for all others, which take CLIP's."""
+        return encoder_statistics(cfg.get("vit_model", cls.__signature__.parameters["vit_model"].default))
 
     def encode_image(self, image: Tensor) -> Tensor:
         """The image's tokens (B,S,E) behind `ln_vision`, in its precision (float32, unless the whole model was cast); a

@@ -9,6 +9,7 @@ encoder-decoder; `class_losses` of Vicuna are means over all positions, as publi
 Letters: B samples, C candidates of a sample, T text tokens.
 """
 
+from itertools import takewhile
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from lavis_lite.models.blip2_prompts import (
     lemmatize,
     question_prompts,
     split_caption,
+    without_prompt,
 )
 from lavis_lite.models.blip2_ranking import (
     Candidates,
@@ -32,7 +34,7 @@ from lavis_lite.models.blip2_ranking import (
     segment_widths,
     stacked,
 )
-from lavis_lite.models.inputs import image_of, required, texts_of
+from lavis_lite.models.inputs import image_of, require_labels, required, text_list, texts_of
 from lavis_lite.nn.losses import IGNORED
 from lavis_lite.registry import registry
 
@@ -60,7 +62,7 @@ class Blip2LanguageModel(LanguageModelBase):
         count = len(image_of(samples, video=True))
         required(samples, "text_input", "captions, or questions with their text_output")
         if "text_output" in samples:
-            asked = question_prompts(samples, self.question_template(), count)
+            asked = question_prompts(samples, self.question_template(samples), count)
             answers = texts_of(samples, count, "text_output")
             batch = self.answer_batch(asked, answers)
         else:
@@ -69,9 +71,10 @@ class Blip2LanguageModel(LanguageModelBase):
         loss = self.lm.loss(*self.joined(self.see(samples, asked), batch.ids, batch.mask), batch.labels)
         return Output({"loss": loss, "loss_lm": loss.detach()})
 
-    def question_template(self) -> str:
-        """The model's prompt if it has a gap for a question."""
-        return self.prompt if "{}" in self.prompt else ""
+    def question_template(self, samples: dict[str, Any]) -> str | list[str]:
+        """What goes around questions: the samples' `prompt`, else the model's; "" for one without a gap for them."""
+        prompt = samples.get("prompt", self.prompt)
+        return prompt if all("{}" in text for text in text_list(prompt, len(samples["image"]), "prompt")) else ""
 
     def answer_batch(self, asked: list[str], answers: list[str]) -> Batch:
         """Texts that are read, and others that are learned."""
@@ -79,25 +82,29 @@ class Blip2LanguageModel(LanguageModelBase):
         if self.lm.is_encoder_decoder:
             written = self.coder.outputs(answers, max_length=self.max_output_txt_len)
             return Batch(*self.pad(read), self.labels_of(*self.pad(written)))
-        room = self.max_output_txt_len - len(self.coder.before)
+        room = max(self.max_output_txt_len - len(self.coder.before), 0)
         written = self.coder.continuations(answers, max_length=room)
+        require_labels(list(map(len, written)), answers)
         return self.causal_batch([r + w for r, w in zip(read, written, strict=True)], list(map(len, read)))
 
     def caption_batch(self, captions: list[str]) -> Batch:
         """Captions that are learned but for their beginning: the prompt or, for an encoder-decoder without one, a few
         words.
         """
-        bare = [caption.removeprefix(self.prompt).strip() for caption in captions]
+        bare = [without_prompt(caption, self.prompt) for caption in captions]
         if self.lm.is_encoder_decoder:
             parts = [(self.prompt, caption) if self.prompt else split_caption(caption) for caption in bare]
             return self.answer_batch(*map(list, zip(*parts, strict=True)))
         before, prompt = list(self.coder.before), self.prompt.strip()
-        num_given = len(self.coder.inputs([prompt])[0]) if prompt else 0
-        if num_given >= self.max_txt_len:
+        given = self.coder.inputs([prompt])[0] if prompt else []
+        if len(given) >= self.max_txt_len:
             raise InputError(f"prompt {prompt!r} takes all of max_txt_len={self.max_txt_len} tokens: shorten it")
         texts = [f"{prompt} {caption}".strip() for caption in bare]
         rows = self.coder.outputs(texts, max_length=self.max_txt_len - len(before))
-        return self.causal_batch([before + row for row in rows], [num_given] * len(rows))
+        rows = [before + row for row in rows]
+        num_given = [num_shared(row, given) for row in rows]
+        require_labels([len(row) - number for row, number in zip(rows, num_given, strict=True)], captions)
+        return self.causal_batch(rows, num_given)
 
     def causal_batch(self, rows: list[list[int]], num_given: list[int]) -> Batch:
         """Whole texts, of which the first tokens are given and have no labels."""
@@ -156,7 +163,8 @@ class Blip2LanguageModel(LanguageModelBase):
         prompt: str = "",
         length_penalty: float = -1.0,
     ) -> list[str]:
-        """One answer to each question (`text_input`), which stands in the gap of `prompt`, e.g. "Question: {} Answer:".
+        """One answer to each question (`text_input`), which stands in the gap of `prompt`, e.g. "Question: {} Answer:";
+        without it in that of the samples' `prompt`, else of the model's.
 
         `generate` writes at most `max_len` tokens by beam search; `rank` picks from `answer_list` the likeliest of the
         `num_ans_candidates` answers whose first tokens are likeliest. A length penalty of -1 favours short answers
@@ -165,7 +173,7 @@ class Blip2LanguageModel(LanguageModelBase):
         if inference_method not in ("rank", "generate"):
             raise InputError(f"inference_method {inference_method!r} is not one of rank, generate")
         count = len(image_of(samples, video=True, answering=True))
-        prompts = question_prompts(samples, prompt or self.question_template(), count)
+        prompts = question_prompts(samples, prompt or self.question_template(samples), count)
         if inference_method == "rank":
             if not answer_list:
                 raise InputError("inference_method rank chooses from a list: give answer_list, or use generate")
@@ -239,7 +247,8 @@ class Blip2LanguageModel(LanguageModelBase):
         """
         count = len(image_of(samples, video=True, answering=True))
         lists = candidate_lists(candidates, count)
-        prompts = class_prompts(samples, self.question_template() if "text_input" in samples else self.prompt, count)
+        default = self.question_template(samples) if "text_input" in samples else self.prompt
+        prompts = class_prompts(samples, default, count)
         rows = candidate_rows(self.coder, lists, limit=self.max_output_txt_len, end=not self.bare_candidates)
         widths = segment_widths(rows, n_segments)
         embeds, mask = self.asked(samples, prompts)
@@ -251,6 +260,13 @@ class Blip2LanguageModel(LanguageModelBase):
         if n_segments > 1 and len(lists) == 1:
             num_read = num_read.amax()
         return losses / (num_read + widths.to(mask.device) - 1)
+
+
+def num_shared(row: list[int], given: list[int]) -> int:
+    """Return how many tokens a text begins with that the prompt begins with too: all of the prompt's, unless the
+    tokenizer joins its end with the next word.
+    """
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(row, given, strict=False)))
 
 
 class VicunaText:

@@ -38,6 +38,7 @@ class LanguageModelBase(Blip2Base):
     settings of peft's LoraConfig, or is a folder that peft wrote.
     """
 
+    prompt_begins_captions = True
     part: ClassVar[str] = "llm"
     """`<part>_model` is the language model, its setting too; `<part>_proj` projects queries to its width."""
     model_types: ClassVar[tuple[str, ...]] = ()

@@ -32,8 +32,8 @@ def generation_prompts(samples: dict[str, Any], default: str, count: int) -> lis
     return fill(prompts, *values) if values else prompts
 
 
-def question_prompts(samples: dict[str, Any], template: str, count: int) -> list[str]:
-    """Questions (`text_input`) inside a template: its one gap, or, of two, that before or after the other.
+def question_prompts(samples: dict[str, Any], template: str | Sequence[str], count: int) -> list[str]:
+    """Questions (`text_input`) inside a template, or one each: its one gap, or, of two, that before or after the other.
 
     With two gaps the first takes `ocr_tokens` if the samples have them; else the second takes `choices` as
     "(a) red (b) blue". Before it stands what `preceded` puts there.
@@ -42,17 +42,15 @@ def question_prompts(samples: dict[str, Any], template: str, count: int) -> list
     return preceded(samples, inside(samples, template, texts_of(samples, count)))
 
 
-def inside(samples: dict[str, Any], template: str, questions: list[str]) -> list[str]:
+def inside(samples: dict[str, Any], template: str | Sequence[str], questions: list[str]) -> list[str]:
     """The questions inside the template; ValueError if nothing is there for its second gap."""
-    count = len(questions)
-    if not template:
-        return questions
-    if template.count("{}") < 2:
-        return fill([template] * count, questions)
+    templates = [text or "{}" for text in text_list(template, len(questions))]
+    if all(text.count("{}") < 2 for text in templates):
+        return fill(templates, questions)
     if "ocr_tokens" in samples:
-        return fill([template] * count, ocr_texts(samples, count), questions)
+        return fill(templates, ocr_texts(samples, len(questions)), questions)
     if "choices" in samples:
-        return fill([template] * count, questions, choice_texts(samples, count))
+        return fill(templates, questions, choice_texts(samples, len(questions)))
     raise InputError(
         f"prompt {template!r} has two gaps: give samples['ocr_tokens'] or samples['choices'] for the other"
     )
@@ -107,6 +105,13 @@ def ocr_texts(samples: dict[str, Any], count: int) -> list[str]:
 def choice_texts(samples: dict[str, Any], count: int) -> list[str]:
     """The choices of each question, behind letters."""
     return [lettered(choices) for choices in word_lists(samples["choices"], count, "choices")]
+
+
+def without_prompt(caption: str, prompt: str) -> str:
+    """Return the caption without the prompt, if it begins with it as whole words."""
+    rest = caption.removeprefix(prompt)
+    inside_word = prompt[-1:].isalnum() and rest[:1].isalnum()
+    return (caption if inside_word else rest).strip()
 
 
 def split_caption(text: str) -> tuple[str, str]:

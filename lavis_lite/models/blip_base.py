@@ -5,6 +5,7 @@ from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from lavis_lite.models.initialise import (
 from lavis_lite.models.tokenizers import blip_tokenizer, tokenize
 from lavis_lite.nn.attention import BertConfig
 from lavis_lite.nn.decoding import DecodingConfig
+from lavis_lite.nn.losses import IGNORED
 from lavis_lite.nn.vision import BlipViT, interpolate_pos_embed, layer_scales, vit_config
 
 logger = logging.getLogger(__name__)
@@ -49,6 +51,8 @@ class BlipBase(BaseModel):
         max_txt_len: int = 35,
     ) -> None:
         super().__init__()
+        if "image_size" in (vit or {}):
+            raise InputError("model.vit.image_size: set model.image_size instead, which the processors follow")
         overrides = {"image_size": image_size, "norm_eps": vit_layer_norm_epsilon, **(vit or {})}
         if vit_drop_path_rate is not None:
             overrides["drop_path_rate"] = vit_drop_path_rate
@@ -81,11 +85,11 @@ class BlipBase(BaseModel):
         """Id of `[ENC]`."""
         return self.tokenizer.enc_token_id
 
-    def labels(self, ids: Tensor, num_masked: int = 0) -> Tensor:
-        """Labels of a language-model loss: padding and the first tokens do not count."""
-        labels = ids.masked_fill(ids == self.tokenizer.pad_token_id, -100)
-        labels[:, :num_masked] = -100
-        return labels
+    def labels(self, ids: Tensor, num_masked: int | Tensor = 0) -> Tensor:
+        """Labels of a language-model loss: padding and the first `num_masked` (one number, or (B,)) do not count."""
+        num_given = torch.as_tensor(num_masked, device=ids.device)[..., None]
+        given = torch.arange(ids.shape[1], device=ids.device) < num_given
+        return ids.masked_fill((ids == self.tokenizer.pad_token_id) | given, IGNORED)
 
     def decoding(self, **settings: Any) -> DecodingConfig:
         """Decoding settings with this tokenizer's end and padding tokens."""

@@ -112,6 +112,16 @@ def text_list(texts: str | Sequence[str], count: int, key: str = "text_input", *
     return texts
 
 
+def require_labels(num_labels: Sequence[int], texts: Sequence[str]) -> None:
+    """Raise ValueError, quoting texts, if none of a batch's texts has a token to learn: the loss would be nan."""
+    if not any(count > 0 for count in num_labels):
+        shown = ", ".join(map(repr, texts[:3])) + (", ..." if len(texts) > 3 else "")
+        raise InputError(
+            f"none of the batch's {len(texts)} texts has a token to learn ({shown}): give longer texts, a shorter "
+            "model.prompt, or raise model.max_txt_len and max_output_txt_len"
+        )
+
+
 def word_lists(value: Any, count: int, key: str) -> list[list[str]]:
     """A list of texts per sample (words read in an image, choices). ValueError for anything else."""
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):

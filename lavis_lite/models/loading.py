@@ -16,11 +16,12 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from lavis_lite import download, trained_config, zoo
+from lavis_lite.config_agreement import preprocess_of
 from lavis_lite.config_files import Layer, merge_layers, resolve
 from lavis_lite.config_schema import Checker
 from lavis_lite.config_sections import PROCESSOR_KEYS, check_processors, model_arguments, model_layer
 from lavis_lite.convert.configs import arch_of, model_section
-from lavis_lite.convert.folders import read_config
+from lavis_lite.convert.folders import read_config, read_image_settings
 from lavis_lite.errors import InputError
 from lavis_lite.registry import registry
 
@@ -80,7 +81,7 @@ def load_model_and_preprocess(
     """
     layers, tree = configured(name, model_type, checkpoint, overrides)
     model = build(tree["model"], layers, is_eval=is_eval, device=device, checkpoint=checkpoint)
-    return model, *load_preprocess(tree.get("preprocess", {}))
+    return model, *load_preprocess(preprocess_of(tree["model"], tree.get("preprocess", {})))
 
 
 def from_pretrained(
@@ -111,10 +112,13 @@ def from_pretrained(
     model = build(tree["model"], layers, is_eval=is_eval, device=device, checkpoint=source)
     if not processors:
         return model
-    size, is_vqa = tree["model"].get("image_size"), tree["model"]["arch"] == "blip_vqa"
-    images = {"eval": {"name": "blip_image_eval"} | ({} if size is None else {"image_size": size})}
-    texts = {"eval": {"name": "blip_question" if is_vqa else "blip_caption"}}
-    return model, *load_preprocess({"vis_processor": images, "text_processor": texts} | tree.get("preprocess", {}))
+    section = tree["model"]
+    is_folder = download.is_folder(source)
+    own = read_image_settings(download.fetch_folder(source), section["image_size"]) if is_folder else {}
+    images = {"eval": {"name": "blip_image_eval", **own}}
+    texts = {"eval": {"name": "blip_question" if section["arch"] == "blip_vqa" else "blip_caption"}}
+    blocks = {"vis_processor": images, "text_processor": texts} | tree.get("preprocess", {})
+    return model, *load_preprocess(preprocess_of(section, blocks))
 
 
 def arch_in(source: str | Path, wanted: str | None = None) -> str:

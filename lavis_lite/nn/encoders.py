@@ -14,10 +14,10 @@ from lavis_lite.errors import InputError
 from lavis_lite.nn.vision import VIT_SIZES, BlipViT, ImageEncoder, ViTConfig
 from lavis_lite.nn.vision_clip import CLIP_SIZES, ClipViT
 from lavis_lite.nn.vision_eva import EVA_SIZES, EvaViT
-from lavis_lite.nn.vision_timm import timm_encoder, timm_weights
+from lavis_lite.nn.vision_timm import timm_config, timm_encoder, timm_weights
 from lavis_lite.registry import did_you_mean
 
-__all__ = ["ENCODERS", "PUBLISHED", "ImageEncoder", "build_encoder", "timm_weights"]
+__all__ = ["ENCODERS", "PUBLISHED", "ImageEncoder", "build_encoder", "encoder_statistics", "timm_weights"]
 
 LAVIS_FILES = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2"
 PUBLISHED: dict[str, str] = {
@@ -63,3 +63,13 @@ def build_encoder(
     if grad_checkpoint:
         encoder.checkpoint_all()
     return encoder
+
+
+def encoder_statistics(vit_model: str) -> dict[str, list[float]] | None:
+    """Return `mean` and `std` of the images that timm's encoder of that name was trained on; None for our own names,
+    whose images have CLIP's, and for names that timm does not know.
+    """
+    if vit_model in ENCODERS or not timm.is_model(vit_model):
+        return None
+    config = timm_config(vit_model)
+    return {"mean": list(config.mean), "std": list(config.std)}

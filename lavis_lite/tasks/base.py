@@ -68,10 +68,12 @@ class BaseTask:
 
         Raises ValueError if a split of the run is in none of the datasets.
         """
-        wanted = wanted_splits(cfg.run)
+        wanted, prompts = wanted_splits(cfg.run), getattr(cfg, "prompts", {})
         built, existing = {}, {}
         for name, section in cfg.datasets.items():
             arguments = {key: value for key, value in section.items() if key not in ("type", "builder")}
+            if name in prompts:
+                arguments["instructions"] = prompts[name]
             builder = registry.get_builder_class(section.get("builder", name))(**arguments)
             existing[name] = list(builder.splits())
             splits = builder.build([split for split in wanted if split in existing[name]])

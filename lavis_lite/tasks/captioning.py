@@ -71,7 +71,7 @@ class CaptionTask(BaseTask):
     def valid_step(self, model: nn.Module, samples: Samples) -> list[Result]:
         """`image_id` and `caption` of each sample (and `captions`, all of them, if there are several)."""
         if self.prompt is not None:
-            samples = {**samples, "prompt": self.prompt}
+            samples = {"prompt": self.prompt, **samples}  # instructions are complete, see prompt_order.py
         if self.shuffle_images:
             samples = {**samples, "image": self.other_images(samples["image"])}
         texts = model.generate(samples, **self.arguments_for(model.generate, GENERATE_ARGUMENTS))

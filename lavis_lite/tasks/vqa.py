@@ -17,7 +17,7 @@ from torch import nn
 
 from lavis_lite.errors import InputError
 from lavis_lite.registry import registry
-from lavis_lite.tasks.base import BaseTask, Metrics, Samples, unwrap
+from lavis_lite.tasks.base import BaseTask, Metrics, Samples
 from lavis_lite.tasks.metrics.vqa_accuracy import Variant, vqa_metrics
 from lavis_lite.tasks.results import Result, as_list, per_sample, write_json
 
@@ -72,27 +72,21 @@ class VQATask(BaseTask):
         return built
 
     def train_step(self, model: nn.Module, samples: Samples) -> dict[str, Any]:
-        """The model's loss on the questions inside the prompt.
-
-        ValueError if the model's prompt goes around them too, which in evaluation this one replaces.
-        """
-        inner = getattr(unwrap(model), "prompt", None) or ""
-        if self.prompt and "{}" in inner:
-            raise InputError(
-                f"run.prompt={self.prompt!r} and model.prompt={inner!r} would both go around the question in training, "
-                "and only the first in evaluation: set one of them"
-            )
+        """The model's loss on the questions inside the prompt."""
         return super().train_step(model, self.inside_prompt(samples))
 
     def inside_prompt(self, samples: Samples) -> Samples:
-        """The batch with its questions put into the prompt. ValueError if the prompt has more gaps than that."""
-        if not self.prompt:
+        """The batch with its questions put into the prompt, which are then complete. ValueError if the prompt has more
+        gaps than that.
+        """
+        if not self.prompt or "prompt" in samples:
             return samples
         if self.prompt.count("{}") > 1:
             raise InputError(
                 f"run.prompt={self.prompt!r} has several '{{}}', but there is only the question to put there"
             )
-        return {**samples, "text_input": [self.prompt.replace("{}", text) for text in samples["text_input"]]}
+        asked = [self.prompt.replace("{}", text) for text in samples["text_input"]]
+        return {**samples, "text_input": asked, "prompt": ["{}"] * len(asked)}
 
     def batch_context(self, dataset: Any) -> Samples:
         """The dataset's answer list, for ranking. Raises ValueError if there is none."""
@@ -113,7 +107,7 @@ class VQATask(BaseTask):
             arguments["answer_list"] = samples["answer_list"]
         if self.blank_images:
             samples = blanked(samples)
-        if self.prompt and "prompt" in inspect.signature(model.predict_answers).parameters:
+        if self.prompt and "prompt" not in samples and "prompt" in inspect.signature(model.predict_answers).parameters:
             arguments["prompt"] = self.prompt
         else:
             samples = self.inside_prompt(samples)

@@ -1,0 +1,96 @@
+"""Settings that must agree: images with what the image encoder takes, captions with the prompt that they begin with.
+
+A processor block that leaves out `image_size`, `mean` or `std` takes the model's. Another image size than the model's,
+and a caption prompt other than the model's, are errors.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from lavis_lite.config_files import Layer
+from lavis_lite.config_schema import Checker, schema_of
+from lavis_lite.config_sections import check_processors
+from lavis_lite.registry import registry
+
+
+def follow_model(
+    blocks: Mapping[str, Any], model: Mapping[str, Any], checker: Checker, path: tuple[str, ...]
+) -> dict[str, Any]:
+    """Return the processor blocks of the section at `path` (`preprocess` or a dataset's), completed from `model`.
+
+    Raises ConfigError, naming both keys, for an image size or a caption prompt that contradicts the model's.
+    """
+    blocks = dict(blocks)
+    if blocks.get("vis_processor"):
+        wanted = image_settings(model)
+        blocks["vis_processor"] = {
+            split: _completed(block, wanted, checker, (*path, "vis_processor", split))
+            for split, block in blocks["vis_processor"].items()
+        }
+    captions = (blocks.get("text_processor") or {}).get("train") or {}
+    if _contradicts(captions, model):
+        raise checker.error(
+            (*path, "text_processor", "train", "prompt"),
+            f"{captions['prompt']!r} is not model.prompt, which is {setting(model, 'prompt')!r}: set both to one text",
+        )
+    return blocks
+
+
+def preprocess_of(model: Mapping[str, Any], preprocess: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the `preprocess` section that goes with a model section, for callers who name the model only: image size
+    and caption prompt are the model's, whatever the section says. ConfigError for an unknown processor or argument.
+    """
+    checker = Checker([Layer("preprocess", {"preprocess": dict(preprocess)})])
+    check_processors(preprocess, checker, ("preprocess",))
+    blocks = dict(preprocess)
+    images = blocks.get("vis_processor") or {}
+    blocks["vis_processor"] = {
+        split: {key: value for key, value in block.items() if key != "image_size"} for split, block in images.items()
+    }
+    texts = blocks.get("text_processor") or {}
+    if _contradicts(texts.get("train") or {}, model):
+        prompt = f"{setting(model, 'prompt').strip()} "
+        blocks["text_processor"] = {**texts, "train": {**texts["train"], "prompt": prompt}}
+    return follow_model(blocks, model, checker, ("preprocess",))
+
+
+def image_settings(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a model section says of its images: `image_size`, and `mean` and `std` where the encoder has its own.
+
+    An architecture without such a setting says nothing. CLIP's mean and std are the processors' defaults.
+    """
+    model_class = registry.get_model_class(model["arch"])
+    statistics = getattr(model_class, "image_statistics", lambda section: None)(model)
+    settings = {"image_size": setting(model, "image_size"), **(statistics or {})}
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def setting(model: Mapping[str, Any], key: str) -> Any:
+    """Return a key of a model section, or the constructor's default; None if the architecture has no such key."""
+    parameter = inspect.signature(registry.get_model_class(model["arch"])).parameters.get(key)
+    default = None if parameter is None or parameter.default is parameter.empty else parameter.default
+    return model.get(key, default)
+
+
+def _completed(block: Mapping[str, Any], wanted: Mapping[str, Any], checker: Checker, path: tuple[str, ...]) -> Any:
+    schema, _ = schema_of(registry.get_processor_class(block["name"]))
+    missing = {key: value for key, value in wanted.items() if key in schema and block.get(key) is None}
+    size = block.get("image_size")
+    if size is not None and "image_size" in wanted and size != wanted["image_size"]:
+        raise checker.error(
+            (*path, "image_size"),
+            f"{size} is not model.image_size, which is {wanted['image_size']}: leave it out to take the model's",
+        )
+    return {**block, **missing}
+
+
+def _contradicts(block: Mapping[str, Any], model: Mapping[str, Any]) -> bool:
+    """Whether a text processor begins training captions with another prompt than the model's, which the model leaves
+    out of the loss and generates from.
+    """
+    begins = getattr(registry.get_model_class(model["arch"]), "prompt_begins_captions", False)
+    if not begins or block.get("name") != "blip_caption":
+        return False
+    own, expected = ((text or "").strip() for text in (block.get("prompt"), setting(model, "prompt")))
+    return bool(own and expected) and "{}" not in expected and own != expected
