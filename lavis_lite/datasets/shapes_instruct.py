@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lavis_lite.datasets.annotations import Record, as_list, load_annotations, read_json
+from lavis_lite.datasets.annotations import as_list, load_annotations, read_json
 from lavis_lite.datasets.base import BaseBuilder
 from lavis_lite.datasets.instruct import InstructBuilder
 from lavis_lite.datasets.shapes import ShapesBuilder
@@ -22,6 +22,7 @@ from lavis_lite.datasets.shapes_build import image_name
 from lavis_lite.datasets.shapes_groups import Ask, GroupAsker
 from lavis_lite.datasets.shapes_scene import Scene, ShapesConfig
 from lavis_lite.errors import InputError
+from lavis_lite.records import Record
 from lavis_lite.registry import registry
 from lavis_lite.wording import lettered
 
