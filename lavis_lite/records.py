@@ -157,7 +157,8 @@ class RecordCheck:
 
     def _one(self, value: Any, kind: Kind) -> str | None:
         if type(value) is float and not math.isfinite(value):
-            return f"is {shown(value)}, expected {kind.name}; a table's empty cell was written so: leave the field out"
+            hint = "; a table's empty cell was written so: leave the field out" if math.isnan(value) else ""
+            return f"is {shown(value)}; expected {kind.name}{hint}"
         if type(value) not in kind.types:
             given = "null" if value is None else f"{shown(value)}, {_TYPE_WORDS.get(type(value), type(value).__name__)}"
             return f"is {given}; expected {kind.name}"
@@ -178,7 +179,7 @@ class RecordCheck:
 
 
 _TYPE_WORDS = {
-    **{bool: "true or false", int: "a number", float: "a number", str: "a text", list: "a list", dict: "an object"}
+    **{bool: "a truth value", int: "a number", float: "a number", str: "a text", list: "a list", dict: "an object"}
 }
 
 

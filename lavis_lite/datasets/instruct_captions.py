@@ -78,13 +78,14 @@ def read_with_words(paths: Sequence[Path], check: RecordCheck) -> list[Record]:
         content = read_json(path)
         if not isinstance(content, dict) or not isinstance(content.get("data"), list):
             raise InputError(f'{path}: expected {{"data": [...]}}, as TextCaps and TextVQA are published')
-        part = as_records(content["data"], path)
+        where = f"{path} (data)"
+        part = as_records(content["data"], where)
         if "ocr_tokens" in part[0]:
-            check_records(part, of_words, path)
+            check_records(part, of_words, where)
             words = (words or {}) | {row["image_id"]: row["ocr_tokens"] for row in part}
         else:
-            check_records(part, check, path)
-            rows += [{**row, PLACE: (path, number)} for number, row in enumerate(part)]
+            check_records(part, check, where)
+            rows += [{**row, PLACE: (where, number)} for number, row in enumerate(part)]
     return rows if words is None else [{**row, "ocr_tokens": words.get(row["image_id"], [])} for row in rows]
 
 

@@ -197,11 +197,11 @@ def read_visdial(paths: Sequence[Path]) -> list[Record]:
         check = needs("image_id", "dialog", image_id=NUMBER, caption=ANY_TEXT)
         for number, dialog in enumerate(section(data, "dialogs", path, check)):
             try:
-                records += [{**record, PLACE: (path, number)} for record in rounds(dialog, data, split)]
+                records += [{**record, PLACE: (f"{path} (dialogs)", number)} for record in rounds(dialog, data, split)]
             except (KeyError, IndexError, TypeError, AttributeError) as error:
                 raise InputError(
-                    f"{path}: record {number}: `dialog` must be a list of rounds with indices of questions and "
-                    f"answers, found {shown(dialog['dialog'])} ({type(error).__name__}: {error})"
+                    f"{path} (dialogs): record {number}: `dialog` must be a list of rounds with indices of questions "
+                    f"and answers, found {shown(dialog['dialog'])} ({type(error).__name__}: {error})"
                 ) from error
     return records
 
