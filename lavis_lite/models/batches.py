@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lavis_lite import dist
 from lavis_lite.nn.decoding import DecodingConfig, Step, decode
+from lavis_lite.wording import without_false_spaces
 
 Texts = tuple[Tensor, Tensor]
 """Ids and mask (B,T)."""
@@ -74,6 +75,6 @@ def captions_behind(
         ids = model.tokenize([prompt] * len(rows), start=model.decoder_start)[0][:, :-1]
         start = model.tokenizer.decode(ids[0], skip_special_tokens=True)  # as it reads in the decoded texts
         texts = model.tokenizer.batch_decode(decode(step_of(rows), ids, config), skip_special_tokens=True)
-        return [text.removeprefix(start).strip() for text in texts]
+        return [without_false_spaces(text.removeprefix(start).strip()) for text in texts]
 
     return by_prompt(prompts, captions)
