@@ -62,6 +62,7 @@ ANSWERS = Kind(name="a text, a number or a list of these", types=_NUMBERS, many=
 TRUTHS = Kind(name=ANSWERS.name, types=_NUMBERS, many=True, key="answer", blank=True)
 """Answers to score: people do leave some blank, which matches no prediction."""
 VALUES = Kind(name=ANSWERS.name, types=_NUMBERS, many=True, blank=True)
+INDEX = Kind(name="a whole number", types=(int,))
 WORDS = Kind(name="a list of texts", many=True, blank=True)
 
 

@@ -18,7 +18,21 @@ from lavis_lite.datasets.instruct_captions import CaptionInstructBuilder, read_w
 from lavis_lite.datasets.instruct_jsonl import PLACE, placed
 from lavis_lite.datasets.vqa import answers_of, question_fields
 from lavis_lite.errors import InputError
-from lavis_lite.records import ANY_TEXT, GROUP, ID, NAME, PATH, TEXT, TRUTHS, WORDS, Kind, Record, RecordCheck, shown
+from lavis_lite.records import (
+    ANY_TEXT,
+    GROUP,
+    ID,
+    INDEX,
+    NAME,
+    PATH,
+    TEXT,
+    TRUTHS,
+    WORDS,
+    Kind,
+    Record,
+    RecordCheck,
+    shown,
+)
 from lavis_lite.registry import registry
 
 
@@ -103,7 +117,7 @@ class VSRCaptionBuilder(CaptionInstructBuilder):
 
 def read_iconqa(paths: Sequence[Path]) -> list[Record]:
     """IconQA's questions with choices in words: {image, question, choices, answer (an index)}."""
-    check = needs("image", "question", "choices", image=PATH, question=TEXT, choices=WORDS)
+    check = needs("image", "question", "choices", image=PATH, question=TEXT, choices=WORDS, answer=INDEX)
     return [
         {"image": row["image"], "question": row["question"], "candidates": row["choices"], "label": row.get("answer")}
         | {PLACE: place}
@@ -175,8 +189,6 @@ class TextVQABuilder(InstructBuilder):
 
 # Dialogue
 
-NUMBER = Kind(name="a whole number", types=(int,))
-
 
 def read_visdial(paths: Sequence[Path]) -> list[Record]:
     """Visual Dialog 1.0: one record for each round of a dialogue, with `history`, `question` and 100 candidates.
@@ -194,7 +206,7 @@ def read_visdial(paths: Sequence[Path]) -> list[Record]:
             if problem or not isinstance(data[name], list):
                 raise InputError(f"{path}{problem or f': {name} must be a list of texts'}")
         split = str(content.get("split", "val")).removesuffix("2018")
-        check = needs("image_id", "dialog", image_id=NUMBER, caption=ANY_TEXT)
+        check = needs("image_id", "dialog", image_id=INDEX, caption=ANY_TEXT)
         for number, dialog in enumerate(section(data, "dialogs", path, check)):
             try:
                 records += [{**record, PLACE: (f"{path} (dialogs)", number)} for record in rounds(dialog, data, split)]

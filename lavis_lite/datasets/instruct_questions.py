@@ -29,7 +29,7 @@ from lavis_lite.datasets.vqa import (
     question_fields,
 )
 from lavis_lite.errors import InputError, MissingFileError
-from lavis_lite.records import ANY_TEXT, GROUP, ID, NAME, PATH, TEXT, TRUTHS, VALUES, WORDS, Record, RecordCheck
+from lavis_lite.records import ANY_TEXT, GROUP, ID, INDEX, NAME, PATH, TEXT, TRUTHS, VALUES, WORDS, Record, RecordCheck
 from lavis_lite.registry import did_you_mean, registry
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def read_questions(paths: Sequence[Path], *, choices: bool = False) -> list[Reco
     {image, question, choices[, correct_choice_idx]}: the text of the right one is learned.
     """
     required = ("image", "question", "choices") if choices else ("image", "question")
-    fields = {**question_fields(TRUTHS), "choices": VALUES}
+    fields = {**question_fields(TRUTHS), "choices": WORDS, "correct_choice_idx": INDEX}
     records, sources, _ = load_questions(paths, RecordCheck(required=required, fields=fields, allow_blank=True))
     places = [(where, number) for where, count in sources for number in range(count)]
     return [
@@ -239,6 +239,7 @@ def read_scienceqa(paths: Sequence[Path], *, split: str, context: Sequence[str],
         "split": GROUP,
         "question": TEXT,
         "choices": WORDS,
+        "answer": INDEX,
         "question_id": ID,
         **texts,
     }
