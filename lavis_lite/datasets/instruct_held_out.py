@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lavis_lite.datasets.annotations import place_of, read_json, section
+from lavis_lite.datasets.base import BlankTexts
 from lavis_lite.datasets.instruct import InstructBuilder
 from lavis_lite.datasets.instruct_captions import CaptionInstructBuilder, read_with_words
 from lavis_lite.datasets.instruct_jsonl import PLACE, placed
@@ -157,6 +158,8 @@ def read_vizwiz(paths: Sequence[Path]) -> list[Record]:
 class VizWizBuilder(InstructBuilder):
     """VizWiz; see `read_vizwiz`."""
 
+    blank_texts: BlankTexts = "skip"
+
     reader = staticmethod(read_vizwiz)
 
 
@@ -183,6 +186,8 @@ def read_textvqa(paths: Sequence[Path]) -> list[Record]:
 @dataclass(kw_only=True)
 class TextVQABuilder(InstructBuilder):
     """TextVQA; see `read_textvqa`."""
+
+    blank_texts: BlankTexts = "skip"
 
     reader = staticmethod(read_textvqa)
 

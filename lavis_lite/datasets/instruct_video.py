@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lavis_lite.datasets.annotations import place_of, read_json
-from lavis_lite.datasets.base import BaseDataset
+from lavis_lite.datasets.base import BaseDataset, BlankTexts
 from lavis_lite.datasets.instruct import InstructBuilder
 from lavis_lite.datasets.instruct_captions import CaptionInstructBuilder
 from lavis_lite.datasets.instruct_jsonl import PLACE, placed
@@ -42,6 +42,8 @@ class VideoQABuilder(InstructBuilder):
     """Questions about videos. As in LAVIS, `build_info.annotations.ans2label` is no split but the answers to rank: a
     JSON object {answer: index}, or a list of answers. The datasets have it as `answer_list` (list[str], or None).
     """
+
+    blank_texts: BlankTexts = "skip"
 
     reader = staticmethod(read_video_questions)
 
