@@ -18,6 +18,8 @@ Record = dict[str, Any]
 
 _WORD = re.compile(r"\w")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_NO_BYTE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
+"""Surrogates but for those that stand for the bytes of a file name that is not UTF-8."""
 _LISTED = re.compile(r"""\s*\[\s*(['"]).*\1\s*\]\s*""", re.DOTALL)
 _OTHER_NAMES = {
     "image": "file_name filename file path filepath image_path img_path image_file image_name img picture photo",
@@ -165,7 +167,7 @@ class RecordCheck:
             return f"is {given}; expected {kind.name}"
         if type(value) is not str:
             return None
-        if _SURROGATE.search(value):
+        if (_NO_BYTE if kind.is_path else _SURROGATE).search(value):
             return f"is {shown(value)}, which holds half a character (a lone surrogate); correct or remove it"
         if kind.is_path and "\0" in value:
             return f"is {shown(value)}, which holds a NUL character; expected {kind.name}"
@@ -191,10 +193,10 @@ def lacking(record: Record, names: Sequence[str]) -> str:
         if name in record:
             return f": field {name!r} is {'null' if record[name] is None else 'an empty list'}; fill it in"
     there = ", ".join(repr(key) for key in record) or "none"
-    return f" has no field {needed}; fields there: {there}{_renaming(record, names)}"
+    return f" has no field {needed}; fields there: {there}{renaming(record, names)}"
 
 
-def _renaming(record: Record, names: Sequence[str]) -> str:
+def renaming(record: Record, names: Sequence[str]) -> str:
     """The advice to rename a field, if one there is what others call one of `names`."""
     for name in names:
         others = {name, *_OTHER_NAMES.get(name, "").split()}

@@ -14,6 +14,7 @@ import doors
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from lavis_lite import checkpoint
@@ -167,6 +168,19 @@ def test_broken_annotations(content: str, words: list[str], tmp_path: Path, caps
     annotations.write_text(content)
     cleaning = "datasets.caption.text_processor.train.name=blip_caption"
     complains(capsys, doors.train(path, cleaning), *words, str(annotations))
+
+
+def test_labels_that_the_model_has_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Named before the first step, which would end in an index error."""
+    images = doors.pictures(tmp_path / "images", 4)
+    records = [{"image": image, "sentence": "a circle", "label": label} for label, image in enumerate(images)]
+    own = doors.user_set(tmp_path / "own", {"train": records, "val": records[:2]})
+    path = doors.project(tmp_path, "classification", SHORT)
+    text = yaml.safe_load(path.read_text(encoding="utf-8")) | {"datasets": {"classification": own}}
+    path.write_text(yaml.safe_dump(text), encoding="utf-8")
+    words = ("train.json: record 3 has label 3", "model.num_classes=3 means labels 0 to 2", "model.num_classes=4")
+    complains(capsys, doors.train(path), *words)
+    assert doors.train(path, "model.num_classes=4") == 0
 
 
 def test_missing_annotations_and_image_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,12 +3,14 @@
 import copy
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
 import annotation_cases as cases
 import pytest
 import torch
+from PIL import Image
 
 from lavis_lite.datasets import instruct
 from lavis_lite.datasets.annotations import read_records
@@ -117,6 +119,16 @@ def test_mistakes_in_captions_are_named(folder: Path, record: dict[str, Any], me
     assert len(build(folder, [good])) == 5
     with pytest.raises(InputError, match=rf"own\.json: record 1.*{message}"):
         build(folder, [good, record])
+
+
+def test_file_names_that_are_not_utf8_are_paths(folder: Path) -> None:
+    """The operating system's names for them hold lone surrogates, one for each byte."""
+    name = os.fsdecode(b"caf\xe9.png")
+    Image.new("RGB", (2, 2), (7, 0, 0)).save(folder / "new.png")
+    os.rename(folder / "new.png", folder / name)
+    assert build(folder, [{"image": name, "caption": "x"}])[0]["image"].item() == 7
+    with pytest.raises(InputError, match="half a character"):
+        build(folder, [{"image": "caf\ud83d.png", "caption": "x"}])
 
 
 def test_numbers_are_answers_and_ids_but_no_captions(folder: Path) -> None:

@@ -21,7 +21,7 @@ from lavis_lite.datasets.templates import GAP, Templates, load_templates
 from lavis_lite.datasets.video import read_frames
 from lavis_lite.errors import InputError
 from lavis_lite.frames import at_least_one
-from lavis_lite.records import ANSWERS, GROUP, ID, PATH, TEXTS, TRUTHS, VALUES, WORDS, Kind, Record
+from lavis_lite.records import ANSWERS, GROUP, ID, PATH, TEXTS, TRUTHS, VALUES, WORDS, Kind, Record, renaming
 from lavis_lite.registry import did_you_mean, registry
 from lavis_lite.wording import joined_words, lettered, letters
 
@@ -183,9 +183,11 @@ def seen_as(record: Record) -> str:
 
 def lacking(record: Record, field: str, why: str) -> InputError:
     """The error about a field that is missing or has nothing in it, with those that are there."""
-    there = ", ".join(repr(key) for key in record if key != "answers")
-    begin = "has no field" if record.get(field) is None else "has nothing in its field"
-    return InputError(f"{begin} {field!r}{why}; fields there: {there}")
+    given = {key: value for key, value in record.items() if key != "answers"}
+    if field not in given:
+        there = ", ".join(map(repr, given))
+        return InputError(f"has no field {field!r}{why}; fields there: {there}{renaming(given, [field])}")
+    return InputError(f"has {'null' if record[field] is None else 'nothing'} in its field {field!r}{why}")
 
 
 def settle(record: Record, output: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from lavis_lite.datasets.annotations import load_annotations, place_of
 from lavis_lite.errors import InputError
-from lavis_lite.records import Record, RecordCheck
+from lavis_lite.records import Record, RecordCheck, lacking
 
 PLACE = "_place"
 """What a reader may put into a record: (file, number of the record in it). Errors name it; the dataset takes it out."""
@@ -58,7 +58,7 @@ def asked(record: Record) -> list[Record]:
         if not isinstance(record[name], str) or not record[name].strip():
             raise InputError(f"must have a text in its field {name!r}, got {record[name]!r}")
     if not seen:
-        raise InputError(f"has no field 'image' or 'video'; fields there: {', '.join(map(repr, record))}")
+        raise InputError(lacking(record, ("image", "video")).removeprefix(":").strip())
     return turns(record, told[0]) if told and told[0] != "instruction" else [record]
 
 

@@ -193,7 +193,8 @@ def check_ids(annotation: Iterable[dict[str, Any]], where: str) -> None:
 
 
 def _described(record: dict[str, Any]) -> str:
-    return f"{record.get('question')!r} of {record.get('image', record.get('video'))}"
+    asked = record.get("question", record.get("instruction"))
+    return f"{asked!r} of {record.get('image', record.get('video'))}"
 
 
 def warn_of_few_answers(truths: Iterable[dict[str, Any]], accuracy: Variant, split: str) -> None:
