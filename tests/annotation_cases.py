@@ -135,11 +135,12 @@ def write(path: Path, content: Any) -> Path:
     return path
 
 
-def build(name: str, split: str, path: Path, images: Path, **options: Any) -> Any:
-    """The split of the builder that has this one file; its text processors are BLIP's."""
+def build(name: str, split: str, paths: Path | list[Path], images: Path, **options: Any) -> Any:
+    """The split of the builder that has this file, or these; its text processors are BLIP's."""
     cleaned = {side: {"name": "blip_caption"} for side in ("train", "eval")}
     own = {**copy.deepcopy(section_of(name)), "text_processor": cleaned, "vis_processor": {}, **OPTIONS.get(name, {})}
-    own["build_info"] = {"annotations": {split: {"storage": str(path)}}, "images": {"storage": str(images)}}
+    storage = [str(path) for path in (paths if isinstance(paths, list) else [paths])]
+    own["build_info"] = {"annotations": {split: {"storage": storage}}, "images": {"storage": str(images)}}
     dataset = registry.get_builder_class(name)(**own | options).build([split])[split]
     dataset.vis_processor = to_tensor
     return dataset
@@ -157,4 +158,6 @@ def use(dataset: Any) -> None:
         for key in {"question_id", "image_id", "group", "question_type", "answer_type"} & dataset.fields.keys():
             str(record.get(key)).encode()
             hash(record.get(key))
-        assert all(isinstance(answer, str) for answer in record.get("answers") or [])
+        assert dataset.split == "train" or all(isinstance(answer, str) for answer in record.get("answers") or [])
+    for answer in getattr(dataset, "answer_list", None) or []:
+        answer.encode()

@@ -148,6 +148,31 @@ def test_a_damaged_file_is_read_or_refused(
         cases.use(cases.build(name, split, path, folder, **options))
 
 
+TRUTHS = {"annotations": OTHERS["official"]["annotations"]}
+ASKED = {key: value for key, value in OTHERS["official"].items() if key != "annotations"}
+WORDS = {"data": [{"image_id": "a", "ocr_tokens": ["x"]}]}
+TOGETHER = (
+    *(("vqa", [ASKED, TRUTHS, OTHERS["list"]]), ("vqa", [cases.QUESTIONS, OTHERS["list"], TRUTHS])),
+    *(("coco_vqa_instruct", [ASKED, TRUTHS]), ("textvqa", [cases.GOOD["textvqa"], WORDS])),
+    *(("textcaps_caption_instruct", [cases.TEXTCAPS, WORDS]), ("caption", [cases.CAPTIONS, OTHERS["coco"]])),
+)
+
+
+@pytest.mark.parametrize(("name", "contents"), TOGETHER)
+@settings(max_examples=60, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+@given(seed=st.integers(0, 10**9), changes=st.integers(1, 4))
+def test_damaged_files_that_belong_together(
+    folder: Path, name: str, contents: list[Any], seed: int, changes: int
+) -> None:
+    draw, contents = random.Random(seed), copy.deepcopy(contents)
+    for _ in range(changes):
+        number = draw.randrange(len(contents))
+        contents[number] = damaged(contents[number], draw)
+    paths = [cases.write(folder / f"part{number}.json", content) for number, content in enumerate(contents)]
+    with contextlib.suppress(UserError):
+        cases.use(cases.build(name, draw.choice(("train", "val")), paths, folder))
+
+
 def test_the_good_files_are_good(folder: Path) -> None:
     """Nothing above is refused for the file's form itself."""
     for name, content in cases.GOOD.items():

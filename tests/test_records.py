@@ -163,7 +163,7 @@ def test_blank_texts_can_be_left_out(folder: Path, caplog: pytest.LogCaptureFixt
     records[2]["image_id"] = 2
     dataset = build(folder, records, blank_texts="skip")
     assert [dataset[i]["text_input"] for i in range(len(dataset))] == ["a", "b"]
-    assert "own.json: 1 of 3 records have blank texts and are left out" in caplog.text
+    assert "own.json: blank texts of 2 of 3 records are left out, and 1 of these records" in caplog.text
     records.append({"image": "a.png", "caption": "c", "image_id": 2})
     with pytest.raises(InputError, match=r"record 2 \(b\.png\) and .*record 3 \(a\.png\)"):  # numbers of the file
         build(folder, records, blank_texts="skip")

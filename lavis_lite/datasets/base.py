@@ -110,11 +110,15 @@ class BaseDataset(Dataset):
             return records
         found = [self.record_check.without_blank(record) for record in records]
         kept = [number for number, record in enumerate(found) if record is not None]
-        if len(kept) < len(records):
-            where, left_out = ", ".join(map(str, self.annotation_paths)), len(records) - len(kept)
-            if not kept:
-                raise InputError(f"{where}: all {len(records)} records have blank texts; fill them in")
-            logger.warning("%s: %d of %d records have blank texts and are left out", where, left_out, len(records))
+        where = ", ".join(map(str, self.annotation_paths))
+        if records and not kept:
+            raise InputError(f"{where}: all {len(records)} records have blank texts; fill them in")
+        num_blank = sum(new is not old for new, old in zip(found, records, strict=True))
+        if num_blank:
+            logger.warning(
+                "%s: blank texts of %d of %d records are left out, and %d of these records, which have no other",
+                *(where, num_blank, len(records), len(records) - len(kept)),
+            )
         self.kept = kept
         return [record for record in found if record is not None]
 
