@@ -171,6 +171,8 @@ def test_blank_texts_can_be_left_out(folder: Path, caplog: pytest.LogCaptureFixt
         {"image": "a.png", "question": "what?", "answer": ""}
     ]
     assert [s["weight"] for s in build(folder, questions, name="vqa", blank_texts="skip")] == [[1.0], [1.0]]
+    with pytest.raises(InputError, match="record 1 has no answer to train on"):
+        build(folder, [questions[0], {"image": "a.png", "question": "what?"}], name="vqa", blank_texts="skip")
     with pytest.raises(InputError, match="no blank_texts 'drop'"):
         build(folder, records, blank_texts="drop")
 

@@ -18,7 +18,20 @@ import torch
 from lavis_lite.datasets.annotations import as_list, as_records, check_records, read_json, read_records, section
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset
 from lavis_lite.errors import InputError
-from lavis_lite.records import ANSWERS, GROUP, ID, PATH, TEXT, TRUTHS, VALUES, Kind, Record, RecordCheck, shown
+from lavis_lite.records import (
+    ANSWERS,
+    GROUP,
+    ID,
+    PATH,
+    TEXT,
+    TRUTHS,
+    VALUES,
+    Kind,
+    Record,
+    RecordCheck,
+    renaming,
+    shown,
+)
 from lavis_lite.registry import registry
 
 _ANSWER_FIELDS = ("answer", "answers", "direct_answers")
@@ -65,17 +78,18 @@ class VQATrainDataset(VQADataset):
         super().__init__(annotation_paths, vis_root, **options)
         self.answer_weight = answer_weight
 
-    def arrange(self, records: list[Record]) -> list[Record]:
-        """The records, each with an answer to train on: an error, or with `blank_texts: skip` only those."""
-        answered = [bool(answers_of(record)) for record in records]
-        if self.blank_texts == "error" and not all(answered):
-            number = answered.index(False)
-            there = ", ".join(repr(key) for key in records[number])
-            raise InputError(
-                f"{self.place(number)} has no answer to train on (field {' or '.join(map(repr, _ANSWER_FIELDS))}); "
-                f"fields there: {there}"
-            )
-        return [record for record, learned in zip(records, answered, strict=True) if learned]
+    def without_blank(self, records: list[Record]) -> list[Record]:
+        """As BaseDataset's. Raises ValueError for a record without any answer to train on."""
+        for number, record in enumerate(records):
+            given = [record[name] for name in _ANSWER_FIELDS if record.get(name) is not None]
+            if not given or (given[0] == [] and self.blank_texts == "error"):
+                there = ", ".join(map(repr, record)) + ("" if given else renaming(record, ["answer"]))
+                raise InputError(
+                    f"{self.place(number)} has no answer to train on (field {' or '.join(map(repr, _ANSWER_FIELDS))}); "
+                    f"fields there: {there}"
+                )
+        self.record_check = replace(self.record_check, required=(*self.required, "|".join(_ANSWER_FIELDS)))
+        return super().without_blank(records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.annotation[index]
