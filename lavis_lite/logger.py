@@ -30,7 +30,7 @@ def setup(job_dir: str | Path | None = None) -> None:
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if job_dir is not None and dist.is_main():
         Path(job_dir).mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(Path(job_dir) / "console.txt", encoding="utf-8"))
+        handlers.append(logging.FileHandler(Path(job_dir) / "console.txt", encoding="utf-8", errors="backslashreplace"))
     who = "" if dist.world_size() == 1 else f"rank {dist.rank()} "
     for handler in handlers:
         handler.setFormatter(logging.Formatter(f"%(asctime)s {who}%(levelname)s %(message)s", "%H:%M:%S"))
@@ -59,7 +59,7 @@ class JsonLog:
             self._append(json.dumps(row, default=_plain, ensure_ascii=False) + "\n")
 
     def _append(self, text: str) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
+        with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
 
 

@@ -1,11 +1,22 @@
-"""How lists are written inside a prompt; datasets and models word them alike."""
+"""How lists are written inside a prompt, and CJK texts without spaces; datasets, models and tasks do it alike."""
 
+import re
 import string
 from collections.abc import Sequence
 
 from lavis_lite.errors import InputError
 
 MAX_OCR_TOKENS = 30
+IDEOGRAPHS = "\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f"
+"""What WordPiece splits at: BERT puts spaces around each of these, and around punctuation."""
+KANA = "\u3040-\u30ff\u3100-\u312f\u31f0-\u31ff\uff66-\uff9f"
+_MARKS = "\u3001-\u3004\u3008-\u303f\ufe30-\ufe4f\uff00-\uff65"
+_QUOTES = "\u2018\u2019\u201c\u201d\u2014\u2026\u00b7"
+_FALSE_SPACE = re.compile(
+    f"(?<=[{IDEOGRAPHS}]) (?=[{IDEOGRAPHS}{KANA}{_MARKS}{_QUOTES}])|(?<=[{KANA}{_MARKS}{_QUOTES}]) (?=[{IDEOGRAPHS}])"
+    f"|(?<=[{_MARKS}]) (?=[{KANA}{_MARKS}{_QUOTES}])|(?<=[{KANA}{_QUOTES}]) (?=[{_MARKS}])"
+    "|(?<=\u2026) (?=\u2026)|(?<=\u2014) (?=\u2014)"
+)
 
 
 def letters(count: int) -> list[str]:
@@ -31,3 +42,13 @@ def refuse_text(texts: Sequence[str]) -> None:
     """Raise ValueError if this is one text in place of a list of them."""
     if isinstance(texts, str):
         raise InputError(f"expected a list of texts for each image, got the text {texts!r}")
+
+
+def without_false_spaces(text: str) -> str:
+    """The text without the spaces that WordPiece's decoding adds around apostrophes and between CJK characters.
+
+    Those around apostrophes transformers 4 removed for LAVIS; transformers 5 leaves them. Those around hyphens both
+    leave. A space between two kana, or beside a Latin letter, stays: WordPiece splits only at ideographs and
+    punctuation, so it may have been in the text itself.
+    """
+    return _FALSE_SPACE.sub("", text.replace(" ' ", "'"))

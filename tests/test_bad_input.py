@@ -14,6 +14,7 @@ import doors
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from lavis_lite import checkpoint
@@ -151,20 +152,35 @@ def test_unreadable_images_within_the_share_are_counted(
     ("content", "words"),
     [
         ('[{"image": "a.png", "caption": "x"}, {"ima', ["broken or truncated JSON at line 1"]),
-        ("", ["broken or truncated JSON"]),
+        ("", ["is empty"]),
         ('{"image": 3', ["broken or truncated JSON"]),
         ('[{"image": "a.png"}]', ["record 0 has no field 'caption'"]),
         ('"text"', ["expected a list"]),
         ("[1, 2]", ["record 0 is a int"]),
-        ("[]", ["0 training samples"]),
+        ("[]", ["holds no records"]),
+        ('[{"image": "a.png", "caption": null}]', ["record 0: field 'caption' is null"]),
+        ('[{"image": "a.png", "caption": "..!"}]', ["record 0: field 'caption' is \"..!\", blank once cleaned"]),
     ],
 )
 def test_broken_annotations(content: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = doors.project(tmp_path, "caption", SHORT, captions(tmp_path, six(tmp_path)))
     annotations = tmp_path / "annotations" / "train.json"
     annotations.write_text(content)
-    named = [] if content == "[]" else [str(annotations)]
-    complains(capsys, doors.train(path), *words, *named)
+    cleaning = "datasets.caption.text_processor.train.name=blip_caption"
+    complains(capsys, doors.train(path, cleaning), *words, str(annotations))
+
+
+def test_labels_that_the_model_has_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Named before the first step, which would end in an index error."""
+    images = doors.pictures(tmp_path / "images", 4)
+    records = [{"image": image, "sentence": "a circle", "label": label} for label, image in enumerate(images)]
+    own = doors.user_set(tmp_path / "own", {"train": records, "val": records[:2]})
+    path = doors.project(tmp_path, "classification", SHORT)
+    text = yaml.safe_load(path.read_text(encoding="utf-8")) | {"datasets": {"classification": own}}
+    path.write_text(yaml.safe_dump(text), encoding="utf-8")
+    words = ("train.json: record 3 has label 3", "model.num_classes=3 means labels 0 to 2", "model.num_classes=4")
+    complains(capsys, doors.train(path), *words)
+    assert doors.train(path, "model.num_classes=4") == 0
 
 
 def test_missing_annotations_and_image_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -259,7 +275,7 @@ def test_output_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_odd_images_and_texts_train_and_evaluate(tmp_path: Path) -> None:
-    """One pixel, CMYK, palette, 16 bits, animated, alpha, one pixel high; empty, long, non-ASCII texts; such names."""
+    """One pixel, CMYK, palette, 16 bits, animated, alpha, one pixel high; short, long, non-ASCII texts; such names."""
     folder = tmp_path / "bilder für ß 図"
     folder.mkdir()
     noise = np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8)
@@ -272,11 +288,11 @@ def test_odd_images_and_texts_train_and_evaluate(tmp_path: Path) -> None:
     rgb.convert("LA").save(folder / "grau_ü.png")
     rgb.resize((300, 1)).save(folder / "line.webp")
     texts = [
-        "",
+        "?",
         "Ein rötlicher Kreis – größer als 3 µm",
         "赤い丸と青い四角",
         "🟥🔵",
-        "   ",
+        "-",
         "a red circle " * 50,
         "\u202eabc\x00\n",
     ]
@@ -295,12 +311,12 @@ def test_odd_images_and_texts_train_and_evaluate(tmp_path: Path) -> None:
     assert doors.train(path, job="retrieval") == 0
 
 
-def test_empty_and_odd_questions(tmp_path: Path) -> None:
+def test_odd_questions(tmp_path: Path) -> None:
     images = doors.pictures(tmp_path / "images", 4)
     texts = [
-        ("", ["yes"] * 10),
+        ("?", ["yes"] * 10),
         ("¿De qué color es?", ["azul", "blau", "青"]),
-        ("what?", ["", "no"]),
+        ("what?", ["-", "no"]),
         ("?" * 300, ["1"]),
     ]
     records = [

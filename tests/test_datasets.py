@@ -21,6 +21,7 @@ from lavis_lite.datasets.nlvr import NLVREvalDataset, NLVRTrainDataset, swap_sid
 from lavis_lite.datasets.pairs import PairsDataset
 from lavis_lite.datasets.retrieval import RetrievalEvalDataset, RetrievalTrainDataset
 from lavis_lite.datasets.vqa import VQABuilder, VQAEvalDataset, VQATrainDataset
+from lavis_lite.records import RecordCheck
 from lavis_lite.registry import registry
 from lavis_lite.runners.sampling import seed_sample
 from lavis_lite.zoo import dataset_zoo
@@ -84,15 +85,15 @@ def test_objects_become_records_with_sample_id_and_files_are_joined(tmp_path: Pa
         ("odd.jsonl", '{"a": 1}\n\n[2]', r"odd\.jsonl: line 3 is a list, expected an object"),
         ("lack.jsonl", '\n{"a": 1}\n \n{"b": 1}', r"lack\.jsonl: line 4 has no field 'a'; .*'b'"),
         ("lack.json", '[{"a": 1}, {"b": 1, "c": 2}]', r"lack\.json: record 1 has no field 'a'; .*'b', 'c'"),
-        ("null.json", '[{"a": null}]', r"record 0 has no field 'a'"),
-        ("wide.csv", "a,b\n1,2,3\n", r"wide\.csv: record 0 has more columns"),
+        ("null.json", '[{"a": null}]', r"record 0: field 'a' is null"),
+        ("wide.csv", "a,b\n1,2,3\n", r"wide\.csv: line 2 has more columns"),
         ("what.xml", "<a/>", r"what\.xml: unknown kind .*\.jsonl"),
     ],
 )
 def test_bad_annotation_files_are_named(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
-        load_annotations([tmp_path / name], ["a"])
+        load_annotations([tmp_path / name], RecordCheck(required=("a",)))
 
 
 def test_missing_annotation_file_is_named(tmp_path: Path) -> None:
@@ -106,12 +107,12 @@ def test_missing_annotation_file_is_named(tmp_path: Path) -> None:
 def test_caption_training_counts_images_in_first_seen_order(root: Path) -> None:
     records = [
         {"image": "b.png", "caption": "Second", "image_id": "coco_9"},
-        {"image": "a.png", "caption": ["First", ""], "image_id": "coco_2"},
+        {"image": "a.png", "caption": ["First", "?"], "image_id": "coco_2"},
         {"image": "b.png", "caption": "Zweites Bild", "image_id": "coco_9"},
     ]
     dataset = make(root, CaptionTrainDataset, records, split="train", text_processor=str.lower)
     batch = dataset.collater([dataset[i] for i in range(4)])
-    assert batch["text_input"] == ["second", "first", "", "zweites bild"]
+    assert batch["text_input"] == ["second", "first", "?", "zweites bild"]
     assert batch["image"].flatten().tolist() == [1, 0, 0, 1]
     assert batch["image_id"].tolist() == [0, 1, 1, 0]
     assert batch["image_id"].dtype == torch.long
@@ -184,7 +185,7 @@ def test_vqa_training_weights(root: Path) -> None:
     records = [
         {"question_id": 1, "question": "What?", "answer": ["wood"] * 7 + ["oak"] * 2 + ["tree"], "image": "a.png"},
         {"question_id": 2, "question": "How many?", "answer": "two", "image": "b.png"},
-        {"question_id": "q", "question": "", "direct_answers": ["ride", "bus"], "image": "b.png"},
+        {"question_id": "q", "question": "To?", "direct_answers": ["ride", "bus"], "image": "b.png"},
         {"question": "?", "answers": [{"answer": "x"}, {"answer": "x"}], "image": "b.png"},
     ]
     dataset = make(root, VQATrainDataset, records, split="train", answer_weight=0.2)
@@ -192,7 +193,7 @@ def test_vqa_training_weights(root: Path) -> None:
     assert batch["answer"] == ["wood", "oak", "tree", "two", "ride", "bus", "x"]
     assert torch.allclose(batch["weight"], torch.tensor([0.7, 0.2, 0.1, 0.2, 0.5, 0.5, 1.0]))
     assert batch["n_answers"].tolist() == [3, 1, 2, 1]
-    assert batch["text_input"] == ["What?", "How many?", "", "?"]
+    assert batch["text_input"] == ["What?", "How many?", "To?", "?"]
     assert batch["text_output"][1::2] == ["two", "x"]
     seed_sample(0)
     drawn = Counter(dataset[0]["text_output"] for _ in range(300))

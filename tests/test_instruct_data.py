@@ -281,7 +281,7 @@ def test_empty_cells_of_a_table_are_no_fields(root: Path) -> None:
     header, row = "image,video,instruction,output,conversations", 'a.jpg,,"say, 0",o0,'
     dataset = build(root, [header, row], split="train", file="own.csv")
     assert (dataset[0]["text_input"], dataset[0]["text_output"]) == ("say, 0", "o0")
-    with pytest.raises(ValueError, match=r"own\.csv: record 0 has no field 'image' or 'video'"):
+    with pytest.raises(ValueError, match=r"own\.csv: line 2 has no field 'image' or 'video'"):
         build(root, [header, row.removeprefix("a.jpg")], file="own.csv")
 
 
@@ -294,16 +294,16 @@ def test_a_missing_field_is_named_with_its_line(root: Path, file: str, place: st
         ("val", asked(image=None), "no field 'image' or 'video'"),
         ("val", asked(instruction=None), r"no field 'instruction' for the template '\{instruction\}'"),
         ("train", asked(output=None), "no field 'output'"),
-        ("train", asked(output=[]), "nothing in its field 'output', which is what is learned"),
-        ("train", asked(output=""), "nothing in its field 'output'"),
+        ("train", asked(output=[]), "field 'output' is an empty list"),
+        ("train", asked(output=""), "field 'output' is empty"),
         ("train", asked(output=[{"answer": "x"}]), "a text, or a list of texts, in its field 'output'"),
-        ("val", asked(output={"answer": "x"}), "a text, or a list of texts, in its field 'output'"),
+        ("val", asked(output={"answer": "x"}), "field 'output' is .*expected a text"),
         ("val", asked(instruction=""), "a text in its field 'instruction', got ''"),
         ("val", asked(image=["a.jpg"]), "a text in its field 'image'"),
         ("val", asked(video="a.avi"), "'image', 'video'"),
         ("val", asked(conversations=[]), "'instruction', 'conversations'"),
     ):
-        with pytest.raises(ValueError, match=rf"{re.escape(file)}: {place} .*{message}"):
+        with pytest.raises(ValueError, match=rf"{re.escape(file)}: {place}.*{message}"):
             build(root, write(record), split=split, file=file)
 
 
@@ -465,7 +465,7 @@ def test_a_reader_of_another_format_needs_no_lines(root: Path) -> None:
     builder = InstructBuilder(instructions="caption")
     options = builder.dataset_options("train") | {"reader": lambda paths: records}
     records = [{"image": "a.jpg", "caption": "x"}, {"image": "b.jpg"}]
-    with pytest.raises(ValueError, match=r"some\.json: record 1 has no field 'caption'.*there: 'image', 'question_id'"):
+    with pytest.raises(ValueError, match=r"some\.json: record 1 has no field 'caption'.*there: 'image'"):
         InstructDataset([root / "some.json"], root, split="train", **options)
 
 

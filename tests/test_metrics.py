@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lavis_lite.tasks.captioning import CaptionTask
 from lavis_lite.tasks.metrics import caption_java
 from lavis_lite.tasks.metrics.caption import approximate_tokenize, caption_metrics
+from lavis_lite.tasks.metrics.caption_tokens import character_tokens, joined_as
 from lavis_lite.tasks.metrics.retrieval import recall_metrics
 from lavis_lite.tasks.metrics.vqa_accuracy import (
     CONTRACTIONS,
@@ -139,6 +141,7 @@ def test_caption_metrics_equal_table() -> None:
     metrics = caption_metrics(REFERENCES, TOLD)
     expected = {f"Bleu_{n}": value for n, value in enumerate(CAPTIONS["Bleu"], start=1)}
     expected |= {name: CAPTIONS[name] for name in ("METEOR", "ROUGE_L", "CIDEr", "agg_metrics")}
+    assert metrics.pop("tokenizer") == "ptb"
     assert metrics == pytest.approx(expected, rel=1e-9)
 
 
@@ -162,6 +165,7 @@ def test_without_java_metrics_are_flagged(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(caption_java.shutil, "which", lambda name: None)
     metrics = caption_metrics(REFERENCES, TOLD, ("bleu", "meteor", "cider", "spice"))
     assert metrics["approximate_tokenizer"] is True
+    assert metrics["tokenizer"] == "ptb_like"
     assert metrics["Bleu_4"] == pytest.approx(CAPTIONS["Bleu"][3])
     assert metrics["CIDEr"] == pytest.approx(CAPTIONS["CIDEr"])
     assert set(metrics["left_out"]) == {"METEOR", "SPICE"}
@@ -188,6 +192,62 @@ def test_caption_aggregate_takes_what_there_is(monkeypatch: pytest.MonkeyPatch) 
     assert cider["agg_metrics"] == cider["CIDEr"] > 0
     rouge = caption_metrics(ids, told, ("rouge",))
     assert rouge["agg_metrics"] == rouge["ROUGE_L"] == pytest.approx(1.0)
+
+
+CHINESE = {
+    "cat": "一只黄色的猫看着镜头！",
+    "astronaut": "一位女宇航员在微笑。",
+    "coffee": "桌子上有一杯咖啡和一把勺子",
+}
+
+
+def test_captions_without_spaces_are_scored_by_characters() -> None:
+    """Every reference repeated, as it is and with WordPiece's spaces: 1.0, where one word per caption gave 0.08."""
+    spaced = {key: " ".join(text) for key, text in CHINESE.items()}
+    for told in (CHINESE, spaced):
+        metrics = caption_metrics({key: [text] for key, text in CHINESE.items()}, told, ("bleu", "rouge"))
+        assert metrics["tokenizer"] == "characters"
+        for name in ("Bleu_1", "Bleu_4", "ROUGE_L"):
+            assert metrics[name] == pytest.approx(1.0)
+    half = caption_metrics({"x": ["一只黄色的猫"]}, {"x": "一只黑色的狗"}, ("bleu",))
+    assert half["Bleu_1"] == pytest.approx(4 / 6)  # four of six characters: 一 只 色 的
+
+
+def test_tokens_are_chosen_by_name_or_by_the_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caption_java, "find_java", lambda: None)
+    gold, told = {"x": ["the 猫 sleeps"]}, {"x": "the 猫 sleeps"}
+    assert caption_metrics(gold, told, ("bleu",))["tokenizer"] == "ptb_like"
+    metrics = caption_metrics(gold, told, ("bleu",), tokens="characters")
+    assert metrics["tokenizer"] == "characters"
+    assert "approximate_tokenizer" not in metrics
+    chosen = caption_metrics({key: [text] for key, text in CHINESE.items()}, CHINESE, ("bleu",), tokens="ptb")
+    assert chosen["tokenizer"] == "ptb_like"
+    with pytest.raises(ValueError, match=r"run\.caption_tokens must be one of auto, ptb, characters, got 'jieba'"):
+        CaptionTask(caption_tokens="jieba")
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("一只 iPhone 12，在桌上!", ["一", "只", "iphone", "12", "在", "桌", "上"]),
+        ("赤い丸と青い四角", list("赤い丸と青い四角")),
+        ("แมวสีดำ", ["แ", "ม", "ว", "สี", "ด", "ำ"]),
+        ("женщина-космонавт", ["женщина", "космонавт"]),
+        ("", []),
+    ],
+)
+def test_character_tokens(text: str, tokens: list[str]) -> None:
+    assert character_tokens(text) == tokens
+
+
+def test_hyphens_are_joined_where_a_reference_has_them() -> None:
+    references = ["A well-known woman-astronaut", "the dog's T-shirt"]
+    assert joined_as("a well - known man - eater", references) == "a well-known man - eater"
+    assert joined_as("the dog ' s t - shirt, unwell - known", references) == "the dog's t-shirt, unwell - known"
+    gold, told = {"x": ["женщина-космонавт улыбается"]}, {"x": "женщина - космонавт улыбается"}
+    apart = caption_metrics(gold, told, ("bleu",))
+    assert apart["Bleu_1"] < 0.5  # the protocol of published scores: one of three words
+    assert caption_metrics(gold, told, ("bleu",), join_hyphens=True)["Bleu_1"] == pytest.approx(1.0)
 
 
 def test_caption_mistakes() -> None:

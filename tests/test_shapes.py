@@ -1,9 +1,11 @@
 """The generated dataset: its truth, its balance, its formats, its reproducibility."""
 
+import errno
 import hashlib
 import json
 import random
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ from lavis_lite.datasets.shapes_render import RGB, render
 from lavis_lite.datasets.shapes_scene import COLORS, SHAPES, SPLITS, Scene, SceneMaker, ShapesConfig, Thing
 from lavis_lite.datasets.shapes_tokenizer import FOLDER, train_tokenizer
 from lavis_lite.datasets.shapes_truth import is_true, parse_caption, true_rate
+from lavis_lite.errors import MissingFileError, WriteError
+from lavis_lite.registry import registry
 
 SMALL = {"num_train": 300, "num_val": 120, "num_test": 120, "gallery_size": 60}
 
@@ -350,6 +354,40 @@ def test_an_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest
             ensure_built(config, tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert (ensure_built(config, tmp_path) / "scenes_test.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "gone", ["images/val/SHAPES_val_000001000001.jpg", "images/train", "annotations", "scenes_test.json"]
+)
+def test_a_folder_that_lacks_files_is_to_be_deleted(tmp_path: Path, gone: str) -> None:
+    config = ShapesConfig(num_train=3, num_val=3, num_test=3)
+    folder = ensure_built(config, tmp_path)
+    path = folder / gone
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    with pytest.raises(MissingFileError, match=f"lacks .*{path}.*: delete the folder {folder}, and it is generated"):
+        ensure_built(config, tmp_path)
+    shutil.rmtree(folder)
+    assert ensure_built(config, tmp_path) == folder
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("lavis_lite.datasets.shapes_build.save_jpeg", full)
+    with pytest.raises(WriteError, match=r"shapes could not be written to .*No space left on device.*LAVIS_LITE_DATA"):
+        ensure_built(ShapesConfig(num_train=3, num_val=3, num_test=3), tmp_path / "shapes")
+    assert list((tmp_path / "shapes").iterdir()) == []
+    builder = registry.get_builder_class("shapes_instruct_color")(num_train=9, num_val=3, num_test=3)
+    monkeypatch.undo()
+    monkeypatch.setenv("LAVIS_LITE_DATA", str(tmp_path))
+    builder.folder()
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(WriteError, match="instruct_color_train"):
+        builder.annotation_paths("train")
 
 
 def test_losing_a_race_takes_the_winners_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

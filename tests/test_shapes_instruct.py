@@ -274,7 +274,7 @@ def test_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: str) ->
     templates = load_templates(TEMPLATES[group])
     assert len(set(templates.train)) >= 7
     for template in templates.train:
-        assert all("{" not in fill(template, train.fields(record)) for record in train.annotation)
+        assert all("{" not in fill(template, train.values(record)) for record in train.annotation)
     sample = val[1]
     assert ("candidates" in sample) == (group != "caption")
     assert sample.keys() - {"candidates"} == {"image", "text_input", "prompt", "question_id", "instance_id"}

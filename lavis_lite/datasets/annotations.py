@@ -8,29 +8,30 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lavis_lite.errors import InputError, MissingFileError
+from lavis_lite.records import Record, RecordCheck, shown
 
-Record = dict[str, Any]
+DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
+TABLES = {".csv": ",", ".tsv": "\t"}
+"""The suffixes of tables, and what separates their columns."""
 
 
 def read_json(path: str | Path) -> Any:
     """The content of a JSON file. Raises FileNotFoundError, or ValueError with file, line and column."""
-    try:
-        return json.loads(_read_text(Path(path)))
-    except json.JSONDecodeError as error:
-        raise _broken_json(path, error.lineno, error) from error
+    return _parsed(_read_text(Path(path)), path)
 
 
 def read_records(path: str | Path) -> list[Record]:
-    """The records of one annotation file, in file order."""
+    """The records of one annotation file, in file order. ValueError if there are none."""
     path = Path(path)
     suffix = path.suffix.lower()
-    if suffix in (".csv", ".tsv"):
-        return _read_table(path, "\t" if suffix == ".tsv" else ",")
+    if suffix in TABLES:
+        return _some([record for _, record in _table_rows(path)], path)
     if suffix == ".jsonl":
         content: Any = _read_json_lines(path)
     elif suffix == ".json":
@@ -43,39 +44,50 @@ def read_records(path: str | Path) -> list[Record]:
 def as_records(content: Any, path: str | Path) -> list[Record]:
     """JSON content as records: a list as it is, an object's values with their key as `sample_id`."""
     if isinstance(content, dict):
-        return [{"sample_id": key, **(v if isinstance(v, dict) else {"data": v})} for key, v in content.items()]
+        content = [{"sample_id": key, **(v if isinstance(v, dict) else {"data": v})} for key, v in content.items()]
     if not isinstance(content, list):
-        raise InputError(f"{path}: expected a list or an object of records, found {type(content).__name__}")
+        raise InputError(f"{path}: expected a list or an object of records, found {shown(content)}")
     for number, record in enumerate(content):
         if not isinstance(record, dict):
             kind = type(record).__name__
             raise InputError(f"{place_of(path, number)} is a {kind}, expected an object with fields")
-    return content
+    return _some(content, path)
+
+
+def _some(records: list[Record], path: str | Path) -> list[Record]:
+    if not records:
+        raise InputError(f"{path}: holds no records; fill it, or take it out of build_info.annotations")
+    return records
 
 
 def place_of(path: str | Path, number: int) -> str:
-    """Where a record is: the line, counted from 1, of a JSONL file, whose blank lines are no records; else its number.
+    """Where a record is: the line, counted from 1, of a JSONL file or a table; else its number, from 0.
 
     `path` is the file that has the record as its `number`th (from 0), or, as a text, words for where it's from.
     """
-    if not isinstance(path, Path) or path.suffix.lower() != ".jsonl":
+    suffix = path.suffix.lower() if isinstance(path, Path) else ""
+    if suffix == ".jsonl":
+        lines = [at for at, line in enumerate(_read_text(path).split("\n"), start=1) if line.strip()]
+    elif suffix in TABLES:
+        lines = [line for line, _ in _table_rows(path)]
+    else:
         return f"{path}: record {number}"
-    lines = _read_text(path).split("\n")
-    return f"{path}: line {[at for at, line in enumerate(lines, start=1) if line.strip()][number]}"
+    return f"{path}: line {lines[number]}"
 
 
-def require_fields(records: Iterable[Record], fields: Sequence[str], path: str | Path) -> None:
-    """Raise ValueError for the first record that lacks a field; `"answer|answers"` stands for either of two.
+def check_records(records: list[Record], check: RecordCheck, path: str | Path) -> list[Record]:
+    """The records, checked; `path` is what `place_of` takes."""
+    check(records, partial(place_of, path))
+    return records
 
-    `path` is what `place_of` takes.
-    """
-    wanted = [field.split("|") for field in fields]
-    for number, record in enumerate(records):
-        for names in wanted:
-            if all(record.get(name) is None for name in names):
-                there = ", ".join(repr(key) for key in record) or "none"
-                needed = " or ".join(repr(name) for name in names)
-                raise InputError(f"{place_of(path, number)} has no field {needed}; fields there: {there}")
+
+def section(content: dict[str, Any], name: str, path: str | Path, check: RecordCheck) -> list[Record]:
+    """The records under one key of a JSON file, such as the `annotations` of a COCO file, checked."""
+    found = content.get(name)
+    if not isinstance(found, list):
+        raise InputError(f"{path}: expected a list of records under {name!r}, found {shown(found)}")
+    where = f"{path} ({name})"
+    return check_records(as_records(found, where), check, where)
 
 
 def add_instance_ids(records: list[Record]) -> list[Record]:
@@ -85,14 +97,21 @@ def add_instance_ids(records: list[Record]) -> list[Record]:
     return records
 
 
-def load_annotations(paths: Sequence[str | Path], required: Sequence[str] = ()) -> list[Record]:
-    """All files' records one after another, checked for the required fields; without instance ids."""
-    records: list[Record] = []
-    for path in map(Path, paths):
-        part = read_records(path)
-        require_fields(part, required, path)
-        records += part
-    return records
+def check_unique(records: Sequence[Record], name: str, place: Callable[[int], str]) -> None:
+    """Raise InputError, with both places, if two records have the same `name`; compared as texts, null is none."""
+    first: dict[str, int] = {}
+    for number, record in enumerate(records):
+        value = record.get(name)
+        if value is not None and first.setdefault(str(value), number) != number:
+            raise InputError(
+                f"{place(first[str(value)])} and {place(number)} have the same {name} {value!r}; give each its own"
+            )
+
+
+def load_annotations(paths: Sequence[str | Path], check: RecordCheck | None = None) -> list[Record]:
+    """All files' records one after another, checked; without instance ids."""
+    check = check or RecordCheck()
+    return [record for path in map(Path, paths) for record in check_records(read_records(path), check, path)]
 
 
 def as_list(value: Any) -> list[Any]:
@@ -102,38 +121,73 @@ def as_list(value: Any) -> list[Any]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise MissingFileError(f"annotation file not found: {path}") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error})") from error
+        raise InputError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read as an annotation file ({error.strerror})") from error
+    if not text.strip():
+        raise InputError(f"{path}: is empty; an annotation file holds records")
+    return text
 
 
-def _broken_json(path: str | Path, line: int, error: json.JSONDecodeError) -> InputError:
-    return InputError(
-        f"{path}: broken or truncated JSON at line {line}, column {error.colno}: {error.msg}. "
-        "Correct it; a file that was downloaded can be deleted, and is then fetched again."
-    )
+def _parsed(text: str, path: str | Path, line: int | None = None) -> Any:
+    """The value of a JSON text: a file, or one line of it."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        several = error.msg == "Extra data" and line is None and error.lineno > 1
+        hint = "A file with one object per line is called .jsonl. " if several else ""
+        raise InputError(
+            f"{path}: broken or truncated JSON at line {line or error.lineno}, column {error.colno}: {error.msg}. "
+            f"{hint}Correct it; a file that was downloaded can be deleted, and is then fetched again."
+        ) from error
+    except (RecursionError, ValueError) as error:
+        where = f" at line {line}" if line else ""
+        why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise InputError(f"{path}: JSON{where} that cannot be read ({why})") from error
 
 
 def _read_json_lines(path: Path) -> list[Any]:
-    rows = []
     # Not splitlines(): JSON may hold U+2028 unescaped, which is no end of line here.
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise _broken_json(path, number, error) from error
-    return rows
+    lines = enumerate(_read_text(path).split("\n"), start=1)
+    return [_parsed(line, path, number) for number, line in lines if line.strip()]
 
 
-def _read_table(path: Path, delimiter: str) -> list[Record]:
-    lines = _read_text(path).splitlines(keepends=True)
-    records = []
-    for record in csv.DictReader(lines, delimiter=delimiter, strict=True):
-        if None in record:
-            raise InputError(f"{path}: record {len(records)} has more columns than the header; quote the field")
-        records.append(record)
-    return records
+def _table_rows(path: Path) -> Iterator[tuple[int, Record]]:
+    """Each row of a table as a record, after the line that it begins in."""
+    reader = csv.reader(_read_text(path).splitlines(keepends=True), delimiter=TABLES[path.suffix.lower()], strict=True)
+    header: list[str] = []
+    end = 0
+    try:
+        for row in reader:
+            line, end = end + 1, reader.line_num
+            if not header:
+                header = row
+                _check_header(header, path, line)
+            elif row:
+                if len(row) != len(header):
+                    than = "more" if len(row) > len(header) else "fewer"
+                    raise InputError(
+                        f"{path}: line {line} has {than} columns than the header ({len(row)}, not {len(header)}); "
+                        "quote a field that holds the separator"
+                    )
+                yield line, dict(zip(header, row, strict=True))
+    except csv.Error as error:
+        raise InputError(f"{path}: line {reader.line_num} is no row of a table ({error}); quote the field") from error
+
+
+def _check_header(header: list[str], path: Path, line: int) -> None:
+    """Raise InputError for a header with another delimiter than the suffix says, or with one name twice."""
+    wanted = TABLES[path.suffix.lower()]
+    other = next((mark for mark in DELIMITERS if mark != wanted and mark in header[0]), None) if header else None
+    if len(header) == 1 and other:
+        raise InputError(
+            f"{path}: the columns are separated by {DELIMITERS[other]} ({other!r}), those of a {path.suffix} file by "
+            f"{DELIMITERS[wanted]}: save it so" + (", or call it .tsv" if other == "\t" else "")
+        )
+    twice = next((name for name in header if header.count(name) > 1 and name), None)
+    if twice is not None:
+        raise InputError(f"{path}: line {line} names the column {shown(twice)} twice")

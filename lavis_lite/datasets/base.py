@@ -10,20 +10,28 @@ import logging
 import mmap
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from lavis_lite import dist, download
-from lavis_lite.datasets.annotations import Record, add_instance_ids, as_list, load_annotations
+from lavis_lite.datasets.annotations import (
+    add_instance_ids,
+    as_list,
+    check_records,
+    check_unique,
+    place_of,
+    read_records,
+)
 from lavis_lite.datasets.image import open_image
 from lavis_lite.errors import InputError, MissingFileError, UnknownNameError
 from lavis_lite.pixels import is_constant
+from lavis_lite.records import Kind, Record, RecordCheck
 from lavis_lite.registry import did_you_mean, registry
 from lavis_lite.zoo import dataset_config_path
 
@@ -31,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 SEEN = ("images", "videos")
 """What `build_info` calls the folder of what is looked at."""
+BlankTexts = Literal["error", "skip"]
 
 OPENING = ("background", "max_pixels")
 """The settings of an image processor that hold for the files, too, that a dataset opens for it."""
@@ -44,10 +53,12 @@ def identity(value: Any) -> Any:
 class BaseDataset(Dataset):
     """Records of one split, their images below `vis_root`, and the processors that make samples of them.
 
-    `annotation` holds one record a sample. The sample's `instance_id` is its index as a string.
+    `annotation` holds one record a sample. The sample's `instance_id` is its index as a string. `required` names the
+    fields that every record of the files must have, `fields` says of what kind those are that are read.
     """
 
     required: ClassVar[tuple[str, ...]] = ()
+    fields: ClassVar[Mapping[str, Kind]] = {}
     long_keys: ClassVar[tuple[str, ...]] = ("label",)
 
     def __init__(
@@ -58,18 +69,65 @@ class BaseDataset(Dataset):
         split: str,
         vis_processor: Callable[[Any], Any] = identity,
         text_processor: Callable[[str], str] = identity,
+        blank_texts: BlankTexts = "error",
     ) -> None:
+        if blank_texts not in get_args(BlankTexts):
+            raise InputError(f"no blank_texts {blank_texts!r}. {did_you_mean(blank_texts, get_args(BlankTexts))}")
         self.annotation_paths = [Path(path) for path in annotation_paths]
         self.vis_root = Path(vis_root)
         self.split = split
         self.vis_processor = vis_processor
         self.text_processor = text_processor
         self.warned_of_constant = np.frombuffer(mmap.mmap(-1, 1), dtype=np.bool_)  # of all loader workers together
-        self.annotation = add_instance_ids(self.arrange(self.load()))
+        self.blank_texts = blank_texts
+        self.record_check = RecordCheck(
+            required=self.required, fields=self.fields, clean=text_processor, allow_blank=blank_texts == "skip"
+        )
+        self.sources: list[tuple[str | Path, int]] = []
+        self.kept: list[int] | None = None
+        records = self.load()
+        check_unique(records, "instance_id", self.place)
+        self.annotation = add_instance_ids(self.arrange(self.without_blank(records)))
 
     def load(self) -> list[Record]:
-        """The records of the files, with every required field."""
-        return load_annotations(self.annotation_paths, self.required)
+        """The checked records of the files, one after another; `sources` notes how many each file has."""
+        records: list[Record] = []
+        for path in self.annotation_paths:
+            for where, part in self.read(path):
+                self.sources.append((where, len(part)))
+                records += part
+        return records
+
+    def read(self, path: Path) -> Iterator[tuple[str | Path, list[Record]]]:
+        """The checked records of one file after what `place_of` takes; subclasses read other forms here."""
+        yield path, check_records(read_records(path), self.record_check, path)
+
+    def place(self, number: int) -> str:
+        """Where the `number`th record is that `arrange` gets, for errors: file and line, or file and number."""
+        number = self.kept[number] if self.kept is not None else number
+        for where, count in self.sources:
+            if number < count:
+                return place_of(where, number)
+            number -= count
+        return f"{', '.join(map(str, self.annotation_paths))}: record {number}"
+
+    def without_blank(self, records: list[Record]) -> list[Record]:
+        """With `blank_texts: skip` the records without their blank texts, and without those that then lack a field."""
+        if self.blank_texts == "error" or not self.fields:
+            return records
+        found = [self.record_check.without_blank(record) for record in records]
+        kept = [number for number, record in enumerate(found) if record is not None]
+        where = ", ".join(map(str, self.annotation_paths))
+        if records and not kept:
+            raise InputError(f"{where}: all {len(records)} records have blank texts; fill them in")
+        num_blank = sum(new is not old for new, old in zip(found, records, strict=True))
+        if num_blank:
+            logger.warning(
+                "%s: blank texts of %d of %d records are left out, and %d of these records, which have no other",
+                *(where, num_blank, len(records), len(records) - len(kept)),
+            )
+        self.kept = kept
+        return [record for record in found if record is not None]
 
     def arrange(self, records: list[Record]) -> list[Record]:
         """The file's records as one record a sample; subclasses expand or merge here."""
@@ -125,6 +183,8 @@ class BaseBuilder:
     build_info: dict[str, Any] = field(default_factory=dict)
     vis_processor: dict[str, Any] = field(default_factory=dict)
     text_processor: dict[str, Any] = field(default_factory=dict)
+    blank_texts: BlankTexts = "error"
+    """`skip` leaves out empty and blank captions, questions and answers, and counts them in the log."""
 
     train_dataset: ClassVar[type[BaseDataset] | None] = None
     eval_dataset: ClassVar[type[BaseDataset] | None] = None
@@ -213,6 +273,7 @@ class BaseBuilder:
             split=split,
             vis_processor=make_processor(self.vis_processor, split),
             text_processor=make_processor(self.text_processor, split),
+            blank_texts=self.blank_texts,
             **self.dataset_options(split),
         )
 
@@ -250,6 +311,8 @@ def locate(url: str | None, storage: str | None, md5: str | None, *, where: str 
     target = resolve_storage(storage) if storage else None
     if target is not None and target.is_file():
         return target
+    if target is not None and target.is_dir():
+        raise InputError(f"{where}.storage: {target} is a folder; name the annotation file (.json, .jsonl, .csv, .tsv)")
     if url and "://" not in url:
         local = Path(url).expanduser()
         if local.is_file():

@@ -6,26 +6,53 @@ Evaluation ids come from the annotation (`image_id`, `img_id`), else from the fi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import PurePath
+import os.path
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath
 from typing import Any
 
-from lavis_lite.datasets.annotations import Record, as_list, as_records, read_json, read_records, require_fields
+from lavis_lite.datasets.annotations import (
+    as_list,
+    as_records,
+    check_records,
+    check_unique,
+    place_of,
+    read_json,
+    read_records,
+    section,
+)
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset
 from lavis_lite.errors import InputError
+from lavis_lite.records import ID, PATH, TEXT, TEXTS, Record, RecordCheck
 from lavis_lite.registry import registry
 
+CAPTION_FIELDS = {
+    **{"image": PATH, "file_name": PATH, "caption": TEXTS},
+    **{"image_id": ID, "img_id": ID, "instance_id": ID},
+}
 
-class CaptionTrainDataset(BaseDataset):
-    """Samples {image, text_input, image_id (index in first-seen order), instance_id}."""
+MAX_ID_DIGITS = 19
+"""More digits at the end of a file name are no id: no 64-bit integer holds them."""
+
+
+class CaptionDataset(BaseDataset):
+    """What reads caption files."""
 
     required = ("image|file_name", "caption")
+    fields = CAPTION_FIELDS
+
+    def read(self, path: Path) -> Iterator[tuple[str | Path, list[Record]]]:
+        yield caption_records(path, self.record_check)
+
+
+class CaptionTrainDataset(CaptionDataset):
+    """Samples {image, text_input, image_id (index in first-seen order), instance_id}."""
+
     long_keys = ("image_id",)
 
-    def load(self) -> list[Record]:
-        return load_captions(self.annotation_paths, self.required)
-
     def arrange(self, records: list[Record]) -> list[Record]:
+        check_images(records, map(image_key, records), self.place, root=self.vis_root)
         expanded = expand_captions(records)
         ids = {key: index for index, key in enumerate(dict.fromkeys(image_key(record) for record in expanded))}
         self.num_images = len(ids)
@@ -42,16 +69,13 @@ class CaptionTrainDataset(BaseDataset):
         }
 
 
-class CaptionEvalDataset(BaseDataset):
+class CaptionEvalDataset(CaptionDataset):
     """Samples {image, image_id, instance_id}, one an image; `references()` has the captions."""
 
     required = ("image|file_name",)
 
-    def load(self) -> list[Record]:
-        return load_captions(self.annotation_paths, self.required)
-
     def arrange(self, records: list[Record]) -> list[Record]:
-        return merge_images(records)
+        return merge_images(records, self.place, root=self.vis_root)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.annotation[index]
@@ -66,26 +90,29 @@ class CaptionEvalDataset(BaseDataset):
         return {record["image_id"]: record["caption"] for record in self.annotation if record["caption"]}
 
 
-def load_captions(paths: list[Any], required: tuple[str, ...]) -> list[Record]:
-    """Caption records of LAVIS's or the user's files, or of a COCO file (`images` + `annotations`)."""
-    records: list[Record] = []
-    for path in paths:
-        content = read_json(path) if PurePath(path).suffix.lower() == ".json" else read_records(path)
-        if isinstance(content, dict) and {"images", "annotations"} <= content.keys():
-            part = records_of_coco(content, path)
-        else:
-            part = as_records(content, path)
-        require_fields(part, required, path)
-        records += [record if "image" in record else {"image": record["file_name"], **record} for record in part]
-    return records
+def caption_records(path: Path, check: RecordCheck) -> tuple[str | Path, list[Record]]:
+    """The records of LAVIS's or the user's file, or the images of a COCO file (`images` + `annotations`), after what
+    `place_of` takes.
+    """
+    content = read_json(path) if path.suffix.lower() == ".json" else read_records(path)
+    if isinstance(content, dict) and {"images", "annotations"} <= content.keys():
+        where: str | Path = f"{path} (images)"
+        part = records_of_coco(content, path, check)
+    else:
+        where, part = path, as_records(content, path)
+    check_records(part, check, where)
+    return where, [r if r.get("image") is not None else {**r, "image": r["file_name"]} for r in part]
 
 
-def records_of_coco(content: dict[str, Any], path: Any) -> list[Record]:
+def records_of_coco(content: dict[str, Any], path: Any, check: RecordCheck) -> list[Record]:
     """A COCO caption file's images, each with the list of its captions."""
-    require_fields(content["images"], ("id", "file_name"), f"{path} (images)")
-    require_fields(content["annotations"], ("image_id", "caption"), f"{path} (annotations)")
-    captions: dict[Any, list[str]] = {image["id"]: [] for image in content["images"]}
-    for number, annotation in enumerate(content["annotations"]):
+    images = section(
+        content, "images", path, RecordCheck(required=("id", "file_name"), fields={"id": ID, "file_name": PATH})
+    )
+    check_unique(images, "id", lambda number: place_of(f"{path} (images)", number))
+    told = replace(check, required=("image_id", "caption"), fields={"image_id": ID, "caption": TEXT})
+    captions: dict[Any, list[str]] = {image["id"]: [] for image in images}
+    for number, annotation in enumerate(section(content, "annotations", path, told)):
         if annotation["image_id"] not in captions:
             raise InputError(
                 f"{path} (annotations): record {number} has image_id {annotation['image_id']}, not in images"
@@ -93,7 +120,7 @@ def records_of_coco(content: dict[str, Any], path: Any) -> list[Record]:
         captions[annotation["image_id"]].append(annotation["caption"])
     return [
         {**image, "image": image["file_name"], "image_id": image["id"], "caption": captions[image["id"]]}
-        for image in content["images"]
+        for image in images
     ]
 
 
@@ -106,20 +133,42 @@ def expand_captions(records: list[Record]) -> list[Record]:
     ]
 
 
-def image_key(record: Record) -> Any:
-    """What makes two records the same image."""
-    return record.get("image_id", record["image"])
+def image_key(record: Record) -> str:
+    """What makes two records the same image: ids are compared as texts, as result files and scores have them."""
+    return str(record["image"] if record.get("image_id") is None else record["image_id"])
 
 
-def merge_images(records: list[Record]) -> list[Record]:
+def check_images(
+    records: Iterable[Record], ids: Iterable[Any], place: Callable[[int], str], *, root: Path = Path()
+) -> None:
+    """Raise InputError, with both records and paths, if two different pictures have the same id."""
+    first: dict[str, tuple[int, Any]] = {}
+    for number, (record, image_id) in enumerate(zip(records, ids, strict=True)):
+        file = picture_of(record)
+        other, its_file = first.setdefault(str(image_id), (number, file))
+        if file != its_file and os.path.normpath(root / file) != os.path.normpath(root / its_file):
+            raise InputError(
+                f"{place(other)} ({its_file}) and {place(number)} ({file}) are two pictures under one image_id "
+                f"{image_id!r}; give each picture an id of its own, or leave image_id out"
+            )
+
+
+def picture_of(record: Record) -> Any:
+    """The path of the image, or of the video, where there is one."""
+    return record["image"] if record.get("video") is None else record["video"]
+
+
+def merge_images(records: list[Record], place: Callable[[int], str], *, root: Path = Path()) -> list[Record]:
     """One record an image, in first-seen order, with `image_id` and the list `caption` (maybe empty)."""
-    merged: dict[Any, Record] = {}
-    for record, image_id in zip(records, evaluation_ids(records), strict=True):
+    merged: dict[str, Record] = {}
+    ids = evaluation_ids(records)
+    check_images(records, ids, place, root=root)
+    for record, image_id in zip(records, ids, strict=True):
         captions = as_list(record["caption"]) if record.get("caption") is not None else []
-        if image_id in merged:
-            merged[image_id]["caption"] += captions
+        if str(image_id) in merged:
+            merged[str(image_id)]["caption"] += captions
         else:
-            merged[image_id] = {**record, "image_id": image_id, "caption": list(captions)}
+            merged[str(image_id)] = {**record, "image_id": image_id, "caption": list(captions)}
     return list(merged.values())
 
 
@@ -128,11 +177,12 @@ def evaluation_ids(records: list[Record]) -> list[Any]:
     for key in ("image_id", "img_id"):
         if records and all(record.get(key) is not None for record in records):
             return [record[key] for record in records]
-    paths = [record["image"] for record in records]
+    paths = [picture_of(record) for record in records]
     numbers = [PurePath(path).stem.split("_")[-1] for path in paths]
-    if all(n.isascii() and n.isdigit() for n in numbers) and len({int(n) for n in numbers}) == len(set(paths)):
-        return [int(n) for n in numbers]
-    return paths
+    if not all(n.isascii() and n.isdigit() and len(n) < MAX_ID_DIGITS for n in numbers):
+        return paths
+    found = [int(n) for n in numbers]
+    return found if len(set(found)) == len(set(paths)) else paths
 
 
 @registry.register_builder("coco_caption")

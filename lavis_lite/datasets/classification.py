@@ -5,15 +5,18 @@ SNLI-VE's classes are contradiction 0, neutral 1, entailment 2, the order that L
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, ClassVar
 
-from lavis_lite.datasets.annotations import Record
-from lavis_lite.datasets.base import BaseBuilder, BaseDataset, identity
+from lavis_lite.datasets.base import BaseBuilder, BaseDataset
 from lavis_lite.errors import InputError
+from lavis_lite.records import ANY_TEXT, ID, NAME, Kind, Record
 from lavis_lite.registry import did_you_mean, registry
+
+MAX_DIGITS = 9
+"""Digits of a label, so that it fits an index."""
 
 
 class ClassificationDataset(BaseDataset):
@@ -23,31 +26,37 @@ class ClassificationDataset(BaseDataset):
     """
 
     required = ("image", "label")
+    fields: ClassVar[dict[str, Kind]] = {
+        "image": NAME,
+        "sentence": ANY_TEXT,
+        "text": ANY_TEXT,
+        "label": ID,
+        "instance_id": ID,
+    }
 
     def __init__(
         self,
         annotation_paths: Sequence[str | Path],
         vis_root: str | Path,
         *,
-        split: str,
-        vis_processor: Callable[[Any], Any] = identity,
-        text_processor: Callable[[str], str] = identity,
         classes: Sequence[str] = (),
+        **options: Any,
     ) -> None:
         self.classes = list(classes)
-        super().__init__(
-            annotation_paths, vis_root, split=split, vis_processor=vis_processor, text_processor=text_processor
-        )
-        self.labels = [self.label(record, index) for index, record in enumerate(self.annotation)]
+        super().__init__(annotation_paths, vis_root, **options)
+
+    def arrange(self, records: list[Record]) -> list[Record]:
+        self.labels = [self.label(record, index) for index, record in enumerate(records)]
+        return records
 
     def label(self, record: Record, index: int) -> int:
         """The class index of a record. Raises ValueError for a label that is none of the classes."""
         label = str(record["label"])
         if label in self.classes:
             return self.classes.index(label)
-        if not self.classes and label.isascii() and label.isdigit():
+        if not self.classes and label.isascii() and label.isdigit() and len(label) <= MAX_DIGITS:
             return int(label)
-        where = f"{', '.join(map(str, self.annotation_paths))}: record {index} has label {label!r}"
+        where = f"{self.place(index)} has label {label!r}"
         if not self.classes:
             raise InputError(f"{where}: labels must be integers from 0, or name them with `classes: [...]`")
         raise InputError(f"{where}, which is no class. {did_you_mean(label, self.classes)}")
@@ -57,10 +66,15 @@ class ClassificationDataset(BaseDataset):
         file = str(record["image"])
         return {
             "image": self.image(file if PurePath(file).suffix else f"{file}.jpg"),
-            "text_input": self.text_processor(record.get("sentence", record.get("text", ""))),
+            "text_input": self.text_processor(sentence_of(record)),
             "label": self.labels[index],
             "instance_id": str(index),
         }
+
+
+def sentence_of(record: Record) -> str:
+    """The record's text; empty where it has none, or null."""
+    return next((record[name] for name in ("sentence", "text") if record.get(name) is not None), "")
 
 
 @registry.register_builder("snli_ve")

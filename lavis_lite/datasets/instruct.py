@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
-from lavis_lite.datasets.annotations import Record, as_list, place_of
-from lavis_lite.datasets.base import BaseBuilder, BaseDataset, identity
+from lavis_lite.datasets.annotations import as_list, place_of
+from lavis_lite.datasets.base import BaseBuilder, BaseDataset
 from lavis_lite.datasets.instruct_jsonl import PLACE, read_instructions
 from lavis_lite.datasets.templates import GAP, Templates, load_templates, with_prompt
 from lavis_lite.datasets.video import read_frames
 from lavis_lite.errors import InputError
 from lavis_lite.frames import ShortClips, check_num_frames, check_short_clips
+from lavis_lite.records import ANSWERS, GROUP, ID, PATH, TEXTS, TRUTHS, VALUES, WORDS, Kind, Record, renaming
 from lavis_lite.registry import did_you_mean, registry
 from lavis_lite.wording import joined_words, lettered, letters
 
@@ -47,7 +48,6 @@ class InstructDataset(BaseDataset):
         annotation_paths: Sequence[str | Path],
         vis_root: str | Path,
         *,
-        split: str,
         reader: Reader,
         templates: Templates,
         training: bool,
@@ -55,8 +55,7 @@ class InstructDataset(BaseDataset):
         short_clips: ShortClips = "repeat",
         answer_choice: AnswerChoice,
         candidate_format: CandidateFormat,
-        vis_processor: Callable[[Any], Any] = identity,
-        text_processor: Callable[[str], str] = identity,
+        **options: Any,
     ) -> None:
         for name, value, known in (
             ("answer_choice", answer_choice, get_args(AnswerChoice)),
@@ -68,18 +67,28 @@ class InstructDataset(BaseDataset):
         self.num_frames, self.short_clips = check_num_frames(num_frames), check_short_clips(short_clips)
         self.answer_choice, self.candidate_format = answer_choice, candidate_format
         self.gaps = {gap: text for text in templates.used(training=training) for gap in GAP.findall(text)}
-        super().__init__(
-            annotation_paths, vis_root, split=split, vis_processor=vis_processor, text_processor=text_processor
-        )
+        learned = templates.output if templates.output in CLEANED else f"{templates.output}|candidates"
+        self.required = (learned,) if training else ()
+        self.fields = instruct_fields(self.gaps, templates.output, training=training)
+        self.loaded: list[Record] = []
+        super().__init__(annotation_paths, vis_root, **options)
 
     def load(self) -> list[Record]:
-        return self.reader(self.annotation_paths)
+        self.loaded = self.reader(self.annotation_paths)
+        self.record_check(self.loaded, self.place)
+        return self.loaded
+
+    def place(self, number: int) -> str:
+        number = self.kept[number] if self.kept is not None else number
+        place = self.loaded[number].get(PLACE)
+        return place_of(*place) if place else f"{', '.join(map(str, self.annotation_paths))}: record {number}"
 
     def arrange(self, records: list[Record]) -> list[Record]:
         """Each record with `answers` (list[str], perhaps empty in evaluation) and `question_id`.
 
         Raises ValueError, naming the file and the record, for one that cannot become a sample.
         """
+        self.loaded = []
         arranged: list[Record] = []
         for index, record in enumerate(records):
             if record.get("question_id") is None:
@@ -115,7 +124,7 @@ class InstructDataset(BaseDataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.annotation[index]
-        fields = self.fields(record)
+        fields = self.values(record)
         sample = {
             "image": self.seen(record),
             "text_input": self.templates.instruction(fields, training=self.training),
@@ -134,7 +143,7 @@ class InstructDataset(BaseDataset):
         path = self.vis_root / record["video"]
         return read_frames(path, self.num_frames, self.vis_processor, short_clips=self.short_clips)
 
-    def fields(self, record: Record) -> dict[str, Any]:
+    def values(self, record: Record) -> dict[str, Any]:
         """What the templates' gaps take and what is learned: one of several texts, cleaned if it's to be."""
         fields = {gap: self.value(record, gap) for gap in self.gaps}
         if self.training:
@@ -159,6 +168,18 @@ class InstructDataset(BaseDataset):
         return random.choice(texts) if drawn else Counter(texts).most_common(1)[0][0]
 
 
+def instruct_fields(gaps: Iterable[str], output: str, *, training: bool) -> dict[str, Kind]:
+    """The kinds of the fields that templates name, of the one that is learned, and of those that samples keep."""
+    return {
+        **dict.fromkeys(gaps, VALUES),
+        **{"image": PATH, "video": PATH, "question_id": ID, "image_id": ID, "instance_id": ID},
+        **dict.fromkeys(("group", "question_type", "answer_type"), GROUP),
+        **{"candidates": VALUES, "options": VALUES, "ocr_tokens": WORDS},
+        output: ANSWERS if training else TRUTHS,
+        **dict.fromkeys(CLEANED, TEXTS),
+    }
+
+
 def seen_as(record: Record) -> str:
     """Which of the record's fields is looked at: "video" if it has one, else "image"."""
     return "image" if record.get("video") is None else "video"
@@ -166,9 +187,11 @@ def seen_as(record: Record) -> str:
 
 def lacking(record: Record, field: str, why: str) -> InputError:
     """The error about a field that is missing or has nothing in it, with those that are there."""
-    there = ", ".join(repr(key) for key in record if key != "answers")
-    begin = "has no field" if record.get(field) is None else "has nothing in its field"
-    return InputError(f"{begin} {field!r}{why}; fields there: {there}")
+    given = {key: value for key, value in record.items() if key != "answers"}
+    if field not in given:
+        there = ", ".join(map(repr, given))
+        return InputError(f"has no field {field!r}{why}; fields there: {there}{renaming(given, [field])}")
+    return InputError(f"has {'null' if record[field] is None else 'nothing'} in its field {field!r}{why}")
 
 
 def settle(record: Record, output: str) -> None:
@@ -177,7 +200,7 @@ def settle(record: Record, output: str) -> None:
 
     Raises ValueError for candidates that leave nothing to choose, and for a label or an answer that is none of them.
     """
-    answers = [str(text) for text in as_list(record.get(output)) if text not in (None, "")]
+    answers = [str(text) for text in as_list(record.get(output)) if text is not None and str(text).strip()]
     if any(isinstance(text, dict | list) for text in as_list(record.get(output))):
         raise InputError(f"must have a text, or a list of texts, in its field {output!r}, got {record[output]!r}")
     record["answers"], candidates, label = answers, record.get("candidates"), record.get("label")
@@ -189,7 +212,7 @@ def settle(record: Record, output: str) -> None:
         raise InputError(f"has {answers[0]!r} in its field {output!r}, which is none of the candidates {candidates!r}")
     if label is None:
         record["label"] = right[0] if right else None
-    elif not isinstance(label, int) or not 0 <= label < len(candidates):
+    elif type(label) is not int or not 0 <= label < len(candidates):
         raise InputError(f"has the label {label!r}, which is no index into its {len(candidates)} candidates")
     elif answers and candidates[label] not in answers:
         raise InputError(f"has the label {label}, but {answers[0]!r} in its field {output!r} is candidate {right[0]}")

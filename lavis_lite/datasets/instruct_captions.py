@@ -6,47 +6,39 @@ captioning task scores it. Surprising: TextCaps's test images are kept, though t
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lavis_lite.datasets.annotations import Record, as_list, as_records, read_json, require_fields
-from lavis_lite.datasets.base import BaseDataset
+from lavis_lite.datasets.annotations import as_records, check_records, read_json
+from lavis_lite.datasets.base import BaseDataset, BlankTexts
 from lavis_lite.datasets.caption import (
+    CAPTION_FIELDS,
     CaptionBuilder,
     CaptionEvalDataset,
     CaptionTrainDataset,
+    caption_records,
     expand_captions,
-    load_captions,
     merge_images,
 )
 from lavis_lite.datasets.instruct import InstructBuilder, InstructDataset
+from lavis_lite.datasets.instruct_jsonl import PLACE
 from lavis_lite.datasets.pairs import PairsBuilder
 from lavis_lite.errors import InputError
+from lavis_lite.records import NAME, TEXTS, WORDS, Record, RecordCheck
 from lavis_lite.registry import registry
 
-logger = logging.getLogger(__name__)
-
-
-def learnable(records: list[Record], output: str, paths: Sequence[Path]) -> list[Record]:
-    """The records without those whose text to learn is empty, counted in the log; all of them if every one is."""
-    kept = [record for record in records if any(text != "" for text in as_list(record.get(output)))]
-    if 0 < len(kept) < len(records):
-        left_out, where = len(records) - len(kept), ", ".join(map(str, paths))
-        logger.warning("%s: %d of %d records have an empty %s and are left out", where, left_out, len(records), output)
-    return kept or records
+TEXTCAPS_FIELDS = {"image_id": NAME, "caption_str": TEXTS, "ocr_tokens": WORDS}
 
 
 class CaptionInstructDataset(InstructDataset):
     """Evaluation samples have `image_id`, and `prompt`, the instruction once more, for the captioning task."""
 
     def arrange(self, records: list[Record]) -> list[Record]:
-        if not self.training:
-            return super().arrange(merge_images(records))
-        require_fields(records, ("caption",), ", ".join(map(str, self.annotation_paths)))
-        return super().arrange(learnable(expand_captions(records), "caption", self.annotation_paths))
+        if self.training:
+            return super().arrange(expand_captions(records))
+        return super().arrange(merge_images(records, self.place, root=self.vis_root))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample = super().__getitem__(index)
@@ -59,36 +51,41 @@ class CaptionInstructDataset(InstructDataset):
 
 def read_captions(paths: Sequence[Path]) -> list[Record]:
     """Records {image, caption}; in evaluation the caption may be absent."""
-    return load_captions(list(paths), ("image|file_name",))
+    check = RecordCheck(required=("image|file_name",), fields=CAPTION_FIELDS, allow_blank=True)
+    files = [caption_records(path, check) for path in paths]
+    return [{**record, PLACE: (where, n)} for where, part in files for n, record in enumerate(part)]
 
 
-def read_textcaps(paths: Sequence[Path]) -> list[Record]:
+def read_textcaps(paths: Sequence[Path], check: RecordCheck | None = None) -> list[Record]:
     """TextCaps's records {image, image_id[, caption, ocr_tokens]}; the images are in one folder, named by their ids."""
     kept = {"caption_str": "caption", "ocr_tokens": "ocr_tokens"}
+    check = check or RecordCheck(required=("image_id",), fields=TEXTCAPS_FIELDS, allow_blank=True)
     return [
-        {"image": f"{row['image_id']}.jpg", "image_id": row["image_id"]}
+        {"image": f"{row['image_id']}.jpg", "image_id": row["image_id"], PLACE: row[PLACE]}
         | {ours: row[key] for key, ours in kept.items() if row.get(key) is not None}
-        for row in read_with_words(paths, ("image_id",))
+        for row in read_with_words(paths, check)
     ]
 
 
-def read_with_words(paths: Sequence[Path], required: Sequence[str]) -> list[Record]:
+def read_with_words(paths: Sequence[Path], check: RecordCheck) -> list[Record]:
     """The rows of files `{"data": [...]}` (TextCaps, TextVQA), with `ocr_tokens` if the words in the images, a file of
     the same form, are among the paths. Raises ValueError for other content.
     """
     rows: list[Record] = []
     words: dict[Any, list[str]] | None = None
+    of_words = RecordCheck(required=("image_id", "ocr_tokens"), fields=TEXTCAPS_FIELDS)
     for path in paths:
         content = read_json(path)
         if not isinstance(content, dict) or not isinstance(content.get("data"), list):
             raise InputError(f'{path}: expected {{"data": [...]}}, as TextCaps and TextVQA are published')
-        part = as_records(content["data"], path)
-        if part and "ocr_tokens" in part[0]:
-            require_fields(part, ("image_id", "ocr_tokens"), path)
+        where = f"{path} (data)"
+        part = as_records(content["data"], where)
+        if "ocr_tokens" in part[0]:
+            check_records(part, of_words, where)
             words = (words or {}) | {row["image_id"]: row["ocr_tokens"] for row in part}
         else:
-            require_fields(part, required, path)
-            rows += part
+            check_records(part, check, where)
+            rows += [{**row, PLACE: (where, number)} for number, row in enumerate(part)]
     return rows if words is None else [{**row, "ocr_tokens": words.get(row["image_id"], [])} for row in rows]
 
 
@@ -96,8 +93,14 @@ class TextCapsDataset(BaseDataset):
     """What reads TextCaps's files for the datasets without instructions."""
 
     def load(self) -> list[Record]:
-        records = read_textcaps(self.annotation_paths)
-        require_fields(records, self.required, ", ".join(map(str, self.annotation_paths)))
+        names = ["caption_str" if name == "caption" else name for name in self.required if name != "image|file_name"]
+        check = replace(self.record_check, required=("image_id", *names), fields=TEXTCAPS_FIELDS)
+        records = read_textcaps(self.annotation_paths, check)
+        for record in records:
+            path, number = record.pop(PLACE)
+            if not self.sources or self.sources[-1][0] != path:
+                self.sources.append((path, 0))
+            self.sources[-1] = (path, number + 1)
         return records
 
 
@@ -128,6 +131,8 @@ class TextCapsBuilder(CaptionBuilder):
 @dataclass(kw_only=True)
 class CaptionInstructBuilder(InstructBuilder):
     """Records {image, caption[, image_id]} as the builder `caption` reads them, behind instructions."""
+
+    blank_texts: BlankTexts = "skip"
 
     reader = staticmethod(read_captions)
     train_dataset = CaptionInstructDataset

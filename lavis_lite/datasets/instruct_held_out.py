@@ -12,20 +12,34 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lavis_lite.datasets.annotations import Record, load_annotations, place_of, read_json, require_fields
+from lavis_lite.datasets.annotations import place_of, read_json, section
+from lavis_lite.datasets.base import BlankTexts
 from lavis_lite.datasets.instruct import InstructBuilder
 from lavis_lite.datasets.instruct_captions import CaptionInstructBuilder, read_with_words
-from lavis_lite.datasets.instruct_jsonl import PLACE
-from lavis_lite.datasets.vqa import answers_of
+from lavis_lite.datasets.instruct_jsonl import PLACE, placed
+from lavis_lite.datasets.vqa import answers_of, question_fields
 from lavis_lite.errors import InputError
+from lavis_lite.records import (
+    ANY_TEXT,
+    GROUP,
+    ID,
+    INDEX,
+    NAME,
+    PATH,
+    TEXT,
+    TRUTHS,
+    WORDS,
+    Kind,
+    Record,
+    RecordCheck,
+    shown,
+)
 from lavis_lite.registry import registry
 
 
-def placed(paths: Sequence[Path], required: Sequence[str]) -> Iterator[tuple[tuple[Path, int], Record]]:
-    """Each record of the files after its place (file, number). ValueError for one without a required field."""
-    for path in paths:
-        for number, record in enumerate(load_annotations([path], required)):
-            yield (path, number), record
+def needs(*required: str, **fields: Kind) -> RecordCheck:
+    """The check of records that must have these fields."""
+    return RecordCheck(required=required, fields=fields)
 
 
 # Yes or no
@@ -56,10 +70,12 @@ class VSRBuilder(YesNoBuilder):
 
     def reader(self, paths: Sequence[Path]) -> list[Record]:
         """`statement`; the relation is the question type."""
+        check = needs("image", "caption", image=PATH, caption=TEXT, relation=GROUP, label=ID)
         return [
             {"image": record["image"], "statement": record["caption"], "question_type": record.get("relation")}
             | self.verdict(record, place)
-            for place, record in placed(paths, ("image", "caption"))
+            | {PLACE: place}
+            for place, record in placed(paths, check)
         ]
 
 
@@ -70,15 +86,22 @@ class HatefulMemesBuilder(YesNoBuilder):
 
     def reader(self, paths: Sequence[Path]) -> list[Record]:
         """`text`, the words on the picture."""
+        check = needs("id", "img", "text", id=ID, img=PATH, text=ANY_TEXT, label=ID)
         return [
-            {"image": record["img"], "text": record["text"], "question_id": record["id"]} | self.verdict(record, place)
-            for place, record in placed(paths, ("id", "img", "text"))
+            {"image": record["img"], "text": record["text"], "question_id": record["id"]}
+            | self.verdict(record, place)
+            | {PLACE: place}
+            for place, record in placed(paths, check)
         ]
 
 
 def read_true_statements(paths: Sequence[Path]) -> list[Record]:
     """VSR's statements that hold, as captions."""
-    return [record for _, record in placed(paths, ("image", "caption", "label")) if record["label"] == 1]
+    check = needs("image", "caption", "label", image=PATH, caption=TEXT, label=ID, image_id=ID)
+    true = [{**record, PLACE: place} for place, record in placed(paths, check) if record["label"] == 1]
+    if not true:
+        raise InputError(f"{', '.join(map(str, paths))}: no record has label 1, a statement that holds")
+    return true
 
 
 @registry.register_builder("vsr_caption")
@@ -95,10 +118,11 @@ class VSRCaptionBuilder(CaptionInstructBuilder):
 
 def read_iconqa(paths: Sequence[Path]) -> list[Record]:
     """IconQA's questions with choices in words: {image, question, choices, answer (an index)}."""
+    check = needs("image", "question", "choices", image=PATH, question=TEXT, choices=WORDS, answer=INDEX)
     return [
         {"image": row["image"], "question": row["question"], "candidates": row["choices"], "label": row.get("answer")}
         | {PLACE: place}
-        for place, row in placed(paths, ("image", "question", "choices"))
+        for place, row in placed(paths, check)
     ]
 
 
@@ -123,8 +147,9 @@ def read_vizwiz(paths: Sequence[Path]) -> list[Record]:
             "question_id": record["image"],
             "answer": answers_of(record),
             "answer_type": record.get("answer_type"),
+            PLACE: place,
         }
-        for _, record in placed(paths, ("image", "question"))
+        for place, record in placed(paths, needs("image", "question", **question_fields(TRUTHS)))
     ]
 
 
@@ -132,6 +157,8 @@ def read_vizwiz(paths: Sequence[Path]) -> list[Record]:
 @dataclass(kw_only=True)
 class VizWizBuilder(InstructBuilder):
     """VizWiz; see `read_vizwiz`."""
+
+    blank_texts: BlankTexts = "skip"
 
     reader = staticmethod(read_vizwiz)
 
@@ -141,15 +168,17 @@ def read_textvqa(paths: Sequence[Path]) -> list[Record]:
 
     The validation images are in the folder of the training images.
     """
+    check = needs("image_id", "question", "question_id", **question_fields(TRUTHS), image_id=NAME, ocr_tokens=WORDS)
     return [
         {
+            PLACE: row[PLACE],
             "image": f"{'test' if row.get('set_name') == 'test' else 'train'}_images/{row['image_id']}.jpg",
             "question": row["question"],
             "question_id": row["question_id"],
             "answer": answers_of(row),
             **({"ocr_tokens": row["ocr_tokens"]} if "ocr_tokens" in row else {}),
         }
-        for row in read_with_words(paths, ("image_id", "question", "question_id"))
+        for row in read_with_words(paths, check)
     ]
 
 
@@ -157,6 +186,8 @@ def read_textvqa(paths: Sequence[Path]) -> list[Record]:
 @dataclass(kw_only=True)
 class TextVQABuilder(InstructBuilder):
     """TextVQA; see `read_textvqa`."""
+
+    blank_texts: BlankTexts = "skip"
 
     reader = staticmethod(read_textvqa)
 
@@ -175,10 +206,20 @@ def read_visdial(paths: Sequence[Path]) -> list[Record]:
         data = content.get("data") if isinstance(content, dict) else None
         if not isinstance(data, dict) or not {"questions", "answers", "dialogs"} <= data.keys():
             raise InputError(f'{path}: expected Visual Dialog\'s {{"data": {{"questions", "answers", "dialogs"}}}}')
-        require_fields(data["dialogs"], ("image_id", "dialog"), f"{path} (dialogs)")
+        for name in ("questions", "answers"):
+            problem = needs(name, **{name: WORDS}).problem(data)
+            if problem or not isinstance(data[name], list):
+                raise InputError(f"{path}{problem or f': {name} must be a list of texts'}")
         split = str(content.get("split", "val")).removesuffix("2018")
-        for number, dialog in enumerate(data["dialogs"]):
-            records += [{**record, PLACE: (path, number)} for record in rounds(dialog, data, split)]
+        check = needs("image_id", "dialog", image_id=INDEX, caption=ANY_TEXT)
+        for number, dialog in enumerate(section(data, "dialogs", path, check)):
+            try:
+                records += [{**record, PLACE: (f"{path} (dialogs)", number)} for record in rounds(dialog, data, split)]
+            except (KeyError, IndexError, TypeError, AttributeError) as error:
+                raise InputError(
+                    f"{path} (dialogs): record {number}: `dialog` must be a list of rounds with indices of questions "
+                    f"and answers, found {shown(dialog['dialog'])} ({type(error).__name__}: {error})"
+                ) from error
     return records
 
 

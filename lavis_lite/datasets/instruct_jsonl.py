@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lavis_lite.datasets.annotations import Record, load_annotations, place_of
+from lavis_lite.datasets.annotations import load_annotations, place_of
 from lavis_lite.errors import InputError
+from lavis_lite.records import Record, RecordCheck, lacking
 
 PLACE = "_place"
 """What a reader may put into a record: (file, number of the record in it). Errors name it; the dataset takes it out."""
@@ -19,6 +20,13 @@ FORMS = (("from", "value", "human", "gpt"), ("role", "content", "user", "assista
 """How conversations are written: the key of who speaks, the key of the text, who asks, who answers."""
 
 
+def placed(paths: Sequence[Path], check: RecordCheck | None = None) -> Iterator[tuple[tuple[Path, int], Record]]:
+    """Each checked record of the files after its place (file, number)."""
+    for path in paths:
+        for number, record in enumerate(load_annotations([path], check)):
+            yield (path, number), record
+
+
 def read_instructions(paths: Sequence[Path]) -> list[Record]:
     """Records {image or video, instruction, output[, candidates, label]}, or {image or video, conversations}; with
     templates of one's own, whatever fields these name.
@@ -27,13 +35,12 @@ def read_instructions(paths: Sequence[Path]) -> list[Record]:
     field, for a record without image and video, or with a broken conversation.
     """
     records: list[Record] = []
-    for path in paths:
-        for number, record in enumerate(load_annotations([path])):
-            try:
-                found = asked(record)
-            except ValueError as error:
-                raise InputError(f"{place_of(path, number)} {error}") from None
-            records += [{**one, PLACE: (path, number)} for one in found]
+    for place, record in placed(paths):
+        try:
+            found = asked(record)
+        except ValueError as error:
+            raise InputError(f"{place_of(*place)} {error}") from None
+        records += [{**one, PLACE: place} for one in found]
     return records
 
 
@@ -51,7 +58,7 @@ def asked(record: Record) -> list[Record]:
         if not isinstance(record[name], str) or not record[name].strip():
             raise InputError(f"must have a text in its field {name!r}, got {record[name]!r}")
     if not seen:
-        raise InputError(f"has no field 'image' or 'video'; fields there: {', '.join(map(repr, record))}")
+        raise InputError(lacking(record, ("image", "video")).removeprefix(":").strip())
     return turns(record, told[0]) if told and told[0] != "instruction" else [record]
 
 
@@ -72,8 +79,9 @@ def turns(record: Record, name: str) -> list[Record]:
     found = []
     for number in range(0, len(texts), 2):
         own: dict[str, Any] = {"instruction": "\n".join(texts[: number + 1]), "output": texts[number + 1]}
-        if record.get("question_id") is not None:
-            own["question_id"] = f"{record['question_id']}_{number // 2}"
+        for name in ("question_id", "instance_id"):
+            if record.get(name) is not None:
+                own[name] = f"{record[name]}_{number // 2}"
         found.append({**kept, **own})
     return found
 

@@ -10,18 +10,26 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lavis_lite.datasets.annotations import Record, load_annotations, place_of, read_json
-from lavis_lite.datasets.base import BaseDataset
+from lavis_lite.datasets.annotations import place_of, read_json
+from lavis_lite.datasets.base import BaseDataset, BlankTexts
 from lavis_lite.datasets.instruct import InstructBuilder, InstructDataset
-from lavis_lite.datasets.instruct_captions import learnable
-from lavis_lite.datasets.instruct_jsonl import PLACE
-from lavis_lite.datasets.vqa import VQABuilder, VQAEvalDataset, VQATrainDataset, answers_of, load_questions
+from lavis_lite.datasets.instruct_jsonl import PLACE, placed
+from lavis_lite.datasets.vqa import (
+    VQABuilder,
+    VQAEvalDataset,
+    VQATrainDataset,
+    answers_of,
+    checked_answers,
+    load_questions,
+    question_fields,
+)
 from lavis_lite.errors import InputError, MissingFileError
+from lavis_lite.records import ANY_TEXT, GROUP, ID, INDEX, NAME, PATH, TEXT, TRUTHS, VALUES, WORDS, Record, RecordCheck
 from lavis_lite.registry import did_you_mean, registry
 
 logger = logging.getLogger(__name__)
@@ -41,9 +49,7 @@ class QuestionDataset(InstructDataset):
 
     def arrange(self, records: list[Record]) -> list[Record]:
         """A-OKVQA's `difficult_direct_answer` loses its answers where they are judged, unless it is a choice."""
-        if self.training:
-            return super().arrange(learnable(records, self.templates.output, self.annotation_paths))
-        if self.templates.output != "answer":
+        if self.training or self.templates.output != "answer":
             return super().arrange(records)
         hard = [record.get("difficult_direct_answer") and "candidates" not in record for record in records]
         return super().arrange([r | {"answer": None} if skip else r for r, skip in zip(records, hard, strict=True)])
@@ -52,24 +58,29 @@ class QuestionDataset(InstructDataset):
 def read_answer_list(paths: Sequence[Path]) -> list[str] | None:
     """The content of the one file that begins as a JSON list of strings."""
     for path in paths:
-        with path.open(encoding="utf-8-sig") as file:
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
             if re.match(r'\s*\[\s*"', file.read(64)):
-                return read_json(path)
+                content = read_json(path)
+                return checked_answers(content, path) if all(isinstance(text, str) for text in content) else None
     return None
 
 
-def read_questions(paths: Sequence[Path]) -> list[Record]:
-    """Records as the builder `vqa` reads them, with `answer`: the list of all answers."""
-    records, _ = load_questions(paths, ("image", "question"))
-    return [{**record, "answer": answers_of(record)} for record in records]
-
-
-def read_choices(paths: Sequence[Path]) -> list[Record]:
-    """Records {image, question, choices[, correct_choice_idx]} as choices: the text of the right one is learned."""
-    records, _ = load_questions(paths, ("image", "question", "choices"))
+def read_questions(paths: Sequence[Path], *, choices: bool = False) -> list[Record]:
+    """Records as the builder `vqa` reads them, with `answer`: the list of all answers; or with `choices` as records
+    {image, question, choices[, correct_choice_idx]}: the text of the right one is learned.
+    """
+    required = ("image", "question", "choices") if choices else ("image", "question")
+    fields = {**question_fields(TRUTHS), "choices": WORDS, "correct_choice_idx": INDEX}
+    records, sources, _ = load_questions(paths, RecordCheck(required=required, fields=fields, allow_blank=True))
+    places = [(where, number) for where, count in sources for number in range(count)]
     return [
-        {**record, "candidates": record["choices"], "label": record.get("correct_choice_idx")} for record in records
+        {**record, PLACE: place, **(_chosen(record) if choices else {"answer": answers_of(record)})}
+        for record, place in zip(records, places, strict=True)
     ]
+
+
+def _chosen(record: Record) -> Record:
+    return {"candidates": record["choices"], "label": record.get("correct_choice_idx")}
 
 
 @registry.register_builder("coco_vqa_instruct")
@@ -86,12 +97,13 @@ class QuestionInstructBuilder(InstructBuilder):
 
     multiple_choice: bool = False
     """Learn and rank a record's `choices` (A-OKVQA) instead of its answers."""
+    blank_texts: BlankTexts = "skip"
 
     train_dataset = QuestionDataset
     eval_dataset = QuestionDataset
 
     def reader(self, paths: Sequence[Path]) -> list[Record]:
-        return read_choices(paths) if self.multiple_choice else read_questions(paths)
+        return read_questions(paths, choices=self.multiple_choice)
 
 
 # OCR-VQA
@@ -99,18 +111,20 @@ class QuestionInstructBuilder(InstructBuilder):
 
 def read_ocr_vqa(paths: Sequence[Path]) -> list[Record]:
     """One record a question of OCR-VQA's {key: {questions, answers, split}}; `image` is the key, without a suffix."""
+    fields = {"sample_id": NAME, "questions": WORDS, "answers": VALUES, "split": ID}
+    check = RecordCheck(required=("sample_id", "questions", "answers"), fields=fields)
     records: list[Record] = []
-    for path in paths:
-        books = load_annotations([path], ("sample_id", "questions", "answers"))
-        for book in books:
-            key, pairs = book["sample_id"], (book["questions"], book["answers"])
-            if len(pairs[0]) != len(pairs[1]):
-                raise InputError(f"{path}: {key} has {len(pairs[0])} questions and {len(pairs[1])} answers")
-            records += [
-                {"image": key, "question": question, "answer": answer, "question_id": f"{key}_{number}"}
-                | ({"split": book["split"]} if "split" in book else {})
-                for number, (question, answer) in enumerate(zip(*pairs, strict=True))
-            ]
+    for place, book in placed(paths, check):
+        key, pairs = book["sample_id"], (book["questions"], book["answers"])
+        if not all(isinstance(texts, list) for texts in pairs):
+            raise InputError(f"{place_of(*place)} ({key}): questions and answers must be lists")
+        if len(pairs[0]) != len(pairs[1]):
+            raise InputError(f"{place[0]}: {key} has {len(pairs[0])} questions and {len(pairs[1])} answers")
+        records += [
+            {"image": key, "question": question, "answer": answer, "question_id": f"{key}_{number}", PLACE: place}
+            | ({"split": book["split"]} if "split" in book else {})
+            for number, (question, answer) in enumerate(zip(*pairs, strict=True))
+        ]
     return records
 
 
@@ -125,13 +139,24 @@ class OCRVQAFile(BaseDataset):
         where = ", ".join(map(str, self.annotation_paths))
         records = [record for record in read_ocr_vqa(self.annotation_paths) if self.is_mine(record, where)]
         files = {path.stem: path.name for path in self.vis_root.iterdir()}
-        there = [{**record, "image": files[record["image"]]} for record in records if record["image"] in files]
-        if records and not there:
+        self.loaded = [{**record, "image": files[record["image"]]} for record in records if record["image"] in files]
+        if not self.loaded:
             raise MissingFileError(f"{self.vis_root} has none of the {self.split} images of {where}")
-        if len(there) < len(records):
-            left_out = len(records) - len(there)
+        if len(self.loaded) < len(records):
+            left_out = len(records) - len(self.loaded)
             logger.warning("%s: %d of %d questions have no image and are left out", where, left_out, len(records))
-        return there
+        self.record_check(self.loaded, self.place)
+        return self.loaded
+
+    def place(self, number: int) -> str:
+        return place_of(*self.loaded[self.kept[number] if self.kept is not None else number][PLACE])
+
+    def arrange(self, records: list[Record]) -> list[Record]:
+        arranged = super().arrange(records)
+        for record in arranged:
+            record.pop(PLACE, None)
+        self.loaded = []
+        return arranged
 
     def is_mine(self, record: Record, where: str) -> bool:
         """Whether the record is of this split; all are in a file that names none."""
@@ -166,6 +191,8 @@ class OCRVQABuilder(VQABuilder):
 class OCRVQAInstructBuilder(InstructBuilder):
     """OCR-VQA behind instructions."""
 
+    blank_texts: BlankTexts = "skip"
+
     reader = staticmethod(read_ocr_vqa)
     train_dataset = OCRVQAInstructDataset
     eval_dataset = OCRVQAInstructDataset
@@ -177,14 +204,13 @@ class OCRVQAInstructBuilder(InstructBuilder):
 def read_entailment(paths: Sequence[Path], *, classes: dict[str, str]) -> list[Record]:
     """SNLI-VE's {image (a Flickr id), sentence, label} as a choice between the words for the classes."""
     records, words = [], list(classes.values())
-    for path in paths:
-        for number, row in enumerate(load_annotations([path], ("image", "sentence", "label"))):
-            if row["label"] not in classes:
-                hint = did_you_mean(row["label"], classes)
-                raise InputError(f"{place_of(path, number)} has label {row['label']!r}. {hint}")
-            image = f"{str(row['image']).removesuffix('.jpg')}.jpg"
-            label = list(classes).index(row["label"])
-            records.append({"image": image, "caption": row["sentence"], "candidates": words, "label": label})
+    fields = {"image": NAME, "sentence": TEXT, "label": ID}
+    for place, row in placed(paths, RecordCheck(required=("image", "sentence", "label"), fields=fields)):
+        if row["label"] not in classes:
+            raise InputError(f"{place_of(*place)} has label {row['label']!r}. {did_you_mean(row['label'], classes)}")
+        image = f"{str(row['image']).removesuffix('.jpg')}.jpg"
+        label = list(classes).index(row["label"])
+        records.append({"image": image, "caption": row["sentence"], "candidates": words, "label": label, PLACE: place})
     return records
 
 
@@ -207,24 +233,33 @@ def read_scienceqa(paths: Sequence[Path], *, split: str, context: Sequence[str],
     `<split>/<id>/image.png`; in a list of problems `image` is a path.
     """
     records = []
-    for path in paths:
-        for number, row in enumerate(load_annotations([path], ("question", "choices", "answer"))):
-            home = row.get("split", split)
-            if not row.get("image") or home != split:
-                continue
-            text = " ".join(row[name] for name in context if row.get(name)) or no_context
-            record = {
-                "question": row["question"],
-                "context": text,
-                "candidates": row["choices"],
-                "label": row["answer"],
-                PLACE: (path, number),
-            }
-            if "sample_id" in row:
-                place = {"image": f"{home}/{row['sample_id']}/{row['image']}", "question_id": row["sample_id"]}
-            else:
-                place = {key: row[key] for key in ("image", "question_id") if key in row}
-            records.append(record | place)
+    texts = dict.fromkeys(context, ANY_TEXT)
+    fields = {
+        "image": replace(PATH, blank=True),
+        "split": GROUP,
+        "question": TEXT,
+        "choices": WORDS,
+        "answer": INDEX,
+        "question_id": ID,
+        **texts,
+    }
+    for place, row in placed(paths, RecordCheck(required=("question", "choices", "answer"), fields=fields)):
+        home = row.get("split", split)
+        if not row.get("image") or home != split:
+            continue
+        text = " ".join(row[name] for name in context if row.get(name)) or no_context
+        record = {
+            "question": row["question"],
+            "context": text,
+            "candidates": row["choices"],
+            "label": row["answer"],
+            PLACE: place,
+        }
+        if "sample_id" in row:
+            known = {"image": f"{home}/{row['sample_id']}/{row['image']}", "question_id": row["sample_id"]}
+        else:
+            known = {key: row[key] for key in ("image", "question_id") if key in row}
+        records.append(record | known)
     if not records:
         raise InputError(f"{', '.join(map(str, paths))}: no problem of the split {split!r} has an image")
     return records

@@ -9,12 +9,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lavis_lite.datasets.annotations import Record, load_annotations, read_json
-from lavis_lite.datasets.base import BaseDataset
+from lavis_lite.datasets.annotations import place_of, read_json
+from lavis_lite.datasets.base import BaseDataset, BlankTexts
 from lavis_lite.datasets.instruct import InstructBuilder
 from lavis_lite.datasets.instruct_captions import CaptionInstructBuilder
+from lavis_lite.datasets.instruct_jsonl import PLACE, placed
 from lavis_lite.datasets.templates import fill
-from lavis_lite.errors import InputError
+from lavis_lite.datasets.vqa import checked_answers, question_fields
+from lavis_lite.errors import InputError, UnknownNameError
+from lavis_lite.records import GROUP, ID, PATH, TRUTHS, Record, RecordCheck
 from lavis_lite.registry import registry
 
 VOCABULARY = "ans2label"
@@ -23,7 +26,11 @@ ANSWERS = tuple(f"answer{number}" for number in range(1, 6))
 
 def read_video_questions(paths: Sequence[Path]) -> list[Record]:
     """Records {video, question[, answer, question_id]}."""
-    return load_annotations(paths, ("video", "question"))
+    fields = {**question_fields(TRUTHS), "video": PATH}
+    return [
+        {**row, PLACE: place}
+        for place, row in placed(paths, RecordCheck(required=("video", "question"), fields=fields))
+    ]
 
 
 @registry.register_builder("msvd_qa")
@@ -35,6 +42,8 @@ class VideoQABuilder(InstructBuilder):
     """Questions about videos. As in LAVIS, `build_info.annotations.ans2label` is no split but the answers to rank: a
     JSON object {answer: index}, or a list of answers. The datasets have it as `answer_list` (list[str], or None).
     """
+
+    blank_texts: BlankTexts = "skip"
 
     reader = staticmethod(read_video_questions)
 
@@ -59,9 +68,9 @@ class VideoQABuilder(InstructBuilder):
         (path,) = self.annotation_paths(VOCABULARY)
         content = read_json(path)
         if isinstance(content, dict) and all(isinstance(index, int) for index in content.values()):
-            return sorted(content, key=content.__getitem__)
+            return checked_answers(sorted(content, key=content.__getitem__), path)
         if isinstance(content, list) and all(isinstance(answer, str) for answer in content):
-            return content
+            return checked_answers(content, path)
         raise InputError(f"{path}: expected the answers to rank, as {{answer: index}} or as a list of texts")
 
 
@@ -75,19 +84,32 @@ class IVQABuilder(InstructBuilder):
 
     def reader(self, paths: Sequence[Path]) -> list[Record]:
         """`answer` is the list of the answers that were given."""
+        fields = {"video_id": ID, **question_fields(TRUTHS), **dict.fromkeys(ANSWERS, GROUP)}
         return [
             {
-                "video": fill(self.video_name, row),
+                "video": self.clip(row, place),
                 "question": row["question"],
                 "answer": [row[name] for name in ANSWERS if row.get(name)],
+                PLACE: place,
             }
-            for row in load_annotations(paths, ("video_id", "question"))
+            for place, row in placed(paths, RecordCheck(required=("video_id", "question"), fields=fields))
         ]
+
+    def clip(self, row: Record, place: tuple[Path, int]) -> str:
+        """The name of the row's clip. InputError for a column that the name needs and the row lacks."""
+        try:
+            return fill(self.video_name, row)
+        except UnknownNameError as error:
+            raise InputError(f"{place_of(*place)}: video_name: {error}") from error
 
 
 def read_video_captions(paths: Sequence[Path]) -> list[Record]:
     """Records {video[, caption, image_id]}; a video without an id is known by its name."""
-    return [{"image_id": record["video"], **record} for record in load_annotations(paths, ("video",))]
+    check = RecordCheck(required=("video",), fields={"video": PATH, "image_id": ID})
+    return [
+        {**record, "image_id": record["video"] if record.get("image_id") is None else record["image_id"], PLACE: place}
+        for place, record in placed(paths, check)
+    ]
 
 
 @registry.register_builder("msvd_caption")

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from lavis_lite.datasets.annotations import Record
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset
 from lavis_lite.errors import InputError
+from lavis_lite.records import ID, PATHS, TEXT, Kind, Record, shown
 from lavis_lite.registry import registry
 
 _LABELS = {"true": 1, "false": 0, "1": 1, "0": 0}
@@ -25,14 +25,15 @@ class NLVREvalDataset(BaseDataset):
     """Samples {image0, image1, text_input, label (1: true), instance_id}."""
 
     required = ("images", "sentence", "label")
+    fields: ClassVar[dict[str, Kind]] = {"images": PATHS, "sentence": TEXT, "instance_id": ID}
 
     def arrange(self, records: list[Record]) -> list[Record]:
         for index, record in enumerate(records):
-            where = f"{', '.join(map(str, self.annotation_paths))}: record {index}"
-            if not isinstance(record["images"], list) or len(record["images"]) != 2:
-                raise InputError(f"{where}: `images` must be a list of two paths, found {record['images']!r}")
-            if str(record["label"]).lower() not in _LABELS:
-                raise InputError(f"{where}: label {record['label']!r} is neither 'True' nor 'False'")
+            images, label = record["images"], record["label"]
+            if not isinstance(images, list) or len(images) != 2:
+                raise InputError(f"{self.place(index)}: `images` must be a list of two paths, found {shown(images)}")
+            if str(label).lower() not in _LABELS:
+                raise InputError(f"{self.place(index)}: label {label!r} is neither 'True' nor 'False'")
         return records
 
     def __getitem__(self, index: int) -> dict[str, Any]:

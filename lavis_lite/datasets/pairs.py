@@ -5,19 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lavis_lite.datasets.annotations import Record
-from lavis_lite.datasets.base import BaseBuilder, BaseDataset
-from lavis_lite.datasets.caption import expand_captions, load_captions
+from lavis_lite.datasets.base import BaseBuilder
+from lavis_lite.datasets.caption import CaptionDataset, expand_captions
+from lavis_lite.records import Record
 from lavis_lite.registry import registry
 
 
-class PairsDataset(BaseDataset):
+class PairsDataset(CaptionDataset):
     """Samples {image, text_input, instance_id}."""
-
-    required = ("image|file_name", "caption")
-
-    def load(self) -> list[Record]:
-        return load_captions(self.annotation_paths, self.required)
 
     def arrange(self, records: list[Record]) -> list[Record]:
         return expand_captions(records)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lavis_lite.datasets.annotations import Record
-from lavis_lite.datasets.base import BaseBuilder, BaseDataset
-from lavis_lite.datasets.caption import CaptionTrainDataset, load_captions, merge_images
+from lavis_lite.datasets.base import BaseBuilder
+from lavis_lite.datasets.caption import CaptionDataset, CaptionTrainDataset, merge_images
+from lavis_lite.records import Record
 from lavis_lite.registry import registry
 
 
@@ -15,19 +15,14 @@ class RetrievalTrainDataset(CaptionTrainDataset):
     """Samples {image, text_input, image_id (index in first-seen order), instance_id}."""
 
 
-class RetrievalEvalDataset(BaseDataset):
+class RetrievalEvalDataset(CaptionDataset):
     """Items {image, index, image_id, instance_id}, one an image; all texts are in `text` (processed), in order.
 
     `img2txt[i]` lists the texts of image i, `txt2img[t]` is the image of text t.
     """
 
-    required = ("image|file_name", "caption")
-
-    def load(self) -> list[Record]:
-        return load_captions(self.annotation_paths, self.required)
-
     def arrange(self, records: list[Record]) -> list[Record]:
-        images = merge_images(records)
+        images = merge_images(records, self.place, root=self.vis_root)
         self.text: list[str] = []
         self.img2txt: list[list[int]] = []
         self.txt2img: list[int] = []

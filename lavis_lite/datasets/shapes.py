@@ -18,7 +18,7 @@ from lavis_lite.datasets.caption import CaptionEvalDataset, CaptionTrainDataset
 from lavis_lite.datasets.nlvr import NLVREvalDataset, NLVRTrainDataset
 from lavis_lite.datasets.pairs import PairsDataset
 from lavis_lite.datasets.retrieval import RetrievalEvalDataset, RetrievalTrainDataset
-from lavis_lite.datasets.shapes_build import ensure_built, official_paths
+from lavis_lite.datasets.shapes_build import ensure_built, official_paths, questions_name
 from lavis_lite.datasets.shapes_scene import SPLITS, ShapesConfig
 from lavis_lite.datasets.shapes_truth import true_rate
 from lavis_lite.datasets.vqa import VQAEvalDataset, VQATrainDataset
@@ -106,7 +106,7 @@ class ShapesVQABuilder(ShapesBuilder):
     eval_dataset = VQAEvalDataset
 
     def annotation_paths(self, split: str) -> list[Path]:
-        names = ["vqa_train.json"] if split == "train" else [f"vqa_{split}_eval.json", *official_paths(split)]
+        names = [questions_name(split), *(() if split == "train" else official_paths(split))]
         return [self.folder() / "annotations" / name for name in [*names, "answer_list.json"]]
 
 

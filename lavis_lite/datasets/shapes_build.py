@@ -10,8 +10,8 @@ import functools
 import hashlib
 import json
 import logging
+import os
 import random
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,35 +21,66 @@ from lavis_lite.datasets.shapes_questions import Asker, Question, statement
 from lavis_lite.datasets.shapes_render import save_jpeg
 from lavis_lite.datasets.shapes_scene import SPLITS, Scene, SceneMaker, ShapesConfig
 from lavis_lite.datasets.shapes_truth import is_true
+from lavis_lite.errors import MissingFileError, WriteError
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1  # goes up when the same config gives other content
+ANNOTATIONS = ("caption", "retrieval", "nlvr", "pairs")
+"""The annotation files that every split has."""
 _ID_STEP = 1_000_000  # image ids of train start at 0, of val and test at one and two times this
 
 
 def ensure_built(config: ShapesConfig, root: Path) -> Path:
-    """The dataset's folder below `root`, built if need be; safe against several processes and against killing."""
+    """The dataset's folder below `root`, built if need be; safe against several processes and against killing.
+
+    Raises MissingFileError if something was deleted from it, WriteError if the disk is full.
+    """
     config.check()
     content = json.dumps({"format": FORMAT, **config.resolved()}, sort_keys=True)
     target = root / hashlib.sha256(content.encode()).hexdigest()[:12]
     if target.is_dir():
+        check_complete(config, target)
         return target
-    root.mkdir(parents=True, exist_ok=True)
-    logger.info("building the dataset shapes in %s", target)
-    aside = Path(tempfile.mkdtemp(dir=root, prefix=f".{target.name}-"))
     try:
-        build(config, aside)
-        aside.chmod(0o755)
-        aside.rename(target)
-    except OSError:
-        shutil.rmtree(aside, ignore_errors=True)
+        root.mkdir(parents=True, exist_ok=True)
+        logger.info("building the dataset shapes in %s", target)
+        with tempfile.TemporaryDirectory(dir=root, prefix=f".{target.name}-", ignore_cleanup_errors=True) as aside:
+            build(config, Path(aside))
+            Path(aside).chmod(0o755)
+            Path(aside).rename(target)
+    except OSError as error:
         if not target.is_dir():  # else another process was faster, with the same content
-            raise
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+            raise not_written(target, error) from error
     return target
+
+
+def not_written(path: Path, error: OSError) -> WriteError:
+    """The error about a file or folder of the dataset that could not be written."""
+    return WriteError(
+        error.errno,
+        f"the dataset shapes could not be written to {path} ({error.strerror}): free some space there, or set the "
+        "environment variable LAVIS_LITE_DATA to another folder",
+    )
+
+
+def check_complete(config: ShapesConfig, folder: Path) -> None:
+    """Raise MissingFileError if files of a built dataset are gone."""
+    notes = [folder / "annotations" / f"{kind}_{split}.json" for kind in ANNOTATIONS for split in SPLITS]
+    notes += [folder / "annotations" / questions_name(split) for split in SPLITS]
+    wanted = [folder / "annotations" / "answer_list.json", *notes]
+    wanted += [folder / f"scenes_{split}.json" for split in SPLITS]
+    missing = [path for path in wanted if not path.is_file()]
+    for split in SPLITS:
+        images = folder / "images" / split
+        there = set(os.listdir(images)) if images.is_dir() else set()
+        names = (Path(image_name(split, index)).name for index in range(getattr(config, f"num_{split}")))
+        missing += [images / name for name in names if name not in there]
+    if missing:
+        raise MissingFileError(
+            f"the generated dataset shapes lacks {len(missing)} of its files, e.g. {missing[0]}: delete the folder "
+            f"{folder}, and it is generated again"
+        )
 
 
 def build(config: ShapesConfig, folder: Path) -> None:
@@ -181,10 +212,9 @@ class _Split:
             }
             for index, question_id, question, answers in asked
         ]
+        _write(notes / questions_name(self.split), records)
         if self.split == "train":
-            _write(notes / "vqa_train.json", records)
             return
-        _write(notes / f"vqa_{self.split}_eval.json", records)
         head = {"info": {"description": "shapes"}, "license": {}, "data_type": "shapes", "data_subtype": self.split}
         questions = [
             {"image_id": image_id(self.split, index), "question": question.text, "question_id": question_id}
@@ -194,6 +224,11 @@ class _Split:
         paths = official_paths(self.split)
         _write(notes / paths[0], {**head, "task_type": "Open-Ended", "questions": questions})
         _write(notes / paths[1], {**head, "annotations": truths})
+
+
+def questions_name(split: str) -> str:
+    """The name of the split's questions in LAVIS's form."""
+    return "vqa_train.json" if split == "train" else f"vqa_{split}_eval.json"
 
 
 def official_paths(split: str) -> tuple[str, str]:

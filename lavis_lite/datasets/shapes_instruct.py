@@ -14,14 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lavis_lite.datasets.annotations import Record, as_list, load_annotations, read_json
+from lavis_lite.datasets.annotations import as_list, load_annotations, read_json
 from lavis_lite.datasets.base import BaseBuilder
 from lavis_lite.datasets.instruct import InstructBuilder
 from lavis_lite.datasets.shapes import ShapesBuilder
-from lavis_lite.datasets.shapes_build import image_name
+from lavis_lite.datasets.shapes_build import image_name, not_written
 from lavis_lite.datasets.shapes_groups import Ask, GroupAsker
 from lavis_lite.datasets.shapes_scene import Scene, ShapesConfig
 from lavis_lite.errors import InputError
+from lavis_lite.records import Record
 from lavis_lite.registry import registry
 from lavis_lite.wording import lettered
 
@@ -80,8 +81,12 @@ def ensure_instructions(config: ShapesConfig, folder: Path, group: str, split: s
     if not records:
         raise InputError(f"shapes: no scene of {split} allows instructions of the group {group}; raise max_objects")
     aside = path.with_name(f".{path.name}-{os.getpid()}")
-    aside.write_text(json.dumps(records, separators=(",", ":")), encoding="utf-8")
-    return aside.replace(path)
+    try:
+        aside.write_text(json.dumps(records, separators=(",", ":")), encoding="utf-8")
+        return aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise not_written(path, error) from error
 
 
 def make_records(config: ShapesConfig, scenes: dict[int, Scene], group: str, split: str) -> list[Record]:

@@ -8,19 +8,43 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lavis_lite.datasets.annotations import Record, as_list, as_records, read_json, read_records, require_fields
-from lavis_lite.datasets.base import BaseBuilder, BaseDataset, identity
+from lavis_lite.datasets.annotations import as_list, as_records, check_records, read_json, read_records, section
+from lavis_lite.datasets.base import BaseBuilder, BaseDataset
 from lavis_lite.errors import InputError
+from lavis_lite.records import (
+    ANSWERS,
+    GROUP,
+    ID,
+    PATH,
+    TEXT,
+    TRUTHS,
+    VALUES,
+    Kind,
+    Record,
+    RecordCheck,
+    renaming,
+    shown,
+)
 from lavis_lite.registry import registry
 
 _ANSWER_FIELDS = ("answer", "answers", "direct_answers")
+Sources = list[tuple[str | Path, int]]
+
+
+def question_fields(answers: Kind) -> dict[str, Kind]:
+    """The fields of a question, with the kind of its answers."""
+    return {
+        **{"image": PATH, "question": TEXT, "question_id": ID, "instance_id": ID},
+        **dict.fromkeys(_ANSWER_FIELDS, answers),
+        **{"question_type": GROUP, "answer_type": GROUP},
+    }
 
 
 class VQADataset(BaseDataset):
@@ -29,7 +53,7 @@ class VQADataset(BaseDataset):
     required = ("image", "question")
 
     def load(self) -> list[Record]:
-        records, self.answer_list = load_questions(self.annotation_paths, self.required)
+        records, self.sources, self.answer_list = load_questions(self.annotation_paths, self.record_check)
         return records
 
 
@@ -41,26 +65,31 @@ class VQATrainDataset(VQADataset):
     repository.
     """
 
+    fields = question_fields(ANSWERS)
+
     def __init__(
         self,
         annotation_paths: Sequence[str | Path],
         vis_root: str | Path,
         *,
-        split: str,
-        vis_processor: Callable[[Any], Any] = identity,
-        text_processor: Callable[[str], str] = identity,
         answer_weight: float = 1.0,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            annotation_paths, vis_root, split=split, vis_processor=vis_processor, text_processor=text_processor
-        )
+        super().__init__(annotation_paths, vis_root, **options)
         self.answer_weight = answer_weight
-        for index, record in enumerate(self.annotation):
-            if not answers_of(record):
+
+    def without_blank(self, records: list[Record]) -> list[Record]:
+        """As BaseDataset's. Raises ValueError for a record without any answer to train on."""
+        for number, record in enumerate(records):
+            given = [record[name] for name in _ANSWER_FIELDS if record.get(name) is not None]
+            if not given or (given[0] == [] and self.blank_texts == "error"):
+                there = ", ".join(map(repr, record)) + ("" if given else renaming(record, ["answer"]))
                 raise InputError(
-                    f"{', '.join(map(str, self.annotation_paths))}: record {index} has no answer to train on "
-                    f"(field {' or '.join(map(repr, _ANSWER_FIELDS))}); fields there: {', '.join(map(repr, record))}"
+                    f"{self.place(number)} has no answer to train on (field {' or '.join(map(repr, _ANSWER_FIELDS))}); "
+                    f"fields there: {there}"
                 )
+        self.record_check = replace(self.record_check, required=(*self.required, "|".join(_ANSWER_FIELDS)))
+        return super().without_blank(records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.annotation[index]
@@ -78,7 +107,7 @@ class VQATrainDataset(VQADataset):
     def weighted_answers(self, record: Record) -> tuple[list[str], list[float]]:
         """The distinct answers in first-seen order, and their weights."""
         answers = answers_of(record)
-        if isinstance(record.get("answer"), str):
+        if isinstance(record.get("answer"), str | int | float):
             return answers, [self.answer_weight]
         counts = Counter(answers)
         return list(counts), [count / len(answers) for count in counts.values()]
@@ -94,6 +123,8 @@ class VQATrainDataset(VQADataset):
 
 class VQAEvalDataset(VQADataset):
     """Samples {image, text_input, question_id, instance_id}; `annotation[i]["answers"]` has the answers (list[str])."""
+
+    fields = question_fields(TRUTHS)
 
     def arrange(self, records: list[Record]) -> list[Record]:
         arranged = []
@@ -121,39 +152,59 @@ def answers_of(record: Record) -> list[str]:
     return []
 
 
-def load_questions(paths: Sequence[Path], required: Sequence[str]) -> tuple[list[Record], list[str] | None]:
-    """Records and answer list of a split's files; official annotations are merged in by question id."""
-    records: list[Record] = []
-    official: list[Record] = []
+def load_questions(paths: Sequence[Path], check: RecordCheck) -> tuple[list[Record], Sources, list[str] | None]:
+    """Records of a split's files, how many are from each, and the answer list; official annotations are merged in by
+    question id.
+    """
+    given: list[tuple[str | Path, list[Record]]] = []
+    official: list[tuple[str | Path, list[Record]]] = []
     truths: dict[Any, Record] = {}
     answer_list: list[str] | None = None
     for path in paths:
         content = read_json(path) if path.suffix.lower() == ".json" else read_records(path)
         if isinstance(content, list) and content and all(isinstance(item, str) for item in content):
-            answer_list = content
+            answer_list = checked_answers(content, path)
         elif isinstance(content, dict) and "questions" in content:
-            official += _official_questions(content, path)
+            official.append((f"{path} (questions)", _official_questions(content, path)))
         elif isinstance(content, dict) and "annotations" in content:
-            require_fields(content["annotations"], ("question_id", "answers"), f"{path} (annotations)")
-            truths |= {truth["question_id"]: truth for truth in content["annotations"]}
+            told = replace(check, required=("question_id", "answers"))
+            truths |= {truth["question_id"]: truth for truth in section(content, "annotations", path, told)}
         else:
-            part = as_records(content, path)
-            require_fields(part, required, path)
-            records += part
-    if not records:
-        require_fields(official, required, ", ".join(map(str, paths)))
-        records = official
-    return [_with_truth(record, truths) for record in records], answer_list
+            given.append((path, check_records(as_records(content, path), check, path)))
+    if not given:
+        given = [(where, check_records(part, check, where)) for where, part in official]
+    if not given:
+        raise InputError(f"{', '.join(map(str, paths))}: no file has questions; add the one that does")
+    records = [_with_truth(record, truths) for _, part in given for record in part]
+    return records, [(where, len(part)) for where, part in given], answer_list
+
+
+def checked_answers(answers: list[str], path: Path) -> list[str]:
+    """The answers to rank; InputError for one that no tokenizer takes."""
+    check = RecordCheck(fields={"answers": VALUES})
+    problem = check.problem({"answers": answers})
+    if problem:
+        raise InputError(f"{path}{problem}")
+    return answers
 
 
 def _official_questions(content: dict[str, Any], path: Path) -> list[Record]:
     """The official file's questions, with COCO's path of the image where a question has none."""
-    questions = content["questions"]
-    require_fields(questions, ("question_id", "question", "image_id|image"), f"{path} (questions)")
+    fields = {"question_id": ID, "image_id": ID}
+    check = RecordCheck(required=("question_id", "question", "image_id|image"), fields=fields)
+    questions = section(content, "questions", path, check)
     subset = content.get("data_subtype")
     if not subset:
         return questions
-    return [{"image": f"{subset}/COCO_{subset}_{q.get('image_id', 0):012d}.jpg", **q} for q in questions]
+    return [{"image": _coco_path(subset, q, f"{path} (questions): record {i}"), **q} for i, q in enumerate(questions)]
+
+
+def _coco_path(subset: str, question: Record, where: str) -> str:
+    """The path of the question's image; InputError for an id that is no number of COCO's."""
+    number = question.get("image_id") or 0
+    if not isinstance(number, int):
+        raise InputError(f"{where} has image_id {shown(number)}, expected the number of an image of {subset}")
+    return f"{subset}/COCO_{subset}_{number:012d}.jpg"
 
 
 def _with_truth(record: Record, truths: dict[Any, Record]) -> Record:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lavis_lite import dist
 from lavis_lite.nn.decoding import DecodingConfig, Step, decode
+from lavis_lite.wording import without_false_spaces
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +103,6 @@ def captions_behind(
         ids = model.tokenize([prompt] * len(rows), start=model.decoder_start)[0][:, :-1]
         start = model.tokenizer.decode(ids[0], skip_special_tokens=True)  # as it reads in the decoded texts
         texts = model.tokenizer.batch_decode(decode(step_of(rows), ids, config), skip_special_tokens=True)
-        return [text.removeprefix(start).strip() for text in texts]
+        return [without_false_spaces(text.removeprefix(start).strip()) for text in texts]
 
     return by_prompt(prompts, captions)

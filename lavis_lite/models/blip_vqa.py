@@ -19,6 +19,7 @@ from lavis_lite.nn.bert import BertLMHeadModel, BertModel
 from lavis_lite.nn.decoding import decode
 from lavis_lite.nn.losses import language_modeling_loss_per_text
 from lavis_lite.registry import registry
+from lavis_lite.wording import without_false_spaces
 
 
 @registry.register_model("blip_vqa")
@@ -108,7 +109,7 @@ class BlipVQA(BlipBase):
         context = self.text_decoder.bert.project_context(states, mask=mask)
         start = torch.full((len(states), 1), self.decoder_start, device=states.device)
         ids = decode(decoding_step(self.text_decoder, context), start, config)
-        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [without_false_spaces(text) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def rank_answers(self, context: Context, answer_list: list[str], k: int) -> tuple[Tensor, Tensor]:
         """The k candidates of each question, by the probability of their first token, and each one's loss: (B,k)

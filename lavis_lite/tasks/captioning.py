@@ -8,15 +8,16 @@ import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
 from lavis_lite.errors import InputError, MissingFileError
+from lavis_lite.records import ID, TEXT, RecordCheck
 from lavis_lite.registry import registry
 from lavis_lite.tasks.base import BaseTask, Metrics, Samples
-from lavis_lite.tasks.metrics.caption import DEFAULT_METRICS, caption_metrics, check_metrics
+from lavis_lite.tasks.metrics.caption import DEFAULT_METRICS, Tokens, caption_metrics, check_metrics
 from lavis_lite.tasks.results import Result, as_list, per_sample, write_json
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,12 @@ class CaptionTask(BaseTask):
     """False only writes the result file, for an evaluation server."""
     metrics: list[str] = field(default_factory=lambda: list(DEFAULT_METRICS))
     """Of bleu, meteor, rouge, cider, spice. METEOR and SPICE need Java."""
+    caption_tokens: Tokens = "auto"
+    """How captions are split for scoring: `ptb` (the COCO caption code's words), `characters`, or `auto`: characters
+    where most letters of the references are of a language without spaces."""
+    join_hyphens: bool = False
+    """Score "well - known", as WordPiece writes it, as "well-known" where a reference has that. Published scores of
+    BLIP's captions were taken without."""
     annotation_file: str | None = None
     """References in COCO's format, instead of the dataset's."""
     shuffle_images: bool = False
@@ -63,6 +70,10 @@ class CaptionTask(BaseTask):
     def __post_init__(self) -> None:
         self._last_image: torch.Tensor | None = None
         check_metrics(self.metrics)
+        if self.caption_tokens not in get_args(Tokens):
+            raise InputError(
+                f"run.caption_tokens must be one of {', '.join(get_args(Tokens))}, got {self.caption_tokens!r}"
+            )
         if self.num_captions < 1:
             raise InputError(f"run.num_captions must be at least 1, got {self.num_captions}")
         if self.num_captions > 1 and not self.use_nucleus_sampling and self.num_captions > self.num_beams:
@@ -115,7 +126,8 @@ class CaptionTask(BaseTask):
             if len(known) < len(captions):
                 logger.warning("%s: %d images have no references", split, len(captions) - len(known))
             captions = known
-        return {**caption_metrics(answered, captions, tuple(self.metrics)), **extra}
+        options = {"tokens": self.caption_tokens, "join_hyphens": self.join_hyphens}
+        return {**caption_metrics(answered, captions, tuple(self.metrics), **options), **extra}
 
     def references(self, dataset: Any) -> dict[Any, list[str]]:
         """The reference captions of each image id, from `annotation_file` or the dataset."""
@@ -124,11 +136,21 @@ class CaptionTask(BaseTask):
         path = Path(self.annotation_file)
         if not path.is_file():
             raise MissingFileError(f"run.annotation_file: no such file: {path}")
-        references: dict[Any, list[str]] = {}
-        try:
-            for annotation in json.loads(path.read_text(encoding="utf-8"))["annotations"]:
-                references.setdefault(annotation["image_id"], []).append(annotation["caption"])
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            expected = '{"annotations": [{"image_id": ..., "caption": "..."}]}'
-            raise InputError(f"run.annotation_file: {path} is not {expected} ({error})") from error
-        return references
+        return read_references(path)
+
+
+def read_references(path: Path) -> dict[Any, list[str]]:
+    """The captions of a file in COCO's format, by image id as a text. InputError, with the record, for what is none."""
+    expected = '{"annotations": [{"image_id": ..., "caption": "..."}]}'
+    try:
+        annotations = json.loads(path.read_text(encoding="utf-8"))["annotations"]
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"run.annotation_file: {path} is not {expected} ({error})") from error
+    if not isinstance(annotations, list) or not all(isinstance(record, dict) for record in annotations):
+        raise InputError(f"run.annotation_file: {path} is not {expected}")
+    check = RecordCheck(required=("image_id", "caption"), fields={"image_id": ID, "caption": TEXT})
+    check(annotations, lambda number: f"run.annotation_file: {path} (annotations): record {number}")
+    references: dict[Any, list[str]] = {}
+    for annotation in annotations:
+        references.setdefault(str(annotation["image_id"]), []).append(annotation["caption"])
+    return references

@@ -11,6 +11,7 @@ import torch
 from lavis_lite import dist
 from lavis_lite.checkpoint import write_text
 from lavis_lite.errors import UnknownNameError
+from lavis_lite.records import printable
 
 logger = logging.getLogger(__name__)
 
@@ -18,8 +19,11 @@ Result = dict[str, Any]
 
 
 def write_json(path: str | Path, value: Any) -> Path:
-    """Write `value` as UTF-8 JSON, aside first and then renamed, so that no half file is ever seen."""
-    path = write_text(path, json.dumps(value, ensure_ascii=False))
+    r"""Write `value` as UTF-8 JSON, aside first and then renamed, so that no half file is ever seen.
+
+    What UTF-8 cannot hold, lone surrogates, is written as JSON's own `\udXXX`.
+    """
+    path = write_text(path, printable(json.dumps(value, ensure_ascii=False)))
     logger.info("wrote %s", path)
     return path
 

@@ -174,15 +174,21 @@ def id_of(record: dict[str, Any]) -> Any:
 
 
 def check_ids(annotation: Iterable[dict[str, Any]], where: str) -> None:
-    """Raise ValueError if two records have the same question id."""
-    first: dict[Any, int] = {}
+    """Raise ValueError if two records have the same question id, compared as texts, as result files have them."""
+    first: dict[str, tuple[int, dict[str, Any]]] = {}
     for index, record in enumerate(annotation):
-        other = first.setdefault(id_of(record), index)
-        if other != index:
+        other = first.setdefault(str(id_of(record)), (index, record))
+        if other[0] != index:
+            asked = " and ".join(f"{number} ({_described(one)})" for number, one in (other, (index, record)))
             raise InputError(
-                f"{where}: records {other} and {index} have the same question_id {id_of(record)!r}: answers are kept "
-                "by it, so each question needs its own"
+                f"{where}: records {asked} have the same question_id {id_of(record)!r}: answers are kept by it, so "
+                "each question needs its own"
             )
+
+
+def _described(record: dict[str, Any]) -> str:
+    asked = record.get("question", record.get("instruction"))
+    return f"{asked!r} of {record.get('image', record.get('video'))}"
 
 
 def warn_of_few_answers(truths: Iterable[dict[str, Any]], accuracy: Variant, split: str) -> None:

@@ -2,16 +2,17 @@
 
 Fractions as that code prints them (papers multiply by 100). The tokenizer and METEOR are Java programs: without `java`
 on the PATH a simple tokenizer stands in, the result says `approximate_tokenizer: true`, and METEOR is left out by name.
+Texts of languages without spaces are scored by characters; the result says under `tokenizer` what was done.
 CIDEr's word weights come from the references of the images scored: subsets score differently.
 """
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from lavis_lite.errors import InputError, MissingPackageError
 from lavis_lite.tasks.metrics import caption_java
-from lavis_lite.tasks.metrics.caption_tokens import ptb_like_tokens
+from lavis_lite.tasks.metrics.caption_tokens import are_unspaced, character_tokens, joined_as, ptb_like_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +21,7 @@ DEFAULT_METRICS = ("bleu", "meteor", "rouge", "cider")
 LABELS = {"bleu": "BLEU", "meteor": "METEOR", "rouge": "ROUGE_L", "cider": "CIDEr", "spice": "SPICE"}
 
 Texts = dict[str, list[str]]
+Tokens = Literal["auto", "ptb", "characters"]
 
 
 def check_metrics(metrics: Iterable[str]) -> None:
@@ -31,19 +33,32 @@ def check_metrics(metrics: Iterable[str]) -> None:
 
 
 def caption_metrics(
-    references: Mapping[Any, Sequence[str]], captions: Mapping[Any, str], metrics: Sequence[str] = DEFAULT_METRICS
+    references: Mapping[Any, Sequence[str]],
+    captions: Mapping[Any, str],
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    *,
+    tokens: Tokens = "auto",
+    join_hyphens: bool = False,
 ) -> dict[str, Any]:
     """`Bleu_1..4`, `METEOR`, `ROUGE_L`, `CIDEr`, `SPICE` as asked, and `agg_metrics`.
 
     Both are keyed by image id, of any type (compared as strings). `agg_metrics` is CIDEr + Bleu_4, or whichever of
-    them was asked for, or the mean of the metrics. `left_out` says what could not be computed, and why.
+    them was asked for, or the mean of the metrics. `left_out` says what could not be computed, and why. `tokenizer` is
+    `ptb`, `ptb_like` (without Java) or `characters`; `tokens` chooses, `auto` takes characters where most letters of
+    the references are of a language without spaces. `join_hyphens` writes "well - known" as "well-known" where a
+    reference of the image has that.
     Raises ValueError if the images of the two differ, an image has no reference, or there are no images.
     """
     check_metrics(metrics)
     gold, told = by_string(references, "references"), by_string(captions, "captions")
     check_images(gold, told)
     java = caption_java.find_java()
-    tokenize = caption_java.tokenize if java else approximate_tokenize
+    if join_hyphens:
+        told = {key: joined_as(text, gold[key]) for key, text in told.items()}
+    if tokens == "auto":
+        tokens = "characters" if are_unspaced(text for texts in gold.values() for text in texts) else "ptb"
+    by_words = caption_java.tokenize if java else approximate_tokenize
+    tokenize = by_words if tokens == "ptb" else by_characters
     gold, told = tokenize(gold), tokenize({key: [text] for key, text in told.items()})
     scores: dict[str, Any] = {}
     left_out: dict[str, str] = {}
@@ -55,7 +70,8 @@ def caption_metrics(
         else:
             scores.update(_score(name, gold, told))
     scores["agg_metrics"] = aggregate(scores)
-    if not java:
+    scores["tokenizer"] = "ptb_like" if tokens == "ptb" and not java else tokens
+    if scores["tokenizer"] == "ptb_like":
         scores["approximate_tokenizer"] = True
     return {**scores, "left_out": left_out} if left_out else scores
 
@@ -89,6 +105,11 @@ def check_images(references: Mapping[str, Sequence[str]], captions: Mapping[str,
 def approximate_tokenize(texts: Mapping[str, Sequence[str]]) -> Texts:
     """`caption_java.tokenize` without Java, nearly: see caption_tokens.py."""
     return {key: [" ".join(ptb_like_tokens(text)) for text in several] for key, several in texts.items()}
+
+
+def by_characters(texts: Mapping[str, Sequence[str]]) -> Texts:
+    """Texts of languages without spaces as characters: see caption_tokens.py."""
+    return {key: [" ".join(character_tokens(text)) for text in several] for key, several in texts.items()}
 
 
 def _score(name: str, gold: Texts, told: Texts) -> dict[str, float]:

@@ -1,10 +1,15 @@
-"""A stand-in for Stanford's PTB tokenizer on captions, for machines without Java.
+"""Tokens of captions beside Java's: a stand-in for Stanford's PTB tokenizer, and characters for texts without spaces.
 
-Lower case; punctuation off, as the COCO caption code drops it; contractions split ("isn't" -> "is n't"). It knows
-no abbreviations, fractions or URLs, so scores of such captions differ a little from the real tokenizer's.
+The stand-in is for machines without Java. Lower case; punctuation off, as the COCO caption code drops it; contractions
+split ("isn't" -> "is n't"). It knows no abbreviations, fractions or URLs, so scores of such captions differ a little
+from the real tokenizer's.
 """
 
 import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+from lavis_lite.wording import IDEOGRAPHS, KANA
 
 # A number, a word that may hold apostrophes, dots, slashes and hyphens, or a symbol that counts as a word
 WORD = re.compile(r"\d+(?:[.,:]\d+)*|[^\W_]+(?:['./&_-][^\W_]+)*|[$£€%#&+=*@<>()\[\]{}]")
@@ -13,6 +18,9 @@ SPECIAL = {
     **{"cannot": ["can", "not"], "gonna": ["gon", "na"], "wanna": ["wan", "na"], "gotta": ["got", "ta"]},
     **{"(": ["-lrb-"], ")": ["-rrb-"], "[": ["-lsb-"], "]": ["-rsb-"], "{": ["-lcb-"], "}": ["-rcb-"]},
 }
+UNSPACED = re.compile(f"[{IDEOGRAPHS}{KANA}\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
+"""A character of Chinese, Japanese, Thai, Lao, Burmese or Khmer, which put no spaces between words."""
+TOGETHER = re.compile(r"\w+(?:[-'’]\w+)+")
 
 
 def ptb_like_tokens(text: str) -> list[str]:
@@ -22,3 +30,40 @@ def ptb_like_tokens(text: str) -> list[str]:
         ending = ENDING.match(word)
         tokens += list(ending.groups()) if ending else SPECIAL.get(word, [word])
     return tokens
+
+
+def character_tokens(text: str) -> list[str]:
+    """Each character of a language without spaces, with its combining marks, and each word of the others; lower case,
+    punctuation and symbols left out.
+    """
+    tokens: list[str] = []
+    in_word = False
+    for char in text.lower():
+        kind = unicodedata.category(char)[0]
+        if kind == "M" and tokens:
+            tokens[-1] += char
+        elif kind not in "LN":
+            in_word = False
+        elif in_word and not UNSPACED.match(char):
+            tokens[-1] += char
+        else:
+            tokens.append(char)
+            in_word = not UNSPACED.match(char)
+    return tokens
+
+
+def are_unspaced(texts: Iterable[str]) -> bool:
+    """Whether most letters of the texts are of languages without spaces."""
+    letters = [char for text in texts for char in text if char.isalpha()]
+    return 2 * sum(UNSPACED.match(char) is not None for char in letters) > len(letters)
+
+
+def joined_as(caption: str, references: Sequence[str]) -> str:
+    """The caption with the hyphens and apostrophes of a reference written as there: "well - known" as "well-known"
+    where a reference has that word.
+    """
+    words = {word for text in references for word in TOGETHER.findall(text)}
+    for word in sorted(words, key=len, reverse=True):
+        apart = r"\s*".join(map(re.escape, re.split(r"([-'’])", word)))
+        caption = re.sub(rf"(?<!\w){apart}(?!\w)", lambda match: re.sub(r"\s+", "", match[0]), caption, flags=re.I)
+    return caption

@@ -135,7 +135,7 @@ def by_kind(
         for key, truth in truths.items():
             if truth.get(kind) is not None:
                 groups[truth[kind]].append(scores[key])
-        tables[f"per_{kind}"] = {name: _percent(values) for name, values in sorted(groups.items())}
+        tables[f"per_{kind}"] = {name: _percent(groups[name]) for name in sorted(groups, key=str)}
     return {name: table for name, table in tables.items() if table}
 
 
