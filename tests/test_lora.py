@@ -117,6 +117,7 @@ def test_whole_parts_are_trained_in_float32() -> None:
         ({"bias": "some"}, r"llm_lora.bias: 'some' is not one of none, all, lora_only"),
         ({"ranks": 2}, "llm_lora: .*ranks.*LoraConfig"),
         ({"r": -1}, "llm_lora: .*r.* -1"),
+        ({"r": "many"}, "llm_lora: .*'str' and 'int'"),
     ],
 )
 def test_mistakes_are_found_before_weights_are_read(

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lavis_lite import checkpoint, download
 from lavis_lite.errors import InputError, MissingFileError, MissingPackageError
@@ -66,9 +67,7 @@ def lora_settings(value: Mapping[str, Any] | str | None) -> dict[str, Any] | Non
 
 def _without_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that differ from LoraConfig's own; those of another version of peft are left out."""
-    from peft import LoraConfig
-
-    usual = LoraConfig().to_dict()
+    usual = lora_config({}).to_dict()
     unknown = sorted(settings.keys() - usual.keys())
     if unknown:
         logger.warning(f"llm_lora: the installed peft does not know {', '.join(unknown)}, which are left out")
@@ -109,9 +108,10 @@ def add_lora(model: nn.Module, lora: Mapping[str, Any]) -> None:
     known = {key: _names(model, leaves=key == "target_modules") for key in ("target_modules", "modules_to_save")}
     try:
         inject_adapter_in_model(config, model)
-    except ValueError as error:
-        advice = f"set llm_lora.target_modules to some of {', '.join(known['target_modules'])}"
-        raise InputError(f"llm_lora: {str(error).rstrip('.')}: {advice}") from error
+    except (ValueError, TypeError) as error:
+        is_name = "target" in str(error).lower()
+        advice = f": set target_modules to some of {', '.join(known['target_modules'])}" if is_name else ""
+        raise InputError(f"llm_lora: {str(error).rstrip('.')}{advice}") from error
     wrapped = {"target_modules": BaseTunerLayer, "modules_to_save": AuxiliaryTrainingWrapper}
     for key, kind in wrapped.items():
         found = [name for name, module in model.named_modules() if isinstance(module, kind)]
@@ -123,9 +123,9 @@ def add_lora(model: nn.Module, lora: Mapping[str, Any]) -> None:
 
 def _names(model: nn.Module, *, leaves: bool) -> list[str]:
     """The last parts of the names of a model's modules, or of those only that can have adapters."""
-    layers = (nn.Linear, nn.Embedding)
-    found = (n for n, module in model.named_modules() if n and (isinstance(module, layers) if leaves else True))
-    return sorted({name for name in (n.rpartition(".")[2] for n in found) if not name.isdigit()})
+    layers = (nn.Linear, nn.Embedding, Conv1D)
+    found = (name for name, module in model.named_modules() if not leaves or isinstance(module, layers))
+    return sorted({last for last in (name.rpartition(".")[2] for name in found) if last and not last.isdigit()})
 
 
 def _check_found(wanted: Any, found: list[str], *, key: str, known: list[str]) -> None:
