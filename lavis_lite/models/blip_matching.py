@@ -1,6 +1,5 @@
 """BLIP's two-tower and matching models: feature extractor and image-text matching (BLIP, section 3.2)."""
 
-from collections.abc import Sized
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from lavis_lite.errors import InputError
 from lavis_lite.models.base import Output
 from lavis_lite.models.batches import cut_texts
 from lavis_lite.models.blip_base import BlipBase, project
-from lavis_lite.models.inputs import image_of, required, text_list, texts_of
+from lavis_lite.models.inputs import image_of, listed_texts, required, texts_of
 from lavis_lite.nn.attention import Context
 from lavis_lite.nn.bert import BertModel
 from lavis_lite.registry import registry
@@ -116,5 +115,4 @@ class BlipFeatureExtractor(BlipTowers):
 def given_texts(samples: dict[str, Any]) -> list[str]:
     """`text_input`, which may be as many texts as one likes; a single string is one text."""
     texts = required(samples, "text_input", "a text, or a list of texts")
-    texts = [texts] if isinstance(texts, str) else texts
-    return text_list(texts, len(texts) if isinstance(texts, Sized) else 1)
+    return listed_texts([texts] if isinstance(texts, str) else texts, "samples['text_input']")
