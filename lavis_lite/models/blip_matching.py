@@ -107,7 +107,7 @@ class BlipFeatureExtractor(BlipTowers):
             tokens, _ = self.encode_image(image)
             return Output({"image_embeds": tokens, "image_embeds_proj": project(self.vision_proj, tokens)})
         ids, mask = cut_texts(self, texts_of(samples, len(image)))
-        tokens, _ = self.encode_image(image)
+        tokens = self.visual_encoder(image)
         states = self.text_states(self.grounded(ids), mask, self.text_encoder.project_context(tokens))
         return Output({"image_embeds": tokens, "multimodal_embeds": states})
 

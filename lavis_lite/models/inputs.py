@@ -113,9 +113,10 @@ def text_list(texts: str | Sequence[str], count: int, key: str = "text_input", *
 
 
 def listed_texts(texts: Any, where: str) -> list[str]:
-    """A list of texts, as many as one likes. ValueError, which begins with `where`, for anything else."""
-    if not isinstance(texts, list | tuple):
+    """Any number of texts. ValueError, which begins with `where`, for none and for anything else."""
+    if isinstance(texts, str | bytes | Mapping) or not isinstance(texts, Iterable):
         raise InputError(f"{where} must be a list of texts; got {shown(texts)}")
+    texts = list(texts)
     if not texts:
         raise InputError(f"{where} is an empty list; it must have at least one text")
     return [checked_text(text, f"{where}[{row}]") for row, text in enumerate(texts)]
