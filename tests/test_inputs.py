@@ -150,7 +150,8 @@ def test_good_samples_are_answered(arch: str, method: str) -> None:
     """In other types too, with one text for all, in any script, and where values are odd but possible."""
     model, samples, settings = build(arch), good_samples(arch), METHODS[method]
     with torch.no_grad():
-        for change in ({}, {"text_input": "ein rötlicher Kreis 赤い 🟥"}, {"text_input": ["", "?" * 40]}):
+        odd = ["ein rötlicher Kreis 赤い 🟥", ["", "?" * 40], np.array(TEXTS), (text for text in TEXTS)]
+        for change in ({}, *({"text_input": texts} for texts in odd)):
             call(model, method, {**samples, **change}, settings)
         twice = {
             key: value.double() if key.startswith("image") and value.ndim == 4 else value

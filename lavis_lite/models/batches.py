@@ -32,9 +32,7 @@ def padded(texts: Texts, length: int) -> Texts:
 
 
 def cut_texts(model: Any, texts: Sequence[str]) -> Texts:
-    """Ids and mask of texts to match or to describe by features, cut to the model's `max_txt_len` tokens, which
-    `warn_of_cut_texts` says.
-    """
+    """Ids and mask of texts for matching and features, cut to `max_txt_len` tokens, of which a warning tells once."""
     ids, mask = model.tokenize(texts, max_length=model.max_txt_len)
     if ids.shape[1] >= model.max_txt_len:  # else none was cut
         warn_of_cut_texts(model, texts)

@@ -34,7 +34,7 @@ from lavis_lite.models.blip2_ranking import (
     segment_widths,
     stacked,
 )
-from lavis_lite.models.inputs import image_of, require_labels, required, text_list, texts_of
+from lavis_lite.models.inputs import image_of, require_labels, required, text_list, texts_of, whole_number
 from lavis_lite.nn.losses import IGNORED
 from lavis_lite.registry import registry
 
@@ -138,7 +138,7 @@ class Blip2LanguageModel(LanguageModelBase):
         """
         prompts = generation_prompts(samples, self.prompt, len(image_of(samples, video=True, answering=True)))
         config = self.lm.decoding(
-            max_length=max_length + int(self.lm.is_encoder_decoder),
+            max_length=whole_number(max_length, "max_length") + int(self.lm.is_encoder_decoder),
             min_length=min_length,
             num_beams=num_beams,
             num_return=num_captions,
@@ -178,14 +178,13 @@ class Blip2LanguageModel(LanguageModelBase):
             if not answer_list:
                 raise InputError("inference_method rank chooses from a list: give answer_list, or use generate")
             answer_list = checked(answer_list, " in answer_list")
-            if num_ans_candidates < 1:
-                raise InputError(f"num_ans_candidates {num_ans_candidates} must be at least 1")
+            whole_number(num_ans_candidates, "num_ans_candidates", least=1)
             order, losses = self.rank_answers(samples, prompts, answer_list, num_ans_candidates)
             best = order.gather(1, losses.argmin(dim=1, keepdim=True)).squeeze(1)
             answers = [answer_list[i] for i in best.tolist()]
         else:
             config = self.lm.decoding(
-                max_length=max_len + 1,
+                max_length=whole_number(max_len, "max_len") + 1,
                 min_length=min_len,
                 num_beams=num_beams,
                 length_penalty=length_penalty,
@@ -247,6 +246,7 @@ class Blip2LanguageModel(LanguageModelBase):
         """
         count = len(image_of(samples, video=True, answering=True))
         lists = candidate_lists(candidates, count)
+        whole_number(n_segments, "n_segments")
         default = self.question_template(samples) if "text_input" in samples else self.prompt
         prompts = class_prompts(samples, default, count)
         rows = candidate_rows(self.coder, lists, limit=self.max_output_txt_len, end=not self.bare_candidates)

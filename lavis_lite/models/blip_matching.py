@@ -1,6 +1,5 @@
 """BLIP's two-tower and matching models: feature extractor and image-text matching (BLIP, section 3.2)."""
 
-from collections.abc import Sized
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from lavis_lite.errors import InputError
 from lavis_lite.models.base import Output
 from lavis_lite.models.batches import cut_texts
 from lavis_lite.models.blip_base import BlipBase, project
-from lavis_lite.models.inputs import image_of, required, text_list, texts_of
+from lavis_lite.models.inputs import image_of, listed_texts, required, texts_of
 from lavis_lite.nn.attention import Context
 from lavis_lite.nn.bert import BertModel
 from lavis_lite.registry import registry
@@ -108,7 +107,7 @@ class BlipFeatureExtractor(BlipTowers):
             tokens, _ = self.encode_image(image)
             return Output({"image_embeds": tokens, "image_embeds_proj": project(self.vision_proj, tokens)})
         ids, mask = cut_texts(self, texts_of(samples, len(image)))
-        tokens, _ = self.encode_image(image)
+        tokens = self.visual_encoder(image)
         states = self.text_states(self.grounded(ids), mask, self.text_encoder.project_context(tokens))
         return Output({"image_embeds": tokens, "multimodal_embeds": states})
 
@@ -116,5 +115,4 @@ class BlipFeatureExtractor(BlipTowers):
 def given_texts(samples: dict[str, Any]) -> list[str]:
     """`text_input`, which may be as many texts as one likes; a single string is one text."""
     texts = required(samples, "text_input", "a text, or a list of texts")
-    texts = [texts] if isinstance(texts, str) else texts
-    return text_list(texts, len(texts) if isinstance(texts, Sized) else 1)
+    return listed_texts([texts] if isinstance(texts, str) else texts, "samples['text_input']")

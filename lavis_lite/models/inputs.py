@@ -6,6 +6,7 @@ its training losses: it takes one pass over the image and waits for the device. 
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -97,18 +98,17 @@ def text_list(texts: str | Sequence[str], count: int, key: str = "text_input", *
 
     Raises ValueError for another number of texts, or for one that is no text; `key` names them.
     """
+    where = f"samples[{key!r}]"
     if isinstance(texts, str):
-        return [checked_text(texts, f"samples[{key!r}]")] * count
+        return [checked_text(texts, where)] * count
     if isinstance(texts, bytes | Mapping) or not isinstance(texts, Iterable):
-        raise InputError(f"samples[{key!r}]: {shown(texts)} is neither a text nor a list of one a sample")
+        raise InputError(f"{where}: {shown(texts)} is neither a text nor a list of one a sample")
     texts = list(texts)
     if len(texts) != count:
-        raise InputError(f"samples[{key!r}]: {len(texts)} texts were given for {count} images")
-    if not texts:
-        raise InputError(f"samples[{key!r}]: the list of texts is empty")
+        raise InputError(f"{where}: {len(texts)} texts were given for {count} images")
     for row, text in enumerate(texts):
         for one in text if nested and isinstance(text, list | tuple) else (text,):
-            checked_text(one, f"samples[{key!r}][{row}]")
+            checked_text(one, f"{where}[{row}]")
     return texts
 
 
@@ -120,6 +120,25 @@ def require_labels(num_labels: Sequence[int], texts: Sequence[str]) -> None:
             f"none of the batch's {len(texts)} texts has a token to learn ({shown}): give longer texts, a shorter "
             "model.prompt, or raise model.max_txt_len and max_output_txt_len"
         )
+
+
+def listed_texts(texts: Any, where: str) -> list[str]:
+    """Any number of texts. ValueError, which begins with `where`, for none and for anything else."""
+    if isinstance(texts, str | bytes | Mapping) or not isinstance(texts, Iterable):
+        raise InputError(f"{where} must be a list of texts; got {shown(texts)}")
+    texts = list(texts)
+    if not texts:
+        raise InputError(f"{where} is an empty list; it must have at least one text")
+    return [checked_text(text, f"{where}[{row}]") for row, text in enumerate(texts)]
+
+
+def whole_number(value: Any, name: str, least: int | None = None) -> int:
+    """The number. ValueError if it is no int, or below `least`."""
+    if not isinstance(value, Integral):
+        raise InputError(f"{name} must be a whole number; got {shown(value)}")
+    if least is not None and value < least:
+        raise InputError(f"{name} {value} must be at least {least}")
+    return value
 
 
 def word_lists(value: Any, count: int, key: str) -> list[list[str]]:

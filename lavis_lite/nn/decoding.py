@@ -8,8 +8,10 @@ length. A language model's prompt is embedded, so that only its start token is c
 Letters: B texts, K beams, N = B x K rows, L length so far, V vocabulary.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
@@ -55,6 +57,13 @@ class DecodingConfig:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("max_length", "min_length", "num_beams", "num_return"):
+            if not isinstance(getattr(self, name), Integral):
+                raise InputError(f"{name} must be a whole number; got {getattr(self, name)!r}")
+        for name in ("length_penalty", "repetition_penalty", "top_p", "temperature"):
+            value = getattr(self, name)
+            if not isinstance(value, Real) or not math.isfinite(value):
+                raise InputError(f"{name} must be a finite number; got {value!r}")
         if self.num_beams < 1 or self.num_return < 1:
             raise InputError(
                 f"num_beams {self.num_beams} and the number of captions {self.num_return} must be at least 1"
