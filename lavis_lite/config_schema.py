@@ -98,7 +98,7 @@ MAX_NUMBER = 3e38
 
 
 class _Mismatch(Exception):
-    """Internal: the value does not fit the annotation; perhaps with what else there is to say."""
+    """Internal: the value does not fit the annotation; perhaps with what else is expected of it."""
 
 
 @dataclass(frozen=True)
@@ -136,9 +136,9 @@ class Checker:
         try:
             return self._convert(value, annotation, path)
         except _Mismatch as mismatch:
-            hint = f". {did_you_mean(value, get_args(annotation))}" if _is_text_choice(annotation) else str(mismatch)
+            hint = f". {did_you_mean(value, get_args(annotation))}" if _is_text_choice(annotation) else ""
             given = f"{value!r} ({describe(type(value))})"
-            raise self.error(path, f"expected {describe(annotation)}, got {given}{hint}") from None
+            raise self.error(path, f"expected {describe(annotation)}{mismatch}, got {given}{hint}") from None
 
     def _convert(self, value: Any, annotation: Any, path: KeyPath) -> Any:
         kind, args = get_origin(annotation), get_args(annotation)
@@ -153,7 +153,7 @@ class Checker:
         if annotation is dict or kind in (dict, Mapping):
             _require(isinstance(value, Mapping), value)
             if args and args[0] is str:
-                _require(all(isinstance(key, str) for key in value), value, ": its keys must be text")
+                _require(all(isinstance(key, str) for key in value), value, " with text as keys")
             element = args[1] if args else Any
             return {key: self.value(v, element, (*path, str(key))) for key, v in value.items()}
         return _convert_scalar(value, annotation)
@@ -177,18 +177,24 @@ def _require(fits: bool, value: Any, why: str = "") -> Any:
     return value
 
 
+def _within(value: float, limit: float, shown: str) -> float:
+    """Return a number that is neither NaN nor beyond `limit` on either side of 0."""
+    _require(value >= -limit, value, f", -{shown} or more")
+    return _require(value <= limit, value, f", {shown} or less")
+
+
 def _convert_scalar(value: Any, annotation: Any) -> Any:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if annotation is int:
         _require(number and math.isfinite(value) and value == int(value), value)
-        return int(_require(abs(value) <= MAX_WHOLE, value, f", which is beyond {MAX_WHOLE:,}"))
+        return int(_within(value, MAX_WHOLE, f"{MAX_WHOLE:,}"))
     if annotation is float:
         _require(number, value)
-        return float(_require(abs(value) <= MAX_NUMBER, value, f", which is not within {MAX_NUMBER:g}"))
+        return float(_within(value, MAX_NUMBER, f"{MAX_NUMBER:g}"))
     if annotation is Path:
         return Path(_require(isinstance(value, str), value))
     if annotation is str and isinstance(value, str):
-        _require("\0" not in value, value, ", which holds a null character")
+        _require("\0" not in value, value, " without null characters")
     if annotation in (bool, str, types.NoneType):
         return _require(type(value) is annotation, value)
     if is_dataclass(annotation):

@@ -41,7 +41,6 @@ _AT_LEAST: dict[str, float] = {
     "checkpoint_every": 1,
     "keep_checkpoints": 0,
 }
-_AT_MOST: dict[str, float] = {"lr_layer_decay": 1, "num_workers": 1024}
 _ABOVE_ZERO = ("grad_clip_norm", "lr_layer_decay", "lr_decay_rate")
 _BELOW_ONE = ("beta1", "beta2")
 
@@ -143,8 +142,6 @@ class RunConfig:
     def __post_init__(self) -> None:
         for key, least in _AT_LEAST.items():
             self._require(key, lambda v, least=least: v >= least, f"{least:g} or more")
-        for key, most in _AT_MOST.items():
-            self._require(key, lambda v, most=most: v <= most, f"{most:g} or less")
         for key in ("train_splits", "valid_splits", "test_splits"):
             self._require(key, lambda v: all(map(is_plain_name, v)), "plain names, since results are filed under them")
         self._require("output_dir", lambda v: v.strip() != "", "a folder")

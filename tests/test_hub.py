@@ -18,18 +18,18 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from transformers import BertConfig, BertForMaskedLM, OPTConfig, OPTForCausalLM
+from transformers import BertConfig, OPTConfig, OPTForCausalLM
 from transformers.utils import sentencepiece_model_pb2_new
 
 from lavis_lite import checkpoint, download, weights
 from lavis_lite.datasets.base import locate
 from lavis_lite.datasets.templates import load_templates
 from lavis_lite.models import from_pretrained, load_model
-from lavis_lite.models.initialise import vit_weights
 from lavis_lite.models.tokenizers import load_tokenizer
 from lavis_lite.nn.llm_loading import load_language_model
 from lavis_lite.nn.llm_sources import is_composite, language_model_config, load_llm_tokenizer
 from lavis_lite.nn.vision_timm import timm_weights
+from lavis_lite.registry import registry
 
 FOLDERS = Path(__file__).parent / "reference" / "tiny_hf"
 
@@ -98,15 +98,32 @@ class Hostile:
         return open, (str(self.ran), "w")
 
 
-def small_bert() -> BertForMaskedLM:
+MED = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 32, "max_positions": 64}
+SMALL: dict[str, Any] = {"image_size": 48, "tokenizer": "shapes"}
+BLIP = {**SMALL, "vit_type": "tiny", "vit": {"width": 24, "depth": 2, "num_heads": 3}, "med": MED, "queue_size": 8}
+BLIP2 = {**SMALL, "vit_model": "eva_tiny", "vit_weights": "random", "qformer": MED, "num_query_token": 3}
+
+
+def start_blip(text: Any = None, **settings: Any) -> None:
+    settings |= {} if text is None else {"init_text": str(text)}
+    registry.get_model_class("blip_pretrain").from_config({**BLIP, **settings})
+
+
+def start_blip2(text: Any) -> None:
+    registry.get_model_class("blip2").from_config({**BLIP2, "init_text": str(text)})
+
+
+def small_bert() -> BertConfig:
+    """The configuration of a BERT that `BLIP` and `BLIP2` can start from."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    return BertForMaskedLM(BertConfig(vocab_size=60, max_position_embeddings=64, **sizes))
+    vocabulary = load_tokenizer("shapes").vocab_size
+    return BertConfig(vocab_size=vocabulary, max_position_embeddings=64, architectures=["BertForMaskedLM"], **sizes)
 
 
 def hostile_folder(kind: str, target: Path, content: bytes) -> Path:
     """A folder of a model whose weights are those bytes, as a pytorch_model.bin."""
     if kind == "bert":
-        small_bert().config.save_pretrained(target)
+        small_bert().save_pretrained(target)
     else:
         shutil.copytree(FOLDERS / "opt", target)
         (target / "model.safetensors").unlink()
@@ -125,7 +142,7 @@ def load_opt(folder: Path) -> None:
     load_language_model(folder, dtype=torch.float32)
 
 
-BIN_LOADERS = [("bert", weights.open_state), ("opt", load_opt), ("opt", weights.open_state)]
+BIN_LOADERS = [("bert", start_blip), ("bert", start_blip2), ("opt", load_opt), ("opt", weights.open_state)]
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["zip", "plain pickle"])
@@ -235,10 +252,10 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "language model's config": lambda: language_model_config("nobody/opt"),
     "is it a BLIP-2": lambda: is_composite("nobody/opt"),
     "language model": lambda: load_language_model("nobody/opt", dtype=torch.float32),
-    "init_text of BLIP": lambda: load_model("blip_pretrain", "tiny", init_text="nobody/bert"),
-    "init_text of BLIP-2": lambda: load_model("blip2", "tiny", init_text="nobody/bert"),
-    "init_text's file": lambda: load_model("blip2", "tiny", init_text=f"{URL}.pth"),
-    "init_vit": lambda: vit_weights("vit_base_patch16_224", torch.zeros(1, 5, 8)),
+    "init_text of BLIP": lambda: start_blip("nobody/bert"),
+    "init_text of BLIP-2": lambda: start_blip2("nobody/bert"),
+    "init_text's file": lambda: start_blip2(f"{URL}.pth"),
+    "init_vit": lambda: start_blip(init_vit="vit_base_patch16_224"),
     "timm encoder": lambda: timm_weights("vit_base_patch16_224"),
     "timm encoder of a tag": lambda: timm_weights("test_vit.r160_in1k"),
     "hub id": lambda: from_pretrained("nobody/blip"),

@@ -129,7 +129,12 @@ def timm_config(name: str) -> PretrainedCfg:
 
 
 def timm_weights(name: str) -> dict[str, Tensor]:
-    """The published weights of a timm model, downloaded or from the hub's cache, for `adapt_state_dict`.
+    """The published weights of a timm model for `adapt_state_dict`; raises as `published_model`."""
+    return published_model(name).state_dict()
+
+
+def published_model(name: str) -> nn.Module:
+    """Return a timm model as it is, with its published weights, downloaded or from the hub's cache.
 
     Raises ValueError if timm does not know the name or has no weights of it, FileNotFoundError if they are not on this
     machine and LAVIS_LITE_OFFLINE is set.
@@ -139,7 +144,7 @@ def timm_weights(name: str) -> dict[str, Tensor]:
         raise InputError(f"timm has no published weights of {name}: give a file of weights instead")
     local = {"pretrained_cfg_overlay": {"file": str(cached_weights(name, config))}} if download.is_offline() else {}
     with hub_offline(), refusing_code(name):
-        return timm.create_model(name, pretrained=True, **local).state_dict()
+        return timm.create_model(name, pretrained=True, **local)
 
 
 def cached_weights(name: str, config: PretrainedCfg) -> Path:
