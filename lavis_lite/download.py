@@ -76,7 +76,8 @@ def local_folder(source: str | Path, *, what: str = "folder", give: str = "give 
     if is_id and not is_inside and not path.exists():
         return None
     problem = "is a file, not a folder" if path.exists() else "does not exist"
-    there = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir()) if is_inside else []
+    entries = [entry for entry in path.parent.iterdir() if entry.is_dir()] if is_inside else []
+    there = sorted(entry.name for entry in entries if not entry.name.startswith("."))
     near = difflib.get_close_matches(path.name, there, n=3) or there[:5]
     listing = f" ({path.parent} has {', '.join(near)})" if near else ""
     raise MissingFileError(f"{what} {name} {problem}{listing}; relative paths start at {Path.cwd()}: {give}")

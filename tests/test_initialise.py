@@ -77,6 +77,21 @@ def test_image_encoder_starts_as_a_timm_file(tmp_path: Path) -> None:
     assert model.visual_encoder.pos_embed.shape == (1, 37, 24)
 
 
+def test_layers_and_heads_of_an_image_encoder_are_compared(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes = {"img_size": 48, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_classes": 0}
+    source = timm.create_model("vit_tiny_patch16_224", **sizes, num_heads=4)
+    torch.save(source.state_dict(), tmp_path / "vit.pth")
+    build(init_vit=str(tmp_path / "vit.pth"))
+    assert "vit.pth: layers 2-3 of its 4 will not be used, as the model has only 2" in caplog.text
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: source)
+    with pytest.raises(ValueError, match=r"has 4 attention heads, model\.vit\.num_heads is 3"):
+        build(init_vit="vit_tiny_patch16_224")
+    with pytest.raises(ValueError, match="timm knows no vit_tiny_patch16_225"):
+        build(init_vit="vit_tiny_patch16_225")
+
+
 def test_other_sizes_are_an_error(bert: Path) -> None:
     with pytest.raises(ValueError, match="choose a source of the same sizes"):
         build(init_text=str(bert), med={**MED, "intermediate_size": 48})

@@ -105,8 +105,7 @@ class BlipBase(BaseModel):
         become copies. `add_token_type` as in `bert_weights`.
         """
         if vit is not None:
-            state = vit_weights(vit, self.visual_encoder.pos_embed)
-            start_from(self, state, source=vit, parts=("visual_encoder.",))
+            start_from(self, vit_weights(vit, self.visual_encoder), source=vit, parts=("visual_encoder.",))
         if text is not None:
             bert = bert_weights(text, self.text_model(), add_token_type=add_token_type)
             parts = [f"{name}." for name in ("text_encoder", "text_decoder") if hasattr(self, name)]

@@ -20,8 +20,8 @@ from lavis_lite import checkpoint, download, weights
 from lavis_lite.errors import InputError, MissingFileError
 from lavis_lite.models.tokenizers import vocabulary
 from lavis_lite.nn.attention import BertConfig
-from lavis_lite.nn.vision import interpolate_pos_embed
-from lavis_lite.nn.vision_timm import timm_weights
+from lavis_lite.nn.vision import BlipViT, interpolate_pos_embed
+from lavis_lite.nn.vision_timm import published_model
 
 logger = logging.getLogger(__name__)
 
@@ -66,21 +66,40 @@ class TextModel:
         return max(self.tokenizer.vocab_size, self.tokenizer.bos_token_id)
 
 
-def vit_weights(source: str, pos_embed: Tensor) -> dict[str, Tensor]:
+def vit_weights(source: str, encoder: BlipViT) -> dict[str, Tensor]:
     """A ViT's tensors under `visual_encoder.`: a file, or a timm model by name with its published weights (which is
     downloaded).
 
-    Position embeddings are resized to those of `pos_embed`.
+    Position embeddings are resized to those of `encoder`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: timm has no model of this name, or its attention has another number of heads.
     """
     if is_weight_file(source):
         state = checkpoint.find_state_dict(checkpoint.load(source), source=source)
     else:
-        state = timm_weights(source)
+        state = timm_state(source, num_heads=encoder.config.num_heads)
+    blocks = {name.split(".")[1] for name in state if name.startswith("blocks.")}
+    report_layers(len(blocks), encoder.config.depth, source=source)
+    pos_embed = encoder.pos_embed
     state = {
         f"visual_encoder.{name}": tensor for name, tensor in state.items() if not name.startswith(("head", "fc_norm"))
     }
     name = "visual_encoder.pos_embed"
     return {**state, name: interpolate_pos_embed(state[name], pos_embed.shape[1])} if name in state else state
+
+
+def timm_state(name: str, *, num_heads: int) -> dict[str, Tensor]:
+    """The published weights of a timm model; raises as `vit_weights`."""
+    source = published_model(name)
+    found = {module.num_heads for module in source.modules() if isinstance(getattr(module, "num_heads", None), int)}
+    if found and found != {num_heads}:
+        raise InputError(
+            f"model.init_vit: {name} has {', '.join(map(str, sorted(found)))} attention heads, model.vit.num_heads is "
+            f"{num_heads}: set it to the source's, or choose another source"
+        )
+    return source.state_dict()
 
 
 def is_weight_file(source: str) -> bool:
@@ -151,7 +170,7 @@ def read_bert_config(folder: Path) -> dict[str, Any]:
         )
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"model.init_text: {path} is no JSON ({error})") from error
     if not isinstance(raw, dict):
         raise InputError(f"model.init_text: {path} holds no JSON object")
@@ -272,4 +291,5 @@ def _kind(name: str) -> str:
     for part in ("crossattention", "cls", "query_tokens"):
         if part in words:
             return part
-    return f"layer {words[words.index('layer') + 1]}" if "layer" in words else ".".join(words[:-1])
+    stack = next((word for word in ("layer", "blocks") if word in words), None)
+    return f"layer {words[words.index(stack) + 1]}" if stack else ".".join(words[:-1])

@@ -77,7 +77,7 @@ def vocabulary(folder: Path) -> dict[str, int]:
             added = {token["content"]: token["id"] for token in stored["added_tokens"]}
             known = stored["model"]["vocab"]
             return (known if isinstance(known, dict) else {token: i for i, (token, _) in enumerate(known)}) | added
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(
                 f"{folder / 'tokenizer.json'} is no tokenizer ({type(error).__name__}: {error})"
             ) from error

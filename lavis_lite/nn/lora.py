@@ -53,7 +53,7 @@ def lora_settings(value: Mapping[str, Any] | str | None) -> dict[str, Any] | Non
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         kind = stored["peft_type"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
             f"llm_lora: {path} is not a configuration of peft ({type(error).__name__}: {error})"
         ) from error

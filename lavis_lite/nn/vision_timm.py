@@ -139,10 +139,13 @@ def published_model(name: str) -> nn.Module:
     Raises ValueError if timm does not know the name or has no weights of it, FileNotFoundError if they are not on this
     machine and LAVIS_LITE_OFFLINE is set.
     """
-    config = timm_config(name)
-    if not config.has_weights:
-        raise InputError(f"timm has no published weights of {name}: give a file of weights instead")
-    local = {"pretrained_cfg_overlay": {"file": str(cached_weights(name, config))}} if download.is_offline() else {}
+    local = {}
+    if ":" not in name:  # hf_hub:owner/name is timm's way to name a repository
+        config = timm_config(name)
+        if not config.has_weights:
+            raise InputError(f"timm has no published weights of {name}: give a file of weights instead")
+        if download.is_offline():
+            local = {"pretrained_cfg_overlay": {"file": str(cached_weights(name, config))}}
     with hub_offline(), refusing_code(name):
         return timm.create_model(name, pretrained=True, **local)
 

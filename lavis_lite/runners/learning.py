@@ -24,8 +24,9 @@ ALWAYS_NO_MATCH = 0.6365
 
 
 def learning_metrics(output: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The entries of a training step's output that are logged beside its losses."""
-    return {name: output[name] for name in METRICS if torch.is_tensor(output.get(name))}
+    """The entries of a training step's output that are logged beside its losses: `METRICS` that are one number."""
+    values = {name: output[name] for name in METRICS if torch.is_tensor(output.get(name))}
+    return {name: value for name, value in values.items() if value.numel() == 1}
 
 
 @dataclass
