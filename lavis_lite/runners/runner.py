@@ -101,9 +101,9 @@ class Runner:
         self.loader = train_loader(sets, run, rank=dist.rank(), world=dist.world_size(), pin=pin)
         self.plan = self._plan(self.loader.steps_per_epoch)
         sampler = self.loader.sampler
-        self.is_mixture = len(sampler.names) > 1
-        if self.is_mixture:
-            self.progress.report_mixture(sampler.lengths, sampler.shares)
+        self.draws_datasets = len(sampler.names) > 1 and not self.loader.is_concat
+        if len(sampler.names) > 1:
+            self.progress.report_mixture(sampler.lengths, sampler.shares, is_concat=self.loader.is_concat)
         self.schedule = build_schedule(
             run, max_epoch=self.plan.num_epochs, iters_per_epoch=self.plan.inner, total_steps=self.plan.total
         )
@@ -121,11 +121,10 @@ class Runner:
     def _train_epoch(self, epoch: int) -> None:
         run, plan = self.run, self.plan
         first, end = plan.bounds(epoch)
+        start = self.state.step
         self.model.train()
-        self.progress.start_epoch(
-            epoch=epoch, num_epochs=plan.num_epochs, step=self.state.step - first, end=end - first
-        )
-        for step in range(self.state.step, end):
+        self.progress.start_epoch(epoch=epoch, num_epochs=plan.num_epochs, step=start - first, end=end - first)
+        for step in range(start, end):
             lr = self.schedule.lr_at(step)
             set_lr(self.optimizer, lr)
             samples = to_device(next(self.batches), self.device)
@@ -139,7 +138,7 @@ class Runner:
             if closes_window:
                 self._update_weights()
             self.metrics.update(**losses)
-            if self.is_mixture:
+            if self.draws_datasets:
                 self.by_dataset.update(**{self.loader.sampler.dataset_at(step): losses["loss"]})
             self.state.step = step + 1
             self.progress.advance()
@@ -148,9 +147,20 @@ class Runner:
             if closes_window and step + 1 < end and self._is_checkpoint_due():
                 self._save_last()
         self.progress.end_epoch()
-        if self.by_dataset.counts:
-            batches = {name: self.by_dataset.counts[name] for name in self.loader.sampler.names}
-            self.progress.report_datasets(batches, self.by_dataset.drain(), step=self.state.step, epoch=epoch)
+        if start < end and len(self.loader.sampler.names) > 1:
+            self.progress.report_datasets(self._by_dataset(first, end), step=self.state.step, epoch=epoch)
+
+    def _by_dataset(self, first: int, end: int) -> dict[str, dict[str, Any]]:
+        """Return each training set's part in the steps from `first` to before `end`.
+
+        That is its batches and their mean loss, or its samples where a batch holds several sets' and has one loss.
+        """
+        sampler = self.loader.sampler
+        if self.loader.is_concat:
+            return {name: {"samples": count} for name, count in sampler.samples_between(first, end).items()}
+        counts = dict(self.by_dataset.counts)
+        means = self.by_dataset.drain()
+        return {name: {"batches": counts.get(name, 0), "loss": means.get(name)} for name in sampler.names}
 
     def _update_weights(self) -> None:
         if self.run.grad_clip_norm is not None:
