@@ -71,6 +71,10 @@ class BaseDataset(Dataset):
     def __len__(self) -> int:
         return len(self.annotation)
 
+    def files_of(self, record: Record) -> list[str]:
+        """The image or video files that a record's sample is made of, as `image` takes them."""
+        return [record["image"]]
+
     def image(self, file: str) -> Any:
         """The processed image of a path as the annotation gives it: absolute, or below `vis_root`."""
         return self.vis_processor(open_image(self.vis_root / file))

@@ -70,7 +70,9 @@ class Progress:
         self.log.write({"split": split, "step": step, "epoch": epoch, "metrics": dict(metrics)})
         numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
         self.events.write({f"{split}/{name}": value for name, value in numbers.items()}, step=step)
-        logger.info(f"{split}: " + "  ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+        parts = [f"{name} {value:.4g}" for name, value in numbers.items()]
+        parts += [f"({metrics['note']})"] if "note" in metrics else []
+        logger.info(f"{split}: " + "  ".join(parts))
 
     def report_mixture(self, samples: Mapping[str, int], shares: Mapping[str, float], *, is_concat: bool) -> None:
         """Writes, before the first step, each training dataset's number of samples and its share of the batches, or

@@ -53,6 +53,7 @@ class Runner:
             check_splits(datasets, getattr(self.run, setting) or (), setting=setting)
         self.model = model.to(self.device)
         self.state = RunState()
+        self.warned_of_no_best = False
         self.progress = Progress(self.job_dir, tensorboard=self.run.tensorboard)
         if dist.is_main():
             self._write_config()
@@ -78,11 +79,13 @@ class Runner:
         return {"best": self.state.to_dict()["best"], "test": test}
 
     def evaluate(self, splits: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
-        """Metrics of `splits` (default `run.test_splits`) by split, or `<dataset>_<split>` if several datasets have it.
+        """Metrics of `splits` by split, or `<dataset>_<split>` if several datasets have it. Default: those of
+        `run.valid_splits`, then those of `run.test_splits`.
 
         The weights are the model's own, or those of `run.resume_ckpt_path` if it is set.
         """
-        splits = list(self.run.test_splits or ()) if splits is None else list(splits)
+        both = [*(self.run.valid_splits or ()), *(self.run.test_splits or ())]
+        splits = list(dict.fromkeys(both if splits is None else splits))
         check_splits(self.datasets, splits, setting="test_splits")
         if self.run.resume_ckpt_path:
             self._load_weights(Path(self.run.resume_ckpt_path))
@@ -199,6 +202,9 @@ class Runner:
 
     def _keep_best(self, epoch: int, results: Mapping[str, Mapping[str, Any]]) -> None:
         name, metric = aggregate(results, by=self.run.best_by)
+        if metric is None:
+            self._warn_of_no_best(name)
+            return
         if name not in results:
             self.progress.report_metrics(name, {"agg_metrics": metric}, step=self.state.step, epoch=epoch)
         known = self.state.best_metric
@@ -206,6 +212,14 @@ class Runner:
             self.state.best_metric, self.state.best_epoch = metric, epoch
             self._save_weights(self.job_dir / "checkpoint_best.pth")
             logger.info(f"best so far: {metric:.4g} on {name} after epoch {epoch + 1}")
+
+    def _warn_of_no_best(self, name: str) -> None:
+        if not self.warned_of_no_best:
+            self.warned_of_no_best = True
+            logger.warning(
+                f"{name}: nothing was scored, so checkpoint_best.pth cannot be chosen by it and will hold the last "
+                "weights. Validate on a split with answers, references or labels, or set run.valid_splits=[]"
+            )
 
     def _load_best(self) -> None:
         best = self.job_dir / "checkpoint_best.pth"
