@@ -172,8 +172,8 @@ def _check_files(dataset: Any, where: str, *, share: float | None) -> set[str]:
     root = os.fspath(dataset.vis_root)
     files = {os.path.join(root, file) for record in dataset.annotation for file in dataset.files_of(record)}
     wrong = wrong_files(files, where)
-    if not wrong:
-        return files
+    if not wrong or _opens_others(dataset, wrong, root):
+        return files - wrong.keys()
     path, reason = next(iter(wrong.items()))
     kind = _kind(dataset)
     others = f", and {len(wrong) - 1:,} more of {len(files):,} files" if len(wrong) > 1 else ""
@@ -192,6 +192,19 @@ def _check_files(dataset: Any, where: str, *, share: float | None) -> set[str]:
         "(relative paths are below the data root, environment variable LAVIS_LITE_DATA) or remove the records from "
         f"the annotations. ({'Evaluation never skips samples.' if share is None else way_out})"
     )
+
+
+def _opens_others(dataset: Any, wrong: Mapping[str, str], root: str) -> bool:
+    """Whether a sample is read although its file is wrong: a user's class may look elsewhere than `files_of` says."""
+    for index, record in enumerate(dataset.annotation):
+        if any(os.path.join(root, file) in wrong for file in dataset.files_of(record)):
+            try:
+                with kept_rng():
+                    dataset[index]
+            except (UnreadableSample, OSError):
+                return False
+            return True
+    return False
 
 
 def wrong_files(files: Iterable[str], where: str = "") -> dict[str, str]:

@@ -65,6 +65,23 @@ def test_training_may_lack_the_share_that_is_allowed(
     complains(capsys, code, "picture4.png", "1 samples, more than run.max_unreadable_share=0.1 allows")
 
 
+def test_a_dataset_that_looks_elsewhere_is_not_held_up(tmp_path: Path) -> None:
+    """The user's own class may make other paths of its records, without saying so in `files_of`."""
+    from lavis_lite.datasets.pairs import PairsDataset
+
+    class Elsewhere(PairsDataset):
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            """As a pair, from a folder below."""
+            return {"image": self.image(f"images/{self.annotation[index]['image']}")}
+
+    six(tmp_path)
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps([{"image": f"picture{i}.png", "caption": "a"} for i in range(6)]))
+    assert preflight._check_files(Elsewhere([path], tmp_path, split="val"), "own/val", share=None) == set()
+    with pytest.raises(FileNotFoundError, match=r"picture0\.png \(own/val, and 5 more of 6 files\)"):
+        preflight._check_files(PairsDataset([path], tmp_path, split="val"), "own/val", share=None)
+
+
 def test_folders_pipes_and_empty_files_are_not_images(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "empty").touch()

@@ -73,7 +73,8 @@ class BaseDataset(Dataset):
 
     def files_of(self, record: Record) -> list[str]:
         """The image or video files that a record's sample is made of, as `image` takes them."""
-        return [record["image"]]
+        file = record.get("image")
+        return [file] if isinstance(file, str) else []
 
     def image(self, file: str) -> Any:
         """The processed image of a path as the annotation gives it: absolute, or below `vis_root`."""
