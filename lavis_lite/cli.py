@@ -204,7 +204,8 @@ def training_lines(run: RunConfig, datasets: dict[str, dict[str, Any]], *, num_p
 
     loader = train_loader(train_sets(datasets, run.train_splits), run, world=num_processes)
     shares = loader.sampler.shares
-    lines = [f"share       {name}: {share:.2%} of the steps" for name, share in shares.items() if len(shares) > 1]
+    of = "samples" if loader.is_concat else "steps"
+    lines = [f"share       {name}: {share:.2%} of the {of}" for name, share in shares.items() if len(shares) > 1]
     return [*lines, f"steps       {steps_line(run, loader.steps_per_epoch, num_processes=num_processes)}"]
 
 
