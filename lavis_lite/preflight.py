@@ -44,12 +44,12 @@ class SplitReport:
     """`<dataset>/<split>`"""
     kind: str
     """`image` or `video`"""
-    files: frozenset[str]
+    files: set[str]
     num_read: int
     shape: tuple[int, ...] | None
     """of one sample's image, (3, H, W) or (3, F, H, W)"""
 
-    def line(self, trained_on: frozenset[str], *, num_repeated: int) -> str:
+    def line(self, trained_on: set[str], *, num_repeated: int) -> str:
         """Return the dry run's line; `trained_on` are the files of the training splits, for the others."""
         parts = [f"{len(self.files):,} {self.kind} files found"] if self.files else []
         if num_repeated:
@@ -73,7 +73,7 @@ def check_device(cfg: Config) -> None:
 
 
 def check_data(cfg: Config, task: Any, datasets: Datasets) -> list[SplitReport]:
-    """Check every split's files and some of its samples, on rank 0 for all ranks; return what was found.
+    """Check every split's files and some of its samples, on rank 0 for all ranks; return there what was found.
 
     Raises:
         MissingFileError: files are not there; of training data, more than `run.max_unreadable_share` of the samples'.
@@ -82,7 +82,9 @@ def check_data(cfg: Config, task: Any, datasets: Datasets) -> list[SplitReport]:
     """
     if not cfg.run.evaluate:
         train_loader(train_sets(datasets, cfg.run.train_splits), cfg.run, world=dist.world_size())
-    return dist.on_main(lambda: _check_splits(cfg, task, datasets))
+    found: list[SplitReport] = []
+    dist.on_main(lambda: found.extend(_check_splits(cfg, task, datasets)))  # names of millions of files stay here
+    return found
 
 
 def opening(cfg: Config, runner: Any) -> str:
@@ -110,12 +112,12 @@ def closing(result: Mapping[str, Any], job_dir: Path, *, seconds: float) -> str:
 def report(cfg: Config, found: Sequence[SplitReport], datasets: Datasets) -> list[str]:
     """Return the dry run's lines about files, repeated records and the device."""
     trained = {f"{name}/{split}" for name in cfg.datasets for split in cfg.run.train_splits}
-    trained_on = frozenset().union(*(split.files for split in found if split.where in trained))
+    trained_on = set().union(*(split.files for split in found if split.where in trained))
     lines = []
     for split in found:
         name, _, key = split.where.rpartition("/")
         repeated = num_repeated(getattr(datasets[name][key], "annotation", ()))
-        lines.append(split.line(frozenset() if split.where in trained else trained_on, num_repeated=repeated))
+        lines.append(split.line(set() if split.where in trained else trained_on, num_repeated=repeated))
     try:
         check_device(cfg)
         return [*lines, f"device      {dist.resolve_device(cfg.run.device)}"]
@@ -159,9 +161,9 @@ def _check_splits(cfg: Config, task: Any, datasets: Datasets) -> list[SplitRepor
             batch = dataset.collater(samples[:1]) if samples and hasattr(dataset, "collater") else {}
             shape = _check_size(cfg.model, batch, where)
             if is_evaluated and hasattr(task, "check"):
+                _check_keys(task, batch, where)
                 task.check(registry.get_model_class(cfg.model["arch"]), dataset, batch, split=split)
-            found = {"files": frozenset(files), "num_read": len(samples), "shape": shape}
-            reports.append(SplitReport(where=where, kind=kind, **found))
+            reports.append(SplitReport(where=where, kind=kind, files=files, num_read=len(samples), shape=shape))
     return reports
 
 
@@ -269,11 +271,26 @@ def _read_some(dataset: Any, where: str, *, count: int, share: float | None) -> 
     return samples
 
 
+def _check_keys(task: Any, batch: Mapping[str, Any], where: str) -> None:
+    """Raise InputError if the samples lack a key that the task evaluates with."""
+    lacking = [key for key in getattr(task, "sample_keys", ()) if batch and key not in batch]
+    if lacking:
+        raise InputError(
+            f"{where}: {type(task).__name__} evaluates samples by {lacking[0]!r}, which these lack (they have "
+            f"{', '.join(batch)}): choose a dataset that fits the task, or another run.task"
+        )
+
+
 def _check_size(model: Mapping[str, Any], batch: Mapping[str, Any], where: str) -> tuple[int, ...] | None:
     """Return the shape of a sample's image. Raises InputError if the model takes another height or width."""
     image = next((batch[key] for key in ("image", "image0") if torch.is_tensor(batch.get(key))), None)
     if image is None:
         return None
+    if image.dim() == 5 and not getattr(registry.get_model_class(model["arch"]), "takes_video", True):
+        raise InputError(
+            f"{where}: samples show videos, {tuple(image.shape[1:])}, and {model['arch']} takes images only: choose an "
+            "architecture of BLIP-2 with a language model, or other data"
+        )
     size = _image_size(model)
     if size is not None and tuple(image.shape[-2:]) != (size, size):
         raise InputError(

@@ -3,7 +3,6 @@
 A task's own keys (`num_beams`, `k_test`, ...) stand beside these in the YAML; they are the task's fields.
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -63,6 +62,7 @@ _AT_MOST: dict[str, float] = {
 }
 """Far above what any run needs: a value beyond is a slip (or an attack) and would only fail later, or never end."""
 
+MOST_SHARE = 10**9
 _ABOVE_ZERO = ("grad_clip_norm", "lr_layer_decay", "lr_decay_rate")
 _BELOW_ONE = ("beta1", "beta2")
 
@@ -170,7 +170,7 @@ class RunConfig:
             self._require(key, lambda v: 0 <= v < 1, "from 0 to less than 1")
         self._require("max_unreadable_share", lambda v: 0 <= v <= 1, "a share, 0 to 1")
         for key in ("train_dataset_ratios", "train_dataset_factors"):
-            self._require(key, lambda v: all(0 <= x < math.inf for x in v.values()), "no negative or infinite number")
+            self._require(key, lambda v: all(0 <= x <= MOST_SHARE for x in v.values()), f"0 to {MOST_SHARE:,} for each")
         self._check_mixture()
         self._require("job_id", lambda v: v not in ("", ".", "..") and "/" not in v, "a folder's plain name")
         if self.runner == "runner_iter" and self.max_iters is None:

@@ -151,7 +151,8 @@ def test_impossible_shares(setting: dict[str, Any], text: str) -> None:
     [
         ({"train_dataset_sampling": "sqrt"}, "train_dataset_ratios: contradicts train_dataset_sampling: sqrt.*null"),
         ({"train_dataset_factors": {"a": 2.0}}, r"contradicts .*factors \{'a': 2\.0\}; leave it out"),
-        ({"train_dataset_ratios": {"a": -1.0}}, "no negative"),
+        ({"train_dataset_ratios": {"a": -1.0}}, "train_dataset_ratios: expected 0 to 1,000,000,000 for each"),
+        ({"train_dataset_ratios": {"a": 1e308}}, "train_dataset_ratios: expected 0 to 1,000,000,000 for each"),
         ({"train_dataset_mixing": "concat"}, r"concat contradicts train_dataset_ratios: \{'a': 1\.0\}; .*per_step"),
         ({"train_dataset_ratios": None, "train_dataset_factors": {"a": float("nan")}}, "train_dataset_factors: .*nan"),
     ],

@@ -176,6 +176,16 @@ def test_a_sample_has_the_size_that_the_model_takes(
         complains(capsys, doors.train(path, option, flags=flags), f"shapes_caption/{split}: ", "64 x 64", "48 x 48")
 
 
+def test_videos_are_for_models_that_take_them() -> None:
+    video = {"image": torch.zeros(1, 3, 4, 48, 48)}
+    with pytest.raises(ValueError, match=r"own/val: samples show videos, \(3, 4, 48, 48\), and blip_vqa takes images"):
+        preflight._check_size({"arch": "blip_vqa", "image_size": 48}, video, "own/val")
+    with pytest.raises(ValueError, match="blip2 takes images only"):
+        preflight._check_size({"arch": "blip2", "image_size": 48}, video, "own/val")
+    found = preflight._check_size({"arch": "blip2_t5_instruct", "image_size": 48}, video, "own/val")
+    assert found == (3, 4, 48, 48)
+
+
 def test_the_size_of_an_encoder_is_its_own_or_the_constructor_s() -> None:
     assert preflight._image_size({"arch": "blip_caption"}) == 224
     assert preflight._image_size({"arch": "blip2", "image_size": 364}) == 364
@@ -248,6 +258,14 @@ def test_ranking_needs_something_to_rank() -> None:
     with pytest.raises(ValueError, match="'mrr' ranks candidates"):
         InstructTask(metric="mrr").check(Model, unlisted, {"text_input": ["why?"]}, split="val")
     InstructTask(metric="mrr").check(Model, unlisted, {"candidates": [["a"]]}, split="val")
+
+
+def test_samples_have_what_the_task_reads_in_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Captions of a split without image ids would fail after the first epoch."""
+    crossed = {"datasets": {"shapes_caption": None, "shapes_pairs": doors.SHAPES}}
+    path = doors.project(tmp_path, "caption", crossed, EVALUATED)
+    complains(capsys, doors.train(path, flags=DRY), "shapes_pairs/test: CaptionTask evaluates samples by 'image_id'")
+    assert doors.train(path, "run.test_splits=[]", flags=DRY) == 0
 
 
 # File arguments

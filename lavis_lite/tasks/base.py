@@ -67,6 +67,9 @@ class BaseTask:
     model_methods: ClassVar[tuple[str, ...]] = ()
     """What evaluation calls of the model beside `forward`; a model without one of these is refused."""
 
+    sample_keys: ClassVar[tuple[str, ...]] = ()
+    """Keys of the sample dict that the task itself reads in evaluation; a dataset without one of these is refused."""
+
     def check(self, model_class: type, dataset: Any, batch: Samples, *, split: str) -> None:
         """Raise, before weights are loaded, if this split cannot be evaluated: subclasses check files and settings.
 

@@ -62,6 +62,7 @@ class CaptionTask(BaseTask):
     """Caption the batch's next image in place of each: what is left of the score comes from the language alone."""
 
     model_methods: ClassVar[tuple[str, ...]] = ("generate",)
+    sample_keys: ClassVar[tuple[str, ...]] = ("image_id", "instance_id")
 
     def __post_init__(self) -> None:
         self._last_image: torch.Tensor | None = None

@@ -54,6 +54,7 @@ class InstructTask(BaseTask):
     """Answer with every image blanked to the mean colour."""
 
     model_methods: ClassVar[tuple[str, ...]] = ("generate", "class_losses")
+    sample_keys: ClassVar[tuple[str, ...]] = ("question_id", "instance_id")
 
     def __post_init__(self) -> None:
         check_range(

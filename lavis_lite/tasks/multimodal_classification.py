@@ -17,6 +17,7 @@ class MultimodalClassificationTask(BaseTask):
     """The class with the highest logit of `model.predict`, against the sample's label."""
 
     model_methods: ClassVar[tuple[str, ...]] = ("predict",)
+    sample_keys: ClassVar[tuple[str, ...]] = ("instance_id",)
 
     def valid_step(self, model: nn.Module, samples: Samples) -> list[Result]:
         """`prediction` and `target` (class indices) of each sample; `target` is None without labels."""

@@ -56,6 +56,7 @@ class VQATask(BaseTask):
     """Answer with every image blanked to the mean colour."""
 
     model_methods: ClassVar[tuple[str, ...]] = ("predict_answers",)
+    sample_keys: ClassVar[tuple[str, ...]] = ("question_id", "instance_id")
 
     def __post_init__(self) -> None:
         check_range(
