@@ -206,6 +206,7 @@ def training_lines(run: RunConfig, datasets: dict[str, dict[str, Any]], *, num_p
     shares = loader.sampler.shares
     of = "samples" if loader.is_concat else "steps"
     lines = [f"share       {name}: {share:.2%} of the {of}" for name, share in shares.items() if len(shares) > 1]
+    lines += [f"left out    {key}, which {', '.join(names)} lacks" for key, names in loader.left_out.items()]
     return [*lines, f"steps       {steps_line(run, loader.steps_per_epoch, num_processes=num_processes)}"]
 
 

@@ -80,10 +80,10 @@ def check_data(cfg: Config, task: Any, datasets: Datasets) -> list[SplitReport]:
         UnreadableSample: a sample cannot be read.
         InputError: a sample does not fit the model or the task, or the training sets do not fit the run.
     """
-    if not cfg.run.evaluate:
-        train_loader(train_sets(datasets, cfg.run.train_splits), cfg.run, world=dist.world_size())
     found: list[SplitReport] = []
     dist.on_main(lambda: found.extend(_check_splits(cfg, task, datasets)))  # names of millions of files stay here
+    if not cfg.run.evaluate:
+        train_loader(train_sets(datasets, cfg.run.train_splits), cfg.run, world=dist.world_size())
     return found
 
 
@@ -95,7 +95,8 @@ def opening(cfg: Config, runner: Any) -> str:
     precision = str(runner.dtype).removeprefix("torch.")
     return (
         f"{name}: {sum(p.numel() for p in parameters):,} parameters, {trainable:,} trainable; task {cfg.run.task}\n"
-        f"{dist.world_size()} process(es), device {runner.device}, {precision}; seed {cfg.run.seed}\n"
+        f"device {runner.device}{f' x {dist.world_size()} processes' if dist.world_size() > 1 else ''}, {precision}; "
+        f"seed {cfg.run.seed}\n"
         f"folder {runner.job_dir}"
     )
 

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from lavis_lite.datasets.base import BaseDataset
 from lavis_lite.datasets.vqa import VQATrainDataset
 from lavis_lite.errors import UnreadableSample
-from lavis_lite.runners.loaders import SeededDatasets, train_loader
+from lavis_lite.runners.loaders import SeededDatasets, train_loader, train_sets
 from lavis_lite.runners.sampling import ConcatSampler, Key, TrainSampler
 
 LENGTHS = {"a": 3, "b": 17, "c": 30}
@@ -126,8 +126,7 @@ DRAWS: dict[str, dict[str, Any]] = {
 }
 
 
-def test_batches_keep_the_order_and_the_keys_that_all_have(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
+def test_batches_keep_the_order_and_the_keys_that_all_have() -> None:
     data = {"coco": Pairs(6, image_id=lambda i: i // 2), "vg": Pairs(9, instance_id=str)}
     loader = train_loader(data, run_config())
     keys = list(islice(loader.sampler, 3))
@@ -136,8 +135,7 @@ def test_batches_keep_the_order_and_the_keys_that_all_have(caplog: pytest.LogCap
         assert batch["image"].shape == (4, 3, 2, 2)
         assert batch["image"][:, 0, 0, 0].tolist() == [key.index for key in drawn]
         assert batch["text_input"] == [f"text {key.index}" for key in drawn]
-    assert "mixed batches have no 'image_id', which the samples of vg lack" in caplog.text
-    assert "mixed batches have no 'instance_id', which the samples of coco lack" in caplog.text
+    assert loader.left_out == {"image_id": ["vg"], "instance_id": ["coco"]}
 
 
 def test_answers_of_two_sets_are_one_flat_list() -> None:
@@ -195,6 +193,14 @@ def test_unreadable_samples_are_replaced_from_their_own_set() -> None:
     assert {v for v, s in zip(values, sources, strict=True) if s == "coco"} == {1, 3}
 
 
+def test_image_five_of_two_splits_is_not_the_same_picture() -> None:
+    splits = {"train": Pairs(4, image_id=lambda i: i), "extra": Pairs(4, image_id=lambda i: i)}
+    (both,) = train_sets({"coco": splits}, ["train", "extra"]).values()
+    assert [both[i]["image_id"] for i in range(8)] == [0, 1, 2, 3, *(2**40 + i for i in range(4))]
+    found = joint({"vg": Pairs(8, image_id=lambda i: i), "coco": both})
+    assert len({int(i) for batch in found for i in batch["image_id"]}) == 16
+
+
 @pytest.mark.parametrize("mixing", ["concat", "per_step"])
 def test_image_five_of_two_sets_is_not_the_same_picture(mixing: str) -> None:
     data = {name: Pairs(8, image_id=lambda i: i // 2) for name in ("coco", "vg")}
@@ -234,6 +240,25 @@ def test_the_log_tells_what_was_mixed(tmp_path: Path, caplog: pytest.LogCaptureF
     assert found[0] == {"mixture": {"few": {"samples": 8, "share": 0.25}, "many": {"samples": 24, "share": 0.75}}}
     assert by_dataset(tmp_path) == [{"few": {"samples": 8}, "many": {"samples": 24}}] * 2
     assert "each batch mixes the samples of 2 datasets:" in caplog.text
+    assert "mixed batches have no" not in caplog.text
+
+
+@pytest.mark.usefixtures("shapes_data")
+def test_the_log_and_the_dry_run_tell_what_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = doors.project(
+        tmp_path,
+        "pretrain",
+        {"datasets": {"shapes_caption": doors.SHAPES}, "run": {"max_iters": 1, "valid_splits": [], "test_splits": []}},
+    )
+    assert doors.train(path, flags=["--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "left out    image_id, which shapes_pairs lacks\n" in out
+    assert "share       shapes_caption: 8" in out
+    assert "% of the samples\n" in out
+    assert doors.train(path) == 0
+    assert (
+        capsys.readouterr().err.count("mixed batches have no 'image_id', which the samples of shapes_pairs lack") == 1
+    )
 
 
 @pytest.mark.parametrize("die_at", [1, 5, 8, 14])

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from lavis_lite.errors import InputError, UnreadableSample
-from lavis_lite.runners.mixing import batch_of_runs, check_mixable, shared_keys, with_own_image_id
+from lavis_lite.runners.mixing import batch_of_runs, check_mixable, lacking_sets, with_own_image_id
 from lavis_lite.runners.sampling import ConcatSampler, Key, TrainSampler, dataset_shares, kept_rng, seed_sample
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class TrainLoader:
     """Endless training batches of this rank, on the CPU; `seek` sets where the next `iter()` starts.
 
     `steps_per_epoch` is the sum of the datasets' lengths over the global batch, rounded down. `seen` and `unreadable`
-    count this rank's samples.
+    count this rank's samples. `left_out` has the keys that mixed batches do without, and the datasets that lack them.
     """
 
     def __init__(
@@ -95,8 +95,11 @@ class TrainLoader:
         self.steps_per_epoch = sum(lengths.values()) // self.sampler.global_batch
         self.max_share, self.window = run.max_unreadable_share, min(SHARE_WINDOW, sum(lengths.values()) // world)
         self.seen = self.unreadable = 0
+        lacking = _lacking_sets(datasets) if self.is_concat else None
+        self.left_out = {key: names for key, names in (lacking or {}).items() if names}
+        keys = None if lacking is None else [key for key, names in lacking.items() if not names]
         self.loader = DataLoader(
-            SeededDatasets(datasets, skip_unreadable=self.max_share > 0, keys=_joint_keys(datasets, self.is_concat)),
+            SeededDatasets(datasets, skip_unreadable=self.max_share > 0, keys=keys),
             batch_sampler=self.sampler,
             collate_fn=_as_is,
             num_workers=run.num_workers,
@@ -139,13 +142,11 @@ def _drawing_sampler(lengths: Mapping[str, int], run: Any, placed: Mapping[str, 
     return TrainSampler(lengths, shares, **placed)
 
 
-def _joint_keys(datasets: Mapping[str, Dataset], is_concat: bool) -> list[str] | None:
-    """Return the keys that batches of several datasets have; None where each batch is from one."""
-    if not is_concat:
-        return None
+def _lacking_sets(datasets: Mapping[str, Dataset]) -> dict[str, list[str]]:
+    """`lacking_sets` of the datasets' first samples. Raises InputError for datasets that cannot share a batch."""
     firsts = {name: first_batch(dataset, name) for name, dataset in datasets.items()}
     check_mixable(firsts)
-    return shared_keys(firsts)
+    return lacking_sets(firsts)
 
 
 def first_batch(dataset: Dataset, name: str) -> dict[str, Any]:

@@ -4,15 +4,12 @@ As in LAVIS, a mixed batch has the keys that all datasets have. LAVIS decided so
 once, so that no batch means something else because it happens to come from one dataset.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from lavis_lite.errors import InputError
-
-logger = logging.getLogger(__name__)
 
 IDS_PER = {"split": 2**40, "dataset": 2**48}
 """Datasets number their images from 0. The second one's ids begin here, so that no two pictures have the same."""
@@ -28,14 +25,10 @@ def with_own_image_id(sample: Batch, position: int, *, kind: str = "dataset") ->
     return {**sample, "image_id": image_id + position * IDS_PER[kind]}
 
 
-def shared_keys(batches: Mapping[str, Batch]) -> list[str]:
-    """Return the keys that all datasets' batches have, in the first one's order; say which are left out."""
-    first, *others = batches.values()
-    shared = [key for key in first if all(key in other for other in others)]
-    for key in dict.fromkeys(key for batch in batches.values() for key in batch if key not in shared):
-        lacking = ", ".join(name for name, batch in batches.items() if key not in batch)
-        logger.info("mixed batches have no %r, which the samples of %s lack", key, lacking)
-    return shared
+def lacking_sets(batches: Mapping[str, Batch]) -> dict[str, list[str]]:
+    """Return, for each key of any dataset's batch, one of each by name, the datasets that lack it."""
+    keys = dict.fromkeys(key for batch in batches.values() for key in batch)
+    return {key: [name for name, batch in batches.items() if key not in batch] for key in keys}
 
 
 def check_mixable(batches: Mapping[str, Batch]) -> None:

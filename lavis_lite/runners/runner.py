@@ -107,6 +107,8 @@ class Runner:
         self.draws_datasets = len(sampler.names) > 1 and not self.loader.is_concat
         if len(sampler.names) > 1:
             self.progress.report_mixture(sampler.lengths, sampler.shares, is_concat=self.loader.is_concat)
+        for key, names in self.loader.left_out.items():
+            logger.info(f"mixed batches have no {key!r}, which the samples of {', '.join(names)} lack")
         self.schedule = build_schedule(
             run, max_epoch=self.plan.num_epochs, iters_per_epoch=self.plan.inner, total_steps=self.plan.total
         )
