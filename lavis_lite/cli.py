@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+import time
 import zipfile
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -43,7 +44,7 @@ examples:
   python train.py --cfg-path projects/blip/train/caption_coco_ft.yaml --options run.max_epoch=3 run.batch_size_train=16
   torchrun --nproc_per_node=8 train.py --cfg-path projects/blip/train/caption_coco_ft.yaml --resume auto
   python train.py --cfg-path projects/blip/train/caption_coco_ft.yaml --dry-run"""
-EVALUATE_HELP = """Evaluate a model on the splits a YAML's run.test_splits names, in one process or under torchrun.
+EVALUATE_HELP = """Evaluate a model on a YAML's run.valid_splits and run.test_splits, in one process or under torchrun.
 
 examples:
   python evaluate.py --cfg-path projects/blip/eval/caption_coco.yaml --checkpoint output/caption/job/checkpoint_best.pth
@@ -120,35 +121,48 @@ def run(cfg: Config) -> None:
 
 def run_job(cfg: Config) -> dict[str, Any]:
     """`run` between joining and leaving the process group; returns what the runner does."""
+    from lavis_lite import dist, preflight
     from lavis_lite import logger as run_logger
     from lavis_lite.runners.sampling import seed_everything
 
+    task = registry.get_task_class(cfg.run.task)(**cfg.task)
+    preflight.check_task(cfg, task)
+    preflight.check_device(cfg)
     cfg.run, job_dir = start_job(cfg.run)
     run_logger.setup(job_dir)
-    if cfg.run.evaluate:
-        cfg.run = dataclasses.replace(cfg.run, valid_splits=[])  # the task builds the test splits only
-    task = registry.get_task_class(cfg.run.task)(**cfg.task)
     datasets = task.build_datasets(cfg)
+    preflight.check_data(cfg, task, datasets)
     seed_everything(cfg.run.seed)  # the same on every rank: DDP does not even out the models' buffers
     model = task.build_model(cfg)
     runner = registry.get_runner_class(cfg.run.runner)(cfg, task, model, datasets, job_dir)
-    return runner.evaluate() if cfg.run.evaluate else runner.train()
+    if dist.is_main():
+        logger.info("%s", preflight.opening(cfg, runner))
+    if cfg.run.evaluate:
+        return runner.evaluate()
+    started = time.perf_counter()
+    result = runner.train()
+    if dist.is_main():
+        logger.info("%s", preflight.closing(result, job_dir, seconds=time.perf_counter() - started))
+    return result
 
 
 def dry_run(cfg: Config) -> None:
     """Print the merged configuration, parameter and sample counts; the model is built on the meta device."""
-    from lavis_lite import dist
+    from lavis_lite import dist, preflight
     from lavis_lite.models.base import starting_points
 
-    dist.init(cfg.run.device)
+    dist.init("cpu")  # nothing is computed, so the run's device need not be in this machine
     try:
         task = registry.get_task_class(cfg.run.task)(**cfg.task)
+        preflight.check_task(cfg, task)
         model = build_without_weights(cfg.model)
         if start := starting_points(cfg.model):
             model.check_start(**start)
         datasets = task.build_datasets(cfg)
+        found = preflight.check_data(cfg, task, datasets)
         if dist.is_main():
             print(report(cfg, model, datasets, num_processes=dist.world_size()))
+            print("\n".join(preflight.report(cfg, found, datasets)))
     finally:
         dist.shutdown()
 
@@ -193,7 +207,9 @@ def training_lines(run: RunConfig, datasets: dict[str, dict[str, Any]], *, num_p
 
     loader = train_loader(train_sets(datasets, run.train_splits), run, world=num_processes)
     shares = loader.sampler.shares
-    lines = [f"share       {name}: {share:.2%} of the steps" for name, share in shares.items() if len(shares) > 1]
+    of = "samples" if loader.is_concat else "steps"
+    lines = [f"share       {name}: {share:.2%} of the {of}" for name, share in shares.items() if len(shares) > 1]
+    lines += [f"left out    {key}, which {', '.join(names)} lacks" for key, names in loader.left_out.items()]
     return [*lines, f"steps       {steps_line(run, loader.steps_per_epoch, num_processes=num_processes)}"]
 
 

@@ -97,7 +97,7 @@ def build_schedule(run: Any, *, max_epoch: int, iters_per_epoch: int, total_step
             f"run.warmup_steps={run.warmup_steps} has no effect, as in LAVIS, because run.warmup_lr is not set: "
             "set it to the rate to start from, e.g. 1e-8"
         )
-    return registry.get_lr_scheduler_class(run.lr_sched)(
+    schedule = registry.get_lr_scheduler_class(run.lr_sched)(
         init_lr=run.init_lr,
         min_lr=run.min_lr,
         warmup_start_lr=run.warmup_lr,
@@ -108,6 +108,15 @@ def build_schedule(run: Any, *, max_epoch: int, iters_per_epoch: int, total_step
         total_steps=total_steps,
         per_epoch=run.lr_sched_per_epoch,
     )
+    warming = iters_per_epoch if run.lr_sched_per_epoch else total_steps
+    if run.warmup_lr is not None and run.warmup_steps > warming:
+        length = "the first epoch, where lr_sched_per_epoch ends it," if run.lr_sched_per_epoch else "the whole run"
+        logger.warning(
+            f"run.warmup_steps={run.warmup_steps:,} is longer than {length} of {warming:,} steps: the learning rate "
+            f"reaches {schedule.lr_at(warming - 1):.3g} of run.init_lr={run.init_lr:g} while it warms up. Lower "
+            "run.warmup_steps"
+        )
+    return schedule
 
 
 def parameter_groups(

@@ -3,7 +3,6 @@
 A task's own keys (`num_beams`, `k_test`, ...) stand beside these in the YAML; they are the task's fields.
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -41,6 +40,29 @@ _AT_LEAST: dict[str, float] = {
     "checkpoint_every": 1,
     "keep_checkpoints": 0,
 }
+_AT_MOST: dict[str, float] = {
+    "init_lr": 1000,
+    "min_lr": 1000,
+    "warmup_lr": 1000,
+    "warmup_steps": 10**9,
+    "weight_decay": 1000,
+    "max_epoch": 10**6,
+    "max_iters": 10**9,
+    "iters_per_inner_epoch": 10**9,
+    "batch_size_train": 10**6,
+    "batch_size_eval": 10**6,
+    "num_workers": 1024,
+    "accum_grad_iters": 10**6,
+    "seed": 2**63 - 1,
+    "log_freq": 10**9,
+    "checkpoint_every": 10**9,
+    "keep_checkpoints": 10**6,
+    "lr_layer_decay": 1,
+    "lr_decay_rate": 1,
+}
+"""Far above what any run needs: a value beyond is a slip (or an attack) and would only fail later, or never end."""
+
+MOST_SHARE = 10**9
 _ABOVE_ZERO = ("grad_clip_norm", "lr_layer_decay", "lr_decay_rate")
 _BELOW_ONE = ("beta1", "beta2")
 
@@ -102,9 +124,12 @@ class RunConfig:
     best_by: Literal["first", "mean"] = "first"
     """What chooses checkpoint_best.pth: the first validation result's `agg_metrics`, or the mean of all of them."""
     evaluate: bool = False
-    """True: no training, evaluate `test_splits` only."""
+    """True: no training, evaluate `valid_splits` and `test_splits`, as LAVIS does."""
+    train_dataset_mixing: Literal["concat", "per_step"] | None = None
+    """Several training sets: `concat` mixes them within each batch, as LAVIS and BLIP do; `per_step` takes each step's
+    batch from one of them. None: `per_step` if a setting below says how often, else `concat`."""
     train_dataset_sampling: Literal["size", "sqrt", "uniform"] = "size"
-    """How likely a step's batch comes from a training set: by its size, its square root, or all alike."""
+    """`per_step`: how likely a step's batch comes from a training set: by its size, its square root, or all alike."""
     train_dataset_factors: dict[str, float] | None = None
     """Hand adjustments: by how much a training set's share is multiplied; 1 for those that are not named."""
     train_dataset_ratios: dict[str, float] | None = None
@@ -145,23 +170,46 @@ class RunConfig:
         for key in ("train_splits", "valid_splits", "test_splits"):
             self._require(key, lambda v: all(map(is_plain_name, v)), "plain names, since results are filed under them")
         self._require("output_dir", lambda v: v.strip() != "", "a folder")
+        for key, most in _AT_MOST.items():
+            self._require(key, lambda v, most=most: v <= most, f"{most:,} or less")
         for key in _ABOVE_ZERO:
             self._require(key, lambda v: v > 0, "more than 0")
         for key in _BELOW_ONE:
             self._require(key, lambda v: 0 <= v < 1, "from 0 to less than 1")
         self._require("max_unreadable_share", lambda v: 0 <= v <= 1, "a share, 0 to 1")
         for key in ("train_dataset_ratios", "train_dataset_factors"):
-            self._require(key, lambda v: all(0 <= x < math.inf for x in v.values()), "no negative or infinite number")
-        if self.train_dataset_ratios and (self.train_dataset_sampling != "size" or self.train_dataset_factors):
-            given = f"train_dataset_sampling: {self.train_dataset_sampling}, factors {self.train_dataset_factors}"
-            way_out = "leave it out, or set train_dataset_sampling: size and train_dataset_factors: null"
-            raise RunConfigError("train_dataset_ratios", f"contradicts {given}; {way_out}")
+            self._require(key, lambda v: all(0 <= x <= MOST_SHARE for x in v.values()), f"0 to {MOST_SHARE:,} for each")
+        self._check_mixture()
         self._require("job_id", is_plain_name, "a folder's plain name")
         if self.runner == "runner_iter" and self.max_iters is None:
             raise RunConfigError("max_iters", "missing: runner_iter needs the number of steps")
         if self.runner == "runner_base" and self.iters_per_inner_epoch is not None:
             raise RunConfigError("iters_per_inner_epoch", "needs runner: runner_iter; runner_base counts epochs")
         self._apply_amp()
+
+    @property
+    def mixing(self) -> Literal["concat", "per_step"]:
+        """`train_dataset_mixing`, decided where it is None."""
+        if self.train_dataset_mixing is not None:
+            return self.train_dataset_mixing
+        return "per_step" if self._drawing() else "concat"
+
+    def _drawing(self) -> dict[str, Any]:
+        """Return the settings that say how often each set is drawn, as far as they differ from the defaults."""
+        keys = ("train_dataset_ratios", "train_dataset_factors", "train_dataset_sampling")
+        values = {key: getattr(self, key) for key in keys}
+        return {key: value for key, value in values.items() if value and value != "size"}
+
+    def _check_mixture(self) -> None:
+        drawing = self._drawing()
+        if self.train_dataset_mixing == "concat" and drawing:
+            given = ", ".join(f"{key}: {value}" for key, value in drawing.items())
+            way_out = "concat takes every sample once per epoch; leave these out, or set train_dataset_mixing: per_step"
+            raise RunConfigError("train_dataset_mixing", f"concat contradicts {given}; {way_out}")
+        if self.train_dataset_ratios and len(drawing) > 1:
+            given = f"train_dataset_sampling: {self.train_dataset_sampling}, factors {self.train_dataset_factors}"
+            way_out = "leave it out, or set train_dataset_sampling: size and train_dataset_factors: null"
+            raise RunConfigError("train_dataset_ratios", f"contradicts {given}; {way_out}")
 
     def _require(self, key: str, holds: Any, expected: str) -> None:
         value = getattr(self, key)

@@ -130,7 +130,9 @@ def test_dry_run_counts_what_the_original_had(
     name: str, manifest: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     bert = [f"model.tokenizer={full_size.TINY_HF / 'bert'}", "model.qformer={vocab_size: 30523}"]
-    data = [f"datasets.{other}=false" for other in OTHER_DATA] + [f"datasets.{CHAIN[name][1]}={SHAPES}"]
+    shapes = f"datasets.{CHAIN[name][1]}"
+    data = [f"datasets.{other}=false" for other in OTHER_DATA] + [f"{shapes}={SHAPES}"]
+    data += [f"{shapes}.vis_processor.{split}.image_size=${{model.image_size}}" for split in ("train", "eval")]
     run = ["run.batch_size_train=4", "run.num_workers=0", f"run.output_dir={tmp_path}"]
     with full_size.hub_stand_ins():
         assert doors.train(RECIPES / f"{name}.yaml", *bert, *data, *run, job=None, flags=["--dry-run"]) == 0

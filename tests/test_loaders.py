@@ -43,6 +43,7 @@ def run_config(**changes: Any) -> SimpleNamespace:
         "batch_size_eval": 4,
         "num_workers": 0,
         "seed": 7,
+        "mixing": "per_step",
         "train_dataset_sampling": "size",
         "train_dataset_factors": None,
         "train_dataset_ratios": None,

@@ -151,13 +151,29 @@ def test_impossible_shares(setting: dict[str, Any], text: str) -> None:
     [
         ({"train_dataset_sampling": "sqrt"}, "train_dataset_ratios: contradicts train_dataset_sampling: sqrt.*null"),
         ({"train_dataset_factors": {"a": 2.0}}, r"contradicts .*factors \{'a': 2\.0\}; leave it out"),
-        ({"train_dataset_ratios": {"a": -1.0}}, "no negative"),
+        ({"train_dataset_ratios": {"a": -1.0}}, "train_dataset_ratios: expected 0 to 1,000,000,000 for each"),
+        ({"train_dataset_ratios": {"a": 1e308}}, "train_dataset_ratios: expected 0 to 1,000,000,000 for each"),
+        ({"train_dataset_mixing": "concat"}, r"concat contradicts train_dataset_ratios: \{'a': 1\.0\}; .*per_step"),
         ({"train_dataset_ratios": None, "train_dataset_factors": {"a": float("nan")}}, "train_dataset_factors: .*nan"),
     ],
 )
 def test_contradictory_settings(changes: dict[str, Any], text: str) -> None:
     with pytest.raises(RunConfigError, match=text):
         RunConfig(**{"task": "toy", "train_dataset_ratios": {"a": 1.0}, **changes})
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ({}, "concat"),
+        ({"train_dataset_mixing": "per_step"}, "per_step"),
+        ({"train_dataset_sampling": "sqrt"}, "per_step"),
+        ({"train_dataset_factors": {"a": 2.0}}, "per_step"),
+        ({"train_dataset_ratios": {"a": 2.0}}, "per_step"),
+    ],
+)
+def test_what_says_how_often_a_set_is_drawn_says_that_it_is_drawn(setting: dict[str, Any], expected: str) -> None:
+    assert RunConfig(task="toy", **setting).mixing == expected
 
 
 def test_the_log_tells_what_was_drawn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -217,6 +233,16 @@ def test_killed_and_resumed_gives_the_same_account(tmp_path: Path) -> None:
 
 def test_another_mixture_does_not_go_on(tmp_path: Path) -> None:
     make(tmp_path, data=mixed_data(), max_epoch=1, test_splits=[]).train()
+    changes = {"max_epoch": 2, "test_splits": [], "resume": "auto", "train_dataset_ratios": {"few": 1, "many": 1}}
+    with pytest.raises(ValueError, match=r"'24 samples, concat'.*'24 samples, share 0\.5'.*same data, sampling"):
+        make(tmp_path, data=mixed_data(), **changes).train()
+    turned = dict(reversed(mixed_data().items()))
+    with pytest.raises(ValueError, match=r"\{'few': .*'many'.*\{'many': .*'few'"):
+        make(tmp_path, data=turned, **{**changes, "train_dataset_ratios": None}).train()
+
+
+def test_another_share_does_not_go_on(tmp_path: Path) -> None:
+    make(tmp_path, data=mixed_data(), max_epoch=1, test_splits=[], train_dataset_mixing="per_step").train()
     changes = {"max_epoch": 2, "test_splits": [], "resume": "auto", "train_dataset_ratios": {"few": 1, "many": 1}}
     with pytest.raises(ValueError, match=r"'24 samples, share 0\.75'.*'24 samples, share 0\.5'.*same data, sampling"):
         make(tmp_path, data=mixed_data(), **changes).train()

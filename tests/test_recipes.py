@@ -157,6 +157,17 @@ def test_finetuning_starts_from_pretrained_weights_and_evaluation_from_finetuned
     assert config(path).run.evaluate is (path in EVAL)
 
 
+def test_several_training_sets_are_mixed_as_in_the_papers() -> None:
+    """BLIP and BLIP-2 (and LAVIS) concatenate their sets; InstructBLIP draws one for each step (section 2.4)."""
+    mixed = {name_of(path): config(path) for path in TRAIN}
+    found = {name: cfg.run.mixing for name, cfg in mixed.items() if len(cfg.datasets) > 1}
+    stages = ["stage1", "stage1_paper", "stage2", "stage2_paper", "stage2_flant5xl"]
+    concat = ["blip/train/pretrain_14m", "blip/train/vqav2_ft", "blip2/train/vqav2_ft"]
+    concat += [f"blip2/train/pretrain_{stage}" for stage in stages]
+    models = ["instruct_flant5xl", "instruct_flant5xxl", "instruct_vicuna7b", "instruct_vicuna13b", "lora"]
+    assert found == dict.fromkeys(concat, "concat") | {f"instructblip/train/{name}": "per_step" for name in models}
+
+
 STAGE1 = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/blip2_pretrained.pth"
 
 

@@ -364,8 +364,10 @@ def test_best_weights_are_tested(tmp_path: Path, metrics: list[float], best: int
     assert result["best"] == saved["best"] == {"metric": metrics[best], "epoch": best}
     assert saved["step"] == 5 * (best + 1)
     torch.testing.assert_close(dict(runner.model.state_dict()), {**runner.model.state_dict(), **saved["model"]})
-    alone = make(tmp_path / "alone", evaluate=True, resume_ckpt_path=str(tmp_path / "checkpoint_best.pth"))
+    path = str(tmp_path / "checkpoint_best.pth")
+    alone = make(tmp_path / "alone", evaluate=True, valid_splits=[], resume_ckpt_path=path)
     assert alone.train()["test"] == result["test"]
+    assert list(make(tmp_path / "both", evaluate=True, resume_ckpt_path=path).train()["test"]) == ["val", "test"]
     assert alone.evaluate(["val"])["val"]["num"] == 5
 
 

@@ -227,7 +227,7 @@ def test_images_without_references_are_captioned_and_not_scored(
 def test_captioning_without_references_or_with_a_file(tmp_path: Path) -> None:
     dataset = Items([{"image_id": 1}, {"image_id": 2}])
     metrics = CaptionTask().evaluate(Toy(), loader(dataset), split="test", result_dir=tmp_path)
-    assert metrics["agg_metrics"] == 0.0
+    assert metrics["agg_metrics"] is None
     assert "no reference captions" in metrics["note"]
     path = tmp_path / "gold.json"
     annotations = [{"image_id": i, "caption": WORDS[(i - 1) % 5], "id": 0} for i in (1, 2, 99)]
@@ -319,7 +319,7 @@ def test_vqa_hands_every_setting_to_a_model_that_takes_it(tmp_path: Path) -> Non
 def test_vqa_without_answers_or_answer_list(tmp_path: Path) -> None:
     unknown = Items([{"question_id": 1, "text_input": "why?"}])
     metrics = VQATask().evaluate(Toy(), loader(unknown), split="test", result_dir=tmp_path)
-    assert metrics == {"agg_metrics": 0.0, "note": "the test split has no answers: only the result file was written"}
+    assert metrics == {"agg_metrics": None, "note": "the test split has no answers: only the result file was written"}
     assert json.loads((tmp_path / "test_vqa.json").read_text()) == [{"question_id": 1, "answer": "dog"}]
     unknown.answer_list = None
     with pytest.raises(ValueError, match="answer list"):
@@ -523,11 +523,13 @@ def test_building_datasets_takes_what_each_one_has(monkeypatch: pytest.MonkeyPat
         "big": {"train": "train data", "val": "val data", "test": "test data"},
         "extra": {"train": "train data"},
     }
-    assert task.build_datasets(config(evaluate=True)) == {"big": {"test": "test data"}}
+    assert task.build_datasets(config(evaluate=True)) == {"big": {"val": "val data", "test": "test data"}}
+    assert task.build_datasets(config(evaluate=True, valid_splits=[])) == {"big": {"test": "test data"}}
+    assert task.build_datasets(config(evaluate=True, test_splits=[])) == {"big": {"val": "val data"}}
     with pytest.raises(ValueError, match=r"'tset'.*Did you mean 'test'.*extra: train"):
         task.build_datasets(config(test_splits=["tset"]))
-    with pytest.raises(ValueError, match="test_splits is empty"):
-        task.build_datasets(config(evaluate=True, test_splits=[]))
+    with pytest.raises(ValueError, match=r"run\.valid_splits and run\.test_splits are empty"):
+        task.build_datasets(config(evaluate=True, valid_splits=[], test_splits=[]))
 
 
 def test_building_the_model_hands_over_its_section(monkeypatch: pytest.MonkeyPatch) -> None:

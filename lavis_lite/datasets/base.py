@@ -136,6 +136,11 @@ class BaseDataset(Dataset):
     def __len__(self) -> int:
         return len(self.annotation)
 
+    def files_of(self, record: Record) -> list[str]:
+        """The image or video files that a record's sample is made of, as `image` takes them."""
+        file = record.get("image")
+        return [file] if isinstance(file, str) else []
+
     def image(self, file: str) -> Any:
         """The processed image of a path as the annotation gives it: absolute, or below `vis_root`."""
         path = self.vis_root / file

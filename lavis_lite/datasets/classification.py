@@ -61,11 +61,14 @@ class ClassificationDataset(BaseDataset):
             raise InputError(f"{where}: labels must be integers from 0, or name them with `classes: [...]`")
         raise InputError(f"{where}, which is no class. {did_you_mean(label, self.classes)}")
 
+    def files_of(self, record: Record) -> list[str]:
+        file = str(record["image"])
+        return [file if PurePath(file).suffix else f"{file}.jpg"]
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.annotation[index]
-        file = str(record["image"])
         return {
-            "image": self.image(file if PurePath(file).suffix else f"{file}.jpg"),
+            "image": self.image(*self.files_of(record)),
             "text_input": self.text_processor(sentence_of(record)),
             "label": self.labels[index],
             "instance_id": str(index),

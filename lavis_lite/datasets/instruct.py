@@ -136,6 +136,9 @@ class InstructDataset(BaseDataset):
         chosen = {} if record.get("candidates") is None else {"candidates": record["candidates"]}
         return sample | {"question_id": record["question_id"]} | chosen
 
+    def files_of(self, record: Record) -> list[str]:
+        return [record[seen_as(record)]]
+
     def seen(self, record: Record) -> Any:
         """The record's image, or its video's frames."""
         if seen_as(record) == "image":

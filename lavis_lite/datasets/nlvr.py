@@ -36,6 +36,9 @@ class NLVREvalDataset(BaseDataset):
                 raise InputError(f"{self.place(index)}: label {label!r} is neither 'True' nor 'False'")
         return records
 
+    def files_of(self, record: Record) -> list[str]:
+        return list(record["images"])
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.annotation[index]
         return self.sample(index, record["images"], record["sentence"])

@@ -21,6 +21,15 @@ RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 SPLITS = ("train", "val", "test")
 
+MOST = {
+    "num_train": 10**7,
+    "num_val": 10**7,
+    "num_test": 10**7,
+    "questions_per_image": 1000,
+    "gallery_size": 10**7,
+}
+MOST_PIXELS = 4096
+
 _SPLIT_SHARES = {"train": 70, "val": 15, "test": 15}  # of the hash's hundred buckets
 _MAX_TRIES = 20_000
 
@@ -91,15 +100,15 @@ class ShapesConfig:
 
     def check(self) -> None:
         """Raise ValueError for values that no dataset can be made of."""
-        for name in ("num_train", "num_val", "num_test", "questions_per_image", "gallery_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"shapes: {name} must be at least 1, found {getattr(self, name)}")
+        for name, most in MOST.items():
+            if not 1 <= getattr(self, name) <= most:
+                raise InputError(f"shapes: {name} must be from 1 to {most:,}, found {getattr(self, name)}")
         if not 1 <= self.min_objects <= self.max_objects <= 4:
             raise InputError(
                 f"shapes: need 1 <= min_objects <= max_objects <= 4, found {self.min_objects}, {self.max_objects}"
             )
-        if self.image_size < 32:
-            raise InputError(f"shapes: image_size must be at least 32, found {self.image_size}")
+        if not 32 <= self.image_size <= MOST_PIXELS:
+            raise InputError(f"shapes: image_size must be from 32 to {MOST_PIXELS:,}, found {self.image_size}")
         if not 0.0 <= self.noise_share <= 1.0:
             raise InputError(f"shapes: noise_share must be in [0, 1], found {self.noise_share}")
         if not 1 <= self.jpeg_quality <= 100:

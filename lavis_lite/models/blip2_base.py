@@ -56,6 +56,7 @@ class Blip2Base(BaseModel):
     which is fp16 on a GPU (as published) and fp32 on the CPU. `qformer` overrides sizes of the Q-Former.
     """
 
+    takes_video: ClassVar[bool] = False
     truncation_side: ClassVar[str] = "right"
 
     def __init__(

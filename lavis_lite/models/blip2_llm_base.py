@@ -39,6 +39,7 @@ class LanguageModelBase(Blip2Base):
     """
 
     prompt_begins_captions = True
+    takes_video: ClassVar[bool] = True
     part: ClassVar[str] = "llm"
     """`<part>_model` is the language model, its setting too; `<part>_proj` projects queries to its width."""
     model_types: ClassVar[tuple[str, ...]] = ()

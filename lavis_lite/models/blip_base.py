@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,8 @@ class BlipBase(BaseModel):
 
     `vit` and `med` override sizes of the image encoder (`ViTConfig`) and of the text transformer (`BertConfig`).
     """
+
+    takes_video: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -4,6 +4,8 @@ A training sample is read under its own seed (see sampling.py), so results do no
 unreadable sample travels to the main process as data, since an exception out of a worker loses its plain message.
 """
 
+import bisect
+import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +14,8 @@ import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from lavis_lite.errors import InputError, UnreadableSample
-from lavis_lite.runners.sampling import Key, TrainSampler, dataset_shares, kept_rng, seed_sample
+from lavis_lite.runners.mixing import batch_of_runs, check_mixable, lacking_sets, with_own_image_id
+from lavis_lite.runners.sampling import ConcatSampler, Key, TrainSampler, dataset_shares, kept_rng, seed_sample
 
 logger = logging.getLogger(__name__)
 
@@ -28,27 +31,43 @@ class Batch(NamedTuple):
 
 
 class SeededDatasets(Dataset):
-    """The training datasets behind one loader: a list of `Key`s in, one `Batch` out."""
+    """The training datasets of one loader: a list of `Key`s in, one `Batch` out.
 
-    def __init__(self, datasets: Mapping[str, Dataset], *, skip_unreadable: bool) -> None:
-        self.datasets, self.skip_unreadable = dict(datasets), skip_unreadable
+    Keys of several datasets make one batch in their order, with those `keys` of the sample dict that all of them have.
+    """
+
+    def __init__(
+        self, datasets: Mapping[str, Dataset], *, skip_unreadable: bool, keys: Sequence[str] | None = None
+    ) -> None:
+        self.datasets, self.skip_unreadable, self.keys = dict(datasets), skip_unreadable, keys
+        self.positions = {name: position for position, name in enumerate(self.datasets)}
 
     def __len__(self) -> int:
         return sum(len(dataset) for dataset in self.datasets.values())
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
-        dataset, errors = self.datasets[keys[0].dataset], []
+        errors: list[str] = []
         with kept_rng():
-            samples = [self._read(dataset, key, errors) for key in keys]
-            readable = not any(sample is None for sample in samples)
-            return Batch(dataset.collater(samples) if readable else None, errors)
+            samples = [self._read(key, errors) for key in keys]
+            if any(sample is None for sample in samples):
+                return Batch(None, errors)
+            return Batch(self._collate([key.dataset for key in keys], samples), errors)
 
-    def _read(self, dataset: Dataset, key: Key, errors: list[str]) -> dict[str, Any] | None:
+    def _collate(self, names: Sequence[str], samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Collate each run of samples of one dataset by its own collater, and join the runs."""
+        runs = []
+        for name, run in itertools.groupby(zip(names, samples, strict=True), key=lambda pair: pair[0]):
+            runs.append((name, self.datasets[name].collater([sample for _, sample in run])))
+        return batch_of_runs(runs, keys=self.keys)
+
+    def _read(self, key: Key, errors: list[str]) -> dict[str, Any] | None:
         """The sample of `key`, or the next readable one after it if skipping is allowed; adds its error to `errors`."""
+        dataset = self.datasets[key.dataset]
         for offset in range(min(len(dataset), SHARE_WINDOW) if self.skip_unreadable else 1):
             seed_sample(key.seed)
             try:
-                return dataset[(key.index + offset) % len(dataset)]
+                sample = dataset[(key.index + offset) % len(dataset)]
+                return with_own_image_id(sample, self.positions[key.dataset])
             except UnreadableSample as error:
                 if offset == 0:  # what is met while looking for a replacement was not drawn
                     errors.append(str(error))
@@ -59,7 +78,7 @@ class TrainLoader:
     """Endless training batches of this rank, on the CPU; `seek` sets where the next `iter()` starts.
 
     `steps_per_epoch` is the sum of the datasets' lengths over the global batch, rounded down. `seen` and `unreadable`
-    count this rank's samples.
+    count this rank's samples. `left_out` has the keys that mixed batches do without, and the datasets that lack them.
     """
 
     def __init__(
@@ -70,20 +89,17 @@ class TrainLoader:
                 "no dataset to train on: run.train_splits and the datasets section have no split in common"
             )
         lengths = {name: len(dataset) for name, dataset in datasets.items()}
-        shares = dataset_shares(
-            lengths,
-            sampling=run.train_dataset_sampling,
-            factors=run.train_dataset_factors,
-            ratios=run.train_dataset_ratios,
-        )
-        self.sampler = TrainSampler(
-            lengths, shares, batch_size=run.batch_size_train, seed=run.seed, rank=rank, world=world
-        )
+        self.is_concat = len(lengths) > 1 and run.mixing == "concat"
+        placed = {"batch_size": run.batch_size_train, "seed": run.seed, "rank": rank, "world": world}
+        self.sampler = ConcatSampler(lengths, **placed) if self.is_concat else _drawing_sampler(lengths, run, placed)
         self.steps_per_epoch = sum(lengths.values()) // self.sampler.global_batch
         self.max_share, self.window = run.max_unreadable_share, min(SHARE_WINDOW, sum(lengths.values()) // world)
         self.seen = self.unreadable = 0
+        lacking = _lacking_sets(datasets) if self.is_concat else None
+        self.left_out = {key: names for key, names in (lacking or {}).items() if names}
+        keys = None if lacking is None else [key for key, names in lacking.items() if not names]
         self.loader = DataLoader(
-            SeededDatasets(datasets, skip_unreadable=self.max_share > 0),
+            SeededDatasets(datasets, skip_unreadable=self.max_share > 0, keys=keys),
             batch_sampler=self.sampler,
             collate_fn=_as_is,
             num_workers=run.num_workers,
@@ -114,6 +130,34 @@ class TrainLoader:
                 f"run.max_unreadable_share={self.max_share} allows. One of them: {example}"
             )
         logger.warning(f"{self.unreadable} of {self.seen} training samples so far are unreadable; skipped: {example}")
+
+
+def _drawing_sampler(lengths: Mapping[str, int], run: Any, placed: Mapping[str, int]) -> TrainSampler:
+    shares = dataset_shares(
+        lengths,
+        sampling=run.train_dataset_sampling,
+        factors=run.train_dataset_factors,
+        ratios=run.train_dataset_ratios,
+    )
+    return TrainSampler(lengths, shares, **placed)
+
+
+def _lacking_sets(datasets: Mapping[str, Dataset]) -> dict[str, list[str]]:
+    """`lacking_sets` of the datasets' first samples. Raises InputError for datasets that cannot share a batch."""
+    firsts = {name: first_batch(dataset, name) for name, dataset in datasets.items()}
+    check_mixable(firsts)
+    return lacking_sets(firsts)
+
+
+def first_batch(dataset: Dataset, name: str) -> dict[str, Any]:
+    """Return the batch of the first readable sample of a training set. Raises UnreadableSample if there is none."""
+    errors: list[str] = []
+    read = SeededDatasets({name: dataset}, skip_unreadable=True)
+    with kept_rng():
+        sample = read._read(Key(name, 0, 0), errors)
+        if sample is None:
+            raise UnreadableSample(f"dataset {name!r}: none of its first samples is readable: {errors[0]}")
+        return dataset.collater([sample])
 
 
 def train_loader(
@@ -229,10 +273,18 @@ def check_splits(datasets: Mapping[str, Mapping[str, Dataset]], splits: Sequence
             raise InputError(f"run.{setting} names the split {split!r}, which no dataset has; there are {have}")
 
 
+class JoinedSplits(ConcatDataset):
+    """Several splits of one dataset as one, whose image ids do not coincide."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        part = bisect.bisect_right(self.cumulative_sizes, index)
+        return with_own_image_id(super().__getitem__(index), part, kind="split")
+
+
 def _concatenated(parts: Sequence[Dataset]) -> Dataset:
     if len(parts) == 1:
         return parts[0]
-    joined = ConcatDataset(parts)
+    joined = JoinedSplits(parts)
     joined.collater = parts[0].collater
     return joined
 

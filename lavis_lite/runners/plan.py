@@ -98,7 +98,7 @@ def check_resumable(saved: Mapping[str, Any], *, path: Path, plan: Plan, optimiz
         ("mixture", "as training sets"),
     ):
         was, now = saved["plan"].get(key), getattr(plan, key)
-        if was != now:
+        if str(was) != str(now):  # as text, in which the order of the training sets counts too
             raise InputError(
                 f"{path} was written with {was} {what}, this run has {now}: resume with the same data, sampling and "
                 "global batch (processes x run.batch_size_train), or start anew from its weights with model.pretrained"

@@ -70,19 +70,21 @@ class Progress:
         self.log.write({"split": split, "step": step, "epoch": epoch, "metrics": dict(metrics)})
         numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
         self.events.write({f"{split}/{name}": value for name, value in numbers.items()}, step=step)
-        logger.info(f"{split}: " + "  ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+        parts = [f"{name} {value:.4g}" for name, value in numbers.items()]
+        parts += [f"({metrics['note']})"] if "note" in metrics else []
+        logger.info(f"{split}: " + "  ".join(parts))
 
-    def report_mixture(self, samples: Mapping[str, int], shares: Mapping[str, float]) -> None:
-        """Writes, before the first step, each training dataset's number of samples and share of the batches."""
+    def report_mixture(self, samples: Mapping[str, int], shares: Mapping[str, float], *, is_concat: bool) -> None:
+        """Writes, before the first step, each training dataset's number of samples and its share of the batches, or
+        with `is_concat` of the samples.
+        """
         datasets = {name: {"samples": samples[name], "share": share} for name, share in shares.items()}
         self.log.write({"mixture": datasets})
-        logger.info(f"each step draws its batch from one of {len(datasets)} datasets:\n{_table(datasets)}")
+        how = "each batch mixes the samples of" if is_concat else "each step draws its batch from one of"
+        logger.info(f"{how} {len(datasets)} datasets:\n{_table(datasets)}")
 
-    def report_datasets(
-        self, batches: Mapping[str, int], losses: Mapping[str, float], *, step: int, epoch: int
-    ) -> None:
-        """Writes how many batches each dataset gave in `epoch`, and their mean loss (None where there was none)."""
-        datasets = {name: {"batches": count, "loss": losses.get(name)} for name, count in batches.items()}
+    def report_datasets(self, datasets: Mapping[str, Mapping[str, float | None]], *, step: int, epoch: int) -> None:
+        """Writes each dataset's part in `epoch`: its batches and their mean loss (None without any), or its samples."""
         self.log.write({"step": step, "epoch": epoch, "datasets": datasets})
         numbers = {f"datasets_{key}/{name}": v for name, row in datasets.items() for key, v in row.items()}
         self.events.write({name: value for name, value in numbers.items() if value is not None}, step=step)

@@ -54,6 +54,7 @@ class Runner:
             check_splits(datasets, getattr(self.run, setting) or (), setting=setting)
         self.model = model.to(self.device)
         self.state = RunState()
+        self.warned_of_no_best = False
         self.progress = Progress(self.job_dir, tensorboard=self.run.tensorboard)
         if dist.is_main():
             self._write_config()
@@ -79,11 +80,13 @@ class Runner:
         return {"best": self.state.to_dict()["best"], "test": test}
 
     def evaluate(self, splits: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
-        """Metrics of `splits` (default `run.test_splits`) by split, or `<dataset>_<split>` if several datasets have it.
+        """Metrics of `splits` by split, or `<dataset>_<split>` if several datasets have it. Default: those of
+        `run.valid_splits`, then those of `run.test_splits`.
 
         The weights are the model's own, or those of `run.resume_ckpt_path` if it is set.
         """
-        splits = list(self.run.test_splits or ()) if splits is None else list(splits)
+        both = [*(self.run.valid_splits or ()), *(self.run.test_splits or ())]
+        splits = list(dict.fromkeys(both if splits is None else splits))
         check_splits(self.datasets, splits, setting="test_splits")
         if self.run.resume_ckpt_path:
             self._load_weights(Path(self.run.resume_ckpt_path))
@@ -102,9 +105,11 @@ class Runner:
         self.loader = train_loader(sets, run, rank=dist.rank(), world=dist.world_size(), pin=pin)
         self.plan = self._plan(self.loader.steps_per_epoch)
         sampler = self.loader.sampler
-        self.is_mixture = len(sampler.names) > 1
-        if self.is_mixture:
-            self.progress.report_mixture(sampler.lengths, sampler.shares)
+        self.draws_datasets = len(sampler.names) > 1 and not self.loader.is_concat
+        if len(sampler.names) > 1:
+            self.progress.report_mixture(sampler.lengths, sampler.shares, is_concat=self.loader.is_concat)
+        for key, names in self.loader.left_out.items():
+            logger.info(f"mixed batches have no {key!r}, which the samples of {', '.join(names)} lack")
         self.schedule = build_schedule(
             run, max_epoch=self.plan.num_epochs, iters_per_epoch=self.plan.inner, total_steps=self.plan.total
         )
@@ -123,11 +128,10 @@ class Runner:
     def _train_epoch(self, epoch: int) -> None:
         run, plan = self.run, self.plan
         first, end = plan.bounds(epoch)
+        start = self.state.step
         self.model.train()
-        self.progress.start_epoch(
-            epoch=epoch, num_epochs=plan.num_epochs, step=self.state.step - first, end=end - first
-        )
-        for step in range(self.state.step, end):
+        self.progress.start_epoch(epoch=epoch, num_epochs=plan.num_epochs, step=start - first, end=end - first)
+        for step in range(start, end):
             lr = self.schedule.lr_at(step)
             set_lr(self.optimizer, lr)
             samples = to_device(next(self.batches), self.device)
@@ -142,7 +146,7 @@ class Runner:
             if closes_window:
                 self._update_weights()
             self.metrics.update(**losses, **learning_metrics(output))
-            if self.is_mixture:
+            if self.draws_datasets:
                 self.by_dataset.update(**{self.loader.sampler.dataset_at(step): losses["loss"]})
             self.state.step = step + 1
             self.progress.advance()
@@ -151,9 +155,20 @@ class Runner:
             if closes_window and step + 1 < end and self._is_checkpoint_due():
                 self._save_last()
         self.progress.end_epoch()
-        if self.by_dataset.counts:
-            batches = {name: self.by_dataset.counts[name] for name in self.loader.sampler.names}
-            self.progress.report_datasets(batches, self.by_dataset.drain(), step=self.state.step, epoch=epoch)
+        if start < end and len(self.loader.sampler.names) > 1:
+            self.progress.report_datasets(self._by_dataset(first, end), step=self.state.step, epoch=epoch)
+
+    def _by_dataset(self, first: int, end: int) -> dict[str, dict[str, Any]]:
+        """Return each training set's part in the steps from `first` to before `end`.
+
+        That is its batches and their mean loss, or its samples where a batch holds several sets' and has one loss.
+        """
+        sampler = self.loader.sampler
+        if self.loader.is_concat:
+            return {name: {"samples": count} for name, count in sampler.samples_between(first, end).items()}
+        counts = dict(self.by_dataset.counts)
+        means = self.by_dataset.drain()
+        return {name: {"batches": counts.get(name, 0), "loss": means.get(name)} for name in sampler.names}
 
     def _update_weights(self) -> None:
         if self.run.grad_clip_norm is not None:
@@ -193,6 +208,9 @@ class Runner:
 
     def _keep_best(self, epoch: int, results: Mapping[str, Mapping[str, Any]]) -> None:
         name, metric = aggregate(results, by=self.run.best_by)
+        if metric is None:
+            self._warn_of_no_best(name)
+            return
         if name not in results:
             self.progress.report_metrics(name, {"agg_metrics": metric}, step=self.state.step, epoch=epoch)
         known = self.state.best_metric
@@ -200,6 +218,14 @@ class Runner:
             self.state.best_metric, self.state.best_epoch = metric, epoch
             self._save_weights(self.job_dir / "checkpoint_best.pth")
             logger.info(f"best so far: {metric:.4g} on {name} after epoch {epoch + 1}")
+
+    def _warn_of_no_best(self, name: str) -> None:
+        if not self.warned_of_no_best:
+            self.warned_of_no_best = True
+            logger.warning(
+                f"{name}: nothing was scored, so checkpoint_best.pth cannot be chosen by it and will hold the last "
+                "weights. Validate on a split with answers, references or labels, or set run.valid_splits=[]"
+            )
 
     def _load_best(self) -> None:
         best = self.job_dir / "checkpoint_best.pth"

@@ -49,8 +49,11 @@ class RunState:
         return cls(step=saved["step"], epoch=saved["epoch"], best_metric=best["metric"], best_epoch=best["epoch"])
 
 
-def aggregate(results: Mapping[str, Mapping[str, Any]], *, by: str) -> tuple[str, float]:
+def aggregate(results: Mapping[str, Mapping[str, Any]], *, by: str) -> tuple[str, float | None]:
     """What weights are compared by: name and `agg_metrics` of the first validation result, or `mean` and that of all.
+
+    A result whose `agg_metrics` is None (a split without answers, say) has no part in the mean; without any number the
+    answer is None.
 
     Raises:
         ValueError: one of those has no `agg_metrics`.
@@ -59,8 +62,8 @@ def aggregate(results: Mapping[str, Mapping[str, Any]], *, by: str) -> tuple[str
     for split, metrics in judged:
         if "agg_metrics" not in metrics:
             raise InputError(f"the task's score gave no 'agg_metrics' for {split}: found {sorted(metrics)}")
-    mean = statistics.fmean(float(metrics["agg_metrics"]) for _, metrics in judged)
-    return judged[0][0] if by == "first" else by, mean
+    numbers = [float(metrics["agg_metrics"]) for _, metrics in judged if metrics["agg_metrics"] is not None]
+    return judged[0][0] if by == "first" else by, statistics.fmean(numbers) if numbers else None
 
 
 def save_last(saved: Mapping[str, Any], job_dir: Path, *, step: int, keep: int) -> None:

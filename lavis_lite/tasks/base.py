@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -20,6 +20,8 @@ from lavis_lite.tasks.results import Result, gather
 
 Samples = dict[str, Any]
 Metrics = dict[str, Any]
+
+MOST_BEAMS, MOST_TOKENS = 1000, 100_000  # beyond, a setting is a slip that would end in a lack of memory
 
 SAMPLE_KEYS = (
     *("image", "image0", "image1", "text_input", "image_id", "instance_id", "question_id", "index"),
@@ -63,6 +65,18 @@ def batch_of(samples: Samples, model: nn.Module) -> Iterator[None]:
 class BaseTask:
     """Subclasses define `valid_step` and `score`, or `evaluate` as a whole."""
 
+    model_methods: ClassVar[tuple[str, ...]] = ()
+    """What evaluation calls of the model beside `forward`; a model without one of these is refused."""
+
+    sample_keys: ClassVar[tuple[str, ...]] = ()
+    """Keys of the sample dict that the task itself reads in evaluation; a dataset without one of these is refused."""
+
+    def check(self, model_class: type, dataset: Any, batch: Samples, *, split: str) -> None:
+        """Raise, before weights are loaded, if this split cannot be evaluated: subclasses check files and settings.
+
+        `batch` is of the split's first sample, or empty where none could be read.
+        """
+
     def build_datasets(self, cfg: Any) -> dict[str, dict[str, Any]]:
         """`{dataset name: {split: dataset}}` for the splits that the run uses and the dataset has.
 
@@ -95,7 +109,8 @@ class BaseTask:
     def evaluate(self, model: nn.Module, loader: Iterable[Samples], *, split: str, result_dir: Path) -> Metrics:
         """Answer every sample of `loader` (this rank's share of `loader.dataset`) and score all ranks' answers.
 
-        Every rank gets the same metrics, with the number to maximise under `agg_metrics`. Files go to `result_dir`.
+        Every rank gets the same metrics, with the number to maximise under `agg_metrics`, None where nothing could be
+        scored. Files go to `result_dir`.
         """
         dataset, model = loader.dataset, unwrap(model)
         context = self.batch_context(dataset)
@@ -118,7 +133,9 @@ class BaseTask:
         raise NotImplementedError(f"{type(self).__name__} does not define valid_step")
 
     def score(self, results: list[Result], *, dataset: Any, split: str, result_dir: Path) -> Metrics:
-        """Metrics of all results (rank 0 only), with a number under `agg_metrics`; higher is better."""
+        """Metrics of all results (rank 0 only), with a number under `agg_metrics` (higher is better), or None there if
+        the split has nothing to score by.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not define score")
 
     def arguments_for(self, method: Callable[..., Any], names: Mapping[str, str]) -> dict[str, Any]:
@@ -138,23 +155,34 @@ class BaseTask:
             if open_ended or argument in parameters:
                 arguments[argument] = value
             elif value != defaults[name]:
-                owner = type(getattr(method, "__self__", method)).__name__
+                is_bound = hasattr(method, "__self__")
+                owner = type(method.__self__).__name__ if is_bound else method.__qualname__.split(".")[-2]
                 raise InputError(
                     f"run.{name}={value!r} has no effect: {owner}.{method.__name__} takes no '{argument}', only "
-                    f"{', '.join(p for p in parameters if p != 'samples')}. Leave run.{name} out."
+                    f"{', '.join(p for p in parameters if p not in ('self', 'samples'))}. Leave run.{name} out."
                 )
         return arguments
 
 
+def check_range(task: Any, **bounds: tuple[float, float]) -> None:
+    """Raise ValueError for a field outside of its bounds (least, most); None is left alone."""
+    for name, (least, most) in bounds.items():
+        value = getattr(task, name)
+        if value is not None and not least <= value <= most:
+            raise InputError(f"run.{name} must be from {least:,} to {most:,}, got {value!r}")
+
+
 def wanted_splits(run: Any) -> list[str]:
-    """The splits that a run uses, each once: the test splits when it only evaluates, else all of them."""
-    if getattr(run, "evaluate", False):
-        if not run.test_splits:
-            raise InputError(
-                "run.evaluate is true but run.test_splits is empty: name the splits, e.g. test_splits: [test]"
-            )
-        return list(dict.fromkeys(run.test_splits))
-    return list(dict.fromkeys([*run.train_splits, *run.valid_splits, *run.test_splits]))
+    """The splits that a run uses, each once: none to train on when it only evaluates."""
+    evaluated = list(dict.fromkeys([*run.valid_splits, *run.test_splits]))
+    if not getattr(run, "evaluate", False):
+        return list(dict.fromkeys([*run.train_splits, *evaluated]))
+    if not evaluated:
+        raise InputError(
+            "run.evaluate is true but run.valid_splits and run.test_splits are empty: name the splits, e.g. "
+            "test_splits: [test]"
+        )
+    return evaluated
 
 
 def check_splits(wanted: Iterable[str], existing: Mapping[str, list[str]]) -> None:

@@ -8,15 +8,16 @@ import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import nn
 
+from lavis_lite import download
 from lavis_lite.errors import InputError, MissingFileError
 from lavis_lite.records import ID, TEXT, RecordCheck
 from lavis_lite.registry import registry
-from lavis_lite.tasks.base import BaseTask, Metrics, Samples
+from lavis_lite.tasks.base import MOST_BEAMS, MOST_TOKENS, BaseTask, Metrics, Samples, check_range
 from lavis_lite.tasks.metrics.caption import DEFAULT_METRICS, Tokens, caption_metrics, check_metrics
 from lavis_lite.tasks.results import Result, as_list, per_sample, write_json
 
@@ -63,9 +64,12 @@ class CaptionTask(BaseTask):
     """Score "well - known", as WordPiece writes it, as "well-known" where a reference has that. Published scores of
     BLIP's captions were taken without."""
     annotation_file: str | None = None
-    """References in COCO's format, instead of the dataset's."""
+    """References in COCO's format, a file or URL, instead of the dataset's."""
     shuffle_images: bool = False
     """Caption the batch's next image in place of each: what is left of the score comes from the language alone."""
+
+    model_methods: ClassVar[tuple[str, ...]] = ("generate",)
+    sample_keys: ClassVar[tuple[str, ...]] = ("image_id", "instance_id")
 
     def __post_init__(self) -> None:
         self._last_image: torch.Tensor | None = None
@@ -74,10 +78,33 @@ class CaptionTask(BaseTask):
             raise InputError(
                 f"run.caption_tokens must be one of {', '.join(get_args(Tokens))}, got {self.caption_tokens!r}"
             )
-        if self.num_captions < 1:
-            raise InputError(f"run.num_captions must be at least 1, got {self.num_captions}")
+        check_range(
+            self,
+            num_beams=(1, MOST_BEAMS),
+            num_captions=(1, MOST_BEAMS),
+            max_len=(1, MOST_TOKENS),
+            min_len=(0, MOST_TOKENS),
+            temperature=(1e-3, 1000),
+            top_p=(1e-6, 1),
+            length_penalty=(-1000, 1000),
+            repetition_penalty=(1e-3, 1000),
+        )
         if self.num_captions > 1 and not self.use_nucleus_sampling and self.num_captions > self.num_beams:
             raise InputError(f"run.num_captions={self.num_captions} needs run.num_beams of at least as many")
+
+    def check(self, model_class: type, dataset: Any, batch: Samples, *, split: str) -> None:
+        """Raise for decoding settings that the model does not take, and for a file of references that does not fit."""
+        self.arguments_for(model_class.generate, GENERATE_ARGUMENTS)
+        if self.annotation_file is None or not self.report_metric:
+            return
+        references = {str(key) for key in self.references(dataset)}
+        asked = [record.get("image_id") for record in dataset.annotation]
+        alien = [image_id for image_id in asked if image_id is not None and str(image_id) not in references]
+        if alien:
+            raise InputError(
+                f"run.annotation_file: {self.annotation_file} has no references for {len(alien):,} of {len(asked):,} "
+                f"images of the {split} split, e.g. image id {alien[0]!r}: name the file of this split"
+            )
 
     def valid_step(self, model: nn.Module, samples: Samples) -> list[Result]:
         """`image_id` and `caption` of each sample (and `captions`, all of them, if there are several)."""
@@ -109,13 +136,13 @@ class CaptionTask(BaseTask):
             entries.setdefault(result["image_id"], entry)
         write_json(result_dir / f"{split}_captions.json", list(entries.values()))
         if not self.report_metric:
-            return {"agg_metrics": 0.0, "note": "run.report_metric is false: only the result file was written"}
+            return {"agg_metrics": None, "note": "run.report_metric is false: only the result file was written"}
         captions = {image_id: entry["caption"] for image_id, entry in entries.items()}
         extra = dataset.extra_metrics(captions) if hasattr(dataset, "extra_metrics") else {}
         references = self.references(dataset)
         if not references:
             note = f"the {split} split has no reference captions: only the result file was written"
-            return {"agg_metrics": 0.0, "note": note, **extra}
+            return {"agg_metrics": None, "note": note, **extra}
         told = {str(key) for key in captions}
         answered = {key: texts for key, texts in references.items() if str(key) in told}
         if len(answered) < len(references):
@@ -133,7 +160,11 @@ class CaptionTask(BaseTask):
         """The reference captions of each image id, from `annotation_file` or the dataset."""
         if self.annotation_file is None:
             return dataset.references() if hasattr(dataset, "references") else {}
-        path = Path(self.annotation_file)
+        path = (
+            download.fetch(self.annotation_file)
+            if download.is_url(self.annotation_file)
+            else (Path(self.annotation_file).expanduser())
+        )
         if not path.is_file():
             raise MissingFileError(f"run.annotation_file: no such file: {path}")
         return read_references(path)

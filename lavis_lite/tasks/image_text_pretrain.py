@@ -30,6 +30,11 @@ EVALUATION_SEED = 0
 class ImageTextPretrainTask(BaseTask):
     """Image-text pretraining. `agg_metrics` is minus the mean loss."""
 
+    def check(self, model_class: type, dataset: Any, batch: Samples, *, split: str) -> None:
+        """Raise for a split without image-text pairs."""
+        if batch:
+            check_pairs(batch)
+
     def evaluate(self, model: nn.Module, loader: Iterable[Samples], *, split: str, result_dir: Path) -> Metrics:
         """Mean losses over the split; torch's generators are left as they were."""
         devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
@@ -39,11 +44,7 @@ class ImageTextPretrainTask(BaseTask):
 
     def valid_step(self, model: nn.Module, samples: Samples) -> list[Result]:
         """The batch's mean losses and accuracies for each of its samples, so that batches count by their size."""
-        if "text_input" not in samples:
-            raise InputError(
-                "the batch has no 'text_input': losses need image-text pairs, and this split is laid out for "
-                "captioning or retrieval. Validate on a split of a pairs dataset, or leave run.valid_splits empty."
-            )
+        check_pairs(samples)
         with dist.alone():
             output = model(samples)
         size = len(samples["text_input"])
@@ -55,3 +56,12 @@ class ImageTextPretrainTask(BaseTask):
         names = [name for name in results[0] if name.startswith("loss") or name in ACCURACIES]
         means = {name: sum(result[name] for result in results) / len(results) for name in names}
         return {**means, "agg_metrics": -means["loss"]}
+
+
+def check_pairs(batch: Samples) -> None:
+    """Raise ValueError if the batch has no texts."""
+    if "text_input" not in batch:
+        raise InputError(
+            "the batch has no 'text_input': losses need image-text pairs, and this split is laid out for "
+            "captioning or retrieval. Validate on a split of a pairs dataset, or leave run.valid_splits empty."
+        )

@@ -11,13 +11,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from torch import nn
 
 from lavis_lite.errors import InputError
 from lavis_lite.registry import registry
-from lavis_lite.tasks.base import BaseTask, Metrics, Samples
+from lavis_lite.tasks.base import MOST_BEAMS, MOST_TOKENS, BaseTask, Metrics, Samples, check_range
 from lavis_lite.tasks.metrics.ranking import mean_reciprocal_rank, rank_of, roc_auc
 from lavis_lite.tasks.metrics.vqa_accuracy import by_kind, vqa_accuracy
 from lavis_lite.tasks.results import Result, as_list, per_sample, write_json
@@ -53,9 +53,28 @@ class InstructTask(BaseTask):
     blank_images: bool = False
     """Answer with every image blanked to the mean colour."""
 
+    model_methods: ClassVar[tuple[str, ...]] = ("generate", "class_losses")
+    sample_keys: ClassVar[tuple[str, ...]] = ("question_id", "instance_id")
+
     def __post_init__(self) -> None:
+        check_range(
+            self,
+            num_beams=(1, MOST_BEAMS),
+            max_len=(1, MOST_TOKENS),
+            min_len=(0, MOST_TOKENS),
+            length_penalty=(-1000, 1000),
+            repetition_penalty=(1e-3, 1000),
+        )
         if self.metric not in get_args(Metric):
             raise InputError(f"run.metric must be one of {', '.join(get_args(Metric))}, got {self.metric!r}")
+
+    def check(self, model_class: type, dataset: Any, batch: Samples, *, split: str) -> None:
+        """Raise for settings that the model does not take, and for a metric of choices where there are none."""
+        if "candidates" in batch:
+            return
+        self.arguments_for(model_class.generate, GENERATE_ARGUMENTS)
+        if self.metric != "accuracy" and batch:
+            check_choices([batch], self.metric, split)
 
     def valid_step(self, model: nn.Module, samples: Samples) -> list[Result]:
         """`question_id` and `prediction` of each sample, and the `losses` of its candidates if it has any."""
@@ -86,7 +105,7 @@ class InstructTask(BaseTask):
         records = {result["instance_id"]: dataset.annotation[int(result["instance_id"])] for result in results}
         judged = [result for result in results if has_truth(records[result["instance_id"]], result)]
         if not judged:
-            return {"agg_metrics": 0.0, "note": f"the {split} split has no answers: only the result file was written"}
+            return {"agg_metrics": None, "note": f"the {split} split has no answers: only the result file was written"}
         if self.metric != "accuracy":
             check_choices(judged, self.metric, split)
         pairs = [(records[result["instance_id"]], result) for result in judged]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -16,6 +16,9 @@ from lavis_lite.tasks.results import Result, per_sample, write_json
 @dataclass(kw_only=True)
 class MultimodalClassificationTask(BaseTask):
     """The class with the highest logit of `model.predict`, against the sample's label."""
+
+    model_methods: ClassVar[tuple[str, ...]] = ("predict",)
+    sample_keys: ClassVar[tuple[str, ...]] = ("instance_id",)
 
     def build_datasets(self, cfg: Any) -> dict[str, dict[str, Any]]:
         """As BaseTask's. Raises ValueError for a label that is none of the model's classes."""
@@ -40,7 +43,7 @@ class MultimodalClassificationTask(BaseTask):
         write_json(result_dir / f"{split}_predictions.json", results)
         labelled = [result for result in results if result["target"] is not None]
         if not labelled:
-            return {"agg_metrics": 0.0, "note": f"the {split} split has no labels: only the result file was written"}
+            return {"agg_metrics": None, "note": f"the {split} split has no labels: only the result file was written"}
         accuracy = 100 * sum(r["prediction"] == r["target"] for r in labelled) / len(labelled)
         return {"acc": accuracy, "agg_metrics": accuracy}
 

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import nn
@@ -35,9 +35,15 @@ class RetrievalTask(BaseTask):
     """Candidates of each query that the matching head re-ranks; all, where the gallery has fewer. 0: the contrast alone
     ranks all of them."""
 
+    model_methods: ClassVar[tuple[str, ...]] = ("compute_sim_matrix",)
+
     def __post_init__(self) -> None:
         if self.k_test < 0:
             raise InputError(f"run.k_test must be 0 (the contrast alone) or more, got {self.k_test}")
+
+    def check(self, model_class: type, dataset: Any, batch: Samples, *, split: str) -> None:
+        """Raise for a split that is not laid out as a gallery."""
+        check_gallery(dataset, split)
 
     def evaluate(self, model: nn.Module, loader: Iterable[Samples], *, split: str, result_dir: Path) -> Metrics:
         """Score the gallery of `loader.dataset`; the same metrics on every rank."""

@@ -10,14 +10,14 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import nn
 
 from lavis_lite.errors import InputError
 from lavis_lite.registry import registry
-from lavis_lite.tasks.base import BaseTask, Metrics, Samples
+from lavis_lite.tasks.base import MOST_BEAMS, MOST_TOKENS, BaseTask, Metrics, Samples, check_range
 from lavis_lite.tasks.metrics.vqa_accuracy import Variant, vqa_metrics
 from lavis_lite.tasks.results import Result, as_list, per_sample, write_json
 
@@ -55,7 +55,18 @@ class VQATask(BaseTask):
     blank_images: bool = False
     """Answer with every image blanked to the mean colour."""
 
+    model_methods: ClassVar[tuple[str, ...]] = ("predict_answers",)
+    sample_keys: ClassVar[tuple[str, ...]] = ("question_id", "instance_id")
+
     def __post_init__(self) -> None:
+        check_range(
+            self,
+            num_beams=(1, MOST_BEAMS),
+            max_len=(1, MOST_TOKENS),
+            min_len=(0, MOST_TOKENS),
+            num_ans_candidates=(1, 10**9),
+            length_penalty=(-1000, 1000),
+        )
         if self.inference_method not in ("rank", "generate"):
             raise InputError(f"run.inference_method must be 'rank' or 'generate', got {self.inference_method!r}")
         if self.accuracy not in get_args(Variant):
@@ -70,6 +81,11 @@ class VQATask(BaseTask):
             for split in splits.keys() & {*cfg.run.valid_splits, *cfg.run.test_splits}:
                 check_ids(splits[split].annotation, f"{name}/{split}")
         return built
+
+    def check(self, model_class: type, dataset: Any, batch: Samples, *, split: str) -> None:
+        """Raise for settings that the model does not take, and for ranking without an answer list."""
+        self.arguments_for(model_class.predict_answers, ANSWER_ARGUMENTS)
+        self.batch_context(dataset)
 
     def train_step(self, model: nn.Module, samples: Samples) -> dict[str, Any]:
         """The model's loss on the questions inside the prompt."""
@@ -124,7 +140,7 @@ class VQATask(BaseTask):
         asked = {key: truth for key, truth in truths.items() if key in answers}
         if not self.report_metric or not asked:
             why = f"the {split} split has no answers" if self.report_metric else "run.report_metric is false"
-            return {"agg_metrics": 0.0, "note": f"{why}: only the result file was written"}
+            return {"agg_metrics": None, "note": f"{why}: only the result file was written"}
         warn_of_few_answers(asked.values(), self.accuracy, split)
         return vqa_metrics(asked, answers, variant=self.accuracy)
 

@@ -76,10 +76,12 @@ def caption_metrics(
     return {**scores, "left_out": left_out} if left_out else scores
 
 
-def aggregate(scores: Mapping[str, float]) -> float:
-    """CIDEr + Bleu_4 (LAVIS's model selection), or what there is of them, or the mean of all; 0 without any."""
+def aggregate(scores: Mapping[str, float]) -> float | None:
+    """CIDEr + Bleu_4 (LAVIS's model selection), or what there is of them, or the mean of all; None without any."""
     chosen = [scores[name] for name in ("CIDEr", "Bleu_4") if name in scores]
-    return sum(chosen) if chosen else sum(scores.values()) / max(1, len(scores))
+    if chosen:
+        return sum(chosen)
+    return sum(scores.values()) / len(scores) if scores else None
 
 
 def by_string(table: Mapping[Any, Any], name: str) -> dict[str, Any]:

@@ -1,0 +1,76 @@
+"""How samples of several datasets share a batch: their keys, their image ids, and whether they fit at all.
+
+As in LAVIS, a mixed batch has the keys that all datasets have. LAVIS decided so for each batch; here it is decided
+once, so that no batch means something else because it happens to come from one dataset.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from lavis_lite.errors import InputError
+
+IDS_PER = {"split": 2**40, "dataset": 2**48}
+"""Datasets number their images from 0. The second one's ids begin here, so that no two pictures have the same."""
+
+Batch = dict[str, Any]
+
+
+def with_own_image_id(sample: Batch, position: int, *, kind: str = "dataset") -> Batch:
+    """Return the sample with an `image_id` that no dataset (or split) at another position gives."""
+    image_id = sample.get("image_id") if isinstance(sample, dict) else None
+    if position == 0 or not isinstance(image_id, int | torch.Tensor):
+        return sample
+    return {**sample, "image_id": image_id + position * IDS_PER[kind]}
+
+
+def lacking_sets(batches: Mapping[str, Batch]) -> dict[str, list[str]]:
+    """Return, for each key of any dataset's batch, one of each by name, the datasets that lack it."""
+    keys = dict.fromkeys(key for batch in batches.values() for key in batch)
+    return {key: [name for name, batch in batches.items() if key not in batch] for key in keys}
+
+
+def check_mixable(batches: Mapping[str, Batch]) -> None:
+    """Raise InputError naming two datasets whose batches, one of each by name, cannot be joined."""
+    (first, example), *others = batches.items()
+    for name, other in others:
+        for key in (key for key in example if key in other):
+            _check_alike(key, first, example[key], name, other[key])
+
+
+def batch_of_runs(runs: Sequence[tuple[str, Batch]], *, keys: Sequence[str] | None) -> Batch:
+    """Join batches, each with its dataset's name, in order. `keys`: those of the result; None keeps a single run's."""
+    if keys is None:
+        ((_, batch),) = runs
+        return batch
+    for name, batch in runs:
+        if missing := [key for key in keys if key not in batch]:
+            raise InputError(f"a sample of {name} has no {missing[0]!r}, which its first sample has: it has {[*batch]}")
+    return {key: _joined(key, [(name, batch[key]) for name, batch in runs]) for key in keys}
+
+
+def _joined(key: str, parts: Sequence[tuple[str, Any]]) -> Any:
+    (first, example), *others = parts
+    for name, value in others:
+        _check_alike(key, first, example, name, value)
+    if torch.is_tensor(example):
+        return torch.cat([value for _, value in parts])
+    if isinstance(example, list):
+        return [item for _, value in parts for item in value]
+    return example  # the same for all samples
+
+
+def _check_alike(key: str, first: str, one: Any, second: str, other: Any) -> None:
+    if _form(one) != _form(other):
+        raise InputError(
+            f"datasets {first!r} and {second!r} cannot share a batch: {key!r} is {_form(one)} in the first, "
+            f"{_form(other)} in the second. Give them the same processors, or set run.train_dataset_mixing: per_step"
+        )
+
+
+def _form(value: Any) -> str:
+    """Return in words what must be equal for two values to be joined along their first dimension."""
+    if torch.is_tensor(value):
+        return f"a tensor ({', '.join(['B', *map(str, value.shape[1:])])}) of {str(value.dtype).removeprefix('torch.')}"
+    return "a list" if isinstance(value, list) else f"{value!r} for all samples"

@@ -1,0 +1,445 @@
+"""What is checked before weights are loaded: files, samples, sizes, task and model, and what evaluation will need."""
+
+import json
+import logging
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import doors
+import pytest
+import torch
+from PIL import Image
+from test_bad_input import captions, complains, six
+from test_runner import ToyTask, checkpoint, last, make
+
+from lavis_lite import download, preflight
+from lavis_lite.optim import build_schedule
+from lavis_lite.registry import registry
+from lavis_lite.run_config import RunConfig, RunConfigError
+from lavis_lite.tasks.base import BaseTask
+from lavis_lite.tasks.captioning import CaptionTask
+from lavis_lite.tasks.instruct import InstructTask
+from lavis_lite.tasks.vqa import VQATask
+
+pytestmark = pytest.mark.usefixtures("shapes_data")
+
+DRY = ["--dry-run"]
+EVALUATED = {"run": {"max_iters": 1, "valid_splits": [], "test_splits": ["test"]}}
+
+
+# Files
+
+
+@pytest.mark.parametrize("flags", [DRY, []])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_missing_image_is_found_before_anything_is_built(
+    flags: list[str], split: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that no sample of the few that are read has."""
+    monkeypatch.setitem(preflight.NUM_READ, "image", 1)
+    monkeypatch.setattr(BaseTask, "build_model", lambda *_: pytest.fail("weights were loaded"))
+    records = six(tmp_path)
+    gone = [{"image": str(tmp_path / f"gone{i}.png"), "caption": "a red circle"} for i in range(2)]
+    lists = {name: [*records, *gone] if name == split else records for name in ("train", "test")}
+    path = doors.project(tmp_path, "caption", captions(tmp_path, lists["train"], test=lists["test"]), EVALUATED)
+    rule = "Evaluation never skips samples" if split == "test" else "set run.max_unreadable_share"
+    where = f"{gone[0]['image']} (caption/{split}, and 1 more of 8 files)"
+    complains(
+        capsys, doors.train(path, flags=flags), "image file not found: ", where, "build_info.images.storage", rule
+    )
+
+
+def test_training_may_lack_the_share_that_is_allowed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    records = six(tmp_path)
+    Path(records[4]["image"]).unlink()
+    path = doors.project(tmp_path, "caption", captions(tmp_path, records), {"run": {"max_iters": 1, "test_splits": []}})
+    options = ["run.valid_splits=[]", "run.batch_size_train=2"]
+    assert doors.train(path, *options, "run.max_unreadable_share=0.2", flags=DRY) == 0
+    assert "1 samples will be skipped, as run.max_unreadable_share=0.2 allows" in caplog.text
+    capsys.readouterr()
+    code = doors.train(path, *options, "run.max_unreadable_share=0.1", flags=DRY)
+    complains(capsys, code, "picture4.png", "1 samples, more than run.max_unreadable_share=0.1 allows")
+
+
+def test_a_dataset_that_looks_elsewhere_is_not_held_up(tmp_path: Path) -> None:
+    """The user's own class may make other paths of its records, without saying so in `files_of`."""
+    from lavis_lite.datasets.pairs import PairsDataset
+
+    class Elsewhere(PairsDataset):
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            """As a pair, from a folder below."""
+            return {"image": self.image(f"images/{self.annotation[index]['image']}")}
+
+    six(tmp_path)
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps([{"image": f"picture{i}.png", "caption": "a"} for i in range(6)]))
+    assert preflight._check_files(Elsewhere([path], tmp_path, split="val"), "own/val", share=None) == set()
+    with pytest.raises(FileNotFoundError, match=r"picture0\.png \(own/val, and 5 more of 6 files\)"):
+        preflight._check_files(PairsDataset([path], tmp_path, split="val"), "own/val", share=None)
+
+
+def test_folders_pipes_and_empty_files_are_not_images(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "empty").touch()
+    (tmp_path / "whole").write_text("x")
+    names = ["folder", "empty", "whole", "gone", "whole/below", "n" * 300, "nul\0"]
+    found = preflight.wrong_files([f"{tmp_path}/{name}" for name in names])
+    reasons = {Path(path).name: reason for path, reason in found.items()}
+    assert {key: reasons[key] for key in ("folder", "empty", "gone", "below")} == {
+        "folder": "is not a file",
+        "empty": "is empty",
+        "gone": "not found",
+        "below": "not found",
+    }
+    assert reasons["n" * 300].startswith("not readable (")
+    assert reasons["nul\0"].startswith("not readable (")
+    assert "whole" not in reasons
+
+
+def test_many_files_are_found_in_any_number_of_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "CHUNK", 3)
+    paths = [tmp_path / str(number) for number in range(20)]
+    for path in paths[::2]:
+        path.write_text("x")
+    assert list(preflight.wrong_files(map(str, paths))) == sorted(str(path) for path in paths[1::2])
+
+
+@pytest.mark.parametrize("name", doors.RECIPES)
+def test_every_dataset_knows_the_files_that_it_opens(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `files_of` says is what reading a sample opens."""
+    from lavis_lite.datasets import base
+
+    opened: list[str] = []
+    whole = base.open_image
+    monkeypatch.setattr(base, "open_image", lambda path: (opened.append(str(path)), whole(path))[1])
+    from lavis_lite.config import Config
+
+    cfg = Config.from_file(doors.project(tmp_path, name))
+    for splits in registry.get_task_class(cfg.run.task)(**cfg.task).build_datasets(cfg).values():
+        for dataset in splits.values():
+            opened.clear()
+            dataset[len(dataset) - 1]
+            assert sorted(opened) == sorted(str(dataset.vis_root / f) for f in dataset.files_of(dataset.annotation[-1]))
+
+
+def test_some_of_each_split_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of few samples each one; a file that is there may still be cut short."""
+    paths = doors.pictures(tmp_path / "images", 24)
+    records = [{"image": path, "caption": f"a red circle {i}"} for i, path in enumerate(paths)]
+    broken = Path(paths[20])
+    broken.write_bytes(broken.read_bytes()[:40])
+    path = doors.project(tmp_path, "caption", captions(tmp_path, six(tmp_path / "other"), test=records), EVALUATED)
+    complains(capsys, doors.train(path, flags=DRY), "broken or truncated", str(broken), "Evaluation never skips")
+    assert doors.train(path, "run.test_splits=[]", flags=DRY) == 0
+
+
+@pytest.mark.parametrize(("length", "expected"), [(3, [0, 1, 2]), (100, [0, 25, 50, 75]), (4, [0, 1, 2, 3]), (0, [])])
+def test_what_is_read_is_spread_over_the_split(length: int, expected: list[int]) -> None:
+    assert preflight._read_some(range(length), "set/val", count=4, share=None) == expected
+
+
+def test_the_dry_run_tells_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = six(tmp_path)
+    path = doors.project(tmp_path, "caption", captions(tmp_path, [*records, records[0]], test=records[:2]), EVALUATED)
+    assert doors.train(path, "run.batch_size_train=2", flags=DRY) == 0
+    out = capsys.readouterr().out
+    repeated = "1 records say the same as an earlier one"
+    assert f"files       caption/train: 6 image files found; {repeated}; 7 samples read, images 3 x 48 x 48" in out
+    assert "files       caption/test: 2 image files found; 2 of them also trained on; 2 samples read" in out
+    assert "device      cpu" in out
+
+
+def test_a_dry_run_needs_no_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = doors.project(tmp_path, "caption", EVALUATED)
+    assert doors.train(path, "run.device=cuda:7", flags=DRY) == 0
+    assert "device      not checked on this machine: run.device='cuda:7' needs CUDA device 7" in capsys.readouterr().out
+    complains(capsys, doors.train(path, "run.device=cuda:7"), "needs CUDA device 7")
+
+
+# Sizes
+
+
+@pytest.mark.parametrize("flags", [DRY, []])
+def test_a_sample_has_the_size_that_the_model_takes(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In training as in evaluation, which would only begin after an epoch."""
+    for split, key in (("train", "train"), ("test", "eval")):
+        option = f"datasets.shapes_caption.vis_processor.{key}.image_size=64"
+        path = doors.project(tmp_path, "caption", EVALUATED)
+        complains(capsys, doors.train(path, option, flags=flags), f"shapes_caption/{split}: ", "64 x 64", "48 x 48")
+
+
+def test_videos_are_for_models_that_take_them() -> None:
+    video = {"image": torch.zeros(1, 3, 4, 48, 48)}
+    with pytest.raises(ValueError, match=r"own/val: samples show videos, \(3, 4, 48, 48\), and blip_vqa takes images"):
+        preflight._check_size({"arch": "blip_vqa", "image_size": 48}, video, "own/val")
+    with pytest.raises(ValueError, match="blip2 takes images only"):
+        preflight._check_size({"arch": "blip2", "image_size": 48}, video, "own/val")
+    found = preflight._check_size({"arch": "blip2_t5_instruct", "image_size": 48}, video, "own/val")
+    assert found == (3, 4, 48, 48)
+
+
+def test_the_size_of_an_encoder_is_its_own_or_the_constructor_s() -> None:
+    assert preflight._image_size({"arch": "blip_caption"}) == 224
+    assert preflight._image_size({"arch": "blip2", "image_size": 364}) == 364
+    assert preflight._image_size({"arch": "blip_caption", "image_size": 64, "vit": {"image_size": 96}}) == 96
+
+
+# Task and model
+
+
+@pytest.mark.parametrize("flags", [DRY, []])
+def test_a_task_that_the_model_cannot_do_is_refused_by_name(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = doors.project(tmp_path, "nlvr", {"model": {"arch": "blip_caption"}}, EVALUATED)
+    code = doors.train(path, flags=flags)
+    complains(capsys, code, "run.task: multimodal_classification evaluates by `predict`", "tasks that fit: captioning")
+    assert not (tmp_path / "output").exists()
+
+
+def test_an_instruct_model_is_told_to_take_instruct() -> None:
+    """Six recipes of LAVIS ask it for `predict`."""
+    cfg = SimpleNamespace(
+        source="snlive.yaml",
+        model={"arch": "blip2_t5_instruct"},
+        run=RunConfig(task="multimodal_classification", test_splits=["test"]),
+    )
+    task = registry.get_task_class("multimodal_classification")()
+    expected = r"snlive\.yaml: run\.task: .*`predict`, which Blip2T5Instruct .*tasks that fit: .*captioning.*instruct"
+    with pytest.raises(ValueError, match=expected):
+        preflight.check_task(cfg, task)
+    cfg.run.test_splits = []
+    preflight.check_task(cfg, task)  # training alone does not evaluate
+
+
+def test_every_task_s_methods_are_some_model_s() -> None:
+    classes = [registry.get_model_class(name) for name in registry.list_models()]
+    for name in registry.list_tasks():
+        task = registry.get_task_class(name)
+        fitting = [c.__name__ for c in classes if all(callable(getattr(c, m, None)) for m in task.model_methods)]
+        assert fitting, name
+        assert bool(task.model_methods) == (name != "image_text_pretrain")
+
+
+def test_settings_that_a_model_does_not_take_are_refused_before_training() -> None:
+    class Plain:
+        def generate(self, samples: Any, num_beams: int = 3) -> list[str]:
+            """As a captioner's."""
+            raise AssertionError(samples)
+
+        predict_answers = generate
+
+    nothing = SimpleNamespace(annotation=[], answer_list=["a"])
+    for task in (CaptionTask(top_p=0.5), InstructTask(max_len=9), VQATask(min_len=2)):
+        with pytest.raises(ValueError, match=r"has no effect: .*Plain\.generate takes no '\w+', only num_beams\."):
+            task.check(Plain, nothing, {}, split="test")
+
+
+def test_ranking_needs_something_to_rank() -> None:
+    class Model:
+        def generate(self, samples: Any, **arguments: Any) -> list[str]:
+            """As a captioner's."""
+            raise AssertionError(samples)
+
+        predict_answers = generate
+
+    unlisted = SimpleNamespace(annotation=[{}], answer_list=None)
+    with pytest.raises(ValueError, match="answer list"):
+        VQATask().check(Model, unlisted, {}, split="val")
+    VQATask(inference_method="generate").check(Model, unlisted, {}, split="val")
+    with pytest.raises(ValueError, match="'mrr' ranks candidates"):
+        InstructTask(metric="mrr").check(Model, unlisted, {"text_input": ["why?"]}, split="val")
+    InstructTask(metric="mrr").check(Model, unlisted, {"candidates": [["a"]]}, split="val")
+
+
+def test_samples_have_what_the_task_reads_in_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Captions of a split without image ids would fail after the first epoch."""
+    crossed = {"datasets": {"shapes_caption": None, "shapes_pairs": doors.SHAPES}}
+    path = doors.project(tmp_path, "caption", crossed, EVALUATED)
+    complains(capsys, doors.train(path, flags=DRY), "shapes_pairs/test: CaptionTask evaluates samples by 'image_id'")
+    assert doors.train(path, "run.test_splits=[]", flags=DRY) == 0
+
+
+# File arguments
+
+
+GOLD = [{"image_id": i, "caption": "a red circle"} for i in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (None, "no such file: "),
+        ("[1]", "is not {"),
+        ("{", "is not {"),
+        ("[" * 100_000, "is not {"),
+        ({"annotations": GOLD[:4]}, "has no references for 2 of 6 images of the test split, e.g. image id 4"),
+    ],
+)
+def test_the_file_of_references_is_read_before_anything_is_captioned(
+    content: Any, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [{**record, "image_id": i} for i, record in enumerate(six(tmp_path))]
+    path = doors.project(tmp_path, "caption", captions(tmp_path, records, test=records), EVALUATED)
+    gold = tmp_path / "gold.json"
+    if content is not None:
+        gold.write_text(content if isinstance(content, str) else json.dumps(content))
+    complains(capsys, doors.train(path, f"run.annotation_file={gold}", flags=DRY), "run.annotation_file: ", text)
+    assert doors.train(path, f"run.annotation_file={gold}", "run.report_metric=false", flags=DRY) == 0
+    gold.write_text(json.dumps({"annotations": GOLD}))
+    assert doors.train(path, f"run.annotation_file={gold}", flags=DRY) == 0
+
+
+def test_the_file_of_references_may_be_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gold = tmp_path / "gold.json"
+    gold.write_text(json.dumps({"annotations": GOLD}))
+    asked: list[str] = []
+    monkeypatch.setattr(download, "fetch", lambda url: asked.append(url) or gold)
+    url = "https://nocaps.s3.amazonaws.com/nocaps_val_4500_captions.json"
+    task = CaptionTask(annotation_file=url)
+    assert task.references(None) == {i: ["a red circle"] for i in range(6)}
+    assert asked == [url]
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *(
+            "num_workers",
+            "batch_size_train",
+            "batch_size_eval",
+            "max_iters",
+            "max_epoch",
+            "accum_grad_iters",
+            "log_freq",
+        ),
+        *("init_lr", "lr_layer_decay", "checkpoint_every", "keep_checkpoints", "warmup_steps", "weight_decay", "seed"),
+    ],
+)
+def test_absurd_numbers_are_refused_at_once(key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = doors.project(tmp_path, "caption")
+    complains(capsys, doors.train(path, f"run.{key}=1e308", flags=DRY), f"run.{key}: expected ", " or less, got 1")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("run.max_len=1e308", "run.num_beams=1e308", "run.num_captions=1e308", "run.temperature=1e308"),
+        *(f"datasets.shapes_caption.{key}=1e308" for key in ("num_train", "questions_per_image", "gallery_size")),
+        *("datasets.shapes_caption.image_size=1e308", "datasets.shapes_caption.num_val=999999999999"),
+    ],
+)
+def test_absurd_numbers_of_tasks_and_datasets(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = doors.train(doors.project(tmp_path, "caption"), option, flags=DRY)
+    complains(capsys, code, option.split("=")[0].split(".")[-1], "must be from ")
+
+
+def test_nan_is_no_number_of_a_setting() -> None:
+    for key in ("init_lr", "weight_decay", "lr_layer_decay"):
+        with pytest.raises(RunConfigError, match=f"run.{key}: expected .* got nan"):
+            RunConfig(task="toy", **{key: math.nan})
+
+
+def test_a_warm_up_longer_than_the_run_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """It is no error: a recipe is tried out with a small run.max_iters."""
+    run = RunConfig(task="toy", init_lr=1e-3, warmup_lr=0.0, warmup_steps=1000)
+    build_schedule(run, max_epoch=1, iters_per_epoch=2000, total_steps=1000)
+    assert not caplog.records
+    build_schedule(run, max_epoch=1, iters_per_epoch=2000, total_steps=101)
+    expected = "warmup_steps=1,000 is longer than the whole run of 101 steps: the learning rate reaches 0.0001 of"
+    assert expected in caplog.text
+    caplog.clear()
+    run.lr_sched_per_epoch = True
+    build_schedule(run, max_epoch=9, iters_per_epoch=500, total_steps=4500)
+    assert "longer than the first epoch" in caplog.text
+
+
+# The start and the end
+
+
+def test_a_run_says_what_it_is_and_how_it_ended(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    path = doors.project(tmp_path, "caption", {"run": {"max_iters": 1, "test_splits": []}})
+    assert doors.train(path) == 0
+    model = doors.build("caption")
+    count = sum(p.numel() for p in model.parameters())
+    assert f"blip_caption tiny: {count:,} parameters, {count:,} trainable; task captioning\n" in caplog.text
+    assert f"device cpu, float32; seed 42\nfolder {tmp_path / 'output' / 'job'}" in caplog.text
+    assert f"{tmp_path / 'output' / 'job' / 'checkpoint_best.pth'}: agg_metrics " in caplog.text
+
+
+# agg_metrics
+
+
+class Unscored(ToyTask):
+    """A task that scores only some of the splits, by these numbers."""
+
+    def __init__(self, **numbers: list[float | None]) -> None:
+        super().__init__()
+        self.numbers = numbers
+
+    def evaluate(self, model: torch.nn.Module, loader: Any, *, split: str, result_dir: Path) -> dict[str, Any]:
+        """The next number of `split`."""
+        number = self.numbers[split].pop(0)
+        return {"agg_metrics": number, **({} if number is not None else {"note": "no answers"})}
+
+
+@pytest.mark.parametrize("by", ["first", "mean"])
+def test_what_was_not_scored_chooses_no_weights(by: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    runner = make(tmp_path, task=Unscored(val=[None, None]), best_by=by, test_splits=[])
+    assert runner.train()["best"] == {"metric": None, "epoch": None}
+    assert caplog.text.count("checkpoint_best.pth cannot be chosen by it and will hold the last weights") == 1
+    assert "val: (no answers)" in caplog.text
+    best = checkpoint.load(tmp_path / "checkpoint_best.pth")["model"]
+    torch.testing.assert_close(best, last(tmp_path)["model"], rtol=0, atol=0)
+    row = next(line for line in (tmp_path / "log.txt").read_text().splitlines() if '"split"' in line)
+    assert json.loads(row)["metrics"] == {"agg_metrics": None, "note": "no answers"}
+
+
+def test_the_mean_is_of_what_was_scored(tmp_path: Path) -> None:
+    from test_runner import mixed_data
+
+    task = Unscored(few_val=[0.9, 0.7], many_val=[None, None])
+    runner = make(tmp_path, task=task, data=mixed_data(), best_by="mean", test_splits=[])
+    assert runner.train()["best"] == {"metric": 0.9, "epoch": 0}
+
+
+def test_evaluation_takes_valid_and_test_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As LAVIS does with `evaluate: True`; a split of both lists once."""
+    path = doors.project(tmp_path, "caption", {"run": {"valid_splits": ["val"], "test_splits": ["test", "val"]}})
+    assert doors.evaluate(path) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == ["val", "test"]
+    assert doors.evaluate(path, "run.test_splits=[]") == 0
+    assert list(json.loads(capsys.readouterr().out)) == ["val"]
+    complains(capsys, doors.evaluate(path, "run.test_splits=[]", "run.valid_splits=[]"), "name the splits")
+
+
+def test_what_was_not_scored_is_null_in_the_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = [{"image": record["image"]} for record in six(tmp_path)]
+    path = doors.project(tmp_path, "caption", captions(tmp_path, six(tmp_path), test=records), EVALUATED)
+    assert doors.evaluate(path) == 0
+    found = json.loads(capsys.readouterr().out)["test"]
+    assert found["agg_metrics"] is None
+    assert "no reference captions" in found["note"]
+
+
+def test_images_differ_in_size_only_until_they_are_processed(tmp_path: Path) -> None:
+    """Pictures of any size pass: the check looks at what the processor makes of them."""
+    records = six(tmp_path)
+    for i, record in enumerate(records):
+        Image.new("RGB", (20 + i, 60), "red").save(record["image"])
+    path = doors.project(tmp_path, "caption", captions(tmp_path, records, test=records), EVALUATED)
+    assert doors.train(path, "run.batch_size_train=2", flags=DRY) == 0
