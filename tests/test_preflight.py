@@ -117,7 +117,7 @@ def test_every_dataset_knows_the_files_that_it_opens(
 
     opened: list[str] = []
     whole = base.open_image
-    monkeypatch.setattr(base, "open_image", lambda path: (opened.append(str(path)), whole(path))[1])
+    monkeypatch.setattr(base, "open_image", lambda path, **own: (opened.append(str(path)), whole(path, **own))[1])
     from lavis_lite.config import Config
 
     cfg = Config.from_file(doors.project(tmp_path, name))
@@ -135,7 +135,7 @@ def test_some_of_each_split_are_read(tmp_path: Path, capsys: pytest.CaptureFixtu
     broken = Path(paths[20])
     broken.write_bytes(broken.read_bytes()[:40])
     path = doors.project(tmp_path, "caption", captions(tmp_path, six(tmp_path / "other"), test=records), EVALUATED)
-    complains(capsys, doors.train(path, flags=DRY), "broken or truncated", str(broken), "Evaluation never skips")
+    complains(capsys, doors.train(path, flags=DRY), "image file broken", str(broken), "Evaluation never skips")
     assert doors.train(path, "run.test_splits=[]", flags=DRY) == 0
 
 
@@ -170,10 +170,17 @@ def test_a_sample_has_the_size_that_the_model_takes(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In training as in evaluation, which would only begin after an epoch."""
-    for split, key in (("train", "train"), ("test", "eval")):
+    for key in ("train", "eval"):
         option = f"datasets.shapes_caption.vis_processor.{key}.image_size=64"
         path = doors.project(tmp_path, "caption", EVALUATED)
-        complains(capsys, doors.train(path, option, flags=flags), f"shapes_caption/{split}: ", "64 x 64", "48 x 48")
+        complains(capsys, doors.train(path, option, flags=flags), f"{key}.image_size: 64 is not model.image_size")
+
+
+def test_a_processor_of_the_users_makes_the_size_that_the_model_takes() -> None:
+    with pytest.raises(ValueError, match=r"own/val: .*64 x 64.*48 x 48"):
+        preflight._check_size(
+            {"arch": "blip_caption", "image_size": 48}, {"image": torch.zeros(1, 3, 64, 64)}, "own/val"
+        )
 
 
 def test_videos_are_for_models_that_take_them() -> None:
@@ -305,7 +312,7 @@ def test_the_file_of_references_may_be_a_url(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(download, "fetch", lambda url: asked.append(url) or gold)
     url = "https://nocaps.s3.amazonaws.com/nocaps_val_4500_captions.json"
     task = CaptionTask(annotation_file=url)
-    assert task.references(None) == {i: ["a red circle"] for i in range(6)}
+    assert task.references(None) == {str(i): ["a red circle"] for i in range(6)}
     assert asked == [url]
 
 
@@ -335,9 +342,12 @@ def test_absurd_numbers_are_refused_at_once(key: str, tmp_path: Path, capsys: py
 @pytest.mark.parametrize(
     "option",
     [
-        *("run.max_len=1e308", "run.num_beams=1e308", "run.num_captions=1e308", "run.temperature=1e308"),
-        *(f"datasets.shapes_caption.{key}=1e308" for key in ("num_train", "questions_per_image", "gallery_size")),
-        *("datasets.shapes_caption.image_size=1e308", "datasets.shapes_caption.num_val=999999999999"),
+        *(f"run.{key}=999999999999" for key in ("max_len", "num_beams", "num_captions", "temperature")),
+        *(
+            f"datasets.shapes_caption.{key}=999999999999"
+            for key in ("num_train", "questions_per_image", "gallery_size")
+        ),
+        *("datasets.shapes_caption.image_size=999999999999", "datasets.shapes_caption.num_val=999999999999"),
     ],
 )
 def test_absurd_numbers_of_tasks_and_datasets(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

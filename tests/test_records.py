@@ -1,6 +1,7 @@
 """The check of annotation records: every builder goes through it, and every mistake names file, record and field."""
 
 import copy
+import io
 import json
 import logging
 import os
@@ -29,7 +30,7 @@ UNREAD = {("ivqa", "start"), ("ivqa", "end"), ("scienceqa", "lecture"), ("scienc
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     cases.pictures(tmp_path)
-    monkeypatch.setattr(instruct, "read_frames", lambda path, count, processor: torch.zeros(3, count, 2, 2))
+    monkeypatch.setattr(instruct, "read_frames", lambda path, count, processor, **_: torch.zeros(3, count, 2, 2))
     return tmp_path
 
 
@@ -124,7 +125,9 @@ def test_mistakes_in_captions_are_named(folder: Path, record: dict[str, Any], me
 def test_file_names_that_are_not_utf8_are_paths(folder: Path) -> None:
     """The operating system's names for them hold lone surrogates, one for each byte."""
     name = os.fsdecode(b"caf\xe9.png")
-    Image.new("RGB", (2, 2), (7, 0, 0)).save(folder / "new.png")
+    picture = Image.new("RGB", (2, 2), (7, 0, 0))
+    picture.putpixel((1, 1), (0, 0, 0))  # else its name is logged, which pytest-xdist cannot send
+    picture.save(folder / "new.png")
     os.rename(folder / "new.png", folder / name)
     assert build(folder, [{"image": name, "caption": "x"}])[0]["image"].item() == 7
     with pytest.raises(InputError, match="half a character"):
@@ -273,7 +276,7 @@ def test_instance_ids_and_question_ids_are_unique(folder: Path) -> None:
 # What is written
 
 
-def test_results_and_logs_are_written_whatever_they_hold(tmp_path: Path) -> None:
+def test_results_and_logs_are_written_whatever_they_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     odd = "caf\ud83d é 猫"
     path = write_json(tmp_path / "result" / "test_captions.json", [{"image_id": odd, "caption": "x"}])
     assert json.loads(path.read_text(encoding="utf-8")) == [{"image_id": odd, "caption": "x"}]
@@ -281,14 +284,11 @@ def test_results_and_logs_are_written_whatever_they_hold(tmp_path: Path) -> None
     log = JsonLog(tmp_path / "log.txt")
     log.write({"name": odd})
     assert json.loads((tmp_path / "log.txt").read_text(encoding="utf-8")) == {"name": odd}
-    handlers = list(logging.getLogger().handlers)
-    try:
-        setup(tmp_path)
-        logging.getLogger("lavis_lite").warning("read %s", odd)
-    finally:
-        setup()
-        for handler in set(logging.getLogger().handlers) - set(handlers):
-            logging.getLogger().removeHandler(handler)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's own keep texts that pytest-xdist cannot send
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    setup(tmp_path)
+    logging.getLogger("lavis_lite").warning("read %s", odd)
+    setup()
     assert r"read caf\ud83d é 猫" in (tmp_path / "console.txt").read_text(encoding="utf-8")
 
 
