@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lavis_lite import checkpoint
+from lavis_lite import checkpoint, integrity
 from lavis_lite.convert.blip import blip_from_hf, blip_to_hf
 from lavis_lite.convert.blip2 import VOCABULARIES, blip2_from_hf, blip2_to_hf
 from lavis_lite.convert.configs import QFORMER_TOKENIZER, hf_class_of, hf_config
@@ -63,6 +63,7 @@ def write_folder(
         write_extras(own, from_hf(twin.state_dict(), model).keys(), partial / EXTRA_FILE)
         text = json.dumps({"arch": arch, "settings": dict(settings or {})}, indent=2)
         (partial / SETTINGS_FILE).write_text(f"{text}\n", encoding="utf-8")
+        integrity.write_sums(partial)
         if target.exists():
             shutil.rmtree(target) if target.is_dir() else target.unlink()
         os.replace(partial, target)
