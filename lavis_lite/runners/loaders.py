@@ -13,6 +13,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from lavis_lite.errors import InputError, UnreadableSample
 from lavis_lite.runners.sampling import Key, TrainSampler, dataset_shares, kept_rng, seed_sample
+from lavis_lite.stopping import outlive_signals
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,7 @@ class TrainLoader:
             collate_fn=_as_is,
             num_workers=run.num_workers,
             pin_memory=pin,
+            worker_init_fn=outlive_signals,
             generator=torch.Generator().manual_seed(run.seed),
         )
 
@@ -155,6 +157,7 @@ class EvalLoader:
             collate_fn=_as_is,
             num_workers=min(run.num_workers, len(indices)),
             pin_memory=device.type == "cuda",
+            worker_init_fn=outlive_signals,
             generator=torch.Generator().manual_seed(0),
         )
 
