@@ -78,10 +78,11 @@ def main(p: argparse.ArgumentParser, argv: Sequence[str] | None, *, evaluate: bo
     _log_to_console()
 
     def execute() -> None:
-        cfg = Config.from_args(args)
-        if evaluate:
-            cfg.run = dataclasses.replace(cfg.run, evaluate=True)
-        dry_run(cfg) if args.dry_run else run(cfg)
+        with StopSignals() as stop:
+            cfg = Config.from_args(args)
+            if evaluate:
+                cfg.run = dataclasses.replace(cfg.run, evaluate=True)
+            dry_run(cfg) if args.dry_run else run(cfg, stop)
 
     return exit_code(execute, command=[sys.argv[0], *argv])
 
@@ -167,22 +168,21 @@ def _shell(command: Sequence[str]) -> str:
     return f"python {shlex.join(script)}" if command and command[0].endswith(".py") else shlex.join(script)
 
 
-def run(cfg: Config) -> None:
+def run(cfg: Config, stop: StopSignals) -> None:
     """Train, or evaluate if `cfg.run.evaluate`; prints an evaluation's metrics. Must be entered by every rank.
 
     Raises:
-        Stopped: the process was asked to stop by a signal.
+        Stopped: the process was asked to stop by a signal that `stop` caught.
     """
     from lavis_lite import dist
 
-    with StopSignals() as stop:
-        dist.init(cfg.run.device)
-        try:
-            metrics = run_job(cfg, stop)
-            if metrics and cfg.run.evaluate and dist.is_main():
-                print(json.dumps(metrics, indent=2, default=str))
-        finally:
-            dist.shutdown()
+    dist.init(cfg.run.device)
+    try:
+        metrics = run_job(cfg, stop)
+        if metrics and cfg.run.evaluate and dist.is_main():
+            print(json.dumps(metrics, indent=2, default=str))
+    finally:
+        dist.shutdown()
 
 
 def run_job(cfg: Config, stop: StopSignals) -> dict[str, Any]:
@@ -198,15 +198,25 @@ def run_job(cfg: Config, stop: StopSignals) -> dict[str, Any]:
             runner = build_runner(cfg, job_dir)
             runner.stop = stop
             return runner.evaluate() if cfg.run.evaluate else runner.train()
-        except Stopped as stopped:
-            if not cfg.run.evaluate and (job_dir / "checkpoint_last.pth").is_file():
-                stopped.job_id, stopped.step = str(cfg.run.job_id), getattr(runner, "saved_step", None)
-            raise
         except (UserError, RankZeroFailed):
             if dist.is_main() and not getattr(runner, "has_begun", False):
                 run_logger.setup()  # closes console.txt
                 discard_if_unused(job_dir)
             raise
+        except (Stopped, RuntimeError) as error:
+            stopped = error if isinstance(error, Stopped) else _stopped_too(stop, error)
+            if stopped is None:
+                raise
+            if not cfg.run.evaluate and (job_dir / "checkpoint_last.pth").is_file():
+                stopped.job_id, stopped.step = str(cfg.run.job_id), getattr(runner, "saved_step", None)
+            raise stopped from None
+
+
+def _stopped_too(stop: StopSignals, error: RuntimeError) -> Stopped | None:
+    """The stop of a rank that was asked to, and whose collective failed because another rank was faster to end."""
+    from lavis_lite import dist
+
+    return Stopped(stop.signum) if stop.signum is not None and dist.lost_rank(error) else None
 
 
 def build_runner(cfg: Config, job_dir: Path) -> Any:

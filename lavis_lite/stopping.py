@@ -92,6 +92,7 @@ class StopSignals:
             yield
         finally:
             self._deferred = True
+        self._raise_if_asked()  # a destructor may have swallowed the signal's exception
 
     def _end_deferral(self) -> None:
         self._deferred, self._at_once_since = False, time.monotonic()
@@ -104,8 +105,12 @@ class StopSignals:
         if self.signum is not None:
             return  # the watching thread ends the process
         self.signum = signum
-        if not self._deferred:
+        if self._deferred:
+            self._say(signum)
+        elif not _is_in_destructor(frame):  # an exception would be lost there
             raise Stopped(signum)
+
+    def _say(self, signum: int) -> None:
         os.write(2, f"{signal.Signals(signum).name}: stopping after this step; once more ends at once\n".encode())
 
     def _watch(self, receiver: socket.socket) -> None:
@@ -124,12 +129,18 @@ class StopSignals:
 
     def _end_if_stuck(self, signum: int) -> None:
         if not self._deferred and time.monotonic() - self._at_once_since > GRACE:
-            _end(signum, f"was not obeyed in {GRACE:g} seconds, so the process ends at once")
+            _end(signum, f"came {GRACE:g} seconds ago and the process still waits, so it ends at once")
 
     def _in_child(self) -> None:
         """A forked process must not write to the watching thread's socket."""
         if self._wakeup[2] is not None:
             signal.set_wakeup_fd(-1)
+
+
+def _is_in_destructor(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code.co_name != "__del__":
+        frame = frame.f_back
+    return frame is not None
 
 
 def _receive(receiver: socket.socket) -> bytes:
@@ -150,15 +161,27 @@ def exit_code(signum: int) -> int:
     return 130 if signum == signal.SIGINT else 143
 
 
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Let no stop signal reach this thread in the body, nor the loader workers that it starts, until they are ready."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def outlive_signals(worker_id: int) -> None:
     """Let a loader worker live on when a stop signal reaches the whole process group or job: its parent ends it.
 
-    A second SIGTERM ends it, since a parent that gives up on a worker sends one too. For `worker_init_fn`.
+    A second SIGTERM ends it, since a parent that gives up on a worker sends one too. For `worker_init_fn`; the workers
+    are started in `held_back`.
     """
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end_next_time)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def _end_next_time(signum: int, frame: FrameType | None) -> None:

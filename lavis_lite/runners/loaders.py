@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from lavis_lite.errors import InputError, UnreadableSample
 from lavis_lite.runners.sampling import Key, TrainSampler, dataset_shares, kept_rng, seed_sample
-from lavis_lite.stopping import outlive_signals
+from lavis_lite.stopping import held_back, outlive_signals
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,9 @@ class TrainLoader:
         self.sampler.start_step = epoch * self.steps_per_epoch + step
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch in self.loader:
+        with held_back():
+            batches = iter(self.loader)
+        for batch in batches:
             self.seen += self.sampler.batch_size
             if batch.errors:
                 self._count(batch)
@@ -165,7 +167,9 @@ class EvalLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch in self.loader:
+        with held_back():
+            batches = iter(self.loader)
+        for batch in batches:
             if isinstance(batch, UnreadableSample):
                 raise UnreadableSample(f"{batch} (Evaluation never skips samples.)")
             yield to_device(batch, self.device)

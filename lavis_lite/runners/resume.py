@@ -154,7 +154,8 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]
 
 def apply_hyperparameters(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Load an optimizer's state and keep this run's hyperparameters (betas, weight decay ...) instead of the saved."""
-    own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    kept = ("params", "lr")  # the rate is set at each step
+    own = [{key: value for key, value in group.items() if key not in kept} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, settings in zip(optimizer.param_groups, own, strict=True):
         group.update(settings)
