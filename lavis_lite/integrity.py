@@ -23,15 +23,15 @@ _BROKEN_ZIP = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueErro
 """What zipfile raises for a damaged archive, beside OSErrors for an offset that does not exist."""
 
 
-def verify(path: Path) -> None:
-    """Read the whole file and compare it with its checksums, if it has any.
+def verify(path: Path, *, as_zip: bool = False) -> None:
+    """Read the whole file and compare it with its checksums, if it has any; `as_zip`: it must be a zip file.
 
     Raises:
         DamagedFileError: an entry fails its checksum, or the file is cut short.
     """
     if path.suffix == ".safetensors":
         _verify_sum(path)
-    elif _is_zip(path):
+    elif as_zip or _is_zip(path):
         _verify_zip(path)
     else:
         _no_checksums(path)  # torch's legacy format, or no checkpoint

@@ -85,7 +85,7 @@ def whole_checkpoint(folder: Path) -> Path | None:
     resumable = [path for path in _checkpoints(folder) if path.name != BEST]
     for path in resumable:
         try:
-            integrity.verify(path)
+            integrity.verify(path, as_zip=True)
         except DamagedFileError as error:
             logger.warning("%s", error)
             continue

@@ -13,6 +13,7 @@ import logging
 import random
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from lavis_lite.datasets.shapes_questions import Asker, Question, statement
 from lavis_lite.datasets.shapes_render import save_jpeg
 from lavis_lite.datasets.shapes_scene import SPLITS, Scene, SceneMaker, ShapesConfig
 from lavis_lite.datasets.shapes_truth import is_true
+from lavis_lite.locks import Lock
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1  # goes up when the same config gives other content
+ABANDONED = 60.0  # seconds
 _ID_STEP = 1_000_000  # image ids of train start at 0, of val and test at one and two times this
 
 
@@ -37,8 +40,11 @@ def ensure_built(config: ShapesConfig, root: Path) -> Path:
         return target
     root.mkdir(parents=True, exist_ok=True)
     logger.info("building the dataset shapes in %s", target)
+    _sweep(root, prefix=f".{target.name}-")
     aside = Path(tempfile.mkdtemp(dir=root, prefix=f".{target.name}-"))
+    lock = Lock(aside)
     try:
+        _lock(lock)
         build(config, aside)
         aside.chmod(0o755)
         aside.rename(target)
@@ -49,7 +55,27 @@ def ensure_built(config: ShapesConfig, root: Path) -> Path:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+    finally:
+        lock.release()
     return target
+
+
+def _sweep(root: Path, *, prefix: str) -> None:
+    """Delete what killed builds left: folders that nobody has locked, older than the time it takes to lock one."""
+    for left in root.glob(f"{prefix}*"):
+        lock = Lock(left)
+        if time.time() - left.stat().st_mtime > ABANDONED and _lock(lock):
+            shutil.rmtree(left, ignore_errors=True)
+            lock.release()
+
+
+def _lock(lock: Lock) -> bool:
+    """Whether the lock is held now; not where the file system has none, so that nothing is swept there."""
+    try:
+        return lock.take()
+    except (OSError, ImportError) as error:
+        logger.debug("%s cannot be locked: %s", lock.path, error)
+        return False
 
 
 def build(config: ShapesConfig, folder: Path) -> None:

@@ -202,7 +202,7 @@ def _why_lost(path: Path) -> str | None:
     if not path.is_file():
         return f"{path} is gone"
     try:
-        integrity.verify(path)
+        integrity.verify(path, as_zip=True)
     except DamagedFileError as error:
         return str(error)
     return None
