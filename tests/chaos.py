@@ -125,13 +125,17 @@ class Round:
             raise AssertionError(f"ended by itself with {ranks.codes}:\n{self.output.read_text()}")
         chosen = rng.choice([ranks.pids, ranks.pids[:1], ranks.pids[-1:]])
         ranks.send(signum, ranks.pids if signum != signal.SIGKILL else chosen)
+        codes, told = ranks.wait(15), ""
+        if codes is None and signum == signal.SIGKILL:  # as torchrun does when a rank has ended
+            ranks.send(signal.SIGTERM, [pid for pid in ranks.pids if pid not in ranks.codes])
+            told = "the other ended by SIGTERM, "
         codes = ranks.wait(60)
         if codes is None:
             raise AssertionError(f"a process lives 60 seconds after {signum}:\n{self.output.read_text()}")
         text = self.output.read_text()
-        told = "saved" if "stopped at step" in text else "nothing to save" if "nothing was saved" in text else ""
+        told += "saved" if "stopped at step" in text else "nothing to save" if "nothing was saved" in text else ""
         told += ", with a traceback" if "Traceback" in text else ""
-        return f"exit codes {codes} {told}".strip()
+        return f"exit codes {codes} {told}".strip(" ,")
 
     def outcome(self) -> dict[str, Any]:
         """What must be the same however often a run was interrupted."""
