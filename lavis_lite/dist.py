@@ -27,7 +27,7 @@ from torch import nn
 from lavis_lite.errors import InputError, RankZeroFailed
 
 TIMEOUT = datetime.timedelta(hours=2)  # rank 0 may download a dataset or score a whole test set while others wait
-_LOST = ("Connection closed by peer", "Connection reset by peer", "pair closure", "Socket Timeout", "Broken pipe")
+_LOST = ("Connection closed by peer", "Connection reset by peer", "pair closure", "Broken pipe", "remote process exit")
 
 _is_alone = contextvars.ContextVar("is_alone", default=False)
 
@@ -159,9 +159,9 @@ def lost_rank(error: BaseException) -> str | None:
     if not isinstance(error, RuntimeError):
         return None
     text = str(error)
-    if "Timed out waiting" in text or ("imeout" in text and isinstance(error, torch_dist.DistError)):
+    if "Timed out waiting" in text or ("timed out" in text.lower() and isinstance(error, torch_dist.DistError)):
         return "another rank has not answered in time: it hangs, was suspended, or its node is lost"
-    if any(part in text for part in _LOST) or isinstance(error, torch_dist.DistError):
+    if any(part in text for part in _LOST):
         return "the connection to another rank broke: it ended, as its own message may say"
     return None
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import ConcatDataset, Dataset
 
-from lavis_lite import dist, integrity, jobs
+from lavis_lite import checkpoint, dist, integrity, jobs
 from lavis_lite.errors import DamagedFileError, InputError
 from lavis_lite.runners.plan import Plan
 from lavis_lite.runners.state import RunState
@@ -38,16 +38,29 @@ def resume_path(run: Any, job_dir: Path) -> Path | None:
 
 def _verified(run: Any, job_dir: Path) -> Path | None:
     if run.resume_ckpt_path:
-        path = Path(run.resume_ckpt_path)
-        if path.is_file():  # else loading it says what is there
-            integrity.verify(path)
-        return path
+        return _verify(Path(run.resume_ckpt_path))
     if run.resume != "auto":
         return None
     found = jobs.own_checkpoint(job_dir)
     if found is None:
         logger.info(f"nothing to resume in {job_dir}: starting from the beginning")
     return found
+
+
+def _verify(path: Path) -> Path:
+    if path.is_file():  # else loading it says what is there
+        integrity.verify(path)
+    return path
+
+
+def load_verified(path: Path) -> dict[str, Any]:
+    """`checkpoint.load` on every rank, of which one verifies the file.
+
+    Raises:
+        DamagedFileError: the file fails its checksums (on rank 0; RankZeroFailed on the others).
+    """
+    dist.on_main(lambda: _verify(path))
+    return checkpoint.load(path, verify=False)
 
 
 def check_resumable(

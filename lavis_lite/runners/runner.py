@@ -28,6 +28,7 @@ from lavis_lite.runners.resume import (
     apply_hyperparameters,
     check_best,
     check_resumable,
+    load_verified,
     report_differences,
     resume_path,
 )
@@ -284,7 +285,7 @@ class Runner:
         dist.barrier()
 
     def _load_weights(self, path: Path) -> None:
-        state = checkpoint.find_state_dict(checkpoint.load(path), source=str(path))
+        state = checkpoint.find_state_dict(load_verified(path), source=str(path))
         checkpoint.load_into(self.model, state, source=path)
 
     def _resume(self) -> None:
