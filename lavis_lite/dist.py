@@ -125,6 +125,7 @@ class Steps:
             self.groups = [own, torch_dist.group.WORLD] if on_gpu else [own]
 
     def __enter__(self) -> None:
+        self._wait()  # a rank may still be writing a file
         self._set(self.timeout)
 
     def __exit__(self, *error: object) -> None:
@@ -135,8 +136,7 @@ class Steps:
         """In the body, which is part of a step, ranks may wait for hours, as for rank 0 writing a file."""
         self._set(TIMEOUT)
         yield
-        if self.groups:
-            torch_dist.barrier(group=self.groups[0])
+        self._wait()
         self._set(self.timeout)
 
     def largest(self, number: int) -> int:
@@ -146,6 +146,10 @@ class Steps:
         tensor = torch.tensor(number)
         torch_dist.all_reduce(tensor, torch_dist.ReduceOp.MAX, group=self.groups[0])
         return int(tensor)
+
+    def _wait(self) -> None:
+        if self.groups:
+            torch_dist.barrier(group=self.groups[0])
 
     def _set(self, timeout: datetime.timedelta) -> None:
         for group in self.groups:

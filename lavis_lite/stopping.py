@@ -4,6 +4,7 @@ SIGTERM (schedulers, Kubernetes, torchrun), SIGUSR1 (Slurm's `--signal=USR1@120`
 second signal ends the process at once.
 """
 
+import _thread
 import contextlib
 import os
 import signal
@@ -46,6 +47,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.signum: int | None = None
         self._deferred, self._at_once_since = False, 0.0
+        self._put_off = False  # a signal came where an exception would be lost
         self._before: dict[int, Any] = {}
         self._wakeup = (-1, None, None)  # the file descriptor there was before, and our two sockets
 
@@ -102,24 +104,30 @@ class StopSignals:
             raise Stopped(self.signum)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum is not None:
+        if self.signum is not None and not self._put_off:
             return  # the watching thread ends the process
-        self.signum = signum
+        self.signum = self.signum or signum
+        self._put_off = not self._deferred and _would_be_lost(frame)
         if self._deferred:
             self._say(signum)
-        elif not _is_in_destructor(frame):  # an exception would be lost there
-            raise Stopped(signum)
+        elif not self._put_off:
+            raise Stopped(self.signum)
 
     def _say(self, signum: int) -> None:
         os.write(2, f"{signal.Signals(signum).name}: stopping after this step; once more ends at once\n".encode())
 
     def _watch(self, receiver: socket.socket) -> None:
-        """Act on what the main thread, perhaps waiting in C, does not see: a second signal, or a first one ignored."""
-        first, asked_at = None, 0.0
+        """Act on what the main thread, perhaps waiting in C, does not see: a second signal, or a first one put off."""
+        first, asked_at, sent = None, 0.0, 0
         with receiver:
             while received := _receive(receiver):
                 if received == TICK and first is not None:
                     self._end_if_stuck(first)
+                    if self._put_off:
+                        sent += 1
+                        _thread.interrupt_main(first)  # calls `_handle` again
+                elif sent:  # what it has put into the socket
+                    sent -= 1
                 elif received[0] in SIGNALS and first is None:
                     first, asked_at = received[0], time.monotonic()
                     self._at_once_since = asked_at
@@ -137,8 +145,9 @@ class StopSignals:
             signal.set_wakeup_fd(-1)
 
 
-def _is_in_destructor(frame: FrameType | None) -> bool:
-    while frame is not None and frame.f_code.co_name != "__del__":
+def _would_be_lost(frame: FrameType | None) -> bool:
+    """Whether Python ignores exceptions where the main thread is: in a destructor, or a hook around a fork."""
+    while frame is not None and frame.f_code.co_name not in ("__del__", "_launch"):
         frame = frame.f_back
     return frame is not None
 

@@ -167,6 +167,31 @@ with stopping.StopSignals() as stop:
 """
 
 
+PUT_OFF = """
+class Ending:
+    def __del__(self):
+        print("ready", flush=True)
+        end = time.monotonic() + 2
+        while time.monotonic() < end:
+            time.sleep(0.1)
+try:
+    with stopping.StopSignals() as stop:
+        Ending()
+        for _ in range(100):
+            time.sleep(0.1)
+except stopping.Stopped as stop:
+    os._exit(stop.exit_code + 1)
+"""
+
+
+def test_a_signal_in_a_destructor_is_raised_after_it() -> None:
+    """Python ignores exceptions there."""
+    process = python(PUT_OFF)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 143 + 1
+    assert "Exception ignored" not in process.stderr.read()
+
+
 @pytest.mark.parametrize(("signum", "code"), SIGNALS.items(), ids=lambda value: str(value))
 def test_a_second_signal_ends_at_once(signum: int, code: int) -> None:
     process = python(DEFERRED)
@@ -211,6 +236,7 @@ def started(path: Path, *, world: int = 0, log: str = '"loss"', flags: tuple[str
 LONG = {"run": {"max_iters": 100_000, "max_epoch": 100_000, "test_splits": [], "valid_splits": [], "num_workers": 2}}
 
 
+@pytest.mark.slow
 def test_ctrl_c_reaches_the_workers_too_and_they_live_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A terminal signals the whole process group."""
     popen = subprocess.Popen
@@ -224,6 +250,7 @@ def test_ctrl_c_reaches_the_workers_too_and_they_live_on(tmp_path: Path, monkeyp
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_torchrun_forwards_sigterm_and_both_ranks_stop_after_the_same_step(tmp_path: Path) -> None:
     path = doors.project(tmp_path, "caption", LONG, {"run": {"batch_size_train": 2}})
     process = started(path, world=2)
@@ -255,6 +282,7 @@ def wait_for_step(path: Path, ranks: list[subprocess.Popen[str]]) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_one_signalled_rank_stops_both_after_the_same_step(tmp_path: Path) -> None:
     path = doors.project(tmp_path, "caption", LONG, {"run": {"batch_size_train": 2}})
     ranks = two_ranks(path)
@@ -265,6 +293,7 @@ def test_one_signalled_rank_stops_both_after_the_same_step(tmp_path: Path) -> No
     assert f"stopped at step {last(path)['step']:,} by SIGUSR1" in outputs[0]
 
 
+@pytest.mark.slow
 def test_a_hung_rank_is_noticed(tmp_path: Path) -> None:
     path = doors.project(tmp_path, "caption", LONG, {"run": {"batch_size_train": 2}})
     ranks = two_ranks(path, "run.step_timeout=4")
