@@ -1,15 +1,17 @@
 """Checkpoint files: written whole or not at all, read without running code, loaded with every difference reported.
 
-`atomic_write` is the one way this project replaces a file: a temporary name in the same folder, fsync, rename. One
-process at a time may write a given path. Reading accepts torch's zip and legacy formats (`weights_only`), safetensors.
+`atomic_write` is the one way this project replaces a file: a temporary name of its own in the same folder, fsync,
+rename. Reading accepts torch's zip and legacy formats (`weights_only`), safetensors, and verifies their checksums.
 """
 
 import errno
+import functools
 import logging
 import os
 import pickle
 import pickletools
 import re
+import secrets
 import shutil
 import struct
 import zipfile
@@ -20,12 +22,15 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import nn
 
+from lavis_lite import integrity
 from lavis_lite.errors import InputError, MissingFileError, WriteError
 
 logger = logging.getLogger(__name__)
 
 ADAPTER = re.compile(r"\.(lora_\w+|modules_to_save|base_layer|original_module|token_adapter)(\.|$)")
 """In the names that peft gives to adapters and to the layers that have them."""
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EACCES)
+"""What a file system says that makes no hard links."""
 
 
 class LoadReport(NamedTuple):
@@ -61,7 +66,7 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], object], *, num_b
             the free space.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     recorder: _Recorder | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,22 +90,49 @@ def write_text(path: str | Path, text: str) -> Path:
     return atomic_write(path, lambda file: file.write(data), num_bytes=len(data))
 
 
+def link_or_copy(source: Path, target: Path) -> Path:
+    """Make `target` another name of the file `source`, atomically; a copy where the file system has no hard links."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        os.link(source, temporary)
+        os.replace(temporary, target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno not in NO_LINKS:
+            raise
+        with source.open("rb") as file:
+            atomic_write(target, functools.partial(shutil.copyfileobj, file), num_bytes=source.stat().st_size)
+    return target
+
+
+def sweep_temporaries(folder: Path) -> list[Path]:
+    """Delete what a killed process left of its `atomic_write`s in a folder that no other process writes to."""
+    left = [path for path in folder.glob(".*.tmp") if path.is_file()]
+    for path in left:
+        path.unlink(missing_ok=True)
+    return left
+
+
 def save(obj: Any, path: str | Path) -> Path:
     """Writes `obj` (nested containers of tensors and plain values) with torch.save, atomically."""
     return atomic_write(path, lambda file: torch.save(obj, file), num_bytes=sum(_tensor_bytes(obj).values()))
 
 
-def load(path: str | Path, *, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+def load(path: str | Path, *, map_location: str | torch.device = "cpu", verify: bool = True) -> dict[str, Any]:
     """Reads a `.pth` file (memory-mapped where possible) or a `.safetensors` file; never runs code from it.
+
+    `verify=False` skips the checksums (`integrity.verify`), for a file that was verified already.
 
     Raises:
         FileNotFoundError: no such file; the message lists its nearest neighbours.
-        ValueError: the file is truncated, is not a checkpoint, or holds pickled code or compressed entries.
+        ValueError: the file is damaged, truncated, is not a checkpoint, or holds pickled code or compressed entries.
     """
     path = Path(path)
     if not path.is_file():
         raise MissingFileError(_missing_message(path))
     refuse_compressed(path)
+    if verify:
+        integrity.verify(path)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

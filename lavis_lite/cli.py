@@ -1,6 +1,7 @@
 """The doors' other side: one training, evaluation or dry run, top to bottom, from a command line.
 
-A user's mistake ends as one line `error: ...` on stderr and exit code 2; anything else keeps its traceback.
+A user's mistake ends as one line `error: ...` on stderr and exit code 2, a failure of the machine likewise with 1, a
+stop signal with 143 or 130; anything else keeps its traceback.
 """
 
 import argparse
@@ -9,17 +10,20 @@ import errno
 import json
 import logging
 import os
+import shlex
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from lavis_lite.config import Config, ConfigError, RunConfig, parser
-from lavis_lite.errors import MissingFileError, RankZeroFailed, UserError
+from lavis_lite.errors import RankZeroFailed, UserError
+from lavis_lite.jobs import discard_if_unused, held, new_job_id, newest_checkpoint, start_job
 from lavis_lite.registry import registry
+from lavis_lite.stopping import Stopped, StopSignals
+
+__all__ = ["evaluate_main", "main", "new_job_id", "newest_checkpoint", "run", "start_job", "train_main"]
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +70,7 @@ def evaluate_main(argv: Sequence[str] | None = None) -> None:
 
 
 def main(p: argparse.ArgumentParser, argv: Sequence[str] | None, *, evaluate: bool = False) -> int:
-    """Parse, run, and return the exit code: 0, or 2 after a user's mistake."""
+    """Parse, run, and return the exit code; see `exit_code`."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv:
         p.print_help(sys.stderr)
@@ -75,66 +79,166 @@ def main(p: argparse.ArgumentParser, argv: Sequence[str] | None, *, evaluate: bo
     _log_to_console()
 
     def execute() -> None:
-        cfg = Config.from_args(args)
-        if evaluate:
-            cfg.run = dataclasses.replace(cfg.run, evaluate=True)
-        dry_run(cfg) if args.dry_run else run(cfg)
+        with StopSignals() as stop:
+            cfg = Config.from_args(args)
+            if evaluate:
+                cfg.run = dataclasses.replace(cfg.run, evaluate=True)
+            dry_run(cfg) if args.dry_run else run(cfg, stop)
 
-    return exit_code(execute)
+    return exit_code(execute, command=[sys.argv[0], *argv])
 
 
-def exit_code(execute: Callable[[], None]) -> int:
-    """Run a command and return its exit code: 0, or 2 after an error that the user can correct, told in one line.
+def exit_code(execute: Callable[[], None], *, command: Sequence[str] = ()) -> int:
+    """Run a command and return its exit code.
 
-    These are every `UserError`, and what the operating system refuses (`SYSTEM_ERRORS`). Any other error is a bug and
-    is raised.
+    0; 2 after an error that the user can correct (every `UserError`, and what the operating system refuses,
+    `SYSTEM_ERRORS`); 1 after a failure of the machine (`failures.explain`); 130 or 143 after a stop signal. Each is
+    told in one line. Any other error is a bug and is raised. `command` is the command line that was given.
     """
     try:
         execute()
-    except UserError as error:
-        if _is_first_process() or not isinstance(error, ConfigError):  # a mistake in a file is the same on every rank
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+    except Stopped as stop:
+        if _is_first_process():
+            print(stop_line(stop, command), file=sys.stderr)
+        return stop.exit_code
+    except KeyboardInterrupt:  # before the signals are caught
+        print("stopped by SIGINT", file=sys.stderr)
+        return 130
     except RankZeroFailed as error:
         logger.warning("%s", error)
         return 2
-    except OSError as error:
-        if error.errno not in SYSTEM_ERRORS:
+    except Exception as error:
+        found = _explained(error)
+        if found is None:
             raise
-        print(f"error: {error}: {SYSTEM_ERRORS[error.errno]}", file=sys.stderr)
-        return 2
+        code, line = found
+        if _is_first_process() or not isinstance(error, ConfigError):  # a mistake in a file is the same on every rank
+            print(line, file=sys.stderr)
+        _keep(line, error)
+        return code
     return 0
 
 
-def run(cfg: Config) -> None:
-    """Train, or evaluate if `cfg.run.evaluate`; prints an evaluation's metrics. Must be entered by every rank."""
+def _explained(error: Exception) -> tuple[int, str] | None:
+    """Exit code and one line of an error that is no bug."""
+    from lavis_lite import failures
+
+    if isinstance(error, UserError):
+        return 2, f"error: {_own_words(error)}"
+    if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
+        return 2, f"error: {error}: {SYSTEM_ERRORS[error.errno]}"
+    failure = failures.explain(error)
+    rank = os.environ.get("RANK")
+    return None if failure is None else (1, f"error: {failure}" if rank is None else f"error: rank {rank}: {failure}")
+
+
+def _own_words(error: UserError) -> str:
+    """The message; of an error that a loader worker raised, without the traceback that torch puts before it."""
+    text = str(error)
+    if text.startswith("Caught ") and " in DataLoader worker process " in text:
+        return text.rstrip().rsplit(f"{type(error).__name__}: ", 1)[-1]
+    return text
+
+
+def _keep(line: str, error: Exception) -> None:
+    if "torch" in sys.modules:  # which the log needs; before it is imported there is no job either
+        from lavis_lite import logger as run_logger
+
+        run_logger.keep_error(line, error)
+
+
+def stop_line(stop: Stopped, command: Sequence[str]) -> str:
+    """Return what is said at the end of a stopped run: where it stopped, and the command that continues it."""
+    if stop.job_id is None:
+        return f"stopped by {stop}: nothing was saved; start it again with: {_shell(command)}"
+    at = f"stopped at step {stop.step:,}" if stop.step is not None else "stopped"
+    kept, flags = [], iter(command)
+    for flag in flags:
+        if flag in ("--resume", "--job-id"):
+            next(flags, None)
+        elif not flag.startswith(("--resume=", "--job-id=")):
+            kept.append(flag)
+    return f"{at} by {stop}; resume with: {_shell([*kept, '--resume', 'auto', '--job-id', stop.job_id])}"
+
+
+def _shell(command: Sequence[str]) -> str:
+    """A command line as typed: behind `python` if it is a script, behind torchrun and its flags if it was."""
+    script = [Path(command[0]).name if not command[0].endswith(".py") else command[0], *command[1:]] if command else []
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        return f"torchrun ... {shlex.join(script)}"
+    return f"python {shlex.join(script)}" if command and command[0].endswith(".py") else shlex.join(script)
+
+
+def run(cfg: Config, stop: StopSignals) -> None:
+    """Train, or evaluate if `cfg.run.evaluate`; prints an evaluation's metrics. Must be entered by every rank.
+
+    Raises:
+        Stopped: the process was asked to stop by a signal that `stop` caught.
+    """
     from lavis_lite import dist
 
     dist.init(cfg.run.device)
     try:
-        metrics = run_job(cfg)
+        metrics = run_job(cfg, stop)
         if metrics and cfg.run.evaluate and dist.is_main():
             print(json.dumps(metrics, indent=2, default=str))
     finally:
         dist.shutdown()
 
 
-def run_job(cfg: Config) -> dict[str, Any]:
+def run_job(cfg: Config, stop: StopSignals) -> dict[str, Any]:
     """`run` between joining and leaving the process group; returns what the runner does."""
     from lavis_lite import dist, preflight
     from lavis_lite import logger as run_logger
-    from lavis_lite.runners.sampling import seed_everything
 
     task = registry.get_task_class(cfg.run.task)(**cfg.task)
     preflight.check_task(cfg, task)
     preflight.check_device(cfg)
     cfg.run, job_dir = start_job(cfg.run)
-    run_logger.setup(job_dir)
+    with held(job_dir):
+        run_logger.setup(job_dir)
+        runner = None
+        try:
+            runner = build_runner(cfg, task, job_dir)
+            runner.stop = stop
+            return execute(cfg, runner)
+        except (UserError, RankZeroFailed):
+            if dist.is_main() and not getattr(runner, "has_begun", False):
+                run_logger.setup()  # closes console.txt
+                discard_if_unused(job_dir)
+            raise
+        except (Stopped, RuntimeError) as error:
+            stopped = error if isinstance(error, Stopped) else _stopped_too(stop, error)
+            if stopped is None:
+                raise
+            if not cfg.run.evaluate and (job_dir / "checkpoint_last.pth").is_file():
+                stopped.job_id, stopped.step = str(cfg.run.job_id), getattr(runner, "saved_step", None)
+            raise stopped from None
+
+
+def _stopped_too(stop: StopSignals, error: RuntimeError) -> Stopped | None:
+    """The stop of a rank that was asked to, and whose collective failed because another rank was faster to end."""
+    from lavis_lite import dist
+
+    return Stopped(stop.signum) if stop.signum is not None and dist.lost_rank(error) else None
+
+
+def build_runner(cfg: Config, task: Any, job_dir: Path) -> Any:
+    """Build the task's datasets, check them, and build the model and the runner."""
+    from lavis_lite import preflight
+    from lavis_lite.runners.sampling import seed_everything
+
     datasets = task.build_datasets(cfg)
     preflight.check_data(cfg, task, datasets)
     seed_everything(cfg.run.seed)  # the same on every rank: DDP does not even out the models' buffers
     model = task.build_model(cfg)
-    runner = registry.get_runner_class(cfg.run.runner)(cfg, task, model, datasets, job_dir)
+    return registry.get_runner_class(cfg.run.runner)(cfg, task, model, datasets, job_dir)
+
+
+def execute(cfg: Config, runner: Any) -> dict[str, Any]:
+    """Evaluate or train, with a few lines about the run before and after it."""
+    from lavis_lite import dist, preflight
+
     if dist.is_main():
         logger.info("%s", preflight.opening(cfg, runner))
     if cfg.run.evaluate:
@@ -142,7 +246,7 @@ def run_job(cfg: Config) -> dict[str, Any]:
     started = time.perf_counter()
     result = runner.train()
     if dist.is_main():
-        logger.info("%s", preflight.closing(result, job_dir, seconds=time.perf_counter() - started))
+        logger.info("%s", preflight.closing(result, runner.job_dir, seconds=time.perf_counter() - started))
     return result
 
 
@@ -223,54 +327,6 @@ def steps_line(run: RunConfig, per_epoch: int, *, num_processes: int) -> str:
     batch = f"{run.batch_size_train * num_processes} samples a step"
     accumulation = f", {run.accum_grad_iters} steps an update" if run.accum_grad_iters > 1 else ""
     return f"{per_epoch:,} an epoch, {total:,} in all ({batch}{accumulation})"
-
-
-def start_job(run: RunConfig) -> tuple[RunConfig, Path]:
-    """Return the run with its job and checkpoint settled (by rank 0, for all ranks), and the job's folder."""
-    from lavis_lite import dist
-
-    changes = dist.on_main(lambda: _settle_job(run))
-    run = dataclasses.replace(run, **changes)
-    return run, Path(run.output_dir) / str(run.job_id)
-
-
-def _settle_job(run: RunConfig) -> dict[str, Any]:
-    output = Path(run.output_dir)
-    if run.resume == "auto" and not run.evaluate:
-        found = newest_checkpoint(output, job_id=run.job_id)
-        if found is not None:
-            logger.info("resuming %s", found)
-            return {"job_id": found.parent.name, "resume_ckpt_path": str(found), "resume": None}
-        logger.info("nothing to resume below %s: starting afresh", output)
-    if run.resume_ckpt_path is not None:
-        path = Path(run.resume_ckpt_path)
-        path = path / "checkpoint_last.pth" if path.is_dir() else path
-        if not path.is_file():
-            raise MissingFileError(f"no checkpoint to resume: {path}")
-        return {"job_id": run.job_id or new_job_id(output), "resume_ckpt_path": str(path)}
-    return {"job_id": run.job_id or new_job_id(output), "resume": None}
-
-
-def new_job_id(output: Path) -> str:
-    """Return a name made of the time, and make its folder, so that two runs started in one second don't share it."""
-    stamp, number = datetime.now().strftime("%Y%m%d_%H%M%S"), 1
-    while True:
-        name = stamp if number == 1 else f"{stamp}_{number}"
-        try:
-            (output / name).mkdir(parents=True)
-            return name
-        except FileExistsError:
-            number += 1
-
-
-def newest_checkpoint(output: Path, *, job_id: str | None = None) -> Path | None:
-    """Return the newest readable checkpoint_last.pth of the jobs below `output` (of `job_id`'s only, if given)."""
-    found = sorted(output.glob(f"{job_id or '*'}/checkpoint_last.pth"), key=lambda p: p.stat().st_mtime, reverse=True)
-    for path in found:
-        if zipfile.is_zipfile(path):  # a cut-off file lacks the directory at its end
-            return path
-        logger.warning("%s is damaged; looking for an older one", path)
-    return None
 
 
 def _log_to_console() -> None:

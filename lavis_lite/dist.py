@@ -27,6 +27,7 @@ from torch import nn
 from lavis_lite.errors import InputError, RankZeroFailed
 
 TIMEOUT = datetime.timedelta(hours=2)  # rank 0 may download a dataset or score a whole test set while others wait
+_LOST = ("Connection closed by peer", "Connection reset by peer", "pair closure", "Broken pipe", "remote process exit")
 
 _is_alone = contextvars.ContextVar("is_alone", default=False)
 
@@ -107,6 +108,66 @@ def barrier() -> None:
     if _active():
         on_gpu = torch_dist.get_backend() == "nccl"
         torch_dist.barrier(device_ids=[torch.cuda.current_device()] if on_gpu else None)
+
+
+class Steps:
+    """Ranks in step: while entered, a collective waits at most `timeout` seconds for the other ranks, not hours.
+
+    Made by every rank at the same time. `largest` exchanges numbers on the CPU, so that no rank waits for its GPU.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self.timeout = datetime.timedelta(seconds=timeout)
+        self.groups: list[Any] = []
+        if _active():
+            on_gpu = torch_dist.get_backend() == "nccl"
+            own = torch_dist.new_group(backend="gloo", timeout=TIMEOUT) if on_gpu else torch_dist.group.WORLD
+            self.groups = [own, torch_dist.group.WORLD] if on_gpu else [own]
+
+    def __enter__(self) -> None:
+        self._wait()  # a rank may still be writing a file
+        self._set(self.timeout)
+
+    def __exit__(self, *error: object) -> None:
+        self._set(TIMEOUT)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """In the body, which is part of a step, ranks may wait for hours, as for rank 0 writing a file."""
+        self._set(TIMEOUT)
+        yield
+        self._wait()
+        self._set(self.timeout)
+
+    def largest(self, number: int) -> int:
+        """The largest of all ranks' numbers."""
+        if not self.groups:
+            return number
+        tensor = torch.tensor(number)
+        torch_dist.all_reduce(tensor, torch_dist.ReduceOp.MAX, group=self.groups[0])
+        return int(tensor)
+
+    def _wait(self) -> None:
+        if self.groups:
+            torch_dist.barrier(group=self.groups[0])
+
+    def _set(self, timeout: datetime.timedelta) -> None:
+        for group in self.groups:
+            # torch 2.15 has made the private name public
+            change = getattr(torch_dist, "set_timeout", None) or torch_dist.distributed_c10d._set_pg_timeout
+            change(timeout, group)
+
+
+def lost_rank(error: BaseException) -> str | None:
+    """Whether an error of a collective says that another rank hangs or has ended, in words; None for other errors."""
+    if not isinstance(error, RuntimeError):
+        return None
+    text = str(error)
+    if "Timed out waiting" in text or ("timed out" in text.lower() and isinstance(error, torch_dist.DistError)):
+        return "another rank has not answered in time: it hangs, was suspended, or its node is lost"
+    if any(part in text for part in _LOST):
+        return "the connection to another rank broke: it ended, as its own message may say"
+    return None
 
 
 @contextlib.contextmanager

@@ -13,6 +13,10 @@ class InputError(UserError, ValueError):
     """A setting, argument, file or record with a wrong value."""
 
 
+class DamagedFileError(InputError):
+    """A file that no longer holds what was written to it: the message says what fails its checksum."""
+
+
 class InputTypeError(UserError, TypeError):
     """An argument of the wrong type."""
 
@@ -45,6 +49,10 @@ class ExistingFileError(UserError, FileExistsError):
 
 class WriteError(UserError, OSError):
     """A file that could not be written; what was there before is intact."""
+
+
+class FolderInUseError(UserError, BlockingIOError):
+    """A job folder that another process writes to; the message has its host and process id."""
 
 
 class UnreachableError(UserError, ConnectionError):

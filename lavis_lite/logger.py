@@ -39,6 +39,16 @@ def setup(job_dir: str | Path | None = None) -> None:
     root.setLevel(logging.INFO if dist.is_main() else logging.WARNING)
 
 
+def keep_error(line: str, error: BaseException) -> None:
+    """Write an error and its traceback to console.txt, if there is one, and not to the terminal."""
+    record = logger.makeRecord(
+        logger.name, logging.DEBUG, __file__, 0, line, (), (type(error), error, error.__traceback__)
+    )
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler) and getattr(handler, "from_lavis_lite", False):
+            handler.handle(record)
+
+
 class JsonLog:
     """Appends one JSON object a line to `path`; a line cut short by a kill is ended first, so later ones are readable.
 

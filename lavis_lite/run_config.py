@@ -148,6 +148,8 @@ class RunConfig:
     amp: bool | None = None
     """LAVIS's switch: True is `precision: auto`, False is `precision: fp32`."""
     find_unused_parameters: bool = False
+    step_timeout: float = 600.0
+    """Seconds that a training step waits for another rank before the run ends; preparation and scoring wait hours."""
 
     seed: int = 42
     output_dir: str = "output"
@@ -176,6 +178,7 @@ class RunConfig:
             self._require(key, lambda v: v > 0, "more than 0")
         for key in _BELOW_ONE:
             self._require(key, lambda v: 0 <= v < 1, "from 0 to less than 1")
+        self._require("step_timeout", lambda v: 0 < v <= 1e6, "more than 0 and at most 1e6 seconds")
         self._require("max_unreadable_share", lambda v: 0 <= v <= 1, "a share, 0 to 1")
         for key in ("train_dataset_ratios", "train_dataset_factors"):
             self._require(key, lambda v: all(0 <= x <= MOST_SHARE for x in v.values()), f"0 to {MOST_SHARE:,} for each")

@@ -70,7 +70,7 @@ def read(source: str | Path) -> Trained | None:
     from lavis_lite import checkpoint
 
     path = download.fetch(source)
-    config = None if path.suffix == ".safetensors" else checkpoint.load(path).get("config")
+    config = None if path.suffix == ".safetensors" else checkpoint.load(path, verify=False).get("config")
     section = config.get("model") if isinstance(config, Mapping) else None
     if not isinstance(section, Mapping) or not isinstance(section.get("arch"), str):
         return None

@@ -103,17 +103,17 @@ class _Files:
         self._tensors: dict[str, Tensor] = {}
         self._left = 0
 
-    def open(self, path: Path, *, source: str) -> dict[str, Tensor]:
+    def open(self, path: Path, *, source: str, verify: bool = True) -> dict[str, Tensor]:
         """The file's tensors, memory-mapped; the file opened before is closed."""
         self._path, self._tensors = None, {}
-        self._tensors = checkpoint.find_state_dict(checkpoint.load(path), source=source)
+        self._tensors = checkpoint.find_state_dict(checkpoint.load(path, verify=verify), source=source)
         self._path, self._left = path, WINDOW
         return self._tensors
 
     def read(self, path: Path, name: str, *, source: str) -> Tensor:
         """One tensor, a view of the memory map."""
         if path != self._path or (self._left <= 0 and checkpoint.is_mappable(path)):
-            self.open(path, source=source)
+            self.open(path, source=source, verify=False)  # `_files_state` opened it before
         tensor = self._tensors[name]
         self._left -= tensor.nbytes
         return tensor

@@ -14,7 +14,7 @@ from lavis_lite import checkpoint
 
 pytestmark = pytest.mark.usefixtures("shapes_data")
 
-OWN_FILES = {"config.yaml", "console.txt", "log.txt", "checkpoint_last.pth", "checkpoint_best.pth"}
+OWN_FILES = {".lock", "config.yaml", "console.txt", "log.txt", "checkpoint_last.pth", "checkpoint_best.pth"}
 
 
 @pytest.mark.parametrize("name", doors.RECIPES)

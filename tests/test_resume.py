@@ -9,6 +9,7 @@ import doors
 import pytest
 
 from lavis_lite import checkpoint
+from lavis_lite.tasks.captioning import CaptionTask
 
 pytestmark = pytest.mark.usefixtures("shapes_data")
 
@@ -93,3 +94,160 @@ def test_resume_takes_what_a_run_needs_and_no_less(tmp_path: Path, capsys: pytes
     nlvr = doors.project(tmp_path, "nlvr", {"run": {"max_iters": 2}})
     assert doors.train(nlvr, flags=["--resume", str(best.with_name("checkpoint_last.pth"))], job="third") == 2
     assert "checkpoint_last.pth" in capsys.readouterr().err
+
+
+def project_with(folder: Path, *, options: dict[str, Any] | None = None) -> Path:
+    """Six steps of captioning, two epochs of three by `runner_iter`, validated after each."""
+    run = {"runner": "runner_iter", "iters_per_inner_epoch": 3, "max_epoch": 1, "test_splits": ["test"]}
+    return doors.project(folder, "caption", {"run": {**run, **(options or {})}})
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, path: Path, *, step: int, options: tuple[str, ...] = ()) -> Path:
+    """A run that fails in the step after `step`; returns its job's folder."""
+    calls, train_step = [], CaptionTask.train_step
+
+    def failing(self: CaptionTask, *args: Any) -> Any:
+        calls.append(1)
+        if len(calls) > step:
+            raise KeyError("stop here")
+        return train_step(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CaptionTask, "train_step", failing)
+        with pytest.raises(KeyError, match="stop here"):
+            doors.train(path, *options)
+    return path.parent / "output" / "job"
+
+
+AUTO = ["--resume", "auto"]
+
+
+def test_changed_hyperparameters_are_applied_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The optimizer's state used to bring the old weight decay and betas back without a word."""
+    path = project_with(tmp_path)
+    job = stop_after(monkeypatch, path, step=3)
+    before = checkpoint.load(job / "checkpoint_last.pth")["optimizer"]
+    assert {(group["weight_decay"], tuple(group["betas"])) for group in before["param_groups"]} == {
+        (0.05, (0.9, 0.999)),
+        (0.0, (0.9, 0.999)),
+    }
+    caplog.set_level("INFO")
+    flip = "datasets.shapes_caption.vis_processor.train={name: blip_image_train, image_size: 48}"
+    changed = ["run.weight_decay=0.5", "run.beta1=0.5", "run.grad_clip_norm=0.1", "run.seed=7", "run.log_freq=2", flip]
+    assert doors.train(path, *changed, "model.med.hidden_dropout=0.3", flags=AUTO) == 0
+    after = checkpoint.load(job / "checkpoint_last.pth")["optimizer"]
+    assert {(group["weight_decay"], tuple(group["betas"])) for group in after["param_groups"]} == {
+        (0.5, (0.5, 0.999)),
+        (0.0, (0.5, 0.999)),
+    }
+    assert [int(state["step"]) for state in after["state"].values()] == [6] * len(after["state"])
+    for line in (
+        "run.weight_decay: 0.05 in the checkpoint, 0.5 now: applied",
+        "run.beta1: 0.9 in the checkpoint, 0.5 now: applied",
+        "run.grad_clip_norm: None in the checkpoint, 0.1 now: applied",
+        "run.log_freq: 1 in the checkpoint, 2 now: applied",
+        "run.seed: 42 in the checkpoint, 7 now: applied, the order of the data",
+        "datasets.shapes_caption.vis_processor.train.name: blip_image_eval in the checkpoint, blip_image_train now",
+        "model.med.hidden_dropout: not set in the checkpoint, 0.3 now: applied",
+    ):
+        assert line in caplog.text
+    assert len([r for r in caplog.records if "in the checkpoint" in r.message]) == 7
+
+
+def test_an_unchanged_resume_names_no_difference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = project_with(tmp_path)
+    stop_after(monkeypatch, path, step=3)
+    caplog.set_level("INFO")
+    assert doors.train(path, flags=AUTO) == 0
+    assert "in the checkpoint" not in caplog.text
+
+
+def test_another_model_is_refused_key_by_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = project_with(tmp_path)
+    stop_after(monkeypatch, path, step=3)
+    capsys.readouterr()
+    assert doors.train(path, "model.med.intermediate_size=32", "model.prompt=a", flags=AUTO) == 2
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    for part in ("other shapes", "model.med.intermediate_size: 64 in the checkpoint, 32 now", "same model"):
+        assert part in told
+    assert doors.train(path, "run.batch_size_train=5", flags=AUTO) == 2
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "4 samples an iteration, this run has 5" in told
+
+
+def test_other_annotations_of_the_same_length_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = doors.pictures(tmp_path / "pictures", 8)
+    records = [{"image": path, "caption": f"a circle {i}", "image_id": i} for i, path in enumerate(pictures)]
+    own = doors.user_set(tmp_path, {"train": records, "val": records[:2]})
+    run = {"max_iters": 4, "valid_splits": [], "test_splits": []}
+    path = doors.project(tmp_path, "caption", {"datasets": {"shapes_caption": None, "caption": own}, "run": run})
+    job = stop_after(monkeypatch, path, step=3, options=("run.checkpoint_every=1",))
+    (tmp_path / "moved").mkdir()
+    moved = (tmp_path / "train.json").rename(tmp_path / "moved" / "train.json")
+    there = f"datasets.caption.build_info.annotations.train.storage={moved}"
+    changed = doors.user_set(tmp_path, {"train": [{**record, "caption": "a square"} for record in records]})
+    assert changed["build_info"]["annotations"]["train"]["storage"] == str(tmp_path / "train.json")
+    capsys.readouterr()
+    assert doors.train(path, flags=AUTO) == 2
+    assert "other annotations of 'caption'" in capsys.readouterr().err
+    saved = checkpoint.load(job / "checkpoint_last.pth")
+    assert doors.train(path, there, flags=AUTO) == 0  # the same content elsewhere
+    checkpoint.save({key: value for key, value in saved.items() if key != "data"}, job / "checkpoint_last.pth")
+    capsys.readouterr()
+    assert doors.train(path, flags=AUTO) == 0  # a checkpoint of before there were digests
+    assert "holds no digest of its annotations" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("loss", ["gone", "cut", "flipped"])
+def test_lost_best_weights_are_noticed_at_resume(
+    loss: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not after the whole training; and a job whose steps are done still ends."""
+    path = project_with(tmp_path)
+    job = stop_after(monkeypatch, path, step=4)
+    damage(job / "checkpoint_best.pth", loss)
+    assert doors.train(path, flags=AUTO) == 0
+    assert "checkpoint_best.pth" in caplog.text
+    assert "is forgotten" in caplog.text
+    assert checkpoint.load(job / "checkpoint_best.pth")["best"]["epoch"] == 1
+    damage(job / "checkpoint_best.pth", loss)
+    assert doors.train(path, flags=AUTO) == 0
+    doors.assert_same_state(doors.weights(job / "checkpoint_best.pth"), doors.weights(job / "checkpoint_last.pth"))
+
+
+def damage(path: Path, how: str) -> None:
+    """Lose a file, or some of it."""
+    data = bytearray(path.read_bytes())
+    if how == "gone":
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    else:
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped"])
+def test_a_run_goes_on_from_the_newest_whole_checkpoint(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And ends as if nothing had happened."""
+    for name in ("whole", "damaged"):
+        (tmp_path / name).mkdir()
+    options = {"checkpoint_every": 1, "keep_checkpoints": 2}
+    whole, path = (project_with(tmp_path / name, options=options) for name in ("whole", "damaged"))
+    assert doors.train(whole) == 0
+    job = stop_after(monkeypatch, path, step=5)
+    assert {file.name for file in job.glob("checkpoint_[0-9]*")} == {"checkpoint_4.pth", "checkpoint_5.pth"}
+    damage(job / "checkpoint_last.pth", how)  # which is checkpoint_5.pth, too
+    assert doors.train(path, flags=AUTO) == 0
+    assert f"resuming {job / 'checkpoint_4.pth'} instead" in caplog.text
+    doors.assert_same_state(saved(whole.parent / "output" / "job"), saved(job))

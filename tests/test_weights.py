@@ -143,9 +143,9 @@ class Watch:
         self.load = checkpoint.load
         monkeypatch.setattr(checkpoint, "load", self)
 
-    def __call__(self, path: Path) -> dict[str, Any]:
+    def __call__(self, path: Path, **options: Any) -> dict[str, Any]:
         self.most_alive = max(self.most_alive, sum(any(r() is not None for r in refs) for _, refs in self.opened))
-        state = self.load(path)
+        state = self.load(path, **options)
         self.opened.append((path, [weakref.ref(tensor) for tensor in state.values()]))
         return state
 

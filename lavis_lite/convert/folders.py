@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lavis_lite import checkpoint
+from lavis_lite import checkpoint, integrity
 from lavis_lite.convert.blip import blip_from_hf, blip_to_hf
 from lavis_lite.convert.blip2 import VOCABULARIES, blip2_from_hf, blip2_to_hf
 from lavis_lite.convert.configs import QFORMER_TOKENIZER, hf_class_of, hf_config
@@ -74,6 +74,7 @@ def write_folder(
         write_extras(own, from_hf(twin.state_dict(), model).keys(), partial / EXTRA_FILE)
         stored = {"arch": arch, "settings": dict(settings or {}), "preprocess": dict(preprocess or {})}
         (partial / SETTINGS_FILE).write_text(f"{json.dumps(stored, indent=2)}\n", encoding="utf-8")
+        integrity.write_sums(partial)
         _put(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -91,6 +92,7 @@ def write_adapter(model: nn.Module, target: Path, *, num_tokens: int) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         lora.write_adapter(model.lm.model, partial, num_tokens=num_tokens)
+        integrity.write_sums(partial)
         _put(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

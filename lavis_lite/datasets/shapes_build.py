@@ -12,7 +12,9 @@ import json
 import logging
 import os
 import random
+import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,14 @@ from lavis_lite.datasets.shapes_render import save_jpeg
 from lavis_lite.datasets.shapes_scene import SPLITS, Scene, SceneMaker, ShapesConfig
 from lavis_lite.datasets.shapes_truth import is_true
 from lavis_lite.errors import MissingFileError, WriteError
+from lavis_lite.locks import Lock
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1  # goes up when the same config gives other content
 ANNOTATIONS = ("caption", "retrieval", "nlvr", "pairs")
 """The annotation files that every split has."""
+ABANDONED = 60.0  # seconds
 _ID_STEP = 1_000_000  # image ids of train start at 0, of val and test at one and two times this
 
 
@@ -44,15 +48,29 @@ def ensure_built(config: ShapesConfig, root: Path) -> Path:
         return target
     try:
         root.mkdir(parents=True, exist_ok=True)
-        logger.info("building the dataset shapes in %s", target)
-        with tempfile.TemporaryDirectory(dir=root, prefix=f".{target.name}-", ignore_cleanup_errors=True) as aside:
-            build(config, Path(aside))
-            Path(aside).chmod(0o755)
-            Path(aside).rename(target)
+        _build_aside(config, target)
     except OSError as error:
         if not target.is_dir():  # else another process was faster, with the same content
             raise not_written(target, error) from error
     return target
+
+
+def _build_aside(config: ShapesConfig, target: Path) -> None:
+    """Build in a locked folder beside the target, and rename it when it is whole."""
+    logger.info("building the dataset shapes in %s", target)
+    _sweep(target.parent, prefix=f".{target.name}-")
+    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    lock = Lock(aside)
+    try:
+        _lock(lock)
+        build(config, aside)
+        aside.chmod(0o755)
+        aside.rename(target)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    finally:
+        lock.release()
 
 
 def not_written(path: Path, error: OSError) -> WriteError:
@@ -81,6 +99,24 @@ def check_complete(config: ShapesConfig, folder: Path) -> None:
             f"the generated dataset shapes lacks {len(missing)} of its files, e.g. {missing[0]}: delete the folder "
             f"{folder}, and it is generated again"
         )
+
+
+def _sweep(root: Path, *, prefix: str) -> None:
+    """Delete what killed builds left: folders that nobody has locked, older than the time it takes to lock one."""
+    for left in root.glob(f"{prefix}*"):
+        lock = Lock(left)
+        if time.time() - left.stat().st_mtime > ABANDONED and _lock(lock):
+            shutil.rmtree(left, ignore_errors=True)
+            lock.release()
+
+
+def _lock(lock: Lock) -> bool:
+    """Whether the lock is held now; not where the file system has none, so that nothing is swept there."""
+    try:
+        return lock.take()
+    except (OSError, ImportError) as error:
+        logger.debug("%s cannot be locked: %s", lock.path, error)
+        return False
 
 
 def build(config: ShapesConfig, folder: Path) -> None:

@@ -16,6 +16,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from lavis_lite.errors import InputError, UnreadableSample
 from lavis_lite.runners.mixing import batch_of_runs, check_mixable, lacking_sets, with_own_image_id
 from lavis_lite.runners.sampling import ConcatSampler, Key, TrainSampler, dataset_shares, kept_rng, seed_sample
+from lavis_lite.stopping import held_back, outlive_signals
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,7 @@ class TrainLoader:
             collate_fn=_as_is,
             num_workers=run.num_workers,
             pin_memory=pin,
+            worker_init_fn=outlive_signals,
             generator=torch.Generator().manual_seed(run.seed),
         )
 
@@ -112,7 +114,9 @@ class TrainLoader:
         self.sampler.start_step = epoch * self.steps_per_epoch + step
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch in self.loader:
+        with held_back():
+            batches = iter(self.loader)
+        for batch in batches:
             self.seen += self.sampler.batch_size
             if batch.errors:
                 self._count(batch)
@@ -199,6 +203,7 @@ class EvalLoader:
             collate_fn=_as_is,
             num_workers=min(run.num_workers, len(indices)),
             pin_memory=device.type == "cuda",
+            worker_init_fn=outlive_signals,
             generator=torch.Generator().manual_seed(0),
         )
 
@@ -206,7 +211,9 @@ class EvalLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch in self.loader:
+        with held_back():
+            batches = iter(self.loader)
+        for batch in batches:
             if isinstance(batch, UnreadableSample):
                 raise UnreadableSample(f"{batch} (Evaluation never skips samples.)")
             yield to_device(batch, self.device)

@@ -1,20 +1,14 @@
-"""What is decided before the first step: how long the run is, in which precision, and what it goes on from."""
+"""What is decided before the first step: how long the run is, and in which precision."""
 
-import logging
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from lavis_lite.errors import InputError
 
-logger = logging.getLogger(__name__)
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-TRAINING_STATE = ("model", "optimizer", "scaler", "step", "epoch", "best", "plan", "metrics", "ranks")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,40 +63,3 @@ def resolve_precision(run: Any, device: torch.device) -> torch.dtype:
     if name == "fp16" and device.type == "cpu":
         raise InputError("run.precision=fp16 needs a GPU: use bf16 or fp32 (or auto) on CPU")
     return DTYPES[name]
-
-
-def resume_path(run: Any, job_dir: Path) -> Path | None:
-    """The checkpoint to resume: `run.resume_ckpt_path`, or with `run.resume=auto` the job's own last one, if any."""
-    if run.resume_ckpt_path:
-        return Path(run.resume_ckpt_path)
-    if run.resume != "auto":
-        return None
-    last = job_dir / "checkpoint_last.pth"
-    if last.exists():
-        return last
-    logger.info(f"nothing to resume in {job_dir}: starting from the beginning")
-    return None
-
-
-def check_resumable(saved: Mapping[str, Any], *, path: Path, plan: Plan, optimizer: torch.optim.Optimizer) -> None:
-    """Raises ValueError, naming the way out, if the checkpoint `saved` cannot be continued exactly by this run."""
-    lost = [key for key in TRAINING_STATE if key not in saved]
-    if lost:
-        raise InputError(
-            f"{path} holds no training state ({', '.join(lost)} missing): resume from a checkpoint_last.pth, "
-            "or start anew from these weights with model.pretrained or model.finetuned"
-        )
-    for key, what in (
-        ("inner", "iterations per (inner) epoch"),
-        ("global_batch", "samples an iteration"),
-        ("mixture", "as training sets"),
-    ):
-        was, now = saved["plan"].get(key), getattr(plan, key)
-        if str(was) != str(now):  # as text, in which the order of the training sets counts too
-            raise InputError(
-                f"{path} was written with {was} {what}, this run has {now}: resume with the same data, sampling and "
-                "global batch (processes x run.batch_size_train), or start anew from its weights with model.pretrained"
-            )
-    names = [group.get("names") for group in saved["optimizer"]["param_groups"]]
-    if names != [group.get("names") for group in optimizer.param_groups]:
-        raise InputError(f"{path}: the optimizer's parameter groups differ from this run's: resume with the same model")

@@ -22,10 +22,20 @@ from lavis_lite.optim import build_optimizer, build_schedule, set_lr
 from lavis_lite.registry import registry
 from lavis_lite.runners.learning import LearningWatch, learning_metrics
 from lavis_lite.runners.loaders import check_splits, eval_loader, eval_sets, to_device, train_loader, train_sets
-from lavis_lite.runners.plan import Plan, check_resumable, resolve_precision, resume_path
+from lavis_lite.runners.plan import Plan, resolve_precision
 from lavis_lite.runners.progress import Progress
+from lavis_lite.runners.resume import (
+    annotation_digests,
+    apply_hyperparameters,
+    check_best,
+    check_resumable,
+    load_verified,
+    report_differences,
+    resume_path,
+)
 from lavis_lite.runners.sampling import seed_rank
 from lavis_lite.runners.state import FiniteGuard, RunState, aggregate, bring_best, rank_state, restore_rank, save_last
+from lavis_lite.stopping import Stopped, StopSignals
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +65,8 @@ class Runner:
         self.model = model.to(self.device)
         self.state = RunState()
         self.warned_of_no_best = False
+        self.stop = StopSignals()  # of whoever catches signals; these are not entered and catch none
+        self.has_begun = False  # a first step or an evaluation
         self.progress = Progress(self.job_dir, tensorboard=self.run.tensorboard)
         if dist.is_main():
             self._write_config()
@@ -67,10 +79,13 @@ class Runner:
         if self.run.evaluate:
             return {"best": None, "test": self.evaluate()}
         self._prepare()
+        self.has_begun = True
         try:
-            for epoch in range(self.state.epoch, self.plan.num_epochs):
-                self._train_epoch(epoch)
-                self._finish_epoch(epoch)
+            with self.stop.deferred():
+                for epoch in range(self.state.epoch, self.plan.num_epochs):
+                    with self.steps:
+                        self._train_epoch(epoch)
+                    self._finish_epoch(epoch)
         finally:
             self.batches = iter(())  # ends the loader's workers
             self.progress.end_epoch()
@@ -102,6 +117,7 @@ class Runner:
         run = self.run
         sets = train_sets(self.datasets, run.train_splits or ())
         pin = self.device.type == "cuda"
+        self.data = annotation_digests(sets)
         self.loader = train_loader(sets, run, rank=dist.rank(), world=dist.world_size(), pin=pin)
         self.plan = self._plan(self.loader.steps_per_epoch)
         sampler = self.loader.sampler
@@ -122,6 +138,7 @@ class Runner:
         self.saved_step = self.state.step
         self.watch = LearningWatch(step=self.state.step, warmup_steps=0 if run.warmup_lr is None else run.warmup_steps)
         self.parallel, self.no_sync = dist.data_parallel(self.model, find_unused_parameters=run.find_unused_parameters)
+        self.steps = dist.Steps(run.step_timeout)
         self.loader.seek(0, self.state.step)
         self.batches = iter(self.loader)
 
@@ -152,8 +169,9 @@ class Runner:
             self.progress.advance()
             if self.state.step % run.log_freq == 0 or self.state.step == end:
                 self._log(epoch, lr)
-            if closes_window and step + 1 < end and self._is_checkpoint_due():
-                self._save_last()
+            if closes_window:
+                is_due = step + 1 < end and self._is_checkpoint_due()
+                self._save_or_stop(is_due=is_due)
         self.progress.end_epoch()
         if start < end and len(self.loader.sampler.names) > 1:
             self.progress.report_datasets(self._by_dataset(first, end), step=self.state.step, epoch=epoch)
@@ -169,6 +187,15 @@ class Runner:
         counts = dict(self.by_dataset.counts)
         means = self.by_dataset.drain()
         return {name: {"batches": counts.get(name, 0), "loss": means.get(name)} for name in sampler.names}
+
+    def _save_or_stop(self, *, is_due: bool) -> None:
+        """Save if a checkpoint is due; if any rank was asked to stop, save and raise Stopped on every rank."""
+        signum = self.steps.largest(self.stop.signum or 0)
+        if is_due or signum:
+            with self.steps.paused():
+                self._save_last()
+        if signum:
+            raise Stopped(signum)
 
     def _update_weights(self) -> None:
         if self.run.grad_clip_norm is not None:
@@ -202,7 +229,9 @@ class Runner:
         valid_splits = self.run.valid_splits or ()
         if valid_splits:
             self._save_last()  # validation may be long, and the epoch should not be lost with it
-            self._keep_best(epoch, self._evaluate_splits(valid_splits))
+            with self.stop.at_once():
+                results = self._evaluate_splits(valid_splits)
+            self._keep_best(epoch, results)
         self.state.epoch = epoch + 1
         self._save_last()
 
@@ -235,6 +264,7 @@ class Runner:
             self._load_weights(best)
 
     def _evaluate_splits(self, splits: Sequence[str]) -> dict[str, dict[str, Any]]:
+        self.has_begun = True
         self.model.eval()
         results: dict[str, dict[str, Any]] = {}
         for key, dataset in eval_sets(self.datasets, splits).items():
@@ -269,6 +299,7 @@ class Runner:
             "metrics": metrics,
             "ranks": ranks,
             "config": self.cfg.to_dict(),
+            "data": self.data,
         }
         save_last(saved, self.job_dir, step=self.state.step, keep=self.run.keep_checkpoints)
 
@@ -284,7 +315,7 @@ class Runner:
         dist.barrier()
 
     def _load_weights(self, path: Path) -> None:
-        state = checkpoint.find_state_dict(checkpoint.load(path), source=str(path))
+        state = checkpoint.find_state_dict(load_verified(path), source=str(path))
         checkpoint.load_into(self.model, state, source=path)
 
     def _resume(self) -> None:
@@ -292,17 +323,24 @@ class Runner:
         path = resume_path(self.run, self.job_dir)
         if path is None:
             return
-        saved = checkpoint.load(path)
-        check_resumable(saved, path=path, plan=self.plan, optimizer=self.optimizer)
+        saved, config = checkpoint.load(path, verify=False), self.cfg.to_dict()
+        dist.on_main(
+            lambda: check_resumable(
+                saved, path=path, plan=self.plan, optimizer=self.optimizer, data=self.data, config=config
+            )
+        )
+        report_differences(saved, config, path=path)
         checkpoint.load_into(self.model, checkpoint.find_state_dict(saved, source=str(path)), source=path)
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.scaler.load_state_dict(saved["scaler"])
+        apply_hyperparameters(self.optimizer, saved["optimizer"])
+        if saved["scaler"]:  # empty if the checkpoint's precision needed none
+            self.scaler.load_state_dict(saved["scaler"])
         self.state = RunState.from_dict(saved)
         for metrics, state in zip((self.metrics, self.by_dataset), saved["metrics"], strict=True):
             metrics.load_state_dict(state, device=self.device)
         restore_rank(
             saved["ranks"], self.loader, device=self.device, seed=self.run.seed, step=self.state.step, source=path
         )
+        check_best(self.state, path)
         bring_best(self.state, path, job_dir=self.job_dir)
         logger.info(f"resumed {path} at step {self.state.step} of {self.plan.total}")
 

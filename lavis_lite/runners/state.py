@@ -70,22 +70,19 @@ def save_last(saved: Mapping[str, Any], job_dir: Path, *, step: int, keep: int) 
     """Writes checkpoint_last.pth, and of checkpoint_<step>.pth keeps the `keep` newest."""
     checkpoint.save(saved, job_dir / "checkpoint_last.pth")
     if keep > 0:
-        checkpoint.save(saved, job_dir / f"checkpoint_{step}.pth")
+        checkpoint.link_or_copy(job_dir / "checkpoint_last.pth", job_dir / f"checkpoint_{step}.pth")
         kept = [path for path in job_dir.glob("checkpoint_*.pth") if path.stem.split("_")[1].isdigit()]
         for old in sorted(kept, key=lambda path: path.stat().st_mtime_ns)[:-keep]:  # a resumed run may count lower
             old.unlink()
 
 
 def bring_best(state: RunState, source: Path, *, job_dir: Path) -> None:
-    """When a run goes on in another folder, takes its best weights along, or forgets them if they are gone."""
+    """When a run goes on in another folder, take its best weights along; `check_best` has seen that they are whole."""
     best = source.with_name("checkpoint_best.pth")
     own = job_dir / best.name
     if state.best_metric is None or best.resolve() == own.resolve():
         return
-    if not best.exists():
-        logger.warning(f"{best} is gone: the best weights are looked for anew from step {state.step} on")
-        state.best_metric = state.best_epoch = None
-    elif dist.is_main():
+    if dist.is_main():
         with best.open("rb") as file:
             checkpoint.atomic_write(own, functools.partial(shutil.copyfileobj, file), num_bytes=best.stat().st_size)
     dist.barrier()
