@@ -136,7 +136,8 @@ def _parse_value(text: str, *, option: str) -> Any:
         raise ConfigError(
             f"--options: the value of {option!r} is not valid YAML: {str(error).splitlines()[0]}"
         ) from None
-    return OmegaConf.to_container(node, resolve=False)["value"]
+    value = OmegaConf.to_container(node, resolve=False)["value"]
+    return text if text.strip() == value else value  # with its spaces, which keys that refer to this one see too
 
 
 def merge(base: dict[str, Any], over: dict[str, Any], *, inside_processor: bool = False) -> dict[str, Any]:
