@@ -78,7 +78,7 @@ def six(folder: Path) -> list[dict[str, Any]]:
         ("datasets.shapes_caption.vis_processor.train.image_sise=48", ["image_sise", "'image_size'"]),
         (
             "datasets.shapes_caption.vis_processor.train.image_size=64",
-            ["(4, 3, 64, 64)", "(B, 3, 48, 48)", "image_size"],
+            ["datasets.shapes_caption.vis_processor.train.image_size: 64 is not model.image_size, which is 48"],
         ),
         ("run.max_epoch", ["run.max_epoch", "="]),
         ("data.x=1", ["data", "unknown section"]),
