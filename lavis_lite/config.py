@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lavis_lite import trained_config, zoo
-from lavis_lite.config_agreement import follow_model
+from lavis_lite.config_agreement import follow_model, linked
 from lavis_lite.config_files import (
     ConfigError,
     Layer,
@@ -106,6 +106,7 @@ class Config:
         builders = {name: name for name in own.get("datasets", {})} | _dataset_keys(own, own_layers, "builder")
         types = _dataset_types(own, own_layers, builders)
         layers = [*_model_layers(own, own_layers), *_dataset_layers(types, builders), *own_layers]
+        layers = [linked(layer) for layer in layers]
         tree = resolve(merge({"run": RUN_DEFAULTS}, merge_layers(layers)), layers)
         raw = {path: text for layer in layers for path, text in layer.raw.items()}
         return _checked(tree, Checker(layers, raw), types, source=str(path))

@@ -6,6 +6,7 @@ and a caption prompt other than the model's, are errors.
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from lavis_lite.config_files import Layer
@@ -35,6 +36,34 @@ def follow_model(
             f"{captions['prompt']!r} is not model.prompt, which is {setting(model, 'prompt')!r}: set both to one text",
         )
     return blocks
+
+
+def linked(layer: Layer) -> Layer:
+    """Return a layer whose processors refer to the model's `image_size` and `prompt` where it states both alike, as a
+    job's config.yaml does: then an option changes both.
+    """
+    model, tree = layer.tree.get("model") or {}, dict(layer.tree)
+    if "preprocess" in tree:
+        tree["preprocess"] = _linked_section(tree["preprocess"], model)
+    if "datasets" in tree:
+        tree["datasets"] = {name: _linked_section(body, model) for name, body in tree["datasets"].items()}
+    return replace(layer, tree=tree)
+
+
+def _linked_section(section: Any, model: Mapping[str, Any]) -> Any:
+    if not isinstance(section, Mapping):
+        return section
+    section = dict(section)
+    for kind, key in (("vis_processor", "image_size"), ("text_processor", "prompt")):
+        blocks, stated = section.get(kind), model.get(key)
+        if stated and isinstance(blocks, Mapping):
+            section[kind] = {
+                split: {**block, key: f"${{model.{key}}}"}
+                if isinstance(block, Mapping) and block.get(key) == stated
+                else block
+                for split, block in blocks.items()
+            }
+    return section
 
 
 def preprocess_of(model: Mapping[str, Any], preprocess: Mapping[str, Any]) -> dict[str, Any]:

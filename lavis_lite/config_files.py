@@ -179,7 +179,7 @@ def _parse_value(text: str, *, option: str) -> Any:
     with reading_yaml(f"--options: the value of {shown!r}", has_lines=False):
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]
         check_depth(value)
-    return value
+    return text if text.strip() == value else value  # with its spaces, which keys that refer to this one see too
 
 
 def merge(base: dict[str, Any], over: dict[str, Any], *, inside_processor: bool = False) -> dict[str, Any]:

@@ -90,6 +90,18 @@ def test_every_packaged_dataset_follows_the_model(tmp_path: Path) -> None:
             assert sizes_of(cfg.datasets[name]) == {60}, name
 
 
+def test_a_jobs_config_follows_another_size_and_prompt(tmp_path: Path) -> None:
+    """It has every value written out, at the model and at each processor."""
+    datasets = {"shapes_caption": {}, "caption": {"text_processor": {"eval": {"name": "blip_caption"}}}}
+    cfg = config(tmp_path, datasets=datasets, **OWN)
+    (tmp_path / "config.yaml").write_text(cfg.to_yaml())
+    assert "${" not in cfg.to_yaml()
+    again = Config.from_file(tmp_path / "config.yaml", ["model.image_size=96", "model.prompt=a drawing of "])
+    assert {size for section in [again.preprocess, *again.datasets.values()] for size in sizes_of(section)} == {96}
+    assert again.preprocess["text_processor"]["train"]["prompt"] == "a drawing of "
+    assert again.datasets["shapes_caption"]["text_processor"]["train"]["prompt"] == "a drawing of "
+
+
 MODEL = {"arch": "blip_caption", "model_type": "tiny"}
 OWN: dict[str, Any] = {"model": MODEL, "run": {"task": "captioning"}}
 

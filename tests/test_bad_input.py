@@ -79,7 +79,7 @@ def six(folder: Path) -> list[dict[str, Any]]:
         ("datasets.shapes_caption.vis_processor.train.image_sise=48", ["image_sise", "'image_size'"]),
         (
             "datasets.shapes_caption.vis_processor.train.image_size=64",
-            ["shapes_caption/train", "gives 64 x 64 pixels", "takes 48 x 48", "model.image_size"],
+            ["datasets.shapes_caption.vis_processor.train.image_size: 64 is not model.image_size, which is 48"],
         ),
         ("run.max_epoch", ["run.max_epoch", "="]),
         ("data.x=1", ["data", "unknown section"]),

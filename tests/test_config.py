@@ -251,6 +251,12 @@ def test_text_options_are_kept_as_typed(tmp_path: Path):
     assert cfg.run.resume_ckpt_path is None
 
 
+def test_keys_that_refer_to_a_text_option_have_its_spaces(tmp_path: Path):
+    """A caption's prompt would be joined to its first word: "a photo ofa dog"."""
+    cfg = load(tmp_path, BASIC, "model.prompt=a photo of ")
+    assert cfg.preprocess["text_processor"]["train"]["prompt"] == cfg.model["prompt"] == "a photo of "
+
+
 def test_options_may_be_lavis_pairs(tmp_path: Path):
     cfg = load(tmp_path, BASIC, "run.max_epoch", "4", "run.valid_splits", "['test']")
     assert (cfg.run.max_epoch, cfg.run.valid_splits) == (4, ["test"])

@@ -173,14 +173,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def small(path: Path, output: Path, *options: str, **run: Any) -> list[str]:
+def small(output: Path, *options: str, **run: Any) -> list[str]:
     """Options that make the recipe tiny, all else as it is."""
     settings = {"output_dir": output, **RUN, **run}
-    own = [*TINY, *options, *(f"run.{key}={value}" for key, value in settings.items())]
-    for name, section in Config.from_file(path, [*TINY, *options]).datasets.items():
-        blocks = {split: {**block, "image_size": 48} for split, block in section["vis_processor"].items()}
-        own.append(f"datasets.{name}.vis_processor={json.dumps(blocks)}")
-    return own
+    return [*TINY, *options, *(f"run.{key}={value}" for key, value in settings.items())]
 
 
 # Training
@@ -201,7 +197,7 @@ def trained(name: str, folder: Path, *options: str, **run: Any) -> Path:
     if not job.exists():
         settings = {**FEW, "iters_per_inner_epoch": 2} if CHAIN[name][1].startswith("stage") else FEW
         options = (*start_of(name, folder), *options)
-        assert doors.train(recipe(name), *small(recipe(name), job.parent, *options, **settings, **run)) == 0
+        assert doors.train(recipe(name), *small(job.parent, *options, **settings, **run)) == 0
     return job
 
 
@@ -224,7 +220,7 @@ def test_the_mixture_draws_every_set_by_the_square_root_of_its_size(folder: Path
     options = start_of("instruct_flant5xl", folder)
     output = folder / "mixture"
     run = {"max_iters": 60, "iters_per_inner_epoch": 60, "valid_splits": "[]"}
-    assert doors.train(recipe("instruct_flant5xl"), *small(recipe("instruct_flant5xl"), output, *options, **run)) == 0
+    assert doors.train(recipe("instruct_flant5xl"), *small(output, *options, **run)) == 0
     log = doors.log(output / "job")
     (mixture,) = [row["mixture"] for row in log if "mixture" in row]
     sizes = dict.fromkeys(mixture, 3) | {"coco_caption_instruct": 6, "ocr_vqa_instruct": 2}  # two captions an image
@@ -296,7 +292,7 @@ def test_own_data_trains_validates_and_mixes(folder: Path, tmp_path: Path, root:
     mixed = ["datasets.llava150k_conversation_instruct={}"]
     ratios = "{instruct: 1, llava150k_conversation_instruct: 1}"
     options = [*start_of("own_data", folder), *chosen, *mixed, f"run.train_dataset_ratios={ratios}"]
-    assert doors.train(recipe("own_data"), *small(recipe("own_data"), tmp_path / "mix", *options, **FEW)) == 0
+    assert doors.train(recipe("own_data"), *small(tmp_path / "mix", *options, **FEW)) == 0
     (row,) = [row for row in doors.log(tmp_path / "mix" / "job") if "mixture" in row]
     assert {name: own["share"] for name, own in row["mixture"].items()} == {
         "instruct": 0.5,
@@ -310,7 +306,7 @@ def test_own_data_trains_validates_and_mixes(folder: Path, tmp_path: Path, root:
 def test_own_videos_train(folder: Path, tmp_path: Path) -> None:
     records = [{"video": f"{i}.mp4", "instruction": "what is it?", "output": "a circle"} for i in range(8)]
     options = [*start_of("own_data", folder), *own_files(tmp_path, records), "datasets.instruct.num_frames=2"]
-    assert doors.train(recipe("own_data"), *small(recipe("own_data"), tmp_path / "out", *options, **FEW)) == 0
+    assert doors.train(recipe("own_data"), *small(tmp_path / "out", *options, **FEW)) == 0
     assert len(doors.steps(tmp_path / "out" / "job")) == 2
 
 
@@ -350,7 +346,7 @@ def test_evaluation_recipe_evaluates(name: str, arch: str, tmp_path: Path) -> No
     if name == "nocaps":
         write(tmp_path / "gt.json", {"annotations": [{"image_id": i, "caption": "a red circle"} for i in range(2)]})
         options.append(f"run.annotation_file={tmp_path / 'gt.json'}")
-    assert doors.evaluate(path, *small(path, tmp_path, *options)) == 0
+    assert doors.evaluate(path, *small(tmp_path, *options)) == 0
     cfg = Config.from_file(path)
     results = {split: list((tmp_path / "evaluation/result").glob(f"{split}_*.json")) for split in cfg.run.test_splits}
     assert all(results.values())
@@ -386,7 +382,7 @@ PROMPTS = {
 
 @pytest.mark.parametrize("path", EVAL, ids=lambda path: path.stem)
 def test_the_paper_s_prompt_is_asked_and_decoding_is_explicit(path: Path, tmp_path: Path) -> None:
-    cfg = Config.from_file(path, small(path, tmp_path))
+    cfg = Config.from_file(path, small(tmp_path))
     task = registry.get_task_class(cfg.run.task)(**cfg.task)
     ((dataset, *_),) = (list(splits.values()) for splits in task.build_datasets(cfg).values())
     assert cfg.model["max_output_txt_len"] == 256
