@@ -312,7 +312,7 @@ def test_a_hung_rank_is_noticed(tmp_path: Path) -> None:
     assert "Timed out waiting" in (path.parent / "output" / "job" / "console.txt").read_text()
 
 
-CUDA = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.11 GiB of which 9 MiB is free."
+CUDA = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.11 GiB of which 9 is free."
 
 
 def throw(error: Exception) -> None:
