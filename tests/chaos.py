@@ -148,7 +148,7 @@ class Round:
             found[f"log {row.get('split', 'train')} {row.get('step')}"] = row
         for path in sorted((self.job / "result").iterdir()):
             found[f"result {path.name}"] = path.read_text(encoding="utf-8")
-        found["files"] = sorted(path.name for path in self.job.rglob("*") if path.suffix in (".pth", ".tmp"))
+        found["leftovers"] = [path.name for path in self.job.rglob(".*.tmp")]
         return found
 
 

@@ -312,6 +312,13 @@ def test_a_hung_rank_is_noticed(tmp_path: Path) -> None:
     assert "Timed out waiting" in (path.parent / "output" / "job" / "console.txt").read_text()
 
 
+CUDA = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.11 GiB of which 9 is free."
+
+
+def throw(error: Exception) -> None:
+    raise error
+
+
 def fails(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
     monkeypatch.setattr(CaptionTask, "train_step", lambda self, model, samples: action())
 
@@ -321,6 +328,10 @@ def fails(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> None
     [
         (lambda: torch.empty(10**15), r"error: out of memory \(DefaultCPUAllocator: can't allocate memory"),
         (lambda: [0] * 2**60, "error: out of memory on the CPU: "),
+        (
+            lambda: throw(torch.OutOfMemoryError(CUDA)),
+            r"error: out of memory \(CUDA out of memory\. Tried to allocate 2",
+        ),
     ],
 )
 def test_out_of_memory_is_one_line(

@@ -105,7 +105,7 @@ def _plan_differences(saved: Mapping[str, Any], plan: Plan) -> Iterator[str]:
 
 
 def _data_differences(saved: Mapping[str, Any], data: Mapping[str, str | None], *, path: Path) -> Iterator[str]:
-    if "data" not in saved:
+    if "data" not in saved:  # written before there were digests
         logger.warning(f"{path} holds no digest of its annotations: whether they have changed is not checked")
         return
     for name, digest in data.items():
@@ -114,14 +114,13 @@ def _data_differences(saved: Mapping[str, Any], data: Mapping[str, str | None], 
             yield f"other annotations of {name!r} (digest {was}), this run's have the digest {digest}"
 
 
-def _model_differences(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> Iterator[str] | list[str]:
+def _model_differences(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> list[str]:
     """Whether the optimizer's states fit the parameters: their names, group by group, and their shapes."""
-    groups = list(zip(saved["param_groups"], optimizer.param_groups, strict=False))
-    names = [[group.get("names") for group in groups] for groups in (saved["param_groups"], optimizer.param_groups)]
-    if names[0] != names[1]:
+    before, groups = saved["param_groups"], optimizer.param_groups
+    if [group.get("names") for group in before] != [group.get("names") for group in groups]:
         return ["the optimizer's parameter groups differ from this run's"]
     wrong = []
-    for was, now in groups:
+    for was, now in zip(before, groups, strict=True):
         for index, name, parameter in zip(was["params"], now["names"], now["params"], strict=True):
             moment = saved["state"].get(index, {}).get("exp_avg")
             if moment is not None and moment.shape != parameter.shape:
