@@ -44,13 +44,14 @@ def linked(layer: Layer) -> Layer:
     """
     model, tree = layer.tree.get("model") or {}, dict(layer.tree)
     if "preprocess" in tree:
-        tree["preprocess"] = _linked_section(tree["preprocess"], model)
+        tree["preprocess"] = linked_section(tree["preprocess"], model)
     if "datasets" in tree:
-        tree["datasets"] = {name: _linked_section(body, model) for name, body in tree["datasets"].items()}
+        tree["datasets"] = {name: linked_section(body, model) for name, body in tree["datasets"].items()}
     return replace(layer, tree=tree)
 
 
-def _linked_section(section: Any, model: Mapping[str, Any]) -> Any:
+def linked_section(section: Any, model: Mapping[str, Any]) -> Any:
+    """Return a section of processors that refer to the model's image size and prompt where they are the same."""
     if not isinstance(section, Mapping):
         return section
     section = dict(section)

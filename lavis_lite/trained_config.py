@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lavis_lite import download
+from lavis_lite.config_agreement import linked_section
 from lavis_lite.config_files import Layer, merge_layers, resolve_key
 from lavis_lite.config_schema import Parameter, schema_of
 from lavis_lite.config_sections import MODEL_KEYS, PROCESSOR_KEYS
@@ -33,8 +34,6 @@ OF_THE_WEIGHTS = (
 )
 """Keys that a model of another architecture takes from a checkpoint: shapes, and what its frozen parts were."""
 SOURCES = ("tokenizer", "vit_weights", "opt_model", "t5_model", "llm_model")
-LINKED = ("image_size", "prompt")
-"""Arguments of processors that follow the model's key of the same name where the two were the same in training."""
 MOST_NESTED = 8
 CHECKPOINT_ORIGIN = "config of "
 """How the source of a checkpoint's layer begins."""
@@ -89,7 +88,7 @@ def _trained(source: str | Path, section: Mapping[str, Any], config: Mapping[str
         section["arch"],
         model,
         model_type=kind if isinstance(kind, str) else None,
-        preprocess=linked(preprocess, model),
+        preprocess=linked_section(preprocess, model),
         mixed=mixed,
         is_whole=is_whole,
     )
@@ -134,18 +133,6 @@ def _blocks(section: Mapping[str, Any], *, source: str) -> dict[str, Any]:
     """The processors that a section names."""
     named = {key: section[key] for key in PROCESSOR_KEYS if isinstance(section.get(key), Mapping)}
     return _plain(named, source=source)
-
-
-def linked(preprocess: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
-    """Return processors whose image size and prompt follow the model's, if they are the same."""
-
-    def follow(block: Any) -> Any:
-        if not isinstance(block, dict):
-            return block
-        same = [key for key in LINKED if key in block and key in model and block[key] == model[key]]
-        return block | {key: f"${{model.{key}}}" for key in same}
-
-    return {key: {split: follow(one) for split, one in (blocks or {}).items()} for key, blocks in preprocess.items()}
 
 
 def lay_under(layers: Sequence[Layer], trained: Trained | None, *, level: int = logging.WARNING) -> list[Layer]:
@@ -249,6 +236,6 @@ def _flat(layers: Sequence[Layer], *, resolved: bool = True) -> dict[str, Any]:
     }
     model = sections["model"] or {}
     flat = {f"model.{key}": value for key, value in model.items() if key not in MODEL_KEYS}
-    for key, blocks in linked(sections["preprocess"] or {}, model).items():
+    for key, blocks in linked_section(sections["preprocess"] or {}, model).items():
         flat |= {f"preprocess.{key}.{split}": block for split, block in blocks.items()}
     return flat

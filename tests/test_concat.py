@@ -297,3 +297,10 @@ def test_batches_of_both_sets_reach_the_task(tmp_path: Path) -> None:
 
     make(tmp_path, task=Recorder(), data=mixed_data(), max_epoch=1, test_splits=[]).train()
     assert {"few", "many"} in seen
+
+
+def test_instructions_and_plain_texts_share_no_batch() -> None:
+    """Without its `prompt`, which the other set lacks, an instruction would be put into a prompt once more."""
+    sets = {"plain": Pairs(8), "instruct": Pairs(8, prompt="{}")}
+    with pytest.raises(ValueError, match=r"'instruct' and 'plain' cannot share a batch: .*per_step"):
+        joint(sets)

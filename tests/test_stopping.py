@@ -353,12 +353,24 @@ def test_out_of_memory_is_one_line(
     assert "Traceback" in (tmp_path / "output" / "job" / "console.txt").read_text()
 
 
+def read_in_workers(monkeypatch: pytest.MonkeyPatch, action: Callable[[], None]) -> None:
+    """Do this where a loader worker reads a sample; the checks before a run read some in the main process."""
+    from lavis_lite.datasets.caption import CaptionTrainDataset
+
+    original = CaptionTrainDataset.__getitem__
+
+    def read(self: CaptionTrainDataset, index: int) -> dict[str, Any]:
+        if torch.utils.data.get_worker_info() is not None:
+            action()
+        return original(self, index)
+
+    monkeypatch.setattr(CaptionTrainDataset, "__getitem__", read)
+
+
 def test_a_dead_loader_worker_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lavis_lite.datasets.caption import CaptionTrainDataset
-
-    monkeypatch.setattr(CaptionTrainDataset, "__getitem__", lambda self, index: os.kill(os.getpid(), signal.SIGKILL))
+    read_in_workers(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGKILL))
     path = doors.project(tmp_path, "caption", CHANGES, {"run": {"num_workers": 1}})
     assert doors.train(path) == 1
     (told,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error: ")]
@@ -369,13 +381,12 @@ def test_a_dead_loader_worker_is_one_line(
 def test_a_mistake_that_a_loader_worker_finds_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lavis_lite.datasets.caption import CaptionTrainDataset
     from lavis_lite.errors import InputError
 
-    def refuse(self: object, index: int) -> None:
+    def refuse() -> None:
         raise InputError("record 3: caption: expected text, got 5")
 
-    monkeypatch.setattr(CaptionTrainDataset, "__getitem__", refuse)
+    read_in_workers(monkeypatch, refuse)
     path = doors.project(tmp_path, "caption", CHANGES, {"run": {"num_workers": 1}})
     assert doors.train(path) == 2
     err = capsys.readouterr().err

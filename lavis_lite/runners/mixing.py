@@ -35,6 +35,12 @@ def check_mixable(batches: Mapping[str, Batch]) -> None:
     """Raise InputError naming two datasets whose batches, one of each by name, cannot be joined."""
     (first, example), *others = batches.items()
     for name, other in others:
+        if ("prompt" in example) != ("prompt" in other):
+            whole, bare = (first, name) if "prompt" in example else (name, first)
+            raise InputError(
+                f"datasets {whole!r} and {bare!r} cannot share a batch: the texts of the first are complete "
+                "instructions, those of the second are not. Set run.train_dataset_mixing: per_step"
+            )
         for key in (key for key in example if key in other):
             _check_alike(key, first, example[key], name, other[key])
 
