@@ -11,7 +11,7 @@ import timm
 import torch
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
-from lavis_lite import cli
+from lavis_lite import checkpoint, cli
 from lavis_lite.models.tokenizers import PACKAGED, load_tokenizer
 from lavis_lite.registry import registry
 
@@ -264,14 +264,15 @@ def dry_run(tmp_path: Path, *options: str) -> int:
         (["model.init_text=/nowhere/bert"], "model.init_text: folder /nowhere/bert does not exist"),
         (["model.init_text={bert}"], "does not fit the model: hidden_size is 16"),
         (["model.init_vit=nowhere/vit.pth"], "model.init_vit: no file nowhere/vit.pth"),
-        (["model.init_text={bert}", "model.checkpoint=trained.pth"], None),  # complete weights need no start
+        (["model.init_text={bert}", "model.checkpoint={trained}"], None),  # complete weights need no start
         (["model.init_text=owner/bert"], None),  # nobody is asked
     ],
 )
 def test_a_dry_run_looks_at_what_weights_start_from(
     options: list[str], words: str | None, bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = dry_run(tmp_path, *[option.format(bert=bert) for option in options])
+    trained = checkpoint.save({"model": {"a": torch.zeros(1)}}, tmp_path / "trained.pth")
+    code = dry_run(tmp_path, *[option.format(bert=bert, trained=trained) for option in options])
     assert code == (2 if words else 0)
     assert (words or "") in capsys.readouterr().err
 
