@@ -352,7 +352,7 @@ def test_absurd_numbers_are_refused_at_once(key: str, tmp_path: Path, capsys: py
 )
 def test_absurd_numbers_of_tasks_and_datasets(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = doors.train(doors.project(tmp_path, "caption"), option, flags=DRY)
-    complains(capsys, code, option.split("=")[0].split(".")[-1], "must be from ")
+    complains(capsys, code, option.split("=")[0].split(".")[-1], "number from ")
 
 
 def test_nan_is_no_number_of_a_setting() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lavis_lite.bounds import MAX_WIDTH, check_number
 from lavis_lite.errors import InputError
 from lavis_lite.models.base import Output
 from lavis_lite.models.batches import cut_texts
@@ -30,6 +31,7 @@ class Blip2Matching(Blip2Base):
 
     def __init__(self, *, embed_dim: int = 256, **parts: Any) -> None:
         super().__init__(**parts)
+        check_number("model.embed_dim", embed_dim, 1, MAX_WIDTH)
         width = self.Qformer.config.hidden_size
         self.vision_proj = nn.Linear(width, embed_dim)
         self.text_proj = nn.Linear(width, embed_dim)
