@@ -4,7 +4,7 @@ section 3.2).
 Letters: B samples, Q queries, T text tokens, S image tokens, E width of the Q-Former, D width of the common space.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ class Blip2Matching(Blip2Base):
     an image. All of the first stage's models have all of its weights.
     """
 
+    learns_answers: ClassVar[bool] = False
     qformer_has_lm_head = True
 
     def __init__(self, *, embed_dim: int = 256, **parts: Any) -> None:

@@ -38,6 +38,7 @@ class BlipBase(BaseModel):
     """
 
     takes_video: ClassVar[bool] = False
+    learns_answers: ClassVar[bool] = False
 
     def __init__(
         self,
