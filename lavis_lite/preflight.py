@@ -309,9 +309,9 @@ def _check_answers(model: Mapping[str, Any], batch: Mapping[str, Any], where: st
     """
     if "text_output" in batch and not getattr(registry.get_model_class(model["arch"]), "learns_answers", True):
         raise InputError(
-            f"{where}: samples have a question or an instruction (text_input: {batch['text_input'][0]!r}) and what to write "
-            f"(text_output: {batch['text_output'][0]!r}); {model['arch']} reads text_input alone, and would learn "
-            "that: choose a dataset of captions, or an architecture of BLIP-2 with a language model"
+            f"{where}: samples have a question or an instruction (text_input: {batch['text_input'][0]!r}) and what "
+            f"to write (text_output: {batch['text_output'][0]!r}); {model['arch']} reads text_input alone, and "
+            "would learn that: choose a dataset of captions, or an architecture of BLIP-2 with a language model"
         )
 
 

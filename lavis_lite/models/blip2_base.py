@@ -190,8 +190,13 @@ class Blip2Base(BaseModel):
         return ids.masked_fill(ids == self.tokenizer.pad_token_id, -100)
 
     def decoding(self, **settings: Any) -> DecodingConfig:
-        """Decoding settings with the Q-Former tokenizer's end and padding tokens."""
-        return DecodingConfig(eos_id=self.tokenizer.sep_token_id, pad_id=self.tokenizer.pad_token_id, **settings)
+        """Decoding settings with the Q-Former tokenizer's end and padding tokens, and its positions."""
+        return DecodingConfig(
+            eos_id=self.tokenizer.sep_token_id,
+            pad_id=self.tokenizer.pad_token_id,
+            max_positions=self.Qformer.config.max_positions,
+            **settings,
+        )
 
     def layer_scale(self, decay: float) -> Callable[[str], float]:
         prefix = "visual_encoder."

@@ -104,8 +104,13 @@ class BlipBase(BaseModel):
         return ids.masked_fill((ids == self.tokenizer.pad_token_id) | given, IGNORED)
 
     def decoding(self, **settings: Any) -> DecodingConfig:
-        """Decoding settings with this tokenizer's end and padding tokens."""
-        return DecodingConfig(eos_id=self.tokenizer.sep_token_id, pad_id=self.tokenizer.pad_token_id, **settings)
+        """Decoding settings with this tokenizer's end and padding tokens, and the text transformer's positions."""
+        return DecodingConfig(
+            eos_id=self.tokenizer.sep_token_id,
+            pad_id=self.tokenizer.pad_token_id,
+            max_positions=self.text_config().max_positions,
+            **settings,
+        )
 
     def layer_scale(self, decay: float) -> Callable[[str], float]:
         scale = layer_scales(self.visual_encoder.config.depth, decay)
