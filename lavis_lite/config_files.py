@@ -7,7 +7,9 @@ processor's arguments would be unknown to the new one); a dataset without a body
 
 import contextlib
 import io
+import json
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -176,10 +178,22 @@ def _parse_value(text: str, *, option: str) -> Any:
     from omegaconf import OmegaConf
 
     shown = option if len(option) < 100 else f"{option[:100]}..."
-    with reading_yaml(f"--options: the value of {shown!r}", has_lines=False):
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]
-        check_depth(value)
+    try:
+        with reading_yaml(f"--options: the value of {shown!r}", has_lines=False):
+            value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]
+            check_depth(value)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; {quoting(option)}") from None
     return text if text.strip() == value else value  # with its spaces, which keys that refer to this one see too
+
+
+def quoting(option: str) -> str:
+    """Return how to write an option whose value is text that YAML would read as something else."""
+    key, _, text = option.partition("=")
+    if len(option) >= 100:
+        return f"a text is quoted twice, for the shell and for YAML: '{key[:100]}=\"...\"'"
+    quoted = shlex.quote(f"{key}={json.dumps(text, ensure_ascii=False)}")
+    return f"a text is quoted twice, for the shell and for YAML: {quoted}"
 
 
 def merge(base: dict[str, Any], over: dict[str, Any], *, inside_processor: bool = False) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from lavis_lite.config_files import ConfigError, KeyPath, Layer, origin
+from lavis_lite.config_files import ConfigError, KeyPath, Layer, origin, quoting
 from lavis_lite.registry import did_you_mean
 
 
@@ -138,6 +138,8 @@ class Checker:
         except _Mismatch as mismatch:
             hint = f". {did_you_mean(value, get_args(annotation))}" if _is_text_choice(annotation) else ""
             given = f"{value!r} ({describe(type(value))})"
+            if path in self.raw and isinstance(value, (dict, list)) and _takes_text(annotation):
+                hint = "; " + quoting(f"{'.'.join(path)}={self.raw[path]}")
             raise self.error(path, f"expected {describe(annotation)}{mismatch}, got {given}{hint}") from None
 
     def _convert(self, value: Any, annotation: Any, path: KeyPath) -> Any:
@@ -206,10 +208,14 @@ def _is_text_choice(annotation: Any) -> bool:
     return get_origin(annotation) is Literal and all(isinstance(arg, str) for arg in get_args(annotation))
 
 
+def _takes_text(annotation: Any) -> bool:
+    return str in (annotation, *get_args(annotation)) and get_origin(annotation) in (None, Union, types.UnionType)
+
+
 def _as_typed(text: str, parsed: Any, annotation: Any) -> Any:
     """An option for a text key is the text as typed ('001', 'a picture of '), unless quoted; null is never text."""
     args = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else ()
-    wants_text = annotation is str or (str in args and (isinstance(parsed, str) or type(parsed) not in args))
+    wants_text = _takes_text(annotation) and (not args or isinstance(parsed, str) or type(parsed) not in args)
     is_null = parsed is None and text.strip() != ""
     as_yaml = text[:1] in ("'", '"') or "${" in text or isinstance(parsed, (list, dict)) or is_null
     return text if wants_text and not as_yaml else parsed

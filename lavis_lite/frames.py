@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lavis_lite.bounds import check_number
 from lavis_lite.errors import InputError, MissingFileError, MissingPackageError, UnreadableSample
 from lavis_lite.pixels import BROKEN, open_file, to_rgb
 
@@ -31,9 +32,7 @@ UNKNOWN_SIZE = 0xFFFFFFFF
 
 def check_num_frames(num_frames: int) -> int:
     """Return `num_frames`; raise ValueError if it is not 1 to `MAX_FRAMES`."""
-    if not 1 <= num_frames <= MAX_FRAMES:
-        raise InputError(f"num_frames must be 1 to {MAX_FRAMES:,}, got {num_frames}")
-    return num_frames
+    return check_number("num_frames", num_frames, 1, MAX_FRAMES)
 
 
 def check_short_clips(short_clips: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageColor
 
+from lavis_lite.bounds import check_number
 from lavis_lite.errors import InputError, InputTypeError
 
 IGNORE_ALPHA = "ignore_alpha"
@@ -94,9 +95,7 @@ def check_background(background: str) -> str:
 
 def check_max_pixels(max_pixels: int) -> int:
     """Return `max_pixels`; raise ValueError if it is not a positive integer."""
-    if not isinstance(max_pixels, int) or max_pixels < 1:
-        raise InputError(f"max_pixels must be a positive integer, got {max_pixels!r}")
-    return max_pixels
+    return check_number("max_pixels", max_pixels, 1, 2**53)
 
 
 def is_constant(image: Image.Image) -> bool:

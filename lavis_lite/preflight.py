@@ -161,6 +161,8 @@ def _check_splits(cfg: Config, task: Any, datasets: Datasets) -> list[SplitRepor
             samples = _read_some(dataset, where, count=NUM_READ[kind], share=None if is_evaluated else share)
             batch = dataset.collater(samples[:1]) if samples and hasattr(dataset, "collater") else {}
             shape = _check_size(cfg.model, batch, where)
+            if split in cfg.run.train_splits and not cfg.run.evaluate:
+                _check_answers(cfg.model, batch, where)
             if is_evaluated and hasattr(task, "check"):
                 _check_keys(task, batch, where)
                 task.check(registry.get_model_class(cfg.model["arch"]), dataset, batch, split=split)
@@ -299,6 +301,18 @@ def _check_size(model: Mapping[str, Any], batch: Mapping[str, Any], where: str) 
             f"{size} x {size}: set image_size of the processor and of the model (model.image_size) to the same value"
         )
     return tuple(image.shape[1:])
+
+
+def _check_answers(model: Mapping[str, Any], batch: Mapping[str, Any], where: str) -> None:
+    """Raise InputError if the samples tell what to write about a question or an instruction, and the model would learn
+    that instead.
+    """
+    if "text_output" in batch and not getattr(registry.get_model_class(model["arch"]), "learns_answers", True):
+        raise InputError(
+            f"{where}: samples have a question or an instruction (text_input: {batch['text_input'][0]!r}) and what "
+            f"to write (text_output: {batch['text_output'][0]!r}); {model['arch']} reads text_input alone, and "
+            "would learn that: choose a dataset of captions, or an architecture of BLIP-2 with a language model"
+        )
 
 
 def _image_size(model: Mapping[str, Any]) -> int | None:

@@ -339,7 +339,7 @@ def test_clear_errors(model: Any) -> None:
         matcher({"image": images(), "text_input": TEXTS}, match_head="both")
     with pytest.raises(ValueError, match="2 texts were given for 3 images"):
         model({"image": images(), "text_input": TEXTS[:2]})
-    with pytest.raises(ValueError, match="k_test -1 must be 0"):
+    with pytest.raises(ValueError, match="k_test: must be a whole number from 0 to 1,000,000,000, got -1"):
         model.compute_sim_matrix(Gallery(images(4), GALLERY_TEXTS), k_test=-1)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -249,6 +250,23 @@ def test_text_options_are_kept_as_typed(tmp_path: Path):
     cfg = load(tmp_path, BASIC, *options)
     assert (cfg.run.job_id, cfg.model["prompt"], cfg.run.output_dir) == ("001", "a photo of ", "it's")
     assert cfg.run.resume_ckpt_path is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Question: {} Answer:", "{} is it?", "[a] picture of", "a: b", "{a: b}", '"so": it\'s said', "@home", "- one: {}"],
+)
+def test_a_text_that_is_no_yaml_is_told_how_to_be_quoted(tmp_path: Path, text: str):
+    """What the message shows, typed into a shell, is the text."""
+    error = message(tmp_path, BASIC, f"model.prompt={text}")
+    assert "model.prompt" in error
+    _, found, quoted = error.partition("a text is quoted twice, for the shell and for YAML: ")
+    assert found
+    assert load(tmp_path, BASIC, *shlex.split(quoted)).model["prompt"] == text
+
+
+def test_a_list_where_a_number_is_expected_is_not_told_to_be_quoted(tmp_path: Path):
+    assert "quoted" not in message(tmp_path, BASIC, "run.max_epoch=[1]")
 
 
 def test_keys_that_refer_to_a_text_option_have_its_spaces(tmp_path: Path):

@@ -162,7 +162,7 @@ def test_other_braces_are_text() -> None:
 
 
 def test_no_frames_are_refused_before_a_video_is_read(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="num_frames must be 1 to 10,000, got 0"):
+    with pytest.raises(ValueError, match="num_frames: must be a whole number from 1 to 10,000, got 0"):
         build(tmp_path, [asked()], num_frames=0)
 
 

@@ -119,7 +119,7 @@ def test_weights_move_between_queue_lengths(
 
 
 def test_a_negative_queue_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"model\.queue_size: must be 0 \(contrast within the batch\) or more, got -1"):
+    with pytest.raises(ValueError, match=r"model\.queue_size: must be a whole number from 0 to 10,000,000, got -1"):
         build("blip_pretrain", queue_size=-1)
     with pytest.raises(ValueError, match=r"model\.queue_size: 3 is smaller than the global batch of 4"):
         build("blip_pretrain", queue_size=3)(samples())

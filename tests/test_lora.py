@@ -116,8 +116,8 @@ def test_whole_parts_are_trained_in_float32() -> None:
         ({"modules_to_save": ["head"]}, r"llm_lora.modules_to_save: .* has no head; it has .*lm_head"),
         ({"bias": "some"}, r"llm_lora.bias: 'some' is not one of none, all, lora_only"),
         ({"ranks": 2}, "llm_lora: .*ranks.*LoraConfig"),
-        ({"r": -1}, "llm_lora: .*r.* -1"),
-        ({"r": "many"}, "llm_lora: .*'str' and 'int'"),
+        ({"r": -1}, r"llm_lora\.r: must be a whole number from 1 to 65,536, got -1"),
+        ({"r": "many"}, r"llm_lora\.r: must be a whole number from 1 to 65,536, got '"),
     ],
 )
 def test_mistakes_are_found_before_weights_are_read(

@@ -423,3 +423,27 @@ def test_retrieval_by_contrast_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(torch.as_tensor(i2t), expected)
     torch.testing.assert_close(torch.as_tensor(t2i), expected.t())
     assert not torch.equal(torch.as_tensor(rough), torch.as_tensor(rough).bfloat16().float())
+
+
+@pytest.mark.parametrize("arch", ["blip_caption", "blip_vqa", "blip2"])
+def test_texts_that_the_positions_do_not_hold_are_refused_before_one_is_begun(
+    arch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tiny models have 64 positions; the last token of a text is written and never read."""
+    model = build(arch).eval() if arch != "blip2" else load_model("blip2", "tiny", qformer={"max_positions": 64}).eval()
+    samples = {"image": pictures(2), "text_input": ["what is it", "where"]}
+
+    def written(longest: int, shortest: int) -> list[str]:
+        if arch == "blip_vqa":
+            return model.predict_answers(
+                samples, inference_method="generate", num_beams=2, max_len=longest, min_len=shortest
+            )
+        return model.generate({"image": samples["image"]}, num_beams=2, max_length=longest, min_length=shortest)
+
+    assert len(written(65, 65)) == 2
+    module = {"blip_caption": "batches", "blip_vqa": "blip_vqa", "blip2": "batches"}[arch]
+    monkeypatch.setattr(f"lavis_lite.models.{module}.decode", lambda *_: pytest.fail("a text was begun"))
+    with pytest.raises(
+        ValueError, match=r"max_length 66 is more than the text transformer's 64 positions .* 65 or less"
+    ):
+        written(66, 1)

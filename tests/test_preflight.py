@@ -193,6 +193,36 @@ def test_videos_are_for_models_that_take_them() -> None:
     assert found == (3, 4, 48, 48)
 
 
+@pytest.mark.parametrize("flags", [DRY, []])
+@pytest.mark.parametrize("builder", ["coco_caption_instruct", "instruct"])
+def test_a_model_that_reads_one_text_takes_no_instructions(
+    builder: str, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would learn to write the instruction: the caption is under `text_output`, which it does not read."""
+    records = [{**record, "output": record["caption"]} for record in six(tmp_path)]
+    learned = "output" if builder == "instruct" else "caption"
+    changes = captions(tmp_path, records)
+    section = changes["datasets"]["caption"]
+    section |= {"builder": builder, "instructions": {"output": learned, "train": ["Describe it."]}}
+    section["build_info"]["images"] = {"storage": str(tmp_path)}
+    run = {"run": {"max_iters": 1, "valid_splits": [], "test_splits": []}}
+    code = doors.train(doors.project(tmp_path, "caption", changes, run), flags=flags)
+    complains(
+        capsys,
+        code,
+        "caption/train: samples have a question or an instruction (text_input: 'Describe it.')",
+        "(text_output: 'a ",
+        "blip_caption reads text_input alone, and would learn that: choose a dataset of captions, or ",
+    )
+
+
+def test_models_that_learn_answers_are_those_with_a_language_model() -> None:
+    own = {name: registry.get_model_class(name) for name in registry.list_models()}
+    taking = {n for n, c in own.items() if c.__module__.startswith("lavis_lite.") and c.learns_answers}
+    names = "blip_vqa blip2_llm blip2_opt blip2_t5 blip2_t5_instruct blip2_vicuna blip2_vicuna_instruct"
+    assert taking == set(names.split())
+
+
 def test_the_size_of_an_encoder_is_its_own_or_the_constructor_s() -> None:
     assert preflight._image_size({"arch": "blip_caption"}) == 224
     assert preflight._image_size({"arch": "blip2", "image_size": 364}) == 364
@@ -352,7 +382,7 @@ def test_absurd_numbers_are_refused_at_once(key: str, tmp_path: Path, capsys: py
 )
 def test_absurd_numbers_of_tasks_and_datasets(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = doors.train(doors.project(tmp_path, "caption"), option, flags=DRY)
-    complains(capsys, code, option.split("=")[0].split(".")[-1], "must be from ")
+    complains(capsys, code, option.split("=")[0].split(".")[-1], "number from ")
 
 
 def test_nan_is_no_number_of_a_setting() -> None:

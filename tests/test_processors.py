@@ -241,7 +241,7 @@ def test_mistakes_are_named() -> None:
         load_processor("blip_image_eval", {"std": [0.2, 0.2, 0]})
     with pytest.raises(ValueError, match="background: expected a colour such as white"):
         load_processor("blip_image_eval", {"background": "whitish"})
-    with pytest.raises(ValueError, match="max_pixels must be a positive integer, got 0"):
+    with pytest.raises(ValueError, match=r"max_pixels: must be a whole number from 1 to .*, got 0"):
         load_processor("blip_image_eval", {"max_pixels": 0})
     with pytest.raises(ValueError, match=r"has 3 x 2 pixels, more than max_pixels=5: shrink it"):
         load_processor("blip_image_eval", {"max_pixels": 5})(Image.new("RGB", (3, 2)))

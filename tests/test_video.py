@@ -368,9 +368,9 @@ def test_video_processors_refuse_what_is_no_video() -> None:
     processor = load_processor("blip_video_eval")
     with pytest.raises(TypeError, match=r"takes a video's path or a list of PIL images, got Image: name an image proc"):
         processor(images[0])
-    with pytest.raises(ValueError, match="num_frames must be 1 to 10,000, got 0"):
+    with pytest.raises(ValueError, match="num_frames: must be a whole number from 1 to 10,000, got 0"):
         load_processor("blip_video_eval", {"num_frames": 0})
-    with pytest.raises(ValueError, match="num_frames must be 1 to 10,000, got 1000000"):
+    with pytest.raises(ValueError, match="num_frames: must be a whole number from 1 to 10,000, got 1000000"):
         frames.sampled(3, 1_000_000, source="it")
     with pytest.raises(ValueError, match="no tensors after their processor, but Image"):
         frames.processed(images, identity)

@@ -12,6 +12,7 @@ import random
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from lavis_lite.bounds import check_number
 from lavis_lite.errors import InputError
 
 SHAPES = ("circle", "square", "triangle", "cross", "diamond", "star")
@@ -101,18 +102,14 @@ class ShapesConfig:
     def check(self) -> None:
         """Raise ValueError for values that no dataset can be made of."""
         for name, most in MOST.items():
-            if not 1 <= getattr(self, name) <= most:
-                raise InputError(f"shapes: {name} must be from 1 to {most:,}, found {getattr(self, name)}")
+            check_number(f"shapes: {name}", getattr(self, name), 1, most)
         if not 1 <= self.min_objects <= self.max_objects <= 4:
             raise InputError(
                 f"shapes: need 1 <= min_objects <= max_objects <= 4, found {self.min_objects}, {self.max_objects}"
             )
-        if not 32 <= self.image_size <= MOST_PIXELS:
-            raise InputError(f"shapes: image_size must be from 32 to {MOST_PIXELS:,}, found {self.image_size}")
-        if not 0.0 <= self.noise_share <= 1.0:
-            raise InputError(f"shapes: noise_share must be in [0, 1], found {self.noise_share}")
-        if not 1 <= self.jpeg_quality <= 100:
-            raise InputError(f"shapes: jpeg_quality must be in [1, 100], found {self.jpeg_quality}")
+        check_number("shapes: image_size", self.image_size, 32, MOST_PIXELS)
+        check_number("shapes: noise_share", self.noise_share, 0.0, 1.0)
+        check_number("shapes: jpeg_quality", self.jpeg_quality, 1, 100)
         for name, known, least in (("shapes", SHAPES, 2), ("colors", COLORS, 2), ("sizes", tuple(SIZES), 1)):
             choose(name, getattr(self, name), known, least)
 

@@ -47,6 +47,8 @@ class BaseModel(nn.Module):
     """What stands in the names of parameters that any file may lack because `load_frozen` loads them."""
     prompt_begins_captions: ClassVar[bool] = False
     """Training captions begin with the setting `prompt`."""
+    learns_answers: ClassVar[bool] = True
+    """Training reads what to write about `text_input`, a question or an instruction: `text_output`, or `answer`."""
 
     has_warned_of_cut_texts: bool = False
     """Whether it was logged that texts are cut; it is once per model."""

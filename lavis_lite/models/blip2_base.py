@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lavis_lite import checkpoint, weights
+from lavis_lite.bounds import MAX_IMAGE_SIZE, MAX_TOKENS, check_number, check_numbers
 from lavis_lite.convert import blip2_from_hf, is_hf_blip2
 from lavis_lite.convert.blip2 import fit_vocabularies
 from lavis_lite.errors import InputError
@@ -30,7 +31,7 @@ from lavis_lite.models.initialise import (
     trained_qformer_weights,
 )
 from lavis_lite.models.tokenizers import blip2_tokenizer, tokenize
-from lavis_lite.nn.attention import Context
+from lavis_lite.nn.attention import MAX_VOCABULARY, Context
 from lavis_lite.nn.decoding import DecodingConfig
 from lavis_lite.nn.encoders import ENCODERS, PUBLISHED, build_encoder, encoder_statistics, timm_weights
 from lavis_lite.nn.qformer import QFormer, QFormerConfig
@@ -77,8 +78,14 @@ class Blip2Base(BaseModel):
         max_txt_len: int = 32,
     ) -> None:
         super().__init__()
-        if num_query_token < 1:
-            raise InputError(f"num_query_token {num_query_token} must be at least 1")
+        check_numbers(
+            "model",
+            {"image_size": image_size, "num_query_token": num_query_token, "max_txt_len": max_txt_len},
+            image_size=(1, MAX_IMAGE_SIZE),
+            num_query_token=(1, MAX_TOKENS),
+            max_txt_len=(3, MAX_TOKENS),
+        )
+        check_number("model.drop_path_rate", drop_path_rate, 0.0, 1.0)
         self.tokenizer = blip2_tokenizer(tokenizer, truncation_side=self.truncation_side)
         self.max_txt_len = max_txt_len
         self.freeze_vit = freeze_vit
@@ -183,8 +190,13 @@ class Blip2Base(BaseModel):
         return ids.masked_fill(ids == self.tokenizer.pad_token_id, -100)
 
     def decoding(self, **settings: Any) -> DecodingConfig:
-        """Decoding settings with the Q-Former tokenizer's end and padding tokens."""
-        return DecodingConfig(eos_id=self.tokenizer.sep_token_id, pad_id=self.tokenizer.pad_token_id, **settings)
+        """Decoding settings with the Q-Former tokenizer's end and padding tokens, and its positions."""
+        return DecodingConfig(
+            eos_id=self.tokenizer.sep_token_id,
+            pad_id=self.tokenizer.pad_token_id,
+            max_positions=self.Qformer.config.max_positions,
+            **settings,
+        )
 
     def layer_scale(self, decay: float) -> Callable[[str], float]:
         prefix = "visual_encoder."
@@ -287,6 +299,5 @@ def qformer_config(sizes: dict[str, Any], *, num_tokens: int, context_width: int
     unknown = sorted(sizes.keys() - known)
     if unknown:
         raise InputError(f"qformer has no size {', '.join(unknown)}; it has {', '.join(sorted(known))}")
-    if sizes["vocab_size"] < num_tokens:
-        raise InputError(f"qformer.vocab_size {sizes['vocab_size']} is below the tokenizer's {num_tokens} tokens")
+    check_number("model.qformer.vocab_size", sizes["vocab_size"], num_tokens, MAX_VOCABULARY)
     return QFormerConfig(**sizes, context_width=context_width, has_text=has_text)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from lavis_lite import weights
+from lavis_lite.bounds import MAX_TOKENS, check_number
 from lavis_lite.errors import InputError
 from lavis_lite.models.base import chosen_weights
 from lavis_lite.models.blip2_base import PRECISIONS, TEXT_PARTS, Blip2Base
@@ -74,10 +75,14 @@ class LanguageModelBase(Blip2Base):
         freeze_llm: bool = True,
         **parts: Any,
     ) -> None:
+        if max_output_txt_len is not None:
+            check_number("model.max_output_txt_len", max_output_txt_len, 1, MAX_TOKENS)
         config = self.language_model_config(source, llm)
         llm_lora = lora.lora_settings(llm_lora)
         dtype = llm_dtype(llm_precision, config, frozen=freeze_llm, lora=llm_lora)
-        tokenizer = llm_loading.check_language_model(source, config, quantization=llm_quantization, lora=llm_lora)
+        tokenizer = llm_loading.check_language_model(
+            source, config, quantization=llm_quantization, lora=llm_lora, overrides=llm
+        )
         self.coder = self.text_coder(tokenizer, config)
         self.qformer_text_input = qformer_text_input  # the Q-Former is built with or without text
         super().__init__(**parts)

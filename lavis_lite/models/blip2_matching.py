@@ -4,11 +4,12 @@ section 3.2).
 Letters: B samples, Q queries, T text tokens, S image tokens, E width of the Q-Former, D width of the common space.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lavis_lite.bounds import MAX_WIDTH, check_number
 from lavis_lite.errors import InputError
 from lavis_lite.models.base import Output
 from lavis_lite.models.batches import cut_texts
@@ -26,10 +27,12 @@ class Blip2Matching(Blip2Base):
     an image. All of the first stage's models have all of its weights.
     """
 
+    learns_answers: ClassVar[bool] = False
     qformer_has_lm_head = True
 
     def __init__(self, *, embed_dim: int = 256, **parts: Any) -> None:
         super().__init__(**parts)
+        check_number("model.embed_dim", embed_dim, 1, MAX_WIDTH)
         width = self.Qformer.config.hidden_size
         self.vision_proj = nn.Linear(width, embed_dim)
         self.text_proj = nn.Linear(width, embed_dim)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lavis_lite.bounds import MAX_IMAGE_SIZE, MAX_LAYERS, MAX_TOKENS, check_number, check_numbers
 from lavis_lite.convert import blip_from_hf, is_hf_blip
 from lavis_lite.errors import InputError
 from lavis_lite.models.base import BaseModel
@@ -22,7 +23,7 @@ from lavis_lite.models.initialise import (
     vit_weights,
 )
 from lavis_lite.models.tokenizers import blip_tokenizer, tokenize
-from lavis_lite.nn.attention import BertConfig
+from lavis_lite.nn.attention import MAX_VOCABULARY, BertConfig
 from lavis_lite.nn.decoding import DecodingConfig
 from lavis_lite.nn.losses import IGNORED
 from lavis_lite.nn.vision import BlipViT, interpolate_pos_embed, layer_scales, vit_config
@@ -37,6 +38,7 @@ class BlipBase(BaseModel):
     """
 
     takes_video: ClassVar[bool] = False
+    learns_answers: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -55,8 +57,16 @@ class BlipBase(BaseModel):
         super().__init__()
         if "image_size" in (vit or {}):
             raise InputError("model.vit.image_size: set model.image_size instead, which the processors follow")
+        if "num_checkpointed" in (vit or {}):
+            raise InputError("model.vit.num_checkpointed: set model.vit_grad_ckpt and model.vit_ckpt_layer instead")
+        own = {"image_size": image_size, "vit_ckpt_layer": vit_ckpt_layer, "max_txt_len": max_txt_len}
+        check_numbers(
+            "model", own, image_size=(1, MAX_IMAGE_SIZE), vit_ckpt_layer=(0, MAX_LAYERS), max_txt_len=(3, MAX_TOKENS)
+        )
+        check_number("model.vit_layer_norm_epsilon", vit_layer_norm_epsilon, 0.0, 1.0)
         overrides = {"image_size": image_size, "norm_eps": vit_layer_norm_epsilon, **(vit or {})}
         if vit_drop_path_rate is not None:
+            check_number("model.vit_drop_path_rate", vit_drop_path_rate, 0.0, 1.0)
             overrides["drop_path_rate"] = vit_drop_path_rate
         self.visual_encoder = BlipViT(
             vit_config(vit_type, num_checkpointed=vit_ckpt_layer if vit_grad_ckpt else 0, **overrides)
@@ -94,8 +104,13 @@ class BlipBase(BaseModel):
         return ids.masked_fill((ids == self.tokenizer.pad_token_id) | given, IGNORED)
 
     def decoding(self, **settings: Any) -> DecodingConfig:
-        """Decoding settings with this tokenizer's end and padding tokens."""
-        return DecodingConfig(eos_id=self.tokenizer.sep_token_id, pad_id=self.tokenizer.pad_token_id, **settings)
+        """Decoding settings with this tokenizer's end and padding tokens, and the text transformer's positions."""
+        return DecodingConfig(
+            eos_id=self.tokenizer.sep_token_id,
+            pad_id=self.tokenizer.pad_token_id,
+            max_positions=self.text_config().max_positions,
+            **settings,
+        )
 
     def layer_scale(self, decay: float) -> Callable[[str], float]:
         scale = layer_scales(self.visual_encoder.config.depth, decay)
@@ -147,12 +162,11 @@ class BlipBase(BaseModel):
 
 def check_med(med: dict[str, Any], num_tokens: int) -> None:
     """Unknown size names and a vocabulary smaller than the tokenizer's are errors."""
-    known = {field.name for field in fields(BertConfig)} - {"context_width"}
+    known = {field.name for field in fields(BertConfig)} - {"context_width", "num_context_streams"}
     unknown = sorted(med.keys() - known)
     if unknown:
         raise InputError(f"med has no size {', '.join(unknown)}; it has {', '.join(sorted(known))}")
-    if med["vocab_size"] < num_tokens:
-        raise InputError(f"med.vocab_size {med['vocab_size']} is smaller than the tokenizer's {num_tokens} tokens")
+    check_number("model.med.vocab_size", med["vocab_size"], num_tokens, MAX_VOCABULARY)
 
 
 def project(layer: nn.Linear, states: Tensor) -> Tensor:

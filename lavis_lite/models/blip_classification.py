@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lavis_lite.bounds import check_number
 from lavis_lite.models.base import Output
 from lavis_lite.models.blip_base import BlipBase, ramp
 from lavis_lite.models.blip_nlvr import classification_head
@@ -43,6 +44,8 @@ class BlipClassification(BlipBase):
         **parts: Any,
     ) -> None:
         super().__init__(max_txt_len=max_txt_len, **parts)
+        check_number("model.momentum", momentum, 0.0, 1.0)
+        check_number("model.alpha", alpha, 0.0, 1.0)
         config = self.text_config()
         self.text_encoder = BertModel(config)
         self.cls_head = classification_head(config.hidden_size, num_classes)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lavis_lite.bounds import MAX_WIDTH, check_number
 from lavis_lite.errors import InputError
 from lavis_lite.models.base import Output
 from lavis_lite.models.batches import cut_texts
@@ -22,6 +23,7 @@ class BlipTowers(BlipBase):
 
     def __init__(self, *, embed_dim: int = 256, **parts: Any) -> None:
         super().__init__(**parts)
+        check_number("model.embed_dim", embed_dim, 1, MAX_WIDTH)
         config = self.text_config()
         self.text_encoder = BertModel(config)
         self.vision_proj = nn.Linear(self.visual_encoder.config.width, embed_dim)

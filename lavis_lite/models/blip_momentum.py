@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lavis_lite import dist
-from lavis_lite.errors import InputError
+from lavis_lite.bounds import check_number
 from lavis_lite.models.batches import in_compute_type, stack_texts
 from lavis_lite.models.blip_base import project
 from lavis_lite.models.blip_matching import BlipMatching
@@ -25,6 +25,8 @@ from lavis_lite.nn.learning import TEMPERATURE_LIMITS, contrast_metrics
 from lavis_lite.nn.losses import draw_negatives, momentum_targets, soft_cross_entropy
 from lavis_lite.nn.momentum import copy_parameters, enqueue, update_momentum
 
+MAX_QUEUE = 10**7
+"""Features in the queue, 10 GB of 256 numbers each."""
 TWINS = ("visual_encoder", "text_encoder", "vision_proj", "text_proj")
 
 
@@ -55,8 +57,9 @@ class BlipMomentum(BlipMatching):
         **parts: Any,
     ) -> None:
         super().__init__(embed_dim=embed_dim, **parts)
-        if queue_size < 0:
-            raise InputError(f"model.queue_size: must be 0 (contrast within the batch) or more, got {queue_size}")
+        check_number("model.queue_size", queue_size, 0, MAX_QUEUE)
+        check_number("model.momentum", momentum, 0.0, 1.0)
+        check_number("model.alpha", alpha, 0.0, 1.0)
         self.momentum, self.alpha, self.negative_all_rank = momentum, alpha, negative_all_rank
         self.temp = nn.Parameter(torch.tensor(0.07))
         for name in TWINS:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lavis_lite.bounds import MAX_WIDTH, check_number
 from lavis_lite.errors import InputError
 from lavis_lite.models.base import Output
 from lavis_lite.models.blip_base import BlipBase
@@ -71,4 +72,5 @@ class BlipNLVR(BlipBase):
 
 def classification_head(width: int, num_classes: int) -> nn.Sequential:
     """BLIP's classifier of a [CLS] state."""
+    check_number("model.num_classes", num_classes, 1, MAX_WIDTH)
     return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, num_classes))

@@ -4,7 +4,7 @@ The decoder attends to the question's states, not to the image; a batch's answer
 values.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ class BlipVQA(BlipBase):
     `decoder_sees_padding` repeats LAVIS's `generate`: there the decoder also attends to the padding of the batch's
     shorter questions, so that an answer depends on the other questions of its batch.
     """
+
+    learns_answers: ClassVar[bool] = True
 
     def __init__(self, *, max_txt_len: int = 35, decoder_sees_padding: bool = False, **parts: Any) -> None:
         super().__init__(max_txt_len=max_txt_len, **parts)

@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lavis_lite import dist
-from lavis_lite.errors import InputError
+from lavis_lite.bounds import check_number
 from lavis_lite.models.batches import Texts, in_compute_type, stack_texts, trimmed
 from lavis_lite.models.inputs import image_of
 from lavis_lite.nn.attention import Context
 
 UNRANKED = -100.0
+MAX_CANDIDATES = 10**9
 TEXTS_PER_STEP = 256
 
 
@@ -53,9 +54,8 @@ def similarity_matrices(model: Retriever, loader: DataLoader, k_test: int) -> tu
     With `k_test` 0 it is the similarity alone, of all pairs: nothing is re-ranked. `loader` yields this rank's images
     with their `index`; `loader.dataset.text` are all texts.
     """
+    check_number("k_test", k_test, 0, MAX_CANDIDATES)
     num_images, num_texts = len(loader.dataset), len(loader.dataset.text)
-    if k_test < 0:
-        raise InputError(f"k_test {k_test} must be 0 (the contrast alone) or more")
     texts = [model.tokenize(chunk) for chunk in chunks(loader.dataset.text, TEXTS_PER_STEP)]
     text_feat = torch.cat([model.encode_text(ids, mask) for ids, mask in texts])
     tokens, index, rows = compare_images(model, loader, text_feat, keep_tokens=k_test > 0)

@@ -6,16 +6,19 @@ of a head, E width.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lavis_lite.bounds import MAX_LAYERS, MAX_TOKENS, MAX_WIDTH, check_divides, check_numbers
 from lavis_lite.errors import InputError
 
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values, each (B,H,S,D)."""
 
+MAX_VOCABULARY = 10**7
 SELF_MASKED = -10000.0
 """BERT's additive mask for self-attention. Kept finite as in the published models, whose padding rows rely on it."""
 
@@ -41,9 +44,28 @@ class BertConfig:
     merge_streams_from: int = 6
     """First layer that merges the two streams by a linear layer; earlier ones average them."""
 
+    section: ClassVar[str] = "model.med"
+    """Where a user sets these sizes."""
+
     def __post_init__(self) -> None:
-        if self.hidden_size % self.num_heads:
-            raise InputError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        values = vars(self)
+        check_numbers(
+            self.section,
+            values,
+            vocab_size=(1, MAX_VOCABULARY),
+            hidden_size=(1, MAX_WIDTH),
+            num_layers=(1, MAX_LAYERS),
+            num_heads=(1, MAX_WIDTH),
+            intermediate_size=(1, MAX_WIDTH),
+            max_positions=(1, MAX_TOKENS),
+            layer_norm_eps=(0.0, 1.0),
+            hidden_dropout=(0.0, 1.0),
+            attention_dropout=(0.0, 1.0),
+            initializer_range=(0.0, 100.0),
+            num_context_streams=(1, 2),
+            merge_streams_from=(0, MAX_LAYERS),
+        )
+        check_divides(self.section, values, divisor="num_heads", number="hidden_size")
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,8 @@ class DecodingConfig:
     sample: bool = False
     top_p: float = 1.0
     temperature: float = 1.0
+    max_positions: int | None = None
+    """Positions of the text transformer, each text's own; the last token needs none, because it is not read."""
 
     def __post_init__(self) -> None:
         for name in ("max_length", "min_length", "num_beams", "num_return"):
@@ -75,6 +77,11 @@ class DecodingConfig:
             )
         if self.min_length > self.max_length:
             raise InputError(f"min_length {self.min_length} is above max_length {self.max_length}")
+        if self.max_positions is not None and self.max_length - 1 > self.max_positions:
+            raise InputError(
+                f"max_length {self.max_length} is more than the text transformer's {self.max_positions} positions "
+                f"allow: set it to {self.max_positions + 1} or less"
+            )
         if not 0.0 < self.top_p <= 1.0 or self.temperature <= 0.0 or self.repetition_penalty <= 0.0:
             raise InputError(
                 f"top_p {self.top_p} must lie in (0, 1], temperature {self.temperature} and "

@@ -11,7 +11,7 @@ from typing import Any
 import timm
 
 from lavis_lite.errors import InputError
-from lavis_lite.nn.vision import VIT_SIZES, BlipViT, ImageEncoder, ViTConfig
+from lavis_lite.nn.vision import SIZE_BOUNDS, VIT_SIZES, BlipViT, ImageEncoder, ViTConfig
 from lavis_lite.nn.vision_clip import CLIP_SIZES, ClipViT
 from lavis_lite.nn.vision_eva import EVA_SIZES, EvaViT
 from lavis_lite.nn.vision_timm import timm_config, timm_encoder, timm_weights
@@ -29,7 +29,6 @@ ENCODERS: dict[str, tuple[Callable[[ViTConfig], ImageEncoder], ViTConfig]] = {
     **{name: (EvaViT, config) for name, config in EVA_SIZES.items()},
     **{name: (ClipViT, config) for name, config in CLIP_SIZES.items()},
 }
-SIZES = ("width", "depth", "num_heads", "mlp_ratio", "patch_size", "norm_eps")
 
 
 def build_encoder(
@@ -49,9 +48,9 @@ def build_encoder(
         ValueError: an unknown name or size, or sizes that do not fit each other.
     """
     sizes = dict(sizes or {})
-    unknown = sorted(sizes.keys() - SIZES)
+    unknown = sorted(sizes.keys() - SIZE_BOUNDS.keys())
     if unknown:
-        raise InputError(f"vit has no size {', '.join(unknown)}; it has {', '.join(SIZES)}")
+        raise InputError(f"vit has no size {', '.join(unknown)}; it has {', '.join(SIZE_BOUNDS)}")
     if vit_model in ENCODERS:
         kind, config = ENCODERS[vit_model]
         encoder = kind(replace(config, image_size=image_size, drop_path_rate=drop_path_rate, **sizes))

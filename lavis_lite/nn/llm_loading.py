@@ -32,6 +32,7 @@ from lavis_lite.nn.llm_sources import (
     load_llm_tokenizer,
     locate,
     read_config,
+    refused,
 )
 from lavis_lite.nn.lora import add_lora, lora_config
 
@@ -40,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 INSIDE_COMPOSITE = {r"^language_model\.": ""}
 """Where a BLIP-2 of transformers has its language model."""
+NOT_BUILT = (TypeError, ValueError, ArithmeticError, AttributeError, LookupError, AssertionError, RuntimeError)
+"""What transformers and torch raise for sizes that do not fit each other."""
 QUANTIZATIONS = ("int8", "int4")
 
 
@@ -75,7 +78,9 @@ def load_language_model(
         ImportError: bitsandbytes or peft is needed and not installed.
     """
     config, untied = read_config(source, overrides or {})
-    tokenizer = tokenizer or check_language_model(source, config, quantization=quantization, lora=lora)
+    tokenizer = tokenizer or check_language_model(
+        source, config, quantization=quantization, lora=lora, overrides=overrides
+    )
     if frozen or lora is not None:
         _switch_dropout_off(config)
     model = _build(source, config, dtype=dtype, untied=untied, quantization=quantization)
@@ -96,6 +101,7 @@ def check_language_model(
     *,
     quantization: str | None = None,
     lora: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer; raises as `load_language_model` does, without having read any weights."""
     _check_extras(quantization, lora)
@@ -106,10 +112,22 @@ def check_language_model(
             f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, but the language model's vocabulary "
             f"{num_rows}: they belong to different models"
         )
-    if lora is not None:
+    if lora is not None or overrides:
         with torch.device("meta"):
-            add_lora(_auto_class(config).from_config(copy.deepcopy(config)), {**lora, "init_lora_weights": False})
+            model = _without_weights(config, overrides or {})
+            if lora is not None:
+                add_lora(model, {**lora, "init_lora_weights": False})
     return tokenizer
+
+
+def _without_weights(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTrainedModel:
+    """The model on torch's current device. InputError if it is the overrides that transformers stumbles over."""
+    try:
+        return _auto_class(config).from_config(copy.deepcopy(config))
+    except NOT_BUILT as error:
+        if not overrides:
+            raise
+        raise refused(overrides, error) from error
 
 
 def add_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token: str) -> None:

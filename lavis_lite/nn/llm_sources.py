@@ -6,10 +6,13 @@ too, for the language model in it.
 """
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -21,6 +24,7 @@ from transformers import (
 )
 
 from lavis_lite import download
+from lavis_lite.bounds import MAX_LAYERS, MAX_WIDTH, check_number
 from lavis_lite.errors import InputError, MissingFileError
 from lavis_lite.hub import from_hub
 
@@ -33,6 +37,13 @@ UNFIT = {
     "prophetnet": "reads one token at a time behind what it has read, and candidates have several",
 }
 """Classes that have what is needed by their signature, and yet are of no use."""
+LARGEST_NUMBER = 1e7
+"""In a language model's config, where frequencies are the largest."""
+SIZE = re.compile(
+    r"^(num|n)_\w*(layers?|heads?)$|_(dim|positions|position_embeddings)$|(hidden|intermediate|vocab|inner)_size$"
+    r"|^(d|n)_[a-z]+$"
+)
+"""Names of a config's sizes, which are at least 1."""
 COMPOSITES = {"blip-2", "instructblip", "instructblipvideo"}
 """Hugging Face's models that hold a language model; their folders serve as its source."""
 
@@ -105,9 +116,16 @@ def read_config(source: str | Path, overrides: Mapping[str, Any]) -> tuple[PreTr
     unknown = sorted(name for name in overrides if name not in raw and not hasattr(config_class(), name))
     if unknown:
         raise InputError(f"{source}: a {model_type} config has no {', '.join(unknown)} to override")
+    _check_overrides(overrides, raw)
     raw = {name: value for name, value in raw.items() if "attn_implementation" not in name}  # may name code of the hub
     raw |= overrides
-    config = config_class.from_dict(raw)
+    try:
+        config = config_class.from_dict(raw)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, StrictDataclassError) as error:
+        if not overrides:
+            raise
+        raise refused(overrides, error) from error
+    check_number(f"{source}: the width of its embeddings", embedding_width(config), 1, MAX_WIDTH)
     untied = raw.get("tie_word_embeddings") is False or getattr(config, "scale_decoder_outputs", True) is False
     if not config.is_encoder_decoder and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise InputError(f"{source}: a {model_type} is neither a causal nor an encoder-decoder language model")
@@ -117,6 +135,32 @@ def read_config(source: str | Path, overrides: Mapping[str, Any]) -> tuple[PreTr
     if getattr(config, "dense_act_fn", None) == "gelu_new":
         config.dense_act_fn = "gelu"
     return config, untied
+
+
+def refused(overrides: Mapping[str, Any], error: Exception) -> InputError:
+    """Return the error about overrides with which transformers cannot build the language model."""
+    given = ", ".join(f"{name}: {value!r}" for name, value in overrides.items())
+    reason = " ".join(str(error).split())
+    return InputError(f"model.llm: the language model cannot be built with {given} ({type(error).__name__}: {reason})")
+
+
+def _check_overrides(overrides: Mapping[str, Any], raw: Mapping[str, Any]) -> None:
+    """InputError for what is no number where the file has one, and for numbers beyond any model's; whether they fit
+    each other is checked by building it.
+    """
+    for name, value in overrides.items():
+        if value is None or not (_is_number(value) or _is_number(raw.get(name))):
+            continue
+        bounds: tuple[float, float] = (-LARGEST_NUMBER, LARGEST_NUMBER)
+        if SIZE.search(name):
+            bounds = (1, MAX_LAYERS if "layer" in name else int(LARGEST_NUMBER))
+        elif "drop" in name:
+            bounds = (0.0, 1.0)
+        check_number(f"model.llm.{name}", value, *bounds)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _check_class(source: str | Path, config: PreTrainedConfig) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lavis_lite import checkpoint, download
+from lavis_lite.bounds import MAX_WIDTH, check_numbers
 from lavis_lite.errors import InputError, MissingFileError, MissingPackageError
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ def lora_config(lora: Mapping[str, Any]) -> Any:
     except ImportError as error:
         raise MissingPackageError("llm_lora needs peft: `pip install peft`, or leave the setting out") from error
     settings = {key: value for key, value in lora.items() if key != ADAPTER}
+    check_numbers("model.llm_lora", settings, r=(1, MAX_WIDTH), lora_alpha=(0.0, 1e6), lora_dropout=(0.0, 1.0))
     try:
         config = LoraConfig(**settings)
     except (TypeError, ValueError) as error:

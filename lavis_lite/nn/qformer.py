@@ -10,11 +10,12 @@ Letters: B samples, Q queries, T text tokens, P cached tokens, S image tokens, E
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lavis_lite.bounds import MAX_LAYERS, check_numbers
 from lavis_lite.errors import InputError
 from lavis_lite.nn.attention import SELF_MASKED, AddNorm, Attention, BertConfig, Context, KeyValue, context_mask
 from lavis_lite.nn.bert import Intermediate, LanguageModelHead
@@ -31,6 +32,11 @@ class QFormerConfig(BertConfig):
     """Layers 0, freq, 2 freq ... cross-attend."""
     has_text: bool = True
     """Whether it can read text: word and position embeddings and the text's feed-forward exist."""
+    section: ClassVar[str] = "model.qformer"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers("model", vars(self), cross_attention_freq=(1, MAX_LAYERS))
 
 
 class QFormerLayer(nn.Module):

@@ -18,10 +18,22 @@ from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from lavis_lite.bounds import MAX_IMAGE_SIZE, MAX_LAYERS, MAX_WIDTH, Bounds, check_divides, check_numbers
 from lavis_lite.errors import InputError
 from lavis_lite.nn.ckpt import checkpoint_blocks
 
 logger = logging.getLogger(__name__)
+
+
+SIZE_BOUNDS: dict[str, Bounds] = {
+    "width": (1, MAX_WIDTH),
+    "depth": (1, MAX_LAYERS),
+    "num_heads": (1, MAX_WIDTH),
+    "mlp_ratio": (0.01, 100.0),
+    "patch_size": (1, MAX_IMAGE_SIZE),
+    "norm_eps": (0.0, 1.0),
+}
+"""Sizes of an image encoder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +54,17 @@ class ViTConfig:
     """BlipViT: start position embeddings as 2-D sine and cosine: from scratch, places are learned faster."""
 
     def __post_init__(self) -> None:
-        if self.image_size % self.patch_size:
-            raise InputError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
-        if self.width % self.num_heads:
-            raise InputError(f"vit width {self.width} is not a multiple of num_heads {self.num_heads}")
+        values = vars(self)
+        check_numbers("model", values, image_size=(1, MAX_IMAGE_SIZE))
+        check_numbers("model.vit", values, **SIZE_BOUNDS, drop_path_rate=(0.0, 1.0), num_checkpointed=(0, MAX_LAYERS))
+        check_divides("model.vit", values, divisor="patch_size", number="image_size")
+        check_divides("model.vit", values, divisor="num_heads", number="width")
+        if self.width * self.mlp_ratio < 1:
+            raise InputError(f"model.vit.mlp_ratio: {self.mlp_ratio} leaves nothing of width {self.width}")
+        if not isinstance(self.sincos_init, bool):
+            raise InputError(f"model.vit.sincos_init: must be true or false, got {self.sincos_init!r}")
+        if self.sincos_init and self.width % 4:
+            raise InputError(f"model.vit.width: must be a multiple of 4 with sincos_init, got {self.width}")
 
 
 VIT_SIZES: dict[str, ViTConfig] = {

@@ -19,9 +19,10 @@ from timm.models import PretrainedCfg, get_pretrained_cfg, group_parameters
 from torch import Tensor, nn
 
 from lavis_lite import download
+from lavis_lite.bounds import check_number
 from lavis_lite.errors import InputError, MissingFileError
 from lavis_lite.hub import hub_offline, refusing_code
-from lavis_lite.nn.vision import ImageEncoder
+from lavis_lite.nn.vision import SIZE_BOUNDS, ImageEncoder
 from lavis_lite.registry import did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -98,6 +99,9 @@ def timm_encoder(
 
     Raises ValueError if timm does not know the name, or the model takes no such size.
     """
+    for key, value in (sizes or {}).items():  # a model of several stages takes a list
+        for one in value if isinstance(value, list | tuple) and value else (value,):
+            check_number(f"model.vit.{key}", one, *SIZE_BOUNDS[key])
     settings = {TIMM_NAMES.get(key, key): value for key, value in (sizes or {}).items()}
     if "norm_eps" in settings:
         settings["norm_layer"] = partial(nn.LayerNorm, eps=settings.pop("norm_eps"))
@@ -107,7 +111,7 @@ def timm_encoder(
         settings["drop_path_rate"] = drop_path_rate
     try:
         model = timm.create_model(name, pretrained=False, num_classes=0, **settings)
-    except (TypeError, AssertionError) as error:
+    except (TypeError, ValueError, AssertionError, RuntimeError, ZeroDivisionError, IndexError) as error:
         raise InputError(f"timm's {name} cannot be built with {settings}: {error}") from error
     for part in HEADS:
         if isinstance(getattr(model, part, None), nn.Module):

@@ -4,13 +4,16 @@ Surprising: evaluation squashes the image to a square (no centre crop), and all 
 antialiasing. CMYK, palette, grey, transparent and 16-bit images become 8-bit RGB first (`lavis_lite.pixels.to_rgb`).
 """
 
+import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
+from lavis_lite.bounds import MAX_IMAGE_SIZE, check_number
 from lavis_lite.errors import InputError
 from lavis_lite.pixels import MAX_PIXELS, check_background, check_max_pixels, to_rgb
 from lavis_lite.processors.base import BaseProcessor
@@ -39,7 +42,9 @@ class ImageProcessor(BaseProcessor):
     ) -> None:
         self.mean = tuple(CLIP_MEAN if mean is None else mean)
         self.std = tuple(CLIP_STD if std is None else std)
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+        numbers = (*self.mean, *self.std)
+        is_number = all(isinstance(number, Real) and math.isfinite(number) for number in numbers)
+        if not is_number or len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise InputError(f"mean and std take three numbers each, std above 0; got {self.mean} and {self.std}")
         self.background, self.max_pixels = check_background(background), check_max_pixels(max_pixels)
         self.transform = transforms.Compose(
@@ -56,14 +61,14 @@ class ImageProcessor(BaseProcessor):
 
 
 def check_size(image_size: int) -> int:
-    """`image_size` itself; raises ValueError if it is no positive integer."""
-    if not isinstance(image_size, int) or image_size < 1:
-        raise InputError(f"image_size must be a positive integer (the square's side in pixels), got {image_size!r}")
-    return image_size
+    """`image_size` itself, the square's side in pixels; raises ValueError if it is not 1 to `MAX_IMAGE_SIZE`."""
+    return check_number("image_size", image_size, 1, MAX_IMAGE_SIZE)
 
 
 def random_crop(image_size: int, *, min_scale: float, max_scale: float, hflip: bool) -> list[object]:
     """Random resized crop of `min_scale`..`max_scale` of the area, then a mirror image half the time if `hflip`."""
+    for name, scale in (("min_scale", min_scale), ("max_scale", max_scale)):
+        check_number(name, scale, 1e-6, 1.0)
     if not 0 < min_scale <= max_scale <= 1:
         raise InputError(f"need 0 < min_scale <= max_scale <= 1, got {min_scale} and {max_scale}")
     crop = transforms.RandomResizedCrop(

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance
 
-from lavis_lite.errors import InputError
+from lavis_lite.bounds import check_number
 
 GREY = 128
 MAX_MAGNITUDE = 10
+MAX_OPS = 100
 MAX_SHEAR, MAX_SHIFT, MAX_DEGREES = 0.3, 10.0, 30.0
 
 
@@ -171,10 +172,9 @@ class RandomAugment:
         probability: float = 0.5,
         legacy_autocontrast: bool = False,
     ) -> None:
-        if not 0 <= magnitude <= MAX_MAGNITUDE:
-            raise InputError(f"magnitude must lie between 0 and {MAX_MAGNITUDE}, got {magnitude}")
-        if num_ops < 0 or not 0 <= probability <= 1:
-            raise InputError(f"num_ops must be >= 0 and probability in 0..1, got {num_ops} and {probability}")
+        check_number("magnitude", magnitude, 0.0, float(MAX_MAGNITUDE))
+        check_number("num_ops", num_ops, 0, MAX_OPS)
+        check_number("probability", probability, 0.0, 1.0)
         self.num_ops = num_ops
         self.magnitude = magnitude
         self.probability = probability

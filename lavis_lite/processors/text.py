@@ -6,7 +6,8 @@ newlines and tabs. Equal to LAVIS's processors of the same names, string for str
 
 import re
 
-from lavis_lite.errors import InputError, InputTypeError
+from lavis_lite.bounds import MAX_TOKENS, check_number
+from lavis_lite.errors import InputTypeError
 from lavis_lite.processors.base import BaseProcessor
 from lavis_lite.registry import registry
 
@@ -23,9 +24,7 @@ class TextProcessor(BaseProcessor):
     """Shared argument check of the two text processors."""
 
     def __init__(self, *, max_words: int) -> None:
-        if max_words < 1:
-            raise InputError(f"max_words must be at least 1, got {max_words}")
-        self.max_words = max_words
+        self.max_words = check_number("max_words", max_words, 1, MAX_TOKENS)
 
     def check(self, text: str) -> str:
         """`text` itself; raises TypeError if it is not a string (a missing caption, a number)."""

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lavis_lite import dist
+from lavis_lite.bounds import check_number
 from lavis_lite.errors import InputError, MissingInputError
 from lavis_lite.registry import did_you_mean, registry
 from lavis_lite.tasks.results import Result, gather
@@ -165,11 +166,13 @@ class BaseTask:
 
 
 def check_range(task: Any, **bounds: tuple[float, float]) -> None:
-    """Raise ValueError for a field outside of its bounds (least, most); None is left alone."""
+    """Raise ValueError for a field outside of its bounds (least, most), or no whole number between two integers;
+    None is left alone.
+    """
     for name, (least, most) in bounds.items():
         value = getattr(task, name)
-        if value is not None and not least <= value <= most:
-            raise InputError(f"run.{name} must be from {least:,} to {most:,}, got {value!r}")
+        if value is not None:
+            check_number(f"run.{name}", value, least, most)
 
 
 def wanted_splits(run: Any) -> list[str]:

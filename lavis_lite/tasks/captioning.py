@@ -86,7 +86,7 @@ class CaptionTask(BaseTask):
             min_len=(0, MOST_TOKENS),
             temperature=(1e-3, 1000),
             top_p=(1e-6, 1),
-            length_penalty=(-1000, 1000),
+            length_penalty=(-1000.0, 1000.0),
             repetition_penalty=(1e-3, 1000),
         )
         if self.num_captions > 1 and not self.use_nucleus_sampling and self.num_captions > self.num_beams:

@@ -62,7 +62,7 @@ class InstructTask(BaseTask):
             num_beams=(1, MOST_BEAMS),
             max_len=(1, MOST_TOKENS),
             min_len=(0, MOST_TOKENS),
-            length_penalty=(-1000, 1000),
+            length_penalty=(-1000.0, 1000.0),
             repetition_penalty=(1e-3, 1000),
         )
         if self.metric not in get_args(Metric):

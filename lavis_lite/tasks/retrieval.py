@@ -15,13 +15,14 @@ from torch import nn
 from lavis_lite import dist
 from lavis_lite.errors import InputError
 from lavis_lite.registry import registry
-from lavis_lite.tasks.base import BaseTask, Metrics, Samples, evaluating, unwrap
+from lavis_lite.tasks.base import BaseTask, Metrics, Samples, check_range, evaluating, unwrap
 from lavis_lite.tasks.metrics.retrieval import RANKS, best_first, recall_metrics
 from lavis_lite.tasks.results import write_json
 
 logger = logging.getLogger(__name__)
 
 TOP = 10
+MOST_CANDIDATES = 10**9
 
 
 @registry.register_task("retrieval")
@@ -38,8 +39,7 @@ class RetrievalTask(BaseTask):
     model_methods: ClassVar[tuple[str, ...]] = ("compute_sim_matrix",)
 
     def __post_init__(self) -> None:
-        if self.k_test < 0:
-            raise InputError(f"run.k_test must be 0 (the contrast alone) or more, got {self.k_test}")
+        check_range(self, k_test=(0, MOST_CANDIDATES))
 
     def check(self, model_class: type, dataset: Any, batch: Samples, *, split: str) -> None:
         """Raise for a split that is not laid out as a gallery."""

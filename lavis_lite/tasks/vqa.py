@@ -65,7 +65,7 @@ class VQATask(BaseTask):
             max_len=(1, MOST_TOKENS),
             min_len=(0, MOST_TOKENS),
             num_ans_candidates=(1, 10**9),
-            length_penalty=(-1000, 1000),
+            length_penalty=(-1000.0, 1000.0),
         )
         if self.inference_method not in ("rank", "generate"):
             raise InputError(f"run.inference_method must be 'rank' or 'generate', got {self.inference_method!r}")
