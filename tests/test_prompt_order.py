@@ -199,6 +199,18 @@ def test_a_types_own_prompt_is_not_explicit(files: Path) -> None:
     assert (given["train"], given["eval"]) == (["a picture of"], "a picture of")
 
 
+@pytest.mark.parametrize("name", ["color", "statement", "caption"])
+def test_a_prompt_replaces_templates_that_follow_from_the_class(name: str, files: Path) -> None:
+    """`shapes_instruct_*` name none in their YAML: the group has its own."""
+    prompt = "tell me" if name == "caption" else "Q: {} A:"
+    path = files / "project.yaml"
+    text = f"model: {{arch: blip2_t5_instruct, model_type: tiny, prompt: '{prompt}'}}\nrun: {{task: instruct}}\n"
+    path.write_text(text + f"datasets: {{shapes_instruct_{name}: {{}}}}\n")
+    found = Config.from_file(path).prompts[f"shapes_instruct_{name}"]
+    field = {"color": "{question}", "statement": "{statement}", "caption": ""}[name]
+    assert found["eval"] == prompt.replace("{}", field)
+
+
 def test_a_job_s_config_asks_as_the_job_did(files: Path) -> None:
     path = project(files, "vqa", "gqa_instruct", model={}, run={"prompt": QUESTION})
     cfg = Config.from_file(path)
