@@ -102,6 +102,29 @@ def test_a_file_needs_no_type(caption_run: tuple[Path, Path], tmp_path: Path) ->
         from_pretrained(plain)
 
 
+def test_a_language_model_that_a_checkpoint_holds_is_not_called_random(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    random = "tiny_opt has no weights: the language model's are random"
+    model = load_model("blip2_opt", "tiny")
+    assert random in lines(caplog)
+    source = saved(tmp_path, model, model=tiny("blip2_opt") | {"model_type": "tiny"})
+    caplog.clear()
+    again = load_model("blip2_opt", "tiny", checkpoint=source)
+    doors.assert_same_state(again.state_dict(), model.state_dict())
+    assert not lines(caplog)
+
+
+def test_a_merged_file_keeps_its_configuration(caption_run: tuple[Path, Path], tmp_path: Path) -> None:
+    """LAVIS reads the entry `model` only; what else a file has does not concern it."""
+    whole = tmp_path / "whole.pth"
+    assert run(["to-lavis", str(caption_run[1]), str(whole), "--options", "prompt='see '"]) == 0
+    model, images, texts = from_pretrained(whole, processors=True)
+    assert (model.prompt, model.max_txt_len) == ("see ", 12)
+    assert images["train"](IMAGE).shape == (3, 64, 64)
+    assert texts["train"]("A dog. And a cat!") == "see a dog and"
+
+
 @pytest.mark.parametrize("arch", ["blip_caption", "blip2_opt"])
 def test_a_prompt_without_its_space_is_replaced_too(arch: str, tmp_path: Path) -> None:
     """The caption recipe of BLIP-2's quickstart: `prompt: a photo of`, and a processor with `${model.prompt} `."""
