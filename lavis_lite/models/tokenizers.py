@@ -163,6 +163,7 @@ def tokenize(
         truncation=max_length is not None,
         max_length=max_length,
         return_tensors="pt",
+        verbose=False,  # transformers warns of positions that another model would have
     ).to(device)
     ids, mask = tokens.input_ids, tokens.attention_mask
     if start is not None:
