@@ -324,9 +324,12 @@ def _missing_message(path: Path) -> str:
 
 def _corrupt_message(path: Path, error: Exception) -> str:
     size = path.stat().st_size
+    reason = next(iter(str(error).splitlines()), "unexpected end")
+    if isinstance(error, pickle.UnpicklingError):  # torch advises to run what a file says
+        reason = "its content is neither torch's nor safetensors' format"
     return (
-        f"checkpoint {path} ({size:,} bytes) is truncated or not a checkpoint ({type(error).__name__}: "
-        f"{str(error).splitlines()[0] if str(error) else 'unexpected end'}): download or copy it again"
+        f"checkpoint {path} ({size:,} bytes) is truncated or not a checkpoint ({reason}): name another file, or "
+        "download or copy it again"
     )
 
 

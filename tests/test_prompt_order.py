@@ -173,6 +173,20 @@ def test_what_is_asked(
         assert training == {expected}
 
 
+@pytest.mark.parametrize("key", ["model", "run"])
+def test_captions_have_no_question_to_put_into_a_prompt(
+    key: str, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The language model would read the braces; this is said before the training, not at its first evaluation."""
+    given = {"model": {}, "run": {}, key: {"prompt": QUESTION}}
+    path = project(files, "captioning", "coco_caption", **given)
+    code = doors.train(path, job=None, flags=["--dry-run"])
+    complains(capsys, code, f"coco_caption/val: {key}.prompt {QUESTION!r} has a '{{}}' for a question")
+    samples = {"image": torch.zeros(1, 3, 48, 48), "prompt": QUESTION}
+    with pytest.raises(ValueError, match=r"has 1 gaps, but there are 0 texts .*: give samples\['text_input'\]"):
+        language_model().generate(samples)
+
+
 def test_two_explicit_prompts_are_an_error_that_names_both(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for task, name, prompts in (
         ("vqa", "gqa_instruct", (QUESTION, SHORT)),

@@ -106,7 +106,7 @@ def test_a_language_model_that_never_ends_is_an_error(tmp_path: Path) -> None:
         load_llm_tokenizer(tmp_path)
 
 
-MISSPELT = ("/nowhere/bert", "./bert", "../bert", "~/no_such_bert", "a/b/bert", "models/brt", "models/brt.pth")
+MISSPELT = ("/nowhere/bert", "./bert", "../bert", "~/no_such_bert", "a/b/bert", "models/brt", "models/brt.pth", "")
 
 
 @pytest.mark.parametrize("source", MISSPELT)
