@@ -48,8 +48,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def _from_vocabulary(tokens: dict[str, int], folder: Path) -> PreTrainedTokenizerBase:
-    """BERT's tokenizer from a `vocab.txt` alone; texts are lower-cased unless the vocabulary has capitals. ValueError for
-    a line without a token of its own.
+    """BERT's tokenizer from a `vocab.txt` alone; texts are lower-cased unless the vocabulary has capitals.
+
+    Raises ValueError for a line without a token of its own.
     """
     if len(tokens) <= max(tokens.values()):  # a token's id is its line
         gap = min(set(range(max(tokens.values()))) - set(tokens.values()))
