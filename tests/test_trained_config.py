@@ -144,12 +144,16 @@ def test_a_prompt_without_its_space_is_replaced_too(arch: str, tmp_path: Path) -
         assert texts["train"]("A cat") == f"{begins}a cat"
 
 
-def test_another_architecture_takes_images_and_no_texts(caption_run: tuple[Path, Path]) -> None:
+def test_another_architecture_takes_images_and_no_texts(
+    caption_run: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
     """blip_vqa has no prompt to which a processor could refer."""
     _, source = caption_run
     settings = {"arch": "blip_feature_extractor", "processors": True}
-    with pytest.raises(ValueError, match=r"lacks .* trainable keys"):
+    caplog.clear()
+    with pytest.raises(ValueError, match=r"lacks .* trainable keys .*; name a checkpoint that has them"):
         from_pretrained(source, **settings)
+    assert not [line for line in lines(caplog) if "keys" in line]  # the error says it
     layers, tree = described(source, "blip_vqa", {})
     assert set(tree["preprocess"]) == {"vis_processor"}
     assert tree["preprocess"]["vis_processor"]["eval"]["image_size"] == tree["model"]["image_size"] == 64
