@@ -63,10 +63,8 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def reading_yaml(where: str, *, has_lines: bool = True, advice: str = "") -> Iterator[None]:
-    """Turn what PyYAML and OmegaConf raise about a text into a ConfigError that begins with `where`; one about its
-    syntax ends with `advice`.
-    """
+def reading_yaml(where: str, *, has_lines: bool = True) -> Iterator[None]:
+    """Turn what PyYAML and OmegaConf raise about a text into a ConfigError that begins with `where`."""
     import yaml
     from omegaconf.errors import OmegaConfBaseException
 
@@ -74,7 +72,7 @@ def reading_yaml(where: str, *, has_lines: bool = True, advice: str = "") -> Ite
         yield
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark and has_lines else ""
-        raise ConfigError(f"{where}{line}: not valid YAML: {error.problem or error.context}{advice}") from None
+        raise ConfigError(f"{where}{line}: not valid YAML: {error.problem or error.context}") from None
     except RecursionError:
         raise ConfigError(f"{where}: nested too deeply: at most {MAX_DEPTH} levels") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
@@ -178,9 +176,7 @@ def _parse_value(text: str, *, option: str) -> Any:
     from omegaconf import OmegaConf
 
     shown = option if len(option) < 100 else f"{option[:100]}..."
-    key = option.partition("=")[0]
-    advice = f"; a text with ':' or braces needs quotes that the shell leaves on it: {key}=\"'Question: {{}}'\""
-    with reading_yaml(f"--options: the value of {shown!r}", has_lines=False, advice=advice):
+    with reading_yaml(f"--options: the value of {shown!r}", has_lines=False):
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]
         check_depth(value)
     return text if text.strip() == value else value  # with its spaces, which keys that refer to this one see too

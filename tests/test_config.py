@@ -200,7 +200,6 @@ def test_missing_and_non_utf8_files_are_named(tmp_path: Path):
         ("run.job_id=a/b", "run.job_id: expected a folder's plain name"),
         ("run.train_dataset_ratios={shapes_captoin: 1}", "ratios.shapes_captoin: no such dataset here. Did you mean"),
         ("run.seed={a: b", "the value of 'run.seed={a: b': not valid YAML"),
-        ("run.prompt=Q: {} A:", "leaves on it: run.prompt=\"'Question: {}'\""),
         ("run.seed", "expected key=value"),
         ("=3", "expected key=value"),
         ("run..seed=3", "expected key=value"),
