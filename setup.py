@@ -40,7 +40,14 @@ setup(
         "safetensors>=0.4.3",
     ],
     extras_require={
-        "test": ["pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.100", "peft>=0.17", "ruff>=0.6"],
+        "test": [
+            "pytest>=8.0",
+            "pytest-xdist>=3.5",
+            "hypothesis>=6.100",
+            "peft>=0.17",
+            "bitsandbytes>=0.46",
+            "ruff>=0.6",
+        ],
         "lora": ["peft>=0.17"],
         "quantization": ["bitsandbytes>=0.46", "accelerate>=1.0"],
         "lemmatizer": ["spacy>=3.7"],

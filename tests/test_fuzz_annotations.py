@@ -123,7 +123,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def frames(monkeypatch: pytest.MonkeyPatch) -> None:
     """Videos are not decoded here."""
-    monkeypatch.setattr(instruct, "read_frames", lambda path, count, processor: torch.zeros(3, count, 2, 2))
+    monkeypatch.setattr(instruct, "read_frames", lambda path, count, processor, **_: torch.zeros(3, count, 2, 2))
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

@@ -273,7 +273,7 @@ def dry_run(tmp_path: Path, *options: str) -> int:
 def test_a_dry_run_looks_at_what_weights_start_from(
     options: list[str], words: str | None, bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trained = checkpoint.save({"model": {"weight": torch.zeros(1)}}, tmp_path / "trained.pth")
+    trained = checkpoint.save({"model": {"a": torch.zeros(1)}}, tmp_path / "trained.pth")
     code = dry_run(tmp_path, *[option.format(bert=bert, trained=trained) for option in options])
     assert code == (2 if words else 0)
     assert (words or "") in capsys.readouterr().err

@@ -108,8 +108,10 @@ def test_a_video_that_is_missing_or_too_short(tmp_path: Path, capsys: pytest.Cap
     path, clip = project(tmp_path, {"own": section}, max_iters=1), tmp_path / "own" / "clip.avi"
     complains(capsys, doors.train(path), f"video file not found: {clip}", "build_info.videos.storage")
     written(clip, noise(4))
-    complains(capsys, doors.train(path), f"{clip} has 4 frames, and num_frames=5: lower num_frames")
-    assert doors.train(path, "datasets.own.num_frames=4") == 0
+    code = doors.train(path, "datasets.own.short_clips=error")
+    complains(capsys, code, f"{clip} has 4 frames, and num_frames=5: lower num_frames")
+    assert doors.train(path, "datasets.own.num_frames=4", "datasets.own.short_clips=error") == 0
+    assert doors.train(path) == 0  # frames are repeated
     both = {**section["build_info"], "images": {"storage": str(tmp_path)}}
     path = project(tmp_path, {"own": {**section, "build_info": both}})
     complains(capsys, doors.train(path), "names two folders", "build_info.images or build_info.videos to null")

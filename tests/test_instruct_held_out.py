@@ -101,7 +101,7 @@ def picture(path: Path) -> None:
 def frames(monkeypatch: pytest.MonkeyPatch) -> None:
     """Videos are not decoded here: a frame is the length of the file's name."""
     monkeypatch.setattr(
-        instruct, "read_frames", lambda path, count, processor: torch.full((3, count, 2, 2), float(len(path.name)))
+        instruct, "read_frames", lambda path, count, processor, **_: torch.full((3, count, 2, 2), float(len(path.name)))
     )
 
 

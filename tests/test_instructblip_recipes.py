@@ -148,7 +148,7 @@ def _surroundings(root: Path, shapes_data: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("LAVIS_LITE_DATA", str(root))
     monkeypatch.setattr(caption_java, "find_java", lambda: None)
     monkeypatch.setattr(
-        instruct, "read_frames", lambda path, count, _: torch.full((3, count, 48, 48), len(path.name) / 20)
+        instruct, "read_frames", lambda path, count, _, **__: torch.full((3, count, 48, 48), len(path.name) / 20)
     )
 
 

@@ -168,7 +168,7 @@ def test_every_contrastive_model_has_the_numbers(arch: str) -> None:
     assert output.keys() == set(METRICS) | {name for name in output if name.startswith("loss")}
     model.temp.data.fill_(0.3)
     assert float(output.temp) == pytest.approx(0.07)  # a copy: the step that follows does not change it
-    one = samples(image=samples()["image"][:1], text_input=TEXTS[:1], image_id=torch.zeros(1))
+    one = samples(image=samples()["image"][:1], text_input=TEXTS[:1], image_id=torch.zeros(1, dtype=torch.long))
     assert learning_metrics(model(one)).keys() == {"acc_itc", "chance_itc", "acc_itm", "temp"}
 
 

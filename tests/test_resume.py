@@ -172,7 +172,7 @@ def test_another_model_is_refused_key_by_key(
     path = project_with(tmp_path)
     stop_after(monkeypatch, path, step=3)
     capsys.readouterr()
-    assert doors.train(path, "model.med.intermediate_size=32", "model.prompt=a", flags=AUTO) == 2
+    assert doors.train(path, "model.med.intermediate_size=32", flags=AUTO) == 2
     (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     for part in ("other shapes", "model.med.intermediate_size: 64 in the checkpoint, 32 now", "same model"):
         assert part in told
