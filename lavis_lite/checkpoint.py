@@ -236,8 +236,8 @@ def load_into(
             f"{source} holds {len(adapters)} tensors of adapters (LoRA) that have no place in the model: "
             f"{_listed(adapters, limit=4)}. Set model.llm_lora as it was in training"
         )
-    _log_differences(report, own, source=source, elsewhere=elsewhere)
     _check_differences(report, own, state, source=source, allow_missing=allow_missing)
+    _log_differences(report, own, source=source, elsewhere=elsewhere)
     with torch.no_grad():
         for key in state:
             if key in own:
@@ -255,11 +255,15 @@ def _check_differences(
 ) -> None:
     if report.mismatched:
         shapes = [f"{key} {tuple(state[key].shape)} (model: {tuple(own[key].shape)})" for key in report.mismatched]
-        raise InputError(f"{source}: {len(shapes)} shapes differ from the model's: {_listed(shapes)}")
+        raise InputError(
+            f"{source}: {len(shapes)} shapes differ from the model's: {_listed(shapes, limit=4)}; set the "
+            "model's sizes as they were in training"
+        )
     lost = [key for key in report.missing if own[key].requires_grad and not allow_missing(key)]
     if lost:
         raise InputError(
-            f"{source} lacks {len(lost)} trainable keys of the model, which would keep random values: {_listed(lost)}"
+            f"{source} lacks {len(lost)} trainable keys of the model, which would keep random values: "
+            f"{_listed(lost, limit=4)}; name a checkpoint that has them"
         )
 
 
@@ -324,9 +328,12 @@ def _missing_message(path: Path) -> str:
 
 def _corrupt_message(path: Path, error: Exception) -> str:
     size = path.stat().st_size
+    reason = next(iter(str(error).splitlines()), "unexpected end")
+    if isinstance(error, pickle.UnpicklingError):  # torch advises to run what a file says
+        reason = "its content is neither torch's nor safetensors' format"
     return (
-        f"checkpoint {path} ({size:,} bytes) is truncated or not a checkpoint ({type(error).__name__}: "
-        f"{str(error).splitlines()[0] if str(error) else 'unexpected end'}): download or copy it again"
+        f"checkpoint {path} ({size:,} bytes) is truncated or not a checkpoint ({reason}): name another file, or "
+        "download or copy it again"
     )
 
 

@@ -99,6 +99,8 @@ class Config:
         if options:
             own_layers.append(parse_options(options))
         if checkpoint is not None:
+            if not checkpoint.strip():
+                raise ConfigError(f"--checkpoint: expected a file, a folder, a URL or a hub id, got {checkpoint!r}")
             own_layers.append(Layer("--checkpoint", {"model": {"checkpoint": checkpoint}}))
         _check_sections(own_layers)
         own = merge_layers(own_layers)

@@ -51,7 +51,9 @@ def linked(layer: Layer) -> Layer:
 
 
 def linked_section(section: Any, model: Mapping[str, Any]) -> Any:
-    """Return a section of processors that refer to the model's image size and prompt where they are the same."""
+    """Return a section of processors that refer to the model's image size and prompt where they are the same, a prompt
+    with the spaces that the processor puts around it.
+    """
     if not isinstance(section, Mapping):
         return section
     section = dict(section)
@@ -59,12 +61,21 @@ def linked_section(section: Any, model: Mapping[str, Any]) -> Any:
         blocks, stated = section.get(kind), model.get(key)
         if stated and isinstance(blocks, Mapping):
             section[kind] = {
-                split: {**block, key: f"${{model.{key}}}"}
-                if isinstance(block, Mapping) and block.get(key) == stated
+                split: {**block, key: _reference(block[key], stated, key)}
+                if isinstance(block, Mapping) and key in block
                 else block
                 for split, block in blocks.items()
             }
     return section
+
+
+def _reference(value: Any, stated: Any, key: str) -> Any:
+    """Return a value that refers to the model's `key`, which is `stated`; the value itself if it is another one."""
+    if value == stated:
+        return f"${{model.{key}}}"
+    if isinstance(value, str) and isinstance(stated, str) and value.strip() == stated.strip():
+        return value.replace(stated, f"${{model.{key}}}")
+    return value
 
 
 def preprocess_of(model: Mapping[str, Any], preprocess: Mapping[str, Any]) -> dict[str, Any]:

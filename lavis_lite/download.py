@@ -69,6 +69,8 @@ def local_folder(source: str | Path, *, what: str = "folder", give: str = "give 
         FileNotFoundError: there is no such folder.
     """
     name, path = str(source), Path(source).expanduser()
+    if not name.strip():
+        raise MissingFileError(f"{what} {name!r} does not exist: {give}")
     if path.is_dir():
         return path
     is_inside = path.parent != Path(".") and path.parent.is_dir()

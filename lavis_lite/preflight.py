@@ -18,6 +18,7 @@ import torch
 
 from lavis_lite import dist
 from lavis_lite.config import Config, ConfigError
+from lavis_lite.config_agreement import setting
 from lavis_lite.errors import InputError, MissingFileError, UnreadableSample
 from lavis_lite.registry import registry
 from lavis_lite.runners.loaders import train_loader, train_sets
@@ -165,6 +166,7 @@ def _check_splits(cfg: Config, task: Any, datasets: Datasets) -> list[SplitRepor
                 _check_answers(cfg.model, batch, where)
             if is_evaluated and hasattr(task, "check"):
                 _check_keys(task, batch, where)
+                _check_prompt(cfg, task, batch, where)
                 task.check(registry.get_model_class(cfg.model["arch"]), dataset, batch, split=split)
             reports.append(SplitReport(where=where, kind=kind, files=files, num_read=len(samples), shape=shape))
     return reports
@@ -281,6 +283,19 @@ def _check_keys(task: Any, batch: Mapping[str, Any], where: str) -> None:
         raise InputError(
             f"{where}: {type(task).__name__} evaluates samples by {lacking[0]!r}, which these lack (they have "
             f"{', '.join(batch)}): choose a dataset that fits the task, or another run.task"
+        )
+
+
+def _check_prompt(cfg: Config, task: Any, batch: Mapping[str, Any], where: str) -> None:
+    """Raise InputError for a prompt around a question where the task generates from images alone."""
+    if "generate" not in _methods(type(task)) or not batch or batch.keys() & {"prompt", "text_input"}:
+        return
+    given = {"run.prompt": cfg.task.get("prompt"), "model.prompt": setting(cfg.model, "prompt")}
+    key, prompt = next(((key, prompt) for key, prompt in given.items() if prompt), ("", ""))
+    if "{}" in prompt:
+        raise InputError(
+            f"{where}: {key} {prompt!r} has a '{{}}' for a question, and these samples have none: set run.prompt to a "
+            "prompt without it"
         )
 
 

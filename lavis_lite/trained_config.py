@@ -157,7 +157,9 @@ def lay_under(layers: Sequence[Layer], trained: Trained | None, *, level: int = 
     if is_same and trained.is_whole:
         left = {key: value for key, value in left.items() if key in (*MODEL_KEYS, *HOW_IT_RAN) or key not in schema}
     usual = base.tree.get("preprocess", {})
-    blocks = trained.preprocess if is_same or not usual else {}
+    blocks = trained.preprocess
+    if not is_same:  # another task has other texts, and the type its own images
+        blocks = {key: value for key, value in blocks.items() if key == "vis_processor" and not usual}
     kept = {key: value for key, value in usual.items() if key not in blocks}
     below = Layer(base.source, base.tree | {"model": left} | ({"preprocess": kept} if usual else {}))
     inserted = Layer(

@@ -102,6 +102,23 @@ def test_a_jobs_config_follows_another_size_and_prompt(tmp_path: Path) -> None:
     assert again.datasets["shapes_caption"]["text_processor"]["train"]["prompt"] == "a drawing of "
 
 
+@pytest.mark.parametrize("stated", ["it is", "it is ", " it is"])
+def test_a_jobs_config_keeps_the_spaces_around_its_prompt(stated: str, tmp_path: Path) -> None:
+    """BLIP-2's prompts have none, its processors put one after it."""
+    blocks = {"train": {"name": "blip_caption", "prompt": f"{stated.strip()} "}, "eval": {"name": "blip_caption"}}
+    model = {"arch": "blip2_opt", "model_type": "tiny", "prompt": stated}
+    datasets = {"shapes_caption": {"text_processor": blocks}}
+    cfg = config(tmp_path, model=model, datasets=datasets, run={"task": "captioning"})
+    (tmp_path / "config.yaml").write_text(cfg.to_yaml())
+    if stated.startswith(" "):  # other spaces than the processor's: there is nothing to refer to
+        with pytest.raises(ConfigError, match=r"'it is ' is not model.prompt, which is 'see'"):
+            Config.from_file(tmp_path / "config.yaml", ["model.prompt=see"])
+        return
+    again = Config.from_file(tmp_path / "config.yaml", ["model.prompt=see"])
+    assert again.datasets["shapes_caption"]["text_processor"]["train"]["prompt"].strip() == "see"
+    assert Config.from_file(tmp_path / "config.yaml").to_dict() == cfg.to_dict()
+
+
 MODEL = {"arch": "blip_caption", "model_type": "tiny"}
 OWN: dict[str, Any] = {"model": MODEL, "run": {"task": "captioning"}}
 

@@ -12,6 +12,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from lavis_lite import checkpoint, cli
+from lavis_lite.models import load_model
 from lavis_lite.models.tokenizers import PACKAGED, load_tokenizer
 from lavis_lite.registry import registry
 
@@ -213,6 +214,7 @@ def test_other_classes_and_vocabularies_are_named(bert: Path, tmp_path: Path) ->
 
 
 def test_a_padded_vocabulary_gives_no_row_to_added_tokens(tmp_path: Path) -> None:
+    torch.manual_seed(0)
     folder = save_bert(tmp_path / "bert", vocab_size=256)
     torch.manual_seed(1)
     model = build(init_text=str(folder))
@@ -280,3 +282,9 @@ def test_a_dry_run_looks_at_what_weights_start_from(
 def test_a_start_needs_a_model_that_takes_one() -> None:
     with pytest.raises(ValueError, match=r"BLIP-2's image encoder is chosen by model\.vit_model"):
         build_blip2(init_vit="vit_base_patch16_224")
+
+
+def test_a_checkpoint_without_a_qformer_says_what_it_has(tmp_path: Path) -> None:
+    path = checkpoint.save({"model": load_model("blip_caption", "tiny").state_dict()}, tmp_path / "caption.pth")
+    with pytest.raises(ValueError, match=r"init_text: .*caption\.pth holds no Q-Former: it has text_decoder\."):
+        load_model("blip2", "tiny", init_text=str(path))

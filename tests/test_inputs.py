@@ -93,6 +93,7 @@ BAD_TEXTS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "number": (5, ("5 is neither a text nor a list",)),
     "bytes": (b"red", ("b'red' is neither a text nor a list",)),
     "dict": ({"a": "b"}, ("neither a text nor a list",)),
+    "set": ({"a", "b"}, ("neither a text nor a list",)),
     "nones": ([None, None], ("[0] is None", "a text (str)")),
     "bytes in a list": (["red", b"red"], ("[1] is b'red'", "a text (str)")),
     "numbers": ([1, 2], ("[0] is 1", "a text (str)")),
@@ -166,6 +167,8 @@ def test_good_samples_are_answered(arch: str, method: str) -> None:
         ("blip_classification", "label", None, ("missing",)),
         ("blip_classification", "label", [0, 1, 2], ("shape (3,)", "2 integers")),
         ("blip_classification", "label", ["a", "b"], ("['a', 'b']", "2 integers")),
+        ("blip_classification", "label", [0, 3], ("holds 3", "from 0 to 2")),
+        ("blip_nlvr", "label", torch.tensor([0, -1]), ("holds -1", "from 0 to 1")),
         ("blip_nlvr", "label", torch.tensor([0.5, 1.0]), ("torch.float32", "2 integers")),
         ("blip_retrieval", "image_id", None, ("missing",)),
         ("blip_retrieval", "image_id", ["a", "b"], ("2 integers",)),
@@ -180,12 +183,15 @@ def test_good_samples_are_answered(arch: str, method: str) -> None:
     ],
 )
 def test_bad_training_entries(arch: str, key: str, value: Any, words: tuple[str, ...]) -> None:
-    refused(lambda: build(arch)({**good_samples(arch), key: value}), f"'{key}'", *words)
+    model, samples = build(arch), {**good_samples(arch), key: value}
+    refused(lambda: model(samples), f"'{key}'", *words)
+    if key == "label":
+        refused(lambda: model.predict(samples), f"'{key}'", *words)
 
 
 @pytest.mark.parametrize("arch", ["blip_vqa", "blip2_opt", "blip2_t5_instruct"])
 def test_bad_answer_lists(arch: str) -> None:
-    for answers in ("red", ["red", None], ["red", 3], ["ok \ud83d"], []):
+    for answers in ("red", ["red", None], ["red", 3], ["ok \ud83d"], [], {"red", "blue"}):
         settings = {"inference_method": "rank", "answer_list": answers}
         refused(lambda: build(arch).predict_answers(good_samples(arch), **settings), "answer_list")  # noqa: B023
     settings = {"inference_method": "rank", "answer_list": ["red"], "num_ans_candidates": 0}

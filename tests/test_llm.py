@@ -1,7 +1,6 @@
 """Language models behind one face, against transformers' own generation and forward passes; what loading refuses."""
 
 import json
-import logging
 import shutil
 import sys
 from pathlib import Path
@@ -325,10 +324,8 @@ def test_ids_are_embedded_as_the_model_does(family: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny_opt", "tiny_t5", "tiny_vicuna"])
-def test_packaged_models(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        model, tokenizer = load_language_model(name, dtype=torch.float32)
-    assert f"{name} has no weights" in caplog.text
+def test_packaged_models(name: str) -> None:
+    model, tokenizer = load_language_model(name, dtype=torch.float32)
     assert sum(path.stat().st_size for path in (PACKAGED / name).iterdir()) < 60_000
     assert max(tokenizer.get_vocab().values()) < model.config.vocab_size
     words = sorted({*vocabulary(), *question_words(), "Question", "Answer", "What", "photo"})

@@ -320,6 +320,9 @@ def test_a_checkpoint_becomes_a_merged_file(lora_run: Path, tmp_path: Path, caps
     labels = torch.tensor([[5, 6], [7, 8]])
     with torch.no_grad():
         close(again.lm.logits(embeds, mask, labels), model.lm.logits(embeds, mask, labels))
+    described = from_pretrained(whole, is_eval=True)
+    assert (described.prompt, type(described)) == (model.prompt, type(model))
+    assert "llm_lora" not in checkpoint.load(whole)["config"]["model"]
     assert run(["to-lavis", str(lora_run), str(tmp_path / "part.pth"), "--trainable-only"]) == 2
     assert "has no adapters (LoRA): write the whole model" in capsys.readouterr().err
     assert write_checkpoint(again, tmp_path / "plain.pth").is_file()

@@ -173,6 +173,20 @@ def test_what_is_asked(
         assert training == {expected}
 
 
+@pytest.mark.parametrize("key", ["model", "run"])
+def test_captions_have_no_question_to_put_into_a_prompt(
+    key: str, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The language model would read the braces; this is said before the training, not at its first evaluation."""
+    given = {"model": {}, "run": {}, key: {"prompt": QUESTION}}
+    path = project(files, "captioning", "coco_caption", **given)
+    code = doors.train(path, job=None, flags=["--dry-run"])
+    complains(capsys, code, f"coco_caption/val: {key}.prompt {QUESTION!r} has a '{{}}' for a question")
+    samples = {"image": torch.zeros(1, 3, 48, 48), "prompt": QUESTION}
+    with pytest.raises(ValueError, match=r"has 1 gaps, but there are 0 texts .*: give samples\['text_input'\]"):
+        language_model().generate(samples)
+
+
 def test_two_explicit_prompts_are_an_error_that_names_both(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for task, name, prompts in (
         ("vqa", "gqa_instruct", (QUESTION, SHORT)),
@@ -197,6 +211,18 @@ def test_a_types_own_prompt_is_not_explicit(files: Path) -> None:
     assert Config.from_file(files / "again.yaml").prompts == {}
     given = Config.from_file(files / "again.yaml", ["run.prompt=a picture of"]).prompts["coco_caption_instruct"]
     assert (given["train"], given["eval"]) == (["a picture of"], "a picture of")
+
+
+@pytest.mark.parametrize("name", ["color", "statement", "caption"])
+def test_a_prompt_replaces_templates_that_follow_from_the_class(name: str, files: Path) -> None:
+    """`shapes_instruct_*` name none in their YAML: the group has its own."""
+    prompt = "tell me" if name == "caption" else "Q: {} A:"
+    path = files / "project.yaml"
+    text = f"model: {{arch: blip2_t5_instruct, model_type: tiny, prompt: '{prompt}'}}\nrun: {{task: instruct}}\n"
+    path.write_text(text + f"datasets: {{shapes_instruct_{name}: {{}}}}\n")
+    found = Config.from_file(path).prompts[f"shapes_instruct_{name}"]
+    field = {"color": "{question}", "statement": "{statement}", "caption": ""}[name]
+    assert found["eval"] == prompt.replace("{}", field)
 
 
 def test_a_job_s_config_asks_as_the_job_did(files: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import doors
 import pytest
@@ -92,6 +93,22 @@ def test_a_folder_without_tokenizer_is_an_error(tmp_path: Path) -> None:
             load_tokenizer(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda lines: [*lines[:7], "", *lines[7:]], r"vocab\.txt, line 8: empty, or the token is there twice"),
+        (lambda lines: [*lines, lines[9]], r"vocab\.txt, line 10: empty, or the token is there twice"),
+        (lambda lines: [], r"vocab\.txt is empty: it must have one token per line"),
+    ],
+)
+def test_each_line_of_a_vocabulary_has_a_token_of_its_own(change: Any, words: str, tmp_path: Path) -> None:
+    """An id is a line: with a token less than lines, texts would have ids beyond the embeddings."""
+    lines = (SHAPES / "vocab.txt").read_text().split()
+    (tmp_path / "vocab.txt").write_text("\n".join(change(lines)))
+    with pytest.raises(ValueError, match=words):
+        load_tokenizer(str(tmp_path))
+
+
 def test_a_language_model_that_never_ends_is_an_error(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(LLMS / "tiny_opt")
     tokenizer.save_pretrained(tmp_path)
@@ -106,7 +123,7 @@ def test_a_language_model_that_never_ends_is_an_error(tmp_path: Path) -> None:
         load_llm_tokenizer(tmp_path)
 
 
-MISSPELT = ("/nowhere/bert", "./bert", "../bert", "~/no_such_bert", "a/b/bert", "models/brt", "models/brt.pth")
+MISSPELT = ("/nowhere/bert", "./bert", "../bert", "~/no_such_bert", "a/b/bert", "models/brt", "models/brt.pth", "")
 
 
 @pytest.mark.parametrize("source", MISSPELT)

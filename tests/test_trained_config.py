@@ -16,6 +16,7 @@ from lavis_lite.config import Config
 from lavis_lite.config_sections import model_layer
 from lavis_lite.convert.__main__ import run
 from lavis_lite.models import from_pretrained, load_model, load_model_and_preprocess
+from lavis_lite.models.loading import described
 
 IMAGE = Image.new("RGB", (200, 100), "teal")
 OWN_PROCESSORS = {
@@ -99,6 +100,76 @@ def test_a_file_needs_no_type(caption_run: tuple[Path, Path], tmp_path: Path) ->
     plain = checkpoint.save({"model": model.state_dict()}, tmp_path / "lavis.pth")
     with pytest.raises(ValueError, match=r"lavis.pth does not say what it was trained as: .*load_model\(arch"):
         from_pretrained(plain)
+
+
+def test_a_language_model_that_a_checkpoint_holds_is_not_called_random(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    random = "tiny_opt has no weights: the language model's are random"
+    model = load_model("blip2_opt", "tiny")
+    assert random in lines(caplog)
+    source = saved(tmp_path, model, model=tiny("blip2_opt") | {"model_type": "tiny"})
+    caplog.clear()
+    again = load_model("blip2_opt", "tiny", checkpoint=source)
+    doors.assert_same_state(again.state_dict(), model.state_dict())
+    assert not lines(caplog)
+
+
+def test_a_merged_file_keeps_its_configuration(caption_run: tuple[Path, Path], tmp_path: Path) -> None:
+    """LAVIS reads the entry `model` only; what else a file has does not concern it."""
+    whole = tmp_path / "whole.pth"
+    assert run(["to-lavis", str(caption_run[1]), str(whole), "--options", "prompt='see '"]) == 0
+    model, images, texts = from_pretrained(whole, processors=True)
+    assert (model.prompt, model.max_txt_len) == ("see ", 12)
+    assert images["train"](IMAGE).shape == (3, 64, 64)
+    assert texts["train"]("A dog. And a cat!") == "see a dog and"
+
+
+@pytest.mark.parametrize("arch", ["blip_caption", "blip2_opt"])
+def test_a_prompt_without_its_space_is_replaced_too(arch: str, tmp_path: Path) -> None:
+    """The caption recipe of BLIP-2's quickstart: `prompt: a photo of`, and a processor with `${model.prompt} `."""
+    section = tiny(arch) | {"model_type": "tiny", "prompt": "a photo of"}
+    blocks = {"text_processor": {"train": {"name": "blip_caption", "prompt": "a photo of "}}}
+    source = saved(tmp_path, load_model(arch, "tiny"), model=section, datasets={"shapes_caption": blocks})
+    path = tmp_path / "evaluate.yaml"
+    path.write_text(
+        f"model: {{arch: {arch}, model_type: tiny}}\ndatasets: {{caption: {{}}}}\nrun: {{task: captioning}}\n"
+    )
+    for given, (prompt, begins) in {(): ("a photo of", "a photo of "), ("model.prompt=see",): ("see", "see ")}.items():
+        cfg = Config.from_file(path, given, checkpoint=str(source))
+        assert cfg.model["prompt"] == prompt
+        assert cfg.datasets["caption"]["text_processor"]["train"]["prompt"] == begins
+        settings = {"prompt": prompt} if given else {}
+        _, _, texts = load_model_and_preprocess(arch, "tiny", checkpoint=source, **settings)
+        assert texts["train"]("A cat") == f"{begins}a cat"
+
+
+def test_another_architecture_takes_images_and_no_texts(
+    caption_run: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """blip_vqa has no prompt to which a processor could refer."""
+    _, source = caption_run
+    settings = {"arch": "blip_feature_extractor", "processors": True}
+    caplog.clear()
+    with pytest.raises(ValueError, match=r"lacks .* trainable keys .*; name a checkpoint that has them"):
+        from_pretrained(source, **settings)
+    assert not [line for line in lines(caplog) if "keys" in line]  # the error says it
+    layers, tree = described(source, "blip_vqa", {})
+    assert set(tree["preprocess"]) == {"vis_processor"}
+    assert tree["preprocess"]["vis_processor"]["eval"]["image_size"] == tree["model"]["image_size"] == 64
+    assert layers
+
+
+@pytest.mark.parametrize("source", ["", " ", 5])
+def test_nothing_is_not_the_name_of_weights(source: Any, tmp_path: Path) -> None:
+    """`$CHECKPOINT` that is not set: random weights would be evaluated."""
+    words = rf"expected a file, a folder, a URL or a hub id, got {source!r}"
+    for load in (lambda: load_model("blip_caption", "tiny", checkpoint=source), lambda: from_pretrained(source)):
+        with pytest.raises(ValueError, match=words):
+            load()
+    if isinstance(source, str):
+        with pytest.raises(ValueError, match=f"--checkpoint: {words}"):
+            Config.from_file(doors.project(tmp_path, "caption"), checkpoint=source)
 
 
 def test_a_file_without_config_is_loaded_as_the_type_says(

@@ -107,7 +107,9 @@ def write_hf(args: argparse.Namespace) -> str:
 
 def write_lavis(args: argparse.Namespace) -> str:
     """A folder or checkpoint as a file; returns what was done."""
+    from lavis_lite.config_sections import MODEL_KEYS
     from lavis_lite.convert.folders import check_target, write_checkpoint
+    from lavis_lite.download import is_folder
     from lavis_lite.models.loading import arch_in, build, described
 
     check_target(args.target, overwrite=args.overwrite)
@@ -115,7 +117,10 @@ def write_lavis(args: argparse.Namespace) -> str:
     layers, tree = described(args.source, arch, _precision(arch, args) | _overrides(args.options))
     model = build(tree["model"], layers, is_eval=True, device="cpu", checkpoint=args.source)
     _lower(model, args)
-    write_checkpoint(model, args.target, trainable_only=args.trainable_only, overwrite=args.overwrite)
+    left_out = ("llm_lora", *(key for key in MODEL_KEYS if key not in ("arch", "model_type")))
+    section = {key: value for key, value in tree["model"].items() if key not in left_out}
+    config = None if is_folder(args.source) else {"model": section, "preprocess": tree.get("preprocess", {})}
+    write_checkpoint(model, args.target, config=config, trainable_only=args.trainable_only, overwrite=args.overwrite)
     return f"{args.source} ({arch}) written to {args.target}"
 
 

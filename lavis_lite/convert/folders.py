@@ -114,10 +114,16 @@ def _put(partial: Path, target: Path) -> None:
 
 
 def write_checkpoint(
-    model: nn.Module, target: str | Path, *, trainable_only: bool = False, overwrite: bool = False
+    model: nn.Module,
+    target: str | Path,
+    *,
+    config: Mapping[str, Any] | None = None,
+    trainable_only: bool = False,
+    overwrite: bool = False,
 ) -> Path:
     """Write a model as a `.pth` file that LAVIS loads, adapters (LoRA) merged; `trainable_only` leaves out the frozen
-    parts that have a source of their own, as LAVIS's files do.
+    parts that have a source of their own, as LAVIS's files do. `config` has the sections `model` and `preprocess` that
+    the file says it was trained as.
 
     Raises FileExistsError if the file is there and `overwrite` is not set, ValueError for `trainable_only` of a model
     with adapters, whose language model is not the source's any more.
@@ -129,7 +135,7 @@ def write_checkpoint(
         raise InputError("a file of the trainable parts only has no adapters (LoRA): write the whole model")
     else:
         state = model.checkpoint_state_dict()
-    return checkpoint.save({"model": state}, target)
+    return checkpoint.save({"model": state} | ({} if config is None else {"config": config}), target)
 
 
 def check_target(target: str | Path, *, overwrite: bool) -> Path:

@@ -10,6 +10,7 @@ import json
 import os
 import random
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +22,7 @@ from lavis_lite.datasets.shapes import ShapesBuilder
 from lavis_lite.datasets.shapes_build import image_name, not_written
 from lavis_lite.datasets.shapes_groups import Ask, GroupAsker
 from lavis_lite.datasets.shapes_scene import Scene, ShapesConfig
+from lavis_lite.datasets.templates import with_prompt
 from lavis_lite.errors import InputError
 from lavis_lite.records import Record
 from lavis_lite.registry import registry
@@ -51,6 +53,11 @@ class ShapesInstructBuilder(ShapesBuilder, InstructBuilder):
     group: ClassVar[str]
     reader = staticmethod(load_annotations)
     prepare = BaseBuilder.prepare
+
+    @classmethod
+    def with_prompt(cls, instructions: str | Path | Mapping[str, Any], prompt: str) -> dict[str, Any] | None:
+        """As `templates.with_prompt`, for the group's own templates where none are named."""
+        return with_prompt(instructions or TEMPLATES[cls.group], prompt)
 
     def __post_init__(self) -> None:
         super().__post_init__()

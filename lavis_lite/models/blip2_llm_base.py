@@ -5,6 +5,7 @@ Letters: B samples, F frames of a video (1 for an image), Q queries, S tokens th
 E width.
 """
 
+import logging
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -25,6 +26,8 @@ from lavis_lite.nn.llm import LanguageModel, has_weights, language_model_config,
 from lavis_lite.nn.llm_sources import embedding_width
 from lavis_lite.nn.lora import trains_whole_parts
 from lavis_lite.weights import LazyState
+
+logger = logging.getLogger(__name__)
 
 TINY_WIDTH = 512
 """Below it `llm_precision: auto` follows the config file; at and above it, it is bf16."""
@@ -104,6 +107,7 @@ class LanguageModelBase(Blip2Base):
             model, start_id=start_id(config, self.coder), end_id=self.coder.end_id, pad_id=self.coder.pad_id
         )
         setattr(self, f"{self.part}_proj", nn.Linear(self.Qformer.config.hidden_size, self.lm.width))
+        self.lm_source = source
         self.sources[f"{self.part}_model."] = source if has_weights(source) else None
         self.adapter = (llm_lora or {}).get(lora.ADAPTER)
         self.loaded_later = () if self.adapter is None else (f"{self.part}_model.",)
@@ -174,6 +178,9 @@ class LanguageModelBase(Blip2Base):
     def load_frozen(self, loaded: set[str]) -> None:
         """As Blip2Base's; then adapters from a folder of their own, unless the file had them."""
         super().load_frozen(loaded)
+        prefix = f"{self.part}_model."
+        if self.sources[prefix] is None and not any(name.startswith(prefix) for name in loaded):
+            logger.warning(f"{self.lm_source} has no weights: the language model's are random")
         if self.adapter is not None and not any(".lora_" in name for name in loaded):
             lora.load_adapter(self.lm.model, self.adapter)
 

@@ -21,7 +21,8 @@ FRAMES = {
 def generation_prompts(samples: dict[str, Any], default: str, count: int) -> list[str]:
     """The prompt of each of `count` samples: `samples["prompt"]` (one, or one a sample) or the model's.
 
-    The first gap `{}` is filled with `ocr_tokens` if the samples have them, the next with `text_input`.
+    The first gap `{}` is filled with `ocr_tokens` if the samples have them, the next with `text_input`. ValueError for
+    a gap with nothing to fill it: the language model would read the braces.
     """
     prompts = text_list(samples.get("prompt", default), count, "prompt")
     if not any("{}" in prompt for prompt in prompts):
@@ -29,7 +30,7 @@ def generation_prompts(samples: dict[str, Any], default: str, count: int) -> lis
     values = [ocr_texts(samples, count)] if "ocr_tokens" in samples else []
     if "text_input" in samples:
         values.append(texts_of(samples, count))
-    return fill(prompts, *values) if values else prompts
+    return fill(prompts, *values)
 
 
 def question_prompts(samples: dict[str, Any], template: str | Sequence[str], count: int) -> list[str]:
@@ -90,8 +91,10 @@ def fill_gaps(template: str, values: Sequence[str]) -> str:
     Raises ValueError if there are more gaps than values.
     """
     if template.count("{}") > len(values):
+        count = template.count("{}")
         raise InputError(
-            f"prompt {template!r} has {template.count('{}')} gaps, but there are {len(values)} texts for them"
+            f"prompt {template!r} has {count} gaps, but there are {len(values)} texts for them: give "
+            "samples['text_input'], or a prompt without '{}'"
         )
     head, *rest = template.split("{}", len(values))
     return head + "".join(value + part for value, part in zip(values, rest, strict=False))

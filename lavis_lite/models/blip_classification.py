@@ -17,7 +17,7 @@ from lavis_lite.bounds import check_number
 from lavis_lite.models.base import Output
 from lavis_lite.models.blip_base import BlipBase, ramp
 from lavis_lite.models.blip_nlvr import classification_head
-from lavis_lite.models.inputs import image_of, integers, required, texts_of
+from lavis_lite.models.inputs import image_of, integers, texts_of
 from lavis_lite.nn.bert import BertModel
 from lavis_lite.nn.losses import soft_cross_entropy
 from lavis_lite.nn.momentum import copy_parameters, update_momentum
@@ -61,8 +61,8 @@ class BlipClassification(BlipBase):
         """Loss of `image` (B,3,H,W), `text_input` list[str], `label` (B,)."""
         image = image_of(samples)
         ids, mask = self.tokenize(texts_of(samples, len(image)), max_length=self.max_txt_len)
-        label = integers(samples, "label", len(image), "the class of each image", self.device)
         logits = self.logits(image, ids, mask)
+        label = self.labels(samples, logits)
         loss = F.cross_entropy(logits, label)
         if self.use_distill:
             alpha = ramp(samples, self.alpha, num_epochs=1)
@@ -72,9 +72,15 @@ class BlipClassification(BlipBase):
 
     def predict(self, samples: dict[str, Any]) -> Output:
         """Logits (B,num_classes) and the labels (B,)."""
-        image, targets = image_of(samples, answering=True), required(samples, "label", "the classes (B,)")
+        image = image_of(samples, answering=True)
         ids, mask = self.tokenize(texts_of(samples, len(image)), max_length=self.max_txt_len)
-        return Output({"predictions": self.logits(image, ids, mask), "targets": targets})
+        logits = self.logits(image, ids, mask)
+        return Output({"predictions": logits, "targets": self.labels(samples, logits)})
+
+    def labels(self, samples: dict[str, Any], logits: Tensor) -> Tensor:
+        """The class of each image (B,)."""
+        count, num_classes = logits.shape
+        return integers(samples, "label", count, "the class of each image", logits.device, below=num_classes)
 
     def logits(self, image: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """(B,num_classes)"""

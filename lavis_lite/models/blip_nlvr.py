@@ -11,7 +11,7 @@ from lavis_lite.bounds import MAX_WIDTH, check_number
 from lavis_lite.errors import InputError
 from lavis_lite.models.base import Output
 from lavis_lite.models.blip_base import BlipBase
-from lavis_lite.models.inputs import image_of, integers, required, texts_of
+from lavis_lite.models.inputs import image_of, integers, texts_of
 from lavis_lite.nn.bert import BertModel
 from lavis_lite.registry import registry
 
@@ -31,14 +31,19 @@ class BlipNLVR(BlipBase):
     def forward(self, samples: dict[str, Any]) -> Output:
         """Loss of `image0`, `image1` (B,3,H,W), `text_input` list[str], `label` (B,)."""
         logits = self.logits(samples)
-        label = integers(samples, "label", len(logits), "the class of each pair", logits.device)
-        return Output({"loss": F.cross_entropy(logits, label), "logits": logits.detach()})
+        return Output({"loss": F.cross_entropy(logits, self.labels(samples, logits)), "logits": logits.detach()})
 
     def predict(self, samples: dict[str, Any]) -> Output:
         """Logits (B,num_classes) and the labels (B,)."""
         for key in ("image0", "image1"):
             image_of(samples, key, answering=True)
-        return Output({"predictions": self.logits(samples), "targets": required(samples, "label", "the classes (B,)")})
+        logits = self.logits(samples)
+        return Output({"predictions": logits, "targets": self.labels(samples, logits)})
+
+    def labels(self, samples: dict[str, Any], logits: Tensor) -> Tensor:
+        """The class of each pair (B,)."""
+        count, num_classes = logits.shape
+        return integers(samples, "label", count, "the class of each pair", logits.device, below=num_classes)
 
     def states(self, samples: dict[str, Any]) -> Tensor:
         """The statement's states (B,T,E), grounded in both images."""

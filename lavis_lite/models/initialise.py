@@ -241,7 +241,13 @@ def qformer_weights(bert: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def trained_qformer_weights(source: str) -> dict[str, Tensor]:
     """Tensors of the Q-Former and its queries in a checkpoint file or URL."""
     state = checkpoint.find_state_dict(checkpoint.load(download.fetch(source)), source=source)
-    return {name: tensor for name, tensor in state.items() if name.startswith(("Qformer.", "query_tokens"))}
+    found = {name: tensor for name, tensor in state.items() if name.startswith(("Qformer.", "query_tokens"))}
+    if not found:
+        raise InputError(
+            f"model.init_text: {source} holds no Q-Former: it has {', '.join(sorted(state)[:3])}, ...: name a "
+            "checkpoint of BLIP-2, or a folder or hub id of a BERT"
+        )
+    return found
 
 
 @torch.no_grad()

@@ -16,6 +16,8 @@ from lavis_lite.errors import InputError, MissingInputError
 
 LARGEST_VALUE = 64.0
 """Largest magnitude in an image. Normalised images stay within about 3; 8-bit values that were only cast reach 255."""
+UNLISTED = (bytes, Mapping, set, frozenset)
+"""Iterables that are no list of texts: a set has no order, by which texts go with images."""
 SHOWN = 60
 """Characters of a wrong value in a message."""
 
@@ -101,7 +103,7 @@ def text_list(texts: str | Sequence[str], count: int, key: str = "text_input", *
     where = f"samples[{key!r}]"
     if isinstance(texts, str):
         return [checked_text(texts, where)] * count
-    if isinstance(texts, bytes | Mapping) or not isinstance(texts, Iterable):
+    if isinstance(texts, UNLISTED) or not isinstance(texts, Iterable):
         raise InputError(f"{where}: {shown(texts)} is neither a text nor a list of one a sample")
     texts = list(texts)
     if len(texts) != count:
@@ -124,7 +126,7 @@ def require_labels(num_labels: Sequence[int], texts: Sequence[str]) -> None:
 
 def listed_texts(texts: Any, where: str) -> list[str]:
     """Any number of texts. ValueError, which begins with `where`, for none and for anything else."""
-    if isinstance(texts, str | bytes | Mapping) or not isinstance(texts, Iterable):
+    if isinstance(texts, (str, *UNLISTED)) or not isinstance(texts, Iterable):
         raise InputError(f"{where} must be a list of texts; got {shown(texts)}")
     texts = list(texts)
     if not texts:
@@ -143,7 +145,7 @@ def whole_number(value: Any, name: str, least: int | None = None) -> int:
 
 def word_lists(value: Any, count: int, key: str) -> list[list[str]]:
     """A list of texts per sample (words read in an image, choices). ValueError for anything else."""
-    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+    if isinstance(value, (str, *UNLISTED)) or not isinstance(value, Iterable):
         raise InputError(f"samples[{key!r}]: {shown(value)} must be a list with a list of texts for each image")
     for row, words in enumerate(value := list(value)):
         if not isinstance(words, list | tuple):
@@ -173,8 +175,12 @@ def checked_text(text: Any, where: str) -> str:
     return text
 
 
-def integers(samples: Mapping[str, Any], key: str, count: int, what: str, device: torch.device) -> Tensor:
-    """`samples[key]`, a tensor or list, as a LongTensor (B,). ValueError for another number of them, or other types."""
+def integers(
+    samples: Mapping[str, Any], key: str, count: int, what: str, device: torch.device, *, below: int | None = None
+) -> Tensor:
+    """`samples[key]`, a tensor or list, as a LongTensor (B,). ValueError for another number of them, or other types,
+    and for one that is negative or not `below`, if they are on the CPU: looking at them would wait for a GPU.
+    """
     value = required(samples, key, f"{what} (B,)")
     try:
         found = torch.as_tensor(value)
@@ -184,6 +190,10 @@ def integers(samples: Mapping[str, Any], key: str, count: int, what: str, device
         raise InputError(
             f"samples[{key!r}] is {found.dtype} of shape {tuple(found.shape)}; it must be {count} integers: {what}"
         )
+    if below is not None and found.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = [number for number in found.flatten().tolist() if not 0 <= number < below]
+        if wrong:
+            raise InputError(f"samples[{key!r}] holds {wrong[0]}; it must be from 0 to {below - 1}: {what}")
     return found.to(device, torch.long).reshape(-1)
 
 

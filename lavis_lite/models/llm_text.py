@@ -72,7 +72,7 @@ class TextCoder:
         return [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
     def _bare(self, texts: Sequence[str]) -> Rows:
-        return self.tokenizer(checked_texts(texts), add_special_tokens=False).input_ids
+        return self.tokenizer(checked_texts(texts), add_special_tokens=False, verbose=False).input_ids
 
     def _around(self, row: list[int], max_length: int | None, *, side: str) -> list[int]:
         if max_length is not None:

@@ -139,6 +139,7 @@ def arch_in(source: str | Path, wanted: str | None = None) -> str:
 
 def described(source: str | Path, arch: str | None, overrides: Mapping[str, Any]) -> tuple[list[Layer], dict[str, Any]]:
     """Return the layers, and the resolved configuration, of a folder or of a checkpoint for which no type is named."""
+    _check_named(source, "source")
     trained, own = trained_config.read(source), _overrides(overrides)
     arch = arch_in(source, arch)
     if download.is_folder(source):
@@ -171,8 +172,15 @@ def configured(
     """
     layers = [model_layer(name, model_type), _overrides(overrides)]
     if checkpoint is not None:
+        _check_named(checkpoint, "checkpoint")
         layers = trained_config.lay_under(layers, trained_config.read(checkpoint))
     return layers, resolve(merge_layers(layers), layers)
+
+
+def _check_named(source: Any, argument: str) -> None:
+    """InputError for what names no weights, such as the text of an environment variable that is not set."""
+    if not isinstance(source, str | Path) or not str(source).strip():
+        raise InputError(f"{argument}: expected a file, a folder, a URL or a hub id, got {source!r}")
 
 
 def _overrides(overrides: Mapping[str, Any]) -> Layer:

@@ -48,7 +48,16 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def _from_vocabulary(tokens: dict[str, int], folder: Path) -> PreTrainedTokenizerBase:
-    """BERT's tokenizer from a `vocab.txt` alone; texts are lower-cased unless the vocabulary has capitals."""
+    """BERT's tokenizer from a `vocab.txt` alone; texts are lower-cased unless the vocabulary has capitals.
+
+    Raises ValueError for a line without a token of its own.
+    """
+    if len(tokens) <= max(tokens.values()):  # a token's id is its line
+        gap = min(set(range(max(tokens.values()))) - set(tokens.values()))
+        raise InputError(
+            f"{folder / 'vocab.txt'}, line {gap + 1}: empty, or the token is there twice: each line must have a token "
+            "of its own"
+        )
     is_cased = any(token != token.lower() for token in tokens if not token.startswith("["))
     logger.info(f"{folder / 'vocab.txt'}: {len(tokens)} tokens, {'cased' if is_cased else 'texts are lower-cased'}")
     return BertTokenizer(vocab=tokens, do_lower_case=not is_cased)
@@ -86,7 +95,10 @@ def vocabulary(folder: Path) -> dict[str, int]:
             lines = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
         except UnicodeDecodeError as error:
             raise InputError(f"{folder / 'vocab.txt'} is no vocabulary: it is not UTF-8 ({error})") from error
-        return {token.rstrip("\r"): index for index, token in enumerate(lines) if token.rstrip("\r")}
+        tokens = {token.rstrip("\r"): index for index, token in enumerate(lines) if token.rstrip("\r")}
+        if not tokens:
+            raise InputError(f"{folder / 'vocab.txt'} is empty: it must have one token per line, [PAD] among them")
+        return tokens
     return {}
 
 
@@ -163,6 +175,7 @@ def tokenize(
         truncation=max_length is not None,
         max_length=max_length,
         return_tensors="pt",
+        verbose=False,  # transformers warns of positions that another model would have
     ).to(device)
     ids, mask = tokens.input_ids, tokens.attention_mask
     if start is not None:

@@ -6,7 +6,6 @@ forgets when it builds a T5 from its config alone.
 """
 
 import copy
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,6 @@ from lavis_lite.nn.llm_sources import (
 from lavis_lite.nn.lora import add_lora, lora_config
 
 __all__ = ["PACKAGED", "WEIGHT_FILES", "check_language_model", "load_language_model", "load_llm_tokenizer"]
-logger = logging.getLogger(__name__)
 
 INSIDE_COMPOSITE = {r"^language_model\.": ""}
 """Where a BLIP-2 of transformers has its language model."""
@@ -176,8 +174,6 @@ def _build(
     if on_meta or not has_weights(source):
         if quantization is not None:
             raise InputError(f"{source} has no weights, so that there is nothing for llm_quantization to quantize")
-        if not on_meta:
-            logger.warning(f"{source} has no weights: the language model's are random")
         model = auto.from_config(config, dtype=dtype)
         if untied:
             _untie_head(model)
