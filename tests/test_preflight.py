@@ -227,6 +227,15 @@ def test_an_instruct_model_is_told_to_take_instruct() -> None:
     preflight.check_task(cfg, task)  # training alone does not evaluate
 
 
+@pytest.mark.parametrize("recipe", ["caption", "vqa_rank", "retrieval"])
+def test_a_split_for_evaluation_is_not_trained_on(
+    recipe: str, tmp_path: Path, shapes_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = doors.project(tmp_path, recipe)
+    assert doors.train(path, "run.train_splits=[val]", "run.batch_size_train=2", flags=["--dry-run"]) == 2
+    assert "run.train_splits names 'val'" in capsys.readouterr().err
+
+
 def test_every_task_s_methods_are_some_model_s() -> None:
     classes = [registry.get_model_class(name) for name in registry.list_models()]
     for name in registry.list_tasks():
