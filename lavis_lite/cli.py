@@ -10,6 +10,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 import time
@@ -127,14 +128,23 @@ def _explained(error: Exception) -> tuple[int, str] | None:
 
     if isinstance(error, UserError):
         return 2, f"error: {_own_words(error)}"
-    if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
-        return 2, f"error: {error}: {SYSTEM_ERRORS[error.errno]}"
+    if isinstance(error, OSError):
+        words = _own_words(error)
+        number = error.errno or _errno_in(words)
+        if number in SYSTEM_ERRORS:
+            return 2, f"error: {words}: {SYSTEM_ERRORS[number]}"
     failure = failures.explain(error)
     rank = os.environ.get("RANK")
     return None if failure is None else (1, f"error: {failure}" if rank is None else f"error: rank {rank}: {failure}")
 
 
-def _own_words(error: UserError) -> str:
+def _errno_in(text: str) -> int | None:
+    """The number in the text of an OSError, which torch raises anew without it if a loader worker raised it."""
+    found = re.match(r"\[Errno (\d+)\]", text)
+    return int(found[1]) if found else None
+
+
+def _own_words(error: Exception) -> str:
     """The message; of an error that a loader worker raised, without the traceback that torch puts before it."""
     text = str(error)
     if text.startswith("Caught ") and " in DataLoader worker process " in text:

@@ -437,6 +437,17 @@ def test_a_mistake_that_a_loader_worker_finds_is_one_line(
     assert "Traceback" not in err
 
 
+def test_what_the_system_refuses_a_loader_worker_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read_in_workers(monkeypatch, lambda: throw(PermissionError(errno.EACCES, "Permission denied", "/data/a.bin")))
+    path = doors.project(tmp_path, "caption", CHANGES, {"run": {"num_workers": 1}})
+    assert doors.train(path) == 2
+    err = capsys.readouterr().err
+    assert "error: [Errno 13] Permission denied: '/data/a.bin': check the permissions of the file" in err
+    assert "Traceback" not in err
+
+
 def test_a_bug_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = doors.project(tmp_path, "caption", CHANGES)
     fails(monkeypatch, lambda: {}["a bug"])
