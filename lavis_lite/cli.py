@@ -10,6 +10,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 import time
@@ -99,7 +100,9 @@ def exit_code(execute: Callable[[], None], *, command: Sequence[str] = ()) -> in
         execute()
     except Stopped as stop:
         if _is_first_process():
-            print(stop_line(stop, command), file=sys.stderr)
+            line = stop_line(stop, command)
+            print(line, file=sys.stderr)
+            _keep(line)
         return stop.exit_code
     except KeyboardInterrupt:  # before the signals are caught
         print("stopped by SIGINT", file=sys.stderr)
@@ -125,14 +128,23 @@ def _explained(error: Exception) -> tuple[int, str] | None:
 
     if isinstance(error, UserError):
         return 2, f"error: {_own_words(error)}"
-    if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
-        return 2, f"error: {error}: {SYSTEM_ERRORS[error.errno]}"
+    if isinstance(error, OSError):
+        words = _own_words(error)
+        number = error.errno or _errno_in(words)
+        if number in SYSTEM_ERRORS:
+            return 2, f"error: {words}: {SYSTEM_ERRORS[number]}"
     failure = failures.explain(error)
     rank = os.environ.get("RANK")
     return None if failure is None else (1, f"error: {failure}" if rank is None else f"error: rank {rank}: {failure}")
 
 
-def _own_words(error: UserError) -> str:
+def _errno_in(text: str) -> int | None:
+    """The number in the text of an OSError, which torch raises anew without it if a loader worker raised it."""
+    found = re.match(r"\[Errno (\d+)\]", text)
+    return int(found[1]) if found else None
+
+
+def _own_words(error: Exception) -> str:
     """The message; of an error that a loader worker raised, without the traceback that torch puts before it."""
     text = str(error)
     if text.startswith("Caught ") and " in DataLoader worker process " in text:
@@ -140,11 +152,11 @@ def _own_words(error: UserError) -> str:
     return text
 
 
-def _keep(line: str, error: Exception) -> None:
+def _keep(line: str, error: Exception | None = None) -> None:
     if "torch" in sys.modules:  # which the log needs; before it is imported there is no job either
         from lavis_lite import logger as run_logger
 
-        run_logger.keep_error(line, error)
+        run_logger.keep_line(line, error)
 
 
 def stop_line(stop: Stopped, command: Sequence[str]) -> str:
@@ -188,8 +200,8 @@ def run(cfg: Config, stop: StopSignals) -> None:
 
 def run_job(cfg: Config, stop: StopSignals) -> dict[str, Any]:
     """`run` between joining and leaving the process group; returns what the runner does."""
-    from lavis_lite import dist, preflight
     from lavis_lite import logger as run_logger
+    from lavis_lite import preflight
 
     task = registry.get_task_class(cfg.run.task)(**cfg.task)
     preflight.check_task(cfg, task)
@@ -203,17 +215,26 @@ def run_job(cfg: Config, stop: StopSignals) -> dict[str, Any]:
             runner.stop = stop
             return execute(cfg, runner)
         except (UserError, RankZeroFailed):
-            if dist.is_main() and not getattr(runner, "has_begun", False):
-                run_logger.setup()  # closes console.txt
-                discard_if_unused(job_dir)
+            _discard_unbegun(job_dir, runner)
             raise
         except (Stopped, RuntimeError) as error:
             stopped = error if isinstance(error, Stopped) else _stopped_too(stop, error)
             if stopped is None:
                 raise
+            _discard_unbegun(job_dir, runner)
             if not cfg.run.evaluate and (job_dir / "checkpoint_last.pth").is_file():
                 stopped.job_id, stopped.step = str(cfg.run.job_id), getattr(runner, "saved_step", None)
             raise stopped from None
+
+
+def _discard_unbegun(job_dir: Path, runner: Any) -> None:
+    """Delete the folder of a run that ends before its first step, if there is nothing else in it."""
+    from lavis_lite import dist
+    from lavis_lite import logger as run_logger
+
+    if dist.is_main() and not getattr(runner, "has_begun", False):
+        run_logger.setup()  # closes console.txt
+        discard_if_unused(job_dir)
 
 
 def _stopped_too(stop: StopSignals, error: RuntimeError) -> Stopped | None:

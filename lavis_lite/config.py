@@ -46,6 +46,8 @@ from lavis_lite.prompt_order import replaced_instructions
 from lavis_lite.registry import RegistryError, did_you_mean
 from lavis_lite.run_config import RunConfig, RunConfigError
 
+logger = logging.getLogger(__name__)
+
 __all__ = ["Config", "ConfigError", "RunConfig", "parser"]
 
 RUN_DEFAULTS = {f.name: getattr(RunConfig(task=""), f.name) for f in dataclasses.fields(RunConfig) if f.name != "task"}
@@ -81,8 +83,15 @@ class Config:
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> "Config":
         """Turn parsed command-line arguments into a configuration; its flags count as options given last."""
-        options = [*args.options, *args.cfg_options]
-        cfg = cls.from_file(args.cfg_path, options, checkpoint=getattr(args, "checkpoint", None))
+        options, weights = [*args.options, *args.cfg_options], getattr(args, "checkpoint", None)
+        if hasattr(args, "checkpoint") and args.resume is not None and (args.resume == "auto" or weights is not None):
+            raise ConfigError(
+                f"--resume {args.resume}: an evaluation resumes nothing; name its weights by --checkpoint"
+            )
+        cfg = cls.from_file(args.cfg_path, options, checkpoint=weights)
+        if weights is not None and cfg.run.resume_ckpt_path is not None:
+            logger.info("run.resume_ckpt_path %s is not read: --checkpoint names the weights", cfg.run.resume_ckpt_path)
+            cfg.run = dataclasses.replace(cfg.run, resume_ckpt_path=None)
         if args.job_id is not None:
             cfg.run = replace_run(cfg.run, origin="--job-id", job_id=args.job_id)
         if args.resume is not None:

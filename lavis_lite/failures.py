@@ -2,6 +2,7 @@
 that says what to change.
 """
 
+import errno
 import re
 
 MEMORY = (
@@ -9,15 +10,23 @@ MEMORY = (
     "model.image_size; recompute activations (BLIP: model.vit_grad_ckpt=true, BLIP-2: model.use_grad_checkpoint=true); "
     "set run.precision=bf16"
 )
+LIMITS = (
+    "lower run.num_workers (0 loads in the main process), or raise the machine's limits of open files (ulimit -n) and "
+    "of processes (ulimit -u)"
+)
+_TOO_MANY = (errno.EMFILE, errno.ENFILE, errno.EAGAIN)
+_NO_MORE = ("Too many open files", "can't start new thread", "unable to open shared memory object")
 _FULL = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "not enough memory")
 _WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\) (?:is killed by signal: (.*?)\.|exited)")
 
 
 def explain(error: BaseException) -> str | None:
     """Return what failed and what to change, or None for an error that is none of these."""
-    text = str(error).strip()
-    if isinstance(error, MemoryError):
+    text = _workers_own(str(error).strip())
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return f"out of memory on the CPU: {_memory_hint('cpu')}"
+    if getattr(error, "errno", None) in _TOO_MANY or any(part in text for part in _NO_MORE):
+        return f"{text.split('. ')[0]}: {LIMITS}"
     if not isinstance(error, RuntimeError):
         return None
     worker = _WORKER.search(text)
@@ -26,6 +35,13 @@ def explain(error: BaseException) -> str | None:
     if type(error).__name__ == "OutOfMemoryError" or any(part in text for part in _FULL):
         return f"out of memory ({_first_sentences(text)}): {_memory_hint('cpu' if 'CPUAllocator' in text else 'gpu')}"
     return _rank(error)
+
+
+def _workers_own(text: str) -> str:
+    """The last line of an error that a loader worker raised, which torch puts after the worker's traceback."""
+    if not text.startswith("Caught ") or " in DataLoader worker process " not in text:
+        return text
+    return text.splitlines()[-1].split(": ", 1)[-1]
 
 
 def _memory_hint(place: str) -> str:

@@ -39,11 +39,11 @@ def setup(job_dir: str | Path | None = None) -> None:
     root.setLevel(logging.INFO if dist.is_main() else logging.WARNING)
 
 
-def keep_error(line: str, error: BaseException) -> None:
-    """Write an error and its traceback to console.txt, if there is one, and not to the terminal."""
-    record = logger.makeRecord(
-        logger.name, logging.DEBUG, __file__, 0, line, (), (type(error), error, error.__traceback__)
-    )
+def keep_line(line: str, error: BaseException | None = None) -> None:
+    """Write what the terminal shows at the end, and an error's traceback, to console.txt, if there is one."""
+    found = (type(error), error, error.__traceback__) if error is not None else None
+    level = logging.INFO if error is None else logging.ERROR
+    record = logger.makeRecord(logger.name, level, __file__, 0, line, (), found)
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.FileHandler) and getattr(handler, "from_lavis_lite", False):
             handler.handle(record)

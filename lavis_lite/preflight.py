@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lavis_lite import dist
+from lavis_lite import dist, download
 from lavis_lite.config import Config, ConfigError
 from lavis_lite.config_agreement import setting
 from lavis_lite.errors import InputError, MissingFileError, UnreadableSample
@@ -120,11 +120,28 @@ def report(cfg: Config, found: Sequence[SplitReport], datasets: Datasets) -> lis
         name, _, key = split.where.rpartition("/")
         repeated = num_repeated(getattr(datasets[name][key], "annotation", ()))
         lines.append(split.line(set() if split.where in trained else trained_on, num_repeated=repeated))
+    lines += [
+        f"weights     not found: {path} ({key}); without it the run ends at its start"
+        for key, path in lost_weights(cfg)
+    ]
     try:
         check_device(cfg)
         return [*lines, f"device      {dist.resolve_device(cfg.run.device)}"]
     except InputError as error:
         return [*lines, f"device      not checked on this machine: {error}"]
+
+
+def lost_weights(cfg: Config) -> list[tuple[str, str]]:
+    """Return the keys of weights and checkpoints that name a file which is not there, and that file."""
+    model, run = cfg.model, cfg.run
+    own = {key: model.get(key) for key in ("pretrained", "finetuned") if model.get(f"load_{key}", True)}
+    own = {"checkpoint": model["checkpoint"]} if model.get("checkpoint") else own
+    named = {f"model.{key}": source for key, source in own.items()} | {"run.resume_ckpt_path": run.resume_ckpt_path}
+    return [
+        (key, str(source))
+        for key, source in named.items()
+        if source and not (download.is_url(source) or download.is_folder(source) or Path(source).expanduser().exists())
+    ]
 
 
 def _check_methods(cfg: Config, task: Any) -> None:

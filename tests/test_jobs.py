@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ from pathlib import Path
 import doors
 import pytest
 import torch
+import yaml
 
 from lavis_lite import checkpoint, cli, jobs
 from lavis_lite.errors import FolderInUseError, InputError
@@ -85,9 +87,8 @@ from pathlib import Path
 from lavis_lite.locks import FolderLock
 lock = FolderLock(Path(sys.argv[1]))
 lock.take()
-child = os.fork()  # as a loader worker
-if child:
-    print(child, flush=True)
+if not os.fork():  # as a loader worker, which has let go of the lock once it runs
+    print(os.getpid(), flush=True)
 time.sleep(60)
 """
 
@@ -183,9 +184,47 @@ def test_a_failed_start_leaves_no_folder(tmp_path: Path, shapes_data: Path) -> N
 def test_a_failed_resume_leaves_the_job(tmp_path: Path, shapes_data: Path) -> None:
     path = doors.project(tmp_path, "caption", {"run": {"max_iters": 2, "test_splits": []}})
     assert doors.train(path) == 0
-    before = {entry.name for entry in (tmp_path / "output" / "job").iterdir()}
+    files = [entry for entry in (tmp_path / "output" / "job").rglob("*") if entry.is_file()]
+    before = {entry: entry.read_bytes() for entry in files if entry.name not in (".lock", "console.txt")}
     assert doors.train(path, "run.batch_size_train=5", flags=["--resume", "auto"]) == 2
-    assert {entry.name for entry in (tmp_path / "output" / "job").iterdir()} == before
+    assert {entry: entry.read_bytes() for entry in before} == before  # config.yaml is still what the weights are of
+    assert sorted(files) == sorted(entry for entry in (tmp_path / "output" / "job").rglob("*") if entry.is_file())
+
+
+def test_the_configuration_of_a_resumed_job_resumes_nothing(
+    tmp_path: Path, shapes_data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else an evaluation with it would read that job's last weights instead of those it is given."""
+    path = doors.project(tmp_path, "caption", {"run": {"max_iters": 4, "test_splits": []}})
+    assert doors.train(path, "run.max_iters=2") == 0
+    assert doors.train(path, flags=["--resume", "auto"]) == 0
+    job = tmp_path / "output" / "job"
+    run = yaml.safe_load((job / "config.yaml").read_text())["run"]
+    assert (run["resume"], run["resume_ckpt_path"]) == (None, None)
+    for name in (jobs.LAST, jobs.BEST):
+        assert checkpoint.load(job / name)["config"]["run"]["resume_ckpt_path"] is None
+    saved = checkpoint.load(job / jobs.BEST)
+    saved["model"] = {key: torch.zeros_like(value) for key, value in saved["model"].items()}
+    zeros = checkpoint.save(saved, tmp_path / "zeros.pth")
+    older = f"run.resume_ckpt_path={job / jobs.LAST}"  # as earlier versions wrote it
+    assert doors.evaluate(job / "config.yaml", older, weights=zeros, job="given") == 0
+    assert "is not read: --checkpoint names the weights" in caplog.text
+    assert doors.evaluate(path, weights=zeros, job="expected") == 0
+    assert doors.evaluate(path, weights=job / jobs.BEST, job="other") == 0
+    given, expected, other = (
+        json.loads((tmp_path / "output" / name / "result" / "val_captions.json").read_text())
+        for name in ("given", "expected", "other")
+    )
+    assert given == expected != other
+
+
+def test_an_evaluation_resumes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = doors.project(tmp_path, "caption")
+    arguments = ["--cfg-path", str(path), "--resume", "auto"]
+    with pytest.raises(SystemExit) as ended:
+        cli.evaluate_main(arguments)
+    assert ended.value.code == 2
+    assert "--resume auto: an evaluation resumes nothing; name its weights by --checkpoint" in capsys.readouterr().err
 
 
 def test_a_step_checkpoint_is_the_last_ones_file(tmp_path: Path, shapes_data: Path) -> None:

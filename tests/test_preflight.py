@@ -155,6 +155,28 @@ def test_the_dry_run_tells_what_it_found(tmp_path: Path, capsys: pytest.CaptureF
     assert "device      cpu" in out
 
 
+def test_the_dry_run_names_weights_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It may come before the pretraining that makes them, so it is no error."""
+    path, there = doors.project(tmp_path, "caption"), tmp_path / "there.pth"
+    there.touch()
+    assert doors.train(path, "model.pretrained=/no/a.pth", flags=["--dry-run", "--resume", "/no/b.pth"]) == 0
+    out = capsys.readouterr().out
+    assert "not found: /no/a.pth (model.pretrained)" in out
+    assert "not found: /no/b.pth (run.resume_ckpt_path)" in out
+    for options in (["model.pretrained=/no/a.pth", "model.load_pretrained=false"], [f"model.pretrained={there}"]):
+        assert doors.train(path, *options, flags=["--dry-run"]) == 0
+        assert "not found" not in capsys.readouterr().out
+
+
+def test_a_shortest_text_above_the_longest_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for recipe in ("caption", "vqa_generate"):
+        path = doors.project(tmp_path, recipe)
+        assert doors.train(path, "run.max_len=4", "run.min_len=5", flags=["--dry-run"]) == 2
+        assert "run.min_len=5 is above run.max_len=4" in capsys.readouterr().err
+
+
 def test_a_dry_run_needs_no_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = doors.project(tmp_path, "caption", EVALUATED)
     assert doors.train(path, "run.device=cuda:7", flags=DRY) == 0
@@ -255,6 +277,15 @@ def test_an_instruct_model_is_told_to_take_instruct() -> None:
         preflight.check_task(cfg, task)
     cfg.run.test_splits = []
     preflight.check_task(cfg, task)  # training alone does not evaluate
+
+
+@pytest.mark.parametrize("recipe", ["caption", "vqa_rank", "retrieval"])
+def test_a_split_for_evaluation_is_not_trained_on(
+    recipe: str, tmp_path: Path, shapes_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = doors.project(tmp_path, recipe)
+    assert doors.train(path, "run.train_splits=[val]", "run.batch_size_train=2", flags=["--dry-run"]) == 2
+    assert "run.train_splits names 'val'" in capsys.readouterr().err
 
 
 def test_every_task_s_methods_are_some_model_s() -> None:

@@ -1,5 +1,6 @@
 """Stop signals: the step is finished, the run saved, the way to resume said; a second signal ends at once."""
 
+import errno
 import os
 import re
 import signal
@@ -15,7 +16,7 @@ import doors
 import pytest
 import torch
 
-from lavis_lite import checkpoint
+from lavis_lite import checkpoint, failures
 from lavis_lite.stopping import Stopped, StopSignals
 from lavis_lite.tasks.captioning import CaptionTask
 
@@ -92,6 +93,7 @@ def test_a_signal_in_validation_ends_at_once(
     signal_in(monkeypatch, "valid_step", call=1, signum=signal.SIGTERM)
     assert doors.train(path) == 143
     assert "stopped at step 6 by SIGTERM; resume with: " in capsys.readouterr().err
+    assert "stopped at step 6 by SIGTERM" in (tmp_path / "output" / "job" / "console.txt").read_text()
 
 
 def test_a_signal_in_preparation_or_evaluation(
@@ -102,6 +104,7 @@ def test_a_signal_in_preparation_or_evaluation(
         signal_in(patch, "build_model", call=1, signum=signal.SIGINT)
         assert doors.train(path) == 130
     assert "stopped by SIGINT: nothing was saved; start it again with: " in capsys.readouterr().err
+    assert not (tmp_path / "output" / "job").exists()
     with pytest.MonkeyPatch.context() as patch:
         signal_in(patch, "evaluate", call=1, signum=signal.SIGTERM)
         assert doors.evaluate(path) == 143
@@ -353,6 +356,46 @@ def test_out_of_memory_is_one_line(
     assert "Traceback" in (tmp_path / "output" / "job" / "console.txt").read_text()
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EMFILE, "Too many open files"),
+        BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),
+        RuntimeError("Too many open files. Communication with the workers is no longer possible."),
+        RuntimeError("can't start new thread"),
+    ],
+    ids=lambda error: f"{type(error).__name__} {error}",
+)
+def test_limits_of_the_machine_are_one_line(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fails(monkeypatch, lambda: throw(error))
+    assert doors.train(doors.project(tmp_path, "caption", CHANGES)) == 1
+    err = capsys.readouterr().err
+    (told,) = [text for text in err.splitlines() if text.startswith("error: ")]
+    for part in ("run.num_workers", "ulimit -n", "ulimit -u"):
+        assert part in told
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "out of memory on the CPU: "),
+        (
+            RuntimeError(
+                "Caught RuntimeError in DataLoader worker process 0.\nTraceback ...\nRuntimeError: out of memory"
+            ),
+            "out of memory (out of memory): ",
+        ),
+    ],
+)
+def test_full_memory_has_several_names(error: Exception, line: str) -> None:
+    found = failures.explain(error)
+    assert found is not None
+    assert found.startswith(line)
+
+
 def read_in_workers(monkeypatch: pytest.MonkeyPatch, action: Callable[[], None]) -> None:
     """Do this where a loader worker reads a sample; the checks before a run read some in the main process."""
     from lavis_lite.datasets.caption import CaptionTrainDataset
@@ -391,6 +434,17 @@ def test_a_mistake_that_a_loader_worker_finds_is_one_line(
     assert doors.train(path) == 2
     err = capsys.readouterr().err
     assert "error: record 3: caption: expected text, got 5\n" in err
+    assert "Traceback" not in err
+
+
+def test_what_the_system_refuses_a_loader_worker_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read_in_workers(monkeypatch, lambda: throw(PermissionError(errno.EACCES, "Permission denied", "/data/a.bin")))
+    path = doors.project(tmp_path, "caption", CHANGES, {"run": {"num_workers": 1}})
+    assert doors.train(path) == 2
+    err = capsys.readouterr().err
+    assert "error: [Errno 13] Permission denied: '/data/a.bin': check the permissions of the file" in err
     assert "Traceback" not in err
 
 

@@ -5,7 +5,7 @@ import json
 import logging
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -21,6 +21,7 @@ from lavis_lite.tasks.base import BaseTask
 from lavis_lite.tasks.captioning import CaptionTask
 from lavis_lite.tasks.image_text_pretrain import ImageTextPretrainTask
 from lavis_lite.tasks.metrics import caption_java
+from lavis_lite.tasks.metrics.vqa_accuracy import Variant
 from lavis_lite.tasks.multimodal_classification import MultimodalClassificationTask
 from lavis_lite.tasks.results import gather, per_sample, write_json
 from lavis_lite.tasks.retrieval import RetrievalTask
@@ -341,6 +342,8 @@ def test_vqa_warns_of_questions_with_too_few_answers(tmp_path: Path, caplog: pyt
         task = VQATask(accuracy=accuracy, inference_method="generate")
         assert task.evaluate(Toy(), data, split="val", result_dir=tmp_path)["agg_metrics"] == overall
         assert ("1 questions have fewer than 4 answers" in caplog.text) == warns
+        if warns:
+            assert caplog.text.rstrip().rsplit("choose ", 1)[-1] in get_args(Variant)
 
 
 def test_gqa_and_aok_vqa_score_in_their_own_way(tmp_path: Path) -> None:

@@ -60,6 +60,8 @@ class BaseDataset(Dataset):
     required: ClassVar[tuple[str, ...]] = ()
     fields: ClassVar[Mapping[str, Kind]] = {}
     long_keys: ClassVar[tuple[str, ...]] = ("label",)
+    training: bool = True
+    """Whether a sample has what is learned; else it is laid out for evaluation."""
 
     def __init__(
         self,
@@ -272,7 +274,7 @@ class BaseBuilder:
     def _build_split(self, split: str) -> BaseDataset:
         dataset_class = self.train_dataset if split == "train" else self.eval_dataset
         assert dataset_class is not None, f"{type(self).__name__} has no dataset class for {split}"
-        return dataset_class(
+        dataset = dataset_class(
             self.annotation_paths(split),
             self.image_root(),
             split=split,
@@ -281,6 +283,9 @@ class BaseBuilder:
             blank_texts=self.blank_texts,
             **self.dataset_options(split),
         )
+        if self.train_dataset is not self.eval_dataset:
+            dataset.training = split == "train"
+        return dataset
 
     def _section(self, key: str) -> dict[str, Any]:
         check_keys(self.build_info, ("annotations", *SEEN), "build_info")

@@ -39,6 +39,8 @@ from lavis_lite.stopping import Stopped, StopSignals
 
 logger = logging.getLogger(__name__)
 
+NOT_RESUMED = {"resume": None, "resume_ckpt_path": None}
+
 
 @registry.register_runner("runner_base")
 class Runner:
@@ -68,8 +70,6 @@ class Runner:
         self.stop = StopSignals()  # of whoever catches signals; these are not entered and catch none
         self.has_begun = False  # a first step or an evaluation
         self.progress = Progress(self.job_dir, tensorboard=self.run.tensorboard)
-        if dist.is_main():
-            self._write_config()
 
     def train(self) -> dict[str, Any]:
         """Trains to the end from wherever the last run stopped, then tests the best weights.
@@ -79,6 +79,7 @@ class Runner:
         if self.run.evaluate:
             return {"best": None, "test": self.evaluate()}
         self._prepare()
+        self._write_config()  # not before: a resume that is refused leaves the job as it was
         self.has_begun = True
         try:
             with self.stop.deferred():
@@ -103,7 +104,9 @@ class Runner:
         both = [*(self.run.valid_splits or ()), *(self.run.test_splits or ())]
         splits = list(dict.fromkeys(both if splits is None else splits))
         check_splits(self.datasets, splits, setting="test_splits")
+        self._write_config()
         if self.run.resume_ckpt_path:
+            logger.info(f"evaluating the weights of {self.run.resume_ckpt_path} (run.resume_ckpt_path)")
             self._load_weights(Path(self.run.resume_ckpt_path))
         return self._evaluate_splits(splits)
 
@@ -122,8 +125,6 @@ class Runner:
         self.plan = self._plan(self.loader.steps_per_epoch)
         sampler = self.loader.sampler
         self.draws_datasets = len(sampler.names) > 1 and not self.loader.is_concat
-        if len(sampler.names) > 1:
-            self.progress.report_mixture(sampler.lengths, sampler.shares, is_concat=self.loader.is_concat)
         for key, names in self.loader.left_out.items():
             logger.info(f"mixed batches have no {key!r}, which the samples of {', '.join(names)} lack")
         self.schedule = build_schedule(
@@ -135,6 +136,8 @@ class Runner:
         self.metrics, self.by_dataset, self.guard = MetricLogger(), MetricLogger(), FiniteGuard()
         seed_rank(run.seed)
         self._resume()
+        if len(sampler.names) > 1:
+            self.progress.report_mixture(sampler.lengths, sampler.shares, is_concat=self.loader.is_concat)
         self.saved_step = self.state.step
         self.watch = LearningWatch(step=self.state.step, warmup_steps=0 if run.warmup_lr is None else run.warmup_steps)
         self.parallel, self.no_sync = dist.data_parallel(self.model, find_unused_parameters=run.find_unused_parameters)
@@ -298,7 +301,7 @@ class Runner:
             "plan": self.plan.to_dict(),
             "metrics": metrics,
             "ranks": ranks,
-            "config": self.cfg.to_dict(),
+            "config": self._config(),
             "data": self.data,
         }
         save_last(saved, self.job_dir, step=self.state.step, keep=self.run.keep_checkpoints)
@@ -309,7 +312,7 @@ class Runner:
             weights = {
                 "model": self.model.checkpoint_state_dict(),
                 **self.state.to_dict(),
-                "config": self.cfg.to_dict(),
+                "config": self._config(),
             }
             checkpoint.save(weights, path)
         dist.barrier()
@@ -323,7 +326,7 @@ class Runner:
         path = resume_path(self.run, self.job_dir)
         if path is None:
             return
-        saved, config = checkpoint.load(path, verify=False), self.cfg.to_dict()
+        saved, config = checkpoint.load(path, verify=False), self._config()
         dist.on_main(
             lambda: check_resumable(
                 saved, path=path, plan=self.plan, optimizer=self.optimizer, data=self.data, config=config
@@ -344,12 +347,18 @@ class Runner:
         bring_best(self.state, path, job_dir=self.job_dir)
         logger.info(f"resumed {path} at step {self.state.step} of {self.plan.total}")
 
+    def _config(self) -> dict[str, Any]:
+        """Return the merged configuration; of a training without what it resumed, which another run must not resume."""
+        config = self.cfg.to_dict()
+        return config if self.run.evaluate else {**config, "run": {**config["run"], **NOT_RESUMED}}
+
     def _write_config(self) -> None:
         import yaml
 
-        text = yaml.safe_dump(self.cfg.to_dict(), sort_keys=False, allow_unicode=True)
-        name = "config_evaluate.yaml" if self.run.evaluate else "config.yaml"  # leaves the training's own alone
-        checkpoint.write_text(self.job_dir / name, text)
+        if dist.is_main():
+            text = yaml.safe_dump(self._config(), sort_keys=False, allow_unicode=True)
+            name = "config_evaluate.yaml" if self.run.evaluate else "config.yaml"  # leaves the training's own alone
+            checkpoint.write_text(self.job_dir / name, text)
 
 
 @registry.register_runner("runner_iter")

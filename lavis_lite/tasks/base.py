@@ -173,6 +173,8 @@ def check_range(task: Any, **bounds: tuple[float, float]) -> None:
         value = getattr(task, name)
         if value is not None:
             check_number(f"run.{name}", value, least, most)
+    if {"min_len", "max_len"} <= bounds.keys() and task.min_len > task.max_len:
+        raise InputError(f"run.min_len={task.min_len} is above run.max_len={task.max_len}: lower it")
 
 
 def wanted_splits(run: Any) -> list[str]:

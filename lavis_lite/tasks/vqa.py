@@ -214,7 +214,7 @@ def warn_of_few_answers(truths: Iterable[dict[str, Any]], accuracy: Variant, spl
     if few:
         logger.warning(
             f"{split}: {few} questions have fewer than {needed} answers, so that with run.accuracy={accuracy} even a "
-            "right prediction is not wholly right (official: a single answer counts 0): choose normalised or exact"
+            "right prediction is not wholly right (official: a single answer counts 0): choose normalised"
         )
 
 
