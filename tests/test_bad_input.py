@@ -74,7 +74,7 @@ def six(folder: Path) -> list[dict[str, Any]]:
         ("datasets.shapes_captions.num_train=5", ["shapes_captions", "'shapes_caption'"]),
         ("datasets.shapes_caption.type=defualt", ["defualt", "'default'"]),
         ("datasets.shapes_caption.num_trian=5", ["num_trian", "'num_train'"]),
-        ("datasets.shapes_caption.num_train=0", ["num_train", "from 1 to 10,000,000, found 0"]),
+        ("datasets.shapes_caption.num_train=0", ["num_train", "from 1 to 10,000,000, got 0"]),
         ("datasets.shapes_caption.vis_processor.train.name=blip_image_evil", ["blip_image_evil", "'blip_image_eval'"]),
         ("datasets.shapes_caption.vis_processor.train.image_sise=48", ["image_sise", "'image_size'"]),
         (
