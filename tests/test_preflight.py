@@ -290,8 +290,10 @@ def test_a_split_for_evaluation_is_not_trained_on(
 
 def test_every_task_s_methods_are_some_model_s() -> None:
     classes = [registry.get_model_class(name) for name in registry.list_models()]
-    for name in registry.list_tasks():
-        task = registry.get_task_class(name)
+    tasks = {name: registry.get_task_class(name) for name in registry.list_tasks()}
+    for name, task in tasks.items():
+        if not task.__module__.startswith("lavis_lite."):
+            continue  # another test's, which stays registered
         fitting = [c.__name__ for c in classes if all(callable(getattr(c, m, None)) for m in task.model_methods)]
         assert fitting, name
         assert bool(task.model_methods) == (name != "image_text_pretrain")
