@@ -186,7 +186,7 @@ SYMPTOMS = {
 
 def watched(caplog: pytest.LogCaptureFixture, changes: dict[str, float], *, steps: int, **settings: int) -> list[str]:
     """The warnings of a run that logs every 50 steps."""
-    watch = LearningWatch(**{"step": 0, **settings})
+    watch = LearningWatch(**settings)
     caplog.clear()
     for step in range(50, steps + 1, 50):
         watch.update({"step": step, "epoch": 0, "lr": 1e-4, "loss": 3.0, **HEALTHY, **changes})
@@ -209,7 +209,7 @@ def test_a_symptom_is_warned_of_once(pattern: str, caplog: pytest.LogCaptureFixt
 def test_healthy_and_other_runs_have_no_warning(caplog: pytest.LogCaptureFixture) -> None:
     assert watched(caplog, {}, steps=2000) == []
     assert watched(caplog, {"loss_itm": 0.6365}, steps=2000) == []  # as low, but it tells pairs apart
-    watch = LearningWatch(step=0)
+    watch = LearningWatch()
     for step in range(50, 1000, 50):
         watch.update({"step": step, "epoch": 0, "lr": 1e-4, "loss": 3.0})  # captioning: none of the numbers
     assert caplog.records == []
@@ -217,13 +217,28 @@ def test_healthy_and_other_runs_have_no_warning(caplog: pytest.LogCaptureFixture
 
 def test_a_window_is_a_mean_over_steps(caplog: pytest.LogCaptureFixture) -> None:
     """90 steps at 0.98 and 10 at 1.0 are 0.982; rows of unequal lengths count by their steps."""
-    watch = LearningWatch(step=0)
+    watch = LearningWatch()
     watch.update({"step": 90, **HEALTHY, "cos_image": 0.98})
     watch.update({"step": 100, **HEALTHY, "cos_image": 1.0})
     assert caplog.records == []
     watch.update({"step": 110, **HEALTHY, "cos_image": 0.98})
     watch.update({"step": 200, **HEALTHY, "cos_image": 1.0})
     assert "mean cosine of two images 0.9980" in caplog.text
+
+
+@pytest.mark.parametrize("pattern", SYMPTOMS)
+def test_a_run_that_is_resumed_often_is_warned_all_the_same(pattern: str, caplog: pytest.LogCaptureFixture) -> None:
+    (whole,) = watched(caplog, SYMPTOMS[pattern], steps=2000)
+    state, messages = None, []
+    for step in range(50, 2001, 50):
+        watch = LearningWatch()
+        if state is not None:
+            watch.load_state_dict(state)
+        caplog.clear()
+        watch.update({"step": step, "epoch": 0, "lr": 1e-4, "loss": 3.0, **HEALTHY, **SYMPTOMS[pattern]})
+        messages += [record.message for record in caplog.records]
+        state = watch.state_dict()
+    assert messages == [whole]
 
 
 @pytest.mark.usefixtures("shapes_data")

@@ -39,10 +39,11 @@ class Check:
     """The means -> what is wrong and what to do, or None."""
     steps: int = 0
     totals: dict[str, float] = field(default_factory=dict)
+    has_warned: bool = False
 
     def update(self, row: Means, steps: int) -> str | None:
         """Add the means over `steps` more steps; the symptom, if a window is full and has it."""
-        if not all(name in row for name in self.names):
+        if self.has_warned or not all(name in row for name in self.names):
             return None
         self.totals = {name: self.totals.get(name, 0.0) + steps * row[name] for name in self.names}
         self.steps += steps
@@ -50,18 +51,19 @@ class Check:
             return None
         found = self.find({name: total / self.steps for name, total in self.totals.items()})
         text = found and f"over the last {self.steps} steps {found}"
+        self.has_warned = text is not None
         self.steps, self.totals = 0, {}
         return text
 
 
 class LearningWatch:
-    """Reads each logged row of a run that starts after step `step`, and warns on rank 0.
+    """Reads each logged row of a run, and warns on rank 0.
 
     Steps of the warm-up do not count: features of random weights are alike, and heads start at their priors.
     """
 
-    def __init__(self, *, step: int, warmup_steps: int = 0) -> None:
-        self.step, self.warmup_steps = step, warmup_steps
+    def __init__(self, *, warmup_steps: int = 0) -> None:
+        self.step, self.warmup_steps = 0, warmup_steps
         self.checks = [
             Check(("cos_image",), 100, lambda means: collapsed("images", means["cos_image"])),
             Check(("cos_text",), 100, lambda means: collapsed("texts", means["cos_text"])),
@@ -75,12 +77,21 @@ class LearningWatch:
         since, self.step = self.step, row["step"]
         if since < self.warmup_steps:
             return
-        for check in list(self.checks):
+        for check in self.checks:
             text = check.update(row, row["step"] - since)
-            if text:
-                self.checks.remove(check)
-                if dist.is_main():
-                    logger.warning(f"step {row['step']}: {text}. See 'Does it learn?' in docs/training.md")
+            if text and dist.is_main():
+                logger.warning(f"step {row['step']}: {text}. See 'Does it learn?' in docs/training.md")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs to continue the windows, and not to warn again."""
+        checks = [{"steps": c.steps, "totals": dict(c.totals), "has_warned": c.has_warned} for c in self.checks]
+        return {"step": self.step, "checks": checks}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned."""
+        self.step = state["step"]
+        for check, saved in zip(self.checks, state["checks"], strict=True):
+            check.steps, check.totals, check.has_warned = saved["steps"], dict(saved["totals"]), saved["has_warned"]
 
 
 def collapsed(kind: str, cosine: float) -> str | None:

@@ -134,12 +134,12 @@ class Runner:
         self.optimizer = build_optimizer(groups, run)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.metrics, self.by_dataset, self.guard = MetricLogger(), MetricLogger(), FiniteGuard()
+        self.watch = LearningWatch(warmup_steps=0 if run.warmup_lr is None else run.warmup_steps)
         seed_rank(run.seed)
         self._resume()
         if len(sampler.names) > 1:
             self.progress.report_mixture(sampler.lengths, sampler.shares, is_concat=self.loader.is_concat)
         self.saved_step = self.state.step
-        self.watch = LearningWatch(step=self.state.step, warmup_steps=0 if run.warmup_lr is None else run.warmup_steps)
         self.parallel, self.no_sync = dist.data_parallel(self.model, find_unused_parameters=run.find_unused_parameters)
         self.steps = dist.Steps(run.step_timeout)
         self.loader.seek(0, self.state.step)
@@ -300,6 +300,7 @@ class Runner:
             **self.state.to_dict(),
             "plan": self.plan.to_dict(),
             "metrics": metrics,
+            "learning": self.watch.state_dict(),
             "ranks": ranks,
             "config": self._config(),
             "data": self.data,
@@ -340,6 +341,9 @@ class Runner:
         self.state = RunState.from_dict(saved)
         for metrics, state in zip((self.metrics, self.by_dataset), saved["metrics"], strict=True):
             metrics.load_state_dict(state, device=self.device)
+        self.watch.step = self.state.step
+        if "learning" in saved:  # not in older checkpoints
+            self.watch.load_state_dict(saved["learning"])
         restore_rank(
             saved["ranks"], self.loader, device=self.device, seed=self.run.seed, step=self.state.step, source=path
         )
