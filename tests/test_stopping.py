@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,18 @@ from lavis_lite.tasks.captioning import CaptionTask
 SIGNALS = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
 CHANGES = {"run": {"test_splits": [], "accum_grad_iters": 2, "max_epoch": 1, "num_workers": 0}}
 
-pytestmark = pytest.mark.usefixtures("shapes_data")
+pytestmark = pytest.mark.usefixtures("shapes_data", "heard")
+
+
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """No stop signal is ignored, as a shell's background job and all that it starts ignore SIGINT."""
+    ignored = [number for number in SIGNALS if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def last(path: Path) -> dict[str, Any]:
