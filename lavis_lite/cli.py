@@ -123,13 +123,13 @@ def exit_code(execute: Callable[[], None], *, command: Sequence[str] = ()) -> in
 
 
 def _explained(error: Exception) -> tuple[int, str] | None:
-    """Exit code and one line of an error that is no bug."""
+    """Return the exit code and the line of an error that is not a bug."""
     from lavis_lite import failures
 
     if isinstance(error, UserError):
-        return 2, f"error: {_own_words(error)}"
+        return 2, f"error: {failures.own_words(error)}"
     if isinstance(error, OSError):
-        words = _own_words(error)
+        words = failures.own_words(error)
         number = error.errno or _errno_in(words)
         if number in SYSTEM_ERRORS:
             return 2, f"error: {words}: {SYSTEM_ERRORS[number]}"
@@ -142,14 +142,6 @@ def _errno_in(text: str) -> int | None:
     """The number in the text of an OSError, which torch raises anew without it if a loader worker raised it."""
     found = re.match(r"\[Errno (\d+)\]", text)
     return int(found[1]) if found else None
-
-
-def _own_words(error: Exception) -> str:
-    """The message; of an error that a loader worker raised, without the traceback that torch puts before it."""
-    text = str(error)
-    if text.startswith("Caught ") and " in DataLoader worker process " in text:
-        return text.rstrip().rsplit(f"{type(error).__name__}: ", 1)[-1]
-    return text
 
 
 def _keep(line: str, error: Exception | None = None) -> None:
@@ -174,7 +166,7 @@ def stop_line(stop: Stopped, command: Sequence[str]) -> str:
 
 
 def _shell(command: Sequence[str]) -> str:
-    """A command line as typed: behind `python` if it is a script, behind torchrun and its flags if it was."""
+    """Return the command line as typed: after `python` for a script, after `torchrun ...` under torchrun."""
     script = [Path(command[0]).name if not command[0].endswith(".py") else command[0], *command[1:]] if command else []
     if os.environ.get("WORLD_SIZE", "1") != "1":
         return f"torchrun ... {shlex.join(script)}"

@@ -31,10 +31,9 @@ def follow_model(
         }
     captions = (blocks.get("text_processor") or {}).get("train") or {}
     if _contradicts(captions, model):
-        raise checker.error(
-            (*path, "text_processor", "train", "prompt"),
-            f"{captions['prompt']!r} is not model.prompt, which is {setting(model, 'prompt')!r}: set both to one text",
-        )
+        own, expected = captions["prompt"], model_setting(model, "prompt")
+        text = f"{own!r} is not model.prompt, which is {expected!r}: set both to one text"
+        raise checker.error((*path, "text_processor", "train", "prompt"), text)
     return blocks
 
 
@@ -91,7 +90,7 @@ def preprocess_of(model: Mapping[str, Any], preprocess: Mapping[str, Any]) -> di
     }
     texts = blocks.get("text_processor") or {}
     if _contradicts(texts.get("train") or {}, model):
-        prompt = f"{setting(model, 'prompt').strip()} "
+        prompt = f"{model_setting(model, 'prompt').strip()} "
         blocks["text_processor"] = {**texts, "train": {**texts["train"], "prompt": prompt}}
     return follow_model(blocks, model, checker, ("preprocess",))
 
@@ -103,11 +102,11 @@ def image_settings(model: Mapping[str, Any]) -> dict[str, Any]:
     """
     model_class = registry.get_model_class(model["arch"])
     statistics = getattr(model_class, "image_statistics", lambda section: None)(model)
-    settings = {"image_size": setting(model, "image_size"), **(statistics or {})}
+    settings = {"image_size": model_setting(model, "image_size"), **(statistics or {})}
     return {key: value for key, value in settings.items() if value is not None}
 
 
-def setting(model: Mapping[str, Any], key: str) -> Any:
+def model_setting(model: Mapping[str, Any], key: str) -> Any:
     """Return a key of a model section, or the constructor's default; None if the architecture has no such key."""
     parameter = inspect.signature(registry.get_model_class(model["arch"])).parameters.get(key)
     default = None if parameter is None or parameter.default is parameter.empty else parameter.default
@@ -133,5 +132,5 @@ def _contradicts(block: Mapping[str, Any], model: Mapping[str, Any]) -> bool:
     begins = getattr(registry.get_model_class(model["arch"]), "prompt_begins_captions", False)
     if not begins or block.get("name") != "blip_caption":
         return False
-    own, expected = ((text or "").strip() for text in (block.get("prompt"), setting(model, "prompt")))
+    own, expected = ((text or "").strip() for text in (block.get("prompt"), model_setting(model, "prompt")))
     return bool(own and expected) and "{}" not in expected and own != expected

@@ -22,7 +22,7 @@ _WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\) (?:is killed
 
 def explain(error: BaseException) -> str | None:
     """Return what failed and what to change, or None for an error that is none of these."""
-    text = _workers_own(str(error).strip())
+    text = own_words(error)
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return f"out of memory on the CPU: {_memory_hint('cpu')}"
     if getattr(error, "errno", None) in _TOO_MANY or any(part in text for part in _NO_MORE):
@@ -37,11 +37,13 @@ def explain(error: BaseException) -> str | None:
     return _rank(error)
 
 
-def _workers_own(text: str) -> str:
-    """The last line of an error that a loader worker raised, which torch puts after the worker's traceback."""
+def own_words(error: BaseException) -> str:
+    """Return the message; of an error that a loader worker raised, without the traceback that torch puts before it."""
+    text = str(error).strip()
     if not text.startswith("Caught ") or " in DataLoader worker process " not in text:
         return text
-    return text.splitlines()[-1].split(": ", 1)[-1]
+    _, found, words = text.rpartition(f"{type(error).__name__}: ")
+    return words if found else text.splitlines()[-1].split(": ", 1)[-1]
 
 
 def _memory_hint(place: str) -> str:

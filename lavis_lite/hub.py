@@ -5,6 +5,7 @@ asks on the terminal whether to run what a folder brings.
 """
 
 import contextlib
+import json
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,6 +39,17 @@ def from_hub(load: Callable[..., Any], source: str | Path, **settings: Any) -> A
             reason = error
     text = next(iter(str(reason).strip().splitlines()), type(reason).__name__).rstrip(".:")
     raise MissingFileError(text) from reason
+
+
+def read_json_mapping(path: Path) -> dict[str, Any]:
+    """Return a JSON file's content. ValueError if it is not a mapping."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a mapping, found a {type(content).__name__}")
+    return content
 
 
 @contextlib.contextmanager

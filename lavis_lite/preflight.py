@@ -3,7 +3,6 @@
 A dry run and the start of every run do the same checks. Files are looked up on rank 0 only.
 """
 
-import inspect
 import logging
 import os
 import stat
@@ -18,7 +17,7 @@ import torch
 
 from lavis_lite import dist, download
 from lavis_lite.config import Config, ConfigError
-from lavis_lite.config_agreement import setting
+from lavis_lite.config_agreement import model_setting
 from lavis_lite.errors import InputError, MissingFileError, UnreadableSample
 from lavis_lite.registry import registry
 from lavis_lite.runners.loaders import train_loader, train_sets
@@ -307,7 +306,7 @@ def _check_prompt(cfg: Config, task: Any, batch: Mapping[str, Any], where: str) 
     """Raise InputError for a prompt around a question where the task generates from images alone."""
     if "generate" not in _methods(type(task)) or not batch or batch.keys() & {"prompt", "text_input"}:
         return
-    given = {"run.prompt": cfg.task.get("prompt"), "model.prompt": setting(cfg.model, "prompt")}
+    given = {"run.prompt": cfg.task.get("prompt"), "model.prompt": model_setting(cfg.model, "prompt")}
     key, prompt = next(((key, prompt) for key, prompt in given.items() if prompt), ("", ""))
     if "{}" in prompt:
         raise InputError(
@@ -326,7 +325,7 @@ def _check_size(model: Mapping[str, Any], batch: Mapping[str, Any], where: str) 
             f"{where}: samples show videos, {tuple(image.shape[1:])}, and {model['arch']} takes images only: choose an "
             "architecture of BLIP-2 with a language model, or other data"
         )
-    size = _image_size(model)
+    size = model_setting(model, "image_size")
     if size is not None and tuple(image.shape[-2:]) != (size, size):
         raise InputError(
             f"{where}: the image processor gives {image.shape[-2]} x {image.shape[-1]} pixels, the model takes "
@@ -345,13 +344,3 @@ def _check_answers(model: Mapping[str, Any], batch: Mapping[str, Any], where: st
             f"to write (text_output: {batch['text_output'][0]!r}); {model['arch']} reads text_input alone, and "
             "would learn that: choose a dataset of captions, or an architecture of BLIP-2 with a language model"
         )
-
-
-def _image_size(model: Mapping[str, Any]) -> int | None:
-    """Return the side in pixels that a `model` section's encoder takes; None where the architecture has no such key."""
-    own = (model.get("vit") or {}).get("image_size", model.get("image_size"))
-    if own is not None:
-        return own
-    constructors = [c.__init__ for c in registry.get_model_class(model["arch"]).__mro__ if "__init__" in vars(c)]
-    parameters = [inspect.signature(c).parameters.get("image_size") for c in constructors]
-    return next((p.default for p in parameters if p is not None and isinstance(p.default, int)), None)

@@ -11,7 +11,7 @@ from dataclasses import fields
 from typing import Any
 
 from lavis_lite import zoo
-from lavis_lite.config_agreement import setting
+from lavis_lite.config_agreement import model_setting
 from lavis_lite.config_files import load_yaml, origin
 from lavis_lite.config_schema import Checker
 from lavis_lite.config_sections import model_layer
@@ -76,13 +76,13 @@ def _is_of_checkpoint(checker: Checker) -> bool:
 
 def _given_model_prompt(model: Mapping[str, Any]) -> str:
     """Return `model.prompt` if it is another than the model type's, else ""."""
-    arch, prompt = model["arch"], setting(model, "prompt") or ""
+    arch, prompt = model["arch"], model_setting(model, "prompt") or ""
     if not prompt or not getattr(registry.get_model_class(arch), "prompt_begins_captions", False):
         return ""
     own: Mapping[str, Any] = {"arch": arch}
     if model.get("model_type") in zoo.model_zoo.types(arch):
         own = model_layer(arch, model["model_type"]).tree["model"]
-    return "" if prompt == setting(own, "prompt") else prompt
+    return "" if prompt == model_setting(own, "prompt") else prompt
 
 
 def _packaged_instructions(builder_class: type, builder: str, kind: str) -> Any:

@@ -180,7 +180,7 @@ def test_a_start_token_that_all_answers_share_does_not_choose_between_them(tmp_p
 
 def test_the_question_goes_into_the_gap_of_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = build("blip2_opt"), []
-    monkeypatch.setattr(model, "asked", lambda samples, prompts: seen.append(prompts) or [None, None])
+    monkeypatch.setattr(model, "asked", lambda samples, prompts, **_: seen.append(prompts) or [None, None])
     monkeypatch.setattr(model.lm, "generate", lambda *_: torch.tensor([[2, 68], [2, 68]]))
     samples = {"image": pictures(2), "text_input": QUESTIONS[:2]}
     model.predict_answers(samples)
@@ -597,6 +597,15 @@ def test_cut_prompts_are_what_the_tokenizer_s_own_truncation_leaves() -> None:
             assert torch.equal(embeds[:, num_queries:], model.lm.embed(tokens.input_ids))
             assert torch.equal(mask[:, num_queries:], tokens.attention_mask)
         assert len(read) == 2
+
+
+def test_cut_prompts_do_not_cut_what_candidates_are_scored_with() -> None:
+    """LAVIS's OPT cut prompts where it wrote, and had no scoring of candidates."""
+    asked = {"image": pictures(1), "prompt": "Question: what is to the left of the big red square? Answer:"}
+    whole, cut = (build("blip2_opt", max_txt_len=9, cut_prompts=cut) for cut in (False, True))
+    cut.load_state_dict(whole.state_dict())
+    candidates = ["a red circle", "two"]
+    assert torch.equal(cut.class_losses(asked, candidates), whole.class_losses(asked, candidates))
 
 
 def test_precisions() -> None:

@@ -206,7 +206,7 @@ def test_other_classes_and_vocabularies_are_named(bert: Path, tmp_path: Path) ->
     with pytest.raises(ValueError, match="model_type is 'roberta', the model's 'bert'"):
         build(init_text=str(bert))
     (bert / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json is no JSON"):
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
         build(init_text=str(bert))
     (bert / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):

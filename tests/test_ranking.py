@@ -153,7 +153,7 @@ def test_what_is_asked() -> None:
     """`text_input` alone without a prompt or in a prompt without a gap of the model's own; in the gap of another."""
     model, seen = build("blip2_vicuna_instruct", prompt="a photo of"), []
     asked = model.asked
-    model.asked = lambda samples, prompts: seen.append(prompts) or asked(samples, prompts)
+    model.asked = lambda samples, prompts, **own: seen.append(prompts) or asked(samples, prompts, **own)
     image = pictures(1)
     model.class_losses({"image": image, "text_input": ["is it red?"]}, ["yes", "no"])
     model.class_losses({"image": image, "text_input": "red", "prompt": "is it {}?"}, ["yes", "no"])

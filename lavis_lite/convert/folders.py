@@ -23,6 +23,7 @@ from lavis_lite.convert.blip import blip_from_hf, blip_to_hf
 from lavis_lite.convert.blip2 import VOCABULARIES, blip2_from_hf, blip2_to_hf
 from lavis_lite.convert.configs import QFORMER_TOKENIZER, hf_class_of, hf_config
 from lavis_lite.errors import ExistingFileError, InputError, MissingFileError
+from lavis_lite.hub import read_json_mapping
 from lavis_lite.nn import lora
 from lavis_lite.weights import EXTRA_FILE, LazyState
 
@@ -166,17 +167,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise MissingFileError(f"{folder} holds no config.json, which says what its weights are of")
     return read_json_mapping(path)
-
-
-def read_json_mapping(path: Path) -> dict[str, Any]:
-    """Return a JSON file's content. ValueError if it is not a mapping."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a mapping, found a {type(content).__name__}")
-    return content
 
 
 def read_image_settings(folder: Path, image_size: int) -> dict[str, Any]:

@@ -148,7 +148,7 @@ class Blip2LanguageModel(LanguageModelBase):
             top_p=top_p,
             temperature=temperature,
         )
-        return self.coder.decode(self.lm.generate(*self.asked(samples, prompts), config))
+        return self.coder.decode(self.lm.generate(*self.asked(samples, prompts, max_length=self.prompt_limit), config))
 
     @torch.no_grad()
     def predict_answers(
@@ -190,7 +190,9 @@ class Blip2LanguageModel(LanguageModelBase):
                 length_penalty=length_penalty,
                 repetition_penalty=self.answer_repetition_penalty,
             )
-            answers = self.coder.decode(self.lm.generate(*self.asked(samples, prompts), config))
+            answers = self.coder.decode(
+                self.lm.generate(*self.asked(samples, prompts, max_length=self.prompt_limit), config)
+            )
         return lemmatize(answers) if self.apply_lemmatizer or samples.get("apply_lemmatizer") else answers
 
     @torch.no_grad()

@@ -56,7 +56,7 @@ class LanguageModelBase(Blip2Base):
     """Padding token that is added to the vocabulary."""
     answer_repetition_penalty: ClassVar[float] = 1.0
     prompt_limit: int | None = None
-    """Tokens to which prompts that ask for an answer are cut; None: they are not."""
+    """Tokens to which `generate` and `predict_answers` cut prompts before they write; None: they do not."""
     bare_candidates: ClassVar[bool] = False
     """Candidates are scored without end token, by the mean over all positions of image, prompt and longest candidate.
     """
@@ -213,9 +213,11 @@ class LanguageModelBase(Blip2Base):
         embeds = torch.cat([seen_BQE.to(dtype), self.lm.embed(ids_BT).to(dtype)], dim=1)
         return embeds, torch.cat([mask_BT.new_ones(seen_BQE.shape[:2]), mask_BT], dim=1)
 
-    def asked(self, samples: dict[str, Any], prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Embeddings and mask of the images and these prompts, which are not cut unless `prompt_limit` says so."""
-        rows = self.coder.inputs(prompts, max_length=self.prompt_limit)
+    def asked(
+        self, samples: dict[str, Any], prompts: list[str], *, max_length: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Embeddings and mask of the images and these prompts, cut to `max_length` tokens if it is given."""
+        rows = self.coder.inputs(prompts, max_length=max_length)
         return self.joined(self.see(samples, prompts), *self.pad(rows))
 
     def pad(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,6 @@ embedding of the token's type to every token, BLIP and the Q-Former have none. T
 text have, is therefore added to the position embeddings, which gives the same states.
 """
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lavis_lite import checkpoint, download, weights
+from lavis_lite.config_sections import BERT_TO_MED
 from lavis_lite.errors import InputError, MissingFileError
+from lavis_lite.hub import read_json_mapping
 from lavis_lite.models.tokenizers import vocabulary
 from lavis_lite.nn.attention import BertConfig
 from lavis_lite.nn.vision import BlipViT, interpolate_pos_embed
@@ -26,13 +27,8 @@ from lavis_lite.nn.vision_timm import published_model
 logger = logging.getLogger(__name__)
 
 WEIGHT_FILES = (".pth", ".pt", ".safetensors")
-SAME_SIZES = {
-    "num_attention_heads": "num_heads",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "max_position_embeddings": "max_positions",
-    "layer_norm_eps": "layer_norm_eps",
-}
+_SAME = ("num_attention_heads", "hidden_size", "intermediate_size", "max_position_embeddings", "layer_norm_eps")
+SAME_SIZES = {name: BERT_TO_MED[name] for name in _SAME}
 """Names of sizes that must be equal in BERT's config.json and in ours; the tensors' shapes do not tell the heads or
 the epsilon."""
 FIXED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
@@ -168,13 +164,7 @@ def read_bert_config(folder: Path) -> dict[str, Any]:
         raise MissingFileError(
             f"model.init_text: {folder} has no config.json: give a folder that save_pretrained wrote"
         )
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"model.init_text: {path} is no JSON ({error})") from error
-    if not isinstance(raw, dict):
-        raise InputError(f"model.init_text: {path} holds no JSON object")
-    return BERT_DEFAULTS | raw
+    return BERT_DEFAULTS | read_json_mapping(path)
 
 
 def check_bert_config(config: Mapping[str, Any], model: TextModel, *, source: str) -> None:
