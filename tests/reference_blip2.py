@@ -158,9 +158,9 @@ def check_written(
         seen["ids"] = generate(*args)
         return seen["ids"]
 
-    def recorded_prompts(samples: dict[str, Any], prompts: list[str]) -> Any:
+    def recorded_prompts(samples: dict[str, Any], prompts: list[str], **settings: Any) -> Any:
         seen["prompts"] = prompts
-        return asked(samples, prompts)
+        return asked(samples, prompts, **settings)
 
     with monkeypatch.context() as patch:
         patch.setattr(model.lm, "generate", recorded_ids)

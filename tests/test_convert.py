@@ -179,7 +179,7 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
             "LlavaForConditionalGeneration.*can be read",
         ),
         ("[1]", ValueError, "expected a mapping"),
-        ("{", ValueError, "no JSON"),
+        ("{", ValueError, "not valid JSON"),
     ):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(error, match=words):

@@ -156,9 +156,7 @@ def bert_name(name: str) -> str:
 
 
 def read_bert_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json with BERT's defaults. FileNotFoundError if it is missing, ValueError if it is no JSON
-    object.
-    """
+    """Return the folder's config.json with BERT's defaults. Raises MissingFileError or InputError."""
     path = folder / "config.json"
     if not path.is_file():
         raise MissingFileError(
