@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 ADAPTER = re.compile(r"\.(lora_\w+|modules_to_save|base_layer|original_module|token_adapter)(\.|$)")
 """In the names that peft gives to adapters and to the layers that have them."""
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EACCES)
-"""What a file system says that makes no hard links."""
+"""Errors of a file system without hard links."""
 
 
 class LoadReport(NamedTuple):

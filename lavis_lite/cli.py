@@ -41,7 +41,7 @@ SYSTEM_ERRORS = {
     errno.EIO: "the disk or network drive failed",
     errno.ESTALE: "the network drive failed",
 }
-"""What the operating system refuses, and what to do about it."""
+"""Errors of the operating system that a user can correct, and the advice for each."""
 
 TRAIN_HELP = """Train (and then test) what a YAML describes, in one process or under torchrun.
 
@@ -94,7 +94,7 @@ def exit_code(execute: Callable[[], None], *, command: Sequence[str] = ()) -> in
 
     0; 2 after an error that the user can correct (every `UserError`, and what the operating system refuses,
     `SYSTEM_ERRORS`); 1 after a failure of the machine (`failures.explain`); 130 or 143 after a stop signal. Each is
-    told in one line. Any other error is a bug and is raised. `command` is the command line that was given.
+    printed as one line. Any other error is a bug and is raised. `command` is the command line that was given.
     """
     try:
         execute()
@@ -145,7 +145,7 @@ def _errno_in(text: str) -> int | None:
 
 
 def _keep(line: str, error: Exception | None = None) -> None:
-    if "torch" in sys.modules:  # which the log needs; before it is imported there is no job either
+    if "torch" in sys.modules:  # the logger imports it; a run that has not imported it has no log file
         from lavis_lite import logger as run_logger
 
         run_logger.keep_line(line, error)

@@ -113,7 +113,7 @@ def fetch_folder(source: str | Path) -> Path:
         ) from error
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UnreachableError(f"{source} is no folder here, and the hub says: {reason}") from error
+        raise UnreachableError(f"{source} is not a folder here, and the hub says: {reason}") from error
     return folder
 
 

@@ -1,5 +1,5 @@
-"""Failures of the machine, not of the program: out of memory, a dead loader worker, a lost rank; each told in one line
-that says what to change.
+"""Failures of the machine, not of the program: out of memory, a dead loader worker, a lost rank; each
+is one line that says what to change.
 """
 
 import errno

@@ -66,7 +66,7 @@ class FolderLock:
         self._lock = Lock(folder / LOCK_FILE)
 
     def take(self) -> None:
-        """Take the lock, or go on without one, with a warning, where the file system has none.
+        """Take the lock, or continue without one, with a warning, where the file system has none.
 
         Raises:
             FolderInUseError: another process holds it.

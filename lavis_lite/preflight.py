@@ -102,7 +102,7 @@ def opening(cfg: Config, runner: Any) -> str:
 
 
 def closing(result: Mapping[str, Any], job_dir: Path, *, seconds: float) -> str:
-    """Return what a training says of itself at its end: its time, and the weights to go on with."""
+    """Return the lines that end a training: its time, and its best weights."""
     best = result.get("best") or {}
     chosen = "the last weights: nothing chose better ones"
     if best.get("metric") is not None:

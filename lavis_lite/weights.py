@@ -151,7 +151,7 @@ def shards(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise InputError(f"{index} is no index of weight files ({type(error).__name__}: {error})") from error
+        raise InputError(f"{index} is not an index of weight files ({type(error).__name__}: {error})") from error
     outside = [name for name in names if not isinstance(name, str) or name != Path(name).name or name == ".."]
     if outside:
         raise InputError(f"{index} names {outside[0]!r}, which is not a plain file name: its files lie beside it")

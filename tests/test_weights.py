@@ -89,7 +89,7 @@ def test_damaged_folders(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"lacks 1 of the 3 weight files .*00002-of-00003"):
         open_state(folder)
     (folder / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ValueError, match="is no index"):
+    with pytest.raises(ValueError, match="is not an index"):
         open_state(folder)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").touch()

@@ -176,7 +176,9 @@ def _table_rows(path: Path) -> Iterator[tuple[int, Record]]:
                     )
                 yield line, dict(zip(header, row, strict=True))
     except csv.Error as error:
-        raise InputError(f"{path}: line {reader.line_num} is no row of a table ({error}); quote the field") from error
+        raise InputError(
+            f"{path}: line {reader.line_num} is not a row of a table ({error}); quote the field"
+        ) from error
 
 
 def _check_header(header: list[str], path: Path, line: int) -> None:

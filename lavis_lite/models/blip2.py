@@ -181,7 +181,7 @@ class Blip2Qformer(Blip2Matching):
 
     @torch.no_grad()
     def image_prefix(self, image: Tensor) -> list[KeyValue]:
-        """The queries' keys and values, behind which text about the images (B,3,H,W) stands."""
+        """Return the queries' keys and values for the images (B,3,H,W); text is decoded after them."""
         return self.Qformer(self.query_tokens, context=self.image_context(image))[1]
 
     def step(self, prefix: Sequence[KeyValue]) -> Step:

@@ -106,7 +106,7 @@ def ocr_texts(samples: dict[str, Any], count: int) -> list[str]:
 
 
 def choice_texts(samples: dict[str, Any], count: int) -> list[str]:
-    """The choices of each question, behind letters."""
+    """Return the choices of each question, each after its letter."""
     return [lettered(choices) for choices in word_lists(samples["choices"], count, "choices")]
 
 

@@ -78,7 +78,7 @@ def vocabulary(folder: Path) -> dict[str, int]:
     """Ids by token as the folder's `tokenizer.json` or `vocab.txt` has them; empty where there is neither.
 
     Raises:
-        ValueError: the file is no vocabulary.
+        ValueError: the file is not a vocabulary.
     """
     if (folder / "tokenizer.json").is_file():
         try:
@@ -88,13 +88,13 @@ def vocabulary(folder: Path) -> dict[str, int]:
             return (known if isinstance(known, dict) else {token: i for i, (token, _) in enumerate(known)}) | added
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(
-                f"{folder / 'tokenizer.json'} is no tokenizer ({type(error).__name__}: {error})"
+                f"{folder / 'tokenizer.json'} is not a tokenizer ({type(error).__name__}: {error})"
             ) from error
     if (folder / "vocab.txt").is_file():
         try:
             lines = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
         except UnicodeDecodeError as error:
-            raise InputError(f"{folder / 'vocab.txt'} is no vocabulary: it is not UTF-8 ({error})") from error
+            raise InputError(f"{folder / 'vocab.txt'} is not a vocabulary: it is not UTF-8 ({error})") from error
         tokens = {token.rstrip("\r"): index for index, token in enumerate(lines) if token.rstrip("\r")}
         if not tokens:
             raise InputError(f"{folder / 'vocab.txt'} is empty: it must have one token per line, [PAD] among them")

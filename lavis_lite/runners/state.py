@@ -77,7 +77,7 @@ def save_last(saved: Mapping[str, Any], job_dir: Path, *, step: int, keep: int) 
 
 
 def bring_best(state: RunState, source: Path, *, job_dir: Path) -> None:
-    """When a run goes on in another folder, take its best weights along; `check_best` has seen that they are whole."""
+    """When a run resumes in another folder, copy its best weights there; `check_best` has seen that they are whole."""
     best = source.with_name("checkpoint_best.pth")
     own = job_dir / best.name
     if state.best_metric is None or best.resolve() == own.resolve():
