@@ -54,9 +54,10 @@ setup(
     },
     entry_points={
         "console_scripts": [
-            "lavis-lite-train = lavis_lite.cli:train_main",
-            "lavis-lite-evaluate = lavis_lite.cli:evaluate_main",
-            "lavis-lite-convert = lavis_lite.convert.__main__:main",
+            "lavis-lite = lavis_lite.cli.__main__:main",
+            "lavis-lite-train = lavis_lite.cli.main:train_main",
+            "lavis-lite-evaluate = lavis_lite.cli.main:evaluate_main",
+            "lavis-lite-convert = lavis_lite.cli.convert:main",
         ]
     },
 )

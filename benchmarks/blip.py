@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import BlipConfig, BlipForConditionalGeneration
 
+from lavis_lite.common.registry import registry
 from lavis_lite.convert import blip_to_hf
 from lavis_lite.nn.momentum import update_momentum
-from lavis_lite.registry import registry
 
 TEXTS = ["a small green triangle left of a large red circle", "there are two shapes a blue square and a red cross"]
 

@@ -23,14 +23,14 @@ from blip import TEXTS
 from measure import Job, Watched
 from torch import Tensor, nn
 
+from lavis_lite.common.registry import registry
 from lavis_lite.convert.folders import hf_config, hf_model
 from lavis_lite.models.batches import Texts, stack_texts
-from lavis_lite.models.blip2_base import PRECISIONS
+from lavis_lite.models.blip2.base import PRECISIONS
 from lavis_lite.nn.attention import Context
 from lavis_lite.nn.llm import LanguageModel, Prefix
 from lavis_lite.nn.llm_sources import PACKAGED, WEIGHT_FILES
 from lavis_lite.nn.losses import IGNORED
-from lavis_lite.registry import registry
 
 LANGUAGE_MODELS = {"opt": ("opt-2.7b", "tiny_opt"), "t5": ("flan-t5-xl", "tiny_t5")}
 """Packaged sizes, and the packaged tiny model whose tokenizer (and, with --tiny, sizes) are taken."""

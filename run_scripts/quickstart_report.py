@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from lavis_lite.checkpoint import write_text
-from lavis_lite.datasets.shapes_truth import is_true
-from lavis_lite.registry import registry
+from lavis_lite.common.checkpoint import write_text
+from lavis_lite.common.registry import registry
+from lavis_lite.datasets.shapes.truth import is_true
 from lavis_lite.tasks.metrics.vqa_accuracy import vqa_metrics
 
 NUM_SHOWN = 24

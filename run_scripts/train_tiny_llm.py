@@ -19,9 +19,9 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from transformers import Adafactor, PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
-from lavis_lite.datasets.shapes_instruct import spoken
+from lavis_lite.common.registry import registry
+from lavis_lite.datasets.shapes.instruct import spoken
 from lavis_lite.nn.llm import load_language_model
-from lavis_lite.registry import registry
 
 QUESTION = "Question: {} Answer: {}"
 SHORT_QUESTION = "Question: {} Short answer:"

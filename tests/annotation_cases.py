@@ -12,8 +12,8 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from lavis_lite.registry import registry
-from lavis_lite.zoo import dataset_zoo
+from lavis_lite.common.config.zoo import dataset_zoo
+from lavis_lite.common.registry import registry
 
 CAPTIONS = [
     {"image": "a.png", "caption": "a red tulip", "image_id": 1},

@@ -22,8 +22,9 @@ import doors
 import torch
 from ports import free_port
 
-from lavis_lite import checkpoint, cli
-from lavis_lite.registry import registry
+from lavis_lite.cli import main as cli
+from lavis_lite.common import checkpoint
+from lavis_lite.common.registry import registry
 
 STEPS = 40
 RUN = {

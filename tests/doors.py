@@ -17,11 +17,12 @@ import torch
 import yaml
 from ports import free_port
 
-from lavis_lite import checkpoint, cli
-from lavis_lite.config_files import Layer, merge_layers, resolve
-from lavis_lite.config_schema import Checker
-from lavis_lite.config_sections import model_arguments, model_layer
-from lavis_lite.registry import registry
+from lavis_lite.cli import main as cli
+from lavis_lite.common import checkpoint
+from lavis_lite.common.config.files import Layer, merge_layers, resolve
+from lavis_lite.common.config.schema import Checker
+from lavis_lite.common.config.sections import model_arguments, model_layer
+from lavis_lite.common.registry import registry
 
 ROOT = Path(__file__).parents[1]
 

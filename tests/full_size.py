@@ -17,8 +17,8 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig
 
 import lavis_lite
-from lavis_lite.config_sections import MODEL_KEYS
-from lavis_lite.registry import registry
+from lavis_lite.common.config.sections import MODEL_KEYS
+from lavis_lite.common.registry import registry
 
 REFERENCE = Path(os.environ.get("LAVIS_LITE_REFERENCE_DIR", Path(__file__).parent / "reference"))
 TINY_HF = REFERENCE / "tiny_hf"

@@ -17,7 +17,7 @@ import torch
 from reference_case import REFERENCE, Case, blip2_sizes, close, close_gradients
 from torch import Tensor
 
-from lavis_lite.registry import registry
+from lavis_lite.common.registry import registry
 
 LANGUAGE_MODEL_KEY = {"blip2_opt": "opt_model", "blip2_t5": "t5_model", "blip2_t5_instruct": "t5_model"}
 ANSWER_LENGTH_PENALTY = {"blip2_opt": 0.0, "blip2_vicuna_instruct": 0.0}

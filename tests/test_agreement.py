@@ -14,11 +14,11 @@ import yaml
 from PIL import Image
 from test_bad_input import complains
 
-from lavis_lite.config import Config, ConfigError
-from lavis_lite.config_agreement import preprocess_of
+from lavis_lite.common.config.agreement import preprocess_of
+from lavis_lite.common.config.config import Config, ConfigError
+from lavis_lite.common.config.zoo import dataset_zoo, model_zoo
+from lavis_lite.common.registry import registry
 from lavis_lite.models import from_pretrained, load_model, load_model_and_preprocess
-from lavis_lite.registry import registry
-from lavis_lite.zoo import dataset_zoo, model_zoo
 
 PICTURE = Image.new("RGB", (50, 40), "teal")
 PROJECTS = Path(__file__).parents[1] / "projects"

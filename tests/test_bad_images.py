@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image, ImageFile
 
+from lavis_lite.common.errors import UnreadableSample
+from lavis_lite.common.pixels import to_rgb
+from lavis_lite.common.registry import registry
 from lavis_lite.datasets.image import open_image
-from lavis_lite.errors import UnreadableSample
-from lavis_lite.pixels import to_rgb
-from lavis_lite.registry import registry
 
 
 def colours(image: Image.Image) -> np.ndarray:

@@ -17,7 +17,7 @@ import torch
 import yaml
 from PIL import Image
 
-from lavis_lite import checkpoint
+from lavis_lite.common import checkpoint
 
 pytestmark = pytest.mark.usefixtures("shapes_data")
 

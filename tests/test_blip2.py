@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lavis_lite.common.registry import registry
 from lavis_lite.models.batches import in_compute_type
 from lavis_lite.models.reranking import whole_rows
 from lavis_lite.nn.losses import best_query_similarity, contrastive_loss, negative_weights
-from lavis_lite.registry import registry
 
 REFERENCE = Path(os.environ.get("LAVIS_LITE_REFERENCE_DIR", Path(__file__).parent / "reference"))
 SIZES = {

@@ -12,9 +12,9 @@ import torch
 from test_blip2 import SIZES, build, images
 from test_dist import launch
 
-from lavis_lite import dist
+from lavis_lite.common import dist
+from lavis_lite.common.registry import registry
 from lavis_lite.nn.losses import matching_loss
-from lavis_lite.registry import registry
 
 TEXTS = ["a red square", "the black cat is sitting", "a red circle is", "a red circle is"]
 NEGATIVES = torch.tensor([2, 3, 3, 0]), torch.tensor([3, 2, 0, 1])

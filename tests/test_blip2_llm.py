@@ -23,11 +23,16 @@ from transformers import (
     T5Config,
 )
 
-from lavis_lite import checkpoint
-from lavis_lite.models import blip2_llm_base
-from lavis_lite.models.blip2_prompts import class_prompts, generation_prompts, question_prompts, split_caption
-from lavis_lite.models.llm_text import text_coder
-from lavis_lite.registry import registry
+from lavis_lite.common import checkpoint
+from lavis_lite.common.registry import registry
+from lavis_lite.models.blip2 import llm_base as blip2_llm_base
+from lavis_lite.models.blip2.llm_text import text_coder
+from lavis_lite.models.blip2.prompts import (
+    class_prompts,
+    generation_prompts,
+    question_prompts,
+    split_caption,
+)
 
 TINY = REFERENCE / "tiny_hf"
 MODELS = {

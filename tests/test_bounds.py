@@ -12,13 +12,15 @@ import pytest
 import torch
 import yaml
 
-from lavis_lite.cli import build_without_weights, main
-from lavis_lite.config import parser
-from lavis_lite.config_files import Layer
-from lavis_lite.config_schema import Checker
-from lavis_lite.config_sections import model_arguments
-from lavis_lite.errors import InputError, UserError
-from lavis_lite.frames import check_num_frames
+from lavis_lite.cli.main import build_without_weights, main
+from lavis_lite.common.config.config import parser
+from lavis_lite.common.config.files import Layer
+from lavis_lite.common.config.schema import Checker
+from lavis_lite.common.config.sections import model_arguments
+from lavis_lite.common.config.zoo import model_config_path, model_zoo
+from lavis_lite.common.errors import InputError, UserError
+from lavis_lite.common.frames import check_num_frames
+from lavis_lite.common.registry import registry
 from lavis_lite.models import load_model
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.reranking import similarity_matrices
@@ -27,9 +29,7 @@ from lavis_lite.nn.encoders import build_encoder
 from lavis_lite.nn.qformer import QFormerConfig
 from lavis_lite.nn.vision import SIZE_BOUNDS, ViTConfig
 from lavis_lite.processors import load_processor
-from lavis_lite.registry import registry
 from lavis_lite.tasks.retrieval import RetrievalTask
-from lavis_lite.zoo import model_config_path, model_zoo
 
 NONSENSE = (-1, 0, 1, 10**9, 1e15, 1e308, -1e308, float("nan"), "text", [], {}, None, True)
 LLM_SIZES = {

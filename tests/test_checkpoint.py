@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from lavis_lite import checkpoint
+from lavis_lite.common import checkpoint
 from lavis_lite.nn.ckpt import checkpoint_blocks
 
 

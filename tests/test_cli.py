@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lavis_lite import cli
-from lavis_lite.config import RunConfig, parser
+from lavis_lite.cli import main as cli
+from lavis_lite.common.config.config import RunConfig, parser
 
 PROJECT = """
 model: {arch: blip_caption, model_type: tiny}

@@ -16,9 +16,9 @@ from test_mixture import by_dataset
 from test_runner import ToyTask, assert_equal, last, losses, make, mixed_data, rows, script, two_ranks
 from torch.utils.data import Dataset
 
+from lavis_lite.common.errors import UnreadableSample
 from lavis_lite.datasets.base import BaseDataset
 from lavis_lite.datasets.vqa import VQATrainDataset
-from lavis_lite.errors import UnreadableSample
 from lavis_lite.runners.loaders import SeededDatasets, train_loader, train_sets
 from lavis_lite.runners.sampling import ConcatSampler, Key, TrainSampler
 

@@ -10,9 +10,14 @@ from typing import Any, Literal
 import pytest
 import yaml
 
-from lavis_lite.config import Config, ConfigError, RunConfig
-from lavis_lite.config_files import load_with_bases, merge, merge_layers, parse_options
-from lavis_lite.config_schema import Checker, describe, schema_of
+from lavis_lite.common.config.config import Config, ConfigError, RunConfig
+from lavis_lite.common.config.files import (
+    load_with_bases,
+    merge,
+    merge_layers,
+    parse_options,
+)
+from lavis_lite.common.config.schema import Checker, describe, schema_of
 
 PROJECTS = Path(__file__).parents[1] / "projects"
 DATA_PAGE = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
@@ -41,7 +46,7 @@ def message(folder: Path, text: str = BASIC, *options: str) -> str:
 
 
 def checker_for(tree: dict[str, Any]) -> Checker:
-    from lavis_lite.config_files import Layer
+    from lavis_lite.common.config.files import Layer
 
     return Checker([Layer("here.yaml", tree)])
 

@@ -13,14 +13,14 @@ import transformers
 from full_size import TINY_HF
 from torch import Tensor
 
-from lavis_lite import checkpoint
-from lavis_lite.convert.__main__ import main
+from lavis_lite.cli.convert import main
+from lavis_lite.common import checkpoint
+from lavis_lite.common.registry import registry
 from lavis_lite.convert.configs import CLASSES
 from lavis_lite.convert.folders import write_folder
 from lavis_lite.models import from_pretrained, load_model, load_model_and_preprocess
 from lavis_lite.models.base import BaseModel
 from lavis_lite.nn.llm_sources import PACKAGED
-from lavis_lite.registry import registry
 
 ARCHS = sorted({arch for archs in CLASSES.values() for arch in archs})
 

@@ -14,12 +14,17 @@ from full_size import REFERENCE, meta_model
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from lavis_lite.convert import blip2_from_hf, blip2_to_hf, blip_from_hf, blip_to_hf
+from lavis_lite.common.config.zoo import model_config_path
+from lavis_lite.common.sources.weights import LazyState
+from lavis_lite.convert import (
+    blip2_from_hf,
+    blip2_to_hf,
+    blip_from_hf,
+    blip_to_hf,
+)
 from lavis_lite.convert.blip2 import fit_vocabularies
 from lavis_lite.convert.configs import hf_config
 from lavis_lite.convert.folders import hf_model
-from lavis_lite.weights import LazyState
-from lavis_lite.zoo import model_config_path
 
 OPT = {"hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32, "ffn_dim": 10240}
 FLAN_T5 = {"d_model": 2048, "d_ff": 5120, "num_layers": 24, "num_heads": 32, "feed_forward_proj": "gated-gelu"}

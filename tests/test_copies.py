@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lavis_lite import zoo
+from lavis_lite.common.config import zoo
 from lavis_lite.models import load_model
 from lavis_lite.nn.encoders import build_encoder
 from lavis_lite.nn.learning import ACCURACIES

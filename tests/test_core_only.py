@@ -21,7 +21,7 @@ DRIVER = """
 import sys
 for name in {optional!r}:
     sys.modules[name] = None  # importing it raises ImportError, as if it were not installed
-from lavis_lite.cli import main, parser
+from lavis_lite.cli.main import main, parser
 sys.exit(main(parser(), sys.argv[1:]))
 """
 

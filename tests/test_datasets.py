@@ -13,6 +13,9 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
+from lavis_lite.common.config.zoo import dataset_zoo
+from lavis_lite.common.records import RecordCheck
+from lavis_lite.common.registry import registry
 from lavis_lite.datasets import load_dataset
 from lavis_lite.datasets.annotations import add_instance_ids, load_annotations, read_records
 from lavis_lite.datasets.caption import CaptionBuilder, CaptionEvalDataset, CaptionTrainDataset
@@ -21,10 +24,7 @@ from lavis_lite.datasets.nlvr import NLVREvalDataset, NLVRTrainDataset, swap_sid
 from lavis_lite.datasets.pairs import PairsDataset
 from lavis_lite.datasets.retrieval import RetrievalEvalDataset, RetrievalTrainDataset
 from lavis_lite.datasets.vqa import VQABuilder, VQAEvalDataset, VQATrainDataset
-from lavis_lite.records import RecordCheck
-from lavis_lite.registry import registry
 from lavis_lite.runners.sampling import seed_sample
-from lavis_lite.zoo import dataset_zoo
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
@@ -295,7 +295,7 @@ def test_builder_fetches_an_address_into_the_storage(root: Path, monkeypatch: py
         asked.append((url, options["md5"]))
         return root / "fetched"
 
-    monkeypatch.setattr("lavis_lite.download.fetch", fetch)
+    monkeypatch.setattr("lavis_lite.common.sources.download.fetch", fetch)
     entry = {"url": "https://example.org/t.json", "md5": "0" * 32, "storage": "sub/t.json"}
     builder = CaptionBuilder(build_info=info(root, train=entry))
     builder.prepare()

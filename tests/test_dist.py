@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from ports import free_port
 from torch import nn
 
-from lavis_lite import dist
+from lavis_lite.common import dist
 
 
 def launch(body: Callable[[Path], None], folder: Path, *, world: int) -> None:

@@ -149,8 +149,8 @@ def test_contrast_and_queues_equal_one_process(launch: Launch, name: str, tmp_pa
 
 def first_losses(path: Path, *, half: int) -> dict[str, torch.Tensor]:
     """The losses of one rank's half of the first batch of four, by a fresh model in this process."""
-    from lavis_lite.config import Config
-    from lavis_lite.registry import registry
+    from lavis_lite.common.config.config import Config
+    from lavis_lite.common.registry import registry
     from lavis_lite.runners.loaders import train_loader, train_sets
     from lavis_lite.runners.sampling import seed_everything
 
@@ -215,8 +215,9 @@ def test_a_missing_file_is_told_without_traceback(tmp_path: Path) -> None:
 
 def main(plan: Sequence[Sequence[str]], folder: Path) -> None:
     """Each rank's part: the plan's command lines in one process group."""
-    from lavis_lite import cli, dist
-    from lavis_lite.registry import registry
+    from lavis_lite.cli import main as cli
+    from lavis_lite.common import dist
+    from lavis_lite.common.registry import registry
     from lavis_lite.runners.runner import Runner
 
     @registry.register_runner("runner_recorded")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lavis_lite import download
+from lavis_lite.common.sources import download
 from lavis_lite.models import load_model
 
 CONTENT = b"weights" * 1000

@@ -14,7 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from lavis_lite.nn.encoders import ENCODERS, PUBLISHED, build_encoder, timm_weights
+from lavis_lite.nn.encoders import (
+    ENCODERS,
+    PUBLISHED,
+    build_encoder,
+    timm_weights,
+)
 from lavis_lite.nn.vision import BlipViT
 
 REFERENCE = Path(os.environ.get("LAVIS_LITE_REFERENCE_DIR", Path(__file__).parent / "reference"))

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from lavis_lite import checkpoint
+from lavis_lite.common import checkpoint
 
 pytestmark = pytest.mark.usefixtures("shapes_data")
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import lavis_lite
-from lavis_lite import cli, errors
+from lavis_lite.cli import main as cli
+from lavis_lite.common import errors
 
 PACKAGE = Path(lavis_lite.__file__).parent
 BUILT_IN = {

@@ -13,8 +13,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lavis_lite.common.errors import UserError
 from lavis_lite.datasets import instruct
-from lavis_lite.errors import UserError
 
 READERS = [names.split()[0] for names in cases.BY_READER] + [
     *("retrieval", "pairs", "coco_caption_instruct", "coco_vqa_instruct", "vqg_coco_vqa", "aok_vqa_instruct"),

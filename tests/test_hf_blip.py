@@ -18,10 +18,10 @@ from transformers import (
     BlipForQuestionAnswering,
 )
 
+from lavis_lite.common.registry import registry
 from lavis_lite.convert import blip_from_hf, blip_to_hf
 from lavis_lite.models import from_pretrained
 from lavis_lite.nn.decoding import decode
-from lavis_lite.registry import registry
 
 REFERENCE = Path(os.environ.get("LAVIS_LITE_REFERENCE_DIR", Path(__file__).parent / "reference"))
 TOKENIZER = str(REFERENCE / "tiny_hf" / "bert")

@@ -14,9 +14,9 @@ from reference_blip2 import language_model
 from reference_case import REFERENCE, Case, blip2_sizes, close
 from torch import Tensor
 
+from lavis_lite.common.registry import registry
 from lavis_lite.convert.folders import write_folder
 from lavis_lite.models import from_pretrained
-from lavis_lite.registry import registry
 
 PROMPTS = ["Question: what color is the star? Short answer:", "a photo of"]
 TEXTS = ["a red square above a blue circle", "the black cat"]

@@ -21,7 +21,9 @@ from safetensors.torch import save_file
 from transformers import BertConfig, OPTConfig, OPTForCausalLM
 from transformers.utils import sentencepiece_model_pb2_new
 
-from lavis_lite import checkpoint, download, weights
+from lavis_lite.common import checkpoint
+from lavis_lite.common.registry import registry
+from lavis_lite.common.sources import download, weights
 from lavis_lite.datasets.base import locate
 from lavis_lite.datasets.templates import load_templates
 from lavis_lite.models import from_pretrained, load_model
@@ -29,7 +31,6 @@ from lavis_lite.models.tokenizers import load_tokenizer
 from lavis_lite.nn.llm_loading import load_language_model
 from lavis_lite.nn.llm_sources import is_composite, language_model_config, load_llm_tokenizer
 from lavis_lite.nn.vision_timm import timm_weights
-from lavis_lite.registry import registry
 
 FOLDERS = Path(__file__).parent / "reference" / "tiny_hf"
 

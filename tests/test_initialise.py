@@ -11,10 +11,11 @@ import timm
 import torch
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
-from lavis_lite import checkpoint, cli
+from lavis_lite.cli import main as cli
+from lavis_lite.common import checkpoint
+from lavis_lite.common.registry import registry
 from lavis_lite.models import load_model
 from lavis_lite.models.tokenizers import PACKAGED, load_tokenizer
-from lavis_lite.registry import registry
 
 SHAPES = PACKAGED / "shapes"
 TEXTS = ["a red circle left of a blue star", "yes"]

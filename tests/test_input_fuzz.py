@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lavis_lite.errors import UserError
+from lavis_lite.common.errors import UserError
 from lavis_lite.models import load_model
 
 CALLS = {

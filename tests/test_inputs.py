@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lavis_lite import zoo
-from lavis_lite.errors import InputError
+from lavis_lite.common.config import zoo
+from lavis_lite.common.errors import InputError
+from lavis_lite.common.registry import registry
 from lavis_lite.models import load_model
-from lavis_lite.registry import registry
 
 ARCHITECTURES = sorted(arch for arch, types in zoo.model_zoo if "tiny" in types)
 NEEDED = {"blip_classification": {"num_classes": 3}}

@@ -14,11 +14,17 @@ import torch
 import yaml
 from PIL import Image
 
+from lavis_lite.common.wording import joined_words, lettered
 from lavis_lite.datasets import instruct, load_dataset
 from lavis_lite.datasets.instruct import InstructBuilder, InstructDataset
-from lavis_lite.datasets.templates import GAP, PROMPTS, Templates, fill, load_templates
+from lavis_lite.datasets.templates import (
+    GAP,
+    PROMPTS,
+    Templates,
+    fill,
+    load_templates,
+)
 from lavis_lite.processors import load_processor
-from lavis_lite.wording import joined_words, lettered
 
 REFERENCE = Path(os.environ.get("LAVIS_LITE_REFERENCE_DIR", Path(__file__).parent / "reference"))
 TABLE = json.loads((REFERENCE / "tables" / "text_processors.json").read_text())

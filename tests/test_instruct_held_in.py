@@ -11,10 +11,10 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from lavis_lite.registry import registry
+from lavis_lite.common.config.zoo import dataset_zoo
+from lavis_lite.common.registry import registry
 from lavis_lite.tasks.captioning import CaptionTask
 from lavis_lite.tasks.vqa import AOKVQATask, GQATask, VQATask
-from lavis_lite.zoo import dataset_zoo
 
 COLORS = {"a.jpg": 1, "b.jpg": 2, "c.png": 3}
 """The red of each picture's pixels, by which a test sees which file was opened."""

@@ -11,12 +11,12 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from lavis_lite.common.config.zoo import dataset_zoo
+from lavis_lite.common.registry import registry
 from lavis_lite.datasets import instruct
-from lavis_lite.registry import registry
 from lavis_lite.tasks.captioning import CaptionTask
 from lavis_lite.tasks.metrics import caption_java
 from lavis_lite.tasks.vqa import VQATask
-from lavis_lite.zoo import dataset_zoo
 
 VSR = [
     {"image": "000000296471.jpg", "caption": "The cat (A) is inside.", "label": 1, "relation": "inside"},

@@ -18,12 +18,12 @@ from safetensors.torch import save_file
 from test_instruct_held_in import AOKVQA, PROBLEM, book, textcaps
 from test_instruct_held_out import ICONS, IVQA, MEMES, TEXTVQA, VIDEO_QA, VISDIAL, VIZWIZ, VSR, WORDS, picture
 
-from lavis_lite import checkpoint
-from lavis_lite.config import Config
+from lavis_lite.common import checkpoint
+from lavis_lite.common.config.config import Config
+from lavis_lite.common.registry import registry
 from lavis_lite.datasets import instruct
 from lavis_lite.models import load_model
 from lavis_lite.nn.llm import load_language_model
-from lavis_lite.registry import registry
 from lavis_lite.tasks.metrics import caption_java
 
 PROJECT = doors.ROOT / "projects" / "instructblip"

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lavis_lite import checkpoint, integrity
-from lavis_lite.errors import DamagedFileError, InputError
+from lavis_lite.common import checkpoint, integrity
+from lavis_lite.common.errors import DamagedFileError, InputError
 
 CASES = 500  # per kind of file
 
@@ -133,9 +133,9 @@ def test_files_without_checksums_are_loaded_and_it_is_said(tmp_path: Path, caplo
 
 
 def test_a_written_folder_has_checksums(tmp_path: Path) -> None:
+    from lavis_lite.common.sources.weights import open_state
     from lavis_lite.convert.folders import write_folder
     from lavis_lite.models import load_model
-    from lavis_lite.weights import open_state
 
     folder = write_folder(load_model("blip_caption", "tiny"), tmp_path / "hf", arch="blip_caption")
     assert subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=folder, capture_output=True).returncode == 0

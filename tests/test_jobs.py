@@ -17,10 +17,12 @@ import pytest
 import torch
 import yaml
 
-from lavis_lite import checkpoint, cli, jobs
-from lavis_lite.errors import FolderInUseError, InputError
-from lavis_lite.locks import FolderLock, Lock
-from lavis_lite.run_config import RunConfig
+from lavis_lite.cli import main as cli
+from lavis_lite.common import checkpoint
+from lavis_lite.common.config.run import RunConfig
+from lavis_lite.common.errors import FolderInUseError, InputError
+from lavis_lite.common.locks import FolderLock, Lock
+from lavis_lite.runners import jobs
 
 CUT, FLIPPED, EMPTY = "cut", "flipped", "empty"
 
@@ -246,8 +248,8 @@ def test_a_copy_where_there_are_no_hard_links(tmp_path: Path, monkeypatch: pytes
 
 
 def test_an_abandoned_shapes_build_is_swept(tmp_path: Path) -> None:
-    from lavis_lite.datasets.shapes_build import ensure_built
-    from lavis_lite.datasets.shapes_scene import ShapesConfig
+    from lavis_lite.datasets.shapes.build import ensure_built
+    from lavis_lite.datasets.shapes.scene import ShapesConfig
 
     root = tmp_path / "shapes"
     config = ShapesConfig(num_train=5, num_val=2, num_test=2, gallery_size=2)

@@ -28,8 +28,8 @@ from transformers import (
     T5Config,
 )
 
-from lavis_lite.datasets.shapes_language import vocabulary
-from lavis_lite.datasets.shapes_questions import question_words
+from lavis_lite.datasets.shapes.language import vocabulary
+from lavis_lite.datasets.shapes.questions import question_words
 from lavis_lite.nn.decoding import DecodingConfig, decode
 from lavis_lite.nn.llm import LanguageModel, load_language_model
 from lavis_lite.nn.llm_sources import PACKAGED

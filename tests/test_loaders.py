@@ -12,8 +12,15 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from lavis_lite.errors import UnreadableSample
-from lavis_lite.runners.loaders import check_splits, eval_loader, eval_sets, to_device, train_loader, train_sets
+from lavis_lite.common.errors import UnreadableSample
+from lavis_lite.runners.loaders import (
+    check_splits,
+    eval_loader,
+    eval_sets,
+    to_device,
+    train_loader,
+    train_sets,
+)
 from lavis_lite.runners.sampling import TrainSampler
 
 

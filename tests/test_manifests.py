@@ -7,7 +7,7 @@ import full_size
 import pytest
 from omegaconf import OmegaConf
 
-from lavis_lite.zoo import model_config_path
+from lavis_lite.common.config.zoo import model_config_path
 
 FOLDER = full_size.REFERENCE / "manifests"
 MANIFESTS = sorted(path.name.removesuffix(".json.gz") for path in FOLDER.glob("blip*.json.gz"))

@@ -13,8 +13,8 @@ import pytest
 import torch
 from test_runner import Line, ToyTask, last, make, mixed_data, rows, script, two_ranks
 
-from lavis_lite import checkpoint
-from lavis_lite.run_config import RunConfig, RunConfigError
+from lavis_lite.common import checkpoint
+from lavis_lite.common.config.run import RunConfig, RunConfigError
 from lavis_lite.runners.loaders import train_loader, train_sets
 from lavis_lite.runners.sampling import TrainSampler, dataset_shares
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lavis_lite import checkpoint, zoo
+from lavis_lite.common import checkpoint
+from lavis_lite.common.config import zoo
 from lavis_lite.models import load_model, load_model_and_preprocess
 from lavis_lite.nn.decoding import decode
 from lavis_lite.nn.losses import draw_negatives

@@ -17,7 +17,12 @@ from lavis_lite.nn.losses import (
     soft_cross_entropy,
 )
 from lavis_lite.nn.momentum import enqueue, update_momentum
-from lavis_lite.nn.vision import BlipViT, interpolate_pos_embed, layer_scales, vit_config
+from lavis_lite.nn.vision import (
+    BlipViT,
+    interpolate_pos_embed,
+    layer_scales,
+    vit_config,
+)
 
 SIZES = {"vocab_size": 11, "hidden_size": 8, "num_layers": 2, "num_heads": 2, "intermediate_size": 16}
 

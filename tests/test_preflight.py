@@ -14,11 +14,12 @@ from PIL import Image
 from test_bad_input import captions, complains, six
 from test_runner import ToyTask, checkpoint, last, make
 
-from lavis_lite import download, preflight
-from lavis_lite.config_agreement import model_setting
-from lavis_lite.optim import build_schedule
-from lavis_lite.registry import registry
-from lavis_lite.run_config import RunConfig, RunConfigError
+from lavis_lite.cli import preflight
+from lavis_lite.common.config.agreement import model_setting
+from lavis_lite.common.config.run import RunConfig, RunConfigError
+from lavis_lite.common.optim import build_schedule
+from lavis_lite.common.registry import registry
+from lavis_lite.common.sources import download
 from lavis_lite.tasks.base import BaseTask
 from lavis_lite.tasks.captioning import CaptionTask
 from lavis_lite.tasks.instruct import InstructTask
@@ -119,7 +120,7 @@ def test_every_dataset_knows_the_files_that_it_opens(
     opened: list[str] = []
     whole = base.open_image
     monkeypatch.setattr(base, "open_image", lambda path, **own: (opened.append(str(path)), whole(path, **own))[1])
-    from lavis_lite.config import Config
+    from lavis_lite.common.config.config import Config
 
     cfg = Config.from_file(doors.project(tmp_path, name))
     for splits in registry.get_task_class(cfg.run.task)(**cfg.task).build_datasets(cfg).values():

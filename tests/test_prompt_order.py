@@ -13,10 +13,10 @@ import yaml
 from test_bad_input import complains
 from torch.utils.data import default_collate
 
-from lavis_lite.config import Config, ConfigError
+from lavis_lite.common.config.config import Config, ConfigError
+from lavis_lite.common.registry import registry
 from lavis_lite.datasets.base import BaseDataset
 from lavis_lite.models import load_model
-from lavis_lite.registry import registry
 
 QUESTION, SHORT = "Question: {} Answer:", "Q: {} Short:"
 CAPTION = "a short description"
@@ -113,7 +113,7 @@ OWN = {"instructions": {"output": "answer", "train": ["Now: {question}"], "eval"
 def test_an_explicit_prompt_replaces_the_template_of_questions(
     model: dict[str, str], run: dict[str, str], expected: str, files: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "lavis_lite.prompt_order")
+    caplog.set_level(logging.INFO, "lavis_lite.common.config.prompts")
     path = project(files, "vqa", "gqa_instruct", model=model, run=run)
     training, evaluation = asked(path)
     assert evaluation == expected

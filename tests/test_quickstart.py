@@ -14,8 +14,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from lavis_lite import cli
-from lavis_lite.config import Config, parser
+from lavis_lite.cli import main as cli
+from lavis_lite.common.config.config import Config, parser
 from lavis_lite.models import load_model
 
 ROOT = Path(__file__).parents[1]

@@ -16,19 +16,19 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from lavis_lite.config import Config
-from lavis_lite.config_files import load_with_bases
-from lavis_lite.config_sections import MODEL_KEYS
+from lavis_lite.common.config.config import Config
+from lavis_lite.common.config.files import load_with_bases
+from lavis_lite.common.config.sections import MODEL_KEYS
+from lavis_lite.common.config.zoo import dataset_zoo, model_zoo
+from lavis_lite.common.registry import registry
 from lavis_lite.models import load_model_and_preprocess
 from lavis_lite.models.base import chosen_weights
-from lavis_lite.registry import registry
 from lavis_lite.tasks.base import check_splits, wanted_splits
 from lavis_lite.tasks.instruct import Metric
 from lavis_lite.tasks.metrics.caption import LABELS
 from lavis_lite.tasks.metrics.retrieval import recall_metrics
 from lavis_lite.tasks.metrics.vqa_accuracy import vqa_metrics
 from lavis_lite.tasks.multimodal_classification import MultimodalClassificationTask
-from lavis_lite.zoo import dataset_zoo, model_zoo
 
 ROOT = Path(__file__).parents[1]
 PROJECTS = ROOT / "projects"

@@ -13,12 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
+from lavis_lite.common.errors import InputError
+from lavis_lite.common.logger import JsonLog, setup
+from lavis_lite.common.records import shown
+from lavis_lite.common.registry import registry
 from lavis_lite.datasets import instruct
 from lavis_lite.datasets.annotations import read_records
-from lavis_lite.errors import InputError
-from lavis_lite.logger import JsonLog, setup
-from lavis_lite.records import shown
-from lavis_lite.registry import registry
 from lavis_lite.tasks.captioning import CaptionTask
 from lavis_lite.tasks.results import write_json
 from lavis_lite.tasks.vqa import check_ids

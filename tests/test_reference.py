@@ -15,9 +15,9 @@ from reference_blip2 import check_blip2_instruct, check_blip2_opt, check_blip2_t
 from reference_case import REFERENCE, Case, blip2_sizes, close, close_gradients, up_to_end
 from torch import Tensor, nn
 
+from lavis_lite.common.registry import registry
 from lavis_lite.nn.encoders import build_encoder
 from lavis_lite.nn.vision import BlipViT, ViTConfig, interpolate_pos_embed
-from lavis_lite.registry import registry
 
 CASES = sorted(path.name for path in (REFERENCE / "cases").iterdir() if path.is_dir())
 
@@ -214,7 +214,7 @@ class Recorder:
 
     def __init__(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seen: dict[str, Any] = {}
-        from lavis_lite.models import blip_momentum
+        from lavis_lite.models.blip import momentum as blip_momentum
 
         def keep(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             def wrapped(*args: Any, **kwargs: Any) -> Any:

@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from lavis_lite.registry import Registry, RegistryError, did_you_mean, registry
+from lavis_lite.common.registry import (
+    Registry,
+    RegistryError,
+    did_you_mean,
+    registry,
+)
 
 KINDS = ("model", "processor", "builder", "task", "runner", "lr_scheduler")
 

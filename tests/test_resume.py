@@ -8,7 +8,7 @@ from typing import Any
 import doors
 import pytest
 
-from lavis_lite import checkpoint
+from lavis_lite.common import checkpoint
 from lavis_lite.tasks.captioning import CaptionTask
 
 pytestmark = pytest.mark.usefixtures("shapes_data")

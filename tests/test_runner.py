@@ -24,12 +24,12 @@ from ports import free_port
 from torch import nn
 from torch.utils.data import Dataset
 
-from lavis_lite import checkpoint, dist
-from lavis_lite.errors import NonFiniteLoss, UnreadableSample
-from lavis_lite.logger import JsonLog
-from lavis_lite.optim import parameter_groups
-from lavis_lite.registry import registry
-from lavis_lite.run_config import RunConfig
+from lavis_lite.common import checkpoint, dist
+from lavis_lite.common.config.run import RunConfig
+from lavis_lite.common.errors import NonFiniteLoss, UnreadableSample
+from lavis_lite.common.logger import JsonLog
+from lavis_lite.common.optim import parameter_groups
+from lavis_lite.common.registry import registry
 from lavis_lite.runners.plan import Plan, resolve_precision
 from lavis_lite.runners.runner import Runner
 from lavis_lite.runners.sampling import seed_everything

@@ -14,21 +14,29 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lavis_lite.datasets.shapes import (
+from lavis_lite.common.errors import MissingFileError, WriteError
+from lavis_lite.common.registry import registry
+from lavis_lite.datasets.shapes.build import ensure_built
+from lavis_lite.datasets.shapes.builders import (
     ShapesCaptionBuilder,
     ShapesNLVRBuilder,
     ShapesPairsBuilder,
     ShapesRetrievalBuilder,
     ShapesVQABuilder,
 )
-from lavis_lite.datasets.shapes_build import ensure_built
-from lavis_lite.datasets.shapes_language import plural
-from lavis_lite.datasets.shapes_render import RGB, render
-from lavis_lite.datasets.shapes_scene import COLORS, SHAPES, SPLITS, Scene, SceneMaker, ShapesConfig, Thing
-from lavis_lite.datasets.shapes_tokenizer import FOLDER, train_tokenizer
-from lavis_lite.datasets.shapes_truth import is_true, parse_caption, true_rate
-from lavis_lite.errors import MissingFileError, WriteError
-from lavis_lite.registry import registry
+from lavis_lite.datasets.shapes.language import plural
+from lavis_lite.datasets.shapes.render import RGB, render
+from lavis_lite.datasets.shapes.scene import (
+    COLORS,
+    SHAPES,
+    SPLITS,
+    Scene,
+    SceneMaker,
+    ShapesConfig,
+    Thing,
+)
+from lavis_lite.datasets.shapes.tokenizer import FOLDER, train_tokenizer
+from lavis_lite.datasets.shapes.truth import is_true, parse_caption, true_rate
 
 SMALL = {"num_train": 300, "num_val": 120, "num_test": 120, "gallery_size": 60}
 
@@ -349,7 +357,7 @@ def test_an_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest
 
     config = ShapesConfig(num_train=3, num_val=3, num_test=3)
     with monkeypatch.context() as patch:
-        patch.setattr("lavis_lite.datasets.shapes_build.save_jpeg", stop)
+        patch.setattr("lavis_lite.datasets.shapes.build.save_jpeg", stop)
         with pytest.raises(KeyboardInterrupt):
             ensure_built(config, tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -377,7 +385,7 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     def full(*args: Any, **options: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("lavis_lite.datasets.shapes_build.save_jpeg", full)
+    monkeypatch.setattr("lavis_lite.datasets.shapes.build.save_jpeg", full)
     with pytest.raises(WriteError, match=r"shapes could not be written to .*No space left on device.*LAVIS_LITE_DATA"):
         ensure_built(ShapesConfig(num_train=3, num_val=3, num_test=3), tmp_path / "shapes")
     assert list((tmp_path / "shapes").iterdir()) == []
@@ -391,7 +399,7 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_losing_a_race_takes_the_winners_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lavis_lite.datasets import shapes_build
+    from lavis_lite.datasets.shapes import build as shapes_build
 
     config = ShapesConfig(num_train=3, num_val=3, num_test=3)
     real = shapes_build.build

@@ -14,13 +14,13 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
-from lavis_lite.datasets.shapes_build import ensure_built
-from lavis_lite.datasets.shapes_instruct import TEMPLATES, ensure_instructions, spoken
-from lavis_lite.datasets.shapes_scene import Scene, ShapesConfig, Thing
-from lavis_lite.datasets.shapes_tokenizer import FOLDER
+from lavis_lite.common.config.zoo import dataset_config_path
+from lavis_lite.common.registry import registry
+from lavis_lite.datasets.shapes.build import ensure_built
+from lavis_lite.datasets.shapes.instruct import TEMPLATES, ensure_instructions, spoken
+from lavis_lite.datasets.shapes.scene import Scene, ShapesConfig, Thing
+from lavis_lite.datasets.shapes.tokenizer import FOLDER
 from lavis_lite.datasets.templates import fill, load_templates
-from lavis_lite.registry import registry
-from lavis_lite.zoo import dataset_config_path
 
 GROUPS = tuple(group for group in TEMPLATES if group != "caption")
 LLMS = FOLDER.parents[1] / "llms"

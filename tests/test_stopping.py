@@ -16,8 +16,9 @@ import doors
 import pytest
 import torch
 
-from lavis_lite import checkpoint, failures
-from lavis_lite.stopping import Stopped, StopSignals
+from lavis_lite.cli import failures
+from lavis_lite.common import checkpoint
+from lavis_lite.runners.stopping import Stopped, StopSignals
 from lavis_lite.tasks.captioning import CaptionTask
 
 SIGNALS = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
@@ -435,7 +436,7 @@ def test_a_dead_loader_worker_is_one_line(
 def test_a_mistake_that_a_loader_worker_finds_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lavis_lite.errors import InputError
+    from lavis_lite.common.errors import InputError
 
     def refuse() -> None:
         raise InputError("record 3: caption: expected text, got 5")

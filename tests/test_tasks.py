@@ -15,8 +15,8 @@ from ports import free_port
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from lavis_lite import dist
-from lavis_lite.registry import registry
+from lavis_lite.common import dist
+from lavis_lite.common.registry import registry
 from lavis_lite.tasks.base import BaseTask
 from lavis_lite.tasks.captioning import CaptionTask
 from lavis_lite.tasks.image_text_pretrain import ImageTextPretrainTask

@@ -21,13 +21,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lavis_lite import frames
+from lavis_lite.common import frames
+from lavis_lite.common.errors import UnreadableSample
+from lavis_lite.common.registry import registry
 from lavis_lite.datasets.base import identity
 from lavis_lite.datasets.video import read_frames
-from lavis_lite.errors import UnreadableSample
 from lavis_lite.models import load_model_and_preprocess, load_preprocess
 from lavis_lite.processors import load_processor
-from lavis_lite.registry import registry
 
 pytest.importorskip("decord", reason="there is no decord for this machine")
 

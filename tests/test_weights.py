@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lavis_lite import checkpoint, weights
+from lavis_lite.common import checkpoint
+from lavis_lite.common.sources import weights
+from lavis_lite.common.sources.weights import LazyState, open_state
 from lavis_lite.convert.folders import write_folder
 from lavis_lite.models import load_model
-from lavis_lite.weights import LazyState, open_state
 
 STATE = {f"layers.{i}.weight": torch.full((3, 4), float(i)) for i in range(6)}
 

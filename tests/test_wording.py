@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from transformers import BertTokenizer
 
+from lavis_lite.common.wording import without_false_spaces
 from lavis_lite.models import batches, tokenizers
-from lavis_lite.wording import without_false_spaces
 
 TEXTS = (
     "一只黄色的猫看着镜头！",

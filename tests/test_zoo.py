@@ -9,10 +9,15 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-from lavis_lite.config_schema import Checker
-from lavis_lite.config_sections import model_arguments, model_layer
-from lavis_lite.models import load_model, load_model_and_preprocess, load_preprocess, model_zoo
-from lavis_lite.zoo import Zoo, dataset_zoo, model_config_path
+from lavis_lite.common.config.schema import Checker
+from lavis_lite.common.config.sections import model_arguments, model_layer
+from lavis_lite.common.config.zoo import Zoo, dataset_zoo, model_config_path
+from lavis_lite.models import (
+    load_model,
+    load_model_and_preprocess,
+    load_preprocess,
+    model_zoo,
+)
 
 REFERENCE = Path(os.environ.get("LAVIS_LITE_REFERENCE_DIR", Path(__file__).parent / "reference"))
 MANIFESTS = sorted(REFERENCE.glob("manifests/blip*.json.gz"))

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from lavis_lite.common.sources.weights import LazyState
 from lavis_lite.convert.names import VISION, VISION_BLOCK, Table
-from lavis_lite.weights import LazyState
 
 BLIP = Table(
     prefixes=(*VISION, ("visual_encoder.norm.", "vision_model.post_layernorm.")),

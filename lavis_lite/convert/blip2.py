@@ -11,8 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lavis_lite.common.sources.weights import LazyState, Reader
 from lavis_lite.convert.names import VISION, VISION_BLOCK, Table
-from lavis_lite.weights import LazyState, Reader
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from lavis_lite.config_sections import BERT_TO_MED
-from lavis_lite.errors import InputError
-from lavis_lite.registry import registry
+from lavis_lite.common.config.sections import BERT_TO_MED
+from lavis_lite.common.errors import InputError
+from lavis_lite.common.registry import registry
 
 INSTRUCT = "InstructBlipForConditionalGeneration"
 CLASSES: dict[str, tuple[str, ...]] = {

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lavis_lite import checkpoint, integrity
+from lavis_lite.common import checkpoint, integrity
+from lavis_lite.common.errors import ExistingFileError, InputError, MissingFileError
+from lavis_lite.common.sources.hub import read_json_mapping
+from lavis_lite.common.sources.weights import EXTRA_FILE, LazyState
 from lavis_lite.convert.blip import blip_from_hf, blip_to_hf
 from lavis_lite.convert.blip2 import VOCABULARIES, blip2_from_hf, blip2_to_hf
 from lavis_lite.convert.configs import QFORMER_TOKENIZER, hf_class_of, hf_config
-from lavis_lite.errors import ExistingFileError, InputError, MissingFileError
-from lavis_lite.hub import read_json_mapping
 from lavis_lite.nn import lora
-from lavis_lite.weights import EXTRA_FILE, LazyState
 
 logger = logging.getLogger(__name__)
 

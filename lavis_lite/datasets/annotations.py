@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lavis_lite.errors import InputError, MissingFileError
-from lavis_lite.records import Record, RecordCheck, shown
+from lavis_lite.common.errors import InputError, MissingFileError
+from lavis_lite.common.records import Record, RecordCheck, shown
 
 DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
 TABLES = {".csv": ",", ".tsv": "\t"}

@@ -19,7 +19,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from lavis_lite import dist, download
+from lavis_lite.common import dist
+from lavis_lite.common.config.zoo import dataset_config_path
+from lavis_lite.common.errors import InputError, MissingFileError, UnknownNameError
+from lavis_lite.common.pixels import is_constant
+from lavis_lite.common.records import Kind, Record, RecordCheck
+from lavis_lite.common.registry import did_you_mean, registry
+from lavis_lite.common.sources import download
 from lavis_lite.datasets.annotations import (
     add_instance_ids,
     as_list,
@@ -29,11 +35,6 @@ from lavis_lite.datasets.annotations import (
     read_records,
 )
 from lavis_lite.datasets.image import open_image
-from lavis_lite.errors import InputError, MissingFileError, UnknownNameError
-from lavis_lite.pixels import is_constant
-from lavis_lite.records import Kind, Record, RecordCheck
-from lavis_lite.registry import did_you_mean, registry
-from lavis_lite.zoo import dataset_config_path
 
 logger = logging.getLogger(__name__)
 

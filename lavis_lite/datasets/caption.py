@@ -12,6 +12,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
+from lavis_lite.common.errors import InputError
+from lavis_lite.common.records import (
+    ID,
+    PATH,
+    TEXT,
+    TEXTS,
+    Record,
+    RecordCheck,
+)
+from lavis_lite.common.registry import registry
 from lavis_lite.datasets.annotations import (
     as_list,
     as_records,
@@ -23,9 +33,6 @@ from lavis_lite.datasets.annotations import (
     section,
 )
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset
-from lavis_lite.errors import InputError
-from lavis_lite.records import ID, PATH, TEXT, TEXTS, Record, RecordCheck
-from lavis_lite.registry import registry
 
 CAPTION_FIELDS = {
     **{"image": PATH, "file_name": PATH, "caption": TEXTS},

@@ -10,10 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, ClassVar
 
+from lavis_lite.common.errors import InputError
+from lavis_lite.common.records import (
+    ANY_TEXT,
+    ID,
+    NAME,
+    Kind,
+    Record,
+)
+from lavis_lite.common.registry import did_you_mean, registry
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset
-from lavis_lite.errors import InputError
-from lavis_lite.records import ANY_TEXT, ID, NAME, Kind, Record
-from lavis_lite.registry import did_you_mean, registry
 
 MAX_DIGITS = 9
 """Digits of a label, so that it fits an index."""

@@ -10,8 +10,14 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from lavis_lite.errors import InputError, UnreadableSample
-from lavis_lite.pixels import BROKEN, MAX_PIXELS, formats, open_file, to_rgb
+from lavis_lite.common.errors import InputError, UnreadableSample
+from lavis_lite.common.pixels import (
+    BROKEN,
+    MAX_PIXELS,
+    formats,
+    open_file,
+    to_rgb,
+)
 
 
 def open_image(path: str | Path, *, background: str = "white", max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -14,16 +14,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
+from lavis_lite.common.errors import InputError
+from lavis_lite.common.frames import ShortClips, check_num_frames, check_short_clips
+from lavis_lite.common.records import (
+    ANSWERS,
+    GROUP,
+    ID,
+    PATH,
+    TEXTS,
+    TRUTHS,
+    VALUES,
+    WORDS,
+    Kind,
+    Record,
+    renaming,
+)
+from lavis_lite.common.registry import did_you_mean, registry
+from lavis_lite.common.wording import joined_words, lettered, letters
 from lavis_lite.datasets.annotations import as_list, place_of
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset
 from lavis_lite.datasets.instruct_jsonl import PLACE, read_instructions
-from lavis_lite.datasets.templates import GAP, Templates, load_templates, with_prompt
+from lavis_lite.datasets.templates import (
+    GAP,
+    Templates,
+    load_templates,
+    with_prompt,
+)
 from lavis_lite.datasets.video import read_frames
-from lavis_lite.errors import InputError
-from lavis_lite.frames import ShortClips, check_num_frames, check_short_clips
-from lavis_lite.records import ANSWERS, GROUP, ID, PATH, TEXTS, TRUTHS, VALUES, WORDS, Kind, Record, renaming
-from lavis_lite.registry import did_you_mean, registry
-from lavis_lite.wording import joined_words, lettered, letters
 
 Reader = Callable[[Sequence[Path]], list[Record]]
 AnswerChoice = Literal["drawn", "most_frequent"]

@@ -11,6 +11,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lavis_lite.common.errors import InputError
+from lavis_lite.common.records import (
+    NAME,
+    TEXTS,
+    WORDS,
+    Record,
+    RecordCheck,
+)
+from lavis_lite.common.registry import registry
 from lavis_lite.datasets.annotations import as_records, check_records, read_json
 from lavis_lite.datasets.base import BaseDataset, BlankTexts
 from lavis_lite.datasets.caption import (
@@ -25,9 +34,6 @@ from lavis_lite.datasets.caption import (
 from lavis_lite.datasets.instruct import InstructBuilder, InstructDataset
 from lavis_lite.datasets.instruct_jsonl import PLACE
 from lavis_lite.datasets.pairs import PairsBuilder
-from lavis_lite.errors import InputError
-from lavis_lite.records import NAME, TEXTS, WORDS, Record, RecordCheck
-from lavis_lite.registry import registry
 
 TEXTCAPS_FIELDS = {"image_id": NAME, "caption_str": TEXTS, "ocr_tokens": WORDS}
 

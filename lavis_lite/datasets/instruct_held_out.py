@@ -12,14 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lavis_lite.datasets.annotations import place_of, read_json, section
-from lavis_lite.datasets.base import BlankTexts
-from lavis_lite.datasets.instruct import InstructBuilder
-from lavis_lite.datasets.instruct_captions import CaptionInstructBuilder, read_with_words
-from lavis_lite.datasets.instruct_jsonl import PLACE, placed
-from lavis_lite.datasets.vqa import answers_of, question_fields
-from lavis_lite.errors import InputError
-from lavis_lite.records import (
+from lavis_lite.common.errors import InputError
+from lavis_lite.common.records import (
     ANY_TEXT,
     GROUP,
     ID,
@@ -34,7 +28,13 @@ from lavis_lite.records import (
     RecordCheck,
     shown,
 )
-from lavis_lite.registry import registry
+from lavis_lite.common.registry import registry
+from lavis_lite.datasets.annotations import place_of, read_json, section
+from lavis_lite.datasets.base import BlankTexts
+from lavis_lite.datasets.instruct import InstructBuilder
+from lavis_lite.datasets.instruct_captions import CaptionInstructBuilder, read_with_words
+from lavis_lite.datasets.instruct_jsonl import PLACE, placed
+from lavis_lite.datasets.vqa import answers_of, question_fields
 
 
 def needs(*required: str, **fields: Kind) -> RecordCheck:

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lavis_lite.common.errors import InputError
+from lavis_lite.common.records import Record, RecordCheck, lacking
 from lavis_lite.datasets.annotations import load_annotations, place_of
-from lavis_lite.errors import InputError
-from lavis_lite.records import Record, RecordCheck, lacking
 
 PLACE = "_place"
 """What a reader may put into a record: (file, number of the record in it). Errors name it; the dataset takes it out."""

@@ -15,6 +15,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lavis_lite.common.errors import InputError, MissingFileError
+from lavis_lite.common.records import (
+    ANY_TEXT,
+    GROUP,
+    ID,
+    INDEX,
+    NAME,
+    PATH,
+    TEXT,
+    TRUTHS,
+    VALUES,
+    WORDS,
+    Record,
+    RecordCheck,
+)
+from lavis_lite.common.registry import did_you_mean, registry
 from lavis_lite.datasets.annotations import place_of, read_json
 from lavis_lite.datasets.base import BaseDataset, BlankTexts
 from lavis_lite.datasets.instruct import InstructBuilder, InstructDataset
@@ -28,9 +44,6 @@ from lavis_lite.datasets.vqa import (
     load_questions,
     question_fields,
 )
-from lavis_lite.errors import InputError, MissingFileError
-from lavis_lite.records import ANY_TEXT, GROUP, ID, INDEX, NAME, PATH, TEXT, TRUTHS, VALUES, WORDS, Record, RecordCheck
-from lavis_lite.registry import did_you_mean, registry
 
 logger = logging.getLogger(__name__)
 

@@ -9,6 +9,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lavis_lite.common.errors import InputError, UnknownNameError
+from lavis_lite.common.records import (
+    GROUP,
+    ID,
+    PATH,
+    TRUTHS,
+    Record,
+    RecordCheck,
+)
+from lavis_lite.common.registry import registry
 from lavis_lite.datasets.annotations import place_of, read_json
 from lavis_lite.datasets.base import BaseDataset, BlankTexts
 from lavis_lite.datasets.instruct import InstructBuilder
@@ -16,9 +26,6 @@ from lavis_lite.datasets.instruct_captions import CaptionInstructBuilder
 from lavis_lite.datasets.instruct_jsonl import PLACE, placed
 from lavis_lite.datasets.templates import fill
 from lavis_lite.datasets.vqa import checked_answers, question_fields
-from lavis_lite.errors import InputError, UnknownNameError
-from lavis_lite.records import GROUP, ID, PATH, TRUTHS, Record, RecordCheck
-from lavis_lite.registry import registry
 
 VOCABULARY = "ans2label"
 ANSWERS = tuple(f"answer{number}" for number in range(1, 6))

@@ -12,10 +12,17 @@ from typing import Any, ClassVar
 
 import torch
 
+from lavis_lite.common.errors import InputError
+from lavis_lite.common.records import (
+    ID,
+    PATHS,
+    TEXT,
+    Kind,
+    Record,
+    shown,
+)
+from lavis_lite.common.registry import registry
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset
-from lavis_lite.errors import InputError
-from lavis_lite.records import ID, PATHS, TEXT, Kind, Record, shown
-from lavis_lite.registry import registry
 
 _LABELS = {"true": 1, "false": 0, "1": 1, "0": 0}
 _SIDE = re.compile(r"\b(left|right)\b", re.IGNORECASE)

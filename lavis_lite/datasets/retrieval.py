@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from lavis_lite.common.records import Record
+from lavis_lite.common.registry import registry
 from lavis_lite.datasets.base import BaseBuilder
 from lavis_lite.datasets.caption import CaptionDataset, CaptionTrainDataset, merge_images
-from lavis_lite.records import Record
-from lavis_lite.registry import registry
 
 
 class RetrievalTrainDataset(CaptionTrainDataset):

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lavis_lite.config_files import load_yaml
-from lavis_lite.errors import InputError, MissingFileError, UnknownNameError
-from lavis_lite.registry import did_you_mean
-from lavis_lite.zoo import CONFIGS
+from lavis_lite.common.config.files import load_yaml
+from lavis_lite.common.config.zoo import CONFIGS
+from lavis_lite.common.errors import InputError, MissingFileError, UnknownNameError
+from lavis_lite.common.registry import did_you_mean
 
 GAP = re.compile(r"\{(\w+)\}")
 KEYS = ("source", "base", "output", "train", "eval")

@@ -6,8 +6,8 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from lavis_lite.errors import UnreadableSample
-from lavis_lite.frames import ShortClips, decode, processed
+from lavis_lite.common.errors import UnreadableSample
+from lavis_lite.common.frames import ShortClips, decode, processed
 
 
 def read_frames(

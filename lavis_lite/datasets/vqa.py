@@ -15,10 +15,8 @@ from typing import Any
 
 import torch
 
-from lavis_lite.datasets.annotations import as_list, as_records, check_records, read_json, read_records, section
-from lavis_lite.datasets.base import BaseBuilder, BaseDataset
-from lavis_lite.errors import InputError
-from lavis_lite.records import (
+from lavis_lite.common.errors import InputError
+from lavis_lite.common.records import (
     ANSWERS,
     GROUP,
     ID,
@@ -32,7 +30,16 @@ from lavis_lite.records import (
     renaming,
     shown,
 )
-from lavis_lite.registry import registry
+from lavis_lite.common.registry import registry
+from lavis_lite.datasets.annotations import (
+    as_list,
+    as_records,
+    check_records,
+    read_json,
+    read_records,
+    section,
+)
+from lavis_lite.datasets.base import BaseBuilder, BaseDataset
 
 _ANSWER_FIELDS = ("answer", "answers", "direct_answers")
 Sources = list[tuple[str | Path, int]]

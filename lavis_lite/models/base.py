@@ -12,11 +12,13 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from lavis_lite import checkpoint, trained_config, weights
-from lavis_lite.config_sections import MODEL_KEYS
-from lavis_lite.errors import InputError
-from lavis_lite.optim import parameter_groups
-from lavis_lite.registry import registry
+from lavis_lite.common import checkpoint
+from lavis_lite.common.config import trained as trained_config
+from lavis_lite.common.config.sections import MODEL_KEYS
+from lavis_lite.common.errors import InputError
+from lavis_lite.common.optim import parameter_groups
+from lavis_lite.common.registry import registry
+from lavis_lite.common.sources import weights
 
 logger = logging.getLogger(__name__)
 

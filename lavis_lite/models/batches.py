@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lavis_lite import dist
+from lavis_lite.common import dist
+from lavis_lite.common.wording import without_false_spaces
 from lavis_lite.nn.decoding import DecodingConfig, Step, decode
-from lavis_lite.wording import without_false_spaces
 
 logger = logging.getLogger(__name__)
 

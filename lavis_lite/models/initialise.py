@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lavis_lite import checkpoint, download, weights
-from lavis_lite.config_sections import BERT_TO_MED
-from lavis_lite.errors import InputError, MissingFileError
-from lavis_lite.hub import read_json_mapping
+from lavis_lite.common import checkpoint
+from lavis_lite.common.config.sections import BERT_TO_MED
+from lavis_lite.common.errors import InputError, MissingFileError
+from lavis_lite.common.sources import download, weights
+from lavis_lite.common.sources.hub import read_json_mapping
 from lavis_lite.models.tokenizers import vocabulary
 from lavis_lite.nn.attention import BertConfig
 from lavis_lite.nn.vision import BlipViT, interpolate_pos_embed

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lavis_lite.errors import InputError, MissingInputError
+from lavis_lite.common.errors import InputError, MissingInputError
 
 LARGEST_VALUE = 64.0
 """Largest magnitude in an image. Normalised images stay within about 3; 8-bit values that were only cast reach 255."""

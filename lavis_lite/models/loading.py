@@ -15,15 +15,22 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from lavis_lite import download, trained_config, zoo
-from lavis_lite.config_agreement import preprocess_of
-from lavis_lite.config_files import Layer, merge_layers, resolve
-from lavis_lite.config_schema import Checker
-from lavis_lite.config_sections import PROCESSOR_KEYS, check_processors, model_arguments, model_layer
+from lavis_lite.common.config import trained as trained_config
+from lavis_lite.common.config import zoo
+from lavis_lite.common.config.agreement import preprocess_of
+from lavis_lite.common.config.files import Layer, merge_layers, resolve
+from lavis_lite.common.config.schema import Checker
+from lavis_lite.common.config.sections import (
+    PROCESSOR_KEYS,
+    check_processors,
+    model_arguments,
+    model_layer,
+)
+from lavis_lite.common.errors import InputError
+from lavis_lite.common.registry import registry
+from lavis_lite.common.sources import download
 from lavis_lite.convert.configs import arch_of, model_section
 from lavis_lite.convert.folders import read_config, read_image_settings
-from lavis_lite.errors import InputError
-from lavis_lite.registry import registry
 
 logger = logging.getLogger(__name__)
 

@@ -18,9 +18,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lavis_lite import dist
-from lavis_lite.bounds import check_number
-from lavis_lite.models.batches import Texts, in_compute_type, stack_texts, trimmed
+from lavis_lite.common import dist
+from lavis_lite.common.bounds import check_number
+from lavis_lite.models.batches import (
+    Texts,
+    in_compute_type,
+    stack_texts,
+    trimmed,
+)
 from lavis_lite.models.inputs import image_of
 from lavis_lite.nn.attention import Context
 

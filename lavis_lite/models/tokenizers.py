@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
-from lavis_lite import download
-from lavis_lite.errors import InputError, MissingFileError
-from lavis_lite.hub import from_hub
+from lavis_lite.common.errors import InputError, MissingFileError
+from lavis_lite.common.sources import download
+from lavis_lite.common.sources.hub import from_hub
 
 logger = logging.getLogger(__name__)
 

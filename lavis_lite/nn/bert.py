@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lavis_lite.errors import InputError
+from lavis_lite.common.errors import InputError
 from lavis_lite.nn.attention import (
     AddNorm,
     Attention,

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lavis_lite.errors import InputError
+from lavis_lite.common.errors import InputError
 from lavis_lite.nn.attention import KeyValue
 
 

@@ -10,12 +10,18 @@ from typing import Any
 
 import timm
 
-from lavis_lite.errors import InputError
-from lavis_lite.nn.vision import SIZE_BOUNDS, VIT_SIZES, BlipViT, ImageEncoder, ViTConfig
+from lavis_lite.common.errors import InputError
+from lavis_lite.common.registry import did_you_mean
+from lavis_lite.nn.vision import (
+    SIZE_BOUNDS,
+    VIT_SIZES,
+    BlipViT,
+    ImageEncoder,
+    ViTConfig,
+)
 from lavis_lite.nn.vision_clip import CLIP_SIZES, ClipViT
 from lavis_lite.nn.vision_eva import EVA_SIZES, EvaViT
 from lavis_lite.nn.vision_timm import timm_config, timm_encoder, timm_weights
-from lavis_lite.registry import did_you_mean
 
 __all__ = ["ENCODERS", "PUBLISHED", "ImageEncoder", "build_encoder", "encoder_statistics", "timm_weights"]
 

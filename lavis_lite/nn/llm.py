@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import EncoderDecoderCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from lavis_lite.errors import InputError
+from lavis_lite.common.errors import InputError
 from lavis_lite.nn.decoding import DecodingConfig, decode
 from lavis_lite.nn.llm_loading import load_language_model
 from lavis_lite.nn.llm_sources import has_weights, language_model_config

@@ -21,8 +21,8 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from lavis_lite.errors import InputError, MissingFileError, MissingPackageError
-from lavis_lite.hub import from_hub
+from lavis_lite.common.errors import InputError, MissingFileError, MissingPackageError
+from lavis_lite.common.sources.hub import from_hub
 from lavis_lite.nn.llm_sources import (
     PACKAGED,
     WEIGHT_FILES,

@@ -23,10 +23,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lavis_lite import download
-from lavis_lite.bounds import MAX_LAYERS, MAX_WIDTH, check_number
-from lavis_lite.errors import InputError, MissingFileError
-from lavis_lite.hub import from_hub
+from lavis_lite.common.bounds import MAX_LAYERS, MAX_WIDTH, check_number
+from lavis_lite.common.errors import InputError, MissingFileError
+from lavis_lite.common.sources import download
+from lavis_lite.common.sources.hub import from_hub
 
 PACKAGED = Path(__file__).parents[1] / "configs" / "llms"
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lavis_lite import checkpoint, download
-from lavis_lite.bounds import MAX_WIDTH, check_numbers
-from lavis_lite.errors import InputError, MissingFileError, MissingPackageError
+from lavis_lite.common import checkpoint
+from lavis_lite.common.bounds import MAX_WIDTH, check_numbers
+from lavis_lite.common.errors import InputError, MissingFileError, MissingPackageError
+from lavis_lite.common.sources import download
 
 logger = logging.getLogger(__name__)
 

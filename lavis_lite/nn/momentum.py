@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from lavis_lite.errors import InputError
+from lavis_lite.common.errors import InputError
 
 
 @torch.no_grad()

@@ -15,9 +15,17 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lavis_lite.bounds import MAX_LAYERS, check_numbers
-from lavis_lite.errors import InputError
-from lavis_lite.nn.attention import SELF_MASKED, AddNorm, Attention, BertConfig, Context, KeyValue, context_mask
+from lavis_lite.common.bounds import MAX_LAYERS, check_numbers
+from lavis_lite.common.errors import InputError
+from lavis_lite.nn.attention import (
+    SELF_MASKED,
+    AddNorm,
+    Attention,
+    BertConfig,
+    Context,
+    KeyValue,
+    context_mask,
+)
 from lavis_lite.nn.bert import Intermediate, LanguageModelHead
 
 AttentionKind = Literal["bidirectional", "causal", "unimodal"]

@@ -12,7 +12,13 @@ import torch.nn.functional as F
 from timm.layers import DropPath, QuickGELU
 from torch import Tensor, nn
 
-from lavis_lite.nn.vision import ImageEncoder, ViTConfig, image_tower, interpolate_pos_embed, second_last_layer
+from lavis_lite.nn.vision import (
+    ImageEncoder,
+    ViTConfig,
+    image_tower,
+    interpolate_pos_embed,
+    second_last_layer,
+)
 
 CLIP_SIZES: dict[str, ViTConfig] = {
     "clip_tiny": ViTConfig(image_size=48, patch_size=12, width=64, depth=2, num_heads=4, norm_eps=1e-5),

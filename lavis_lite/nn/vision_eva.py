@@ -9,7 +9,12 @@ from functools import partial
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
-from lavis_lite.nn.vision import ImageEncoder, ViTConfig, image_tower, second_last_layer
+from lavis_lite.nn.vision import (
+    ImageEncoder,
+    ViTConfig,
+    image_tower,
+    second_last_layer,
+)
 
 EVA_SIZES: dict[str, ViTConfig] = {
     "eva_tiny": ViTConfig(image_size=48, patch_size=12, width=64, depth=2, num_heads=4),

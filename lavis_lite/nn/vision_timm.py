@@ -18,12 +18,12 @@ import torch
 from timm.models import PretrainedCfg, get_pretrained_cfg, group_parameters
 from torch import Tensor, nn
 
-from lavis_lite import download
-from lavis_lite.bounds import check_number
-from lavis_lite.errors import InputError, MissingFileError
-from lavis_lite.hub import hub_offline, refusing_code
+from lavis_lite.common.bounds import check_number
+from lavis_lite.common.errors import InputError, MissingFileError
+from lavis_lite.common.registry import did_you_mean
+from lavis_lite.common.sources import download
+from lavis_lite.common.sources.hub import hub_offline, refusing_code
 from lavis_lite.nn.vision import SIZE_BOUNDS, ImageEncoder
-from lavis_lite.registry import did_you_mean
 
 logger = logging.getLogger(__name__)
 

@@ -12,6 +12,6 @@ def load_processor(name: str, cfg: Mapping[str, Any] | None = None) -> "BaseProc
 
     Raises KeyError for an unknown name and ValueError for an unknown argument, both with the nearest one.
     """
-    from lavis_lite.registry import registry
+    from lavis_lite.common.registry import registry
 
     return registry.get_processor_class(name).from_config(cfg)

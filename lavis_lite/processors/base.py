@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, Self
 
-from lavis_lite.config_schema import schema_of
-from lavis_lite.errors import InputError
-from lavis_lite.registry import did_you_mean
+from lavis_lite.common.config.schema import schema_of
+from lavis_lite.common.errors import InputError
+from lavis_lite.common.registry import did_you_mean
 
 
 class BaseProcessor:

@@ -1,7 +1,7 @@
 """Image processors of BLIP and BLIP-2: a PIL image of any mode in, a normalised float (3,S,S) tensor out.
 
 Surprising: evaluation squashes the image to a square (no centre crop), and all resizing is Pillow's bicubic with
-antialiasing. CMYK, palette, grey, transparent and 16-bit images become 8-bit RGB first (`lavis_lite.pixels.to_rgb`).
+antialiasing. CMYK, palette, grey, transparent and 16-bit images become 8-bit RGB first (`common.pixels.to_rgb`).
 """
 
 import math
@@ -13,12 +13,17 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from lavis_lite.bounds import MAX_IMAGE_SIZE, check_number
-from lavis_lite.errors import InputError
-from lavis_lite.pixels import MAX_PIXELS, check_background, check_max_pixels, to_rgb
+from lavis_lite.common.bounds import MAX_IMAGE_SIZE, check_number
+from lavis_lite.common.errors import InputError
+from lavis_lite.common.pixels import (
+    MAX_PIXELS,
+    check_background,
+    check_max_pixels,
+    to_rgb,
+)
+from lavis_lite.common.registry import registry
 from lavis_lite.processors.base import BaseProcessor
 from lavis_lite.processors.randaugment import RandomAugment
-from lavis_lite.registry import registry
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

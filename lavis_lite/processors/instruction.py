@@ -8,11 +8,11 @@ datasets, whose YAMLs name them under `instructions`.
 import random
 import re
 
-from lavis_lite.config_files import load_yaml
-from lavis_lite.errors import InputError
+from lavis_lite.common.config.files import load_yaml
+from lavis_lite.common.config.zoo import CONFIGS
+from lavis_lite.common.errors import InputError
+from lavis_lite.common.registry import did_you_mean, registry
 from lavis_lite.processors.text import BlipCaptionProcessor, TextProcessor
-from lavis_lite.registry import did_you_mean, registry
-from lavis_lite.zoo import CONFIGS
 
 TASKS = ("caption", "qa", "classification", "eval")
 MODALITIES = ("image", "video")

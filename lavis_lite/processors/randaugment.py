@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance
 
-from lavis_lite.bounds import check_number
+from lavis_lite.common.bounds import check_number
 
 GREY = 128
 MAX_MAGNITUDE = 10

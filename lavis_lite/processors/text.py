@@ -6,10 +6,10 @@ newlines and tabs. Equal to LAVIS's processors of the same names, string for str
 
 import re
 
-from lavis_lite.bounds import MAX_TOKENS, check_number
-from lavis_lite.errors import InputTypeError
+from lavis_lite.common.bounds import MAX_TOKENS, check_number
+from lavis_lite.common.errors import InputTypeError
+from lavis_lite.common.registry import registry
 from lavis_lite.processors.base import BaseProcessor
-from lavis_lite.registry import registry
 
 PUNCTUATION = re.compile(r"[.!\"()*#:;~]")
 

@@ -10,10 +10,17 @@ from typing import Any
 import torch
 from PIL import Image
 
-from lavis_lite.errors import InputTypeError
-from lavis_lite.frames import ShortClips, check_num_frames, check_short_clips, decode, processed, sampled
+from lavis_lite.common.errors import InputTypeError
+from lavis_lite.common.frames import (
+    ShortClips,
+    check_num_frames,
+    check_short_clips,
+    decode,
+    processed,
+    sampled,
+)
+from lavis_lite.common.registry import registry
 from lavis_lite.processors.image import BlipImageEvalProcessor, BlipImageTrainProcessor, ImageProcessor
-from lavis_lite.registry import registry
 
 
 class VideoProcessor(ImageProcessor):
@@ -28,7 +35,7 @@ class VideoProcessor(ImageProcessor):
     def __call__(self, video: str | Path | Sequence[Image.Image]) -> torch.Tensor:
         """A video file or its frames in time order -> float32 (3, num_frames, image_size, image_size).
 
-        `num_frames` are taken, spread as in `lavis_lite.frames.sampled`; whatever is random is the same for all.
+        `num_frames` are taken, spread as in `lavis_lite.common.frames.sampled`; whatever is random is the same for all.
         Fewer are repeated, or with `short_clips: error` an UnreadableSample (a ValueError), as a broken file is. Raises
         FileNotFoundError for a missing file, TypeError for anything else.
         """

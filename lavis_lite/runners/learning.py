@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lavis_lite import dist
+from lavis_lite.common import dist
 from lavis_lite.nn.learning import METRICS, TEMPERATURE_LIMITS
 
 logger = logging.getLogger(__name__)

@@ -13,10 +13,22 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from lavis_lite.errors import InputError, UnreadableSample
-from lavis_lite.runners.mixing import batch_of_runs, check_mixable, lacking_sets, with_own_image_id
-from lavis_lite.runners.sampling import ConcatSampler, Key, TrainSampler, dataset_shares, kept_rng, seed_sample
-from lavis_lite.stopping import held_back, outlive_signals
+from lavis_lite.common.errors import InputError, UnreadableSample
+from lavis_lite.runners.mixing import (
+    batch_of_runs,
+    check_mixable,
+    lacking_sets,
+    with_own_image_id,
+)
+from lavis_lite.runners.sampling import (
+    ConcatSampler,
+    Key,
+    TrainSampler,
+    dataset_shares,
+    kept_rng,
+    seed_sample,
+)
+from lavis_lite.runners.stopping import held_back, outlive_signals
 
 logger = logging.getLogger(__name__)
 

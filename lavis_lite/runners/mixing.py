@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lavis_lite.errors import InputError
+from lavis_lite.common.errors import InputError
 
 IDS_PER = {"split": 2**40, "dataset": 2**48}
 """Datasets number their images from 0. The second one's ids begin here, so that no two pictures have the same."""

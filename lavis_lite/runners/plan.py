@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lavis_lite.errors import InputError
+from lavis_lite.common.errors import InputError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lavis_lite import dist
-from lavis_lite.logger import JsonLog, TensorBoardLog
+from lavis_lite.common import dist
+from lavis_lite.common.logger import JsonLog, TensorBoardLog
 
 logger = logging.getLogger(__name__)
 

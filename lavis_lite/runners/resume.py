@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch.utils.data import ConcatDataset, Dataset
 
-from lavis_lite import checkpoint, dist, integrity, jobs
-from lavis_lite.errors import DamagedFileError, InputError
+from lavis_lite.common import checkpoint, dist, integrity
+from lavis_lite.common.errors import DamagedFileError, InputError
+from lavis_lite.runners import jobs
 from lavis_lite.runners.plan import Plan
 from lavis_lite.runners.state import RunState
 

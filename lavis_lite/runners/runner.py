@@ -15,13 +15,20 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from lavis_lite import checkpoint, dist
-from lavis_lite.errors import InputError, UnknownNameError
-from lavis_lite.logger import MetricLogger
-from lavis_lite.optim import build_optimizer, build_schedule, set_lr
-from lavis_lite.registry import registry
+from lavis_lite.common import checkpoint, dist
+from lavis_lite.common.errors import InputError, UnknownNameError
+from lavis_lite.common.logger import MetricLogger
+from lavis_lite.common.optim import build_optimizer, build_schedule, set_lr
+from lavis_lite.common.registry import registry
 from lavis_lite.runners.learning import LearningWatch, learning_metrics
-from lavis_lite.runners.loaders import check_splits, eval_loader, eval_sets, to_device, train_loader, train_sets
+from lavis_lite.runners.loaders import (
+    check_splits,
+    eval_loader,
+    eval_sets,
+    to_device,
+    train_loader,
+    train_sets,
+)
 from lavis_lite.runners.plan import Plan, resolve_precision
 from lavis_lite.runners.progress import Progress
 from lavis_lite.runners.resume import (
@@ -34,8 +41,16 @@ from lavis_lite.runners.resume import (
     resume_path,
 )
 from lavis_lite.runners.sampling import seed_rank
-from lavis_lite.runners.state import FiniteGuard, RunState, aggregate, bring_best, rank_state, restore_rank, save_last
-from lavis_lite.stopping import Stopped, StopSignals
+from lavis_lite.runners.state import (
+    FiniteGuard,
+    RunState,
+    aggregate,
+    bring_best,
+    rank_state,
+    restore_rank,
+    save_last,
+)
+from lavis_lite.runners.stopping import Stopped, StopSignals
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from lavis_lite import dist
-from lavis_lite.errors import InputError
-from lavis_lite.registry import did_you_mean
+from lavis_lite.common import dist
+from lavis_lite.common.errors import InputError
+from lavis_lite.common.registry import did_you_mean
 
 POWERS = {"size": 1.0, "sqrt": 0.5, "uniform": 0.0}
 """`run.train_dataset_sampling`: the power of a dataset's length to which its share is proportional."""

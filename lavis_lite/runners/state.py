@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lavis_lite import checkpoint, dist
-from lavis_lite.errors import InputError, NonFiniteLoss
+from lavis_lite.common import checkpoint, dist
+from lavis_lite.common.errors import InputError, NonFiniteLoss
 from lavis_lite.runners.sampling import seed_rank
 
 logger = logging.getLogger(__name__)

@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from lavis_lite import dist
-from lavis_lite.bounds import check_number
-from lavis_lite.errors import InputError, MissingInputError
-from lavis_lite.registry import did_you_mean, registry
+from lavis_lite.common import dist
+from lavis_lite.common.bounds import check_number
+from lavis_lite.common.errors import InputError, MissingInputError
+from lavis_lite.common.registry import did_you_mean, registry
 from lavis_lite.tasks.results import Result, gather
 
 Samples = dict[str, Any]

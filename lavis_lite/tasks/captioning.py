@@ -13,13 +13,30 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import nn
 
-from lavis_lite import download
-from lavis_lite.errors import InputError, MissingFileError
-from lavis_lite.records import ID, TEXT, RecordCheck
-from lavis_lite.registry import registry
-from lavis_lite.tasks.base import MOST_BEAMS, MOST_TOKENS, BaseTask, Metrics, Samples, check_range
-from lavis_lite.tasks.metrics.caption import DEFAULT_METRICS, Tokens, caption_metrics, check_metrics
-from lavis_lite.tasks.results import Result, as_list, per_sample, write_json
+from lavis_lite.common.errors import InputError, MissingFileError
+from lavis_lite.common.records import ID, TEXT, RecordCheck
+from lavis_lite.common.registry import registry
+from lavis_lite.common.sources import download
+from lavis_lite.tasks.base import (
+    MOST_BEAMS,
+    MOST_TOKENS,
+    BaseTask,
+    Metrics,
+    Samples,
+    check_range,
+)
+from lavis_lite.tasks.metrics.caption import (
+    DEFAULT_METRICS,
+    Tokens,
+    caption_metrics,
+    check_metrics,
+)
+from lavis_lite.tasks.results import (
+    Result,
+    as_list,
+    per_sample,
+    write_json,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lavis_lite import dist
-from lavis_lite.errors import InputError
+from lavis_lite.common import dist
+from lavis_lite.common.errors import InputError
+from lavis_lite.common.registry import registry
 from lavis_lite.nn.learning import ACCURACIES
-from lavis_lite.registry import registry
 from lavis_lite.tasks.base import BaseTask, Metrics, Samples
 from lavis_lite.tasks.results import Result, per_sample
 

@@ -15,12 +15,24 @@ from typing import Any, ClassVar, Literal, get_args
 
 from torch import nn
 
-from lavis_lite.errors import InputError
-from lavis_lite.registry import registry
-from lavis_lite.tasks.base import MOST_BEAMS, MOST_TOKENS, BaseTask, Metrics, Samples, check_range
+from lavis_lite.common.errors import InputError
+from lavis_lite.common.registry import registry
+from lavis_lite.tasks.base import (
+    MOST_BEAMS,
+    MOST_TOKENS,
+    BaseTask,
+    Metrics,
+    Samples,
+    check_range,
+)
 from lavis_lite.tasks.metrics.ranking import mean_reciprocal_rank, rank_of, roc_auc
 from lavis_lite.tasks.metrics.vqa_accuracy import by_kind, vqa_accuracy
-from lavis_lite.tasks.results import Result, as_list, per_sample, write_json
+from lavis_lite.tasks.results import (
+    Result,
+    as_list,
+    per_sample,
+    write_json,
+)
 from lavis_lite.tasks.vqa import blanked
 
 GENERATE_ARGUMENTS = {

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from lavis_lite.errors import InputError
-from lavis_lite.registry import registry
+from lavis_lite.common.errors import InputError
+from lavis_lite.common.registry import registry
 from lavis_lite.tasks.base import BaseTask, Metrics, Samples
 from lavis_lite.tasks.results import Result, per_sample, write_json
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from lavis_lite import dist
-from lavis_lite.checkpoint import write_text
-from lavis_lite.errors import UnknownNameError
-from lavis_lite.records import printable
+from lavis_lite.common import dist
+from lavis_lite.common.checkpoint import write_text
+from lavis_lite.common.errors import UnknownNameError
+from lavis_lite.common.records import printable
 
 logger = logging.getLogger(__name__)
 

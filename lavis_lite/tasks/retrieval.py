@@ -12,10 +12,17 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import nn
 
-from lavis_lite import dist
-from lavis_lite.errors import InputError
-from lavis_lite.registry import registry
-from lavis_lite.tasks.base import BaseTask, Metrics, Samples, check_range, evaluating, unwrap
+from lavis_lite.common import dist
+from lavis_lite.common.errors import InputError
+from lavis_lite.common.registry import registry
+from lavis_lite.tasks.base import (
+    BaseTask,
+    Metrics,
+    Samples,
+    check_range,
+    evaluating,
+    unwrap,
+)
 from lavis_lite.tasks.metrics.retrieval import RANKS, best_first, recall_metrics
 from lavis_lite.tasks.results import write_json
 

@@ -15,11 +15,23 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import nn
 
-from lavis_lite.errors import InputError
-from lavis_lite.registry import registry
-from lavis_lite.tasks.base import MOST_BEAMS, MOST_TOKENS, BaseTask, Metrics, Samples, check_range
+from lavis_lite.common.errors import InputError
+from lavis_lite.common.registry import registry
+from lavis_lite.tasks.base import (
+    MOST_BEAMS,
+    MOST_TOKENS,
+    BaseTask,
+    Metrics,
+    Samples,
+    check_range,
+)
 from lavis_lite.tasks.metrics.vqa_accuracy import Variant, vqa_metrics
-from lavis_lite.tasks.results import Result, as_list, per_sample, write_json
+from lavis_lite.tasks.results import (
+    Result,
+    as_list,
+    per_sample,
+    write_json,
+)
 
 logger = logging.getLogger(__name__)
 

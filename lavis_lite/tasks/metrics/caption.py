@@ -10,9 +10,14 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from lavis_lite.errors import InputError, MissingPackageError
+from lavis_lite.common.errors import InputError, MissingPackageError
 from lavis_lite.tasks.metrics import caption_java
-from lavis_lite.tasks.metrics.caption_tokens import are_unspaced, character_tokens, joined_as, ptb_like_tokens
+from lavis_lite.tasks.metrics.caption_tokens import (
+    are_unspaced,
+    character_tokens,
+    joined_as,
+    ptb_like_tokens,
+)
 
 logger = logging.getLogger(__name__)
 

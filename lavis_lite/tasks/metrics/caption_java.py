@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lavis_lite.errors import InputError, MissingPackageError
+from lavis_lite.common.errors import InputError, MissingPackageError
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lavis_lite.errors import InputError
+from lavis_lite.common.errors import InputError
 
 
 def rank_of(losses: Sequence[float], right: int) -> int:

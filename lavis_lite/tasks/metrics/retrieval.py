@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lavis_lite.errors import InputError
+from lavis_lite.common.errors import InputError
 
 RANKS = (1, 5, 10)
 

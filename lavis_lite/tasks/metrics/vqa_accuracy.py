@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from lavis_lite.errors import InputError
+from lavis_lite.common.errors import InputError
 
 Variant = Literal["official", "lavis", "normalised", "direct", "contains", "ivqa"]
 

@@ -1,0 +1,1 @@
+"""Commands: train, evaluate and convert."""

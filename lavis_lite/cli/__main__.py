@@ -1,0 +1,41 @@
+"""The command `lavis-lite`, also `python -m lavis_lite.cli`: train, evaluate and convert as subcommands."""
+
+import sys
+from importlib import import_module
+
+COMMANDS = {
+    "train": ("lavis_lite.cli.main", "train_main", "train (and then test) what a YAML describes"),
+    "evaluate": ("lavis_lite.cli.main", "evaluate_main", "evaluate a model on the splits of a YAML"),
+    "convert": ("lavis_lite.cli.convert", "main", "convert weights between LAVIS's layout and Hugging Face's"),
+}
+
+
+def main() -> None:
+    """Run the subcommand named first on the command line; ends the process."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in ("", "-h", "--help", "--version"):
+        print(_version() if name == "--version" else _help(), file=sys.stdout if name else sys.stderr)
+        sys.exit(0 if name else 2)
+    if name not in COMMANDS:
+        from lavis_lite.common.registry import did_you_mean
+
+        print(f"error: lavis-lite: unknown command {name!r}. {did_you_mean(name, COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    module, function, _ = COMMANDS[name]
+    sys.argv = [f"{sys.argv[0]} {name}", *sys.argv[2:]]
+    getattr(import_module(module), function)()
+
+
+def _version() -> str:
+    from lavis_lite import __version__
+
+    return f"lavis_lite {__version__}"
+
+
+def _help() -> str:
+    lines = [f"  {name:<10}{text}" for name, (_, _, text) in COMMANDS.items()]
+    return "\n".join(["usage: lavis-lite COMMAND ...", "", *lines, "", "lavis-lite COMMAND --help explains a command."])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,367 @@
+"""Processes and collectives; the only file that asks whether there is a process group.
+
+torchrun's environment (RANK, LOCAL_RANK, WORLD_SIZE) says who we are. A world of one has no process group and every
+collective is then the identity, so callers never branch. All collectives must be entered by every rank; tensors must
+have the same shape on all ranks (unchecked, for speed: run with `TORCH_DISTRIBUTED_DEBUG=DETAIL` to have torch check),
+but for `fetch_rows`. Where ranks cannot keep step, `alone()` makes each of them a world of one.
+"""
+
+import contextlib
+import contextvars
+import datetime
+import gc
+import inspect
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as torch_dist
+
+# Imported before there is a group: its functions take the group that exists then as default arguments. DDP imports it
+# late, and the group would outlive `shutdown`, with threads that abort a Python which ends while they free a tensor.
+import torch.distributed.nn.functional
+from torch import nn
+
+from lavis_lite.common.errors import InputError, RankZeroFailed
+
+TIMEOUT = datetime.timedelta(hours=2)  # rank 0 may download a dataset or score a whole test set while others wait
+_LOST = ("Connection closed by peer", "Connection reset by peer", "pair closure", "Broken pipe", "remote process exit")
+
+_is_alone = contextvars.ContextVar("is_alone", default=False)
+
+
+def init(device: str = "auto") -> torch.device:
+    """Joins torchrun's process group (nccl on CUDA, gloo on CPU) and returns this rank's device.
+
+    `device` is `auto`, `cpu`, `cuda` or `cuda:N`. Nothing is initialised in a world of one or when called again.
+
+    Raises:
+        ValueError: CUDA is asked for but absent, or has fewer devices than this node has ranks.
+    """
+    target = resolve_device(device)
+    if target.type == "cuda":
+        torch.cuda.set_device(target)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not _active():
+        torch_dist.init_process_group("nccl" if target.type == "cuda" else "gloo", timeout=TIMEOUT)
+    return target
+
+
+def resolve_device(device: str = "auto") -> torch.device:
+    """This rank's device for a setting `auto`, `cpu`, `cuda` or `cuda:N`; under torchrun, `cuda` is LOCAL_RANK's."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"run.device={device!r} is unknown: use auto, cpu, cuda or cuda:N") from None
+    if target.type != "cuda":
+        return target
+    index = target.index if target.index is not None else int(os.environ.get("LOCAL_RANK", "0"))
+    if index >= torch.cuda.device_count():
+        raise InputError(
+            f"run.device={device!r} needs CUDA device {index}, but this machine has {torch.cuda.device_count()}: "
+            "start fewer processes per node or set run.device=cpu"
+        )
+    return torch.device("cuda", index)
+
+
+def shutdown() -> None:
+    """Leaves the process group, if there is one, and waits for its threads; no model in DDP may be in use any more."""
+    if _active():
+        torch_dist.destroy_process_group()
+        gc.collect()  # a model in DDP refers to its group and is often part of a cycle
+
+
+def rank() -> int:
+    """This process's number in the world, 0 without a process group."""
+    return torch_dist.get_rank() if _active() else 0
+
+
+def world_size() -> int:
+    """Number of processes, 1 without a process group."""
+    return torch_dist.get_world_size() if _active() else 1
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """In the body this rank is a world of one: nothing is exchanged, so nobody waits.
+
+    For computations in which ranks do not keep step, as in evaluation, where one may have more batches than another.
+    Only for computing without gradients: `is_main()` is true on every rank there.
+    """
+    token = _is_alone.set(True)
+    try:
+        yield
+    finally:
+        _is_alone.reset(token)
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, the one that writes files and talks."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Waits until every rank is here."""
+    if _active():
+        on_gpu = torch_dist.get_backend() == "nccl"
+        torch_dist.barrier(device_ids=[torch.cuda.current_device()] if on_gpu else None)
+
+
+class Steps:
+    """Ranks in step: while entered, a collective waits at most `timeout` seconds for the other ranks, not hours.
+
+    Made by every rank at the same time. `largest` exchanges numbers on the CPU, so that no rank waits for its GPU.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self.timeout = datetime.timedelta(seconds=timeout)
+        self.groups: list[Any] = []
+        if _active():
+            on_gpu = torch_dist.get_backend() == "nccl"
+            own = torch_dist.new_group(backend="gloo", timeout=TIMEOUT) if on_gpu else torch_dist.group.WORLD
+            self.groups = [own, torch_dist.group.WORLD] if on_gpu else [own]
+
+    def __enter__(self) -> None:
+        self._wait()  # a rank may still be writing a file
+        self._set(self.timeout)
+
+    def __exit__(self, *error: object) -> None:
+        self._set(TIMEOUT)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """In the body, which is part of a step, ranks may wait for hours, as for rank 0 writing a file."""
+        self._set(TIMEOUT)
+        yield
+        self._wait()
+        self._set(self.timeout)
+
+    def largest(self, number: int) -> int:
+        """The largest of all ranks' numbers."""
+        if not self.groups:
+            return number
+        tensor = torch.tensor(number)
+        torch_dist.all_reduce(tensor, torch_dist.ReduceOp.MAX, group=self.groups[0])
+        return int(tensor)
+
+    def _wait(self) -> None:
+        if self.groups:
+            torch_dist.barrier(group=self.groups[0])
+
+    def _set(self, timeout: datetime.timedelta) -> None:
+        for group in self.groups:
+            # torch 2.15 has made the private name public
+            change = getattr(torch_dist, "set_timeout", None) or torch_dist.distributed_c10d._set_pg_timeout
+            change(timeout, group)
+
+
+def lost_rank(error: BaseException) -> str | None:
+    """Whether an error of a collective says that another rank hangs or has ended, in words; None for other errors."""
+    if not isinstance(error, RuntimeError):
+        return None
+    text = str(error)
+    if "Timed out waiting" in text or ("timed out" in text.lower() and isinstance(error, torch_dist.DistError)):
+        return "another rank has not answered in time: it hangs, was suspended, or its node is lost"
+    if any(part in text for part in _LOST):
+        return "the connection to another rank broke: it ended, as its own message may say"
+    return None
+
+
+@contextlib.contextmanager
+def main_first() -> Iterator[None]:
+    """Rank 0 runs the body first, then all others; if rank 0 fails, the others fail too instead of waiting for ever."""
+    if not is_main():
+        failure = broadcast_object(None)
+        if failure is not None:
+            raise RankZeroFailed(f"rank 0 failed before rank {rank()} could start: {failure}")
+        yield
+        return
+    try:
+        yield
+    except BaseException as error:
+        broadcast_object(f"{type(error).__name__}: {error}")
+        raise
+    broadcast_object(None)
+
+
+def on_main(function: Callable[[], Any]) -> Any:
+    """Call `function` on rank 0 and return its value on every rank; if it fails, every rank fails, none waits."""
+    value, failure, error = None, None, None
+    if is_main():
+        try:
+            value = function()
+        except Exception as caught:  # raised again below, once the other ranks know
+            error, failure = caught, f"{type(caught).__name__}: {caught}"
+    value, failure = broadcast_object((value, failure))
+    if error is not None:
+        raise error
+    if failure is not None:
+        raise RankZeroFailed(f"rank 0 failed: {failure}")
+    return value
+
+
+def all_gather(tensor: torch.Tensor) -> torch.Tensor:
+    """(B, ...) on each of W ranks -> (W*B, ...) in rank order, detached."""
+    return _gather(tensor.detach()) if world_size() > 1 else tensor.detach()
+
+
+def all_gather_with_grad(tensor: torch.Tensor) -> torch.Tensor:
+    """(B, ...) on each of W ranks -> (W*B, ...) in rank order, differentiable.
+
+    The backward pass sums over ranks the gradients that reach this rank's rows, so that with DDP's averaging of
+    parameter gradients the result is the gradient of the mean of the ranks' losses, as in one process.
+    """
+    return _GatherWithGrad.apply(tensor) if world_size() > 1 else tensor
+
+
+def fetch_rows(local: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows `index` (M,) of all ranks' `local` (B, ...), counted as if joined in rank order -> (M, ...), differentiable.
+
+    Only these rows travel. B and M may differ between ranks, the rest of the shape may not. As with
+    `all_gather_with_grad`, the backward pass sums over ranks the gradients that reach this rank's rows; it exchanges
+    nothing if `local` needs no gradient, which must hold on all ranks or on none.
+
+    Raises:
+        IndexError: on every rank, if any rank asks for a row that does not exist.
+    """
+    if world_size() == 1:
+        return local[index]
+    return _FetchRows.apply(local, _route(len(local), index))
+
+
+def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
+    """The mean over ranks of a floating-point tensor of any shape, detached; the input is left alone."""
+    result = tensor.detach().clone()
+    if world_size() > 1:
+        torch_dist.all_reduce(result)
+        result /= world_size()
+    return result
+
+
+def broadcast_tensors(tensors: Iterable[torch.Tensor]) -> None:
+    """Overwrites each tensor with rank 0's."""
+    if world_size() > 1:
+        for tensor in tensors:
+            torch_dist.broadcast(tensor.detach(), src=0)
+
+
+def gather_objects(items: list[Any]) -> list[Any]:
+    """Every rank's list of picklable items (which may be empty), concatenated in rank order, on every rank."""
+    if world_size() == 1:
+        return list(items)
+    shards: list[list[Any]] = [[] for _ in range(world_size())]
+    torch_dist.all_gather_object(shards, list(items))
+    return [item for shard in shards for item in shard]
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's `value` (picklable), on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    torch_dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def data_parallel(
+    model: nn.Module, *, find_unused_parameters: bool = False
+) -> tuple[nn.Module, Callable[[], contextlib.AbstractContextManager[None]]]:
+    """The model as training calls it (under DDP if there are others), and the context in which gradients stay local.
+
+    Every rank starts from rank 0's parameters and buffers. Buffers are not sent again: feature queues take up gathered
+    features, so they stay equal by themselves.
+    """
+    if world_size() == 1:
+        return model, contextlib.nullcontext
+    broadcast_tensors(model.buffers())
+    ddp = nn.parallel.DistributedDataParallel
+    renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters  # torch 2.15 deprecates the old name
+    buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    parallel = ddp(model, find_unused_parameters=find_unused_parameters, gradient_as_bucket_view=True, **buffers)
+    return parallel, parallel.no_sync
+
+
+def _active() -> bool:
+    return not _is_alone.get() and torch_dist.is_available() and torch_dist.is_initialized()
+
+
+def _gather(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.contiguous()
+    gathered = tensor.new_empty((world_size() * tensor.shape[0], *tensor.shape[1:]))
+    torch_dist.all_gather_into_tensor(gathered, tensor)
+    return gathered
+
+
+class _GatherWithGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return _gather(tensor)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        grad = grad.contiguous()
+        if torch_dist.get_backend() == "nccl":
+            own = grad.new_empty((grad.shape[0] // world_size(), *grad.shape[1:]))
+            torch_dist.reduce_scatter_tensor(own, grad)
+            return own
+        grad = grad.clone()  # autograd may hand the same tensor to others
+        torch_dist.all_reduce(grad)
+        return grad.chunk(world_size())[rank()]
+
+
+class _Route(NamedTuple):
+    """How rows travel: which of this rank's rows go out (ordered by receiver), and how many to and from each rank."""
+
+    rows_out: torch.Tensor
+    num_out: list[int]
+    num_in: list[int]
+    order: torch.Tensor  # of the wanted rows, sorted by owner
+
+    def exchange(self, rows: torch.Tensor, *, back: bool = False) -> torch.Tensor:
+        """Rows of this rank, ordered by receiver -> rows from all ranks, ordered by sender; `back` the other way."""
+        num_out, num_in = (self.num_in, self.num_out) if back else (self.num_out, self.num_in)
+        return _all_to_all(rows, num_out, num_in)
+
+
+def _route(num_rows: int, index: torch.Tensor) -> _Route:
+    """Tell every rank which of its rows are wanted. Waits for the device once, to learn how many rows travel."""
+    world = world_size()
+    sizes = _gather(index.new_tensor([num_rows]))
+    ends = sizes.cumsum(0)
+    owner = torch.bucketize(index, ends, right=True).masked_fill(index < 0, world)  # no owner: one past the last rank
+    counts = (owner[:, None] == torch.arange(world + 1, device=index.device)).sum(0)
+    wanted = _gather(counts[None]).tolist()
+    if any(row[world] for row in wanted):
+        raise IndexError(f"rows were asked for that do not exist: the ranks have {int(ends[-1])} together")
+    num_out, num_in = [row[rank()] for row in wanted], wanted[rank()][:world]
+    order, starts = owner.argsort(stable=True), ends - sizes
+    rows_out = _all_to_all((index - starts[owner])[order], num_in, num_out)
+    return _Route(rows_out, num_out, num_in, order)
+
+
+def _all_to_all(rows: torch.Tensor, num_out: list[int], num_in: list[int]) -> torch.Tensor:
+    """As bytes, because gloo does not know every type."""
+    width = math.prod(rows.shape[1:])
+    packed = rows.reshape(len(rows), width).contiguous()
+    received = packed.new_empty((sum(num_in), width))
+    torch_dist.all_to_all_single(received.view(torch.uint8), packed.view(torch.uint8), num_in, num_out)
+    return received.reshape(sum(num_in), *rows.shape[1:])
+
+
+class _FetchRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: torch.Tensor, route: _Route) -> torch.Tensor:
+        ctx.route, ctx.num_rows = route, len(local)
+        arrived = route.exchange(local[route.rows_out])
+        return torch.empty_like(arrived).index_copy_(0, route.order, arrived)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        returned = ctx.route.exchange(grad[ctx.route.order], back=True)
+        own = grad.new_zeros((ctx.num_rows, *grad.shape[1:]))
+        return own.index_add_(0, ctx.route.rows_out, returned), None

@@ -1,0 +1,103 @@
+"""Checksums of weight files: whether a file still holds what was written.
+
+torch's zip format has a CRC-32 for each entry, which torch itself does not read. Its legacy format has none. Of
+.safetensors files, those of a folder that holds `SHA256SUMS` (as `sha256sum` writes it) have one.
+"""
+
+import errno
+import hashlib
+import logging
+import re
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+
+from lavis_lite.common.errors import DamagedFileError
+
+logger = logging.getLogger(__name__)
+
+SUMS_FILE = "SHA256SUMS"
+REMEDY = "download or copy it again, or take an older one"
+_BROKEN_ZIP = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, RuntimeError)
+"""What zipfile raises for a damaged archive, beside OSErrors for an offset that does not exist."""
+
+
+def verify(path: Path, *, as_zip: bool = False) -> None:
+    """Read the whole file and compare it with its checksums, if it has any; `as_zip`: it must be a zip file.
+
+    Raises:
+        DamagedFileError: an entry fails its checksum, or the file is cut short.
+    """
+    if path.suffix == ".safetensors":
+        _verify_sum(path)
+    elif as_zip or _is_zip(path):
+        _verify_zip(path)
+    else:
+        _no_checksums(path)  # torch's legacy format, or no checkpoint
+
+
+def write_sums(folder: Path) -> None:
+    """Write `SHA256SUMS` with the digests of the folder's .safetensors files."""
+    lines = [f"{_sha256(path)}  {path.name}\n" for path in sorted(folder.glob("*.safetensors"))]
+    (folder / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
+
+
+def _is_zip(path: Path) -> bool:
+    """Whether one end of the file, of which the other may be lost, is that of a zip file."""
+    with path.open("rb") as file:
+        if file.read(4) == b"PK\x03\x04":
+            return True
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # an end that contradicts itself
+        return True
+
+
+def _verify_zip(path: Path) -> None:
+    try:
+        bad = _damaged_entry(path)
+    except (*_BROKEN_ZIP, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+        raise DamagedFileError(
+            f"checkpoint {path} ({path.stat().st_size:,} bytes) is truncated or not a checkpoint: it is damaged "
+            f"({type(error).__name__}: {error}); {REMEDY}"
+        ) from error
+    if bad is not None:
+        raise DamagedFileError(f"checkpoint {path} is damaged: entry {bad}; {REMEDY}")
+
+
+def _damaged_entry(path: Path) -> str | None:
+    """The first damaged entry of a zip file and what is wrong with it."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        inflated = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
+        if inflated:
+            return f"{inflated[0]} is marked as compressed, and torch compresses none"
+        if not any(entry.CRC for entry in entries):
+            return _no_checksums(path)  # torch.serialization.set_crc32_options(False) writes zeros
+        bad = archive.testzip()
+    return None if bad is None else f"{bad} fails its checksum"
+
+
+def _no_checksums(path: Path) -> None:
+    logger.info("%s holds no checksums: damage in its tensors would go unnoticed", path)
+
+
+def _verify_sum(path: Path) -> None:
+    sums = path.with_name(SUMS_FILE)
+    if not sums.is_file():
+        return
+    text = sums.read_text(encoding="utf-8", errors="replace")
+    wanted = re.search(rf"^([0-9a-f]{{64}})  {re.escape(path.name)}$", text, re.MULTILINE)
+    if wanted is not None and _sha256(path) != wanted[1]:
+        raise DamagedFileError(
+            f"{path} is damaged: it fails its checksum in {SUMS_FILE}; {REMEDY}. If it was replaced on purpose, "
+            f"delete {sums}"
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

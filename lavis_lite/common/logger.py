@@ -1,0 +1,140 @@
+"""What a run says: console logging, log.txt (one JSON object a line), TensorBoard, and running averages.
+
+Averages stay on the device as tensors; nothing waits for the accelerator until a value is read at log time.
+"""
+
+import json
+import logging
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lavis_lite.common import dist
+
+logger = logging.getLogger(__name__)
+
+
+def setup(job_dir: str | Path | None = None) -> None:
+    """Sends log messages to stderr and to `job_dir/console.txt`; from ranks other than 0 only warnings, to stderr.
+
+    Call it after `dist.init`. A second call replaces the first one's handlers.
+    """
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if getattr(h, "from_lavis_lite", False)]:
+        root.removeHandler(handler)
+        handler.close()
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if job_dir is not None and dist.is_main():
+        Path(job_dir).mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(Path(job_dir) / "console.txt", encoding="utf-8", errors="backslashreplace"))
+    who = "" if dist.world_size() == 1 else f"rank {dist.rank()} "
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter(f"%(asctime)s {who}%(levelname)s %(message)s", "%H:%M:%S"))
+        handler.from_lavis_lite = True
+        root.addHandler(handler)
+    root.setLevel(logging.INFO if dist.is_main() else logging.WARNING)
+
+
+def keep_line(line: str, error: BaseException | None = None) -> None:
+    """Write what the terminal shows at the end, and an error's traceback, to console.txt, if there is one."""
+    found = (type(error), error, error.__traceback__) if error is not None else None
+    level = logging.INFO if error is None else logging.ERROR
+    record = logger.makeRecord(logger.name, level, __file__, 0, line, (), found)
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler) and getattr(handler, "from_lavis_lite", False):
+            handler.handle(record)
+
+
+class JsonLog:
+    """Appends one JSON object a line to `path`; a line cut short by a kill is ended first, so later ones are readable.
+
+    A resumed run appends too: rows of steps it repeats come twice, the later one counts.
+    """
+
+    def __init__(self, path: str | Path, *, enabled: bool = True) -> None:
+        self.path, self.enabled = Path(path), enabled
+        if enabled:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            torn = self.path.exists() and self.path.stat().st_size > 0 and not self.path.read_bytes().endswith(b"\n")
+            if torn:
+                self._append("\n")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Appends `row`; tensors and arrays become plain numbers and lists, anything else unknown its text."""
+        if self.enabled:
+            self._append(json.dumps(row, default=_plain, ensure_ascii=False) + "\n")
+
+    def _append(self, text: str) -> None:
+        with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+class TensorBoardLog:
+    """TensorBoard events in `folder`; where tensorboard is not installed it says so once and writes nothing."""
+
+    def __init__(self, folder: str | Path, *, enabled: bool = True) -> None:
+        self.writer = None
+        if not enabled:
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            logger.warning("no TensorBoard events: `pip install tensorboard`, or set run.tensorboard=False")
+            return
+        self.writer = SummaryWriter(str(folder))
+
+    def write(self, scalars: Mapping[str, float], *, step: int) -> None:
+        """Records each number of `scalars` at `step`, on disk at once: what waits is lost if Python ends unclosed."""
+        if self.writer is not None:
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, step)
+            self.writer.flush()
+
+    def close(self) -> None:
+        """Flushes and closes the event file."""
+        if self.writer is not None:
+            self.writer.close()
+
+
+class MetricLogger:
+    """Named means since the last `drain`, over the steps and then over the ranks; summed on the device in float64."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, torch.Tensor] = {}
+        self.counts: Counter[str] = Counter()
+
+    def update(self, **values: torch.Tensor | float) -> None:
+        """Adds one scalar to each named series; no synchronisation with the device."""
+        for name, value in values.items():
+            value = torch.as_tensor(value).detach().double().reshape(())
+            self.totals[name] = self.totals[name] + value if name in self.totals else value
+            self.counts[name] += 1
+
+    def drain(self) -> dict[str, float]:
+        """The mean of each series; empties them. Every rank must call it, with the same names."""
+        means = {name: total / count for name, (total, count) in self.state_dict().items()}
+        self.totals.clear()
+        self.counts.clear()
+        return means
+
+    def state_dict(self) -> dict[str, tuple[float, int]]:
+        """Total and count of each series, the total as a mean over the ranks; called by every rank, as `drain`."""
+        if not self.totals:
+            return {}
+        totals = dist.all_reduce_mean(torch.stack(list(self.totals.values()))).tolist()
+        return {name: (total, self.counts[name]) for name, total in zip(self.totals, totals, strict=True)}
+
+    def load_state_dict(self, state: Mapping[str, tuple[float, int]], *, device: torch.device) -> None:
+        """Goes on from what `state_dict` returned, on every rank, whatever their number was then."""
+        self.totals = {
+            name: torch.tensor(total, dtype=torch.float64, device=device) for name, (total, _) in state.items()
+        }
+        self.counts = Counter({name: count for name, (_, count) in state.items()})

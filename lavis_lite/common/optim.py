@@ -1,0 +1,160 @@
+"""AdamW parameter groups and learning-rate schedules.
+
+A schedule is a pure function of the step (`lr_at(step)`), so resuming needs no state. Steps count iterations from 0.
+By default the rate moves every step; `per_epoch=True` is LAVIS's variant: warm-up only inside epoch 0 (cut off where
+that epoch ends), afterwards one rate per epoch, whose cosine starts at epoch 0 and not at the end of warm-up.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lavis_lite.common.errors import InputError
+from lavis_lite.common.registry import registry
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Linear warm-up from `warmup_start_lr` (None: `init_lr`, i.e. none) in `warmup_steps`, then `_decayed`.
+
+    Units: `warmup_steps`, `iters_per_epoch` and `total_steps` are iterations; `decay_rate` is per epoch.
+    """
+
+    init_lr: float
+    min_lr: float = 0.0
+    warmup_start_lr: float | None = None
+    warmup_steps: int = 0
+    decay_rate: float | None = None
+    max_epoch: int = 1
+    iters_per_epoch: int = 1
+    total_steps: int = 1
+    per_epoch: bool = False
+
+    def __post_init__(self) -> None:
+        if self.iters_per_epoch < 1 or self.total_steps < 1 or self.max_epoch < 1:
+            raise InputError(
+                f"a schedule needs at least one step: iters_per_epoch={self.iters_per_epoch}, "
+                f"total_steps={self.total_steps}, max_epoch={self.max_epoch}"
+            )
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of iteration `step` (0-based), before any group's `lr_scale`."""
+        warming = step < self.iters_per_epoch if self.per_epoch else step < self.warmup_steps
+        if not warming:
+            return self._decayed(step)
+        start = self.init_lr if self.warmup_start_lr is None or self.warmup_start_lr < 0 else self.warmup_start_lr
+        return min(self.init_lr, start + (self.init_lr - start) * step / max(self.warmup_steps, 1))
+
+    def _decayed(self, step: int) -> float:
+        raise NotImplementedError(f"{type(self).__name__} must say how the rate decays after warm-up")
+
+
+@registry.register_lr_scheduler("linear_warmup_cosine_lr")
+class LinearWarmupCosine(Schedule):
+    """Half a cosine from `init_lr` down to `min_lr`, over the steps that remain after warm-up."""
+
+    def _decayed(self, step: int) -> float:
+        if self.per_epoch:
+            progress = (step // self.iters_per_epoch) / self.max_epoch
+        else:
+            progress = min(1.0, (step - self.warmup_steps) / max(self.total_steps - self.warmup_steps, 1))
+        return (self.init_lr - self.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress)) + self.min_lr
+
+
+@registry.register_lr_scheduler("linear_warmup_step_lr")
+class LinearWarmupStep(Schedule):
+    """`init_lr` times `decay_rate` to the power of the epoch (a fraction unless `per_epoch`), never below `min_lr`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.decay_rate is None:
+            raise InputError("lr_sched linear_warmup_step_lr needs run.lr_decay_rate, e.g. 0.9 (factor per epoch)")
+
+    def _decayed(self, step: int) -> float:
+        epoch = step // self.iters_per_epoch if self.per_epoch else (step - self.warmup_steps) / self.iters_per_epoch
+        return max(self.min_lr, self.init_lr * self.decay_rate**epoch)
+
+
+@registry.register_lr_scheduler("constant_lr")
+class Constant(Schedule):
+    """`init_lr` throughout, after warm-up."""
+
+    def _decayed(self, step: int) -> float:
+        return self.init_lr
+
+
+def build_schedule(run: Any, *, max_epoch: int, iters_per_epoch: int, total_steps: int) -> Schedule:
+    """The schedule that `run` (a RunConfig) names, for a run of `total_steps` iterations."""
+    if run.warmup_steps > 0 and run.warmup_lr is None:
+        logger.warning(
+            f"run.warmup_steps={run.warmup_steps} has no effect, as in LAVIS, because run.warmup_lr is not set: "
+            "set it to the rate to start from, e.g. 1e-8"
+        )
+    schedule = registry.get_lr_scheduler_class(run.lr_sched)(
+        init_lr=run.init_lr,
+        min_lr=run.min_lr,
+        warmup_start_lr=run.warmup_lr,
+        warmup_steps=run.warmup_steps,
+        decay_rate=run.lr_decay_rate,
+        max_epoch=max_epoch,
+        iters_per_epoch=iters_per_epoch,
+        total_steps=total_steps,
+        per_epoch=run.lr_sched_per_epoch,
+    )
+    warming = iters_per_epoch if run.lr_sched_per_epoch else total_steps
+    if run.warmup_lr is not None and run.warmup_steps > warming:
+        length = "the first epoch, where lr_sched_per_epoch ends it," if run.lr_sched_per_epoch else "the whole run"
+        logger.warning(
+            f"run.warmup_steps={run.warmup_steps:,} is longer than {length} of {warming:,} steps: the learning rate "
+            f"reaches {schedule.lr_at(warming - 1):.3g} of run.init_lr={run.init_lr:g} while it warms up. Lower "
+            "run.warmup_steps"
+        )
+    return schedule
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, layer_scale: Callable[[str], float] = lambda name: 1.0
+) -> list[dict[str, Any]]:
+    """Groups trainable parameters by weight decay and by `layer_scale(name)`, a factor on the learning rate.
+
+    Scalars, vectors (so every LayerNorm) and biases of any shape are not decayed. Groups come in the order in which
+    their scale first appears in the model, decayed before not decayed. Each is `{"params", "names", "weight_decay",
+    "lr_scale"}`.
+    """
+    groups: dict[float, dict[bool, dict[str, Any]]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        scale = layer_scale(name)
+        decays = parameter.ndim >= 2 and "bias" not in name.rsplit(".", 1)[-1]
+        blank = {"params": [], "names": [], "weight_decay": weight_decay if decays else 0.0, "lr_scale": scale}
+        group = groups.setdefault(scale, {}).setdefault(decays, blank)
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return [by_decay[decays] for by_decay in groups.values() for decays in (True, False) if decays in by_decay]
+
+
+def build_optimizer(groups: Iterable[dict[str, Any]], run: Any) -> torch.optim.AdamW:
+    """AdamW over a model's `optimizer_groups`, each at `run.init_lr` times its `lr_scale`; fused where possible.
+
+    Raises:
+        ValueError: nothing is trainable.
+    """
+    groups = [{**group, "lr": run.init_lr * group.get("lr_scale", 1.0)} for group in groups if group["params"]]
+    if not groups:
+        raise InputError("the model has no trainable parameter: unfreeze a part of it, or set run.evaluate=True")
+    can_fuse = all(p.device.type in ("cuda", "cpu") for group in groups for p in group["params"])
+    return torch.optim.AdamW(groups, lr=run.init_lr, betas=(run.beta1, run.beta2), fused=can_fuse or None)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Sets every group's rate to `lr` times the group's `lr_scale`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)

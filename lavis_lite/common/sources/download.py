@@ -1,0 +1,327 @@
+"""Files from elsewhere: fetched once into the cache, under a lock, checked, resumed, and never seen half.
+
+Settings come from the environment, since they belong to the machine and not to a run:
+LAVIS_LITE_CACHE (default ~/.cache/lavis_lite), LAVIS_LITE_DATA (data sets; default <cache>/datasets),
+LAVIS_LITE_OFFLINE=1 (never touch the network), LAVIS_LITE_MIRROR="old-prefix=new-prefix[,...]" (rewrite URLs).
+Surprising: a URL may carry its file's checksum, `https://host/x.pth#sha256=<64 hex digits>`.
+"""
+
+import base64
+import difflib
+import email.message
+import hashlib
+import http.client
+import logging
+import os
+import re
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.parse import parse_qs, unquote, urldefrag, urlsplit
+from urllib.request import Request, url2pathname, urlopen
+
+from lavis_lite.common.errors import (
+    InputError,
+    MissingFileError,
+    MissingPackageError,
+    UnreachableError,
+)
+
+logger = logging.getLogger(__name__)
+
+ATTEMPTS = 20
+"""How often a transfer that gets on is taken up again before it fails."""
+TIMEOUT = 60
+"""Seconds without a byte after which a connection counts as lost."""
+CHUNK = 2**20
+MAX_NAME = 100
+"""Characters of a URL's file name that a cached file keeps; file systems allow 255 in all."""
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+LOOSE_HUB_ID = re.compile(rf"[\w-][\w.-]*|{HUB_ID.pattern}")
+"""Some old repositories, such as `bert-base-uncased`, have no owner."""
+WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
+
+
+def cache_dir() -> Path:
+    """The folder of everything fetched or generated: $LAVIS_LITE_CACHE or ~/.cache/lavis_lite. Not created here."""
+    return _cache()
+
+
+def data_root() -> Path:
+    """The folder in which data sets lie: $LAVIS_LITE_DATA or `cache_dir()/datasets`. Not created here."""
+    return Path(os.environ.get("LAVIS_LITE_DATA") or cache_dir() / "datasets").expanduser()
+
+
+def is_url(source: str | Path) -> bool:
+    """Whether `source` is an http(s) address."""
+    return str(source).startswith(("http://", "https://"))
+
+
+def is_folder(source: str | Path) -> bool:
+    """Whether `source` is a folder, or, not being a path here, has the form of a hub id: `owner/name`."""
+    path = Path(source).expanduser()
+    if path.exists() or is_url(source):
+        return path.is_dir()
+    return path.suffix not in WEIGHT_SUFFIXES and HUB_ID.fullmatch(str(source)) is not None
+
+
+def local_folder(source: str | Path, *, what: str = "folder", give: str = "give a folder or a hub id") -> Path | None:
+    """The folder on this machine, or None where `source` is a hub id: `name` or `owner/name`.
+
+    A path that is not there is never taken for a hub id: one that begins with `/`, `.` or `~`, has several levels, ends
+    like a weight file, or whose first part is a folder here. `what` and `give` are the error's first and last words.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    name, path = str(source), Path(source).expanduser()
+    if not name.strip():
+        raise MissingFileError(f"{what} {name!r} does not exist: {give}")
+    if path.is_dir():
+        return path
+    is_inside = path.parent != Path(".") and path.parent.is_dir()
+    is_id = LOOSE_HUB_ID.fullmatch(name) and path.suffix not in WEIGHT_SUFFIXES
+    if is_id and not is_inside and not path.exists():
+        return None
+    problem = "is a file, not a folder" if path.exists() else "does not exist"
+    entries = [entry for entry in path.parent.iterdir() if entry.is_dir()] if is_inside else []
+    there = sorted(entry.name for entry in entries if not entry.name.startswith("."))
+    near = difflib.get_close_matches(path.name, there, n=3) or there[:5]
+    listing = f" ({path.parent} has {', '.join(near)})" if near else ""
+    raise MissingFileError(f"{what} {name} {problem}{listing}; relative paths start at {Path.cwd()}: {give}")
+
+
+def fetch_folder(source: str | Path) -> Path:
+    """A local folder as it is, or the folder of a hub id's weights, configuration and processors in the hub's cache.
+
+    Raises:
+        FileNotFoundError: no such folder; or it is not cached and LAVIS_LITE_OFFLINE is set.
+        ConnectionError: the hub cannot be reached or has no such repository.
+    """
+    folder = local_folder(source)
+    if folder is not None:
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.txt", "*.model"]
+    try:
+        for weights in ("*.safetensors", "pytorch_model*.bin"):
+            folder = Path(
+                snapshot_download(str(source), allow_patterns=[*patterns, weights], local_files_only=is_offline())
+            )
+            if any(folder.glob(weights)):
+                break
+    except LocalEntryNotFoundError as error:
+        raise MissingFileError(
+            f"{source} is neither a folder here nor in the hub's cache, and the hub cannot be asked"
+            f"{' because LAVIS_LITE_OFFLINE is set' if is_offline() else ''}: give a local folder"
+        ) from error
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UnreachableError(f"{source} is not a folder here, and the hub says: {reason}") from error
+    return folder
+
+
+def fetch(
+    source: str | Path,
+    *,
+    cache_dir: str | Path | None = None,
+    sha256: str | None = None,
+    md5: str | None = None,
+    size: int | None = None,
+) -> Path:
+    """The local path of `source`: a path or file:// URL as it is, an http(s) URL downloaded into the cache once.
+
+    `cache_dir` is the folder to download into (default `downloads` in the cache), `size` is in bytes. A file already
+    cached is checked by `size` only; hashes, and what the server says of the file, are checked when it is downloaded.
+    A download that was cut off goes on where it stopped, also in the next call.
+
+    Raises:
+        FileNotFoundError: a local file is missing, or the file is not cached and LAVIS_LITE_OFFLINE is set.
+        ConnectionError: the download failed.
+        ValueError: size or hash differ from what was expected.
+    """
+    if not is_url(source):
+        path = _local_path(source)
+        _check(path, source=path, sha256=sha256, md5=md5, size=size)
+        return path
+    url, fragment = _split(str(source))
+    sha256 = sha256 or _sha256_of(fragment, url=url)
+    folder = Path(cache_dir or _cache() / "downloads").expanduser()
+    target = folder / _cache_name(url)
+    assert target.parent.resolve() == folder.resolve(), f"{url} would be cached outside {folder}: {target}"
+    if target.is_file() and size in (None, target.stat().st_size):
+        return target
+    if is_offline():
+        raise MissingFileError(
+            f"{url} is not in the cache and LAVIS_LITE_OFFLINE is set: put the file at {target}, or unset the variable"
+        )
+    _download(_mirrored(url), target, sha256=sha256, md5=md5, size=size)
+    return target
+
+
+def is_offline() -> bool:
+    """Whether LAVIS_LITE_OFFLINE forbids the network."""
+    return os.environ.get("LAVIS_LITE_OFFLINE", "0").lower() not in ("", "0", "false")
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("LAVIS_LITE_CACHE") or Path.home() / ".cache" / "lavis_lite").expanduser()
+
+
+def _local_path(source: str | Path) -> Path:
+    text = str(source)
+    path = Path(url2pathname(urlsplit(text).path)) if text.startswith("file://") else Path(text).expanduser()
+    if not path.exists():
+        raise MissingFileError(f"no file {path} (relative paths start at {Path.cwd()})")
+    return path
+
+
+def _sha256_of(fragment: str, *, url: str) -> str | None:
+    """The checksum in a URL's fragment, if there is one."""
+    found = parse_qs(fragment).get("sha256", [None])[0]
+    if found is not None and not re.fullmatch("[0-9a-fA-F]{64}", found):
+        raise InputError(f"{url}: the checksum sha256={found} is not 64 hexadecimal digits")
+    return found
+
+
+def _split(source: str) -> tuple[str, str]:
+    """A URL and its fragment. ValueError for what is no URL."""
+    try:
+        url, fragment = urldefrag(source)
+        urlsplit(url)
+    except ValueError as error:
+        raise InputError(f"{source!r} is not a URL: {error}") from None
+    if not url.isascii() or not url.isprintable() or " " in url:
+        raise InputError(f"{source!r} is not a URL: write other characters than ASCII's, and spaces, as %XX")
+    return url, fragment
+
+
+def _cache_name(url: str) -> str:
+    """A plain file name: eight hex digits of the URL's hash, so that different addresses never share a cached file,
+    and the last component of its path, of which letters, digits, `.`, `_` and `-` are kept.
+
+    Note: a server or a recipe chooses the URL, and `%2f..` in it would leave the cache: it is cleaned after unquoting.
+    """
+    component = unquote(urlsplit(url).path.rstrip("/")).rsplit("/", maxsplit=1)[-1]
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", component) or "index"
+    stem, dot, suffix = name.rpartition(".")
+    if len(name) > MAX_NAME:  # the suffix says what kind of file it is
+        name = f"{stem[: MAX_NAME - 1 - len(suffix)]}.{suffix}" if dot and len(suffix) < 20 else name[:MAX_NAME]
+    return f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
+
+
+def _mirrored(url: str) -> str:
+    for rule in filter(None, os.environ.get("LAVIS_LITE_MIRROR", "").split(",")):
+        old, separator, new = rule.partition("=")
+        if not separator or not old or not new:
+            raise InputError(f"LAVIS_LITE_MIRROR: {rule!r} is not of the form old-prefix=new-prefix")
+        if url.startswith(old):
+            return new + url.removeprefix(old)
+    return url
+
+
+def _download(url: str, target: Path, *, sha256: str | None, md5: str | None, size: int | None) -> None:
+    try:
+        from iopath.common.file_io import file_lock
+    except ImportError as error:
+        raise MissingPackageError(
+            f"downloading needs iopath: `pip install iopath`, or put {url} at {target} yourself"
+        ) from error
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.part")
+    with file_lock(str(target)):
+        if target.is_file() and size in (None, target.stat().st_size):
+            return  # another process was faster
+        try:
+            headers = _transfer(url, partial)
+        except (OSError, http.client.HTTPException) as error:
+            kept = _kept_bytes(partial)
+            raise UnreachableError(
+                f"cannot download {url}: {error}. "
+                + (f"{kept:,} bytes are kept, and the next attempt goes on from there. " if kept else "")
+                + f"Put the file at {target}, or set LAVIS_LITE_MIRROR=old-prefix=new"
+            ) from error
+        try:
+            _check(partial, source=url, sha256=sha256, md5=md5 or _published_md5(headers), size=size)
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+            _tag(partial).unlink(missing_ok=True)
+
+
+def _transfer(url: str, partial: Path) -> email.message.Message:
+    """Download into `partial`, going on where it stops, as long as each attempt brings something; returns the
+    response's headers.
+    """
+    before = _kept_bytes(partial)
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return _receive(url, partial)
+        except (OSError, http.client.HTTPException) as error:
+            kept = _kept_bytes(partial)
+            if isinstance(error, HTTPError) and error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
+                partial.unlink()
+                kept = 0
+            elif kept <= before or isinstance(error, HTTPError):
+                raise
+            logger.warning(f"{url}: {error}; going on behind byte {kept:,}")
+            before = kept
+    return _receive(url, partial)
+
+
+def _receive(url: str, partial: Path) -> email.message.Message:
+    """One request for what `partial` lacks; a server that has another file by now, or cannot go on, starts anew."""
+    start = _kept_bytes(partial)
+    request = Request(url, headers={"User-Agent": "lavis_lite"})
+    if start:
+        request.add_header("Range", f"bytes={start}-")
+        request.add_header("If-Range", _tag(partial).read_text(encoding="utf-8"))
+    with urlopen(request, timeout=TIMEOUT) as response:
+        continues = response.status == http.client.PARTIAL_CONTENT
+        tag = response.headers.get("ETag") or response.headers.get("Last-Modified")
+        if tag and not tag.startswith("W/"):
+            _tag(partial).write_text(tag, encoding="utf-8")
+        else:
+            _tag(partial).unlink(missing_ok=True)
+        promised = response.headers.get("Content-Length")
+        expected = None if promised is None else int(promised) + (start if continues else 0)
+        logger.info(f"downloading {url}" + ("" if expected is None else f" ({expected / 2**20:,.1f} MiB)"))
+        with partial.open("ab" if continues else "wb") as file:
+            while chunk := response.read(CHUNK):
+                file.write(chunk)
+        found = partial.stat().st_size
+        if expected is not None and found < expected:
+            raise UnreachableError(f"the connection ended after {found:,} of {expected:,} bytes")
+        return response.headers
+
+
+def _kept_bytes(partial: Path) -> int:
+    """What of a file is there and can be gone on with."""
+    return partial.stat().st_size if partial.is_file() and _tag(partial).is_file() else 0
+
+
+def _tag(partial: Path) -> Path:
+    """Where the version (ETag or date) of a partial file is noted, without which it cannot be gone on with."""
+    return partial.with_name(f"{partial.name}.tag")
+
+
+def _published_md5(headers: email.message.Message) -> str | None:
+    """The MD5 that Google's storage, where LAVIS's files lie, sends with a file."""
+    for value in headers.get_all("x-goog-hash", []):
+        for item in value.split(","):
+            if item.strip().startswith("md5="):
+                return base64.b64decode(item.strip().removeprefix("md5=")).hex()
+    return None
+
+
+def _check(path: Path, *, source: str | Path, sha256: str | None, md5: str | None, size: int | None) -> None:
+    if size is not None and path.stat().st_size != size:
+        raise InputError(f"{source} has {path.stat().st_size} bytes, not {size}: the file is cut short or another one")
+    for name, expected in (("sha256", sha256), ("md5", md5)):
+        if expected is None:
+            continue
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, name).hexdigest()
+        if found != expected.lower():
+            raise InputError(f"{source} has {name} {found}, not {expected}: the file is damaged or another one")

@@ -1,0 +1,193 @@
+"""What BLIP's models share: tokenizer, image encoder, text transformer sizes, and loading of published files."""
+
+import logging
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import fields
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lavis_lite.common.bounds import (
+    MAX_IMAGE_SIZE,
+    MAX_LAYERS,
+    MAX_TOKENS,
+    check_number,
+    check_numbers,
+)
+from lavis_lite.common.errors import InputError
+from lavis_lite.convert import blip_from_hf, is_hf_blip
+from lavis_lite.models.base import BaseModel
+from lavis_lite.models.initialise import (
+    TextModel,
+    bert_weights,
+    blip_text_weights,
+    check_bert,
+    check_weight_file,
+    start_from,
+    vit_weights,
+)
+from lavis_lite.models.tokenizers import blip_tokenizer, tokenize
+from lavis_lite.nn.attention import MAX_VOCABULARY, BertConfig
+from lavis_lite.nn.decoding import DecodingConfig
+from lavis_lite.nn.losses import IGNORED
+from lavis_lite.nn.vision import (
+    BlipViT,
+    interpolate_pos_embed,
+    layer_scales,
+    vit_config,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class BlipBase(BaseModel):
+    """Image encoder and tokenizer of a BLIP model.
+
+    `vit` and `med` override sizes of the image encoder (`ViTConfig`) and of the text transformer (`BertConfig`).
+    """
+
+    takes_video: ClassVar[bool] = False
+    learns_answers: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        vit_type: str = "base",
+        image_size: int = 224,
+        vit: dict[str, Any] | None = None,
+        vit_grad_ckpt: bool = False,
+        vit_ckpt_layer: int = 0,
+        vit_drop_path_rate: float | None = None,
+        vit_layer_norm_epsilon: float = 1e-6,
+        med: dict[str, Any] | None = None,
+        tokenizer: str = "bert-base-uncased",
+        max_txt_len: int = 35,
+    ) -> None:
+        super().__init__()
+        if "image_size" in (vit or {}):
+            raise InputError("model.vit.image_size: set model.image_size instead, which the processors follow")
+        if "num_checkpointed" in (vit or {}):
+            raise InputError("model.vit.num_checkpointed: set model.vit_grad_ckpt and model.vit_ckpt_layer instead")
+        own = {"image_size": image_size, "vit_ckpt_layer": vit_ckpt_layer, "max_txt_len": max_txt_len}
+        check_numbers(
+            "model", own, image_size=(1, MAX_IMAGE_SIZE), vit_ckpt_layer=(0, MAX_LAYERS), max_txt_len=(3, MAX_TOKENS)
+        )
+        check_number("model.vit_layer_norm_epsilon", vit_layer_norm_epsilon, 0.0, 1.0)
+        overrides = {"image_size": image_size, "norm_eps": vit_layer_norm_epsilon, **(vit or {})}
+        if vit_drop_path_rate is not None:
+            check_number("model.vit_drop_path_rate", vit_drop_path_rate, 0.0, 1.0)
+            overrides["drop_path_rate"] = vit_drop_path_rate
+        self.visual_encoder = BlipViT(
+            vit_config(vit_type, num_checkpointed=vit_ckpt_layer if vit_grad_ckpt else 0, **overrides)
+        )
+        self.tokenizer = blip_tokenizer(tokenizer)
+        self.max_txt_len = max_txt_len
+        self.med = {"vocab_size": len(self.tokenizer), **(med or {})}
+        check_med(self.med, len(self.tokenizer))
+
+    def text_config(self, context_width: int | None = None, **sizes: Any) -> BertConfig:
+        """Sizes of a text transformer that attends to contexts of this width (default: the image encoder's)."""
+        width = self.visual_encoder.config.width if context_width is None else context_width
+        return BertConfig(**self.med, context_width=width, **sizes)
+
+    def tokenize(
+        self, texts: Sequence[str], *, start: int | None = None, max_length: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Ids and mask (B,T), padded to the longest; `start` replaces [CLS]; `max_length` truncates."""
+        return tokenize(self.tokenizer, texts, start=start, max_length=max_length, device=self.device)
+
+    @property
+    def decoder_start(self) -> int:
+        """Id of `[DEC]`."""
+        return self.tokenizer.bos_token_id
+
+    @property
+    def encoder_start(self) -> int:
+        """Id of `[ENC]`."""
+        return self.tokenizer.enc_token_id
+
+    def labels(self, ids: Tensor, num_masked: int | Tensor = 0) -> Tensor:
+        """Labels of a language-model loss: padding and the first `num_masked` (one number, or (B,)) do not count."""
+        num_given = torch.as_tensor(num_masked, device=ids.device)[..., None]
+        given = torch.arange(ids.shape[1], device=ids.device) < num_given
+        return ids.masked_fill((ids == self.tokenizer.pad_token_id) | given, IGNORED)
+
+    def decoding(self, **settings: Any) -> DecodingConfig:
+        """Decoding settings with this tokenizer's end and padding tokens, and the text transformer's positions."""
+        return DecodingConfig(
+            eos_id=self.tokenizer.sep_token_id,
+            pad_id=self.tokenizer.pad_token_id,
+            max_positions=self.text_config().max_positions,
+            **settings,
+        )
+
+    def layer_scale(self, decay: float) -> Callable[[str], float]:
+        scale = layer_scales(self.visual_encoder.config.depth, decay)
+        prefix = "visual_encoder."
+        return lambda name: scale(name.removeprefix(prefix)) if name.startswith(prefix) else 1.0
+
+    def start_from(self, *, vit: str | None = None, text: str | None = None, add_token_type: bool = True) -> None:
+        """An ImageNet ViT (timm's name or a file) and/or a BERT (folder or hub id) as in BLIP's pretraining; twins
+        become copies. `add_token_type` as in `bert_weights`.
+        """
+        if vit is not None:
+            start_from(self, vit_weights(vit, self.visual_encoder), source=vit, parts=("visual_encoder.",))
+        if text is not None:
+            bert = bert_weights(text, self.text_model(), add_token_type=add_token_type)
+            parts = [f"{name}." for name in ("text_encoder", "text_decoder") if hasattr(self, name)]
+            start_from(self, blip_text_weights(bert), source=text, parts=parts)
+        self.after_loading({})
+
+    def check_start(self, *, vit: str | None = None, text: str | None = None, add_token_type: bool = True) -> None:
+        if vit is not None:
+            check_weight_file(vit, setting="init_vit")
+        if text is not None:
+            check_bert(text, self.text_model())
+
+    def text_model(self) -> TextModel:
+        """What a BERT must have in common with this model."""
+        return TextModel(sizes=self.text_config(), section="med", tokenizer=self.tokenizer)
+
+    def adapt_state_dict(self, state: MutableMapping[str, Tensor]) -> MutableMapping[str, Tensor]:
+        """Translate Hugging Face's names, resize position embeddings to this image size, leave out feature queues of
+        another length.
+        """
+        own = self.state_dict()
+        if is_hf_blip(state):
+            state = blip_from_hf(state)
+        for name in [name for name in state if name in own]:
+            if name.endswith(".pos_embed"):
+                state[name] = interpolate_pos_embed(state[name], own[name].shape[1], quiet="_m." in name)
+            elif name.endswith("_queue") and own[name].shape != state[name].shape:
+                length = own[name].shape[-1]
+                logger.info(
+                    f"{name} of shape {tuple(state[name].shape)} is left out: this model's has {length} columns"
+                )
+                del state[name]
+        if own.keys() & {"queue_ptr"} and not {"image_queue", "text_queue"} <= state.keys():
+            state.pop("queue_ptr", None)
+        return state
+
+
+def check_med(med: dict[str, Any], num_tokens: int) -> None:
+    """Unknown size names and a vocabulary smaller than the tokenizer's are errors."""
+    known = {field.name for field in fields(BertConfig)} - {"context_width", "num_context_streams"}
+    unknown = sorted(med.keys() - known)
+    if unknown:
+        raise InputError(f"med has no size {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+    check_number("model.med.vocab_size", med["vocab_size"], num_tokens, MAX_VOCABULARY)
+
+
+def project(layer: nn.Linear, states: Tensor) -> Tensor:
+    """Project and normalise to unit length."""
+    return F.normalize(layer(states), dim=-1)
+
+
+def ramp(samples: dict[str, Any], alpha: float, num_epochs: int) -> float:
+    """alpha, ramped up linearly over the first epochs as ALBEF does; full where the samples tell no epoch."""
+    if "epoch" not in samples:
+        return alpha
+    per_epoch = samples["num_iters_per_epoch"]
+    return alpha * min(1.0, (samples["epoch"] * per_epoch + samples["iters"]) / (num_epochs * per_epoch))

@@ -1,0 +1,163 @@
+"""Job folders: which one a run writes to, what it resumes there, and that it is the only one who writes."""
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from lavis_lite.common import integrity
+from lavis_lite.common.config.run import RunConfig
+from lavis_lite.common.errors import DamagedFileError, InputError, MissingFileError
+from lavis_lite.common.locks import LOCK_FILE, FolderLock
+
+logger = logging.getLogger(__name__)
+
+LAST, BEST = "checkpoint_last.pth", "checkpoint_best.pth"
+STARTED = {"console.txt", "config.yaml", "config_evaluate.yaml", "tensorboard", LOCK_FILE}
+"""What a run leaves in its folder before its first step."""
+
+
+def start_job(run: RunConfig) -> tuple[RunConfig, Path]:
+    """Return the run with its job and checkpoint settled (by rank 0, for all ranks), and the job's folder."""
+    from lavis_lite.common import dist
+
+    changes = dist.on_main(lambda: _settle_job(run))
+    run = dataclasses.replace(run, **changes)
+    return run, Path(run.output_dir) / str(run.job_id)
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a job's folder, and delete what a killed run left half written there.
+
+    Must be entered by every rank; rank 0 holds the lock.
+
+    Raises:
+        FolderInUseError: another run writes to the folder.
+    """
+    from lavis_lite.common import dist
+
+    lock = FolderLock(folder)
+    dist.on_main(lambda: _take(lock))
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def new_job_id(output: Path) -> str:
+    """Return a name made of the time, and make its folder, so that two runs started in one second don't share it."""
+    stamp, number = datetime.now().strftime("%Y%m%d_%H%M%S"), 1
+    while True:
+        name = stamp if number == 1 else f"{stamp}_{number}"
+        try:
+            (output / name).mkdir(parents=True)
+            return name
+        except FileExistsError:
+            number += 1
+
+
+def newest_checkpoint(output: Path, *, job_id: str | None = None) -> Path | None:
+    """Return the checkpoint to resume of the newest job below `output` that has a whole one (of `job_id`, if given).
+
+    None if no job has any checkpoint.
+
+    Raises:
+        InputError: there are checkpoints, and none of them is whole.
+    """
+    folders = [output / job_id] if job_id is not None else output.iterdir() if output.is_dir() else []
+    jobs = {folder: _checkpoints(folder) for folder in folders if _checkpoints(folder)}
+    ages = {folder: max(path.stat().st_mtime for path in paths) for folder, paths in jobs.items()}
+    for folder in sorted(jobs, key=lambda folder: ages[folder], reverse=True):
+        found = whole_checkpoint(folder)
+        if found is not None:
+            return found
+    if jobs:
+        raise _nothing_whole([path for paths in jobs.values() for path in paths])
+    return None
+
+
+def whole_checkpoint(folder: Path) -> Path | None:
+    """Return the newest undamaged checkpoint of a job: checkpoint_last.pth, or else that of the most steps."""
+    resumable = [path for path in _checkpoints(folder) if path.name != BEST]
+    for path in resumable:
+        try:
+            integrity.verify(path, as_zip=True)
+        except DamagedFileError as error:
+            logger.warning("%s", error)
+            continue
+        if path != resumable[0]:
+            logger.warning("resuming %s instead: the steps after it are repeated", path)
+        elif path.name != LAST:
+            logger.warning("%s is gone: resuming %s", folder / LAST, path)
+        return path
+    return None
+
+
+def own_checkpoint(folder: Path) -> Path | None:
+    """`newest_checkpoint` of one job's folder."""
+    return newest_checkpoint(folder.parent, job_id=folder.name)
+
+
+def discard_if_unused(folder: Path) -> None:
+    """Delete the folder of a run that failed before its first step, unless it holds more than such a run leaves."""
+    import shutil
+
+    if folder.is_dir() and {entry.name for entry in folder.iterdir()} <= STARTED:
+        shutil.rmtree(folder)
+
+
+def step_of(path: Path) -> int | None:
+    """Return N of checkpoint_<N>.pth, None of other names."""
+    number = path.stem.removeprefix("checkpoint_")
+    return int(number) if number.isdecimal() and path.suffix == ".pth" else None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """A job's checkpoints: the last, then those of steps, the newest first, then the best."""
+    steps = {path: step_of(path) for path in folder.glob("checkpoint_*.pth")}
+    by_step = sorted((path for path, step in steps.items() if step is not None), key=lambda p: steps[p], reverse=True)
+    named = [path for path in (folder / LAST, folder / BEST) if path in steps]
+    return [*(path for path in named if path.name == LAST), *by_step, *(path for path in named if path.name == BEST)]
+
+
+def _take(lock: FolderLock) -> None:
+    from lavis_lite.common import checkpoint
+
+    lock.take()
+    left = [path for part in (lock.folder, lock.folder / "result") for path in checkpoint.sweep_temporaries(part)]
+    if left:
+        logger.info("%d files that a killed run left half written in %s were deleted", len(left), lock.folder)
+
+
+def _settle_job(run: RunConfig) -> dict[str, Any]:
+    output = Path(run.output_dir)
+    if run.resume == "auto" and not run.evaluate:
+        found = newest_checkpoint(output, job_id=run.job_id)
+        if found is not None:
+            logger.info("resuming %s", found)
+            return {"job_id": found.parent.name, "resume_ckpt_path": str(found), "resume": None}
+        logger.info("nothing to resume below %s: starting afresh", output)
+    if run.resume_ckpt_path is not None:
+        path = Path(run.resume_ckpt_path)
+        path = path / LAST if path.is_dir() else path
+        if not path.is_file():
+            raise MissingFileError(f"no checkpoint to resume: {path}")
+        return {"job_id": run.job_id or new_job_id(output), "resume_ckpt_path": str(path)}
+    if run.job_id is not None and not run.evaluate and _checkpoints(output / run.job_id):
+        logger.warning(
+            f"{output / run.job_id} holds checkpoints of an earlier run, which this run will replace; "
+            "--resume auto would continue it"
+        )
+    return {"job_id": run.job_id or new_job_id(output), "resume": None}
+
+
+def _nothing_whole(paths: list[Path]) -> InputError:
+    names = ", ".join(map(str, paths[:5])) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
+    return InputError(
+        f"--resume auto: none of the checkpoints can be resumed: {names}. Put back a whole {LAST} or "
+        "checkpoint_<step>.pth, start anew from weights with model.pretrained, or begin afresh with another --job-id"
+    )
