@@ -45,9 +45,9 @@ def image_of(samples: Mapping[str, Any], key: str = "image", *, video: bool = Fa
             'tensor of a picture: vis_processors["eval"](picture).unsqueeze(0)'
         )
     if image.dim() not in ((4, 5) if video else (4,)) or image.shape[1] != 3:
-        frames = ", and put frames behind the colours" if video else ""
+        frames = ", and put the frames of a video after its channels" if video else ""
         raise InputError(
-            f"samples[{key!r}] has shape {tuple(image.shape)}; it must be {wanted}: add the batch's dimension with "
+            f"samples[{key!r}] has shape {tuple(image.shape)}; it must be {wanted}: add the batch dimension with "
             f"unsqueeze(0){frames}"
         )
     if image.numel() == 0:
