@@ -22,7 +22,7 @@ import doors
 import torch
 from ports import free_port
 
-from lavis_lite.cli import main as cli
+from lavis_lite.cli.main import main as cli
 from lavis_lite.common import checkpoint
 from lavis_lite.common.registry import registry
 

@@ -215,7 +215,7 @@ def test_a_missing_file_is_told_without_traceback(tmp_path: Path) -> None:
 
 def main(plan: Sequence[Sequence[str]], folder: Path) -> None:
     """Each rank's part: the plan's command lines in one process group."""
-    from lavis_lite.cli import main as cli
+    from lavis_lite.cli.main import main as cli
     from lavis_lite.common import dist
     from lavis_lite.common.registry import registry
     from lavis_lite.runners.runner import Runner

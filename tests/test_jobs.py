@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from lavis_lite.cli import main as cli
+from lavis_lite.cli.main import main as cli
 from lavis_lite.common import checkpoint
 from lavis_lite.common.config.run import RunConfig
 from lavis_lite.common.errors import FolderInUseError, InputError

@@ -209,7 +209,7 @@ def test_the_longest_candidate_that_fits() -> None:
         ({"image": [pictures(1)[0], videos(1)[0], pictures(1)[0]]}, r"is a list of shapes \[\(3, 32, 32\), \(3, 2, 32"),
         ({"image": [pictures(1)[0], pictures(1)[0][:, :16]]}, "it must be one tensor: stack images of one size"),
         ({"image": videos()[:, :, :0]}, r"shape \(3, 3, 0, 32, 32\): there is no image or no frame"),
-        ({"image": videos().transpose(1, 2)}, "put frames behind the colours"),
+        ({"image": videos().transpose(1, 2)}, "put the frames of a video after its channels"),
         ({"image": "cat.jpg"}, "is a str; it must be one tensor"),
         ({"text_input": ["is it red? " * 200] * 3}, "the language model's context has 256: shorten the prompt"),
     ],

@@ -45,9 +45,9 @@ def image_of(samples: Mapping[str, Any], key: str = "image", *, video: bool = Fa
             'tensor of a picture: vis_processors["eval"](picture).unsqueeze(0)'
         )
     if image.dim() not in ((4, 5) if video else (4,)) or image.shape[1] != 3:
-        frames = ", and put frames behind the colours" if video else ""
+        frames = ", and put the frames of a video after its channels" if video else ""
         raise InputError(
-            f"samples[{key!r}] has shape {tuple(image.shape)}; it must be {wanted}: add the batch's dimension with "
+            f"samples[{key!r}] has shape {tuple(image.shape)}; it must be {wanted}: add the batch dimension with "
             f"unsqueeze(0){frames}"
         )
     if image.numel() == 0:
@@ -132,6 +132,31 @@ def listed_texts(texts: Any, where: str) -> list[str]:
     if not texts:
         raise InputError(f"{where} is an empty list; it must have at least one text")
     return [checked_text(text, f"{where}[{row}]") for row, text in enumerate(texts)]
+
+
+def candidate_texts(candidates: Any, owner: str = "") -> list[str]:
+    """Return texts to choose between as a list. InputError, which names their `owner`, if there are none, or one is no
+    text or a blank one.
+    """
+    if isinstance(candidates, str) or not isinstance(candidates, Sequence):
+        raise InputError(f"the candidates{owner} must be a list of texts; got {shown(candidates)}")
+    if not candidates:
+        raise InputError(f"the candidates{owner} are an empty list: there is nothing to choose between")
+    for index, text in enumerate(candidates):
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"candidate {index}{owner} must be a text that is not empty; got {shown(text)}")
+        checked_text(text, f"candidate {index}{owner}")
+    return list(candidates)
+
+
+def ranked_answers(answer_list: Any, num_ans_candidates: Any) -> list[str]:
+    """Return the answers between which `inference_method: rank` chooses. InputError as `candidate_texts`, and for a
+    `num_ans_candidates` below 1.
+    """
+    if answer_list is None:
+        raise InputError("inference_method rank chooses from a list of answers: give answer_list, or use generate")
+    whole_number(num_ans_candidates, "num_ans_candidates", least=1)
+    return candidate_texts(answer_list, " in answer_list")
 
 
 def whole_number(value: Any, name: str, least: int | None = None) -> int:

@@ -24,7 +24,7 @@ from lavis_lite.processors.image import BlipImageEvalProcessor, BlipImageTrainPr
 
 
 class VideoProcessor(ImageProcessor):
-    """Does with each of `num_frames` frames what the image processor does that stands behind it among the bases."""
+    """Apply the image processor that follows among the bases to each of `num_frames` frames."""
 
     def __init__(
         self, *, num_frames: int = 4, short_clips: ShortClips = "repeat", image_size: int = 224, **image: Any

@@ -31,12 +31,12 @@ from lavis_lite.models.blip2.ranking import (
     Candidates,
     candidate_lists,
     candidate_rows,
-    checked,
     segment_widths,
     stacked,
 )
 from lavis_lite.models.inputs import (
     image_of,
+    ranked_answers,
     require_labels,
     required,
     text_list,
@@ -144,8 +144,10 @@ class Blip2LanguageModel(LanguageModelBase):
         prompt; a causal model's count one start token.
         """
         prompts = generation_prompts(samples, self.prompt, len(image_of(samples, video=True, answering=True)))
+        num_uncounted = int(self.lm.is_encoder_decoder)
         config = self.lm.decoding(
-            max_length=whole_number(max_length, "max_length") + int(self.lm.is_encoder_decoder),
+            max_length=whole_number(max_length, "max_length") + num_uncounted,
+            num_uncounted=num_uncounted,
             min_length=min_length,
             num_beams=num_beams,
             num_return=num_captions,
@@ -182,16 +184,14 @@ class Blip2LanguageModel(LanguageModelBase):
         count = len(image_of(samples, video=True, answering=True))
         prompts = question_prompts(samples, prompt or self.question_template(samples), count)
         if inference_method == "rank":
-            if not answer_list:
-                raise InputError("inference_method rank chooses from a list: give answer_list, or use generate")
-            answer_list = checked(answer_list, " in answer_list")
-            whole_number(num_ans_candidates, "num_ans_candidates", least=1)
+            answer_list = ranked_answers(answer_list, num_ans_candidates)
             order, losses = self.rank_answers(samples, prompts, answer_list, num_ans_candidates)
             best = order.gather(1, losses.argmin(dim=1, keepdim=True)).squeeze(1)
             answers = [answer_list[i] for i in best.tolist()]
         else:
             config = self.lm.decoding(
                 max_length=whole_number(max_len, "max_len") + 1,
+                num_uncounted=1,
                 min_length=min_len,
                 num_beams=num_beams,
                 length_penalty=length_penalty,
