@@ -132,6 +132,18 @@ def test_lengths_count_what_they_say(arch: str, monkeypatch: pytest.MonkeyPatch)
     assert (seen[0].min_length, seen[1].length_penalty, seen[1].num_beams) == (2, -1.0, 5)
 
 
+@pytest.mark.parametrize("arch", ["blip2_opt", "blip2_t5"])
+def test_messages_show_the_lengths_that_were_given(arch: str) -> None:
+    """Not those that count the start token too."""
+    model, samples = build(arch), {"image": pictures(1), "text_input": "what?"}
+    with pytest.raises(ValueError, match=r"min_length 20 is above max_length 5: lower it"):
+        model.generate(samples, max_length=5, min_length=20)
+    with pytest.raises(ValueError, match=r"min_length 20 is above max_length 5: lower it"):
+        model.predict_answers(samples, max_len=5, min_len=20)
+    with pytest.raises(ValueError, match=r"nothing to generate below max_length 0: .* raise max_length"):
+        model.predict_answers(samples, max_len=0, min_len=0)
+
+
 # answers
 
 

@@ -137,8 +137,10 @@ class Blip2LanguageModel(LanguageModelBase):
         prompt; a causal model's count one start token.
         """
         prompts = generation_prompts(samples, self.prompt, len(image_of(samples, video=True, answering=True)))
+        num_uncounted = int(self.lm.is_encoder_decoder)
         config = self.lm.decoding(
-            max_length=whole_number(max_length, "max_length") + int(self.lm.is_encoder_decoder),
+            max_length=whole_number(max_length, "max_length") + num_uncounted,
+            num_uncounted=num_uncounted,
             min_length=min_length,
             num_beams=num_beams,
             num_return=num_captions,
@@ -185,6 +187,7 @@ class Blip2LanguageModel(LanguageModelBase):
         else:
             config = self.lm.decoding(
                 max_length=whole_number(max_len, "max_len") + 1,
+                num_uncounted=1,
                 min_length=min_len,
                 num_beams=num_beams,
                 length_penalty=length_penalty,

@@ -57,6 +57,8 @@ class DecodingConfig:
     temperature: float = 1.0
     max_positions: int | None = None
     """Positions of the text transformer, each text's own; the last token needs none, because it is not read."""
+    num_uncounted: int = 0
+    """Tokens of `max_length` and of the prompt that the caller did not count; messages leave them out."""
 
     def __post_init__(self) -> None:
         for name in ("max_length", "min_length", "num_beams", "num_return"):
@@ -76,7 +78,8 @@ class DecodingConfig:
                 "or nucleus sampling"
             )
         if self.min_length > self.max_length:
-            raise InputError(f"min_length {self.min_length} is above max_length {self.max_length}")
+            given = self.max_length - self.num_uncounted
+            raise InputError(f"min_length {self.min_length} is above max_length {given}: lower it, or raise max_length")
         if self.max_positions is not None and self.max_length - 1 > self.max_positions:
             raise InputError(
                 f"max_length {self.max_length} is more than the text transformer's {self.max_positions} positions "
@@ -94,8 +97,8 @@ def decode(step: Step, prompt_BL: Tensor, config: DecodingConfig) -> Tensor:
     """Token ids (B x num_return, L'), prompt first, padded behind the end token."""
     if prompt_BL.shape[1] >= config.max_length:
         raise InputError(
-            f"the prompt has {prompt_BL.shape[1]} tokens, which leaves nothing to generate "
-            f"below max_length {config.max_length}"
+            f"the prompt has {prompt_BL.shape[1] - config.num_uncounted} tokens, which leaves nothing to generate "
+            f"below max_length {config.max_length - config.num_uncounted}: shorten it, or raise max_length"
         )
     if config.num_beams > 1 and not config.sample:
         return beam_search(step, prompt_BL, config)
