@@ -330,7 +330,7 @@ def test_odd_questions(tmp_path: Path) -> None:
     ]
     section = doors.user_set(tmp_path / "annotations", {"train": records, "test": records})
     answer_list = tmp_path / "answers.json"
-    answer_list.write_text(json.dumps(["yes", "no", "青", ""], ensure_ascii=False), encoding="utf-8")
+    answer_list.write_text(json.dumps(["yes", "no", "青"], ensure_ascii=False), encoding="utf-8")
     section["build_info"]["annotations"]["test"]["storage"] = [
         str(tmp_path / "annotations/test.json"),
         str(answer_list),

@@ -191,7 +191,7 @@ def test_bad_training_entries(arch: str, key: str, value: Any, words: tuple[str,
 
 @pytest.mark.parametrize("arch", ["blip_vqa", "blip2_opt", "blip2_t5_instruct"])
 def test_bad_answer_lists(arch: str) -> None:
-    for answers in ("red", ["red", None], ["red", 3], ["ok \ud83d"], [], {"red", "blue"}):
+    for answers in ("red", ["red", None], ["red", 3], ["ok \ud83d"], [], {"red", "blue"}, ["red", ""], [" "]):
         settings = {"inference_method": "rank", "answer_list": answers}
         refused(lambda: build(arch).predict_answers(good_samples(arch), **settings), "answer_list")  # noqa: B023
     settings = {"inference_method": "rank", "answer_list": ["red"], "num_ans_candidates": 0}

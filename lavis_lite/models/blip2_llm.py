@@ -26,15 +26,16 @@ from lavis_lite.models.blip2_prompts import (
     split_caption,
     without_prompt,
 )
-from lavis_lite.models.blip2_ranking import (
-    Candidates,
-    candidate_lists,
-    candidate_rows,
-    checked,
-    segment_widths,
-    stacked,
+from lavis_lite.models.blip2_ranking import Candidates, candidate_lists, candidate_rows, segment_widths, stacked
+from lavis_lite.models.inputs import (
+    image_of,
+    ranked_answers,
+    require_labels,
+    required,
+    text_list,
+    texts_of,
+    whole_number,
 )
-from lavis_lite.models.inputs import image_of, require_labels, required, text_list, texts_of, whole_number
 from lavis_lite.nn.losses import IGNORED
 from lavis_lite.registry import registry
 
@@ -177,10 +178,7 @@ class Blip2LanguageModel(LanguageModelBase):
         count = len(image_of(samples, video=True, answering=True))
         prompts = question_prompts(samples, prompt or self.question_template(samples), count)
         if inference_method == "rank":
-            if not answer_list:
-                raise InputError("inference_method rank chooses from a list: give answer_list, or use generate")
-            answer_list = checked(answer_list, " in answer_list")
-            whole_number(num_ans_candidates, "num_ans_candidates", least=1)
+            answer_list = ranked_answers(answer_list, num_ans_candidates)
             order, losses = self.rank_answers(samples, prompts, answer_list, num_ans_candidates)
             best = order.gather(1, losses.argmin(dim=1, keepdim=True)).squeeze(1)
             answers = [answer_list[i] for i in best.tolist()]

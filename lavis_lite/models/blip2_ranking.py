@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lavis_lite.errors import InputError
-from lavis_lite.models.inputs import checked_text
+from lavis_lite.models.inputs import candidate_texts
 from lavis_lite.models.llm_text import Rows, TextCoder
 
 Candidates = Sequence[str] | Sequence[Sequence[str]]
@@ -29,23 +29,10 @@ def candidate_lists(candidates: Candidates, count: int) -> list[list[str]]:
     if not candidates:
         raise InputError("there are no candidates to choose between: give a list of texts, or one for each image")
     if isinstance(candidates[0], str):
-        return [checked(candidates, "")]
+        return [candidate_texts(candidates)]
     if len(candidates) != count:
         raise InputError(f"{len(candidates)} lists of candidates were given for {count} images")
-    return [checked(own, f" of sample {row}") for row, own in enumerate(candidates)]
-
-
-def checked(candidates: Sequence[str], owner: str) -> list[str]:
-    """The candidates as a list; ValueError if there are none, or one is not a text that says something."""
-    if isinstance(candidates, str) or not isinstance(candidates, Sequence):
-        raise InputError(f"the candidates{owner} must be a list of texts; got {candidates!r}")
-    if not candidates:
-        raise InputError(f"the candidates{owner} are an empty list: there is nothing to choose between")
-    for index, text in enumerate(candidates):
-        if not isinstance(text, str) or not text.strip():
-            raise InputError(f"candidate {index}{owner} must be a text that is not empty; got {text!r}")
-        checked_text(text, f"candidate {index}{owner}")
-    return list(candidates)
+    return [candidate_texts(own, f" of sample {row}") for row, own in enumerate(candidates)]
 
 
 def candidate_rows(coder: TextCoder, lists: Sequence[Sequence[str]], *, limit: int, end: bool) -> list[Rows]:

@@ -13,7 +13,7 @@ from lavis_lite.errors import InputError
 from lavis_lite.models.base import Output
 from lavis_lite.models.blip_base import BlipBase
 from lavis_lite.models.blip_caption import decoding_step
-from lavis_lite.models.inputs import image_of, integers, listed_texts, required, text_list, texts_of, whole_number
+from lavis_lite.models.inputs import image_of, integers, ranked_answers, required, text_list, texts_of
 from lavis_lite.nn.attention import Context
 from lavis_lite.nn.bert import BertLMHeadModel, BertModel
 from lavis_lite.nn.decoding import decode
@@ -94,10 +94,7 @@ class BlipVQA(BlipBase):
                 max_length=max_len, min_length=min_len, num_beams=num_beams, length_penalty=length_penalty
             )
             return self.generate_answers(states, None if self.decoder_sees_padding else mask, config)
-        if not answer_list:
-            raise InputError("inference_method rank chooses from a list of answers: give answer_list, or use generate")
-        answer_list = listed_texts(answer_list, "answer_list")
-        whole_number(num_ans_candidates, "num_ans_candidates", least=1)
+        answer_list = ranked_answers(answer_list, num_ans_candidates)
         context = self.text_decoder.bert.project_context(states, mask=mask)
         order, loss = self.rank_answers(context, answer_list, min(num_ans_candidates, len(answer_list)))
         best = order.gather(1, loss.argmin(dim=1, keepdim=True)).squeeze(1)

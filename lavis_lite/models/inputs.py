@@ -134,6 +134,31 @@ def listed_texts(texts: Any, where: str) -> list[str]:
     return [checked_text(text, f"{where}[{row}]") for row, text in enumerate(texts)]
 
 
+def candidate_texts(candidates: Any, owner: str = "") -> list[str]:
+    """Return texts to choose between as a list. InputError, which names their `owner`, if there are none, or one is no
+    text or a blank one.
+    """
+    if isinstance(candidates, str) or not isinstance(candidates, Sequence):
+        raise InputError(f"the candidates{owner} must be a list of texts; got {shown(candidates)}")
+    if not candidates:
+        raise InputError(f"the candidates{owner} are an empty list: there is nothing to choose between")
+    for index, text in enumerate(candidates):
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"candidate {index}{owner} must be a text that is not empty; got {shown(text)}")
+        checked_text(text, f"candidate {index}{owner}")
+    return list(candidates)
+
+
+def ranked_answers(answer_list: Any, num_ans_candidates: Any) -> list[str]:
+    """Return the answers between which `inference_method: rank` chooses. InputError as `candidate_texts`, and for a
+    `num_ans_candidates` below 1.
+    """
+    if answer_list is None:
+        raise InputError("inference_method rank chooses from a list of answers: give answer_list, or use generate")
+    whole_number(num_ans_candidates, "num_ans_candidates", least=1)
+    return candidate_texts(answer_list, " in answer_list")
+
+
 def whole_number(value: Any, name: str, least: int | None = None) -> int:
     """The number. ValueError if it is no int, or below `least`."""
     if not isinstance(value, Integral):
