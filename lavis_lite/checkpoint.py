@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 ADAPTER = re.compile(r"\.(lora_\w+|modules_to_save|base_layer|original_module|token_adapter)(\.|$)")
 """In the names that peft gives to adapters and to the layers that have them."""
+COMPUTED = re.compile(r"position_ids$|\.inv_freq$")
+"""In the names of buffers that the model computes from its sizes; Hugging Face's files never hold them."""
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EACCES)
 """Errors of a file system without hard links."""
 
@@ -273,6 +275,7 @@ def _log_differences(
     kinds = {
         key: "elsewhere" if elsewhere(key) else "trainable" if own[key].requires_grad else "frozen"
         for key in report.missing
+        if not COMPUTED.search(key)
     } | dict.fromkeys(report.unexpected, "unknown")
     for kind, what in (
         ("trainable", "trainable keys missing in the file"),

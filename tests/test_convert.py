@@ -3,6 +3,7 @@ arguments that replace keys of a model section.
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,16 @@ def test_a_folder_keeps_settings_and_processors(tmp_path: Path) -> None:
     assert images["eval"].transform.transforms[1].size == (48, 48)
     assert texts["eval"]("A  dog!") == "a dog"
     assert from_pretrained(folder, prompt="").prompt == ""
+
+
+@pytest.mark.parametrize("arch", ["blip_vqa", "blip_image_text_matching", "blip2_opt"])
+def test_buffers_that_no_folder_holds_are_not_reported(
+    arch: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_folder(load_model(arch, "tiny"), tmp_path / "hf", arch=arch)
+    caplog.set_level(logging.INFO)
+    from_pretrained(tmp_path / "hf", arch=arch)
+    assert "missing in the file" not in caplog.text
 
 
 def test_bf16_is_for_the_frozen_parts(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from lavis_lite.registry import registry
 
 logger = logging.getLogger(__name__)
 
-NOT_TRAINED = re.compile(r"_m\.|queue|position_ids$|\.inv_freq$")
-"""In the names of momentum twins, queues and tables that follow from the sizes."""
+NOT_TRAINED = re.compile(rf"_m\.|queue|{checkpoint.COMPUTED.pattern}")
+"""In the names of momentum twins, queues and buffers that follow from the sizes."""
 PRETRAINED = {"text_encoder", "text_decoder", "itm_head"}
 """Parts of BLIP's pretraining model, from which every task starts."""
 
