@@ -137,9 +137,10 @@ def _blocks(section: Mapping[str, Any], *, source: str) -> dict[str, Any]:
 
 def lay_under(layers: Sequence[Layer], trained: Trained | None, *, level: int = logging.WARNING) -> list[Layer]:
     """Return the layers of a configuration (a model type's first, the user's own after it) with what the checkpoint
-    was trained as between them; every difference is logged.
+    was trained as between them.
 
-    All of it counts for a model of the same architecture; for another one, what its weights need.
+    Every difference from the type is logged at `level`, and every value that the user's own replaces as INFO. All of
+    the configuration counts for a model of the same architecture; for another one, what its weights need.
     """
     if trained is None:
         return list(layers)
@@ -220,7 +221,7 @@ def _tell_differences(
     for key in sorted(there.keys() & given):
         value = there[key]
         if key in stated and final[key] != value:
-            logger.log(level, f"{trained.source}: {key}={final[key]!r}, as given; it was trained with {value!r}")
+            logger.info(f"{trained.source}: {key}={final[key]!r}, as given; it was trained with {value!r}")
         elif key not in stated and usual.get(key) != value:
             instead = f"; the type has {usual[key]!r}" if key in usual else ""
             logger.log(level, f"{trained.source}: {key}={value!r}, as it was trained{instead}")

@@ -71,16 +71,18 @@ def test_the_model_and_its_processors_are_those_of_the_training(
 
 
 def test_arguments_win_and_are_told(caption_run: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
-    """Processors follow what they were the same as in training."""
+    """Processors follow what they were the same as in training; what was asked for is no warning."""
+    caplog.set_level(logging.INFO)
     _, source = caption_run
     settings = {"image_size": 96, "prompt": "see "}
     model, images, texts = load_model_and_preprocess("blip_caption", "tiny", checkpoint=source, **settings)
     assert (model.prompt, model.visual_encoder.image_size, model.max_txt_len) == ("see ", 96, 12)
     assert images["eval"](IMAGE).shape == images["train"](IMAGE).shape == (3, 96, 96)
     assert texts["train"]("A dog.") == "see a dog"
-    told = lines(caplog)
+    told = lines(caplog, level=logging.INFO)
     assert f"{source}: model.image_size=96, as given; it was trained with 64" in told
     assert f"{source}: model.prompt='see ', as given; it was trained with 'a drawing of '" in told
+    assert not [line for line in lines(caplog) if "as given" in line]
 
 
 def test_resizing_of_positions_is_logged(caption_run: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
@@ -216,6 +218,20 @@ def test_evaluate_runs_with_a_yaml_that_says_little(caption_run: tuple[Path, Pat
     path.write_text(doors.yaml.safe_dump(recipe))
     assert doors.evaluate(path, weights=source) == 0
     assert doors.log(tmp_path / "output" / "evaluation")
+
+
+@pytest.mark.parametrize(
+    "way", [["to-hf", "blip_caption", "tiny", "{new}", "--checkpoint", "{old}"], ["to-lavis", "{old}", "{new}"]]
+)
+def test_the_converter_tells_differences_without_alarm(
+    way: list[str], caption_run: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    places = {"old": caption_run[1], "new": tmp_path / "new"}
+    assert run([*(part.format(**places) for part in way), "--options", "prompt=see "]) == 0
+    told = lines(caplog, level=logging.INFO)
+    assert any("model.prompt='see ', as given; it was trained with" in line for line in told)
+    assert any("model.image_size=64, as it was trained" in line for line in told)
+    assert not [line for line in lines(caplog) if "trained" in line]
 
 
 def test_the_converter_writes_what_was_trained(caption_run: tuple[Path, Path], tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The command: `python -m lavis_lite.convert`, or `lavis-lite-convert`."""
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -89,7 +90,7 @@ def write_hf(args: argparse.Namespace) -> str:
     for folder in filter(None, (args.target, args.adapter)):
         check_target(folder, overwrite=args.overwrite)
     overrides = _precision(args.arch, args) | _overrides(args.options)
-    layers, tree = configured(args.arch, args.type, args.checkpoint, overrides)
+    layers, tree = configured(args.arch, args.type, args.checkpoint, overrides, level=logging.INFO)
     model = build(tree["model"], layers, is_eval=True, device="cpu", checkpoint=args.checkpoint)
     _lower(model, args)
     write_folder(
@@ -114,7 +115,7 @@ def write_lavis(args: argparse.Namespace) -> str:
 
     check_target(args.target, overwrite=args.overwrite)
     arch = arch_in(args.source, args.arch)
-    layers, tree = described(args.source, arch, _precision(arch, args) | _overrides(args.options))
+    layers, tree = described(args.source, arch, _precision(arch, args) | _overrides(args.options), level=logging.INFO)
     model = build(tree["model"], layers, is_eval=True, device="cpu", checkpoint=args.source)
     _lower(model, args)
     left_out = ("llm_lora", *(key for key in MODEL_KEYS if key not in ("arch", "model_type")))

@@ -137,8 +137,12 @@ def arch_in(source: str | Path, wanted: str | None = None) -> str:
     return wanted or trained.arch
 
 
-def described(source: str | Path, arch: str | None, overrides: Mapping[str, Any]) -> tuple[list[Layer], dict[str, Any]]:
-    """Return the layers, and the resolved configuration, of a folder or of a checkpoint for which no type is named."""
+def described(
+    source: str | Path, arch: str | None, overrides: Mapping[str, Any], *, level: int = logging.WARNING
+) -> tuple[list[Layer], dict[str, Any]]:
+    """Return the layers, and the resolved configuration, of a folder or of a checkpoint for which no type is named;
+    `level` as in `trained_config.lay_under`.
+    """
     _check_named(source, "source")
     trained, own = trained_config.read(source), _overrides(overrides)
     arch = arch_in(source, arch)
@@ -154,7 +158,7 @@ def described(source: str | Path, arch: str | None, overrides: Mapping[str, Any]
         base = model_layer(arch, trained.model_type)
     else:
         base = Layer("defaults", {"model": {"arch": arch, "model_type": None}})
-    layers = trained_config.lay_under([base, own], trained)
+    layers = trained_config.lay_under([base, own], trained, level=level)
     return layers, resolve(merge_layers(layers), layers)
 
 
@@ -165,15 +169,20 @@ def _arch_of_class(model_class: type[nn.Module] | None) -> str | None:
 
 
 def configured(
-    name: str, model_type: str, checkpoint: str | Path | None, overrides: Mapping[str, Any]
+    name: str,
+    model_type: str,
+    checkpoint: str | Path | None,
+    overrides: Mapping[str, Any],
+    *,
+    level: int = logging.WARNING,
 ) -> tuple[list[Layer], dict[str, Any]]:
     """Return the layers of a model's configuration, and its sections `model` and `preprocess`, resolved: those of the
-    type, of what the checkpoint was trained as, and the overrides.
+    type, of what the checkpoint was trained as, and the overrides; `level` as in `trained_config.lay_under`.
     """
     layers = [model_layer(name, model_type), _overrides(overrides)]
     if checkpoint is not None:
         _check_named(checkpoint, "checkpoint")
-        layers = trained_config.lay_under(layers, trained_config.read(checkpoint))
+        layers = trained_config.lay_under(layers, trained_config.read(checkpoint), level=level)
     return layers, resolve(merge_layers(layers), layers)
 
 
