@@ -117,7 +117,15 @@ def test_whole_parts_are_trained_in_float32() -> None:
         ({"bias": "some"}, r"llm_lora.bias: 'some' is not one of none, all, lora_only"),
         ({"ranks": 2}, "llm_lora: .*ranks.*LoraConfig"),
         ({"r": -1}, r"llm_lora\.r: must be a whole number from 1 to 65,536, got -1"),
-        ({"r": "many"}, r"llm_lora\.r: must be a whole number from 1 to 65,536, got '"),
+        ({"r": "many"}, r"model\.llm_lora\.r: must be a whole number from 1 to 65,536, got '"),
+        ({"rank_pattern": {"q_proj": "a"}}, r"model\.llm_lora\.rank_pattern\.q_proj: must be a whole .* got 'a'"),
+        ({"rank_pattern": "q_proj"}, r"llm_lora\.rank_pattern: must be a mapping from layers to numbers, got 'q_proj'"),
+        ({"alpha_pattern": {"fc1": []}}, r"llm_lora\.alpha_pattern\.fc1: must be a number .* got \[\]"),
+        ({"use_dora": "no"}, r"llm_lora\.use_dora: must be true or false, got 'no'"),
+        ({"target_modules": 5}, r"llm_lora\.target_modules: must be a text or a list of texts, got 5"),
+        ({"modules_to_save": "lm_head"}, r"llm_lora\.modules_to_save: must be a list of texts, got 'lm_head'"),
+        ({"layers_to_transform": ["a"]}, r"llm_lora\.layers_to_transform: must be a whole number or a list"),
+        ({"trainable_token_indices": [-5]}, r"llm_lora\.trainable_token_indices: must be a list of tokens' ids"),
     ],
 )
 def test_mistakes_are_found_before_weights_are_read(
@@ -129,6 +137,11 @@ def test_mistakes_are_found_before_weights_are_read(
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
     with pytest.raises(ValueError, match=message):
         load_language_model(TINY / "opt", dtype=torch.float32, lora=lora)
+
+
+def test_a_row_that_the_vocabulary_does_not_have_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"model\.llm_lora: index 1000000 is out of bounds"):
+        load_language_model(TINY / "opt", dtype=torch.float32, lora={"trainable_token_indices": [10**6]})
 
 
 @torch.no_grad()

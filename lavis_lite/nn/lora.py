@@ -8,7 +8,7 @@ import copy
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lavis_lite import checkpoint, download
-from lavis_lite.bounds import MAX_WIDTH, check_numbers
+from lavis_lite.bounds import MAX_WIDTH, check_number, check_numbers
 from lavis_lite.errors import InputError, MissingFileError, MissingPackageError
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,10 @@ WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 BIASES = ("none", "all", "lora_only")
 WHOLE_PARTS = ("modules_to_save", "trainable_token_indices")
 """Keys of LoraConfig that train parts of the language model itself."""
+NUMBERS = {"r": (1, MAX_WIDTH), "lora_alpha": (0.0, 1e6), "lora_dropout": (0.0, 1.0)}
+"""Bounds of numbers in LoraConfig."""
+PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
+"""Keys of LoraConfig that hold a number by the names of layers, and the number that it replaces."""
 PEFT_PREFIX = "base_model.model."
 WRAPPED = re.compile(r"\.(base_layer|original_module|modules_to_save\.default|token_adapter)(?=\.)")
 """Between a layer that peft has wrapped and its weights."""
@@ -82,14 +86,62 @@ def lora_config(lora: Mapping[str, Any]) -> Any:
     except ImportError as error:
         raise MissingPackageError("llm_lora needs peft: `pip install peft`, or leave the setting out") from error
     settings = {key: value for key, value in lora.items() if key != ADAPTER}
-    check_numbers("model.llm_lora", settings, r=(1, MAX_WIDTH), lora_alpha=(0.0, 1e6), lora_dropout=(0.0, 1.0))
+    check_types(settings)
     try:
         config = LoraConfig(**settings)
     except (TypeError, ValueError) as error:
-        raise InputError(f"llm_lora: {error}; its keys are those of peft's LoraConfig") from error
+        raise InputError(f"model.llm_lora: {error}; its keys are those of peft's LoraConfig") from error
     if config.bias not in BIASES:
-        raise InputError(f"llm_lora.bias: {config.bias!r} is not one of {', '.join(BIASES)}")
+        raise InputError(f"model.llm_lora.bias: {config.bias!r} is not one of {', '.join(BIASES)}")
     return config
+
+
+def check_types(settings: Mapping[str, Any]) -> None:
+    """Raise InputError, which begins with `model.llm_lora.<key>`, for a value that peft would stumble over, or take for
+    something else.
+    """
+    section = "model.llm_lora"
+    check_numbers(section, settings, **NUMBERS)
+    for key, number in PATTERNS.items():
+        pattern = settings.get(key)
+        if pattern is not None and not isinstance(pattern, Mapping):
+            raise InputError(f"{section}.{key}: must be a mapping from layers to numbers, got {pattern!r}")
+        for layer, value in (pattern or {}).items():
+            check_number(f"{section}.{key}.{layer}", value, *NUMBERS[number])
+    for what, (fits, keys) in TYPES.items():
+        for key in keys:
+            if settings.get(key) is not None and not fits(settings[key]):
+                raise InputError(f"{section}.{key}: must be {what}, got {settings[key]!r}")
+
+
+def _is_list(value: Any, kind: type) -> bool:
+    """Whether it is a list, or another collection that peft takes, of such values."""
+    return isinstance(value, list | tuple | set) and all(type(one) is kind for one in value)
+
+
+def _is_rows(value: Any) -> bool:
+    """Whether it is a list of tokens' ids, or a mapping from embeddings to such lists."""
+    lists = value.values() if isinstance(value, Mapping) else [value]
+    return all(_is_list(one, int) and all(row >= 0 for row in one) for one in lists)
+
+
+TYPES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
+    "true or false": (
+        lambda value: isinstance(value, bool),
+        ("use_dora", "use_rslora", "use_qalora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying"),
+    ),
+    "a text or a list of texts": (
+        lambda value: isinstance(value, str) or _is_list(value, str),
+        ("target_modules", "exclude_modules", "layers_pattern"),
+    ),
+    "a list of texts": (lambda value: _is_list(value, str), ("modules_to_save", "target_parameters")),
+    "a whole number or a list of whole numbers": (
+        lambda value: type(value) is int or _is_list(value, int),
+        ("layers_to_transform",),
+    ),
+    "a list of tokens' ids, or a mapping from embeddings to such lists": (_is_rows, ("trainable_token_indices",)),
+}
+"""What keys of LoraConfig hold, in words, and whether a value is of that kind; peft checks the other keys."""
 
 
 def trains_whole_parts(lora: Mapping[str, Any] | None) -> bool:
@@ -110,10 +162,10 @@ def add_lora(model: nn.Module, lora: Mapping[str, Any]) -> None:
     known = {key: _names(model, leaves=key == "target_modules") for key in ("target_modules", "modules_to_save")}
     try:
         inject_adapter_in_model(config, model)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, IndexError) as error:  # the last for a token that the vocabulary does not have
         is_name = "target" in str(error).lower()
         advice = f": set target_modules to some of {', '.join(known['target_modules'])}" if is_name else ""
-        raise InputError(f"llm_lora: {str(error).rstrip('.')}{advice}") from error
+        raise InputError(f"model.llm_lora: {str(error).rstrip('.')}{advice}") from error
     wrapped = {"target_modules": BaseTunerLayer, "modules_to_save": AuxiliaryTrainingWrapper}
     for key, kind in wrapped.items():
         found = [name for name, module in model.named_modules() if isinstance(module, kind)]
@@ -136,7 +188,7 @@ def _check_found(wanted: Any, found: list[str], *, key: str, known: list[str]) -
         return
     for name in wanted:
         if not any(other == name or other.endswith(f".{name}") for other in found):
-            raise InputError(f"llm_lora.{key}: the language model has no {name}; it has {', '.join(known)}")
+            raise InputError(f"model.llm_lora.{key}: the language model has no {name}; it has {', '.join(known)}")
 
 
 def targets(own: Mapping[str, Tensor]) -> dict[str, list[str]]:
