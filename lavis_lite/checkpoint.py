@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from lavis_lite import integrity
-from lavis_lite.errors import InputError, MissingFileError, WriteError
+from lavis_lite.errors import AdapterError, InputError, MissingFileError, WriteError
 
 logger = logging.getLogger(__name__)
 
@@ -234,7 +234,7 @@ def load_into(
         )
     adapters = [key for key in report.unexpected if ADAPTER.search(key)]
     if adapters:
-        raise InputError(
+        raise AdapterError(
             f"{source} holds {len(adapters)} tensors of adapters (LoRA) that have no place in the model: "
             f"{_listed(adapters, limit=4)}. Set model.llm_lora as it was in training"
         )

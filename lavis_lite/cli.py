@@ -288,10 +288,11 @@ def build_without_weights(section: dict[str, Any]) -> Any:
     """Return the model of a `model` section on the meta device: shapes and names, no memory, no weight file read."""
     import torch
 
+    from lavis_lite import trained_config
     from lavis_lite.config_sections import MODEL_KEYS
 
     arguments = {key: value for key, value in section.items() if key not in MODEL_KEYS}
-    with torch.device("meta"):
+    with torch.device("meta"), trained_config.fitting_adapters(section, section.get("checkpoint")):
         return registry.get_model_class(section["arch"])(**arguments)
 
 

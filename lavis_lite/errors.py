@@ -17,6 +17,10 @@ class DamagedFileError(InputError):
     """A file that no longer holds what was written to it: the message says what fails its checksum."""
 
 
+class AdapterError(InputError):
+    """Adapters (LoRA), or their settings, that do not fit the language model."""
+
+
 class InputTypeError(UserError, TypeError):
     """An argument of the wrong type."""
 

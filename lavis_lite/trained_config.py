@@ -5,9 +5,10 @@ and the processors, as plain values that pass the same checks as a YAML's; `impo
 Where it ran (precision, recomputed activations) is not what it was trained as, and stays the type's.
 """
 
+import contextlib
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ from lavis_lite.config_agreement import linked_section
 from lavis_lite.config_files import Layer, merge_layers, resolve_key
 from lavis_lite.config_schema import Parameter, schema_of
 from lavis_lite.config_sections import MODEL_KEYS, PROCESSOR_KEYS
-from lavis_lite.errors import InputError
+from lavis_lite.errors import AdapterError, InputError
 from lavis_lite.registry import RegistryError, registry
 
 logger = logging.getLogger(__name__)
 
+LANGUAGE_MODELS = ("opt_model", "t5_model", "llm_model")
+"""Keys that name the language model; an architecture has one of them, or none."""
 HOW_IT_RAN = (
     *("vit_grad_ckpt", "vit_ckpt_layer", "use_grad_checkpoint", "llm_grad_checkpoint"),
     *("vit_precision", "llm_precision"),
@@ -30,10 +33,10 @@ HOW_IT_RAN = (
 OF_THE_WEIGHTS = (
     *("image_size", "vit_type", "vit", "vit_layer_norm_epsilon", "med", "tokenizer", "embed_dim"),
     *("vit_model", "vit_weights", "num_query_token", "cross_attention_freq", "qformer", "qformer_text_input"),
-    *("opt_model", "t5_model", "llm_model", "llm", "llm_lora"),
+    *(*LANGUAGE_MODELS, "llm", "llm_lora"),
 )
 """Keys that a model of another architecture takes from a checkpoint: shapes, and what its frozen parts were."""
-SOURCES = ("tokenizer", "vit_weights", "opt_model", "t5_model", "llm_model")
+SOURCES = ("tokenizer", "vit_weights", *LANGUAGE_MODELS)
 MOST_NESTED = 8
 CHECKPOINT_ORIGIN = "config of "
 """How the source of a checkpoint's layer begins."""
@@ -150,6 +153,7 @@ def lay_under(layers: Sequence[Layer], trained: Trained | None, *, level: int = 
         schema, open_ended = schema_of(registry.get_model_class(arch))
     except RegistryError:
         return list(layers)  # told with its place, where the section is checked
+    _check_adapters(trained, arch, tree["model"])
     is_same = trained.arch == arch
     base, own = layers[0], list(layers[1:])
     stated = base.tree.get("model", {})
@@ -174,6 +178,50 @@ def lay_under(layers: Sequence[Layer], trained: Trained | None, *, level: int = 
         logger.log(level, f"{trained.source}: its training sets had different {key}s; that of its model type is taken")
     _tell_differences(trained, base, [below, inserted], own, level=level)
     return [below, inserted, *own]
+
+
+def _check_adapters(trained: Trained, arch: str, section: Mapping[str, Any]) -> None:
+    """Raise AdapterError if adapters were trained in a language model of which the architecture has no place."""
+    if trained.model.get("llm_lora") and trained.arch in registry.list_models():
+        was, now = _language_model(trained.arch, trained.model), _language_model(arch, section)
+        if was.keys() != now.keys():
+            raise AdapterError(_other_model(trained, arch, section))
+
+
+@contextlib.contextmanager
+def fitting_adapters(section: Mapping[str, Any], source: str | None) -> Iterator[None]:
+    """Inside, an error about adapters says which language model the weights at `source` were trained with, if the model
+    of `section` has another one.
+    """
+    try:
+        yield
+    except AdapterError as error:
+        trained = None if source is None else read(source)
+        if trained is None or not trained.model.get("llm_lora") or trained.arch not in registry.list_models():
+            raise
+        if _language_model(trained.arch, trained.model) == _language_model(section["arch"], section):
+            raise
+        raise AdapterError(f"{_other_model(trained, section['arch'], section)} ({error})") from error
+
+
+def _other_model(trained: Trained, arch: str, section: Mapping[str, Any]) -> str:
+    """Return the message about adapters of another language model."""
+    was, now = _in_words(trained.arch, trained.model), _in_words(arch, section)
+    return (
+        f"{trained.source} was trained as {was} with adapters (model.llm_lora), and this model is {now}: adapters fit "
+        f"no other language model than their own; load the checkpoint as {was}, or name one of this model"
+    )
+
+
+def _in_words(arch: str, section: Mapping[str, Any]) -> str:
+    named = [f"{key}={value}" for key, value in _language_model(arch, section).items()]
+    return f"{arch} ({', '.join(named) or 'no language model'})"
+
+
+def _language_model(arch: str, section: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the key that names the language model, and its name; empty for an architecture without one."""
+    whole = _defaults(arch) | section
+    return {key: whole[key] for key in LANGUAGE_MODELS if key in _defaults(arch)}
 
 
 def _known(trained: Trained, schema: Mapping[str, Parameter], *, open_ended: bool) -> dict[str, Any]:

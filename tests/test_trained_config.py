@@ -11,10 +11,11 @@ import torch
 from full_size import TINY_HF
 from PIL import Image
 
-from lavis_lite import checkpoint
+from lavis_lite import checkpoint, cli
 from lavis_lite.config import Config
 from lavis_lite.config_sections import model_layer
 from lavis_lite.convert.__main__ import run
+from lavis_lite.errors import AdapterError
 from lavis_lite.models import from_pretrained, load_model, load_model_and_preprocess
 from lavis_lite.models.loading import described
 
@@ -302,6 +303,51 @@ def test_weights_are_the_file_s_and_no_other(tmp_path: Path, monkeypatch: pytest
     path = saved(tmp_path, doors.build("caption"), model={**doors.section("caption"), **sources})
     assert load_model("blip_caption", "tiny", checkpoint=path).prompt == "a picture of "
     assert from_pretrained(path).prompt == "a picture of "
+
+
+LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
+
+
+def with_adapters(arch: str, folder: Path) -> Path:
+    """A checkpoint of a run with `llm_lora`."""
+    return saved(folder, load_model(arch, "tiny", llm_lora=LORA), model={**tiny(arch), "llm_lora": LORA})
+
+
+@pytest.mark.parametrize(
+    ("arch", "settings", "was", "now"),
+    [
+        ("blip2_t5", {}, "blip2_opt (opt_model=tiny_opt)", "blip2_t5 (t5_model=tiny_t5)"),
+        ("blip2_llm", {}, "blip2_opt (opt_model=tiny_opt)", "blip2_llm (llm_model=tiny_opt)"),
+        ("blip2", {}, "blip2_opt (opt_model=tiny_opt)", "blip2 (no language model)"),
+        ("blip2_llm", {"llm_model": "tiny_t5"}, "blip2_llm (llm_model=tiny_opt)", "blip2_llm (llm_model=tiny_t5)"),
+        ("blip2_llm", {"llm_model": "tiny_vicuna"}, "blip2_llm (llm_model=tiny_opt)", "(llm_model=tiny_vicuna)"),
+    ],
+)
+def test_adapters_of_another_language_model_are_told(
+    arch: str, settings: dict[str, Any], was: str, now: str, tmp_path: Path
+) -> None:
+    source = was.split()[0]
+    path = with_adapters(source, tmp_path)
+    with pytest.raises(AdapterError) as told:
+        load_model(arch, "tiny", checkpoint=path, **settings)
+    assert str(told.value).startswith(f"{path} was trained as {was} with adapters (model.llm_lora), and this model is ")
+    assert f"{now}: adapters fit no other language model than their own" in str(told.value)
+    assert load_model(source, "tiny", checkpoint=path).lm.model
+
+
+def test_a_dry_run_tells_of_adapters_of_another_language_model(tmp_path: Path) -> None:
+    path = with_adapters("blip2_llm", tmp_path)
+    section = {**tiny("blip2_llm"), "checkpoint": str(path), "llm_lora": LORA}
+    assert cli.build_without_weights(section)
+    with pytest.raises(AdapterError, match=r"trained as blip2_llm \(llm_model=tiny_opt\) .* \(llm_model=tiny_t5\)"):
+        cli.build_without_weights({**section, "llm_model": "tiny_t5"})
+
+
+def test_adapters_without_their_settings_are_told_as_such(tmp_path: Path) -> None:
+    """It is the same language model."""
+    path = with_adapters("blip2_opt", tmp_path)
+    with pytest.raises(AdapterError, match=r"holds 24 tensors of adapters .* Set model\.llm_lora as it was"):
+        load_model("blip2_opt", "tiny", checkpoint=path, llm_lora=None)
 
 
 def test_processors_of_mixtures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -67,11 +67,12 @@ class BaseModel(nn.Module):
         `init_*` and then `pretrained`; then frozen parts that the file does not hold. `device` is where the model will
         run; it is built on the CPU.
         """
-        model = cls(**{key: value for key, value in cfg.items() if key not in MODEL_KEYS})
         kind, source = chosen_weights(cfg) or (None, None)
-        if start := starting_points(cfg):
-            model.start_from(**start)
-        loaded = set() if source is None else model.load_weights(source, initialise=kind == "pretrained")
+        with trained_config.fitting_adapters(cfg, source):
+            model = cls(**{key: value for key, value in cfg.items() if key not in MODEL_KEYS})
+            if start := starting_points(cfg):
+                model.start_from(**start)
+            loaded = set() if source is None else model.load_weights(source, initialise=kind == "pretrained")
         model.load_frozen(loaded)
         return model
 

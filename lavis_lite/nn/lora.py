@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lavis_lite import checkpoint, download
 from lavis_lite.bounds import MAX_WIDTH, check_number, check_numbers
-from lavis_lite.errors import InputError, MissingFileError, MissingPackageError
+from lavis_lite.errors import AdapterError, InputError, MissingFileError, MissingPackageError
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ def add_lora(model: nn.Module, lora: Mapping[str, Any]) -> None:
     except (ValueError, TypeError, IndexError) as error:  # the last for a token that the vocabulary does not have
         is_name = "target" in str(error).lower()
         advice = f": set target_modules to some of {', '.join(known['target_modules'])}" if is_name else ""
-        raise InputError(f"model.llm_lora: {str(error).rstrip('.')}{advice}") from error
+        raise AdapterError(f"model.llm_lora: {str(error).rstrip('.')}{advice}") from error
     wrapped = {"target_modules": BaseTunerLayer, "modules_to_save": AuxiliaryTrainingWrapper}
     for key, kind in wrapped.items():
         found = [name for name, module in model.named_modules() if isinstance(module, kind)]
@@ -188,7 +188,7 @@ def _check_found(wanted: Any, found: list[str], *, key: str, known: list[str]) -
         return
     for name in wanted:
         if not any(other == name or other.endswith(f".{name}") for other in found):
-            raise InputError(f"model.llm_lora.{key}: the language model has no {name}; it has {', '.join(known)}")
+            raise AdapterError(f"model.llm_lora.{key}: the language model has no {name}; it has {', '.join(known)}")
 
 
 def targets(own: Mapping[str, Tensor]) -> dict[str, list[str]]:
