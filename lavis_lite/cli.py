@@ -242,9 +242,10 @@ def build_runner(cfg: Config, task: Any, job_dir: Path) -> Any:
     from lavis_lite.runners.sampling import seed_everything
 
     datasets = task.build_datasets(cfg)
-    preflight.check_data(cfg, task, datasets)
+    found = preflight.check_data(cfg, task, datasets)
     seed_everything(cfg.run.seed)  # the same on every rank: DDP does not even out the models' buffers
     model = task.build_model(cfg)
+    preflight.check_model(cfg, task, model, datasets, found)
     return registry.get_runner_class(cfg.run.runner)(cfg, task, model, datasets, job_dir)
 
 
@@ -277,6 +278,7 @@ def dry_run(cfg: Config) -> None:
             model.check_start(**start)
         datasets = task.build_datasets(cfg)
         found = preflight.check_data(cfg, task, datasets)
+        preflight.check_model(cfg, task, model, datasets, found)
         if dist.is_main():
             print(report(cfg, model, datasets, num_processes=dist.world_size()))
             print("\n".join(preflight.report(cfg, found, datasets)))

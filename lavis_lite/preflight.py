@@ -1,6 +1,7 @@
 """What a run will need, checked before weights are loaded: files, samples, sizes, and that task and model fit.
 
-A dry run and the start of every run do the same checks. Files are looked up on rank 0 only.
+A dry run and the start of every run do the same checks. What needs the model's own sizes is checked before the first
+step. Files are looked up on rank 0 only.
 """
 
 import logging
@@ -48,6 +49,8 @@ class SplitReport:
     num_read: int
     shape: tuple[int, ...] | None
     """of one sample's image, (3, H, W) or (3, F, H, W)"""
+    batches: list[dict[str, Any]]
+    """The samples that were read, a batch of each, without pixels: tensors are on the meta device."""
 
     def line(self, trained_on: set[str], *, num_repeated: int) -> str:
         """Return the dry run's line; `trained_on` are the files of the training splits, for the others."""
@@ -85,6 +88,26 @@ def check_data(cfg: Config, task: Any, datasets: Datasets) -> list[SplitReport]:
     if not cfg.run.evaluate:
         train_loader(train_sets(datasets, cfg.run.train_splits), cfg.run, world=dist.world_size())
     return found
+
+
+def check_model(cfg: Config, task: Any, model: Any, datasets: Datasets, found: Sequence[SplitReport]) -> None:
+    """Check that the model has room for what it is asked, on rank 0 for all ranks; `found` is `check_data`'s.
+
+    Raises:
+        InputError: a setting does not fit the model's sizes.
+    """
+    dist.on_main(lambda: _check_evaluation(cfg, task, model, datasets, found))
+
+
+def _check_evaluation(cfg: Config, task: Any, model: Any, datasets: Datasets, found: Sequence[SplitReport]) -> None:
+    evaluated = {*cfg.run.valid_splits, *cfg.run.test_splits}
+    for report in found:
+        name, _, split = report.where.rpartition("/")
+        if split in evaluated and hasattr(task, "check_model"):
+            try:
+                task.check_model(model, datasets[name][split], report.batches, split=split)
+            except InputError as error:
+                raise InputError(f"{report.where}: {error}") from error
 
 
 def opening(cfg: Config, runner: Any) -> str:
@@ -176,7 +199,8 @@ def _check_splits(cfg: Config, task: Any, datasets: Datasets) -> list[SplitRepor
             files = _check_files(dataset, where, share=None if is_evaluated else share)
             kind = _kind(dataset)
             samples = _read_some(dataset, where, count=NUM_READ[kind], share=None if is_evaluated else share)
-            batch = dataset.collater(samples[:1]) if samples and hasattr(dataset, "collater") else {}
+            batches = _batches_of_one(dataset, samples)
+            batch = batches[0] if batches else {}
             shape = _check_size(cfg.model, batch, where)
             if split in cfg.run.train_splits and not cfg.run.evaluate:
                 _check_answers(cfg.model, batch, where)
@@ -184,7 +208,8 @@ def _check_splits(cfg: Config, task: Any, datasets: Datasets) -> list[SplitRepor
                 _check_keys(task, batch, where)
                 _check_prompt(cfg, task, batch, where)
                 task.check(registry.get_model_class(cfg.model["arch"]), dataset, batch, split=split)
-            reports.append(SplitReport(where=where, kind=kind, files=files, num_read=len(samples), shape=shape))
+            read = {"num_read": len(samples), "shape": shape, "batches": batches}
+            reports.append(SplitReport(where=where, kind=kind, files=files, **read))
     return reports
 
 
@@ -290,6 +315,18 @@ def _read_some(dataset: Any, where: str, *, count: int, share: float | None) -> 
     if error is not None and not samples:
         raise UnreadableSample(f"{where}: none of {count} samples can be read. One of them: {error}") from error
     return samples
+
+
+def _batches_of_one(dataset: Any, samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a batch of each sample, its tensors on the meta device."""
+    if not hasattr(dataset, "collater"):
+        return []
+    with kept_rng():
+        batches = [dataset.collater([sample]) for sample in samples]
+    return [
+        {key: value.to("meta") if torch.is_tensor(value) else value for key, value in batch.items()}
+        for batch in batches
+    ]
 
 
 def _check_keys(task: Any, batch: Mapping[str, Any], where: str) -> None:

@@ -338,6 +338,92 @@ def test_samples_have_what_the_task_reads_in_evaluation(tmp_path: Path, capsys: 
     assert doors.train(path, "run.test_splits=[]", flags=DRY) == 0
 
 
+# Lengths and answers, for which the model must have room
+
+
+def recipe(folder: Path, name: str, arch: str | None, *changes: dict[str, Any]) -> Path:
+    """A recipe of `doors`, with the tiny type of another architecture for BLIP's."""
+    path = doors.project(folder, name, *changes)
+    if arch is not None:
+        tree = doors.yaml.safe_load(path.read_text()) | {"model": {"arch": arch, "model_type": "tiny"}}
+        path.write_text(doors.yaml.safe_dump(tree))
+    return path
+
+
+PROMPT = "say " + "why " * 80 + "{} now"
+
+
+@pytest.mark.parametrize("flags", [DRY, []])
+@pytest.mark.parametrize(
+    ("name", "arch", "options", "words"),
+    [
+        ("caption", None, ["max_len=66"], ["run.max_len=66: max_length 66", "64 positions", "set it to 65 or less"]),
+        ("caption", None, ["max_len=4", "min_len=1"], ["run.max_len=4: the prompt has 4 tokens", "raise max_length"]),
+        ("caption", "blip2", ["max_len=130"], ["run.max_len=130: max_length 130", "128 positions"]),
+        ("caption", "blip2_opt", ["max_len=153"], ["run.max_len=153: image, prompt and text", "161 tokens", "has 160"]),
+        ("caption", "blip2_t5", ["max_len=2049"], ["run.max_len=2049: image, prompt and text", "context has 2048"]),
+        ("vqa_generate", None, ["max_len=66"], ["run.max_len=66: max_length 66", "64 positions"]),
+        ("vqa_generate", "blip2_opt", ["max_len=150"], ["run.max_len=150: image, prompt and text", "has 160"]),
+        ("vqa_rank", "blip2_opt", [f"prompt={PROMPT}"], ["run.inference_method=rank: image, prompt and text", "160"]),
+    ],
+)
+def test_lengths_that_do_not_fit_the_model_are_refused_before_the_first_step(
+    flags: list[str],
+    name: str,
+    arch: str | None,
+    options: list[str],
+    words: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path, where = recipe(tmp_path, name, arch), f"shapes_{name.partition('_')[0]}/val: "
+    complains(capsys, doors.train(path, *(f"run.{option}" for option in options), flags=flags), where, *words)
+    assert not (tmp_path / "output" / "job").exists()
+
+
+def test_the_largest_lengths_that_fit_are_taken(tmp_path: Path) -> None:
+    """What the check refuses is what would fail, and nothing else."""
+    few = ["run.max_iters=1", "run.test_splits=[]", "run.min_len=1"]
+    for number, (arch, most) in enumerate({None: 65, "blip2": 129, "blip2_opt": 152}.items()):
+        path = recipe(tmp_path, "caption", arch)
+        assert doors.train(path, *few, f"run.max_len={most}", job=f"job{number}") == 0
+
+
+@pytest.mark.parametrize("flags", [DRY, []])
+@pytest.mark.parametrize("arch", [None, "blip2_opt"])
+def test_a_blank_answer_to_rank_is_refused_before_the_first_step(
+    flags: list[str], arch: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [
+        {**record, "question": "what?", "answer": "red", "question_id": i} for i, record in enumerate(six(tmp_path))
+    ]
+    section = doors.user_set(tmp_path / "own", {"train": records, "val": records})
+    (tmp_path / "answers.json").write_text(json.dumps(["yes", ""]))
+    questions = section["build_info"]["annotations"]["val"]
+    questions["storage"] = [questions["storage"], str(tmp_path / "answers.json")]
+    change = {"datasets": {"shapes_vqa": None, "vqa": section}, "run": {"test_splits": []}}
+    path = recipe(tmp_path, "vqa_rank", arch, change)
+    words = ["vqa/val: run.inference_method=rank: candidate 1 in answer_list must be a text that is not empty"]
+    complains(capsys, doors.train(path, flags=flags), *words)
+    assert doors.train(path, "run.inference_method=generate", "run.max_len=5", "run.max_iters=1") == 0
+
+
+def test_a_model_that_does_not_say_what_it_has_room_for_is_not_asked() -> None:
+    """A user's own."""
+
+    class Plain:
+        def predict_answers(self, samples: Any, **arguments: Any) -> list[str]:
+            """As a BLIP's."""
+            raise AssertionError(samples)
+
+        generate = predict_answers
+
+    batch = {"image": torch.zeros(1, 3, 48, 48, device="meta"), "text_input": ["what?"]}
+    nothing = SimpleNamespace(annotation=[], answer_list=["a"])
+    for task in (CaptionTask(max_len=10**5), InstructTask(max_len=10**5), VQATask(max_len=10**5)):
+        task.check_model(Plain(), nothing, [batch], split="val")
+
+
 # File arguments
 
 

@@ -16,7 +16,7 @@ from lavis_lite.models.blip_caption import decoding_step
 from lavis_lite.models.inputs import image_of, integers, ranked_answers, required, text_list, texts_of
 from lavis_lite.nn.attention import Context
 from lavis_lite.nn.bert import BertLMHeadModel, BertModel
-from lavis_lite.nn.decoding import decode
+from lavis_lite.nn.decoding import check_prompt, decode
 from lavis_lite.nn.losses import language_modeling_loss_per_text
 from lavis_lite.registry import registry
 from lavis_lite.wording import without_false_spaces
@@ -99,6 +99,22 @@ class BlipVQA(BlipBase):
         order, loss = self.rank_answers(context, answer_list, min(num_ans_candidates, len(answer_list)))
         best = order.gather(1, loss.argmin(dim=1, keepdim=True)).squeeze(1)
         return [answer_list[i] for i in best.tolist()]
+
+    def check_predict_answers(
+        self,
+        samples: dict[str, Any],
+        *,
+        inference_method: str = "rank",
+        max_len: int = 10,
+        min_len: int = 1,
+        answer_list: list[str] | None = None,
+    ) -> None:
+        """Raise what `predict_answers` would for these settings; the image's pixels are not looked at."""
+        texts_of(samples, len(image_of(samples)))
+        if inference_method == "generate":
+            check_prompt(1, self.decoding(max_length=max_len, min_length=min_len))
+        else:
+            ranked_answers(answer_list)
 
     def generate_answers(self, states: Tensor, mask: Tensor | None, config: Any) -> list[str]:
         """Free answers given the questions' states (B,T,E), of which those count that the mask (B,T) has; None: all."""
