@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 NUM_THREADS = 32  # a network drive answers many at once
 CHUNK = 2000  # files of one thread's turn
 MANY_FILES = 500_000  # worth a line in the log
+UNKNOWN_SHARE = 0.2  # of the tokens: more than the rare names and symbols that texts of a known language have
+SHOWN = 60  # characters of a text in a message
 NUM_READ = {"image": 32, "video": 4}  # samples of a split that are read, by what they show
 
 IDS = ("instance_id", "image_id", "img_id", "question_id", "id")
@@ -91,23 +93,43 @@ def check_data(cfg: Config, task: Any, datasets: Datasets) -> list[SplitReport]:
 
 
 def check_model(cfg: Config, task: Any, model: Any, datasets: Datasets, found: Sequence[SplitReport]) -> None:
-    """Check that the model has room for what it is asked, on rank 0 for all ranks; `found` is `check_data`'s.
+    """Check that the model has room for what it is asked, on rank 0 for all ranks, and warn of training texts that its
+    tokenizers do not know; `found` is `check_data`'s.
 
     Raises:
-        InputError: a setting does not fit the model's sizes.
+        InputError: a setting does not fit the model's sizes, or a text cannot be read.
     """
-    dist.on_main(lambda: _check_evaluation(cfg, task, model, datasets, found))
+    dist.on_main(lambda: _check_model(cfg, task, model, datasets, found))
 
 
-def _check_evaluation(cfg: Config, task: Any, model: Any, datasets: Datasets, found: Sequence[SplitReport]) -> None:
+def _check_model(cfg: Config, task: Any, model: Any, datasets: Datasets, found: Sequence[SplitReport]) -> None:
     evaluated = {*cfg.run.valid_splits, *cfg.run.test_splits}
     for report in found:
         name, _, split = report.where.rpartition("/")
+        if split in cfg.run.train_splits and not cfg.run.evaluate:
+            _warn_of_unknown_tokens(cfg, model, report)
         if split in evaluated and hasattr(task, "check_model"):
             try:
                 task.check_model(model, datasets[name][split], report.batches, split=split)
             except InputError as error:
                 raise InputError(f"{report.where}: {error}") from error
+
+
+def _warn_of_unknown_tokens(cfg: Config, model: Any, report: SplitReport) -> None:
+    """Warn if much of the texts that were read is no token of a tokenizer that reads them."""
+    from lavis_lite.models.tokenizers import unknown_share
+
+    readers = model.text_readers(report.batches[0]) if report.batches and hasattr(model, "text_readers") else []
+    for key, setting, tokenizer in readers:
+        texts = [text for batch in report.batches for text in batch.get(key, ())]
+        share, text, read = unknown_share(tokenizer, texts)
+        if share > UNKNOWN_SHARE:
+            logger.warning(
+                f"{report.where}: {share:.0%} of the tokens of {key} are unknown to the tokenizer of "
+                f"model.{setting}={model_setting(cfg.model, setting)}, and nothing is learned from them: "
+                f"{text[:SHOWN]!r} is read as {read[:SHOWN]!r}. Choose a model.{setting} whose vocabulary has the "
+                "language of the texts, or translate the texts"
+            )
 
 
 def opening(cfg: Config, runner: Any) -> str:

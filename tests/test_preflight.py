@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import doors
 import pytest
 import torch
+from full_size import TINY_HF
 from PIL import Image
 from test_bad_input import captions, complains, six
 from test_runner import ToyTask, checkpoint, last, make
@@ -422,6 +424,68 @@ def test_a_model_that_does_not_say_what_it_has_room_for_is_not_asked() -> None:
     nothing = SimpleNamespace(annotation=[], answer_list=["a"])
     for task in (CaptionTask(max_len=10**5), InstructTask(max_len=10**5), VQATask(max_len=10**5)):
         task.check_model(Plain(), nothing, [batch], split="val")
+
+
+# Texts in a language that the tokenizer does not have
+
+
+CHINESE, ENGLISH = ["一只狗在草地上", "两个红色的圆"], ["a red circle", "two blue squares"]
+
+
+def told_of_unknown(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if "are unknown to the tokenizer" in record.getMessage()]
+
+
+@pytest.mark.parametrize("flags", [DRY, []])
+@pytest.mark.parametrize(("arch", "setting"), [(None, "tokenizer=shapes"), ("blip2", "tokenizer=shapes")])
+def test_captions_that_the_tokenizer_does_not_know_are_told(
+    flags: list[str], arch: str | None, setting: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    records = [{**record, "caption": CHINESE[i % 2]} for i, record in enumerate(six(tmp_path))]
+    change = {"run": {"max_iters": 1, "valid_splits": [], "test_splits": []}, "model": {"prompt": ""}}
+    path = recipe(tmp_path, "caption", arch, captions(tmp_path, records), change)
+    assert doors.train(path, flags=flags) == 0
+    (line,) = told_of_unknown(caplog)
+    assert line.startswith(
+        f"caption/train: 100% of the tokens of text_input are unknown to the tokenizer of model.{setting}"
+    )
+    assert f"{CHINESE[0]!r} is read as '[UNK]" in line
+    assert "Choose a model.tokenizer whose vocabulary has the language of the texts" in line
+
+
+@pytest.mark.parametrize("options", [[], [f"model.opt_model={TINY_HF / 'opt'}"]])
+def test_known_texts_and_bytes_are_not_told(
+    options: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A single emoji is not worth a line, and a vocabulary of bytes knows every character."""
+    texts = CHINESE * 3 if options else [f"{ENGLISH[0]} \N{DOG FACE}", *ENGLISH * 2, ENGLISH[1]]
+    records = [{**record, "caption": text} for record, text in zip(six(tmp_path), texts, strict=True)]
+    change = {"run": {"valid_splits": [], "test_splits": []}}
+    path = recipe(tmp_path, "caption", "blip2_opt" if options else None, captions(tmp_path, records), change)
+    assert doors.train(path, *options, flags=DRY) == 0
+    assert not told_of_unknown(caplog)
+
+
+@pytest.mark.parametrize(
+    ("arch", "question", "answer", "expected"),
+    [
+        (None, ENGLISH[0], CHINESE[0], ["answer tokenizer=shapes"]),
+        (None, CHINESE[0], "red", ["text_input tokenizer=shapes"]),
+        ("blip2_t5_instruct", ENGLISH[0], CHINESE[0], ["text_output t5_model=tiny_t5"]),
+        ("blip2_t5_instruct", CHINESE[0], "red", ["text_input t5_model=tiny_t5", "text_input tokenizer=shapes"]),
+        ("blip2_t5", CHINESE[0], "red", ["text_input t5_model=tiny_t5"]),
+    ],
+)
+def test_each_text_is_looked_at_for_the_tokenizers_that_read_it(
+    arch: str | None, question: str, answer: str, expected: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = {"question": question, "answer": answer}
+    records = [{**record, **own, "question_id": i} for i, record in enumerate(six(tmp_path))]
+    section = doors.user_set(tmp_path / "own", {"train": records})
+    change = {"datasets": {"shapes_vqa": None, "vqa": section}, "run": {"valid_splits": [], "test_splits": []}}
+    assert doors.train(recipe(tmp_path, "vqa_generate", arch, change), flags=DRY) == 0
+    pattern = r"tokens of (\w+) are unknown to the tokenizer of model\.(\S+),"
+    assert [" ".join(re.search(pattern, line).groups()) for line in told_of_unknown(caplog)] == expected
 
 
 # File arguments
