@@ -265,9 +265,12 @@ def execute(cfg: Config, runner: Any) -> dict[str, Any]:
 
 
 def dry_run(cfg: Config) -> None:
-    """Print the merged configuration, parameter and sample counts; the model is built on the meta device."""
+    """Print the merged configuration, parameter and sample counts, and where the run would resume; the model is built
+    on the meta device.
+    """
     from lavis_lite import dist, preflight
     from lavis_lite.models.base import starting_points
+    from lavis_lite.runners.resume import resume_line
 
     dist.init("cpu")  # nothing is computed, so the run's device need not be in this machine
     try:
@@ -279,9 +282,12 @@ def dry_run(cfg: Config) -> None:
         datasets = task.build_datasets(cfg)
         found = preflight.check_data(cfg, task, datasets)
         preflight.check_model(cfg, task, model, datasets, found)
+        is_there = cfg.run.resume_ckpt_path and "run.resume_ckpt_path" not in dict(preflight.lost_weights(cfg))
+        resumes = not cfg.run.evaluate and (cfg.run.resume or is_there)
+        lines = [resume_line(cfg, model, datasets)] if resumes else []
         if dist.is_main():
             print(report(cfg, model, datasets, num_processes=dist.world_size()))
-            print("\n".join(preflight.report(cfg, found, datasets)))
+            print("\n".join([*lines, *preflight.report(cfg, found, datasets)]))
     finally:
         dist.shutdown()
 
