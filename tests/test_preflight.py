@@ -1,5 +1,6 @@
 """What is checked before weights are loaded: files, samples, sizes, task and model, and what evaluation will need."""
 
+import inspect
 import json
 import logging
 import math
@@ -408,6 +409,20 @@ def test_a_blank_answer_to_rank_is_refused_before_the_first_step(
     words = ["vqa/val: run.inference_method=rank: candidate 1 in answer_list must be a text that is not empty"]
     complains(capsys, doors.train(path, flags=flags), *words)
     assert doors.train(path, "run.inference_method=generate", "run.max_len=5", "run.max_iters=1") == 0
+
+
+def test_every_model_that_writes_says_what_it_has_room_for() -> None:
+    """By arguments of the method itself."""
+    for name in registry.list_models():
+        model = registry.get_model_class(name)
+        if not model.__module__.startswith("lavis_lite."):
+            continue  # another test's, which stays registered
+        for method in ("generate", "predict_answers"):
+            if hasattr(model, method):
+                check, whole = (
+                    inspect.signature(getattr(model, key)).parameters for key in (f"check_{method}", method)
+                )
+                assert check.keys() <= whole.keys(), (name, method)
 
 
 def test_a_model_that_does_not_say_what_it_has_room_for_is_not_asked() -> None:
