@@ -1,8 +1,10 @@
 """What is checked before weights are loaded: files, samples, sizes, task and model, and what evaluation will need."""
 
+import inspect
 import json
 import logging
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import doors
 import pytest
 import torch
+from full_size import TINY_HF
 from PIL import Image
 from test_bad_input import captions, complains, six
 from test_runner import ToyTask, checkpoint, last, make
@@ -337,6 +340,168 @@ def test_samples_have_what_the_task_reads_in_evaluation(tmp_path: Path, capsys: 
     path = doors.project(tmp_path, "caption", crossed, EVALUATED)
     complains(capsys, doors.train(path, flags=DRY), "shapes_pairs/test: CaptionTask evaluates samples by 'image_id'")
     assert doors.train(path, "run.test_splits=[]", flags=DRY) == 0
+
+
+# Lengths and answers, for which the model must have room
+
+
+def recipe(folder: Path, name: str, arch: str | None, *changes: dict[str, Any]) -> Path:
+    """A recipe of `doors`, with the tiny type of another architecture for BLIP's."""
+    path = doors.project(folder, name, *changes)
+    if arch is not None:
+        tree = doors.yaml.safe_load(path.read_text()) | {"model": {"arch": arch, "model_type": "tiny"}}
+        path.write_text(doors.yaml.safe_dump(tree))
+    return path
+
+
+PROMPT = "say " + "why " * 80 + "{} now"
+
+
+@pytest.mark.parametrize("flags", [DRY, []])
+@pytest.mark.parametrize(
+    ("name", "arch", "options", "words"),
+    [
+        ("caption", None, ["max_len=66"], ["run.max_len=66: max_length 66", "64 positions", "set it to 65 or less"]),
+        ("caption", None, ["max_len=4", "min_len=1"], ["run.max_len=4: the prompt has 4 tokens", "raise max_length"]),
+        ("caption", "blip2", ["max_len=130"], ["run.max_len=130: max_length 130", "128 positions"]),
+        ("caption", "blip2_opt", ["max_len=153"], ["run.max_len=153: image, prompt and text", "161 tokens", "has 160"]),
+        ("caption", "blip2_t5", ["max_len=2049"], ["run.max_len=2049: image, prompt and text", "context has 2048"]),
+        ("vqa_generate", None, ["max_len=66"], ["run.max_len=66: max_length 66", "64 positions"]),
+        ("vqa_generate", "blip2_opt", ["max_len=150"], ["run.max_len=150: image, prompt and text", "has 160"]),
+        ("vqa_rank", "blip2_opt", [f"prompt={PROMPT}"], ["run.inference_method=rank: image, prompt and text", "160"]),
+    ],
+)
+def test_lengths_that_do_not_fit_the_model_are_refused_before_the_first_step(
+    flags: list[str],
+    name: str,
+    arch: str | None,
+    options: list[str],
+    words: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path, where = recipe(tmp_path, name, arch), f"shapes_{name.partition('_')[0]}/val: "
+    complains(capsys, doors.train(path, *(f"run.{option}" for option in options), flags=flags), where, *words)
+    assert not (tmp_path / "output" / "job").exists()
+
+
+def test_the_largest_lengths_that_fit_are_taken(tmp_path: Path) -> None:
+    """What the check refuses is what would fail, and nothing else."""
+    few = ["run.max_iters=1", "run.test_splits=[]", "run.min_len=1"]
+    for number, (arch, most) in enumerate({None: 65, "blip2": 129, "blip2_opt": 152}.items()):
+        path = recipe(tmp_path, "caption", arch)
+        assert doors.train(path, *few, f"run.max_len={most}", job=f"job{number}") == 0
+
+
+@pytest.mark.parametrize("flags", [DRY, []])
+@pytest.mark.parametrize("arch", [None, "blip2_opt"])
+def test_a_blank_answer_to_rank_is_refused_before_the_first_step(
+    flags: list[str], arch: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [
+        {**record, "question": "what?", "answer": "red", "question_id": i} for i, record in enumerate(six(tmp_path))
+    ]
+    section = doors.user_set(tmp_path / "own", {"train": records, "val": records})
+    (tmp_path / "answers.json").write_text(json.dumps(["yes", ""]))
+    questions = section["build_info"]["annotations"]["val"]
+    questions["storage"] = [questions["storage"], str(tmp_path / "answers.json")]
+    change = {"datasets": {"shapes_vqa": None, "vqa": section}, "run": {"test_splits": []}}
+    path = recipe(tmp_path, "vqa_rank", arch, change)
+    words = ["vqa/val: run.inference_method=rank: candidate 1 in answer_list must be a text that is not empty"]
+    complains(capsys, doors.train(path, flags=flags), *words)
+    assert doors.train(path, "run.inference_method=generate", "run.max_len=5", "run.max_iters=1") == 0
+
+
+def test_every_model_that_writes_says_what_it_has_room_for() -> None:
+    """By arguments of the method itself."""
+    for name in registry.list_models():
+        model = registry.get_model_class(name)
+        if not model.__module__.startswith("lavis_lite."):
+            continue  # another test's, which stays registered
+        for method in ("generate", "predict_answers"):
+            if hasattr(model, method):
+                check, whole = (
+                    inspect.signature(getattr(model, key)).parameters for key in (f"check_{method}", method)
+                )
+                assert check.keys() <= whole.keys(), (name, method)
+
+
+def test_a_model_that_does_not_say_what_it_has_room_for_is_not_asked() -> None:
+    """A user's own."""
+
+    class Plain:
+        def predict_answers(self, samples: Any, **arguments: Any) -> list[str]:
+            """As a BLIP's."""
+            raise AssertionError(samples)
+
+        generate = predict_answers
+
+    batch = {"image": torch.zeros(1, 3, 48, 48, device="meta"), "text_input": ["what?"]}
+    nothing = SimpleNamespace(annotation=[], answer_list=["a"])
+    for task in (CaptionTask(max_len=10**5), InstructTask(max_len=10**5), VQATask(max_len=10**5)):
+        task.check_model(Plain(), nothing, [batch], split="val")
+
+
+# Texts in a language that the tokenizer does not have
+
+
+CHINESE, ENGLISH = ["一只狗在草地上", "两个红色的圆"], ["a red circle", "two blue squares"]
+
+
+def told_of_unknown(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if "are unknown to the tokenizer" in record.getMessage()]
+
+
+@pytest.mark.parametrize("flags", [DRY, []])
+@pytest.mark.parametrize(("arch", "setting"), [(None, "tokenizer=shapes"), ("blip2", "tokenizer=shapes")])
+def test_captions_that_the_tokenizer_does_not_know_are_told(
+    flags: list[str], arch: str | None, setting: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    records = [{**record, "caption": CHINESE[i % 2]} for i, record in enumerate(six(tmp_path))]
+    change = {"run": {"max_iters": 1, "valid_splits": [], "test_splits": []}, "model": {"prompt": ""}}
+    path = recipe(tmp_path, "caption", arch, captions(tmp_path, records), change)
+    assert doors.train(path, flags=flags) == 0
+    (line,) = told_of_unknown(caplog)
+    assert line.startswith(
+        f"caption/train: 100% of the tokens of text_input are unknown to the tokenizer of model.{setting}"
+    )
+    assert f"{CHINESE[0]!r} is read as '[UNK]" in line
+    assert "Choose a model.tokenizer whose vocabulary has the language of the texts" in line
+
+
+@pytest.mark.parametrize("options", [[], [f"model.opt_model={TINY_HF / 'opt'}"]])
+def test_known_texts_and_bytes_are_not_told(
+    options: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A single emoji is not worth a line, and a vocabulary of bytes knows every character."""
+    texts = CHINESE * 3 if options else [f"{ENGLISH[0]} \N{DOG FACE}", *ENGLISH * 2, ENGLISH[1]]
+    records = [{**record, "caption": text} for record, text in zip(six(tmp_path), texts, strict=True)]
+    change = {"run": {"valid_splits": [], "test_splits": []}}
+    path = recipe(tmp_path, "caption", "blip2_opt" if options else None, captions(tmp_path, records), change)
+    assert doors.train(path, *options, flags=DRY) == 0
+    assert not told_of_unknown(caplog)
+
+
+@pytest.mark.parametrize(
+    ("arch", "question", "answer", "expected"),
+    [
+        (None, ENGLISH[0], CHINESE[0], ["answer tokenizer=shapes"]),
+        (None, CHINESE[0], "red", ["text_input tokenizer=shapes"]),
+        ("blip2_t5_instruct", ENGLISH[0], CHINESE[0], ["text_output t5_model=tiny_t5"]),
+        ("blip2_t5_instruct", CHINESE[0], "red", ["text_input t5_model=tiny_t5", "text_input tokenizer=shapes"]),
+        ("blip2_t5", CHINESE[0], "red", ["text_input t5_model=tiny_t5"]),
+    ],
+)
+def test_each_text_is_looked_at_for_the_tokenizers_that_read_it(
+    arch: str | None, question: str, answer: str, expected: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = {"question": question, "answer": answer}
+    records = [{**record, **own, "question_id": i} for i, record in enumerate(six(tmp_path))]
+    section = doors.user_set(tmp_path / "own", {"train": records})
+    change = {"datasets": {"shapes_vqa": None, "vqa": section}, "run": {"valid_splits": [], "test_splits": []}}
+    assert doors.train(recipe(tmp_path, "vqa_generate", arch, change), flags=DRY) == 0
+    pattern = r"tokens of (\w+) are unknown to the tokenizer of model\.(\S+),"
+    assert [" ".join(re.search(pattern, line).groups()) for line in told_of_unknown(caplog)] == expected
 
 
 # File arguments

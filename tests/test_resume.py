@@ -96,6 +96,60 @@ def test_resume_takes_what_a_run_needs_and_no_less(tmp_path: Path, capsys: pytes
     assert "checkpoint_last.pth" in capsys.readouterr().err
 
 
+def test_a_dry_run_says_where_the_run_would_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = doors.project(
+        tmp_path, "caption", {"run": {"keep_checkpoints": 9, "checkpoint_every": 2, "test_splits": []}}
+    )
+    job = tmp_path / "output" / "job"
+    auto = ["--dry-run", "--resume", "auto"]
+
+    def told(*options: str, flags: list[str], job: str | None = None) -> str:
+        assert doors.train(path, *options, flags=flags, job=job) == 0
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("resume  ")]
+        return line.removeprefix("resume").strip()
+
+    assert told(flags=auto) == f"nothing to resume below {tmp_path / 'output'}: the run starts from the beginning"
+    assert doors.train(path) == 0
+    before = {file: file.read_bytes() for file in job.rglob("*") if file.is_file()}
+    assert told(flags=auto) == f"{job / 'checkpoint_last.pth'}: step 6 of 6, 1 of 1 epochs done"
+    assert told(flags=auto, job="other").startswith("nothing to resume")
+    middle = str(job / "checkpoint_4.pth")
+    assert told(flags=["--dry-run", "--resume", middle]) == f"{middle}: step 4 of 6, 0 of 1 epochs done"
+    assert told("run.max_iters=60", flags=auto).endswith("step 6 of 60, 1 of 2 epochs done")
+    assert {file: file.read_bytes() for file in job.rglob("*") if file.is_file()} == before
+    assert [folder.name for folder in (tmp_path / "output").iterdir()] == ["job"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["run.batch_size_train=3"], ["with 4 samples an iteration, this run has 3", "start anew"]),
+        (["model.med.hidden_size=64"], ["parameters have other shapes", "model.med.hidden_size: 32 in the checkpoint"]),
+        (["run.output_dir={damaged}"], ["none of the checkpoints can be resumed", "checkpoint_last.pth"]),
+        (["run.output_dir={alien}"], ["holds no training state"]),
+    ],
+)
+def test_a_dry_run_refuses_a_checkpoint_that_the_run_would(
+    options: list[str], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = doors.project(tmp_path, "caption", {"run": {"max_iters": 2, "test_splits": []}})
+    assert doors.train(path) == 0
+    whole = tmp_path / "output" / "job" / "checkpoint_last.pth"
+    places = {name: tmp_path / name for name in ("damaged", "alien")}
+    for folder in places.values():
+        (folder / "job").mkdir(parents=True)
+    content = bytearray(whole.read_bytes())
+    content[len(content) // 2] ^= 255
+    (places["damaged"] / "job" / whole.name).write_bytes(content)
+    checkpoint.save({"model": checkpoint.load(whole)["model"]}, places["alien"] / "job" / whole.name)
+    options = [option.format(**places) for option in options]
+    for flags in (["--dry-run"], []):
+        capsys.readouterr()
+        assert doors.train(path, *options, flags=[*flags, "--resume", "auto"], job=None) == 2
+        err = capsys.readouterr().err
+        assert all(word in err for word in words), err
+
+
 def project_with(folder: Path, *, options: dict[str, Any] | None = None) -> Path:
     """Six steps of captioning, two epochs of three by `runner_iter`, validated after each."""
     run = {"runner": "runner_iter", "iters_per_inner_epoch": 3, "max_epoch": 1, "test_splits": ["test"]}

@@ -253,9 +253,10 @@ def build_runner(cfg: Config, task: Any, job_dir: Path) -> Any:
     from lavis_lite.runners.sampling import seed_everything
 
     datasets = task.build_datasets(cfg)
-    preflight.check_data(cfg, task, datasets)
+    found = preflight.check_data(cfg, task, datasets)
     seed_everything(cfg.run.seed)  # the same on every rank: DDP does not even out the models' buffers
     model = task.build_model(cfg)
+    preflight.check_model(cfg, task, model, datasets, found)
     return registry.get_runner_class(cfg.run.runner)(cfg, task, model, datasets, job_dir)
 
 
@@ -276,10 +277,13 @@ def execute(cfg: Config, runner: Any) -> dict[str, Any]:
 
 
 def dry_run(cfg: Config) -> None:
-    """Print the merged configuration, parameter and sample counts; the model is built on the meta device."""
+    """Print the merged configuration, parameter and sample counts, and where the run would resume; the model is built
+    on the meta device.
+    """
     from lavis_lite.cli import preflight
     from lavis_lite.common import dist
     from lavis_lite.models.base import starting_points
+    from lavis_lite.runners.resume import resume_line
 
     dist.init("cpu")  # nothing is computed, so the run's device need not be in this machine
     try:
@@ -290,9 +294,13 @@ def dry_run(cfg: Config) -> None:
             model.check_start(**start)
         datasets = task.build_datasets(cfg)
         found = preflight.check_data(cfg, task, datasets)
+        preflight.check_model(cfg, task, model, datasets, found)
+        is_there = cfg.run.resume_ckpt_path and "run.resume_ckpt_path" not in dict(preflight.lost_weights(cfg))
+        resumes = not cfg.run.evaluate and (cfg.run.resume or is_there)
+        lines = [resume_line(cfg, model, datasets)] if resumes else []
         if dist.is_main():
             print(report(cfg, model, datasets, num_processes=dist.world_size()))
-            print("\n".join(preflight.report(cfg, found, datasets)))
+            print("\n".join([*lines, *preflight.report(cfg, found, datasets)]))
     finally:
         dist.shutdown()
 

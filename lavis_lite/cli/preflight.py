@@ -1,6 +1,7 @@
 """What a run will need, checked before weights are loaded: files, samples, sizes, and that task and model fit.
 
-A dry run and the start of every run do the same checks. Files are looked up on rank 0 only.
+A dry run and the start of every run do the same checks. What needs the model's own sizes is checked before the first
+step. Files are looked up on rank 0 only.
 """
 
 import logging
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 NUM_THREADS = 32  # a network drive answers many at once
 CHUNK = 2000  # files of one thread's turn
 MANY_FILES = 500_000  # worth a line in the log
+UNKNOWN_SHARE = 0.2  # of the tokens: more than the rare names and symbols that texts of a known language have
+SHOWN = 60  # characters of a text in a message
 NUM_READ = {"image": 32, "video": 4}  # samples of a split that are read, by what they show
 
 IDS = ("instance_id", "image_id", "img_id", "question_id", "id")
@@ -49,6 +52,8 @@ class SplitReport:
     num_read: int
     shape: tuple[int, ...] | None
     """of one sample's image, (3, H, W) or (3, F, H, W)"""
+    batches: list[dict[str, Any]]
+    """The samples that were read, a batch of each, without pixels: tensors are on the meta device."""
 
     def line(self, trained_on: set[str], *, num_repeated: int) -> str:
         """Return the dry run's line; `trained_on` are the files of the training splits, for the others."""
@@ -86,6 +91,46 @@ def check_data(cfg: Config, task: Any, datasets: Datasets) -> list[SplitReport]:
     if not cfg.run.evaluate:
         train_loader(train_sets(datasets, cfg.run.train_splits), cfg.run, world=dist.world_size())
     return found
+
+
+def check_model(cfg: Config, task: Any, model: Any, datasets: Datasets, found: Sequence[SplitReport]) -> None:
+    """Check that the model has room for what it is asked, on rank 0 for all ranks, and warn of training texts that its
+    tokenizers do not know; `found` is `check_data`'s.
+
+    Raises:
+        InputError: a setting does not fit the model's sizes, or a text cannot be read.
+    """
+    dist.on_main(lambda: _check_model(cfg, task, model, datasets, found))
+
+
+def _check_model(cfg: Config, task: Any, model: Any, datasets: Datasets, found: Sequence[SplitReport]) -> None:
+    evaluated = {*cfg.run.valid_splits, *cfg.run.test_splits}
+    for report in found:
+        name, _, split = report.where.rpartition("/")
+        if split in cfg.run.train_splits and not cfg.run.evaluate:
+            _warn_of_unknown_tokens(cfg, model, report)
+        if split in evaluated and hasattr(task, "check_model"):
+            try:
+                task.check_model(model, datasets[name][split], report.batches, split=split)
+            except InputError as error:
+                raise InputError(f"{report.where}: {error}") from error
+
+
+def _warn_of_unknown_tokens(cfg: Config, model: Any, report: SplitReport) -> None:
+    """Warn if much of the texts that were read is no token of a tokenizer that reads them."""
+    from lavis_lite.models.tokenizers import unknown_share
+
+    readers = model.text_readers(report.batches[0]) if report.batches and hasattr(model, "text_readers") else []
+    for key, setting, tokenizer in readers:
+        texts = [text for batch in report.batches for text in batch.get(key, ())]
+        share, text, read = unknown_share(tokenizer, texts)
+        if share > UNKNOWN_SHARE:
+            logger.warning(
+                f"{report.where}: {share:.0%} of the tokens of {key} are unknown to the tokenizer of "
+                f"model.{setting}={model_setting(cfg.model, setting)}, and nothing is learned from them: "
+                f"{text[:SHOWN]!r} is read as {read[:SHOWN]!r}. Choose a model.{setting} whose vocabulary has the "
+                "language of the texts, or translate the texts"
+            )
 
 
 def opening(cfg: Config, runner: Any) -> str:
@@ -177,7 +222,8 @@ def _check_splits(cfg: Config, task: Any, datasets: Datasets) -> list[SplitRepor
             files = _check_files(dataset, where, share=None if is_evaluated else share)
             kind = _kind(dataset)
             samples = _read_some(dataset, where, count=NUM_READ[kind], share=None if is_evaluated else share)
-            batch = dataset.collater(samples[:1]) if samples and hasattr(dataset, "collater") else {}
+            batches = _batches_of_one(dataset, samples)
+            batch = batches[0] if batches else {}
             shape = _check_size(cfg.model, batch, where)
             if split in cfg.run.train_splits and not cfg.run.evaluate:
                 _check_answers(cfg.model, batch, where)
@@ -185,7 +231,8 @@ def _check_splits(cfg: Config, task: Any, datasets: Datasets) -> list[SplitRepor
                 _check_keys(task, batch, where)
                 _check_prompt(cfg, task, batch, where)
                 task.check(registry.get_model_class(cfg.model["arch"]), dataset, batch, split=split)
-            reports.append(SplitReport(where=where, kind=kind, files=files, num_read=len(samples), shape=shape))
+            read = {"num_read": len(samples), "shape": shape, "batches": batches}
+            reports.append(SplitReport(where=where, kind=kind, files=files, **read))
     return reports
 
 
@@ -291,6 +338,18 @@ def _read_some(dataset: Any, where: str, *, count: int, share: float | None) -> 
     if error is not None and not samples:
         raise UnreadableSample(f"{where}: none of {count} samples can be read. One of them: {error}") from error
     return samples
+
+
+def _batches_of_one(dataset: Any, samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a batch of each sample, its tensors on the meta device."""
+    if not hasattr(dataset, "collater"):
+        return []
+    with kept_rng():
+        batches = [dataset.collater([sample]) for sample in samples]
+    return [
+        {key: value.to("meta") if torch.is_tensor(value) else value for key, value in batch.items()}
+        for batch in batches
+    ]
 
 
 def _check_keys(task: Any, batch: Mapping[str, Any], where: str) -> None:

@@ -181,6 +181,12 @@ class BaseModel(nn.Module):
         """Whether a frozen parameter can be fetched again from its own source; models with such parts override it."""
         return False
 
+    def text_readers(self, samples: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
+        """Return what reads the texts of a training batch: their key, the `model` setting that chooses the tokenizer,
+        and the tokenizer. Models that read texts override it.
+        """
+        return []
+
     def forward(self, samples: dict[str, Any]) -> Output:
         raise NotImplementedError(f"{type(self).__name__} does not define forward")
 

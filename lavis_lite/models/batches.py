@@ -10,7 +10,12 @@ from torch import Tensor
 
 from lavis_lite.common import dist
 from lavis_lite.common.wording import without_false_spaces
-from lavis_lite.nn.decoding import DecodingConfig, Step, decode
+from lavis_lite.nn.decoding import (
+    DecodingConfig,
+    Step,
+    check_prompt,
+    decode,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +93,12 @@ def by_prompt(prompts: Sequence[str], answer: Callable[[str, list[int]], list[st
         each = len(texts) // len(rows)
         answers |= {row: texts[i * each : (i + 1) * each] for i, row in enumerate(rows)}
     return [text for row in range(len(prompts)) for text in answers[row]]
+
+
+def check_captions(prompts: Sequence[str], model: Any, config: DecodingConfig) -> None:
+    """Raise InputError if a prompt leaves `captions_behind` no token to write."""
+    for prompt in dict.fromkeys(prompts):
+        check_prompt(len(model.tokenizer(prompt).input_ids) - 1, config)
 
 
 def captions_behind(

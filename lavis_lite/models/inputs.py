@@ -149,7 +149,7 @@ def candidate_texts(candidates: Any, owner: str = "") -> list[str]:
     return list(candidates)
 
 
-def ranked_answers(answer_list: Any, num_ans_candidates: Any) -> list[str]:
+def ranked_answers(answer_list: Any, num_ans_candidates: Any = 1) -> list[str]:
     """Return the answers between which `inference_method: rank` chooses. InputError as `candidate_texts`, and for a
     `num_ans_candidates` below 1.
     """

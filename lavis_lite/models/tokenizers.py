@@ -157,6 +157,18 @@ def checked_texts(texts: Sequence[str]) -> list[str]:
     return list(texts)
 
 
+def unknown_share(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[float, str, str]:
+    """Return the share of the texts' tokens that stand for unknown characters, the text with most of them, and how it
+    is read. Raises ValueError as `checked_texts`.
+    """
+    if not texts:
+        return 0.0, "", ""
+    rows = tokenizer(checked_texts(texts), add_special_tokens=False, verbose=False).input_ids
+    counts = [row.count(tokenizer.unk_token_id) for row in rows]
+    worst = max(range(len(rows)), key=lambda i: counts[i] / max(len(rows[i]), 1))
+    return sum(counts) / max(sum(map(len, rows)), 1), texts[worst], tokenizer.decode(rows[worst])
+
+
 def tokenize(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],

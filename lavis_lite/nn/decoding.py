@@ -95,14 +95,19 @@ class DecodingConfig:
 @torch.no_grad()
 def decode(step: Step, prompt_BL: Tensor, config: DecodingConfig) -> Tensor:
     """Token ids (B x num_return, L'), prompt first, padded behind the end token."""
-    if prompt_BL.shape[1] >= config.max_length:
-        raise InputError(
-            f"the prompt has {prompt_BL.shape[1] - config.num_uncounted} tokens, which leaves nothing to generate "
-            f"below max_length {config.max_length - config.num_uncounted}: shorten it, or raise max_length"
-        )
+    check_prompt(prompt_BL.shape[1], config)
     if config.num_beams > 1 and not config.sample:
         return beam_search(step, prompt_BL, config)
     return greedy_or_sample(step, prompt_BL, config)
+
+
+def check_prompt(num_tokens: int, config: DecodingConfig) -> None:
+    """Raise InputError if a prompt leaves no token to generate."""
+    if num_tokens >= config.max_length:
+        raise InputError(
+            f"the prompt has {num_tokens - config.num_uncounted} tokens, which leaves nothing to generate below "
+            f"max_length {config.max_length - config.num_uncounted}: shorten it, or raise max_length"
+        )
 
 
 def expand_cache(cache: Cache, times: int) -> Cache:

@@ -143,7 +143,7 @@ class LanguageModel:
         num_labels = labels_BT.shape[1]
         if not self.is_encoder_decoder:
             return self._causal(embeds_BSE, mask_BS, keep=num_labels + 1)[0][:, :-1]
-        self._check_length(embeds_BSE.shape[1], num_labels)
+        self.check_length(embeds_BSE.shape[1], num_labels)
         before = F.pad(labels_BT[:, :-1], (1, 0), value=self.start_id)
         with self._own_precision(embeds_BSE):
             output = self.model(
@@ -166,7 +166,7 @@ class LanguageModel:
 
         Raises ValueError if inputs and text do not fit the model's context.
         """
-        self._check_length(embeds_BSE.shape[1], config.max_length - 1)  # the last token is not read
+        self.check_length(embeds_BSE.shape[1], config.max_length - 1)  # the last token is not read
         prefix = self.prefix(embeds_BSE, mask_BS)
 
         def step(new_ids: Tensor, cache: LanguageModelCache | None, length: int) -> tuple[Tensor, LanguageModelCache]:
@@ -186,7 +186,7 @@ class LanguageModel:
             embeds_BSE = embeds_BSE.gather(1, order[:, :, None].expand_as(embeds_BSE))
             logits, past = self._causal(embeds_BSE, mask_BS, keep=1, use_cache=True)
             return Prefix(logits[:, -1], LanguageModelCache(past, mask_BS))
-        self._check_length(embeds_BSE.shape[1])
+        self.check_length(embeds_BSE.shape[1])
         with self._own_precision(embeds_BSE):
             encoder = self.model.get_encoder()(inputs_embeds=embeds_BSE.to(self.dtype), attention_mask=mask_BS)
         start = mask_BS.new_full((len(mask_BS), 1), self.start_id)
@@ -213,7 +213,7 @@ class LanguageModel:
         do not fit the model's context.
         """
         num_samples, (num_candidates, longest) = len(prefix.logits), ids_BMT.shape[1:]
-        self._check_length(prefix.cache.mask.shape[1], longest - (not self.is_encoder_decoder))
+        self.check_length(prefix.cache.mask.shape[1], longest - (not self.is_encoder_decoder))
         ids_BMT, mask_BMT = (t.expand(num_samples, -1, -1) for t in (ids_BMT, mask_BMT))
         first = -F.log_softmax(prefix.logits, dim=-1).gather(1, ids_BMT[:, :, 0])
         losses = first.masked_fill(mask_BMT[:, :, 0] == 0, torch.inf).flatten()
@@ -234,7 +234,7 @@ class LanguageModel:
         self, embeds_NTE: Tensor, mask_NS: Tensor, *, keep: int, past: Any = None, use_cache: bool = False
     ) -> tuple[Tensor, Any]:
         """Logits of the last `keep` tokens and the cache; the mask covers what the cache holds too."""
-        self._check_length(mask_NS.shape[1])
+        self.check_length(mask_NS.shape[1])
         settings: dict[str, Any] = {}
         if "position_ids" in self._accepted:
             settings["position_ids"] = (mask_NS.cumsum(1) - 1).clamp(min=0)[:, -embeds_NTE.shape[1] :]
@@ -271,8 +271,8 @@ class LanguageModel:
         with torch.autocast(like.device.type, enabled=False):
             yield
 
-    def _check_length(self, num_inputs: int, num_written: int = 0) -> None:
-        """ValueError if that is too much; what an encoder-decoder writes has positions of its own."""
+    def check_length(self, num_inputs: int, num_written: int = 0) -> None:
+        """Raise InputError if that does not fit the context; an encoder-decoder's text has positions of its own."""
         num_tokens = max(num_inputs, num_written) if self.is_encoder_decoder else num_inputs + num_written
         if num_tokens > self.max_positions:
             raise InputError(

@@ -80,6 +80,32 @@ def newest_checkpoint(output: Path, *, job_id: str | None = None) -> Path | None
     return None
 
 
+def checkpoint_to_resume(run: RunConfig) -> Path | None:
+    """Return the checkpoint that a training would resume; None if it starts from the beginning.
+
+    Raises:
+        MissingFileError: `run.resume_ckpt_path` names no file.
+        InputError: `run.resume=auto`, and none of the checkpoints is whole.
+    """
+    return _newest(run) or _named(run)
+
+
+def _newest(run: RunConfig) -> Path | None:
+    """Return what `run.resume=auto` finds."""
+    return newest_checkpoint(Path(run.output_dir), job_id=run.job_id) if run.resume == "auto" else None
+
+
+def _named(run: RunConfig) -> Path | None:
+    """Return the file of `run.resume_ckpt_path`, which may be a job's folder."""
+    if run.resume_ckpt_path is None:
+        return None
+    path = Path(run.resume_ckpt_path)
+    path = path / LAST if path.is_dir() else path
+    if not path.is_file():
+        raise MissingFileError(f"no checkpoint to resume: {path}")
+    return path
+
+
 def whole_checkpoint(folder: Path) -> Path | None:
     """Return the newest undamaged checkpoint of a job: checkpoint_last.pth, or else that of the most steps."""
     resumable = [path for path in _checkpoints(folder) if path.name != BEST]
@@ -136,16 +162,12 @@ def _take(lock: FolderLock) -> None:
 def _settle_job(run: RunConfig) -> dict[str, Any]:
     output = Path(run.output_dir)
     if run.resume == "auto" and not run.evaluate:
-        found = newest_checkpoint(output, job_id=run.job_id)
+        found = _newest(run)
         if found is not None:
             logger.info("resuming %s", found)
             return {"job_id": found.parent.name, "resume_ckpt_path": str(found), "resume": None}
         logger.info("nothing to resume below %s: starting afresh", output)
-    if run.resume_ckpt_path is not None:
-        path = Path(run.resume_ckpt_path)
-        path = path / LAST if path.is_dir() else path
-        if not path.is_file():
-            raise MissingFileError(f"no checkpoint to resume: {path}")
+    if (path := _named(run)) is not None:
         return {"job_id": run.job_id or new_job_id(output), "resume_ckpt_path": str(path)}
     if run.job_id is not None and not run.evaluate and _checkpoints(output / run.job_id):
         logger.warning(

@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import ConcatDataset, Dataset
 
 from lavis_lite.common import checkpoint, dist, integrity
 from lavis_lite.common.errors import DamagedFileError, InputError
+from lavis_lite.common.optim import build_optimizer
+from lavis_lite.common.registry import registry
 from lavis_lite.runners import jobs
+from lavis_lite.runners.loaders import train_loader, train_sets
 from lavis_lite.runners.plan import Plan
 from lavis_lite.runners.state import RunState
 
@@ -62,6 +66,35 @@ def load_verified(path: Path) -> dict[str, Any]:
     """
     dist.on_main(lambda: _verify(path))
     return checkpoint.load(path, verify=False)
+
+
+def resume_line(cfg: Any, model: nn.Module, datasets: Mapping[str, Mapping[str, Dataset]]) -> str:
+    """Return where the training would resume, for a dry run; `model` may be on the meta device and is left as it is.
+
+    Must be entered by every rank.
+
+    Raises:
+        DamagedFileError, InputError: the checkpoint cannot be read, or this run cannot continue it.
+    """
+    path = dist.on_main(lambda: jobs.checkpoint_to_resume(cfg.run))
+    if path is None:
+        return f"resume      nothing to resume below {cfg.run.output_dir}: the run starts from the beginning"
+    sets = train_sets(datasets, cfg.run.train_splits)
+    loader, data = train_loader(sets, cfg.run, world=dist.world_size()), annotation_digests(sets)
+    plan = registry.get_runner_class(cfg.run.runner).plan_of(cfg.run, loader)
+    state = dist.on_main(lambda: _checked_state(cfg, model, path=path, plan=plan, data=data))
+    done = f"step {state.step:,} of {plan.total:,}, {state.epoch} of {plan.num_epochs} epochs done"
+    return f"resume      {path}: {done}"
+
+
+def _checked_state(cfg: Any, model: nn.Module, *, path: Path, plan: Plan, data: Mapping[str, str | None]) -> RunState:
+    """Return the position of a checkpoint after checking that this run can continue it."""
+    saved, config = checkpoint.load(path), cfg.to_dict()
+    optimizer = build_optimizer(model.optimizer_groups(cfg.run.weight_decay, cfg.run.lr_layer_decay), cfg.run)
+    check_resumable(saved, path=path, plan=plan, optimizer=optimizer, data=data, config=config)
+    report_differences(saved, config, path=path)
+    checkpoint.load_into(model, checkpoint.find_state_dict(saved, source=str(path)), source=path)
+    return RunState.from_dict(saved)
 
 
 def check_resumable(

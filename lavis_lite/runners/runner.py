@@ -125,10 +125,11 @@ class Runner:
             self._load_weights(Path(self.run.resume_ckpt_path))
         return self._evaluate_splits(splits)
 
-    def _plan(self, steps_per_epoch: int) -> Plan:
-        total = steps_per_epoch * self.run.max_epoch
-        total = min(total, self.run.max_iters or total)
-        return Plan(inner=steps_per_epoch, total=total, **self.loader.sampler.describe())
+    @staticmethod
+    def plan_of(run: Any, loader: Any) -> Plan:
+        """Return how long a run with this training loader is."""
+        total = loader.steps_per_epoch * run.max_epoch
+        return Plan(inner=loader.steps_per_epoch, total=min(total, run.max_iters or total), **loader.sampler.describe())
 
     def _prepare(self) -> None:
         """Builds everything that training needs, and resumes if there is something to resume."""
@@ -137,7 +138,7 @@ class Runner:
         pin = self.device.type == "cuda"
         self.data = annotation_digests(sets)
         self.loader = train_loader(sets, run, rank=dist.rank(), world=dist.world_size(), pin=pin)
-        self.plan = self._plan(self.loader.steps_per_epoch)
+        self.plan = self.plan_of(run, self.loader)
         sampler = self.loader.sampler
         self.draws_datasets = len(sampler.names) > 1 and not self.loader.is_concat
         for key, names in self.loader.left_out.items():
@@ -384,12 +385,13 @@ class Runner:
 class IterRunner(Runner):
     """`Runner` that counts iterations: `max_iters` in all, validating every `iters_per_inner_epoch`."""
 
-    def _plan(self, steps_per_epoch: int) -> Plan:
-        total = self.run.max_iters
-        if total is None:
+    @staticmethod
+    def plan_of(run: Any, loader: Any) -> Plan:
+        """Return how long a run with this training loader is."""
+        if run.max_iters is None:
             raise InputError("run.runner=runner_iter needs run.max_iters (and perhaps run.iters_per_inner_epoch)")
-        inner = self.run.iters_per_inner_epoch or steps_per_epoch
-        return Plan(inner=inner, total=total, **self.loader.sampler.describe())
+        inner = run.iters_per_inner_epoch or loader.steps_per_epoch
+        return Plan(inner=inner, total=run.max_iters, **loader.sampler.describe())
 
 
 def _losses(output: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -5,7 +5,7 @@ A task's dataclass fields are keys of the YAML's `run` section. Metrics are comp
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -76,6 +76,12 @@ class BaseTask:
         """Raise, before weights are loaded, if this split cannot be evaluated: subclasses check files and settings.
 
         `batch` is of the split's first sample, or empty where none could be read.
+        """
+
+    def check_model(self, model: nn.Module, dataset: Any, batches: Sequence[Samples], *, split: str) -> None:
+        """Raise, before the first step, if the model cannot answer this split: subclasses check lengths.
+
+        `batches` hold one sample each, of some that are spread over the split, on the meta device; so may the model be.
         """
 
     def build_datasets(self, cfg: Any) -> dict[str, dict[str, Any]]:
@@ -175,6 +181,33 @@ def check_range(task: Any, **bounds: tuple[float, float]) -> None:
             check_number(f"run.{name}", value, least, most)
     if {"min_len", "max_len"} <= bounds.keys() and task.min_len > task.max_len:
         raise InputError(f"run.min_len={task.min_len} is above run.max_len={task.max_len}: lower it")
+
+
+def check_method(
+    task: Any,
+    model: nn.Module,
+    method: str,
+    samples: Samples,
+    names: Mapping[str, str],
+    *,
+    setting: str,
+    **arguments: Any,
+) -> None:
+    """Raise InputError, which begins with the `setting` to change, if the model's `method` would refuse these samples.
+
+    A model says so by `check_<method>`; one without it is not asked. `names` are as in `arguments_for`.
+    """
+    check = getattr(model, f"check_{method}", None)
+    if check is None:
+        return
+    arguments |= task.arguments_for(check, names)
+    with batch_of(samples, model):
+        try:
+            check(samples, **arguments)
+        except MissingInputError:
+            raise
+        except InputError as error:
+            raise InputError(f"{setting}: {error}") from error
 
 
 def wanted_splits(run: Any) -> list[str]:

@@ -6,6 +6,7 @@ repetition_penalty 1.15 and length_penalty 0 where a YAML says nothing.
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, get_args
@@ -23,6 +24,7 @@ from lavis_lite.tasks.base import (
     BaseTask,
     Metrics,
     Samples,
+    check_method,
     check_range,
 )
 from lavis_lite.tasks.metrics.caption import (
@@ -123,10 +125,19 @@ class CaptionTask(BaseTask):
                 f"images of the {split} split, e.g. image id {alien[0]!r}: name the file of this split"
             )
 
+    def check_model(self, model: nn.Module, dataset: Any, batches: Sequence[Samples], *, split: str) -> None:
+        """Raise for lengths that the model does not have room for."""
+        names = {"max_length": "max_len", "min_length": "min_len"}
+        for samples in map(self.prompted, batches):
+            check_method(self, model, "generate", samples, names, setting=f"run.max_len={self.max_len}")
+
+    def prompted(self, samples: Samples) -> Samples:
+        """Return the batch with the task's prompt, if it has one."""
+        return samples if self.prompt is None else {"prompt": self.prompt, **samples}  # see prompt_order.py
+
     def valid_step(self, model: nn.Module, samples: Samples) -> list[Result]:
         """`image_id` and `caption` of each sample (and `captions`, all of them, if there are several)."""
-        if self.prompt is not None:
-            samples = {"prompt": self.prompt, **samples}  # instructions are complete, see prompt_order.py
+        samples = self.prompted(samples)
         if self.shuffle_images:
             samples = {**samples, "image": self.other_images(samples["image"])}
         texts = model.generate(samples, **self.arguments_for(model.generate, GENERATE_ARGUMENTS))

@@ -23,6 +23,7 @@ from lavis_lite.tasks.base import (
     BaseTask,
     Metrics,
     Samples,
+    check_method,
     check_range,
 )
 from lavis_lite.tasks.metrics.ranking import mean_reciprocal_rank, rank_of, roc_auc
@@ -87,6 +88,14 @@ class InstructTask(BaseTask):
         self.arguments_for(model_class.generate, GENERATE_ARGUMENTS)
         if self.metric != "accuracy" and batch:
             check_choices([batch], self.metric, split)
+
+    def check_model(self, model: nn.Module, dataset: Any, batches: Sequence[Samples], *, split: str) -> None:
+        """Raise for lengths that the model does not have room for."""
+        names = {"max_length": "max_len", "min_length": "min_len"}
+        for samples in batches:
+            if "candidates" not in samples:
+                samples = {**samples, "prompt": "{}"}
+                check_method(self, model, "generate", samples, names, setting=f"run.max_len={self.max_len}")
 
     def valid_step(self, model: nn.Module, samples: Samples) -> list[Result]:
         """`question_id` and `prediction` of each sample, and the `losses` of its candidates if it has any."""

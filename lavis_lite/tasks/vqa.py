@@ -7,7 +7,7 @@ sample's `text_output`, which the dataset draws from its answers; `blip_vqa` lea
 
 import inspect
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -23,6 +23,7 @@ from lavis_lite.tasks.base import (
     BaseTask,
     Metrics,
     Samples,
+    check_method,
     check_range,
 )
 from lavis_lite.tasks.metrics.vqa_accuracy import Variant, vqa_metrics
@@ -99,6 +100,15 @@ class VQATask(BaseTask):
         self.arguments_for(model_class.predict_answers, ANSWER_ARGUMENTS)
         self.batch_context(dataset)
 
+    def check_model(self, model: nn.Module, dataset: Any, batches: Sequence[Samples], *, split: str) -> None:
+        """Raise for lengths and answers that the model does not have room for."""
+        names = {name: name for name in ("inference_method", "max_len", "min_len")}
+        ranks = self.inference_method == "rank"
+        setting = "run.inference_method=rank" if ranks else f"run.max_len={self.max_len}"
+        for samples in batches:
+            samples, asked = self.asked(model, {**samples, **self.batch_context(dataset)})
+            check_method(self, model, "predict_answers", samples, names, setting=setting, **asked)
+
     def train_step(self, model: nn.Module, samples: Samples) -> dict[str, Any]:
         """The model's loss on the questions inside the prompt."""
         return super().train_step(model, self.inside_prompt(samples))
@@ -131,16 +141,20 @@ class VQATask(BaseTask):
     def valid_step(self, model: nn.Module, samples: Samples) -> list[Result]:
         """`question_id` and `answer` of each sample."""
         arguments = self.arguments_for(model.predict_answers, ANSWER_ARGUMENTS)
-        if samples.get("answer_list") is not None:
-            arguments["answer_list"] = samples["answer_list"]
         if self.blank_images:
             samples = blanked(samples)
-        if self.prompt and "prompt" not in samples and "prompt" in inspect.signature(model.predict_answers).parameters:
-            arguments["prompt"] = self.prompt
-        else:
-            samples = self.inside_prompt(samples)
-        answers = model.predict_answers(samples, **arguments)
+        samples, asked = self.asked(model, samples)
+        answers = model.predict_answers(samples, **arguments, **asked)
         return per_sample(samples, question_id=as_list(samples["question_id"]), answer=answers)
+
+    def asked(self, model: nn.Module, samples: Samples) -> tuple[Samples, dict[str, Any]]:
+        """Return the batch with its questions inside the prompt, unless the model puts them there, and what it is
+        asked with: the prompt and the answer list.
+        """
+        asked = {} if samples.get("answer_list") is None else {"answer_list": samples["answer_list"]}
+        if self.prompt and "prompt" not in samples and "prompt" in inspect.signature(model.predict_answers).parameters:
+            return samples, {**asked, "prompt": self.prompt}
+        return self.inside_prompt(samples), asked
 
     def score(self, results: list[Result], *, dataset: Any, split: str, result_dir: Path) -> Metrics:
         """Write `<split>_vqa.json`; accuracy overall and by question and answer type."""

@@ -1,7 +1,7 @@
 """What BLIP's models share: tokenizer, image encoder, text transformer sizes, and loading of published files."""
 
 import logging
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import fields
 from typing import Any, ClassVar
 
@@ -145,6 +145,9 @@ class BlipBase(BaseModel):
             check_weight_file(vit, setting="init_vit")
         if text is not None:
             check_bert(text, self.text_model())
+
+    def text_readers(self, samples: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
+        return [(key, "tokenizer", self.tokenizer) for key in ("text_input", "answer") if key in samples]
 
     def text_model(self) -> TextModel:
         """What a BERT must have in common with this model."""

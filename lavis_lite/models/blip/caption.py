@@ -10,7 +10,7 @@ from torch import Tensor
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.registry import registry
 from lavis_lite.models.base import Output
-from lavis_lite.models.batches import captions_behind
+from lavis_lite.models.batches import captions_behind, check_captions
 from lavis_lite.models.blip.base import BlipBase
 from lavis_lite.models.inputs import (
     image_of,
@@ -119,6 +119,11 @@ class BlipCaption(BlipBase):
             return self.step(context if every else context.select(torch.tensor(rows, device=self.device)))
 
         return captions_behind(prompts, self, step_of, config)
+
+    def check_generate(self, samples: dict[str, Any], *, max_length: int, min_length: int = 0) -> None:
+        """Raise what `generate` would for these lengths; the image's pixels are not looked at."""
+        prompts = text_list(samples.get("prompt", self.prompt), len(image_of(samples)), "prompt")
+        check_captions(prompts, self, self.decoding(max_length=max_length, min_length=min_length))
 
     def step(self, context: Context) -> Step:
         """One decoding step given the images."""

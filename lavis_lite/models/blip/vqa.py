@@ -25,7 +25,7 @@ from lavis_lite.models.inputs import (
 )
 from lavis_lite.nn.attention import Context
 from lavis_lite.nn.bert import BertLMHeadModel, BertModel
-from lavis_lite.nn.decoding import decode
+from lavis_lite.nn.decoding import check_prompt, decode
 from lavis_lite.nn.losses import language_modeling_loss_per_text
 
 
@@ -106,6 +106,22 @@ class BlipVQA(BlipBase):
         order, loss = self.rank_answers(context, answer_list, min(num_ans_candidates, len(answer_list)))
         best = order.gather(1, loss.argmin(dim=1, keepdim=True)).squeeze(1)
         return [answer_list[i] for i in best.tolist()]
+
+    def check_predict_answers(
+        self,
+        samples: dict[str, Any],
+        *,
+        inference_method: str = "rank",
+        max_len: int = 10,
+        min_len: int = 1,
+        answer_list: list[str] | None = None,
+    ) -> None:
+        """Raise what `predict_answers` would for these settings; the image's pixels are not looked at."""
+        texts_of(samples, len(image_of(samples)))
+        if inference_method == "generate":
+            check_prompt(1, self.decoding(max_length=max_len, min_length=min_len))
+        else:
+            ranked_answers(answer_list)
 
     def generate_answers(self, states: Tensor, mask: Tensor | None, config: Any) -> list[str]:
         """Free answers given the questions' states (B,T,E), of which those count that the mask (B,T) has; None: all."""

@@ -237,6 +237,9 @@ class Blip2Base(BaseModel):
         elif text is not None:
             check_bert(text, self.text_model())
 
+    def text_readers(self, samples: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
+        return [("text_input", "tokenizer", self.tokenizer)] if "text_input" in samples else []
+
     def text_model(self) -> TextModel:
         """What a BERT must have in common with the Q-Former."""
         return TextModel(sizes=self.Qformer.config, section="qformer", tokenizer=self.tokenizer)

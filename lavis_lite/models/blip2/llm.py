@@ -43,6 +43,7 @@ from lavis_lite.models.inputs import (
     texts_of,
     whole_number,
 )
+from lavis_lite.nn.decoding import DecodingConfig, check_prompt
 from lavis_lite.nn.losses import IGNORED
 
 
@@ -144,10 +145,8 @@ class Blip2LanguageModel(LanguageModelBase):
         prompt; a causal model's count one start token.
         """
         prompts = generation_prompts(samples, self.prompt, len(image_of(samples, video=True, answering=True)))
-        num_uncounted = int(self.lm.is_encoder_decoder)
-        config = self.lm.decoding(
-            max_length=whole_number(max_length, "max_length") + num_uncounted,
-            num_uncounted=num_uncounted,
+        config = self.caption_config(
+            max_length=max_length,
             min_length=min_length,
             num_beams=num_beams,
             num_return=num_captions,
@@ -158,6 +157,53 @@ class Blip2LanguageModel(LanguageModelBase):
             temperature=temperature,
         )
         return self.coder.decode(self.lm.generate(*self.asked(samples, prompts, max_length=self.prompt_limit), config))
+
+    def caption_config(self, *, max_length: int, **settings: Any) -> DecodingConfig:
+        """Return decoding settings of `generate`, whose `max_length` counts the start token of a causal model only."""
+        num_uncounted = int(self.lm.is_encoder_decoder)
+        max_length = whole_number(max_length, "max_length") + num_uncounted
+        return self.lm.decoding(max_length=max_length, num_uncounted=num_uncounted, **settings)
+
+    def answer_config(self, *, max_len: int, **settings: Any) -> DecodingConfig:
+        """Return decoding settings of `predict_answers`, whose `max_len` does not count the start token."""
+        return self.lm.decoding(max_length=whole_number(max_len, "max_len") + 1, num_uncounted=1, **settings)
+
+    def check_generate(self, samples: dict[str, Any], *, max_length: int, min_length: int = 0) -> None:
+        """Raise what `generate` would for these lengths; the image's pixels are not looked at."""
+        prompts = generation_prompts(samples, self.prompt, len(image_of(samples, video=True)))
+        config = self.caption_config(max_length=max_length, min_length=min_length)
+        check_prompt(1, config)
+        self.check_context(samples, prompts, config.max_length - 1, prompt_limit=self.prompt_limit)
+
+    def check_predict_answers(
+        self,
+        samples: dict[str, Any],
+        *,
+        inference_method: str = "generate",
+        max_len: int = 10,
+        min_len: int = 1,
+        answer_list: list[str] | None = None,
+        prompt: str = "",
+    ) -> None:
+        """Raise what `predict_answers` would for these settings; the image's pixels are not looked at."""
+        count = len(image_of(samples, video=True))
+        prompts = question_prompts(samples, prompt or self.question_template(samples), count)
+        if inference_method == "generate":
+            config = self.answer_config(max_len=max_len, min_length=min_len)
+            check_prompt(1, config)
+            self.check_context(samples, prompts, config.max_length - 1, prompt_limit=self.prompt_limit)
+        else:
+            answers = self.coder.continuations(ranked_answers(answer_list), end=not self.bare_candidates)
+            self.check_context(samples, prompts, max(map(len, answers)) - (not self.lm.is_encoder_decoder))
+
+    def check_context(
+        self, samples: dict[str, Any], prompts: list[str], num_written: int, *, prompt_limit: int | None = None
+    ) -> None:
+        """Raise InputError if image, prompt and `num_written` tokens do not fit the language model's context."""
+        image = samples["image"]
+        num_seen = self.query_tokens.shape[1] * (image.shape[2] if image.dim() == 5 else 1)
+        rows = self.coder.inputs(prompts, max_length=prompt_limit)
+        self.lm.check_length(num_seen + max(map(len, rows)), num_written)
 
     @torch.no_grad()
     def predict_answers(
@@ -189,9 +235,8 @@ class Blip2LanguageModel(LanguageModelBase):
             best = order.gather(1, losses.argmin(dim=1, keepdim=True)).squeeze(1)
             answers = [answer_list[i] for i in best.tolist()]
         else:
-            config = self.lm.decoding(
-                max_length=whole_number(max_len, "max_len") + 1,
-                num_uncounted=1,
+            config = self.answer_config(
+                max_len=max_len,
                 min_length=min_len,
                 num_beams=num_beams,
                 length_penalty=length_penalty,

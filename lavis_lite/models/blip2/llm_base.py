@@ -170,6 +170,13 @@ class LanguageModelBase(Blip2Base):
             truncation_side=cls.truncation_side,
         )
 
+    def text_readers(self, samples: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
+        """As BaseModel's; the Q-Former reads what is asked, and of a caption the prompt only."""
+        keys = [key for key in ("text_input", "text_output") if key in samples]
+        asks = self.qformer_text_input and "text_output" in samples
+        own = super().text_readers(samples) if asks else []
+        return [*((key, f"{self.part}_model", self.coder.tokenizer) for key in keys), *own]
+
     def adapt_state_dict(self, state: MutableMapping[str, Tensor]) -> MutableMapping[str, Tensor]:
         """As Blip2Base's; layers of a language model without LoRA go into those that LoRA wraps or copies."""
         state, own = LazyState.of(super().adapt_state_dict(state)), self.state_dict()

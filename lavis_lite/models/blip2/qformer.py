@@ -27,6 +27,7 @@ from lavis_lite.models.base import Output
 from lavis_lite.models.batches import (
     Texts,
     captions_behind,
+    check_captions,
     fetch_texts,
     in_compute_type,
     stack_texts,
@@ -183,6 +184,11 @@ class Blip2Qformer(Blip2Matching):
             return self.step(select_cache(prefix, torch.tensor(rows, device=self.device)))
 
         return captions_behind(prompts, self, step_of, config)
+
+    def check_generate(self, samples: dict[str, Any], *, max_length: int, min_length: int = 0) -> None:
+        """Raise what `generate` would for these lengths; the image's pixels are not looked at."""
+        prompts = optional_texts(samples, "prompt", len(image_of(samples)))
+        check_captions(prompts, self, self.decoding(max_length=max_length, min_length=min_length))
 
     @torch.no_grad()
     def image_prefix(self, image: Tensor) -> list[KeyValue]:
