@@ -28,6 +28,7 @@ from lavis_lite.convert.folders import hf_config, hf_model
 from lavis_lite.models.batches import Texts, stack_texts
 from lavis_lite.models.blip2.base import PRECISIONS
 from lavis_lite.nn.attention import Context
+from lavis_lite.nn.decoding import GenerationConfig
 from lavis_lite.nn.llm import LanguageModel, Prefix
 from lavis_lite.nn.llm_sources import PACKAGED, WEIGHT_FILES
 from lavis_lite.nn.losses import IGNORED
@@ -273,7 +274,7 @@ def captions_job(name: str, model: Any, twin: Any, image: Tensor, arguments: arg
 def prefix_job(name: str, model: Any, image: Tensor, arguments: argparse.Namespace) -> Job:
     """The language model's share of the captions."""
     length = arguments.tokens + 1
-    config = model.lm.decoding(num_beams=NUM_BEAMS, max_length=length, min_length=length)
+    config = model.lm.decoding(GenerationConfig(num_beams=NUM_BEAMS, max_length=length, min_length=length))
     with torch.no_grad(), autocast(arguments):
         embeds, mask = model.asked({"image": image}, [""] * len(image))
     plain = copy.copy(model.lm)  # of the same weights

@@ -18,6 +18,7 @@ from reference_case import REFERENCE, Case, blip2_sizes, close, close_gradients
 from torch import Tensor
 
 from lavis_lite.common.registry import registry
+from lavis_lite.nn.decoding import Decoded
 
 LANGUAGE_MODEL_KEY = {"blip2_opt": "opt_model", "blip2_t5": "t5_model", "blip2_t5_instruct": "t5_model"}
 ANSWER_LENGTH_PENALTY = {"blip2_opt": 0.0, "blip2_vicuna_instruct": 0.0}
@@ -154,7 +155,7 @@ def check_written(
     seen: dict[str, Any] = {}
     generate, asked = model.lm.generate, model.asked
 
-    def recorded_ids(*args: Any) -> Tensor:
+    def recorded_ids(*args: Any) -> Decoded:
         seen["ids"] = generate(*args)
         return seen["ids"]
 
@@ -167,7 +168,7 @@ def check_written(
         patch.setattr(model, "asked", recorded_prompts)
         texts = write({"image": image, **expected["samples"]}, **{**(defaults or {}), **expected["kwargs"]})
     end = model.lm.end_id
-    rows = [until_end(row, end) for row in seen["ids"].tolist()]
+    rows = [until_end(row, end) for row in seen["ids"].ids.tolist()]
     assert rows == [until_end(row, end) for row in expected["ids"]]
     recorded_texts = expected["captions" if defaults is None else "answers"]
     for row, text, recorded in zip(rows, texts, recorded_texts, strict=True):

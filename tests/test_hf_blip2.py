@@ -17,6 +17,7 @@ from torch import Tensor
 from lavis_lite.common.registry import registry
 from lavis_lite.convert.folders import write_folder
 from lavis_lite.models import from_pretrained
+from lavis_lite.nn.decoding import GenerationConfig
 
 PROMPTS = ["Question: what color is the star? Short answer:", "a photo of"]
 TEXTS = ["a red square above a blue circle", "the black cat"]
@@ -103,8 +104,8 @@ def compare_language_model(model: Any, arch: str, folder: Path) -> None:
 
 def compare_generation(model: Any, twin: Any, inputs: dict[str, Tensor], **settings: Any) -> None:
     """Nine new tokens at most, two at least: ids up to the end token are equal."""
-    config = model.lm.decoding(max_length=10, min_length=3, **settings)
-    ours = model.lm.generate(*model.asked({"image": inputs["pixel_values"]}, PROMPTS), config)[:, 1:]
+    config = model.lm.decoding(GenerationConfig(max_length=10, min_length=3, **settings))
+    ours = model.lm.generate(*model.asked({"image": inputs["pixel_values"]}, PROMPTS), config).ids[:, 1:]
     generated = twin.generate(**inputs, max_new_tokens=9, min_new_tokens=2, do_sample=False, **settings)
     skipped = 1 if model.lm.is_encoder_decoder else inputs["input_ids"].shape[1]
     end = model.lm.end_id

@@ -30,7 +30,7 @@ from transformers import (
 
 from lavis_lite.datasets.shapes.language import vocabulary
 from lavis_lite.datasets.shapes.questions import question_words
-from lavis_lite.nn.decoding import DecodingConfig, decode
+from lavis_lite.nn.decoding import DecodingConfig, GenerationConfig, decode
 from lavis_lite.nn.llm import LanguageModel, load_language_model
 from lavis_lite.nn.llm_sources import PACKAGED
 
@@ -109,13 +109,13 @@ def test_generation_is_that_of_transformers(family: str, beams: int) -> None:
     model = random_model(family)
     lm = face(model)
     embeds, mask = inputs(lm, in_front=not lm.is_encoder_decoder)
-    ours = lm.generate(embeds, mask, lm.decoding(max_length=11, num_beams=beams, length_penalty=0.0))
+    ours = lm.generate(embeds, mask, lm.decoding(GenerationConfig(max_length=11, num_beams=beams, length_penalty=0.0)))
     theirs = model.generate(
         inputs_embeds=embeds, attention_mask=mask, max_new_tokens=10, num_beams=beams, length_penalty=0.0,
         do_sample=False,
     )  # fmt: skip
-    assert trimmed(ours) == trimmed(theirs)
-    assert len(set(map(tuple, trimmed(ours)))) > 1
+    assert trimmed(ours.ids) == trimmed(theirs)
+    assert len(set(map(tuple, trimmed(ours.ids)))) > 1
 
 
 @pytest.mark.parametrize(("family", "penalty"), [("opt", 1.0), ("t5", 1.7)])
@@ -124,28 +124,30 @@ def test_minimum_length_and_repetition_penalty_are_those_of_transformers(family:
     model = random_model(family)
     lm = face(model)
     embeds, mask = inputs(lm, in_front=not lm.is_encoder_decoder)
-    plain = lm.generate(embeds, mask, lm.decoding(max_length=9))
-    lm.end_id = int(plain[0, 3])  # a text that would end early
-    ours = lm.generate(embeds, mask, lm.decoding(max_length=9, min_length=6, repetition_penalty=penalty))
+    plain = lm.generate(embeds, mask, lm.decoding(GenerationConfig(max_length=9)))
+    lm.end_id = int(plain.ids[0, 3])  # a text that would end early
+    ours = lm.generate(
+        embeds, mask, lm.decoding(GenerationConfig(max_length=9, min_length=6, repetition_penalty=penalty))
+    )
     theirs = model.generate(
         inputs_embeds=embeds, attention_mask=mask, max_new_tokens=8, min_new_tokens=5, repetition_penalty=penalty,
         eos_token_id=lm.end_id, do_sample=False,
     )  # fmt: skip
-    assert trimmed(ours, lm.end_id) == trimmed(theirs, lm.end_id)
-    assert trimmed(ours, lm.end_id) != trimmed(plain, lm.end_id)
+    assert trimmed(ours.ids, lm.end_id) == trimmed(theirs, lm.end_id)
+    assert trimmed(ours.ids, lm.end_id) != trimmed(plain.ids, lm.end_id)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_sample_is_read_as_if_alone(family: str) -> None:
     lm = face(random_model(family))
     embeds, mask = inputs(lm)
-    config = lm.decoding(max_length=9, num_beams=3)
-    together = trimmed(lm.generate(embeds, mask, config))
+    config = lm.decoding(GenerationConfig(max_length=9, num_beams=3))
+    together = trimmed(lm.generate(embeds, mask, config).ids)
     order = torch.tensor([2, 0, 3, 1])
-    assert trimmed(lm.generate(embeds[order], mask[order], config)) == [together[i] for i in order.tolist()]
+    assert trimmed(lm.generate(embeds[order], mask[order], config).ids) == [together[i] for i in order.tolist()]
     for row, length in enumerate(mask.sum(dim=1).tolist()):
         one = slice(row, row + 1)
-        assert trimmed(lm.generate(embeds[one, :length], mask[one, :length], config)) == [together[row]]
+        assert trimmed(lm.generate(embeds[one, :length], mask[one, :length], config).ids) == [together[row]]
         alone = lm.prefix(embeds[one, :length], mask[one, :length]).logits
         torch.testing.assert_close(lm.prefix(embeds, mask).logits[one], alone, rtol=1e-4, atol=1e-4)
 
@@ -156,9 +158,9 @@ def test_padding_between_queries_and_prompt_changes_nothing() -> None:
     embeds, _ = inputs(lm)
     padded = torch.cat([embeds[:1, :4], torch.full((1, 3, lm.width), 7.0), embeds[:1, 4:]], dim=1)
     mask = torch.tensor([[1] * 4 + [0] * 3 + [1] * 5])
-    config = lm.decoding(max_length=9, num_beams=3)
-    expected = lm.generate(embeds[:1], torch.ones(1, 9, dtype=torch.long), config)
-    assert torch.equal(lm.generate(padded, mask, config), expected)
+    config = lm.decoding(GenerationConfig(max_length=9, num_beams=3))
+    expected = lm.generate(embeds[:1], torch.ones(1, 9, dtype=torch.long), config).ids
+    assert torch.equal(lm.generate(padded, mask, config).ids, expected)
 
 
 @pytest.mark.parametrize("step_bytes", [1, 150_000, 4 << 30])
@@ -202,7 +204,7 @@ def test_inputs_are_read_once_for_all_beams(family: str, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(stack, "forward", counted)
     embeds, mask = inputs(lm)
-    lm.generate(embeds, mask, lm.decoding(max_length=5, min_length=5, num_beams=3))
+    lm.generate(embeds, mask, lm.decoding(GenerationConfig(max_length=5, min_length=5, num_beams=3)))
     assert shapes == [(4, 9)] + ([] if lm.is_encoder_decoder else [(12, 1)] * 3)
 
 
@@ -219,9 +221,11 @@ def test_cached_prefix_can_be_expanded_twice() -> None:
 def test_nucleus_of_one_token_is_greedy_and_captions_are_side_by_side() -> None:
     lm = face(random_model("opt"))
     embeds, mask = inputs(lm)
-    greedy = lm.generate(embeds, mask, lm.decoding(max_length=8))
-    drawn = lm.generate(embeds, mask, lm.decoding(max_length=8, sample=True, top_p=1e-6, num_return=2))
-    assert trimmed(drawn) == [row for row in trimmed(greedy) for _ in range(2)]
+    greedy = lm.generate(embeds, mask, lm.decoding(GenerationConfig(max_length=8)))
+    drawn = lm.generate(
+        embeds, mask, lm.decoding(GenerationConfig(max_length=8, use_nucleus_sampling=True, top_p=1e-6, num_captions=2))
+    )
+    assert trimmed(drawn.ids) == [row for row in trimmed(greedy.ids) for _ in range(2)]
 
 
 def test_texts_of_padding_alone_do_not_fail() -> None:
@@ -234,7 +238,7 @@ def test_texts_of_padding_alone_do_not_fail() -> None:
         return logits.expand(len(new_ids), -1), [(state, state)]
 
     config = DecodingConfig(eos_id=1, pad_id=0, max_length=4, num_beams=2)
-    assert decode(step, torch.zeros(1, 1, dtype=torch.long), config).tolist() == [[0]]
+    assert decode(step, torch.zeros(1, 1, dtype=torch.long), config).ids.tolist() == [[0]]
 
 
 @pytest.mark.parametrize("family", ["opt", "t5"])
@@ -287,9 +291,9 @@ def test_bf16_reads_padded_inputs_and_gives_float32() -> None:
 def test_inputs_beyond_the_context_are_refused() -> None:
     lm = face(random_model("opt"))
     embeds, mask = torch.zeros(1, 60, lm.width), torch.ones(1, 60, dtype=torch.long)
-    lm.generate(embeds, mask, lm.decoding(max_length=5))
+    lm.generate(embeds, mask, lm.decoding(GenerationConfig(max_length=5)))
     with pytest.raises(ValueError, match=r"take 65 tokens, but the language model's context has 64"):
-        lm.generate(embeds, mask, lm.decoding(max_length=6))
+        lm.generate(embeds, mask, lm.decoding(GenerationConfig(max_length=6)))
     with pytest.raises(ValueError, match="context has 64"):
         lm.loss(torch.zeros(1, 65, lm.width), torch.ones(1, 65, dtype=torch.long), torch.tensor([[5]]))
 
@@ -298,12 +302,12 @@ def test_texts_beyond_the_context_of_a_decoder_are_refused() -> None:
     """What an encoder-decoder writes has 64 positions too, of which the start token takes one; the last is not read."""
     lm = face(random_model("bart"))
     (embeds, mask), text = inputs(lm), torch.full((4, 64), 5)
-    assert lm.generate(embeds, mask, lm.decoding(max_length=65, min_length=65)).shape == (4, 65)
+    assert lm.generate(embeds, mask, lm.decoding(GenerationConfig(max_length=65, min_length=65))).ids.shape == (4, 65)
     assert lm.loss(embeds, mask, text).isfinite()
     assert lm.candidate_losses(lm.prefix(embeds, mask), text[None], torch.ones_like(text)[None]).isfinite().all()
     longer = torch.full((4, 65), 5)
     with pytest.raises(ValueError, match="take 65 tokens, but the language model's context has 64"):
-        lm.generate(embeds, mask, lm.decoding(max_length=66))
+        lm.generate(embeds, mask, lm.decoding(GenerationConfig(max_length=66)))
     with pytest.raises(ValueError, match="context has 64"):
         lm.loss(embeds, mask, longer)
     with pytest.raises(ValueError, match="context has 64"):
@@ -614,7 +618,7 @@ def test_quantized_weights_answer_nearly_alike(quantization: str, stored: torch.
     expected, found = (lm.logits(embeds, mask, labels) for lm in (whole, model))
     assert not torch.equal(found, expected)
     assert (found - expected).norm() < (0.1 if quantization == "int8" else 0.3) * expected.norm()
-    assert model.generate(embeds, mask, model.decoding(max_length=4, num_beams=2)).shape[0] == 4
+    assert model.generate(embeds, mask, model.decoding(GenerationConfig(max_length=4, num_beams=2))).ids.shape[0] == 4
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])

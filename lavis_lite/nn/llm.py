@@ -22,7 +22,7 @@ from transformers import EncoderDecoderCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from lavis_lite.common.errors import InputError
-from lavis_lite.nn.decoding import DecodingConfig, decode
+from lavis_lite.nn.decoding import Decoded, DecodingConfig, GenerationConfig, decode
 from lavis_lite.nn.llm_loading import load_language_model
 from lavis_lite.nn.llm_sources import has_weights, language_model_config
 from lavis_lite.nn.losses import IGNORED
@@ -130,9 +130,9 @@ class LanguageModel:
         """Embeddings (...,E) of ids, as the model makes them of ids itself."""
         return self.model.get_input_embeddings()(ids) * self._embedding_scale
 
-    def decoding(self, **settings: Any) -> DecodingConfig:
-        """Decoding settings with this model's end and padding tokens; lengths count the start token."""
-        return DecodingConfig(eos_id=self.end_id, pad_id=self.pad_id, **settings)
+    def decoding(self, generation: GenerationConfig, **settings: Any) -> DecodingConfig:
+        """Return decoding settings with this model's end and padding tokens; lengths count the start token."""
+        return DecodingConfig.of(generation, eos_id=self.end_id, pad_id=self.pad_id, **settings)
 
     def logits(self, embeds_BSE: Tensor, mask_BS: Tensor, labels_BT: Tensor) -> Tensor:
         """What the model predicts for each label: (B,T,V), float32.
@@ -161,11 +161,12 @@ class LanguageModel:
         return F.cross_entropy(logits.flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORED)
 
     @torch.no_grad()
-    def generate(self, embeds_BSE: Tensor, mask_BS: Tensor, config: DecodingConfig) -> Tensor:
-        """Ids (B x num_return, L) of what follows the inputs, the start token first, padded behind the end token.
+    def generate(self, embeds_BSE: Tensor, mask_BS: Tensor, config: DecodingConfig) -> Decoded:
+        """Generate `num_captions` texts after each input, the start token first.
 
         Raises ValueError if inputs and text do not fit the model's context.
         """
+        config = config.resolved(1)
         self._check_length(embeds_BSE.shape[1], config.max_length - 1)  # the last token is not read
         prefix = self.prefix(embeds_BSE, mask_BS)
 

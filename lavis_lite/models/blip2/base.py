@@ -39,7 +39,7 @@ from lavis_lite.models.initialise import (
 )
 from lavis_lite.models.tokenizers import blip2_tokenizer, tokenize
 from lavis_lite.nn.attention import MAX_VOCABULARY, Context
-from lavis_lite.nn.decoding import DecodingConfig
+from lavis_lite.nn.decoding import DecodingConfig, GenerationConfig
 from lavis_lite.nn.encoders import (
     ENCODERS,
     PUBLISHED,
@@ -201,13 +201,14 @@ class Blip2Base(BaseModel):
         """Labels of a language-model loss: padding does not count."""
         return ids.masked_fill(ids == self.tokenizer.pad_token_id, -100)
 
-    def decoding(self, **settings: Any) -> DecodingConfig:
-        """Decoding settings with the Q-Former tokenizer's end and padding tokens, and its positions."""
-        return DecodingConfig(
+    def decoding(self, generation: GenerationConfig, *, return_scores: bool = False) -> DecodingConfig:
+        """Return decoding settings with the Q-Former's end and padding tokens and the text transformer's positions."""
+        return DecodingConfig.of(
+            generation,
             eos_id=self.tokenizer.sep_token_id,
             pad_id=self.tokenizer.pad_token_id,
             max_positions=self.Qformer.config.max_positions,
-            **settings,
+            return_scores=return_scores,
         )
 
     def layer_scale(self, decay: float) -> Callable[[str], float]:

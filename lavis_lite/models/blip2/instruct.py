@@ -13,7 +13,8 @@ class InstructModel(Blip2LanguageModel):
     """A language model that is given instructions; long ones lose their beginning."""
 
     truncation_side = "left"
-    answer_repetition_penalty = 1.5
+    generation = Blip2LanguageModel.generation.changed(max_length=256, repetition_penalty=1.5)
+    answer_generation = Blip2LanguageModel.answer_generation.changed(repetition_penalty=1.5)
 
     def __init__(
         self,
@@ -31,33 +32,6 @@ class InstructModel(Blip2LanguageModel):
             max_output_txt_len=max_output_txt_len,
             qformer_text_input=qformer_text_input,
             **parts,
-        )
-
-    def generate(
-        self,
-        samples: dict[str, Any],
-        use_nucleus_sampling: bool = False,
-        num_beams: int = 5,
-        max_length: int = 256,
-        min_length: int = 1,
-        top_p: float = 0.9,
-        repetition_penalty: float = 1.5,
-        length_penalty: float = 1.0,
-        num_captions: int = 1,
-        temperature: float = 1.0,
-    ) -> list[str]:
-        """As Blip2LanguageModel's, with the defaults of instructions; `image` may be a video (B,3,F,H,W)."""
-        return super().generate(
-            samples,
-            use_nucleus_sampling=use_nucleus_sampling,
-            num_beams=num_beams,
-            max_length=max_length,
-            min_length=min_length,
-            top_p=top_p,
-            repetition_penalty=repetition_penalty,
-            length_penalty=length_penalty,
-            num_captions=num_captions,
-            temperature=temperature,
         )
 
 

@@ -43,6 +43,7 @@ from lavis_lite.models.inputs import (
     texts_of,
     whole_number,
 )
+from lavis_lite.nn.decoding import DecodingConfig, GenerationConfig
 from lavis_lite.nn.losses import IGNORED
 
 
@@ -59,6 +60,12 @@ class Batch(NamedTuple):
 
 class Blip2LanguageModel(LanguageModelBase):
     """What the architectures do: learn captions and answers, write them, choose among answers."""
+
+    generation: ClassVar[GenerationConfig] = GenerationConfig(num_beams=5, max_length=30, min_length=1)
+    answer_generation: ClassVar[GenerationConfig] = GenerationConfig(
+        num_beams=5, max_length=10, min_length=1, length_penalty=-1.0
+    )
+    """A length penalty of -1 favours short answers (BLIP-2, section 4.1)."""
 
     def forward(self, samples: dict[str, Any]) -> Output:
         """Language-model loss of `text_output` given `image` and `text_input`, or of `text_input`, a caption.
@@ -125,62 +132,44 @@ class Blip2LanguageModel(LanguageModelBase):
         return ids.masked_fill(mask == 0, IGNORED)
 
     @torch.no_grad()
-    def generate(
-        self,
-        samples: dict[str, Any],
-        use_nucleus_sampling: bool = False,
-        num_beams: int = 5,
-        max_length: int = 30,
-        min_length: int = 1,
-        top_p: float = 0.9,
-        repetition_penalty: float = 1.0,
-        length_penalty: float = 1.0,
-        num_captions: int = 1,
-        temperature: float = 1.0,
-    ) -> list[str]:
-        """What the language model writes about each `image` (B,3,H,W), `num_captions` for each in turn.
+    def generate(self, samples: dict[str, Any], *, return_scores: bool = False, **changes: Any) -> list[Any]:
+        """Return what the language model generates about each `image` (B,3,H,W), `num_captions` for each in turn.
 
-        `samples["prompt"]`, one string or one a sample, replaces the model's. Lengths are in tokens without the
-        prompt; a causal model's count one start token.
+        `samples["prompt"]`, one text or one per sample, replaces the model's. `changes` replace settings of
+        `generation`; a causal model's `max_length` counts one start token. With `return_scores` the texts are pairs
+        (text, score); see `Decoded`.
         """
-        prompts = generation_prompts(samples, self.prompt, len(image_of(samples, video=True, answering=True)))
         num_uncounted = int(self.lm.is_encoder_decoder)
-        config = self.lm.decoding(
-            max_length=whole_number(max_length, "max_length") + num_uncounted,
-            num_uncounted=num_uncounted,
-            min_length=min_length,
-            num_beams=num_beams,
-            num_return=num_captions,
-            length_penalty=length_penalty,
-            repetition_penalty=repetition_penalty,
-            sample=use_nucleus_sampling,
-            top_p=top_p,
-            temperature=temperature,
-        )
-        return self.coder.decode(self.lm.generate(*self.asked(samples, prompts, max_length=self.prompt_limit), config))
+        generation = self.generation.changed(**changes)
+        config = self.lm.decoding(generation, num_uncounted=num_uncounted, return_scores=return_scores)
+        prompts = generation_prompts(samples, self.prompt, len(image_of(samples, video=True, answering=True)))
+        return self.write(samples, prompts, config)
+
+    def write(self, samples: dict[str, Any], prompts: list[str], config: DecodingConfig) -> list[Any]:
+        """Generate texts after images and prompts, with scores if `config` asks for them."""
+        decoded = self.lm.generate(*self.asked(samples, prompts, max_length=self.prompt_limit), config)
+        return decoded.with_scores(self.coder.decode(decoded.ids))
 
     @torch.no_grad()
     def predict_answers(
         self,
         samples: dict[str, Any],
-        num_beams: int = 5,
+        *,
         inference_method: str = "generate",
-        max_len: int = 10,
-        min_len: int = 1,
         num_ans_candidates: int = 128,
         answer_list: list[str] | None = None,
         prompt: str = "",
-        length_penalty: float = -1.0,
+        **changes: Any,
     ) -> list[str]:
-        """One answer to each question (`text_input`), which stands in the gap of `prompt`, e.g. "Question: {} Answer:";
-        without it in that of the samples' `prompt`, else of the model's.
+        """Return an answer to each question (`text_input`), which `{}` in `prompt` stands for ("Question: {} Answer:");
+        without `prompt` that of the samples' `prompt`, else of the model's.
 
-        `generate` writes at most `max_len` tokens by beam search; `rank` picks from `answer_list` the likeliest of the
-        `num_ans_candidates` answers whose first tokens are likeliest. A length penalty of -1 favours short answers
-        (BLIP-2, section 4.1).
+        `generate` writes at most `max_length` tokens, with `changes` of `answer_generation`; `rank` chooses from
+        `answer_list` the likeliest of the `num_ans_candidates` answers whose first tokens are likeliest.
         """
         if inference_method not in ("rank", "generate"):
             raise InputError(f"inference_method {inference_method!r} is not one of rank, generate")
+        config = self.lm.decoding(self.answer_generation.changed(**changes), num_uncounted=1)
         count = len(image_of(samples, video=True, answering=True))
         prompts = question_prompts(samples, prompt or self.question_template(samples), count)
         if inference_method == "rank":
@@ -189,17 +178,7 @@ class Blip2LanguageModel(LanguageModelBase):
             best = order.gather(1, losses.argmin(dim=1, keepdim=True)).squeeze(1)
             answers = [answer_list[i] for i in best.tolist()]
         else:
-            config = self.lm.decoding(
-                max_length=whole_number(max_len, "max_len") + 1,
-                num_uncounted=1,
-                min_length=min_len,
-                num_beams=num_beams,
-                length_penalty=length_penalty,
-                repetition_penalty=self.answer_repetition_penalty,
-            )
-            answers = self.coder.decode(
-                self.lm.generate(*self.asked(samples, prompts, max_length=self.prompt_limit), config)
-            )
+            answers = self.write(samples, prompts, config)
         return lemmatize(answers) if self.apply_lemmatizer or samples.get("apply_lemmatizer") else answers
 
     @torch.no_grad()

@@ -59,7 +59,6 @@ class LanguageModelBase(Blip2Base):
     """The end token begins a text too."""
     pad_token: ClassVar[str | None] = None
     """Padding token that is added to the vocabulary."""
-    answer_repetition_penalty: ClassVar[float] = 1.0
     prompt_limit: int | None = None
     """Tokens to which `generate` and `predict_answers` cut prompts before they write; None: they do not."""
     bare_candidates: ClassVar[bool] = False
