@@ -234,7 +234,7 @@ def test_scores_are_transformers_sequences_scores(arch: str) -> None:
     """At a length penalty of 0: transformers counts other tokens in the length."""
     model, samples = build(arch), {"image": pictures(3), "prompt": ["a photo of"] * 3}
     scored = model.generate(samples, max_new_tokens=6, length_penalty=0.0, num_captions=2, return_scores=True)
-    embeds, mask = model.asked(samples, samples["prompt"])
+    embeds, mask = model.prompt_embeds(samples, samples["prompt"])
     theirs = model.lm.model.generate(
         inputs_embeds=embeds,
         attention_mask=mask,
