@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lavis_lite.common import dist
 from lavis_lite.common.wording import without_false_spaces
-from lavis_lite.nn.decoding import DecodingConfig, Step, decode
+from lavis_lite.nn.decoding import DecodingConfig, ScoredText, Step, decode
 
 logger = logging.getLogger(__name__)
 
@@ -94,12 +94,12 @@ def group_by_prompt(prompts: Sequence[str], answer: Callable[[str, list[int]], l
 
 def generate_continuations(
     prompts: Sequence[str], model: Any, step_of: Callable[[list[int]], Step], config: DecodingConfig
-) -> list[Any]:
+) -> list[str | ScoredText]:
     """Return what `model` (BLIP's captioner or the Q-Former, for their tokenizer) generates after each prompt, without
     the prompt; `step_of` returns the decoding step of the samples with these rows.
     """
 
-    def captions(prompt: str, rows: list[int]) -> list[Any]:
+    def captions(prompt: str, rows: list[int]) -> list[str | ScoredText]:
         ids = model.tokenize([prompt] * len(rows), start=model.decoder_start)[0][:, :-1]
         start = model.tokenizer.decode(ids[0], skip_special_tokens=True)  # as it reads in the decoded texts
         decoded = decode(step_of(rows), ids, config)
