@@ -23,7 +23,7 @@ from lavis_lite.common.errors import InputError
 from lavis_lite.common.sources import weights
 from lavis_lite.common.sources.weights import LazyState, Reader
 from lavis_lite.models.base import Output, chosen_weights
-from lavis_lite.models.blip2.base import TEXT_PARTS, Blip2Base
+from lavis_lite.models.blip2.base import TEXT_PARTS, Blip2Base, refuse_fp16_on_cpu
 from lavis_lite.models.blip2.families import LLMFamily
 from lavis_lite.models.blip2.llm_checks import check_fit, llm_dtype, start_id
 from lavis_lite.models.blip2.llm_tokenizer import LLMTokenizer
@@ -157,8 +157,7 @@ class Blip2LLM(Blip2Base):
     @classmethod
     def from_config(cls, cfg: dict[str, Any], *, device: str | torch.device = "cpu") -> Self:
         """Build the model as `BaseModel` does; sizes that do not fit are found before the language model is loaded."""
-        if cfg.get("llm_precision") == "fp16" and torch.device(device).type == "cpu":
-            raise InputError("model.llm_precision=fp16 does not run on the CPU: set it to auto, bf16 or fp32")
+        refuse_fp16_on_cpu("llm_precision", cfg.get("llm_precision"), device)
         source = cfg.get(f"{cls.family.prefix}_model", cls.family.source)
         config, chosen = cls.llm_config(source, cfg.get("llm")), chosen_weights(cfg)
         if chosen is not None:
