@@ -25,14 +25,18 @@ from transformers import (
 
 from lavis_lite.common import checkpoint
 from lavis_lite.common.registry import registry
-from lavis_lite.models.blip2 import llm_base as blip2_llm_base
-from lavis_lite.models.blip2.llm_text import text_coder
+from lavis_lite.models.blip2 import llm as blip2_llm
+from lavis_lite.models.blip2.families import ANY as ANY_FAMILY
+from lavis_lite.models.blip2.families import OPT
+from lavis_lite.models.blip2.llm_checks import llm_dtype
+from lavis_lite.models.blip2.llm_tokenizer import LLMTokenizer
 from lavis_lite.models.blip2.prompts import (
     class_prompts,
     generation_prompts,
     question_prompts,
     split_caption,
 )
+from lavis_lite.nn.decoding import Decoded
 
 TINY = REFERENCE / "tiny_hf"
 MODELS = {
@@ -111,7 +115,7 @@ def test_a_batch_writes_what_its_members_write_alone(arch: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ["blip2_opt", "blip2_t5"])
-def test_prompts_are_one_for_all_or_one_a_sample(arch: str) -> None:
+def test_a_prompt_is_one_for_all_samples_or_one_per_sample(arch: str) -> None:
     model = build(arch)
     image, settings = pictures(2), {"num_beams": 2, "max_length": 6}
     one = model.generate({"image": image, "prompt": "a photo of"}, **settings)
@@ -126,7 +130,7 @@ def test_prompts_are_one_for_all_or_one_a_sample(arch: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ["blip2_opt", "blip2_t5"])
-def test_lengths_count_what_they_say(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_max_length_counts_the_start_token_of_a_causal_model(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = build(arch), []
     generate = model.lm.generate
     monkeypatch.setattr(model.lm, "generate", lambda *args: seen.append(args[2]) or generate(*args))
@@ -141,11 +145,11 @@ def test_lengths_count_what_they_say(arch: str, monkeypatch: pytest.MonkeyPatch)
 def test_messages_show_the_lengths_that_were_given(arch: str) -> None:
     """Not those that count the start token too."""
     model, samples = build(arch), {"image": pictures(1), "text_input": "what?"}
-    with pytest.raises(ValueError, match=r"min_length 20 is above max_length 5: lower it"):
+    with pytest.raises(ValueError, match=r"min_length 20 .*max_length 5"):
         model.generate(samples, max_length=5, min_length=20)
-    with pytest.raises(ValueError, match=r"min_length 20 is above max_length 5: lower it"):
+    with pytest.raises(ValueError, match=r"min_length 20 .*max_length 5"):
         model.predict_answers(samples, max_len=5, min_len=20)
-    with pytest.raises(ValueError, match=r"nothing to generate below max_length 0: .* raise max_length"):
+    with pytest.raises(ValueError, match=r"^max_length: .* got 0"):
         model.predict_answers(samples, max_len=0, min_len=0)
 
 
@@ -160,8 +164,8 @@ def test_ranking_is_the_likeliest_whole_answer(arch: str) -> None:
     prompts = [f"Question: {question} Answer:" for question in QUESTIONS[:2]]
     losses = torch.zeros(2, len(answers))
     for column, answer in enumerate(answers):
-        batch = model.answer_batch(prompts, [answer] * 2)
-        embeds, mask = model.joined(model.see(samples, prompts), batch.ids, batch.mask)
+        batch = model.llm_tokenizer.answer_batch(prompts, [answer] * 2)
+        embeds, mask = model.concat_embeds(model.image_embeds(samples, prompts), batch.ids, batch.mask)
         logits = model.lm.logits(embeds, mask, batch.labels).log_softmax(-1)
         picked = logits.gather(2, batch.labels.clamp(min=0)[:, :, None])[:, :, 0]
         losses[:, column] = -(picked * (batch.labels != -100)).sum(1)
@@ -170,8 +174,8 @@ def test_ranking_is_the_likeliest_whole_answer(arch: str) -> None:
     expected = [answers[i] for i in losses.argmin(1).tolist()]
     settings = {"inference_method": "rank", "answer_list": answers, "prompt": "Question: {} Answer:"}
     assert model.predict_answers(samples, **settings) == expected
-    first = [model.coder.continuations([answer])[0][0] for answer in answers]
-    prefix = model.lm.prefix(*model.asked(samples, prompts))
+    first = [model.llm_tokenizer.continuations([answer])[0][0] for answer in answers]
+    prefix = model.lm.prefix(*model.prompt_embeds(samples, prompts))
     likeliest = [answers[int(row[first].argmax())] for row in prefix.logits]
     assert model.predict_answers(samples, num_ans_candidates=1, **settings) == likeliest
 
@@ -182,23 +186,23 @@ def test_a_start_token_that_all_answers_share_does_not_choose_between_them(tmp_p
     config = BartConfig(**sizes, vocab_size=424, max_position_embeddings=64)
     folder = llm_folder(tmp_path / "llm", config, "llama")
     model = build("blip2_llm", llm_model=str(folder), llm_precision="fp32")
-    assert len(model.coder.before) == 1
+    assert len(model.llm_tokenizer.prefix_ids) == 1
     with torch.no_grad():
         for parameter in model.llm_model.parameters():
             parameter.normal_(std=0.5)
     samples, prompts, answers = {"image": pictures()}, ["what?"] * 3, ["yes", "no", "red", "blue", "two", "a"]
     order, _ = model.rank_answers(samples, prompts, answers, 1)
-    ids = torch.tensor([row[:2] for row in model.coder.continuations(answers)])
-    embeds, mask = model.asked(samples, prompts)
+    ids = torch.tensor([row[:2] for row in model.llm_tokenizer.continuations(answers)])
+    embeds, mask = model.prompt_embeds(samples, prompts)
     logits = model.lm.logits(embeds, mask, ids[:1].expand(3, -1))[:, 1]
     assert order[:, 0].tolist() == logits[:, ids[:, 1]].argmax(dim=1).tolist()
     assert order.any()
 
 
-def test_the_question_goes_into_the_gap_of_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_question_replaces_the_placeholder_of_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = build("blip2_opt"), []
-    monkeypatch.setattr(model, "asked", lambda samples, prompts, **_: seen.append(prompts) or [None, None])
-    monkeypatch.setattr(model.lm, "generate", lambda *_: torch.tensor([[2, 68], [2, 68]]))
+    monkeypatch.setattr(model, "prompt_embeds", lambda samples, prompts, **_: seen.append(prompts) or [None, None])
+    monkeypatch.setattr(model.lm, "generate", lambda *_: Decoded(torch.tensor([[2, 68], [2, 68]])))
     samples = {"image": pictures(2), "text_input": QUESTIONS[:2]}
     model.predict_answers(samples)
     model.predict_answers(samples, prompt="Question: {} Short answer:")
@@ -227,24 +231,24 @@ def test_prompt_forms() -> None:
     assert question_prompts({"text_input": ["a {} {b}"]}, "Q: {}", 1) == ["Q: a {} {b}"]
     assert generation_prompts(words, "Read: {}. Q: {}", 1) == ["Read: " + ", ".join(["x"] * 30) + ". Q: who?"]
     assert generation_prompts(words, "Read: {}", 1) == ["Read: " + ", ".join(["x"] * 30)]
-    with pytest.raises(ValueError, match="has two gaps"):
+    with pytest.raises(ValueError, match=r"ocr_tokens.*choices"):
         question_prompts({"text_input": ["who?"]}, "{} {}", 1)
 
 
-def test_prompts_with_gaps_left_over_and_texts_for_lists() -> None:
-    with pytest.raises(ValueError, match=r"'Read: \{\}. Q: \{\}' has 2 gaps, but there are 1 texts"):
+def test_placeholders_without_a_text_and_texts_in_place_of_lists() -> None:
+    with pytest.raises(ValueError, match=r"'Read: \{\}. Q: \{\}' .*2 .*1 "):
         generation_prompts({"ocr_tokens": [["a"]]}, "Read: {}. Q: {}", 1)
-    with pytest.raises(ValueError, match="has 2 gaps, but there are 1 texts"):
+    with pytest.raises(ValueError, match=r"'Q: \{\} Options: \{\}' .*2 .*1 "):
         class_prompts({"prompt": "Q: {} Options: {}", "text_input": ["who?"]}, "", 1)
     for key in ("ocr_tokens", "choices"):
-        with pytest.raises(ValueError, match="expected a list of texts for each image, got the text 'word'"):
+        with pytest.raises(ValueError, match="'word'"):
             question_prompts({"text_input": ["who?"], key: ["word"]}, "{} {}", 1)
 
 
 def test_the_lemmatizer_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("blip2_opt", apply_lemmatizer=True)
     monkeypatch.setitem(sys.modules, "spacy", None)
-    with pytest.raises(ImportError, match="apply_lemmatizer needs spaCy"):
+    with pytest.raises(ImportError, match=r"apply_lemmatizer.*spacy"):
         model.predict_answers({"image": pictures(1), "text_input": ["who?"]}, max_len=2)
 
 
@@ -259,7 +263,7 @@ def test_classes_of_each_image_are_those_of_one_list(arch: str) -> None:
     ragged = model.predict_class(samples, [candidates, candidates[:2]])
     assert ragged[0] == ranks[0].tolist()
     assert sorted(ragged[1]) == [0, 1]
-    with pytest.raises(ValueError, match="n_segments 4 must be from 1 to the number of candidates, 3"):
+    with pytest.raises(ValueError, match=r"n_segments: .* 3; got 4"):
         model.predict_class(samples, candidates, n_segments=4)
 
 
@@ -267,13 +271,23 @@ def test_a_video_is_seen_frame_after_frame() -> None:
     model = build("blip2_opt")
     frames = pictures(2)
     video = frames.transpose(0, 1)[None]
-    seen = model.see({"image": video}, [""])
-    expected = torch.cat([model.see({"image": frame[None]}, [""]) for frame in frames], dim=1)
+    seen = model.image_embeds({"image": video}, [""])
+    expected = torch.cat([model.image_embeds({"image": frame[None]}, [""]) for frame in frames], dim=1)
     torch.testing.assert_close(seen, expected)
     assert len(model.generate({"image": video}, max_length=4, num_beams=2)) == 1
 
 
 # training
+
+
+def test_a_frozen_image_encoder_stays_in_evaluation_mode() -> None:
+    """Without drop path, two training passes see the same tokens; an encoder that is trained drops paths."""
+    for freeze_vit in (True, False):
+        vit = {**SIZES["vit"], "depth": 4}
+        model = build("blip2_opt", drop_path_rate=0.9, freeze_vit=freeze_vit, vit=vit).train()
+        first, second = (model.encode_image(pictures(8)) for _ in range(2))
+        assert torch.equal(first, second) == freeze_vit
+        assert model.visual_encoder.training != freeze_vit
 
 
 def test_captions_are_split_uniformly_up_to_half() -> None:
@@ -291,9 +305,9 @@ def test_captions_are_split_uniformly_up_to_half() -> None:
 @pytest.mark.parametrize("arch", ["blip2_t5", "blip2_opt"])
 def test_a_prompt_begins_the_caption_and_is_not_learned(arch: str) -> None:
     model = build(arch, prompt="a photo of")
-    tokens, coder = model.coder.tokenizer, model.coder
+    tokens, coder = model.llm_tokenizer.tokenizer, model.llm_tokenizer
     for caption in ("a red square", "a photo of a red square"):
-        batch = model.caption_batch([caption])
+        batch = model.llm_tokenizer.caption_batch([caption], model.prompt)
         learned = batch.labels[0][batch.labels[0] != -100]
         assert tokens.decode(learned[:-1]).strip() == "a red square"
         assert learned[-1] == coder.end_id
@@ -306,38 +320,41 @@ def test_a_prompt_begins_the_caption_and_is_not_learned(arch: str) -> None:
 def test_long_texts_are_cut_where_they_should_be() -> None:
     """max_txt_len cuts a caption with its end token, and an instruction at its beginning."""
     model = build("blip2_opt", max_txt_len=6)
-    (row,) = model.caption_batch(["a red square above a blue circle"]).ids.tolist()
-    assert row == [2, *model.coder.outputs(["a red square above a blue circle"])[0][:5]]
+    (row,) = model.llm_tokenizer.caption_batch(["a red square above a blue circle"], model.prompt).ids.tolist()
+    assert row == [2, *model.llm_tokenizer.outputs(["a red square above a blue circle"])[0][:5]]
     assert model.lm.end_id not in row
     model = build("blip2_vicuna_instruct", max_txt_len=6, max_output_txt_len=4)
-    question = model.coder.inputs(["what color is the star?"])[0]
-    batch = model.answer_batch(["what color is the star?"], ["a black cat sitting on the table"])
+    question = model.llm_tokenizer.inputs(["what color is the star?"])[0]
+    batch = model.llm_tokenizer.answer_batch(["what color is the star?"], ["a black cat sitting on the table"])
     assert batch.ids[0, :6].tolist() == [2, *question[-5:]]
     assert (batch.labels[0] != -100).sum() == 3
 
 
 def test_a_prompt_that_leaves_no_room_for_the_caption() -> None:
     model = build("blip2_opt", prompt="a photo of", max_txt_len=8)
-    with pytest.raises(ValueError, match=r"prompt 'a photo of' takes all of max_txt_len=8 tokens"):
+    with pytest.raises(ValueError, match=r"model\.prompt: 'a photo of' .*max_txt_len=8"):
         model({"image": pictures(1), "text_input": ["a photo of a cat"]})
 
 
 def test_a_byte_level_vocabulary_gets_the_space_before_an_answer() -> None:
     tokenizer = AutoTokenizer.from_pretrained(TINY / "opt")
-    coder = text_coder(tokenizer, is_encoder_decoder=False, end="\n")
+    coder = LLMTokenizer.of(tokenizer, OPT, is_encoder_decoder=False, max_length=8, max_output_length=8)
     joint = tokenizer("the star is red\n").input_ids
     assert coder.inputs(["the star is"])[0] + coder.continuations(["red"])[0] == joint
     sentencepiece = AutoTokenizer.from_pretrained(TINY / "llama")
-    coder = text_coder(sentencepiece, is_encoder_decoder=False)
+    coder = LLMTokenizer.of(sentencepiece, ANY_FAMILY, is_encoder_decoder=False, max_length=8, max_output_length=8)
     joint = sentencepiece("the star is red").input_ids
     assert coder.inputs(["the star is"])[0] + coder.continuations(["red"], end=False)[0] == joint
 
 
-def test_the_qformer_reads_the_question_if_it_is_told_to() -> None:
+def test_the_qformer_reads_the_question_with_qformer_text_input() -> None:
     for reads in (True, False):
         model = build("blip2_opt", qformer_text_input=reads)
         samples = {"image": pictures(2)}
-        first, second = model.see(samples, ["who?", "who?"]), model.see(samples, ["who?", "where is the cat?"])
+        first, second = (
+            model.image_embeds(samples, ["who?", "who?"]),
+            model.image_embeds(samples, ["who?", "where is the cat?"]),
+        )
         torch.testing.assert_close(first[0], second[0])
         assert torch.allclose(first[1], second[1]) != reads
         model({**samples, "text_input": QUESTIONS[:2], "text_output": ["red", "two"]})["loss"].backward()
@@ -348,9 +365,11 @@ def test_the_qformer_reads_the_question_if_it_is_told_to() -> None:
 def test_a_caption_that_is_learned_is_not_shown_to_the_qformer(monkeypatch: pytest.MonkeyPatch) -> None:
     for arch in ("blip2_vicuna_instruct", "blip2_t5_instruct"):
         model, shown = build(arch, prompt="a photo of"), []
-        see = model.see
+        embed = model.image_embeds
         monkeypatch.setattr(
-            model, "see", lambda samples, texts, see=see, shown=shown: shown.append(texts) or see(samples, texts)
+            model,
+            "image_embeds",
+            lambda samples, texts, embed=embed, shown=shown: shown.append(texts) or embed(samples, texts),
         )
         model({"image": pictures(2), "text_input": ["a cat", "a dog"]})
         assert shown == [["a photo of"] * 2]
@@ -369,10 +388,10 @@ def test_a_training_step_leaves_the_frozen_parts_alone(arch: str, form: str) -> 
     optimizer.step()
     assert loss.isfinite()
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    assert {name.split(".")[0] for name in frozen} == {"visual_encoder", f"{model.part}_model"}
+    assert {name.split(".")[0] for name in frozen} == {"visual_encoder", f"{model.llm_prefix}_model"}
     after = model.state_dict()
     changed = {name for name in after if not torch.equal(after[name], before[name])}
-    assert {"query_tokens", f"{model.part}_proj.weight", "ln_vision.weight"} <= changed
+    assert {"query_tokens", f"{model.llm_prefix}_proj.weight", "ln_vision.weight"} <= changed
     assert not changed & frozen
 
 
@@ -397,7 +416,7 @@ def test_stage_two_starts_from_stage_one(tmp_path: Path) -> None:
     cls = type(model)
     loaded = cls.from_config(config_of("blip2_opt", pretrained=str(tmp_path / "stage1.pth")))
     assert torch.equal(loaded.query_tokens, model.query_tokens)
-    with pytest.raises(ValueError, match=r"lacks 2 trainable keys.*opt_proj"):
+    with pytest.raises(ValueError, match="opt_proj"):
         cls.from_config(config_of("blip2_opt", finetuned=str(tmp_path / "stage1.pth")))
 
 
@@ -450,7 +469,7 @@ def test_any_language_model(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("arch", ["blip2_opt", "blip2_vicuna_instruct", "blip2_t5_instruct"])
 def test_lora_is_what_is_trained_and_saved(arch: str, tmp_path: Path) -> None:
     model = build(arch, llm_lora={"r": 2})
-    prefix = f"{model.part}_model."
+    prefix = f"{model.llm_prefix}_model."
     trained = {name for name, p in model.named_parameters() if p.requires_grad and name.startswith(prefix)}
     assert trained
     assert all("lora_" in name for name in trained)
@@ -493,7 +512,7 @@ def loading_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("the language model was loaded")
 
-    monkeypatch.setattr(blip2_llm_base, "load_language_model", refuse)
+    monkeypatch.setattr(blip2_llm, "load_language_model", refuse)
 
 
 @pytest.mark.usefixtures("loading_is_refused")
@@ -508,24 +527,24 @@ class TestRefusedBeforeLoading:
     @pytest.mark.parametrize("kind", ["checkpoint", "finetuned", "pretrained"])
     def test_a_checkpoint_of_a_wider_language_model(self, kind: str, tmp_path: Path) -> None:
         source = self.saved(tmp_path, **{"opt_proj.weight": torch.zeros(2560, 32)})
-        with pytest.raises(ValueError, match=r"language model of width 2560, but .*opt has 32: set model.opt_model"):
+        with pytest.raises(ValueError, match=r"2560, .*opt has 32: .*model\.opt_model"):
             self.from_config("blip2_opt", **{kind: source})
 
     def test_a_checkpoint_of_another_vocabulary(self, tmp_path: Path) -> None:
         source = self.saved(tmp_path, **{"opt_model.lm_head.weight": torch.zeros(500, 32)})
-        with pytest.raises(ValueError, match=r"vocabulary of 500 tokens \(opt_model.lm_head.weight\), but .* has 380"):
+        with pytest.raises(ValueError, match=r"500 .*opt_model\.lm_head\.weight.* 380"):
             self.from_config("blip2_opt", checkpoint=source)
 
     def test_a_language_model_of_another_family(self) -> None:
-        with pytest.raises(ValueError, match=r"t5 is a t5, and Blip2OPT takes opt only: use arch blip2_llm"):
+        with pytest.raises(ValueError, match=r"model\.opt_model: .*t5 .*blip2_llm"):
             self.from_config("blip2_opt", opt_model=str(TINY / "t5"))
 
     def test_no_language_model(self) -> None:
-        with pytest.raises(ValueError, match=r"model\.llm_model is missing"):
+        with pytest.raises(ValueError, match=r"model\.llm_model"):
             registry.get_model_class("blip2_llm").from_config(SIZES)
 
     def test_a_missing_folder(self, tmp_path: Path) -> None:
-        with pytest.raises(FileNotFoundError, match="no_such does not exist"):
+        with pytest.raises(FileNotFoundError, match="no_such"):
             self.from_config("blip2_opt", opt_model=str(tmp_path / "no_such"))
 
     def test_a_missing_tokenizer(self, tmp_path: Path) -> None:
@@ -534,16 +553,16 @@ class TestRefusedBeforeLoading:
             self.from_config("blip2_opt", opt_model=str(tmp_path))
 
     def test_fp16_on_the_cpu(self) -> None:
-        with pytest.raises(ValueError, match="llm_precision=fp16 does not run on the CPU"):
+        with pytest.raises(ValueError, match=r"llm_precision.*fp16"):
             self.from_config("blip2_opt", llm_precision="fp16")
 
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"llm_precision": "fp8"}, "'fp8' is not one of auto, fp32"),
-            ({"llm_precision": "bf16", "freeze_llm": False}, "would train weights in it"),
-            ({"llm_quantization": "int3"}, "not one of int8, int4"),
-            ({"llm": {"hidden": 3}}, "a opt config has no hidden to override"),
+            ({"llm_precision": "fp8"}, "llm_precision: .*'fp8'"),
+            ({"llm_precision": "bf16", "freeze_llm": False}, "llm_precision"),
+            ({"llm_quantization": "int3"}, "llm_quantization: .*'int3'"),
+            ({"llm": {"hidden": 3}}, "hidden"),
         ],
     )
     def test_settings(self, settings: dict[str, Any], message: str) -> None:
@@ -554,38 +573,38 @@ class TestRefusedBeforeLoading:
 @pytest.mark.parametrize("arch", ["blip2_opt", "blip2_t5"])
 def test_bad_samples(arch: str) -> None:
     model, image = build(arch), pictures(2)
-    with pytest.raises(ValueError, match=r"samples\['image'\] is missing"):
+    with pytest.raises(ValueError, match=r"\['image'\]"):
         model.generate({"prompt": "a photo of"})
-    with pytest.raises(ValueError, match=r"shape \(3, 32, 32\); it must be a batch"):
+    with pytest.raises(ValueError, match=r"\['image'\].*\(3, 32, 32\)"):
         model.generate({"image": image[0]})
-    with pytest.raises(ValueError, match="3 texts were given for 2 images"):
+    with pytest.raises(ValueError, match=r"(?=.*\['prompt'\])(?=.*3)(?=.*2)"):
         model.generate({"image": image, "prompt": ["a", "b", "c"]})
-    with pytest.raises(ValueError, match="1 texts were given for 2 images"):
+    with pytest.raises(ValueError, match=r"(?=.*\['text_input'\])(?=.*1)(?=.*2)"):
         model({"image": image, "text_input": ["a"]})
-    with pytest.raises(ValueError, match=r"samples\['text_input'\] is missing"):
+    with pytest.raises(ValueError, match=r"\['text_input'\]"):
         model({"image": image})
-    with pytest.raises(ValueError, match=r"samples\['text_input'\] is missing"):
+    with pytest.raises(ValueError, match=r"\['text_input'\]"):
         model.predict_answers({"image": image})
-    with pytest.raises(ValueError, match="give answer_list, or use generate"):
+    with pytest.raises(ValueError, match="answer_list"):
         model.predict_answers({"image": image, "text_input": QUESTIONS[:2]}, inference_method="rank")
-    with pytest.raises(ValueError, match="not one of rank, generate"):
+    with pytest.raises(ValueError, match=r"inference_method.*guess"):
         model.predict_answers({"image": image, "text_input": QUESTIONS[:2]}, inference_method="guess")
     asked = {"image": image, "text_input": QUESTIONS[:2]}
-    with pytest.raises(ValueError, match=r"in answer_list must be a list of texts; got 'red'"):
+    with pytest.raises(ValueError, match=r"answer_list.*'red'"):
         model.predict_answers(asked, inference_method="rank", answer_list="red")
-    with pytest.raises(ValueError, match=r"candidate 1 in answer_list must be a text that is not empty; got ''"):
+    with pytest.raises(ValueError, match=r"1\b.*answer_list.*''|answer_list\[1\].*''"):
         model.predict_answers(asked, inference_method="rank", answer_list=["red", ""])
-    with pytest.raises(ValueError, match="num_ans_candidates 0 must be at least 1"):
+    with pytest.raises(ValueError, match=r"num_ans_candidates\b.*0"):
         model.predict_answers(asked, inference_method="rank", answer_list=["red"], num_ans_candidates=0)
     for prompt in (None, 3):
-        with pytest.raises(ValueError, match=f"{prompt} is neither a text nor a list of one a sample"):
+        with pytest.raises(ValueError, match=rf"\['prompt'\].*{prompt}"):
             model.generate({"image": image, "prompt": prompt})
 
 
 def test_a_prompt_longer_than_the_context() -> None:
     limit = json.loads((TINY / "opt" / "config.json").read_text())["max_position_embeddings"]
     model = build("blip2_opt")
-    with pytest.raises(ValueError, match=rf"the language model's context has {limit}: shorten the prompt"):
+    with pytest.raises(ValueError, match=f"{limit}"):
         model.generate({"image": pictures(1), "prompt": "a photo of a red square and " * 40})
 
 
@@ -595,7 +614,7 @@ def test_cut_prompts_are_what_the_tokenizer_s_own_truncation_leaves() -> None:
     samples = {"image": pictures(2), "text_input": prompts}
     for cut in (True, False):
         model = build("blip2_opt", max_txt_len=9, cut_prompts=cut)
-        tokens = model.coder.tokenizer(
+        tokens = model.llm_tokenizer.tokenizer(
             prompts,
             truncation=cut,
             max_length=9 if cut else None,
@@ -629,10 +648,10 @@ def test_precisions() -> None:
     """auto is bf16 but for tiny models, whose config says float32."""
     config = build("blip2_opt").opt_model.config
     assert config.dtype == torch.float32
-    assert blip2_llm_base.llm_dtype("auto", config, frozen=True) == torch.float32
+    assert llm_dtype("auto", config, frozen=True) == torch.float32
     config.word_embed_proj_dim = config.hidden_size = 2048
-    assert blip2_llm_base.llm_dtype("auto", config, frozen=True) == torch.bfloat16
-    assert blip2_llm_base.llm_dtype("auto", config, frozen=False) == torch.float32
+    assert llm_dtype("auto", config, frozen=True) == torch.bfloat16
+    assert llm_dtype("auto", config, frozen=False) == torch.float32
     model = build("blip2_opt", llm_precision="bf16")
     assert {parameter.dtype for parameter in model.opt_model.parameters()} == {torch.bfloat16}
     loss = model({"image": pictures(2), "text_input": ["a cat", "a dog"]})["loss"]

@@ -43,7 +43,7 @@ class BaseModel(nn.Module):
     is its YAML schema.
     """
 
-    new_parts: ClassVar[tuple[str, ...]] = ()
+    new_parts: tuple[str, ...] = ()
     """What stands in the names of parameters that a pretrained file may lack because finetuning adds them."""
     loaded_later: tuple[str, ...] = ()
     """What stands in the names of parameters that any file may lack because `load_frozen` loads them."""
@@ -186,6 +186,15 @@ class BaseModel(nn.Module):
         and the tokenizer. Models that read texts override it.
         """
         return []
+
+    def check_generate(self, samples: dict[str, Any], **changes: Any) -> None:
+        """Raise what `generate` would for these settings, without running the model; models that generate override it.
+
+        Images, and the model, may be on the meta device.
+        """
+
+    def check_predict_answers(self, samples: dict[str, Any], **changes: Any) -> None:
+        """Raise what `predict_answers` would for these settings, as `check_generate` does."""
 
     def forward(self, samples: dict[str, Any]) -> Output:
         raise NotImplementedError(f"{type(self).__name__} does not define forward")

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -10,14 +10,11 @@ from torch import Tensor
 
 from lavis_lite.common import dist
 from lavis_lite.common.wording import without_false_spaces
-from lavis_lite.nn.decoding import (
-    DecodingConfig,
-    Step,
-    check_prompt,
-    decode,
-)
+from lavis_lite.nn.decoding import DecodingConfig, ScoredText, Step, check_prompt, decode
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 Texts = tuple[Tensor, Tensor]
 """Ids and mask (B,T)."""
@@ -82,11 +79,11 @@ def in_compute_type(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
-def by_prompt(prompts: Sequence[str], answer: Callable[[str, list[int]], list[str]]) -> list[str]:
-    """Answers to all prompts in their order; `answer` is called once for each different prompt, with the samples that
-    have it, and gives the same number of texts for each of these.
+def group_by_prompt(prompts: Sequence[str], answer: Callable[[str, list[int]], list[T]]) -> list[T]:
+    """Return answers to all prompts in their order; `answer` is called once per distinct prompt, with the samples that
+    have it, and returns the same number of answers for each of them.
     """
-    answers: dict[int, list[str]] = {}
+    answers: dict[int, list[T]] = {}
     for prompt in dict.fromkeys(prompts):
         rows = [row for row, other in enumerate(prompts) if other == prompt]
         texts = answer(prompt, rows)
@@ -95,23 +92,25 @@ def by_prompt(prompts: Sequence[str], answer: Callable[[str, list[int]], list[st
     return [text for row in range(len(prompts)) for text in answers[row]]
 
 
-def check_captions(prompts: Sequence[str], model: Any, config: DecodingConfig) -> None:
-    """Raise InputError if a prompt leaves `captions_behind` no token to write."""
+def check_prompts(prompts: Sequence[str], model: Any, config: DecodingConfig) -> None:
+    """Raise InputError if a prompt leaves `generate_continuations` no token to write."""
     for prompt in dict.fromkeys(prompts):
-        check_prompt(len(model.tokenizer(prompt).input_ids) - 1, config)
+        num_tokens = len(model.tokenizer(prompt).input_ids) - 1
+        check_prompt(num_tokens, config.resolved(num_tokens))
 
 
-def captions_behind(
+def generate_continuations(
     prompts: Sequence[str], model: Any, step_of: Callable[[list[int]], Step], config: DecodingConfig
-) -> list[str]:
-    """What `model` (BLIP's captioner or the Q-Former, for their tokenizer) writes behind each prompt, without it;
-    `step_of` gives the decoding step of the samples with these rows.
+) -> list[str | ScoredText]:
+    """Return what `model` (BLIP's captioner or the Q-Former, for their tokenizer) generates after each prompt, without
+    the prompt; `step_of` returns the decoding step of the samples with these rows.
     """
 
-    def captions(prompt: str, rows: list[int]) -> list[str]:
+    def captions(prompt: str, rows: list[int]) -> list[str | ScoredText]:
         ids = model.tokenize([prompt] * len(rows), start=model.decoder_start)[0][:, :-1]
         start = model.tokenizer.decode(ids[0], skip_special_tokens=True)  # as it reads in the decoded texts
-        texts = model.tokenizer.batch_decode(decode(step_of(rows), ids, config), skip_special_tokens=True)
-        return [without_false_spaces(text.removeprefix(start).strip()) for text in texts]
+        decoded = decode(step_of(rows), ids, config)
+        texts = model.tokenizer.batch_decode(decoded.ids, skip_special_tokens=True)
+        return decoded.with_scores([without_false_spaces(text.removeprefix(start).strip()) for text in texts])
 
-    return by_prompt(prompts, captions)
+    return group_by_prompt(prompts, captions)

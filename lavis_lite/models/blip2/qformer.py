@@ -14,7 +14,7 @@ space.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -26,9 +26,9 @@ from lavis_lite.common.registry import registry
 from lavis_lite.models.base import Output
 from lavis_lite.models.batches import (
     Texts,
-    captions_behind,
-    check_captions,
+    check_prompts,
     fetch_texts,
+    generate_continuations,
     in_compute_type,
     stack_texts,
     warn_of_cut_texts,
@@ -43,7 +43,7 @@ from lavis_lite.models.inputs import (
 )
 from lavis_lite.models.reranking import Retriever, similarity_matrices
 from lavis_lite.nn.attention import Context, KeyValue
-from lavis_lite.nn.decoding import Step, select_cache
+from lavis_lite.nn.decoding import GenerationConfig, ScoredText, Step, select_cache
 from lavis_lite.nn.learning import contrast_metrics, matching_accuracy
 from lavis_lite.nn.losses import (
     best_query_similarity,
@@ -62,6 +62,8 @@ class Blip2Qformer(Blip2Matching):
 
     With `gather_with_grad` the contrast's gradient flows to both sides of each comparison.
     """
+
+    generation: ClassVar[GenerationConfig] = GenerationConfig(num_beams=3, max_length=30, min_length=10)
 
     def __init__(self, *, gather_with_grad: bool = False, **parts: Any) -> None:
         super().__init__(**parts)
@@ -148,47 +150,26 @@ class Blip2Qformer(Blip2Matching):
         return language_modeling_loss(self.Qformer.logits(states), self.labels(ids))
 
     def generate(
-        self,
-        samples: dict[str, Any],
-        use_nucleus_sampling: bool = False,
-        num_beams: int = 3,
-        max_length: int = 30,
-        min_length: int = 10,
-        top_p: float = 0.9,
-        temperature: float = 1.0,
-        repetition_penalty: float = 1.0,
-        length_penalty: float = 1.0,
-        num_captions: int = 1,
-    ) -> list[str]:
-        """Captions of `image` (B,3,H,W), `num_captions` of each in turn, without the prompt.
+        self, samples: dict[str, Any], *, return_scores: bool = False, **changes: Any
+    ) -> list[str | ScoredText]:
+        """Return captions of `image` (B,3,H,W), `num_captions` of each in turn, without the prompt.
 
-        `samples["prompt"]`, one string or one a sample, is how they begin. Lengths are in tokens and count `[DEC]` and
-        the prompt.
+        `samples["prompt"]`, one text or one per sample, is how they begin. `changes` replace settings of
+        `generation`. With `return_scores` the captions are pairs (text, score); see `Decoded`.
         """
+        config = self.decoding(self.generation.changed(**changes), return_scores=return_scores)
         image = image_of(samples, answering=True)
         prompts = optional_texts(samples, "prompt", len(image))
-        config = self.decoding(
-            max_length=max_length,
-            min_length=min_length,
-            num_beams=num_beams,
-            num_return=num_captions,
-            length_penalty=length_penalty,
-            repetition_penalty=repetition_penalty,
-            sample=use_nucleus_sampling,
-            top_p=top_p,
-            temperature=temperature,
-        )
         prefix = self.image_prefix(image)
 
         def step_of(rows: list[int]) -> Step:
             return self.step(select_cache(prefix, torch.tensor(rows, device=self.device)))
 
-        return captions_behind(prompts, self, step_of, config)
+        return generate_continuations(prompts, self, step_of, config)
 
-    def check_generate(self, samples: dict[str, Any], *, max_length: int, min_length: int = 0) -> None:
-        """Raise what `generate` would for these lengths; the image's pixels are not looked at."""
+    def check_generate(self, samples: dict[str, Any], **changes: Any) -> None:
         prompts = optional_texts(samples, "prompt", len(image_of(samples)))
-        check_captions(prompts, self, self.decoding(max_length=max_length, min_length=min_length))
+        check_prompts(prompts, self, self.decoding(self.generation.changed(**changes)))
 
     @torch.no_grad()
     def image_prefix(self, image: Tensor) -> list[KeyValue]:
