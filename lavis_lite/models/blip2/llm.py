@@ -10,7 +10,7 @@ tokens, C candidates of a sample, E width.
 """
 
 import logging
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
