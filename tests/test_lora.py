@@ -21,7 +21,8 @@ from torch import Tensor
 from lavis_lite.cli.convert import run
 from lavis_lite.common import checkpoint
 from lavis_lite.common.config.schema import Checker
-from lavis_lite.common.config.sections import model_arguments, model_layer
+from lavis_lite.common.config.sections import model_arguments
+from lavis_lite.common.config.zoo import model_layers
 from lavis_lite.common.registry import registry
 from lavis_lite.convert.folders import write_checkpoint, write_folder
 from lavis_lite.models import from_pretrained, load_model
@@ -286,7 +287,7 @@ def lora_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for parameter in model.lm.model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-    section = model_layer("blip2_opt", "tiny").tree["model"] | {"llm_lora": lora, "prompt": "a drawing of"}
+    section = model_layers("blip2_opt", "tiny")[-1].tree["model"] | {"llm_lora": lora, "prompt": "a drawing of"}
     path = tmp_path_factory.mktemp("lora") / "checkpoint_best.pth"
     return checkpoint.save({"model": model.checkpoint_state_dict(), "config": {"model": section}}, path)
 

@@ -15,7 +15,7 @@ from lavis_lite.cli import main as cli
 from lavis_lite.cli.convert import run
 from lavis_lite.common import checkpoint
 from lavis_lite.common.config.config import Config
-from lavis_lite.common.config.sections import model_layer
+from lavis_lite.common.config.zoo import model_layers
 from lavis_lite.common.errors import AdapterError
 from lavis_lite.models import from_pretrained, load_model, load_model_and_preprocess
 from lavis_lite.models.loading import described
@@ -46,7 +46,7 @@ def saved(folder: Path, trained: Any, /, **config: Any) -> Path:
 
 
 def tiny(arch: str) -> dict[str, Any]:
-    return model_layer(arch, "tiny").tree["model"]
+    return model_layers(arch, "tiny")[-1].tree["model"]
 
 
 def lines(caplog: pytest.LogCaptureFixture, *, level: int = logging.WARNING) -> list[str]:
@@ -365,7 +365,7 @@ def test_processors_of_mixtures(tmp_path: Path, caplog: pytest.LogCaptureFixture
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": {"prompt": "${oc.env:HOME}"}}, r"its config holds '\$\{oc.env:HOME\}', which no run"),
+        ({"model": {"prompt": "${oc.env:HOME}"}}, r"its config holds '\$\{oc.env:HOME\}'"),
         ({"model": {"med": {"hidden_size": torch.ones(1)}}}, "its config holds a Tensor, not a plain value"),
         ({"model": {"vit": json.loads('{"a":' * 20 + "1" + "}" * 20)}}, "holds more than 8 levels"),
         ({"model": {"max_txt_len": "long"}}, r"config of .*pth: model.max_txt_len: expected a whole number"),

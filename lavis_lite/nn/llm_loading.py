@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from lavis_lite.common.config.adapters import lora_config
 from lavis_lite.common.errors import InputError, MissingFileError, MissingPackageError
 from lavis_lite.common.sources.hub import from_hub
 from lavis_lite.nn.llm_sources import (
@@ -33,7 +34,7 @@ from lavis_lite.nn.llm_sources import (
     read_config,
     refused,
 )
-from lavis_lite.nn.lora import add_lora, lora_config
+from lavis_lite.nn.lora import add_lora
 
 __all__ = ["PACKAGED", "WEIGHT_FILES", "check_language_model", "load_language_model", "load_llm_tokenizer"]
 

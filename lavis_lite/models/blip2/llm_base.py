@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from lavis_lite.common.bounds import MAX_TOKENS, check_number
+from lavis_lite.common.config.adapters import ADAPTER, lora_settings
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.sources import weights
 from lavis_lite.common.sources.weights import LazyState
@@ -86,7 +87,7 @@ class LanguageModelBase(Blip2Base):
         if max_output_txt_len is not None:
             check_number("model.max_output_txt_len", max_output_txt_len, 1, MAX_TOKENS)
         config = self.language_model_config(source, llm)
-        llm_lora = lora.lora_settings(llm_lora)
+        llm_lora = lora_settings(llm_lora)
         dtype = llm_dtype(llm_precision, config, frozen=freeze_llm, lora=llm_lora)
         tokenizer = llm_loading.check_language_model(
             source, config, quantization=llm_quantization, lora=llm_lora, overrides=llm
@@ -114,7 +115,7 @@ class LanguageModelBase(Blip2Base):
         setattr(self, f"{self.part}_proj", nn.Linear(self.Qformer.config.hidden_size, self.lm.width))
         self.lm_source = source
         self.sources[f"{self.part}_model."] = source if has_weights(source) else None
-        self.adapter = (llm_lora or {}).get(lora.ADAPTER)
+        self.adapter = (llm_lora or {}).get(ADAPTER)
         self.loaded_later = () if self.adapter is None else (f"{self.part}_model.",)
         self.new_parts = (f"{self.part}_proj.", "lora_", ".modules_to_save.", ".token_adapter.")
         self.new_parts += TEXT_PARTS if qformer_text_input else ()
