@@ -40,7 +40,6 @@ from lavis_lite.common.config.sections import (
     check_run,
     model_arguments,
 )
-from lavis_lite.common.errors import SettingError
 from lavis_lite.common.registry import RegistryError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -86,38 +85,38 @@ class Config:
         weights, resume = vars(args).get("checkpoint"), args.resume
         if resume is not None and "checkpoint" in args and (resume == "auto" or weights is not None):
             raise ConfigError(f"--resume {resume}: an evaluation resumes nothing; name its weights by --checkpoint")
-        cfg = cls.from_file(args.cfg_path, [*args.options, *args.cfg_options], checkpoint=weights)
-        if weights is not None and cfg.run.resume_ckpt_path is not None:
-            logger.info("run.resume_ckpt_path %s is not read: --checkpoint names the weights", cfg.run.resume_ckpt_path)
-            cfg.run = dataclasses.replace(cfg.run, resume_ckpt_path=None)
+        flags = []
         if args.job_id is not None:
-            try:
-                cfg.run = dataclasses.replace(cfg.run, job_id=args.job_id)
-            except SettingError as error:
-                raise ConfigError(f"--job-id: {error.problem}") from None
-        if resume == "auto":
-            cfg.run = dataclasses.replace(cfg.run, resume="auto", resume_ckpt_path=None)
-        elif resume is not None:
-            cfg.run = dataclasses.replace(cfg.run, resume=None, resume_ckpt_path=resume)
-        return cfg
+            flags.append(Layer("--job-id", {"run": {"job_id": args.job_id}}))
+        if resume is not None:
+            keys = {"resume": "auto", "resume_ckpt_path": None} if resume == "auto" else {"resume_ckpt_path": resume}
+            flags.append(Layer("--resume", {"run": {"resume": None, **keys}}))
+        return cls.from_file(args.cfg_path, [*args.options, *args.cfg_options], checkpoint=weights, flags=flags)
 
     @classmethod
-    def from_file(cls, path: str | Path, options: Sequence[str] = (), *, checkpoint: str | None = None) -> "Config":
-        """Read a project's YAML and `a.b=c` options. Raises ConfigError for any mistake, before anything is built."""
+    def from_file(
+        cls,
+        path: str | Path,
+        options: Sequence[str] = (),
+        *,
+        checkpoint: str | None = None,
+        flags: Sequence[Layer] = (),
+    ) -> "Config":
+        """Read a project's YAML and `a.b=c` options. Raises ConfigError for any mistake, before anything is built.
+
+        `checkpoint` names the weights, in place of `model.checkpoint` and `run.resume_ckpt_path`. `flags` are the
+        last layers.
+        """
         own = [*load_with_bases(Path(path)), *([parse_options(options)] if options else [])]
         if checkpoint is not None:
-            if not checkpoint.strip():
-                raise ConfigError(f"--checkpoint: expected a file, a folder, a URL or a hub id, got {checkpoint!r}")
-            own.append(Layer("--checkpoint", {"model": {"checkpoint": checkpoint}}))
+            own.append(_checkpoint_layer(checkpoint, own))
+        own += flags
         for source, key in ((layer.source, key) for layer in own for key in layer.tree if key not in SECTIONS):
             raise ConfigError(f"{source}: {key}: unknown section. {did_you_mean(key, SECTIONS)}")
         project = Checker(own)
         _import_user_modules(project)
-        names = merge_layers(own).get("datasets", {})
-        builders = {name: name for name in names} | _dataset_keys(names, project, "builder")
-        types = _dataset_types(builders, project)
-        packaged = [layer for name, builder in builders.items() for layer in _dataset_layers(name, builder, types)]
-        layers = [linked(layer) for layer in (*_model_layers(project), *packaged, *own)]
+        types, of_datasets = _dataset_layers(project)
+        layers = [linked(layer) for layer in (*_model_layers(project), *of_datasets, *own)]
         raw = {path: text for layer in layers for path, text in layer.raw.items()}
         return _checked(resolve([DEFAULTS, *layers]), Checker(layers, raw), types, source=str(path))
 
@@ -185,6 +184,15 @@ def _checked(tree: dict[str, Any], checker: Checker, types: dict[str, str], *, s
     )
 
 
+def _checkpoint_layer(checkpoint: str, own: Sequence[Layer]) -> Layer:
+    if not checkpoint.strip():
+        raise ConfigError(f"--checkpoint: expected a file, a folder, a URL or a hub id, got {checkpoint!r}")
+    resumed = resolve_key(own, ("run", "resume_ckpt_path"))
+    if resumed is not None:
+        logger.info("run.resume_ckpt_path %s is not read: --checkpoint names the weights", resumed)
+    return Layer("--checkpoint", {"model": {"checkpoint": checkpoint}, "run": {"resume_ckpt_path": None}})
+
+
 def _import_user_modules(project: Checker) -> None:
     """Import the modules that `imports` lists, which register their classes; the working folder is searched too."""
     names = resolve_key(project.layers, ("imports",))
@@ -230,31 +238,29 @@ def _model_layers(project: Checker) -> list[Layer]:
     return trained_config.lay_under(packaged, own, trained_config.read(checkpoint), level=logging.INFO)
 
 
-def _dataset_keys(names: Mapping[str, Any], project: Checker, key: str) -> dict[str, str]:
-    """Return the name that each dataset has under `key`, without the datasets that do not state it."""
-    found = {}
-    for name in names:
-        value = resolve_key(project.layers, ("datasets", name, key))
-        if not isinstance(value, str | None):
-            raise project.error(("datasets", name, key), f"expected a name, got {value!r}")
-        if value is not None:
-            found[name] = value
-    return found
+def _dataset_layers(project: Checker) -> tuple[dict[str, str], list[Layer]]:
+    """Return the type of each dataset, and the layers of these types.
 
-
-def _dataset_types(builders: Mapping[str, str], project: Checker) -> dict[str, str]:
-    types = dict.fromkeys(builders, "default") | _dataset_keys(builders, project, "type")
-    for name, kind in types.items():
-        known = zoo.dataset_zoo.types(builders[name])
-        if known and kind not in known:
-            text = f"{builders[name]} has no type {kind!r}. {did_you_mean(kind, known)}"
+    A user's dataset has no layer: its builder has the defaults.
+    """
+    types: dict[str, str] = {}
+    layers: list[Layer] = []
+    for name in merge_layers(project.layers).get("datasets", {}):
+        builder = _dataset_key(project, name, "builder") or name
+        dataset_type = types[name] = _dataset_key(project, name, "type") or "default"
+        known = zoo.dataset_zoo.types(builder)
+        if known and dataset_type not in known:
+            text = f"{builder} has no type {dataset_type!r}. {did_you_mean(dataset_type, known)}"
             raise project.error(("datasets", name, "type"), text)
-    return types
+        layers += zoo.dataset_layers(name, builder, dataset_type) if known else []
+    return types, layers
 
 
-def _dataset_layers(name: str, builder: str, types: Mapping[str, str]) -> list[Layer]:
-    """Return the layers of a dataset's type; none for a user's dataset, whose builder has the defaults."""
-    return zoo.dataset_layers(name, builder, types[name]) if builder in zoo.dataset_zoo else []
+def _dataset_key(project: Checker, name: str, key: str) -> str | None:
+    value = resolve_key(project.layers, ("datasets", name, key))
+    if not isinstance(value, str | None):
+        raise project.error(("datasets", name, key), f"expected a name, got {value!r}")
+    return value
 
 
 def _plain(value: Any) -> Any:

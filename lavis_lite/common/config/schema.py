@@ -170,7 +170,7 @@ class Checker:
             return self._convert_union(value, args, path)
         if kind is Literal:
             return _require(value in args and type(value) in map(type, args), value)
-        if is_dataclass(kind):
+        if isinstance(kind, type) and is_dataclass(kind):
             if isinstance(value, Mapping):
                 return self.section(value, schema_of(kind)[0], path)
             return _require(isinstance(value, kind), value)
