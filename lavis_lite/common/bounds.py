@@ -55,5 +55,5 @@ def one_of(name: str, value: T, known: Iterable[T]) -> T:
     """Return the value; raise SettingError unless it is one of the known ones, which the error lists."""
     choices = list(known)
     if value not in choices:
-        raise SettingError(name, f"must be one of {', '.join(map(str, choices))}, got {value!r}")
+        raise SettingError(name, f"{value!r} is not one of {', '.join(map(str, choices))}")
     return value

@@ -2,12 +2,13 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lavis_lite.common.bounds import MAX_WIDTH, check_number, check_numbers, one_of
-from lavis_lite.common.errors import InputError, MissingFileError, MissingPackageError, SettingError
+from lavis_lite.common.config.schema import MAX_WHOLE, Checker, Parameter, Schema
+from lavis_lite.common.errors import InputError, MissingFileError, MissingPackageError
 from lavis_lite.common.sources import download
 
 logger = logging.getLogger(__name__)
@@ -20,6 +21,16 @@ NUMBERS = {"r": (1, MAX_WIDTH), "lora_alpha": (0.0, 1e6), "lora_dropout": (0.0, 
 """Bounds of numbers in LoraConfig."""
 PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
 """Keys of LoraConfig that map layers to numbers, and the number that these replace."""
+TYPES: Schema = {
+    **dict.fromkeys(("use_dora", "use_rslora", "use_qalora", "lora_bias"), Parameter(bool | None)),
+    **dict.fromkeys(("fan_in_fan_out", "ensure_weight_tying"), Parameter(bool | None)),
+    **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), Parameter(str | list[str] | None)),
+    **dict.fromkeys(("modules_to_save", "target_parameters"), Parameter(list[str] | None)),
+    **dict.fromkeys(PATTERNS, Parameter(dict[str, Any] | None)),
+    "layers_to_transform": Parameter(int | list[int] | None),
+    "trainable_token_indices": Parameter(list[int] | dict[str, list[int]] | None),
+}
+"""Types of keys of LoraConfig that peft does not check."""
 NOT_ABOUT_ADAPTERS = (
     *("base_model_name_or_path", "revision", "inference_mode", "peft_type", "peft_version", "auto_mapping"),
 )
@@ -78,46 +89,14 @@ def lora_config(lora: Mapping[str, Any]) -> Any:
 
 
 def check_types(settings: Mapping[str, Any]) -> None:
-    """Raise SettingError about `model.llm_lora.<key>` for a value that peft would fail on, or misread."""
+    """Raise InputError about `model.llm_lora.<key>` for a value that peft would fail on, or misread."""
     section = "model.llm_lora"
     check_numbers(section, settings, **NUMBERS)
+    as_lists = {key: list(value) if isinstance(value, set) else value for key, value in settings.items()}
+    checked = Checker([]).section(as_lists, TYPES, tuple(section.split(".")), open_ended=True)
     for key, number in PATTERNS.items():
-        pattern = settings.get(key)
-        if pattern is not None and not isinstance(pattern, Mapping):
-            raise SettingError(f"{section}.{key}", f"must be a mapping from layers to numbers, got {pattern!r}")
-        for layer, value in (pattern or {}).items():
+        for layer, value in (checked.get(key) or {}).items():
             check_number(f"{section}.{key}.{layer}", value, *NUMBERS[number])
-    for expected, (fits, keys) in TYPES.items():
-        for key in keys:
-            if settings.get(key) is not None and not fits(settings[key]):
-                raise SettingError(f"{section}.{key}", f"must be {expected}, got {settings[key]!r}")
-
-
-def _is_list(value: Any, kind: type) -> bool:
-    """Return whether this is a list, or another collection that peft takes, of such values."""
-    return isinstance(value, list | tuple | set) and all(type(one) is kind for one in value)
-
-
-def _is_rows(value: Any) -> bool:
-    """Return whether this is a list of token ids, or a mapping from embeddings to such lists."""
-    lists = value.values() if isinstance(value, Mapping) else [value]
-    return all(_is_list(one, int) and all(row >= 0 for row in one) for one in lists)
-
-
-TYPES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
-    "true or false": (
-        lambda value: isinstance(value, bool),
-        ("use_dora", "use_rslora", "use_qalora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying"),
-    ),
-    "a text or a list of texts": (
-        lambda value: isinstance(value, str) or _is_list(value, str),
-        ("target_modules", "exclude_modules", "layers_pattern"),
-    ),
-    "a list of texts": (lambda value: _is_list(value, str), ("modules_to_save", "target_parameters")),
-    "a whole number or a list of whole numbers": (
-        lambda value: type(value) is int or _is_list(value, int),
-        ("layers_to_transform",),
-    ),
-    "a list of tokens' ids, or a mapping from embeddings to such lists": (_is_rows, ("trainable_token_indices",)),
-}
-"""Values that keys of LoraConfig take, in words and as a test; peft checks the other keys."""
+    rows = checked.get("trainable_token_indices") or []
+    for row in (row for one in (rows.values() if isinstance(rows, dict) else [rows]) for row in one):
+        check_number(f"{section}.trainable_token_indices", row, 0, MAX_WHOLE)

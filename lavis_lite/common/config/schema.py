@@ -131,7 +131,8 @@ class Checker:
 
     def error(self, path: KeyPath, text: str) -> ConfigError:
         """Return (not raise) the ConfigError about the key at `path`."""
-        return ConfigError(f"{origin(self.layers, path)}: {'.'.join(map(str, path))}: {text}")
+        source = f"{origin(self.layers, path)}: " if self.layers else ""
+        return ConfigError(f"{source}{'.'.join(map(str, path))}: {text}")
 
     def section(
         self, values: Mapping[str, Any], schema: Schema, path: KeyPath, *, open_ended: bool = False
