@@ -222,6 +222,13 @@ def test_errors_name_the_file_that_has_the_key(tmp_path: Path):
     assert load(tmp_path, "_base_: base.yaml\nrun: {max_epoch: 2}").run.max_epoch == 2
 
 
+def test_a_missing_key_is_looked_for_in_the_file_whatever_the_command_line_sets(tmp_path: Path):
+    path = write(tmp_path, BASIC.replace("task: captioning", "task: captioning, runner: runner_iter"))
+    for flags in (["--job-id", "x"], ["--options", "run.seed=1"], ["--resume", "a.pth"]):
+        with pytest.raises(ConfigError, match=r"project\.yaml: run\.max_iters: "):
+            Config.from_cli(["--cfg-path", str(path), *flags])
+
+
 def test_amp_is_precision_and_may_not_contradict_it(tmp_path: Path):
     assert load(tmp_path, BASIC, "run.amp=false").run.precision == "fp32"
     assert load(tmp_path, BASIC, "run.amp=true").run.precision == "auto"
@@ -257,7 +264,7 @@ def test_text_options_are_kept_as_typed(tmp_path: Path):
     "text",
     ["Question: {} Answer:", "{} is it?", "[a] picture of", "a: b", "{a: b}", '"so": it\'s said', "@home", "- one: {}"],
 )
-def test_a_text_that_is_no_yaml_is_told_how_to_be_quoted(tmp_path: Path, text: str):
+def test_a_text_that_is_not_yaml_is_shown_quoted(tmp_path: Path, text: str):
     """What the message shows, typed into a shell, is the text."""
     error = message(tmp_path, BASIC, f"model.prompt={text}")
     assert "model.prompt" in error
@@ -266,7 +273,7 @@ def test_a_text_that_is_no_yaml_is_told_how_to_be_quoted(tmp_path: Path, text: s
     assert load(tmp_path, BASIC, *shlex.split(quoted)).model["prompt"] == text
 
 
-def test_a_list_where_a_number_is_expected_is_not_told_to_be_quoted(tmp_path: Path):
+def test_a_list_in_place_of_a_number_is_not_shown_quoted(tmp_path: Path):
     assert "quoted" not in message(tmp_path, BASIC, "run.max_epoch=[1]")
 
 
@@ -347,7 +354,7 @@ def test_another_processor_replaces_the_old_ones_arguments():
     assert merge({"x": {"name": "a", "k": 1}}, {"x": {"name": "b"}}) == {"x": {"name": "b", "k": 1}}
 
 
-def test_dead_keys_of_lavis_are_accepted_and_noted(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_ignored_keys_of_lavis_are_accepted_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     caplog.set_level("INFO")
     dead = "world_size: 8, dist_url: 'env://', distributed: True, use_dist_eval_sampler: False"
     cfg = load(tmp_path, BASIC.replace("task: captioning", f"task: captioning, {dead}"))
@@ -357,7 +364,7 @@ def test_dead_keys_of_lavis_are_accepted_and_noted(tmp_path: Path, caplog: pytes
     assert "dist_url" in notes[0]
 
 
-def test_med_config_path_is_dead_or_read(tmp_path: Path):
+def test_med_config_path_is_ignored_or_read(tmp_path: Path):
     stock = load(tmp_path, BASIC, "model.med_config_path=configs/models/med_config.json")
     assert stock.model == load(tmp_path).model
     bert = {"hidden_size": 96, "num_attention_heads": 3, "hidden_dropout_prob": 0.5, "type_vocab_size": 2}
@@ -369,7 +376,7 @@ def test_med_config_path_is_dead_or_read(tmp_path: Path):
     assert "med_config_path: cannot read" in message(tmp_path, BASIC, "model.med_config_path=gone.json")
 
 
-def test_task_fields_and_run_fields_are_told_apart(tmp_path: Path):
+def test_task_fields_are_separated_from_run_fields(tmp_path: Path):
     cfg = load(tmp_path, BASIC, "run.num_beams=5")
     assert cfg.task == {"num_beams": 5}
     assert cfg.to_dict()["run"]["num_beams"] == 5

@@ -117,8 +117,7 @@ class Config:
         _import_user_modules(project)
         types, of_datasets = _dataset_layers(project)
         layers = [linked(layer) for layer in (*_model_layers(project), *of_datasets, *own)]
-        raw = {path: text for layer in layers for path, text in layer.raw.items()}
-        return _checked(resolve([DEFAULTS, *layers]), Checker(layers, raw), types, source=str(path))
+        return _checked(resolve([DEFAULTS, *layers]), Checker(layers), types, source=str(path))
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain dictionaries, such that a YAML of it is read as the same configuration."""

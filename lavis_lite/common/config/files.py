@@ -33,11 +33,16 @@ class Layer:
     """One source of settings: a file, a checkpoint's configuration, or the command line's `--options`."""
 
     source: str
+    """The file's path, or the flag of the command line (`--options`)."""
     tree: dict[str, Any]
     raw: dict[KeyPath, str] = field(default_factory=dict)
     """Values of options as typed, before YAML reads `001` as a number."""
     is_trained: bool = False
     """Whether this is the configuration that a checkpoint was trained with."""
+
+    @property
+    def is_file(self) -> bool:
+        return not self.source.startswith("--")
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -246,15 +251,19 @@ def _resolving(layers: Sequence[Layer]) -> Iterator[None]:
 
 
 def layer_of(layers: Sequence[Layer], path: KeyPath) -> Layer | None:
-    """Return the last layer that sets the key at `path`; if none does, the last that sets most of its parents."""
-    best, depth = layers[-1] if layers else None, 0
+    """Return the last layer that sets the key at `path`.
+
+    If none does, return the last file that sets most of the key's parents: there the key can be added.
+    """
+    best, depth = next((layer for layer in reversed(layers) if layer.is_file), None), 0
     for layer in layers:
         reached, node = 0, layer.tree
         for part in path:
             if not isinstance(node, dict) or part not in node:
                 break
             node, reached = node[part], reached + 1
-        if reached and reached >= depth:
+        is_set = reached == len(path) or not isinstance(node, dict)  # a list's items are not keys
+        if reached >= max(depth, 1) and (is_set or layer.is_file):
             best, depth = layer, reached
     return best
 

@@ -9,7 +9,8 @@ import math
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -127,7 +128,10 @@ class Checker:
     """Checks values of merged layers; errors name the layer that sets the key."""
 
     layers: Sequence[Layer]
-    raw: Mapping[KeyPath, str] = field(default_factory=dict)
+
+    @cached_property
+    def _raw(self) -> dict[KeyPath, str]:
+        return {path: text for layer in self.layers for path, text in layer.raw.items()}
 
     def error(self, path: KeyPath, text: str) -> ConfigError:
         """Return (not raise) the ConfigError about the key at `path`."""
@@ -151,16 +155,16 @@ class Checker:
 
     def value(self, value: Any, annotation: Any, path: KeyPath) -> Any:
         """Return one value, checked and converted."""
-        if path in self.raw:
-            value = _as_typed(self.raw[path], value, annotation)
+        if path in self._raw:
+            value = _as_typed(self._raw[path], value, annotation)
         try:
             return self._convert(value, annotation, path)
         except _Mismatch as mismatch:
             hint, choices = "", get_args(annotation)
             if get_origin(annotation) is Literal and all(isinstance(choice, str) for choice in choices):
                 hint = f". {did_you_mean(value, choices)}"
-            if path in self.raw and isinstance(value, dict | list) and _takes_text(annotation):
-                hint = "; " + quoting(f"{'.'.join(path)}={self.raw[path]}")
+            if path in self._raw and isinstance(value, dict | list) and _takes_text(annotation):
+                hint = "; " + quoting(f"{'.'.join(path)}={self._raw[path]}")
             given = f"{value!r} ({describe(type(value))})"
             raise self.error(path, f"expected {describe(annotation)}{mismatch}, got {given}{hint}") from None
 

@@ -17,16 +17,11 @@ logger = logging.getLogger(__name__)
 PROCESSOR_KEYS = ("vis_processor", "text_processor")
 MODEL_KEYS: Schema = {
     "arch": Parameter(str),
-    "model_type": Parameter(str | None),
-    "init_vit": Parameter(str | None),
-    "init_text": Parameter(str | None),
-    "init_text_token_type": Parameter(bool),
-    "pretrained": Parameter(str | None),
-    "finetuned": Parameter(str | None),
-    "load_pretrained": Parameter(bool),
-    "load_finetuned": Parameter(bool),
-    "checkpoint": Parameter(str | None),
+    **dict.fromkeys(("model_type", "init_vit", "init_text"), Parameter(str | None)),
+    **dict.fromkeys(("pretrained", "finetuned", "checkpoint"), Parameter(str | None)),
+    **dict.fromkeys(("init_text_token_type", "load_pretrained", "load_finetuned"), Parameter(bool)),
 }
+"""Keys of every model section besides the constructor's arguments."""
 _STOCK_BERT_FILES = ("med_config.json", "med_large_config.json", "bert_config.json")
 BERT_TO_MED = {
     "vocab_size": "vocab_size",
