@@ -170,8 +170,8 @@ def packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_packaged_dataset_inherits_from_one_of_another_name(packaged: Path) -> None:
-    assert zoo.dataset_section("shapes_vqa") == zoo.dataset_section("shapes_vqa", "same")
-    assert zoo.dataset_section("shapes_vqa") == {"num_train": 9, "num_val": 4}
+    assert zoo.packaged_dataset("shapes_vqa") == zoo.packaged_dataset("shapes_vqa", "same")
+    assert zoo.packaged_dataset("shapes_vqa") == {"num_train": 9, "num_val": 4}
     (packaged / "project.yaml").write_text(
         "model: {arch: blip_caption, model_type: large}\nrun: {task: captioning}\n"
         "datasets: {mine: {builder: shapes_vqa}, shapes_caption: }\n"
@@ -202,13 +202,13 @@ def test_a_mistake_in_a_base_names_its_file(name: str, text: str, packaged: Path
 def test_a_packaged_dataset_has_the_name_of_its_folder(packaged: Path) -> None:
     (packaged / "datasets/shapes_vqa/same.yaml").write_text("datasets: {shapes_caption: {}}")
     with pytest.raises(ConfigError, match=r"shapes_vqa/same\.yaml: datasets: .*shapes_vqa.*shapes_caption"):
-        zoo.dataset_section("shapes_vqa", "same")
+        zoo.packaged_dataset("shapes_vqa", "same")
 
 
 def test_every_packaged_yaml_resolves_as_it_is_written() -> None:
     for name, types in zoo.dataset_zoo:
         for dataset_type in types:
-            assert isinstance(zoo.dataset_section(name, dataset_type), dict)
+            assert isinstance(zoo.packaged_dataset(name, dataset_type), dict)
     for arch, types in zoo.model_zoo:
         for model_type in types:
             assert resolve(zoo.model_layers(arch, model_type))["model"]["model_type"] == model_type

@@ -102,6 +102,23 @@ def test_every_kind_lists_its_classes_and_finds_them(kind: str):
         assert callable(getattr(registry, f"get_{kind}_class")(name))
 
 
+def test_a_finder_makes_classes_at_their_first_look_up():
+    r, made = Registry({"model": "lavis_lite.nn"}), []
+
+    def find(name: str) -> type | None:
+        made.append(name)
+        return type(name, (), {}) if name == "found" else None
+
+    r.add_finder("model", lambda: ["found", "registered"], find)
+    own = r.register_model("registered")(type("Registered", (), {}))
+    assert r.list_models() == ["found", "registered"]
+    assert r.get_model_class("found") is r.get_model_class("found")
+    assert r.get_model_class("registered") is own
+    assert made == ["registered", "found"]
+    with pytest.raises(KeyError, match="Did you mean 'found'"):
+        r.get_model_class("fund")
+
+
 def test_datasets_are_builders():
     assert registry.list_datasets() == registry.list_builders()
 

@@ -49,6 +49,14 @@ class Table:
         self.package = package
         self.items: dict[str, Any] = {}
         self._is_imported = False
+        self._finder: tuple[Callable[[], Iterable[str]], Callable[[str], Any]] = (tuple, lambda name: None)
+
+    def add_finder(self, names: Callable[[], Iterable[str]], find: Callable[[str], Any]) -> None:
+        """Let `find` make the classes of further names at their first look-up, such as those of packaged datasets.
+
+        It may return None for a name that is registered in the usual way.
+        """
+        self._finder = names, find
 
     def register(self, name: str) -> Callable[[T], T]:
         """Return the decorator that registers a class under `name`."""
@@ -56,8 +64,8 @@ class Table:
             raise InputTypeError(f"register_{self.kind} needs a name, as in @registry.register_{self.kind}('name')")
 
         def decorate(item: T) -> T:
-            other = self.items.get(name, item)
-            if _full_name(other) != _full_name(item):
+            other = self._found(name)
+            if other is not None and _full_name(other) != _full_name(item):
                 raise RegistryError(
                     f"{self.kind} name {name!r} is taken by {_full_name(other)}: register {_full_name(item)} under "
                     "another"
@@ -70,14 +78,24 @@ class Table:
     def get(self, name: str) -> Any:
         """Return the class called `name`; raise RegistryError, a KeyError, with the nearest names if there is none."""
         self._import_package()
-        if name not in self.items:
-            raise RegistryError(f"unknown {self.kind} {name!r}. {did_you_mean(name, self.items)}")
-        return self.items[name]
+        found = self._found(name)
+        if found is None:
+            raise RegistryError(f"unknown {self.kind} {name!r}. {did_you_mean(name, self.names())}")
+        return found
 
     def names(self) -> list[str]:
         """Return all registered names, sorted."""
         self._import_package()
-        return sorted(self.items)
+        return sorted({*self.items, *self._finder[0]()})
+
+    def _found(self, name: str) -> Any:
+        """Return the class of a name, which the finder may make; None if there is none."""
+        names, find = self._finder
+        if name not in self.items and name in names():
+            found = find(name)
+            if found is not None:
+                self.items[name] = found
+        return self.items.get(name)
 
     def _import_package(self) -> None:
         if self._is_imported:
@@ -114,6 +132,10 @@ class Registry:
         self.register_runner, self.get_runner_class, self.list_runners = runner.register, runner.get, runner.names
         self.register_lr_scheduler, self.get_lr_scheduler_class = schedule.register, schedule.get
         self.list_lr_schedulers = schedule.names
+
+    def add_finder(self, kind: str, names: Callable[[], Iterable[str]], find: Callable[[str], Any]) -> None:
+        """See `Table.add_finder`."""
+        self.tables[kind].add_finder(names, find)
 
 
 registry = Registry()

@@ -17,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 from lavis_lite.common.config import zoo
 from lavis_lite.common.config.files import Layer, layer_of, merge_layers
 from lavis_lite.common.config.schema import REQUIRED, Checker, KeyPath, schema_of
-from lavis_lite.common.config.sections import check_processors
+from lavis_lite.common.config.sections import builder_name, check_processors
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.registry import registry
 
@@ -174,11 +174,10 @@ def replaced_instructions(
     prompts = explicit_prompts(task, model, checker)
     replaced: dict[str, dict[str, Any]] = {}
     for name, section in datasets.items():
-        builder = section.get("builder", name)
-        builder_class = registry.get_builder_class(builder)
+        builder_class = registry.get_builder_class(builder_name(name, section))
         if not prompts or not issubclass(builder_class, InstructionBuilder):
             continue
-        default = _packaged_instructions(builder_class, builder, types.get(name, "default"))
+        default = _packaged_instructions(builder_class, section.get("builder", name), types.get(name, "default"))
         instructions = section.get("instructions", default)
         key, found = _first_that_fits(builder_class, instructions, prompts, checker)
         if found is None:
@@ -226,7 +225,7 @@ def _packaged_instructions(builder_class: type, builder: str, dataset_type: str)
     """Return the `instructions` of a packaged dataset, or the builder's default."""
     section: Mapping[str, Any] = {}
     if dataset_type in zoo.dataset_zoo.types(builder):
-        section = zoo.dataset_section(builder, dataset_type)
+        section = zoo.packaged_dataset(builder, dataset_type)
     return section.get("instructions", schema_of(builder_class)[0]["instructions"].default)
 
 

@@ -52,8 +52,8 @@ def is_plain_name(name: str) -> bool:
 class RunConfig:
     """Settings of one run, for every task.
 
-    A step is an iteration, one batch per process, as in LAVIS; with accumulation the optimizer updates after every
-    `accum_grad_iters` of them. An epoch is one pass over the training sets.
+    A step is an iteration, one batch on every process, as in LAVIS: with accumulation the optimizer moves every
+    `accum_grad_iters` of them. An epoch is a pass over the training sets.
     """
 
     task: str
@@ -79,7 +79,7 @@ class RunConfig:
     beta2: float = 0.999
     grad_clip_norm: float | None = None
     accum_grad_iters: int = 1
-    """Batches per optimizer update."""
+    """Batches summed up into one optimizer step."""
 
     max_epoch: int = 1
     max_iters: int | None = None

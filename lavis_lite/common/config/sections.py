@@ -93,17 +93,20 @@ def check_run(section: Mapping[str, Any], checker: Checker) -> tuple[RunConfig, 
     return run, own
 
 
+def builder_name(name: str, section: Mapping[str, Any]) -> str:
+    """Return the name of a dataset's builder: its `layout`, else its `builder`, else its own name."""
+    return section.get("layout") or section.get("builder") or name
+
+
 def check_dataset(
     name: str, body: Mapping[str, Any], preprocess: Mapping[str, Any], checker: Checker
 ) -> dict[str, Any]:
-    """Return a dataset's section checked against its builder: the one that `builder` names, or the dataset's own name.
-
-    The result has the builder's arguments, and `builder` if given.
-    """
+    """Return a dataset's section checked against its builder: the builder's arguments, and `builder` if given."""
     path = ("datasets", name)
     chosen = {"builder": body["builder"]} if body.get("builder") is not None else {}
-    where, advice = ((*path, "builder"), "") if chosen else (path, " A name of your own needs the key builder.")
-    builder = _looked_up(registry.get_builder_class, chosen.get("builder", name), checker, where, advice=advice)
+    key = next((key for key in ("layout", "builder") if body.get(key)), None)
+    where, advice = ((*path, key), "") if key else (path, " A name of your own needs the key builder.")
+    builder = _looked_up(registry.get_builder_class, builder_name(name, body), checker, where, advice=advice)
     schema, open_ended = schema_of(builder)
     ignored = {"type", "builder", "dataset_card"} - schema.keys()
     body = {key: value for key, value in body.items() if key not in ignored}
@@ -115,6 +118,8 @@ def check_dataset(
 def _looked_up(
     get: Callable[[str], Any], name: Any, checker: Checker, path: tuple[str, ...], *, advice: str = ""
 ) -> Any:
+    if not isinstance(name, str):
+        raise checker.error(path, f"expected a name, got {name!r}")
     try:
         return get(name)
     except RegistryError as error:

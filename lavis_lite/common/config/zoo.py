@@ -94,6 +94,6 @@ def dataset_layers(name: str, builder: str, dataset_type: str) -> list[Layer]:
     return layers
 
 
-def dataset_section(name: str, dataset_type: str = "default") -> dict[str, Any]:
+def packaged_dataset(name: str, dataset_type: str = "default") -> dict[str, Any]:
     """Return the settings of a packaged dataset: the arguments of its builder. RegistryError if unknown."""
     return resolve(dataset_layers(name, name, dataset_type))["datasets"][name]
