@@ -155,7 +155,10 @@ def test_impossible_shares(setting: dict[str, Any], text: str) -> None:
         ({"train_dataset_ratios": {"a": -1.0}}, r"run\.train_dataset_ratios\.a: "),
         ({"train_dataset_ratios": {"a": 1e308}}, r"run\.train_dataset_ratios\.a: "),
         ({"train_dataset_mixing": "concat"}, r"concat contradicts train_dataset_ratios: \{'a': 1\.0\}; .*per_step"),
-        ({"train_dataset_ratios": None, "train_dataset_factors": {"a": float("nan")}}, "train_dataset_factors: .*nan"),
+        (
+            {"train_dataset_ratios": None, "train_dataset_factors": {"a": float("nan")}},
+            r"train_dataset_factors\.a: .*nan",
+        ),
     ],
 )
 def test_contradictory_settings(changes: dict[str, Any], text: str) -> None:

@@ -169,9 +169,8 @@ class RunConfig:
         changed = self._sampling_settings()
         if self.train_dataset_mixing == "concat" and changed:
             given = ", ".join(f"{key}: {value}" for key, value in changed.items())
-            correction = "leave these out, or set train_dataset_mixing: per_step"
-            problem = f"concat, which takes every sample once per epoch, contradicts {given}; {correction}"
-            raise SettingError("run.train_dataset_mixing", problem)
+            correction = "concat takes every sample once per epoch: leave these out, or set it to per_step"
+            raise SettingError("run.train_dataset_mixing", f"concat contradicts {given}; {correction}")
         if self.train_dataset_ratios and len(changed) > 1:
             given = f"train_dataset_sampling: {self.train_dataset_sampling}, factors {self.train_dataset_factors}"
             correction = "leave it out, or set train_dataset_sampling: size and train_dataset_factors: null"
