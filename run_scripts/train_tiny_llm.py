@@ -21,7 +21,7 @@ from transformers import Adafactor, PreTrainedModel, PreTrainedTokenizerBase, ge
 
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.shapes.instruct import spoken
-from lavis_lite.nn.llm import load_language_model
+from lavis_lite.nn.llm_loading import load_language_model
 
 QUESTION = "Question: {} Answer: {}"
 SHORT_QUESTION = "Question: {} Short answer:"

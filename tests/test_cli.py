@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lavis_lite.cli.main import main as cli
+from lavis_lite.cli import main as cli
 from lavis_lite.common.config.config import RunConfig, parser
 
 PROJECT = """

@@ -247,7 +247,7 @@ def test_a_short_clip_repeats_frames_or_is_an_error(tmp_path: Path) -> None:
             load_processor("blip_video_eval", settings)(video)
     with pytest.raises(ValueError, match="the list of frames has no frames"):
         load_processor("blip_video_eval")([])
-    with pytest.raises(ValueError, match="short_clips: expected repeat or error, got 'loop'"):
+    with pytest.raises(ValueError, match=r"short_clips: .*'loop'"):
         load_processor("blip_video_eval", {"short_clips": "loop"})
 
 
@@ -286,7 +286,7 @@ def test_an_instruct_dataset_of_short_clips(tmp_path: Path) -> None:
     assert sample()["image"].shape == (3, 4, 16, 16)
     with pytest.raises(UnreadableSample, match="short_clips: repeat"):
         sample(short_clips="error")
-    with pytest.raises(ValueError, match="short_clips: expected repeat or error"):
+    with pytest.raises(ValueError, match=r"short_clips: .*'pad'"):
         sample(short_clips="pad")
 
 
@@ -372,7 +372,7 @@ def test_video_processors_refuse_what_is_no_video() -> None:
         load_processor("blip_video_eval", {"num_frames": 0})
     with pytest.raises(ValueError, match="num_frames: must be a whole number from 1 to 10,000, got 1000000"):
         frames.sampled(3, 1_000_000, source="it")
-    with pytest.raises(ValueError, match="no tensors after their processor, but Image"):
+    with pytest.raises(ValueError, match=r"vis_processor .*Image"):
         frames.processed(images, identity)
     for name in ("blip_video_eval", "blip_video_train"):
         with pytest.raises(ValueError, match=r"num_frame.*num_frames"):
