@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from lavis_lite.common.sources.weights import open_state
 from lavis_lite.nn.encoders import (
     ENCODERS,
     PUBLISHED,
     build_encoder,
-    timm_weights,
 )
 from lavis_lite.nn.vision import BlipViT
 
@@ -267,10 +267,10 @@ def test_published_timm_weights_are_asked_for_by_name(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(timm, "create_model", recorded)
     encoder = build_encoder(TIMM, image_size=64)
-    encoder.load_state_dict(encoder.adapt_state_dict(timm_weights(f"{TIMM}.augreg_in21k")))
+    encoder.load_state_dict(encoder.adapt_state_dict(dict(open_state(f"timm:{TIMM}.augreg_in21k"))))
     assert asked == [(TIMM, False), (f"{TIMM}.augreg_in21k", True)]
     with pytest.raises(ValueError, match="no published weights of vit_base_patch32_plus_256"):
-        timm_weights("vit_base_patch32_plus_256")
+        open_state("timm:vit_base_patch32_plus_256")
 
 
 def test_layer_scales_by_hand() -> None:

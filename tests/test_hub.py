@@ -24,13 +24,13 @@ from transformers.utils import sentencepiece_model_pb2_new
 from lavis_lite.common import checkpoint
 from lavis_lite.common.registry import registry
 from lavis_lite.common.sources import download, weights
+from lavis_lite.common.sources.weights import open_state
 from lavis_lite.datasets.base import locate
 from lavis_lite.datasets.templates import load_templates
 from lavis_lite.models import from_pretrained, load_model
 from lavis_lite.models.tokenizers import load_tokenizer
 from lavis_lite.nn.llm_loading import load_language_model
 from lavis_lite.nn.llm_sources import is_composite, language_model_config, load_llm_tokenizer
-from lavis_lite.nn.vision_timm import timm_weights
 
 FOLDERS = Path(__file__).parent / "reference" / "tiny_hf"
 
@@ -257,8 +257,8 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "init_text of BLIP-2": lambda: start_blip2("nobody/bert"),
     "init_text's file": lambda: start_blip2(f"{URL}.pth"),
     "init_vit": lambda: start_blip(init_vit="vit_base_patch16_224"),
-    "timm encoder": lambda: timm_weights("vit_base_patch16_224"),
-    "timm encoder of a tag": lambda: timm_weights("test_vit.r160_in1k"),
+    "timm encoder": lambda: open_state("timm:vit_base_patch16_224"),
+    "timm encoder of a tag": lambda: open_state("timm:test_vit.r160_in1k"),
     "hub id": lambda: from_pretrained("nobody/blip"),
     "hub id as checkpoint": lambda: load_model("blip_caption", "tiny", checkpoint="nobody/blip"),
     "URL as checkpoint": lambda: load_model("blip_caption", "tiny", checkpoint=f"{URL}.pth"),
@@ -301,7 +301,7 @@ def test_offline_timm_s_weights_come_from_the_caches(
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
     save_file({name: tensor.contiguous() for name, tensor in expected.items()}, snapshot / "model.safetensors")
-    found = timm_weights("test_vit.r160_in1k")
+    found = open_state("timm:test_vit.r160_in1k")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert not connections

@@ -12,11 +12,11 @@ from full_size import TINY_HF
 from PIL import Image
 
 from lavis_lite.cli import main as cli
-from lavis_lite.cli.convert import run
 from lavis_lite.common import checkpoint
 from lavis_lite.common.config.config import Config
 from lavis_lite.common.config.sections import model_layer
 from lavis_lite.common.errors import AdapterError
+from lavis_lite.convert.__main__ import run
 from lavis_lite.models import from_pretrained, load_model, load_model_and_preprocess
 from lavis_lite.models.loading import described
 

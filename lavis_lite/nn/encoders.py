@@ -12,6 +12,7 @@ import timm
 
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.registry import did_you_mean
+from lavis_lite.common.sources.hub import timm_config
 from lavis_lite.nn.vision import (
     SIZE_BOUNDS,
     VIT_SIZES,
@@ -21,9 +22,9 @@ from lavis_lite.nn.vision import (
 )
 from lavis_lite.nn.vision_clip import CLIP_SIZES, ClipViT
 from lavis_lite.nn.vision_eva import EVA_SIZES, EvaViT
-from lavis_lite.nn.vision_timm import timm_config, timm_encoder, timm_weights
+from lavis_lite.nn.vision_timm import timm_encoder
 
-__all__ = ["ENCODERS", "PUBLISHED", "ImageEncoder", "build_encoder", "encoder_statistics", "timm_weights"]
+__all__ = ["ENCODERS", "PUBLISHED", "ImageEncoder", "build_encoder", "encoder_statistics"]
 
 LAVIS_FILES = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2"
 PUBLISHED: dict[str, str] = {

@@ -24,7 +24,7 @@ from lavis_lite.common.errors import (
     MissingFileError,
     MissingPackageError,
 )
-from lavis_lite.common.sources import download
+from lavis_lite.common.sources import download, weights
 
 logger = logging.getLogger(__name__)
 
@@ -280,8 +280,7 @@ def load_adapter(model: nn.Module, source: str) -> None:
     path = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if path is None:
         raise MissingFileError(f"llm_lora: {source} holds no {' or '.join(WEIGHT_FILES)}")
-    state = checkpoint.find_state_dict(checkpoint.load(path), source=str(path))
-    state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in state.items()}
+    state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in weights.open_state(path).items()}
     known = vocabulary_size(model)
     for name in vocabulary_names(model, state):
         sizes = [known if 0 < size - known <= MOST_ADDED else size for size in state[name].shape]

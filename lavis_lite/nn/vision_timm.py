@@ -8,21 +8,15 @@ import logging
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-import huggingface_hub
 import timm
-import torch
-from timm.models import PretrainedCfg, get_pretrained_cfg, group_parameters
+from timm.models import group_parameters
 from torch import Tensor, nn
 
 from lavis_lite.common.bounds import check_number
-from lavis_lite.common.errors import InputError, MissingFileError
-from lavis_lite.common.registry import did_you_mean
-from lavis_lite.common.sources import download
-from lavis_lite.common.sources.hub import hub_offline, refusing_code
+from lavis_lite.common.errors import InputError
+from lavis_lite.common.sources.hub import timm_config
 from lavis_lite.nn.vision import SIZE_BOUNDS, ImageEncoder
 
 logger = logging.getLogger(__name__)
@@ -122,51 +116,3 @@ def timm_encoder(
     blocks = [number for name, number in numbers.items() if name.startswith(model.block_names)]
     model.layer_numbers, model.depth = numbers, max(blocks or numbers.values(), default=0)
     return model
-
-
-def timm_config(name: str) -> PretrainedCfg:
-    """What timm knows about a model and its published weights. ValueError if it does not know the name or its tag."""
-    try:
-        return get_pretrained_cfg(name, allow_unregistered=False)
-    except RuntimeError as error:
-        raise InputError(f"timm knows no {name}: {error} {did_you_mean(name, timm.list_pretrained())}") from error
-
-
-def timm_weights(name: str) -> dict[str, Tensor]:
-    """The published weights of a timm model for `adapt_state_dict`; raises as `published_model`."""
-    return published_model(name).state_dict()
-
-
-def published_model(name: str) -> nn.Module:
-    """Return a timm model as it is, with its published weights, downloaded or from the hub's cache.
-
-    Raises ValueError if timm does not know the name or has no weights of it, FileNotFoundError if they are not on this
-    machine and LAVIS_LITE_OFFLINE is set.
-    """
-    local = {}
-    if ":" not in name:  # hf_hub:owner/name is timm's way to name a repository
-        config = timm_config(name)
-        if not config.has_weights:
-            raise InputError(f"timm has no published weights of {name}: give a file of weights instead")
-        if download.is_offline():
-            local = {"pretrained_cfg_overlay": {"file": str(cached_weights(name, config))}}
-    with hub_offline(), refusing_code(name):
-        return timm.create_model(name, pretrained=True, **local)
-
-
-def cached_weights(name: str, config: PretrainedCfg) -> Path:
-    """The file of a timm model's published weights that this machine has. FileNotFoundError if it has none."""
-    repository, _, revision = (config.hf_hub_id or "").partition("@")
-    names = [config.hf_hub_filename] if config.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
-    for file in names if repository else []:
-        found = huggingface_hub.try_to_load_from_cache(repository, file, revision=revision or None)
-        if isinstance(found, str):
-            return Path(found)
-    if config.url:
-        path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(config.url).path).name
-        if path.is_file():
-            return path
-    raise MissingFileError(
-        f"the weights of timm's {name} are not on this machine and LAVIS_LITE_OFFLINE is set: unset it, or give a file "
-        "of weights instead of the name"
-    )

@@ -17,15 +17,15 @@ from lavis_lite.common.bounds import (
     check_numbers,
 )
 from lavis_lite.common.errors import InputError
-from lavis_lite.convert import blip_from_hf, is_hf_blip
 from lavis_lite.models.base import BaseModel
+from lavis_lite.models.blip.hf import BlipAdapter, blip_from_hf, is_hf_blip
 from lavis_lite.models.initialise import (
     TextModel,
     bert_weights,
     blip_text_weights,
     check_bert,
     check_weight_file,
-    start_from,
+    init_from_state_dict,
     vit_weights,
 )
 from lavis_lite.models.tokenizers import blip_tokenizer, tokenize
@@ -48,6 +48,7 @@ class BlipBase(BaseModel):
     `vit` and `med` override sizes of the image encoder (`ViTConfig`) and of the text transformer (`BertConfig`).
     """
 
+    hf = BlipAdapter()
     takes_video: ClassVar[bool] = False
     learns_answers: ClassVar[bool] = False
 
@@ -133,11 +134,11 @@ class BlipBase(BaseModel):
         become copies. `add_token_type` as in `bert_weights`.
         """
         if vit is not None:
-            start_from(self, vit_weights(vit, self.visual_encoder), source=vit, parts=("visual_encoder.",))
+            init_from_state_dict(self, vit_weights(vit, self.visual_encoder), source=vit, parts=("visual_encoder.",))
         if text is not None:
             bert = bert_weights(text, self.text_model(), add_token_type=add_token_type)
             parts = [f"{name}." for name in ("text_encoder", "text_decoder") if hasattr(self, name)]
-            start_from(self, blip_text_weights(bert), source=text, parts=parts)
+            init_from_state_dict(self, blip_text_weights(bert), source=text, parts=parts)
         self.after_loading({})
 
     def check_start(self, *, vit: str | None = None, text: str | None = None, add_token_type: bool = True) -> None:

@@ -7,7 +7,7 @@ gradients are enabled.
 import logging
 from collections.abc import Mapping, MutableMapping
 from copy import deepcopy
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ TWINS = ("visual_encoder", "text_encoder", "cls_head")
 class BlipClassification(BlipBase):
     """Classifies (image, text)."""
 
-    new_parts: ClassVar[tuple[str, ...]] = ("cls_head.",)
+    newly_initialized: tuple[str, ...] = ("cls_head.",)
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """BLIP for NLVR2: is a statement true of a pair of images? The text attends to both (BLIP, section 5.4)."""
 
 from collections.abc import MutableMapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from lavis_lite.nn.bert import BertModel
 class BlipNLVR(BlipBase):
     """Classifies (image0, image1, statement)."""
 
-    new_parts: ClassVar[tuple[str, ...]] = ("cls_head.", "merge_layer")
+    newly_initialized: tuple[str, ...] = ("cls_head.", "merge_layer")
 
     def __init__(self, *, num_classes: int = 2, **parts: Any) -> None:
         super().__init__(**parts)

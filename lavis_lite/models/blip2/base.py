@@ -23,18 +23,18 @@ from lavis_lite.common.bounds import (
 )
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.sources import weights
+from lavis_lite.common.sources.download import is_weight_file
 from lavis_lite.common.sources.weights import LazyState
-from lavis_lite.convert import blip2_from_hf, is_hf_blip2
-from lavis_lite.convert.blip2 import fit_vocabularies
 from lavis_lite.models.base import BaseModel
+from lavis_lite.models.blip2.hf import Blip2Adapter, blip2_from_hf, fit_vocabularies, is_hf_blip2
+from lavis_lite.models.hf import HFAdapter
 from lavis_lite.models.initialise import (
     TextModel,
     bert_weights,
     check_bert,
     check_weight_file,
-    is_weight_file,
+    init_from_state_dict,
     qformer_weights,
-    start_from,
     trained_qformer_weights,
 )
 from lavis_lite.models.tokenizers import blip2_tokenizer, tokenize
@@ -45,7 +45,6 @@ from lavis_lite.nn.encoders import (
     PUBLISHED,
     build_encoder,
     encoder_statistics,
-    timm_weights,
 )
 from lavis_lite.nn.qformer import QFormer, QFormerConfig
 
@@ -69,6 +68,7 @@ class Blip2Base(BaseModel):
     which is fp16 on a GPU (as published) and fp32 on the CPU. `qformer` overrides sizes of the Q-Former.
     """
 
+    hf: ClassVar[HFAdapter[Any] | None] = Blip2Adapter()
     takes_video: ClassVar[bool] = False
     truncation_side: ClassVar[str] = "right"
 
@@ -224,10 +224,10 @@ class Blip2Base(BaseModel):
         if text is None:
             return
         if is_weight_file(text):
-            start_from(self, trained_qformer_weights(text), source=text, parts=("Qformer.", "query_tokens"))
+            init_from_state_dict(self, trained_qformer_weights(text), source=text, parts=("Qformer.", "query_tokens"))
         else:
             bert = bert_weights(text, self.text_model(), add_token_type=add_token_type)
-            start_from(self, qformer_weights(bert), source=text, parts=("Qformer.",))
+            init_from_state_dict(self, qformer_weights(bert), source=text, parts=("Qformer.",))
 
     def check_start(self, *, vit: str | None = None, text: str | None = None, add_token_type: bool = True) -> None:
         if vit is not None:
@@ -247,11 +247,8 @@ class Blip2Base(BaseModel):
         source = self.sources[prefix]
         if source is None or any(name.startswith(prefix) for name in loaded):
             return
-        if source.startswith("timm:"):
-            state = timm_weights(source.removeprefix("timm:"))
-        else:
-            state = weights.open_state(source)
-            state = blip2_from_hf(state) if is_hf_blip2(state) else state
+        state = weights.open_state(source)
+        state = blip2_from_hf(state) if is_hf_blip2(state) else state
         if any(name.startswith(prefix) for name in state):
             state = {n.removeprefix(prefix): tensor for n, tensor in state.items() if n.startswith(prefix)}
         state = self.visual_encoder.adapt_state_dict(state)
@@ -263,7 +260,7 @@ class Blip2Base(BaseModel):
         """Translate Hugging Face's names, resize position embeddings to this image size."""
         state, prefix = LazyState.of(state), "visual_encoder."
         if is_hf_blip2(state):
-            state = blip2_from_hf(state, getattr(self, "part", None))
+            state = blip2_from_hf(state, self.part)
             fit_vocabularies(state, self.state_dict())
         encoder = state.renamed(lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None)
         if not encoder:
@@ -290,7 +287,7 @@ def encoder_source(vit_model: str, vit_weights: str | None) -> str | None:
         return vit_weights
     if vit_model in ENCODERS:
         return PUBLISHED.get(vit_model)
-    return f"timm:{vit_model}"
+    return f"{weights.TIMM}{vit_model}"
 
 
 def encoder_precision(cfg: dict[str, Any], device: torch.device) -> str:

@@ -20,6 +20,7 @@ from lavis_lite.common.sources import weights
 from lavis_lite.common.sources.weights import LazyState
 from lavis_lite.models.base import chosen_weights
 from lavis_lite.models.blip2.base import PRECISIONS, TEXT_PARTS, Blip2Base
+from lavis_lite.models.blip2.hf import Blip2LLMAdapter
 from lavis_lite.models.blip2.llm_text import TextCoder, text_coder
 from lavis_lite.models.inputs import image_of
 from lavis_lite.nn import llm_loading, lora
@@ -47,6 +48,7 @@ class LanguageModelBase(Blip2Base):
     settings of peft's LoraConfig, or is a folder that peft wrote.
     """
 
+    hf = Blip2LLMAdapter()
     prompt_begins_captions = True
     takes_video: ClassVar[bool] = True
     part: ClassVar[str] = "llm"
@@ -115,10 +117,10 @@ class LanguageModelBase(Blip2Base):
         self.lm_source = source
         self.sources[f"{self.part}_model."] = source if has_weights(source) else None
         self.adapter = (llm_lora or {}).get(lora.ADAPTER)
-        self.loaded_later = () if self.adapter is None else (f"{self.part}_model.",)
-        self.new_parts = (f"{self.part}_proj.", "lora_", ".modules_to_save.", ".token_adapter.")
-        self.new_parts += TEXT_PARTS if qformer_text_input else ()
-        self.new_parts += () if freeze_llm else (f"{self.part}_model.",)
+        self.loaded_separately = () if self.adapter is None else (f"{self.part}_model.",)
+        self.newly_initialized = (f"{self.part}_proj.", "lora_", ".modules_to_save.", ".token_adapter.")
+        self.newly_initialized += TEXT_PARTS if qformer_text_input else ()
+        self.newly_initialized += () if freeze_llm else (f"{self.part}_model.",)
 
     @property
     def qformer_has_text(self) -> bool:
