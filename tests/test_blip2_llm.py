@@ -369,10 +369,10 @@ def test_a_training_step_leaves_the_frozen_parts_alone(arch: str, form: str) -> 
     optimizer.step()
     assert loss.isfinite()
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    assert {name.split(".")[0] for name in frozen} == {"visual_encoder", f"{model.part}_model"}
+    assert {name.split(".")[0] for name in frozen} == {"visual_encoder", f"{model.llm_prefix}_model"}
     after = model.state_dict()
     changed = {name for name in after if not torch.equal(after[name], before[name])}
-    assert {"query_tokens", f"{model.part}_proj.weight", "ln_vision.weight"} <= changed
+    assert {"query_tokens", f"{model.llm_prefix}_proj.weight", "ln_vision.weight"} <= changed
     assert not changed & frozen
 
 
@@ -450,7 +450,7 @@ def test_any_language_model(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("arch", ["blip2_opt", "blip2_vicuna_instruct", "blip2_t5_instruct"])
 def test_lora_is_what_is_trained_and_saved(arch: str, tmp_path: Path) -> None:
     model = build(arch, llm_lora={"r": 2})
-    prefix = f"{model.part}_model."
+    prefix = f"{model.llm_prefix}_model."
     trained = {name for name, p in model.named_parameters() if p.requires_grad and name.startswith(prefix)}
     assert trained
     assert all("lora_" in name for name in trained)

@@ -46,7 +46,7 @@ def whole_pass(model: Any, sample: dict[str, Any], candidate: str) -> tuple[Tens
         text = tokenizer([candidate], return_tensors="pt").input_ids
         logits = network(inputs_embeds=given, labels=text).logits[0]
     else:
-        written = candidate if model.part == "llm" else f" {candidate}"
+        written = candidate if model.llm_prefix == "llm" else f" {candidate}"
         text = tokenizer([written], add_special_tokens=False, return_tensors="pt").input_ids
         if type(model).__name__ not in ("Blip2Vicuna", "Blip2VicunaInstruct"):
             text = torch.cat([text, torch.tensor([[model.lm.end_id]])], dim=1)

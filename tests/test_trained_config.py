@@ -275,7 +275,7 @@ def test_from_pretraining_to_a_task_without_alarm(arch: str, tmp_path: Path, cap
 def test_another_task_s_checkpoint_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = saved(tmp_path, doors.build("vqa_rank"), model=doors.section("vqa_rank"))
     load_model("blip_caption", "tiny", checkpoint=path)
-    assert any("also has text_encoder, which BlipCaption has not" in line for line in lines(caplog))
+    assert any("text_encoder" in line and "BlipCaption" in line for line in lines(caplog))
 
 
 def test_defaults_of_the_file_s_architecture_count(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Kernel locks on files and folders: held by one process, and released by the kernel when the process ends.
 
-Note: `filelock`, which guards downloads, does not replace this module. It locks a file of its own and not a folder,
-removes or truncates it, and so cannot keep the holder's name in it; loader workers forked from the holder must not
-keep the lock.
+Note: `filelock`, which guards downloads, does not replace this module: it locks no folders, it may delete its file on
+release, so the file cannot name the holder, and on file systems without locks it falls back to files that survive a
+killed process.
 """
 
 import errno

@@ -72,7 +72,7 @@ def write_folder(
     if adapter is not None:
         with _replacing(adapter) as folder:
             lora.write_adapter(
-                model.get_submodule(f"{model.part}_model"), folder, num_tokens=config.text_config.vocab_size
+                model.get_submodule(f"{model.llm_prefix}_model"), folder, num_tokens=config.text_config.vocab_size
             )
         logger.info(f"the adapters (LoRA) were written to {adapter}")
     elif lora.has_adapters(model):

@@ -46,8 +46,8 @@ class BaseModel(nn.Module):
 
     hf: ClassVar[HFAdapter[Any] | None] = None
     """The adapter to Hugging Face's layout."""
-    part: ClassVar[str | None] = None
-    """Prefix of the language model's name, `<part>_model`, if there is a language model."""
+    llm_prefix: ClassVar[str | None] = None
+    """`<llm_prefix>_model` is the language model of an architecture that has one."""
     newly_initialized: tuple[str, ...] = ()
     """Substrings of the names of parameters that finetuning adds, so that a pretrained file may lack them."""
     loaded_separately: tuple[str, ...] = ()

@@ -173,7 +173,9 @@ def described(
         folder = download.fetch_folder(source)
         stored = trained if trained is not None and trained.arch == arch else None
         section = {} if stored is None else stored.model
-        section |= {"model_type": None} | _adapter(arch).section(read_config(folder), folder, arch=arch)
+        section |= {"model_type": None} | registry.get_model_class(arch).hf.section(
+            read_config(folder), folder, arch=arch
+        )
         preprocess = {} if stored is None else {"preprocess": stored.preprocess}
         layers = [Layer(str(folder), {"model": section} | preprocess), own]
         return layers, resolve(merge_layers(layers), layers)
@@ -182,10 +184,6 @@ def described(
         base = model_layer(arch, trained.model_type)
     layers = trained_config.lay_under([base, own], trained, level=level)
     return layers, resolve(merge_layers(layers), layers)
-
-
-def _adapter(arch: str) -> HFAdapter[Any]:
-    return next(adapter for adapter in ADAPTERS for archs in adapter.classes.values() if arch in archs)
 
 
 def _arch_of_class(model_class: type[BaseModel] | None) -> str | None:

@@ -260,7 +260,7 @@ class Blip2Base(BaseModel):
         """Translate Hugging Face's names, resize position embeddings to this image size."""
         state, prefix = LazyState.of(state), "visual_encoder."
         if is_hf_blip2(state):
-            state = blip2_from_hf(state, self.part)
+            state = blip2_from_hf(state, self.llm_prefix)
             fit_vocabularies(state, self.state_dict())
         encoder = state.renamed(lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None)
         if not encoder:

@@ -199,7 +199,7 @@ class _QFormerAdapter(HFAdapter[M]):
         }
 
     def from_hf(self, state: Mapping[str, Tensor], model: M) -> LazyState:
-        return blip2_from_hf(state, model.part)
+        return blip2_from_hf(state, model.llm_prefix)
 
 
 class Blip2Adapter(_QFormerAdapter["Blip2Base"]):
@@ -252,7 +252,7 @@ class Blip2LLMAdapter(_QFormerAdapter["LanguageModelBase"]):
 
     def own_section(self, config: Mapping[str, Any], folder: Path, *, arch: str) -> dict[str, Any]:
         section = super().own_section(config, folder, arch=arch)
-        section[f"{registry.get_model_class(arch).part}_model"] = str(folder)
+        section[f"{registry.get_model_class(arch).llm_prefix}_model"] = str(folder)
         if config["model_type"] != "blip-2":
             section["qformer_text_input"] = True
         else:
@@ -291,7 +291,7 @@ class Blip2LLMAdapter(_QFormerAdapter["LanguageModelBase"]):
 
     def to_hf(self, own: Mapping[str, Tensor], model: "LanguageModelBase", config: Any) -> Mapping[str, Tensor]:
         """Return the tensors under transformers' names, with rows for its image token."""
-        given = dict(blip2_to_hf(own, model.part, config.model_type))
+        given = dict(blip2_to_hf(own, model.llm_prefix, config.model_type))
         if config.image_token_index is not None:
             rows = config.text_config.vocab_size
             for key in [key for key in given if key.endswith(VOCABULARIES) and len(given[key]) < rows]:

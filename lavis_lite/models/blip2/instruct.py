@@ -73,7 +73,7 @@ class Blip2VicunaInstruct(VicunaText, InstructModel):
 class Blip2T5Instruct(InstructModel):
     """With Flan-T5."""
 
-    part = "t5"
+    llm_prefix = "t5"
     model_types = ("t5", "mt5", "umt5")
 
     def __init__(self, *, t5_model: str = "google/flan-t5-xl", **parts: Any) -> None:

@@ -295,7 +295,7 @@ class Blip2OPT(Blip2LanguageModel):
     `max_txt_len` tokens are read.
     """
 
-    part = "opt"
+    llm_prefix = "opt"
     model_types = ("opt",)
     end_text = "\n"
 
@@ -308,7 +308,7 @@ class Blip2OPT(Blip2LanguageModel):
 class Blip2T5(Blip2LanguageModel):
     """With Flan-T5."""
 
-    part = "t5"
+    llm_prefix = "t5"
     model_types = ("t5", "mt5", "umt5")
 
     def __init__(self, *, t5_model: str = "google/flan-t5-xl", **parts: Any) -> None:

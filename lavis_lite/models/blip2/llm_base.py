@@ -51,7 +51,7 @@ class LanguageModelBase(Blip2Base):
     hf = Blip2LLMAdapter()
     prompt_begins_captions = True
     takes_video: ClassVar[bool] = True
-    part: ClassVar[str] = "llm"
+    llm_prefix: ClassVar[str] = "llm"
     """`<part>_model` is the language model, its setting too; `<part>_proj` projects queries to its width."""
     model_types: ClassVar[tuple[str, ...]] = ()
     """transformers' names of the families that this architecture takes; empty: any."""
@@ -109,18 +109,18 @@ class LanguageModelBase(Blip2Base):
         )
         self.prompt, self.apply_lemmatizer = prompt, apply_lemmatizer
         self.max_output_txt_len = max_output_txt_len or self.max_txt_len
-        setattr(self, f"{self.part}_model", model)
+        setattr(self, f"{self.llm_prefix}_model", model)
         self.lm = LanguageModel(
             model, start_id=start_id(config, self.coder), end_id=self.coder.end_id, pad_id=self.coder.pad_id
         )
-        setattr(self, f"{self.part}_proj", nn.Linear(self.Qformer.config.hidden_size, self.lm.width))
+        setattr(self, f"{self.llm_prefix}_proj", nn.Linear(self.Qformer.config.hidden_size, self.lm.width))
         self.lm_source = source
-        self.sources[f"{self.part}_model."] = source if has_weights(source) else None
+        self.sources[f"{self.llm_prefix}_model."] = source if has_weights(source) else None
         self.adapter = (llm_lora or {}).get(lora.ADAPTER)
-        self.loaded_separately = () if self.adapter is None else (f"{self.part}_model.",)
-        self.newly_initialized = (f"{self.part}_proj.", "lora_", ".modules_to_save.", ".token_adapter.")
+        self.loaded_separately = () if self.adapter is None else (f"{self.llm_prefix}_model.",)
+        self.newly_initialized = (f"{self.llm_prefix}_proj.", "lora_", ".modules_to_save.", ".token_adapter.")
         self.newly_initialized += TEXT_PARTS if qformer_text_input else ()
-        self.newly_initialized += () if freeze_llm else (f"{self.part}_model.",)
+        self.newly_initialized += () if freeze_llm else (f"{self.llm_prefix}_model.",)
 
     @property
     def qformer_has_text(self) -> bool:
@@ -130,17 +130,19 @@ class LanguageModelBase(Blip2Base):
     @property
     def proj(self) -> nn.Linear:
         """From the queries' width to the language model's."""
-        return getattr(self, f"{self.part}_proj")
+        return getattr(self, f"{self.llm_prefix}_proj")
 
     @classmethod
     def language_model_config(cls, source: str, overrides: dict[str, Any] | None) -> PreTrainedConfig:
         """The language model's config. ValueError if this architecture does not take its family."""
         if not isinstance(source, str | Path):
-            raise InputError(f"model.{cls.part}_model is missing: a folder, a hub id or a packaged tiny language model")
+            raise InputError(
+                f"model.{cls.llm_prefix}_model is missing: a folder, a hub id or a packaged tiny language model"
+            )
         config = language_model_config(source, overrides)
         if cls.model_types and config.model_type not in cls.model_types:
             raise InputError(
-                f"model.{cls.part}_model={source} is a {config.model_type}, and {cls.__name__} takes "
+                f"model.{cls.llm_prefix}_model={source} is a {config.model_type}, and {cls.__name__} takes "
                 f"{' or '.join(cls.model_types)} only: use arch blip2_llm (llm_model) for any language model"
             )
         return config
@@ -150,12 +152,12 @@ class LanguageModelBase(Blip2Base):
         """As Blip2Base's; what does not fit is said before the language model is loaded."""
         if cfg.get("llm_precision") == "fp16" and torch.device(device).type == "cpu":
             raise InputError("model.llm_precision=fp16 does not run on the CPU: set it to auto, bf16 or fp32")
-        key = f"{cls.part}_model"
+        key = f"{cls.llm_prefix}_model"
         source = cfg.get(key, cls.__signature__.parameters[key].default)
         config = cls.language_model_config(source, cfg.get("llm"))
         chosen = chosen_weights(cfg)
         if chosen is not None:
-            check_fit(weights.open_state(chosen[1]), config, part=cls.part, source=chosen[1], llm=source)
+            check_fit(weights.open_state(chosen[1]), config, part=cls.llm_prefix, source=chosen[1], llm=source)
         return super().from_config(cfg, device=device)
 
     @classmethod
@@ -185,7 +187,7 @@ class LanguageModelBase(Blip2Base):
     def load_frozen(self, loaded: set[str]) -> None:
         """As Blip2Base's; then adapters from a folder of their own, unless the file had them."""
         super().load_frozen(loaded)
-        prefix = f"{self.part}_model."
+        prefix = f"{self.llm_prefix}_model."
         if self.sources[prefix] is None and not any(name.startswith(prefix) for name in loaded):
             logger.warning(f"{self.lm_source} has no weights: the language model's are random")
         if self.adapter is not None and not any(".lora_" in name for name in loaded):
@@ -194,7 +196,7 @@ class LanguageModelBase(Blip2Base):
     def checkpoint_state_dict(self) -> dict[str, Tensor]:
         """As BaseModel's; of a language model that can be fetched again, also its buffers stay out."""
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        prefix = f"{self.part}_model."
+        prefix = f"{self.llm_prefix}_model."
         state = super().checkpoint_state_dict()
         return {
             name: tensor
