@@ -206,7 +206,7 @@ def test_other_classes_and_vocabularies_are_named(bert: Path, tmp_path: Path) ->
     build(init_text=str(bert))
     config = json.loads((bert / "config.json").read_text())
     (bert / "config.json").write_text(json.dumps({**config, "model_type": "roberta"}))
-    with pytest.raises(ValueError, match="model_type is 'roberta'.*'bert'"):
+    with pytest.raises(ValueError, match=r"model_type is 'roberta'.*'bert'"):
         build(init_text=str(bert))
     (bert / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json"):

@@ -52,8 +52,6 @@ class BaseModel(nn.Module):
     """Substrings of the names of parameters that finetuning adds, so that a pretrained file may lack them."""
     loaded_separately: tuple[str, ...] = ()
     """Substrings of the names of parameters that `load_frozen` loads, so that any file may lack them."""
-    prompt: str = ""
-    """Beginning of every caption, or the template of questions (`{}`)."""
     prompt_begins_captions: ClassVar[bool] = False
     """Training captions begin with the setting `prompt`."""
     learns_answers: ClassVar[bool] = True
