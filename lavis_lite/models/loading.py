@@ -172,10 +172,8 @@ def described(
     if download.is_folder(source):
         folder = download.fetch_folder(source)
         stored = trained if trained is not None and trained.arch == arch else None
-        section = {} if stored is None else stored.model
-        section |= {"model_type": None} | registry.get_model_class(arch).hf.section(
-            read_config(folder), folder, arch=arch
-        )
+        built = registry.get_model_class(arch).hf.section(read_config(folder), folder, arch=arch)
+        section = ({} if stored is None else stored.model) | {"model_type": None} | built
         preprocess = {} if stored is None else {"preprocess": stored.preprocess}
         layers = [Layer(str(folder), {"model": section} | preprocess), own]
         return layers, resolve(merge_layers(layers), layers)
