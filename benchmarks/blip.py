@@ -109,11 +109,11 @@ def rerank_row(arguments: argparse.Namespace, image: Tensor) -> tuple[str, str, 
 
     @torch.no_grad()
     def once() -> None:
-        model.matching_logits(ids, mask, model.text_encoder.project_context(tokens))
+        model.matching_logits(ids, mask, model.text_encoder.project_kv(tokens))
 
     @torch.no_grad()
     def repeated() -> None:
-        model.matching_logits(ids, mask, model.text_encoder.project_context(tokens.expand(len(ids), -1, -1)))
+        model.matching_logits(ids, mask, model.text_encoder.project_kv(tokens.expand(len(ids), -1, -1)))
 
     return "re-ranking 64 texts of an image", "image repeated", [once, repeated]
 
@@ -124,11 +124,11 @@ def momentum_row(arguments: argparse.Namespace) -> tuple[str, str, list[Callable
 
     @torch.no_grad()
     def one_by_one() -> None:
-        for online, twin in model.twins():
+        for online, twin in model.momentum_pairs():
             for parameter, copy in zip(online.parameters(), twin.parameters(), strict=True):
                 copy.copy_(copy * 0.995 + parameter * 0.005)
 
-    return "momentum update", "one by one", [lambda: update_momentum(model.twins(), 0.995), one_by_one]
+    return "momentum update", "one by one", [lambda: update_momentum(model.momentum_pairs(), 0.995), one_by_one]
 
 
 def main() -> None:

@@ -9,31 +9,28 @@ Letters: B texts, K beams, N = B x K rows, L length so far, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lavis_lite.common.errors import InputError
-from lavis_lite.nn.attention import KeyValue
 
 
-@runtime_checkable
-class RowCache(Protocol):
-    """A cache of N rows that knows how to repeat and reorder them; the old object may be used up by it."""
+class Cache(Protocol):
+    """What a model keeps of the tokens read so far, N rows; the old object may be used up by both methods."""
 
     def expand(self, times: int) -> Self:
-        """Every row repeated, copies side by side."""
+        """Repeat every row, copies side by side."""
 
     def select(self, index: Tensor) -> Self:
-        """These rows (N,), each of the same text as the row it replaces."""
+        """Return these rows (N,), each of the same text as the row it replaces."""
 
 
-Cache = Sequence[KeyValue] | RowCache
 Step = Callable[[Tensor, Any, int], tuple[Tensor, Any]]
 """(new ids (N,T), Cache or None, total length) -> logits of the next token (N,V) and the new Cache."""
 
@@ -105,20 +102,6 @@ def decode(step: Step, prompt_BL: Tensor, config: DecodingConfig) -> Tensor:
     return greedy_or_sample(step, prompt_BL, config)
 
 
-def expand_cache(cache: Cache, times: int) -> Cache:
-    """Repeat every row of the cache."""
-    if isinstance(cache, RowCache):
-        return cache.expand(times)
-    return [(k.repeat_interleave(times, 0), v.repeat_interleave(times, 0)) for k, v in cache]
-
-
-def select_cache(cache: Cache, index: Tensor) -> Cache:
-    """These rows of the cache."""
-    if isinstance(cache, RowCache):
-        return cache.select(index)
-    return [(k[index], v[index]) for k, v in cache]
-
-
 def process_scores(scores_NV: Tensor, ids_NL: Tensor, config: DecodingConfig) -> Tensor:
     """Forbid the end token below the minimum length and penalise tokens that were used already (CTRL, section 4.1)."""
     if config.repetition_penalty != 1.0:
@@ -135,7 +118,7 @@ def greedy_or_sample(step: Step, prompt_BL: Tensor, config: DecodingConfig) -> T
     logits, cache = step(prompt_BL, None, prompt_BL.shape[1])
     ids = prompt_BL
     if config.sample and config.num_return > 1:
-        logits, cache = logits.repeat_interleave(config.num_return, 0), expand_cache(cache, config.num_return)
+        logits, cache = logits.repeat_interleave(config.num_return, 0), cache.expand(config.num_return)
         ids = ids.repeat_interleave(config.num_return, 0)
     running = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
     while True:
@@ -161,7 +144,7 @@ def beam_search(step: Step, prompt_BL: Tensor, config: DecodingConfig) -> Tensor
     """The best `num_return` of `num_beams` beams a text."""
     num_texts, beams = len(prompt_BL), config.num_beams
     logits, cache = step(prompt_BL, None, prompt_BL.shape[1])
-    logits, cache = logits.repeat_interleave(beams, 0), expand_cache(cache, beams)
+    logits, cache = logits.repeat_interleave(beams, 0), cache.expand(beams)
     state = _Beams.start(prompt_BL, config)
     while True:
         scores = process_scores(F.log_softmax(logits.float(), dim=-1), state.ids.flatten(0, 1), config)
@@ -169,7 +152,7 @@ def beam_search(step: Step, prompt_BL: Tensor, config: DecodingConfig) -> Tensor
         length = state.ids.shape[2]
         if length >= config.max_length or bool(state.done.all()):
             return state.finish()
-        cache = select_cache(cache, row)
+        cache = cache.select(row)
         logits, cache = step(state.ids[:, :, -1].reshape(-1, 1), cache, length)
 
 

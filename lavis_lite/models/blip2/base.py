@@ -6,7 +6,7 @@ holds trainable keys only; the image encoder then comes from `vit_weights` (defa
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import fields
 from typing import Any, ClassVar, Self
 
@@ -37,8 +37,8 @@ from lavis_lite.models.initialise import (
     start_from,
     trained_qformer_weights,
 )
-from lavis_lite.models.tokenizers import blip2_tokenizer, tokenize
-from lavis_lite.nn.attention import MAX_VOCABULARY, Context
+from lavis_lite.models.tokenizers import blip2_tokenizer
+from lavis_lite.nn.attention import MAX_VOCABULARY, CrossAttentionKV
 from lavis_lite.nn.decoding import DecodingConfig
 from lavis_lite.nn.encoders import (
     ENCODERS,
@@ -48,6 +48,7 @@ from lavis_lite.nn.encoders import (
     timm_weights,
 )
 from lavis_lite.nn.qformer import QFormer, QFormerConfig
+from lavis_lite.nn.vision import encoder_scale
 
 logger = logging.getLogger(__name__)
 
@@ -181,25 +182,10 @@ class Blip2Base(BaseModel):
                 stack.enter_context(torch.autocast(image.device.type, enabled=False))
             yield
 
-    def query_states(self, context: Context, ids: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def query_states(self, context: CrossAttentionKV, ids: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """What the queries saw in the images, (B,Q,E); with a text (ids and mask, (B,T)) they saw that too."""
         states, _ = self.Qformer(self.query_tokens, ids, mask, context=context)
         return states[:, : self.query_tokens.shape[1]]
-
-    def tokenize(
-        self, texts: Sequence[str], *, start: int | None = None, max_length: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The Q-Former's ids and mask (B,T), padded to the longest; `start` replaces [CLS]; `max_length` truncates."""
-        return tokenize(self.tokenizer, texts, start=start, max_length=max_length, device=self.device)
-
-    @property
-    def decoder_start(self) -> int:
-        """Id of `[DEC]`."""
-        return self.tokenizer.bos_token_id
-
-    def labels(self, ids: Tensor) -> Tensor:
-        """Labels of a language-model loss: padding does not count."""
-        return ids.masked_fill(ids == self.tokenizer.pad_token_id, -100)
 
     def decoding(self, **settings: Any) -> DecodingConfig:
         """Decoding settings with the Q-Former tokenizer's end and padding tokens, and its positions."""
@@ -211,10 +197,7 @@ class Blip2Base(BaseModel):
         )
 
     def layer_scale(self, decay: float) -> Callable[[str], float]:
-        prefix = "visual_encoder."
-        return lambda name: (
-            self.visual_encoder.layer_scale(name.removeprefix(prefix), decay) if name.startswith(prefix) else 1.0
-        )
+        return encoder_scale(self.visual_encoder, decay)
 
     def start_from(self, *, vit: str | None = None, text: str | None = None, add_token_type: bool = True) -> None:
         """The Q-Former starts from a BERT (folder or hub id), or from the trained one of a BLIP-2 file; the queries'

@@ -205,7 +205,7 @@ class LanguageModelBase(Blip2Base):
         image = image_of(samples, video=True)
         frames = image.transpose(1, 2) if image.dim() == 5 else image[:, None]
         num_frames = frames.shape[1]
-        context = self.Qformer.project_context(self.encode_image(frames.flatten(0, 1)))
+        context = self.Qformer.project_kv(self.encode_image(frames.flatten(0, 1)))
         ids = mask = None
         if self.qformer_text_input:
             repeated = [text for text in instructions for _ in range(num_frames)]
