@@ -115,7 +115,7 @@ class BlipVQA(BlipBase):
         return [without_false_spaces(text) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def rank_answers(self, context: CrossAttentionKV, answer_list: list[str], k: int) -> tuple[Tensor, Tensor]:
-        """Return each question's k candidates with the likeliest first tokens (indices), and their losses, both (B,k)."""
+        """Return the k candidates (B,k) with the likeliest first tokens of each question, and their losses (B,k)."""
         ids, mask = self.tokenize(answer_list, start=self.decoder_start)
         num_questions = context.num_rows
         start = torch.full((num_questions, 1), self.decoder_start, device=ids.device)
