@@ -193,9 +193,9 @@ def test_repetition_penalty_counts(model: Any) -> None:
     start = torch.full((4, 1), model.decoder_start)
 
     def repeats(**more: float) -> int:
-        from lavis_lite.nn.decoding import decode
+        from lavis_lite.nn.decoding import GenerationConfig, decode
 
-        rows = decode(model.step(prefix), start, model.decoding(**settings, **more)).tolist()
+        rows = decode(model.step(prefix), start, model.decoding(GenerationConfig(**settings, **more))).ids.tolist()
         return sum(len(row) - len(set(row)) for row in rows)
 
     assert repeats(repetition_penalty=1e6) < repeats()

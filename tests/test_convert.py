@@ -74,7 +74,7 @@ def test_nothing_is_lost(arch: str, tmp_path: Path) -> None:
     assert run("to-lavis", folder, after, "--trainable-only", "--overwrite") == 0
     kept = checkpoint.load(after)["model"]
     frozen = {name.split(".")[0] for name in model.state_dict().keys() - kept.keys()}
-    part = getattr(model, "part", None)
+    part = getattr(model, "llm_prefix", None)
     assert frozen == ({"visual_encoder"} if hasattr(model, "Qformer") else set()) | (
         {f"{part}_model"} if part else set()
     )

@@ -21,7 +21,7 @@ from transformers import (
 from lavis_lite.common.registry import registry
 from lavis_lite.convert import blip_from_hf, blip_to_hf
 from lavis_lite.models import from_pretrained
-from lavis_lite.nn.decoding import decode
+from lavis_lite.nn.decoding import GenerationConfig, decode
 
 REFERENCE = Path(os.environ.get("LAVIS_LITE_REFERENCE_DIR", Path(__file__).parent / "reference"))
 TOKENIZER = str(REFERENCE / "tiny_hf" / "bert")
@@ -84,7 +84,7 @@ def test_captioning(image: Tensor) -> None:
         **settings,
     )
     context = model.text_decoder.bert.project_kv(model.visual_encoder(image))
-    ids = decode(model.step(context), prompt[:, :-1], model.decoding(**settings))
+    ids = decode(model.step(context), prompt[:, :-1], model.decoding(GenerationConfig(**settings))).ids
     assert ids.tolist() == generated.tolist()
     assert ids[0].tolist() != ids[1].tolist()
 

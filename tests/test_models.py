@@ -12,7 +12,7 @@ from torch import Tensor
 from lavis_lite.common import checkpoint
 from lavis_lite.common.config import zoo
 from lavis_lite.models import load_model, load_model_and_preprocess
-from lavis_lite.nn.decoding import decode
+from lavis_lite.nn.decoding import GenerationConfig, decode
 from lavis_lite.nn.losses import draw_negatives
 from lavis_lite.nn.momentum import enqueue
 
@@ -279,9 +279,9 @@ def test_captions_leave_the_prompt_out(captioner: Any, prompt: str) -> None:
     captions = captioner.generate({"image": pictures(3), "prompt": prompt}, num_beams=1, max_length=24, min_length=1)
     ids, _ = captioner.tokenize([prompt] * 3, start=captioner.decoder_start)
     context = captioner.text_decoder.bert.project_kv(captioner.visual_encoder(pictures(3)))
-    settings = captioner.decoding(max_length=24, min_length=1, num_beams=1)
+    settings = captioner.decoding(GenerationConfig(max_length=24, min_length=1, num_beams=1))
     whole = decode(captioner.step(context), ids[:, :-1], settings)
-    words = [captioner.tokenizer.decode(row, skip_special_tokens=True) for row in whole[:, ids.shape[1] - 1 :]]
+    words = [captioner.tokenizer.decode(row, skip_special_tokens=True) for row in whole.ids[:, ids.shape[1] - 1 :]]
     assert [c.replace(" ", "").replace("##", "") for c in captions] == [
         w.replace(" ", "").replace("##", "") for w in words
     ]
@@ -314,9 +314,8 @@ def test_decoding_as_transformers_does(captioner: Any, settings: dict[str, Any])
     states = captioner.visual_encoder(images)
     end = {"eos_token_id": captioner.tokenizer.sep_token_id, "pad_token_id": captioner.tokenizer.pad_token_id}
     theirs = twin.generate(input_ids=prompt, encoder_hidden_states=states, do_sample=False, **end, **settings)
-    ours = decode(
-        captioner.step(captioner.text_decoder.bert.project_kv(states)), prompt, captioner.decoding(**settings)
-    )
+    step = captioner.step(captioner.text_decoder.bert.project_kv(states))
+    ours = decode(step, prompt, captioner.decoding(GenerationConfig(**settings))).ids
     assert ours.tolist() == theirs.tolist()
     assert len({tuple(row) for row in ours.tolist()}) > 2
 

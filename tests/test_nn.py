@@ -136,8 +136,8 @@ def test_beams_find_what_greed_misses() -> None:
     table[2, 3] = 0.9
     start = torch.zeros(1, 1, dtype=torch.long)
     settings = {"eos_id": 3, "pad_id": 9, "max_length": 4, "length_penalty": 0.0}
-    assert decode(Table(table), start, DecodingConfig(**settings)).tolist() == [[0, 1, 3]]
-    assert decode(Table(table), start, DecodingConfig(num_beams=2, **settings)).tolist() == [[0, 2, 3]]
+    assert decode(Table(table), start, DecodingConfig(**settings)).ids.tolist() == [[0, 1, 3]]
+    assert decode(Table(table), start, DecodingConfig(num_beams=2, **settings)).ids.tolist() == [[0, 2, 3]]
 
 
 def test_nucleus_holds_the_fewest_likeliest_tokens() -> None:

@@ -92,14 +92,14 @@ def check_caption(case: Case) -> None:
 
 def check_captions(model: Any, image: Tensor, expected: dict[str, Any]) -> None:
     """Strings and ids of one way to generate."""
-    from lavis_lite.nn.decoding import decode
+    from lavis_lite.nn.decoding import GenerationConfig, decode
 
     captions = model.generate({"image": image}, **expected["kwargs"])
     assert captions == [caption.strip() for caption in expected["captions"]]
     end = model.tokenizer.sep_token_id
     context = model.text_decoder.bert.project_kv(model.visual_encoder(image))
     start, _ = model.tokenize([model.prompt] * len(image), start=model.decoder_start)
-    ids = decode(model.step(context), start[:, :-1], model.decoding(**expected["kwargs"]))
+    ids = decode(model.step(context), start[:, :-1], model.decoding(GenerationConfig(**expected["kwargs"]))).ids
     assert [up_to_end(row, end) for row in ids.tolist()] == [up_to_end(row, end) for row in expected["ids"]]
 
 
@@ -355,11 +355,13 @@ def check_stage1_losses(
 
 def check_stage1_captions(model: Any, image: Tensor, expected: dict[str, Any]) -> None:
     """Strings and ids of one way to generate."""
-    from lavis_lite.nn.decoding import decode
+    from lavis_lite.nn.decoding import GenerationConfig, decode
 
     assert model.generate({"image": image}, **expected["kwargs"]) == [text.strip() for text in expected["captions"]]
     end, start = model.tokenizer.sep_token_id, torch.full((len(image), 1), model.decoder_start)
-    ids = decode(model.step(model.image_prefix(image)), start, model.decoding(**expected["kwargs"]))
+    ids = decode(
+        model.step(model.image_prefix(image)), start, model.decoding(GenerationConfig(**expected["kwargs"]))
+    ).ids
     assert [up_to_end(row, end) for row in ids.tolist()] == [up_to_end(row, end) for row in expected["ids"]]
 
 

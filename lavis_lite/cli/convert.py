@@ -139,7 +139,7 @@ def _precision(arch: str, args: argparse.Namespace) -> dict[str, Any]:
         return {}
     from lavis_lite.common.registry import registry
 
-    has_llm = hasattr(registry.get_model_class(arch), "part")
+    has_llm = registry.get_model_class(arch).llm_prefix is not None
     return {"vit_precision": "fp32"} | ({"llm_precision": args.precision, "llm_quantization": None} if has_llm else {})
 
 

@@ -72,8 +72,9 @@ def arch_of(config: Mapping[str, Any], *, source: str, wanted: str | None = None
     if wanted is not None:
         return wanted
     family = (config.get("text_config") or {}).get("model_type")
-    families = {arch: getattr(registry.get_model_class(arch), "model_types", ()) for arch in archs}
-    return next(arch for arch in archs if not families[arch] or family in families[arch])
+    families = {arch: getattr(registry.get_model_class(arch), "family", None) for arch in archs}
+    model_types = {arch: () if own is None else own.model_types for arch, own in families.items()}
+    return next(arch for arch in archs if not model_types[arch] or family in model_types[arch])
 
 
 def hf_class_in(config: Mapping[str, Any]) -> str | None:
@@ -110,7 +111,7 @@ def _blip2_section(config: Mapping[str, Any], folder: Path, *, arch: str) -> dic
         "num_query_token": config["num_query_tokens"],
         "qformer": _sizes(qformer, BERT_TO_QFORMER),
     }
-    part = getattr(registry.get_model_class(arch), "part", None)
+    part = getattr(registry.get_model_class(arch), "llm_prefix", None)
     if part is not None:
         section[f"{part}_model"] = str(folder)
     reads_text = part is None or config["model_type"] != "blip-2"
@@ -152,7 +153,7 @@ def _blip2_config(model: nn.Module, config_class: Any, vision: dict[str, Any]) -
     qformer = _theirs(model.Qformer.config, BERT_TO_QFORMER)
     qformer["encoder_hidden_size"] = vision["hidden_size"]
     sizes: dict[str, Any] = {"num_query_tokens": model.query_tokens.shape[1]}
-    part = getattr(model, "part", None)
+    part = getattr(model, "llm_prefix", None)
     if part is None:
         qformer["use_qformer_text_input"] = True
         sizes["image_text_hidden_size"] = model.text_proj.out_features

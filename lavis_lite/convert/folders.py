@@ -70,7 +70,7 @@ def write_folder(
     try:
         twin.save_pretrained(partial, max_shard_size=max_shard_size)
         processor.save_pretrained(partial)
-        if getattr(model, "part", None) is not None:
+        if getattr(model, "llm_prefix", None) is not None:
             model.tokenizer.save_pretrained(partial / QFORMER_TOKENIZER)
         write_extras(own, from_hf(twin.state_dict(), model).keys(), partial / EXTRA_FILE)
         stored = {"arch": arch, "settings": dict(settings or {}), "preprocess": dict(preprocess or {})}
@@ -218,7 +218,7 @@ def to_hf(own: Mapping[str, Tensor], model: nn.Module, config: Any) -> dict[str,
     """A model's tensors under transformers' names, with rows for its image token."""
     if not hasattr(model, "Qformer"):
         return dict(blip_to_hf(own))
-    given = dict(blip2_to_hf(own, getattr(model, "part", None), config.model_type))
+    given = dict(blip2_to_hf(own, getattr(model, "llm_prefix", None), config.model_type))
     if config.image_token_index is not None:
         rows = config.text_config.vocab_size
         for key in [key for key in given if key.endswith(VOCABULARIES) and len(given[key]) < rows]:
@@ -234,7 +234,9 @@ def with_mean_rows(vocabulary: Tensor, rows: int) -> Tensor:
 
 def from_hf(state: Mapping[str, Tensor], model: nn.Module) -> LazyState:
     """A state_dict of transformers under this model's names."""
-    return blip2_from_hf(state, getattr(model, "part", None)) if hasattr(model, "Qformer") else blip_from_hf(state)
+    return (
+        blip2_from_hf(state, getattr(model, "llm_prefix", None)) if hasattr(model, "Qformer") else blip_from_hf(state)
+    )
 
 
 def write_extras(own: Mapping[str, Tensor], covered: Collection[str], path: Path) -> None:
@@ -261,9 +263,9 @@ def build_processor(model: nn.Module, config: Any) -> Any:
     images = BlipImageProcessor(size={"height": side, "width": side})
     if not hasattr(model, "Qformer"):
         return BlipProcessor(images, copy.deepcopy(model.tokenizer))
-    if getattr(model, "part", None) is None:
+    if getattr(model, "llm_prefix", None) is None:
         return Blip2Processor(images, copy.deepcopy(model.tokenizer))
-    tokenizer, queries = copy.deepcopy(model.coder.tokenizer), config.num_query_tokens
+    tokenizer, queries = copy.deepcopy(model.llm_tokenizer.tokenizer), config.num_query_tokens
     if model.qformer_text_input:
         reader = copy.deepcopy(model.tokenizer)
         processor = InstructBlipProcessor(images, tokenizer, reader, num_query_tokens=queries)

@@ -46,7 +46,7 @@ class BaseModel(nn.Module):
     is its YAML schema.
     """
 
-    new_parts: ClassVar[tuple[str, ...]] = ()
+    new_parts: tuple[str, ...] = ()
     """What stands in the names of parameters that a pretrained file may lack because finetuning adds them."""
     loaded_later: tuple[str, ...] = ()
     """What stands in the names of parameters that any file may lack because `load_frozen` loads them."""

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,8 @@ from lavis_lite.common.wording import without_false_spaces
 from lavis_lite.nn.decoding import DecodingConfig, Step, decode
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 Texts = tuple[Tensor, Tensor]
 """Ids and mask (B,T)."""
@@ -91,11 +93,11 @@ def in_compute_type(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
-def by_prompt(prompts: Sequence[str], answer: Callable[[str, list[int]], list[str]]) -> list[str]:
-    """Return answers to all prompts in their order; `answer` is called once per different prompt, with the rows of the
-    samples that have it, and returns the same number of texts for each.
+def group_by_prompt(prompts: Sequence[str], answer: Callable[[str, list[int]], list[T]]) -> list[T]:
+    """Return answers to all prompts in their order; `answer` is called once per distinct prompt, with the rows of the
+    samples that have it, and returns the same number of answers for each.
     """
-    answers: dict[int, list[str]] = {}
+    answers: dict[int, list[T]] = {}
     for prompt in dict.fromkeys(prompts):
         rows = [row for row, other in enumerate(prompts) if other == prompt]
         texts = answer(prompt, rows)
@@ -104,17 +106,18 @@ def by_prompt(prompts: Sequence[str], answer: Callable[[str, list[int]], list[st
     return [text for row in range(len(prompts)) for text in answers[row]]
 
 
-def captions_behind(
+def generate_continuations(
     prompts: Sequence[str], model: Any, step_of: Callable[[list[int]], Step], config: DecodingConfig
-) -> list[str]:
+) -> list[Any]:
     """Generate continuations of each prompt, returned without it, with the tokenizer of BLIP's captioner or the
     Q-Former; `step_of` returns the decoding step of the samples with these rows.
     """
 
-    def captions(prompt: str, rows: list[int]) -> list[str]:
+    def captions(prompt: str, rows: list[int]) -> list[Any]:
         ids = model.tokenize([prompt] * len(rows), start=model.decoder_start)[0][:, :-1]
         start = model.tokenizer.decode(ids[0], skip_special_tokens=True)  # as it appears in the decoded texts
-        texts = model.tokenizer.batch_decode(decode(step_of(rows), ids, config), skip_special_tokens=True)
-        return [without_false_spaces(text.removeprefix(start).strip()) for text in texts]
+        decoded = decode(step_of(rows), ids, config)
+        texts = model.tokenizer.batch_decode(decoded.ids, skip_special_tokens=True)
+        return decoded.with_scores([without_false_spaces(text.removeprefix(start).strip()) for text in texts])
 
-    return by_prompt(prompts, captions)
+    return group_by_prompt(prompts, captions)

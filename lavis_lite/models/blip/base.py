@@ -28,7 +28,7 @@ from lavis_lite.models.initialise import (
 )
 from lavis_lite.models.tokenizers import blip_tokenizer
 from lavis_lite.nn.attention import MAX_VOCABULARY, BertConfig
-from lavis_lite.nn.decoding import DecodingConfig
+from lavis_lite.nn.decoding import DecodingConfig, GenerationConfig
 from lavis_lite.nn.vision import BlipViT, encoder_scale, interpolate_pos_embed, vit_config
 
 logger = logging.getLogger(__name__)
@@ -89,13 +89,14 @@ class BlipBase(BaseModel):
         """Id of `[ENC]`."""
         return self.tokenizer.enc_token_id
 
-    def decoding(self, **settings: Any) -> DecodingConfig:
-        """Decoding settings with this tokenizer's end and padding tokens, and the text transformer's positions."""
-        return DecodingConfig(
+    def decoding(self, generation: GenerationConfig, *, return_scores: bool = False) -> DecodingConfig:
+        """Return decoding settings with the tokenizer's end and padding tokens and the text transformer's positions."""
+        return DecodingConfig.of(
+            generation,
             eos_id=self.tokenizer.sep_token_id,
             pad_id=self.tokenizer.pad_token_id,
             max_positions=self.text_config().max_positions,
-            **settings,
+            return_scores=return_scores,
         )
 
     def layer_scale(self, decay: float) -> Callable[[str], float]:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.registry import registry
 from lavis_lite.models.base import Output
-from lavis_lite.models.batches import captions_behind
+from lavis_lite.models.batches import generate_continuations
 from lavis_lite.models.blip.base import BlipBase
 from lavis_lite.models.image_text import training_output
 from lavis_lite.models.inputs import (
@@ -22,7 +22,7 @@ from lavis_lite.models.inputs import (
 from lavis_lite.models.tokenizers import tokenize
 from lavis_lite.nn.attention import CrossAttentionKV, KeyValueCache
 from lavis_lite.nn.bert import BertLMHeadModel
-from lavis_lite.nn.decoding import Step
+from lavis_lite.nn.decoding import GenerationConfig, Step
 from lavis_lite.nn.losses import IGNORED, language_modeling_loss
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ class BlipCaption(BlipBase):
     """
 
     prompt_begins_captions = True
+    generation: ClassVar[GenerationConfig] = GenerationConfig(num_beams=3, max_length=30, min_length=10)
 
     def __init__(self, *, prompt: str | None = "a picture of ", max_txt_len: int = 40, **parts: Any) -> None:
         super().__init__(max_txt_len=max_txt_len, **parts)
@@ -85,44 +86,22 @@ class BlipCaption(BlipBase):
         """Return the number of tokens of the prompt and `[DEC]`."""
         return len(self.tokenizer(prompt).input_ids) - 1
 
-    def generate(
-        self,
-        samples: dict[str, Any],
-        use_nucleus_sampling: bool = False,
-        num_beams: int = 3,
-        max_length: int = 30,
-        min_length: int = 10,
-        top_p: float = 0.9,
-        temperature: float = 1.0,
-        repetition_penalty: float = 1.0,
-        length_penalty: float = 1.0,
-        num_captions: int = 1,
-    ) -> list[str]:
-        """Captions of `image` (B,3,H,W), `num_captions` of each in turn, without the prompt.
+    def generate(self, samples: dict[str, Any], *, return_scores: bool = False, **changes: Any) -> list[Any]:
+        """Return captions of `image` (B,3,H,W), `num_captions` of each in turn, without the prompt.
 
-        `samples["prompt"]`, one string or one a sample, replaces the model's. Lengths are in tokens and count `[DEC]`
-        and the prompt.
+        `samples["prompt"]`, one text or one per sample, replaces the model's. `changes` replace settings of
+        `generation`. With `return_scores` the captions are pairs (text, score); see `Decoded`.
         """
+        config = self.decoding(self.generation.changed(**changes), return_scores=return_scores)
         image = image_of(samples, answering=True)
         prompts = text_list(samples.get("prompt", self.prompt), len(image), "prompt")
-        config = self.decoding(
-            max_length=max_length,
-            min_length=min_length,
-            num_beams=num_beams,
-            num_return=num_captions,
-            length_penalty=length_penalty,
-            repetition_penalty=repetition_penalty,
-            sample=use_nucleus_sampling,
-            top_p=top_p,
-            temperature=temperature,
-        )
         context = self.text_decoder.bert.project_kv(self.visual_encoder(image))
 
         def step_of(rows: list[int]) -> Step:
             every = len(rows) == len(prompts)
             return self.step(context if every else context.select(torch.tensor(rows, device=self.device)))
 
-        return captions_behind(prompts, self, step_of, config)
+        return generate_continuations(prompts, self, step_of, config)
 
     def step(self, context: CrossAttentionKV) -> Step:
         """Return the decoding step given the images."""

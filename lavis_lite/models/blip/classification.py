@@ -6,7 +6,7 @@ Unlike the other image-grounded models it keeps `[CLS]` as the text's first toke
 
 import logging
 from collections.abc import Mapping, MutableMapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ MOMENTUM_PARTS = ("visual_encoder", "text_encoder", "cls_head")
 class BlipClassification(BlipBase):
     """Classifies (image, text)."""
 
-    new_parts: ClassVar[tuple[str, ...]] = ("cls_head.",)
+    new_parts = ("cls_head.",)
     visual_encoder_m: BlipViT
     text_encoder_m: BertModel
     cls_head_m: nn.Sequential

@@ -3,7 +3,7 @@
 """
 
 from collections.abc import MutableMapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from lavis_lite.nn.bert import BertModel
 class BlipNLVR(BlipBase):
     """Classifies (image0, image1, statement)."""
 
-    new_parts: ClassVar[tuple[str, ...]] = ("cls_head.", "merge_layer")
+    new_parts = ("cls_head.", "merge_layer")
 
     def __init__(self, *, num_classes: int = 2, **parts: Any) -> None:
         super().__init__(**parts)

@@ -26,7 +26,7 @@ from lavis_lite.models.inputs import (
 )
 from lavis_lite.nn.attention import CrossAttentionKV
 from lavis_lite.nn.bert import BertLMHeadModel, BertModel
-from lavis_lite.nn.decoding import decode
+from lavis_lite.nn.decoding import DecodingConfig, GenerationConfig, decode
 from lavis_lite.nn.losses import language_modeling_loss_per_text
 
 
@@ -39,6 +39,7 @@ class BlipVQA(BlipBase):
     """
 
     learns_answers: ClassVar[bool] = True
+    answer_generation: ClassVar[GenerationConfig] = GenerationConfig(num_beams=3, max_length=10, min_length=1)
 
     def __init__(self, *, max_txt_len: int = 35, decoder_sees_padding: bool = False, **parts: Any) -> None:
         super().__init__(max_txt_len=max_txt_len, **parts)
@@ -78,28 +79,26 @@ class BlipVQA(BlipBase):
     def predict_answers(
         self,
         samples: dict[str, Any],
-        num_beams: int = 3,
+        *,
         inference_method: str = "rank",
-        max_len: int = 10,
-        min_len: int = 1,
         num_ans_candidates: int = 128,
         answer_list: list[str] | None = None,
-        length_penalty: float = 1.0,
+        prompt: str = "",
+        **changes: Any,
     ) -> list[str]:
-        """One answer for each of the B questions.
+        """Return an answer to each of the B questions, which `{}` in `prompt` stands for.
 
-        `rank` picks from `answer_list`: the `num_ans_candidates` likeliest by their first token, then the likeliest
-        as a whole (BLIP's protocol);
-        `generate` writes freely by beam search, `max_len` and `min_len` tokens counting `[DEC]`.
+        `rank` chooses from `answer_list`: the `num_ans_candidates` likeliest by their first token, then the likeliest
+        as a whole (BLIP's protocol). `generate` writes freely; `changes` replace settings of `answer_generation`.
         """
         if inference_method not in ("rank", "generate"):
             raise InputError(f"inference_method {inference_method!r} is not one of rank, generate")
-        image_of(samples, answering=True)
+        config = self.decoding(self.answer_generation.changed(**changes))
+        image = image_of(samples, answering=True)
+        if prompt:
+            samples = {**samples, "text_input": fill_placeholder(prompt, texts_of(samples, len(image)))}
         states, mask = self.encode_questions(samples)
         if inference_method == "generate":
-            config = self.decoding(
-                max_length=max_len, min_length=min_len, num_beams=num_beams, length_penalty=length_penalty
-            )
             return self.generate_answers(states, None if self.decoder_sees_padding else mask, config)
         answer_list = ranked_answers(answer_list, num_ans_candidates)
         context = self.text_decoder.bert.project_kv(states, mask=mask)
@@ -107,11 +106,11 @@ class BlipVQA(BlipBase):
         best = order.gather(1, loss.argmin(dim=1, keepdim=True)).squeeze(1)
         return [answer_list[i] for i in best.tolist()]
 
-    def generate_answers(self, states: Tensor, mask: Tensor | None, config: Any) -> list[str]:
+    def generate_answers(self, states: Tensor, mask: Tensor | None, config: DecodingConfig) -> list[str]:
         """Generate answers given the questions' states (B,T,E); `mask` (B,T) is 1 where one counts, None for all."""
         context = self.text_decoder.bert.project_kv(states, mask=mask)
         start = torch.full((len(states), 1), self.decoder_start, device=states.device)
-        ids = decode(decoding_step(self.text_decoder, context), start, config)
+        ids, _ = decode(decoding_step(self.text_decoder, context), start, config)
         return [without_false_spaces(text) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def rank_answers(self, context: CrossAttentionKV, answer_list: list[str], k: int) -> tuple[Tensor, Tensor]:
@@ -123,6 +122,13 @@ class BlipVQA(BlipBase):
         order = logits[:, 0].softmax(dim=-1)[:, ids[:, 1]].topk(k, dim=1).indices
         loss = self.answer_loss(ids[order].flatten(0, 1), mask[order].flatten(0, 1), context)
         return order, loss.view(num_questions, k)
+
+
+def fill_placeholder(prompt: str, questions: list[str]) -> list[str]:
+    """Return each question inside the prompt. InputError unless the prompt has one `{}`."""
+    if prompt.count("{}") != 1:
+        raise InputError(f"prompt: must have one '{{}}', for the question; got {prompt!r}")
+    return [prompt.replace("{}", question) for question in questions]
 
 
 def check_answers(samples: dict[str, Any], expected: int) -> list[str]:

@@ -12,7 +12,7 @@ Letters: B samples, N samples of all ranks, Q queries, T text tokens, S image to
 space.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,8 +23,8 @@ from lavis_lite.common.registry import registry
 from lavis_lite.models.base import Output
 from lavis_lite.models.batches import (
     Texts,
-    captions_behind,
     fetch_texts,
+    generate_continuations,
     in_compute_type,
     stack_texts,
 )
@@ -38,7 +38,7 @@ from lavis_lite.models.inputs import (
 )
 from lavis_lite.models.reranking import GalleryLoader, similarity_matrices
 from lavis_lite.nn.attention import CrossAttentionKV, KeyValueCache
-from lavis_lite.nn.decoding import Step
+from lavis_lite.nn.decoding import GenerationConfig, Step
 from lavis_lite.nn.learning import contrast_metrics, matching_accuracy
 from lavis_lite.nn.losses import (
     best_query_similarity,
@@ -57,6 +57,8 @@ class Blip2Qformer(Blip2Matching):
 
     With `gather_with_grad` the contrast's gradient flows to both sides of each comparison.
     """
+
+    generation: ClassVar[GenerationConfig] = GenerationConfig(num_beams=3, max_length=30, min_length=10)
 
     def __init__(self, *, gather_with_grad: bool = False, **parts: Any) -> None:
         super().__init__(**parts)
@@ -139,43 +141,21 @@ class Blip2Qformer(Blip2Matching):
         states, _ = self.Qformer(None, ids, mask, past=cache)
         return language_modeling_loss(self.Qformer.logits(states), self.labels(ids))
 
-    def generate(
-        self,
-        samples: dict[str, Any],
-        use_nucleus_sampling: bool = False,
-        num_beams: int = 3,
-        max_length: int = 30,
-        min_length: int = 10,
-        top_p: float = 0.9,
-        temperature: float = 1.0,
-        repetition_penalty: float = 1.0,
-        length_penalty: float = 1.0,
-        num_captions: int = 1,
-    ) -> list[str]:
-        """Captions of `image` (B,3,H,W), `num_captions` of each in turn, without the prompt.
+    def generate(self, samples: dict[str, Any], *, return_scores: bool = False, **changes: Any) -> list[Any]:
+        """Return captions of `image` (B,3,H,W), `num_captions` of each in turn, without the prompt.
 
-        `samples["prompt"]`, one string or one a sample, is how they begin. Lengths are in tokens and count `[DEC]` and
-        the prompt.
+        `samples["prompt"]`, one text or one per sample, is how they begin. `changes` replace settings of
+        `generation`. With `return_scores` the captions are pairs (text, score); see `Decoded`.
         """
+        config = self.decoding(self.generation.changed(**changes), return_scores=return_scores)
         image = image_of(samples, answering=True)
         prompts = optional_texts(samples, "prompt", len(image))
-        config = self.decoding(
-            max_length=max_length,
-            min_length=min_length,
-            num_beams=num_beams,
-            num_return=num_captions,
-            length_penalty=length_penalty,
-            repetition_penalty=repetition_penalty,
-            sample=use_nucleus_sampling,
-            top_p=top_p,
-            temperature=temperature,
-        )
         prefix = self.image_prefix(image)
 
         def step_of(rows: list[int]) -> Step:
             return self.step(prefix.select(torch.tensor(rows, device=self.device)))
 
-        return captions_behind(prompts, self, step_of, config)
+        return generate_continuations(prompts, self, step_of, config)
 
     @torch.no_grad()
     def image_prefix(self, image: Tensor) -> KeyValueCache:
