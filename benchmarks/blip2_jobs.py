@@ -27,8 +27,9 @@ from lavis_lite.common.registry import registry
 from lavis_lite.convert.folders import hf_config, hf_model
 from lavis_lite.models.batches import Texts, stack_texts
 from lavis_lite.models.blip2.base import PRECISIONS
-from lavis_lite.nn.attention import Context
-from lavis_lite.nn.llm import LanguageModel, Prefix
+from lavis_lite.nn.attention import CrossAttentionKV
+from lavis_lite.nn.decoding import GenerationConfig
+from lavis_lite.nn.llm import LLMAdapter, Prefix
 from lavis_lite.nn.llm_sources import PACKAGED, WEIGHT_FILES
 from lavis_lite.nn.losses import IGNORED
 
@@ -149,7 +150,7 @@ def stage1_jobs(arguments: argparse.Namespace, image: Tensor) -> Iterator[Job]:
     ids, mask = (part[:1].expand(NUM_CANDIDATES, -1) for part in (ids, mask))
 
     def score(num_images: int) -> Tensor:
-        return model.matching_logits(ids, mask, model.Qformer.project_context(tokens.expand(num_images, -1, -1)))
+        return model.matching_logits(ids, mask, model.Qformer.project_kv(tokens.expand(num_images, -1, -1)))
 
     yield Job(
         what=f"re-ranking {NUM_CANDIDATES} texts of an image",
@@ -175,12 +176,12 @@ def recomputing(model: Any) -> Any:
 
 
 def logits_of_pairs(
-    model: Any, tokens: Tensor, context: Context, texts: Texts, negatives: tuple[Tensor, Tensor]
+    model: Any, tokens: Tensor, context: CrossAttentionKV, texts: Texts, negatives: tuple[Tensor, Tensor]
 ) -> Tensor:
     """The matching head's logits the plain way: each of the three sets of pairs has its images' tokens."""
     negative_image, negative_text = negatives
     ids, mask = stack_texts(texts, texts, (texts[0][negative_text], texts[1][negative_text]))
-    images = model.Qformer.project_context(torch.cat([tokens, tokens[negative_image], tokens]))
+    images = model.Qformer.project_kv(torch.cat([tokens, tokens[negative_image], tokens]))
     return model.matching_logits(ids, mask, images)
 
 
@@ -226,10 +227,10 @@ def stage2_inputs(model: Any, twin: Any, image: Tensor, texts: list[str]) -> tup
         read = [" ".join(text[: len(text) // 2]) for text in words]
         written = [" ".join(text[len(text) // 2 :]) for text in words]
         samples = {"image": image, "text_input": read, "text_output": written}
-        batch = model.answer_batch(read, written)
+        batch = model.llm_tokenizer.answer_batch(read, written)
     else:
         samples = {"image": image, "text_input": texts}
-        batch = model.caption_batch(texts)
+        batch = model.llm_tokenizer.caption_batch(texts, model.prompt)
     inputs = image_inputs(model, twin, image, batch.ids, batch.mask)
     num_unlabelled = 0 if model.lm.is_encoder_decoder else inputs["input_ids"].shape[1] - batch.ids.shape[1]
     return samples, {**inputs, "labels": F.pad(batch.labels, (num_unlabelled, 0), value=IGNORED)}
@@ -249,14 +250,14 @@ def captions_job(name: str, model: Any, twin: Any, image: Tensor, arguments: arg
     """Captions of a fixed length by beam search, with no prompt."""
     num_tokens = arguments.tokens
     length = num_tokens if model.lm.is_encoder_decoder else num_tokens + 1  # see `generate`
-    ids, mask = model.pad(model.coder.inputs([""] * len(image)))
+    ids, mask = model.pad(model.llm_tokenizer.inputs([""] * len(image)))
     inputs = image_inputs(model, twin, image.to(twin.dtype), ids, mask)
 
     def theirs() -> list[str]:
         written = twin.generate(
             **inputs, num_beams=NUM_BEAMS, do_sample=False, min_new_tokens=num_tokens, max_new_tokens=num_tokens
         )
-        return model.coder.tokenizer.batch_decode(written, skip_special_tokens=True)
+        return model.llm_tokenizer.tokenizer.batch_decode(written, skip_special_tokens=True)
 
     def ours() -> list[str]:
         return model.generate({"image": image}, num_beams=NUM_BEAMS, max_length=length, min_length=num_tokens + 1)
@@ -273,9 +274,9 @@ def captions_job(name: str, model: Any, twin: Any, image: Tensor, arguments: arg
 def prefix_job(name: str, model: Any, image: Tensor, arguments: argparse.Namespace) -> Job:
     """The language model's share of the captions."""
     length = arguments.tokens + 1
-    config = model.lm.decoding(num_beams=NUM_BEAMS, max_length=length, min_length=length)
+    config = model.lm.decoding(GenerationConfig(num_beams=NUM_BEAMS, max_length=length, min_length=length))
     with torch.no_grad(), autocast(arguments):
-        embeds, mask = model.asked({"image": image}, [""] * len(image))
+        embeds, mask = model.prompt_embeds({"image": image}, [""] * len(image))
     plain = copy.copy(model.lm)  # of the same weights
     plain.prefix = partial(prefix_of_every_beam, model.lm)
     ours, theirs = (answering(model, partial(lm.generate, embeds, mask, config), arguments) for lm in (model.lm, plain))
@@ -288,7 +289,7 @@ def prefix_job(name: str, model: Any, image: Tensor, arguments: argparse.Namespa
     )
 
 
-def prefix_of_every_beam(lm: LanguageModel, embeds: Tensor, mask: Tensor) -> Prefix:
+def prefix_of_every_beam(lm: LLMAdapter, embeds: Tensor, mask: Tensor) -> Prefix:
     """What `lm.prefix` gives, having read the inputs once for every beam."""
     prefix = lm.prefix(embeds.repeat_interleave(NUM_BEAMS, 0), mask.repeat_interleave(NUM_BEAMS, 0))
     first = torch.arange(len(mask), device=mask.device) * NUM_BEAMS

@@ -18,6 +18,7 @@ from reference_case import REFERENCE, Case, blip2_sizes, close, close_gradients
 from torch import Tensor
 
 from lavis_lite.common.registry import registry
+from lavis_lite.nn.decoding import Decoded
 
 LANGUAGE_MODEL_KEY = {"blip2_opt": "opt_model", "blip2_t5": "t5_model", "blip2_t5_instruct": "t5_model"}
 ANSWER_LENGTH_PENALTY = {"blip2_opt": 0.0, "blip2_vicuna_instruct": 0.0}
@@ -61,12 +62,12 @@ def check_blip2_opt(case: Case, monkeypatch: Any) -> None:
     image = case.inputs["image"]
     for kind, prompt in (("prompt", case.config["prompt"]), ("noprompt", "")):
         model = language_model(case, prompt=prompt)
-        batch = model.caption_batch(case.facts[f"text_input_{kind}"])
+        batch = model.llm_tokenizer.caption_batch(case.facts[f"text_input_{kind}"], model.prompt)
         num_queries = case.config["num_query_token"]
         unlabelled = torch.full((len(image), num_queries), -100)
         assert torch.cat([unlabelled, batch.labels], dim=1).tolist() == case.facts[f"labels_{kind}"]
-        seen = model.see({"image": image}, [prompt] * len(image))
-        embeds, mask = model.joined(seen, batch.ids, batch.mask)
+        seen = model.image_embeds({"image": image}, [prompt] * len(image))
+        embeds, mask = model.concat_embeds(seen, batch.ids, batch.mask)
         assert mask.tolist() == case.facts[f"attention_mask_{kind}"]
         close(seen, case.outputs["inputs_opt"])
         logits = model.lm.logits(embeds, mask, batch.labels)
@@ -102,10 +103,10 @@ def check_answer_batch(case: Case, model: Any, samples: dict[str, Any]) -> None:
     """Labels, masks, what the queries give, logits and loss of questions with answers."""
     close(model.encode_image(samples["image"]), case.outputs["image_embeds"])
     asked = samples["text_input"]
-    batch = model.answer_batch(asked, samples["text_output"])
-    seen = model.see(samples, asked)
+    batch = model.llm_tokenizer.answer_batch(asked, samples["text_output"])
+    seen = model.image_embeds(samples, asked)
     close(seen, case.outputs["query_inputs_to_llm"])
-    embeds, mask = model.joined(seen, batch.ids, batch.mask)
+    embeds, mask = model.concat_embeds(seen, batch.ids, batch.mask)
     longest = mask.shape[1]
     recorded = torch.tensor(case.facts["attention_mask"])
     assert mask.tolist() == recorded[:, :longest].tolist()
@@ -152,9 +153,9 @@ def check_written(
     """Strings and ids of one call, and the prompts that were read."""
     write = model.generate if defaults is None else model.predict_answers
     seen: dict[str, Any] = {}
-    generate, asked = model.lm.generate, model.asked
+    generate, asked = model.lm.generate, model.prompt_embeds
 
-    def recorded_ids(*args: Any) -> Tensor:
+    def recorded_ids(*args: Any) -> Decoded:
         seen["ids"] = generate(*args)
         return seen["ids"]
 
@@ -164,14 +165,14 @@ def check_written(
 
     with monkeypatch.context() as patch:
         patch.setattr(model.lm, "generate", recorded_ids)
-        patch.setattr(model, "asked", recorded_prompts)
+        patch.setattr(model, "prompt_embeds", recorded_prompts)
         texts = write({"image": image, **expected["samples"]}, **{**(defaults or {}), **expected["kwargs"]})
     end = model.lm.end_id
-    rows = [until_end(row, end) for row in seen["ids"].tolist()]
+    rows = [until_end(row, end) for row in seen["ids"].ids.tolist()]
     assert rows == [until_end(row, end) for row in expected["ids"]]
     recorded_texts = expected["captions" if defaults is None else "answers"]
     for row, text, recorded in zip(rows, texts, recorded_texts, strict=True):
-        assert text == recorded.strip() or has_adjacent_bytes(model.coder.tokenizer.convert_ids_to_tokens(row))
+        assert text == recorded.strip() or has_adjacent_bytes(model.llm_tokenizer.tokenizer.convert_ids_to_tokens(row))
     if expected.get("llm_prompts"):
         assert seen["prompts"] == expected["llm_prompts"]
 
@@ -204,7 +205,7 @@ def check_classes(model: Any, expected: dict[str, Any], inputs: dict[str, Tensor
         factors.append(float(own[0] / recorded[0]))
         close(own[: len(recorded)], recorded * factors[-1])
         assert (own[len(recorded) :] == torch.inf).all()
-    without_padding = model.bare_candidates and n_segments == 1 and isinstance(candidates[0], str)
+    without_padding = model.family.score_without_eos and n_segments == 1 and isinstance(candidates[0], str)
     close(
         torch.tensor(min(factors) if without_padding else factors), torch.ones(() if without_padding else len(factors))
     )

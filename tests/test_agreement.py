@@ -282,8 +282,8 @@ def test_a_language_model_learns_all_but_the_prompt(arch: str) -> None:
     """Also of a caption that only begins with the prompt's letters, and of one that is the prompt."""
     model = load_model(arch, "tiny", prompt="a photo")
     texts = ["a photo of a cat", "a photograph of a cat", "a dog", "a photo"]
-    batch = model.caption_batch(texts)
-    decode = model.coder.tokenizer.decode
+    batch = model.llm_tokenizer.caption_batch(texts, model.prompt)
+    decode = model.llm_tokenizer.tokenizer.decode
     learned = [decode(row[row != -100], skip_special_tokens=True).strip() for row in batch.labels]
     assert learned == ["of a cat", "a photograph of a cat", "a dog", ""]
     assert [decode(row, skip_special_tokens=True).strip() for row in batch.ids][1] == "a photo a photograph of a cat"

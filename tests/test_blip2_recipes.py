@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lavis_lite.nn.encoders import build_encoder
-from lavis_lite.nn.llm import load_language_model
+from lavis_lite.nn.llm_loading import load_language_model
 
 RECIPES = doors.ROOT / "projects" / "blip2" / "train"
 SHAPES = "{num_train: 12, num_val: 4, num_test: 4, colors: 3, shapes: 3, max_objects: 2, gallery_size: 4}"

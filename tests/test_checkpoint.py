@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lavis_lite.common import checkpoint
-from lavis_lite.nn.ckpt import checkpoint_blocks
+from lavis_lite.nn.activation_checkpointing import checkpoint_blocks
 
 
 class Evil:

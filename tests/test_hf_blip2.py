@@ -17,6 +17,7 @@ from torch import Tensor
 from lavis_lite.common.registry import registry
 from lavis_lite.convert.folders import write_folder
 from lavis_lite.models import from_pretrained
+from lavis_lite.nn.decoding import GenerationConfig
 
 PROMPTS = ["Question: what color is the star? Short answer:", "a photo of"]
 TEXTS = ["a red square above a blue circle", "the black cat"]
@@ -86,10 +87,10 @@ def compare_language_model(model: Any, arch: str, folder: Path) -> None:
     close(model.encode_image(image), twin.vision_model(image).last_hidden_state)
     for i, prompt in enumerate(PROMPTS):
         inputs = their_inputs(processor, [prompt], image[i : i + 1], side="right")
-        embeds, mask = model.asked({"image": image[i : i + 1]}, [prompt])
+        embeds, mask = model.prompt_embeds({"image": image[i : i + 1]}, [prompt])
         assert mask.tolist() == inputs["attention_mask"].tolist()
         if is_t5:
-            labels = model.answer_batch([prompt], [TEXTS[i]]).labels
+            labels = model.llm_tokenizer.answer_batch([prompt], [TEXTS[i]]).labels
             logits = twin(**inputs, labels=labels).logits
         else:
             labels = inputs["input_ids"][:, processor.num_query_tokens :]
@@ -103,8 +104,8 @@ def compare_language_model(model: Any, arch: str, folder: Path) -> None:
 
 def compare_generation(model: Any, twin: Any, inputs: dict[str, Tensor], **settings: Any) -> None:
     """Nine new tokens at most, two at least: ids up to the end token are equal."""
-    config = model.lm.decoding(max_length=10, min_length=3, **settings)
-    ours = model.lm.generate(*model.asked({"image": inputs["pixel_values"]}, PROMPTS), config)[:, 1:]
+    config = model.lm.decoding(GenerationConfig(max_length=10, min_length=3, **settings))
+    ours = model.lm.generate(*model.prompt_embeds({"image": inputs["pixel_values"]}, PROMPTS), config).ids[:, 1:]
     generated = twin.generate(**inputs, max_new_tokens=9, min_new_tokens=2, do_sample=False, **settings)
     skipped = 1 if model.lm.is_encoder_decoder else inputs["input_ids"].shape[1]
     end = model.lm.end_id
@@ -158,7 +159,7 @@ def test_instruction_models_see_the_same(name: str, tmp_path: Path) -> None:
     image = picture(model)
     ids, mask = model.tokenize(PROMPTS, max_length=model.max_txt_len)
     seen = twin.get_image_features(image, qformer_input_ids=ids, qformer_attention_mask=mask, return_dict=True)
-    close(model.see({"image": image}, PROMPTS), seen.pooler_output)
+    close(model.image_embeds({"image": image}, PROMPTS), seen.pooler_output)
 
 
 @torch.no_grad()
@@ -181,7 +182,7 @@ def test_a_video_folder_of_theirs_becomes_a_model_of_ours(tmp_path: Path) -> Non
     video = torch.randn(2, 4, 3, 16, 16)
     ids, mask = model.tokenize(PROMPTS)
     seen = twin.get_video_features(video, qformer_input_ids=ids, qformer_attention_mask=mask, return_dict=True)
-    close(model.see({"image": video.transpose(1, 2)}, PROMPTS), seen.pooler_output)
+    close(model.image_embeds({"image": video.transpose(1, 2)}, PROMPTS), seen.pooler_output)
 
 
 @pytest.mark.parametrize("family", ["opt", "t5"])
@@ -213,6 +214,6 @@ def test_a_folder_of_theirs_becomes_a_model_of_ours(family: str, tmp_path: Path)
     assert type(model) is registry.get_model_class(f"blip2_{family}")
     image = torch.randn(2, 3, 28, 28)
     seen = twin.get_image_features(image, return_dict=True)
-    close(model.see({"image": image}, [""] * 2), seen.pooler_output)
+    close(model.image_embeds({"image": image}, [""] * 2), seen.pooler_output)
     own, other = getattr(model, f"{family}_model").state_dict(), twin.language_model.state_dict()
     assert all(torch.equal(own[name], tensor) for name, tensor in other.items())

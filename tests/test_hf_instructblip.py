@@ -18,6 +18,7 @@ from test_hf_blip2 import their_text, theirs
 from torch import Tensor
 
 from lavis_lite.models import from_pretrained
+from lavis_lite.nn.decoding import GenerationConfig
 
 NAMES = ["blip2_t5_instruct__a", "blip2_vicuna_instruct__a"]
 PROMPTS = ["Question: what color is the star? Short answer:", "a photo of"]
@@ -72,12 +73,12 @@ def compare(model: Any, twin: Any, processor: Any, seen: Tensor) -> None:
     is_t5, num_seen = model.lm.is_encoder_decoder, model.query_tokens.shape[1] * (NUM_FRAMES if seen.dim() == 5 else 1)
     for i, prompt in enumerate(PROMPTS):
         inputs = their_inputs(processor, [prompt], seen[i : i + 1], side="right")
-        assert inputs["input_ids"][:, num_seen:].tolist() == model.coder.inputs([prompt])
+        assert inputs["input_ids"][:, num_seen:].tolist() == model.llm_tokenizer.inputs([prompt])
         assert inputs["qformer_input_ids"].tolist() == model.tokenize([prompt])[0].tolist()
-        embeds, mask = model.asked({"image": seen[i : i + 1]}, [prompt])
+        embeds, mask = model.prompt_embeds({"image": seen[i : i + 1]}, [prompt])
         assert mask.tolist() == inputs["attention_mask"].tolist()
         if is_t5:
-            labels = model.answer_batch([prompt], [ANSWERS[i]]).labels
+            labels = model.llm_tokenizer.answer_batch([prompt], [ANSWERS[i]]).labels
             logits = twin(**inputs, labels=labels).logits
         else:
             labels = inputs["input_ids"][:, num_seen:]
@@ -90,8 +91,8 @@ def compare(model: Any, twin: Any, processor: Any, seen: Tensor) -> None:
 
 def compare_generation(model: Any, twin: Any, inputs: dict[str, Tensor], seen: Tensor, **settings: Any) -> None:
     """Nine new tokens at most, two at least: ids up to the end token are equal."""
-    config = model.lm.decoding(max_length=10, min_length=3, **settings)
-    ours = model.lm.generate(*model.asked({"image": seen}, PROMPTS), config)[:, 1:].tolist()
+    config = model.lm.decoding(GenerationConfig(max_length=10, min_length=3, **settings))
+    ours = model.lm.generate(*model.prompt_embeds({"image": seen}, PROMPTS), config).ids[:, 1:].tolist()
     generated = twin.generate(**inputs, max_new_tokens=9, min_new_tokens=2, do_sample=False, **settings)
     skipped = 1 if model.lm.is_encoder_decoder else inputs["input_ids"].shape[1]
     end = model.lm.end_id

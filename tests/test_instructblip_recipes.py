@@ -23,7 +23,7 @@ from lavis_lite.common.config.config import Config
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets import instruct
 from lavis_lite.models import load_model
-from lavis_lite.nn.llm import load_language_model
+from lavis_lite.nn.llm_loading import load_language_model
 from lavis_lite.tasks.metrics import caption_java
 
 PROJECT = doors.ROOT / "projects" / "instructblip"

@@ -30,8 +30,9 @@ from transformers import (
 
 from lavis_lite.datasets.shapes.language import vocabulary
 from lavis_lite.datasets.shapes.questions import question_words
-from lavis_lite.nn.decoding import DecodingConfig, decode
-from lavis_lite.nn.llm import LanguageModel, load_language_model
+from lavis_lite.nn.decoding import DecodingConfig, GenerationConfig, decode
+from lavis_lite.nn.llm import LLMAdapter
+from lavis_lite.nn.llm_loading import load_language_model
 from lavis_lite.nn.llm_sources import PACKAGED
 
 TINY = REFERENCE / "tiny_hf"
@@ -82,11 +83,11 @@ def random_model(family: str, seed: int = 0) -> PreTrainedModel:
     return model
 
 
-def face(model: PreTrainedModel) -> LanguageModel:
-    return LanguageModel(model, start_id=START, end_id=END, pad_id=PAD)
+def adapter(model: PreTrainedModel) -> LLMAdapter:
+    return LLMAdapter(model, start_id=START, end_id=END, pad_id=PAD)
 
 
-def inputs(lm: LanguageModel, *, in_front: bool = False) -> tuple[Tensor, Tensor]:
+def inputs(lm: LLMAdapter, *, in_front: bool = False) -> tuple[Tensor, Tensor]:
     """Embeddings and mask of four samples, of which three are padded."""
     lengths, longest = (9, 5, 7, 3), 9
     embeds = torch.randn(4, longest, lm.width, generator=torch.Generator().manual_seed(1))
@@ -107,58 +108,60 @@ def trimmed(ids: Tensor, end: int = END) -> list[list[int]]:
 @pytest.mark.parametrize("beams", [1, 4])
 def test_generation_is_that_of_transformers(family: str, beams: int) -> None:
     model = random_model(family)
-    lm = face(model)
+    lm = adapter(model)
     embeds, mask = inputs(lm, in_front=not lm.is_encoder_decoder)
-    ours = lm.generate(embeds, mask, lm.decoding(max_length=11, num_beams=beams, length_penalty=0.0))
+    ours = lm.generate(embeds, mask, lm.decoding(GenerationConfig(max_length=11, num_beams=beams, length_penalty=0.0)))
     theirs = model.generate(
         inputs_embeds=embeds, attention_mask=mask, max_new_tokens=10, num_beams=beams, length_penalty=0.0,
         do_sample=False,
     )  # fmt: skip
-    assert trimmed(ours) == trimmed(theirs)
-    assert len(set(map(tuple, trimmed(ours)))) > 1
+    assert trimmed(ours.ids) == trimmed(theirs)
+    assert len(set(map(tuple, trimmed(ours.ids)))) > 1
 
 
 @pytest.mark.parametrize(("family", "penalty"), [("opt", 1.0), ("t5", 1.7)])
 def test_minimum_length_and_repetition_penalty_are_those_of_transformers(family: str, penalty: float) -> None:
     """Today's transformers leave a decoder's start token, which it never reads, out of the penalty."""
     model = random_model(family)
-    lm = face(model)
+    lm = adapter(model)
     embeds, mask = inputs(lm, in_front=not lm.is_encoder_decoder)
-    plain = lm.generate(embeds, mask, lm.decoding(max_length=9))
-    lm.end_id = int(plain[0, 3])  # a text that would end early
-    ours = lm.generate(embeds, mask, lm.decoding(max_length=9, min_length=6, repetition_penalty=penalty))
+    plain = lm.generate(embeds, mask, lm.decoding(GenerationConfig(max_length=9)))
+    lm.end_id = int(plain.ids[0, 3])  # a text that would end early
+    ours = lm.generate(
+        embeds, mask, lm.decoding(GenerationConfig(max_length=9, min_length=6, repetition_penalty=penalty))
+    )
     theirs = model.generate(
         inputs_embeds=embeds, attention_mask=mask, max_new_tokens=8, min_new_tokens=5, repetition_penalty=penalty,
         eos_token_id=lm.end_id, do_sample=False,
     )  # fmt: skip
-    assert trimmed(ours, lm.end_id) == trimmed(theirs, lm.end_id)
-    assert trimmed(ours, lm.end_id) != trimmed(plain, lm.end_id)
+    assert trimmed(ours.ids, lm.end_id) == trimmed(theirs, lm.end_id)
+    assert trimmed(ours.ids, lm.end_id) != trimmed(plain.ids, lm.end_id)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_sample_is_read_as_if_alone(family: str) -> None:
-    lm = face(random_model(family))
+    lm = adapter(random_model(family))
     embeds, mask = inputs(lm)
-    config = lm.decoding(max_length=9, num_beams=3)
-    together = trimmed(lm.generate(embeds, mask, config))
+    config = lm.decoding(GenerationConfig(max_length=9, num_beams=3))
+    together = trimmed(lm.generate(embeds, mask, config).ids)
     order = torch.tensor([2, 0, 3, 1])
-    assert trimmed(lm.generate(embeds[order], mask[order], config)) == [together[i] for i in order.tolist()]
+    assert trimmed(lm.generate(embeds[order], mask[order], config).ids) == [together[i] for i in order.tolist()]
     for row, length in enumerate(mask.sum(dim=1).tolist()):
         one = slice(row, row + 1)
-        assert trimmed(lm.generate(embeds[one, :length], mask[one, :length], config)) == [together[row]]
+        assert trimmed(lm.generate(embeds[one, :length], mask[one, :length], config).ids) == [together[row]]
         alone = lm.prefix(embeds[one, :length], mask[one, :length]).logits
         torch.testing.assert_close(lm.prefix(embeds, mask).logits[one], alone, rtol=1e-4, atol=1e-4)
 
 
 def test_padding_between_queries_and_prompt_changes_nothing() -> None:
     """[queries, pads, prompt], as LAVIS pads."""
-    lm = face(random_model("opt"))
+    lm = adapter(random_model("opt"))
     embeds, _ = inputs(lm)
     padded = torch.cat([embeds[:1, :4], torch.full((1, 3, lm.width), 7.0), embeds[:1, 4:]], dim=1)
     mask = torch.tensor([[1] * 4 + [0] * 3 + [1] * 5])
-    config = lm.decoding(max_length=9, num_beams=3)
-    expected = lm.generate(embeds[:1], torch.ones(1, 9, dtype=torch.long), config)
-    assert torch.equal(lm.generate(padded, mask, config), expected)
+    config = lm.decoding(GenerationConfig(max_length=9, num_beams=3))
+    expected = lm.generate(embeds[:1], torch.ones(1, 9, dtype=torch.long), config).ids
+    assert torch.equal(lm.generate(padded, mask, config).ids, expected)
 
 
 @pytest.mark.parametrize("step_bytes", [1, 150_000, 4 << 30])
@@ -167,7 +170,7 @@ def test_candidate_losses_are_those_of_whole_passes(
     family: str, step_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = random_model(family)
-    lm = face(model)
+    lm = adapter(model)
     monkeypatch.setattr("lavis_lite.nn.llm.STEP_BYTES", step_bytes)
     embeds, mask = inputs(lm)
     ids = torch.randint(4, VOCABULARY, (4, 5, 3), generator=torch.Generator().manual_seed(2))
@@ -192,7 +195,7 @@ def test_candidate_losses_are_those_of_whole_passes(
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_inputs_are_read_once_for_all_beams(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model(family)
-    lm, shapes = face(model), []
+    lm, shapes = adapter(model), []
     stack = model.get_encoder() if lm.is_encoder_decoder else model.model
     forward = stack.forward
 
@@ -202,12 +205,12 @@ def test_inputs_are_read_once_for_all_beams(family: str, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(stack, "forward", counted)
     embeds, mask = inputs(lm)
-    lm.generate(embeds, mask, lm.decoding(max_length=5, min_length=5, num_beams=3))
+    lm.generate(embeds, mask, lm.decoding(GenerationConfig(max_length=5, min_length=5, num_beams=3)))
     assert shapes == [(4, 9)] + ([] if lm.is_encoder_decoder else [(12, 1)] * 3)
 
 
 def test_cached_prefix_can_be_expanded_twice() -> None:
-    lm = face(random_model("llama"))
+    lm = adapter(random_model("llama"))
     prefix = lm.prefix(*inputs(lm))
     first, second = prefix.cache.expand(2), prefix.cache.expand(3)
     ids = torch.arange(4, 8)[:, None]
@@ -217,11 +220,13 @@ def test_cached_prefix_can_be_expanded_twice() -> None:
 
 
 def test_nucleus_of_one_token_is_greedy_and_captions_are_side_by_side() -> None:
-    lm = face(random_model("opt"))
+    lm = adapter(random_model("opt"))
     embeds, mask = inputs(lm)
-    greedy = lm.generate(embeds, mask, lm.decoding(max_length=8))
-    drawn = lm.generate(embeds, mask, lm.decoding(max_length=8, sample=True, top_p=1e-6, num_return=2))
-    assert trimmed(drawn) == [row for row in trimmed(greedy) for _ in range(2)]
+    greedy = lm.generate(embeds, mask, lm.decoding(GenerationConfig(max_length=8)))
+    drawn = lm.generate(
+        embeds, mask, lm.decoding(GenerationConfig(max_length=8, use_nucleus_sampling=True, top_p=1e-6, num_captions=2))
+    )
+    assert trimmed(drawn.ids) == [row for row in trimmed(greedy.ids) for _ in range(2)]
 
 
 def test_texts_of_padding_alone_do_not_fail() -> None:
@@ -234,13 +239,13 @@ def test_texts_of_padding_alone_do_not_fail() -> None:
         return logits.expand(len(new_ids), -1), [(state, state)]
 
     config = DecodingConfig(eos_id=1, pad_id=0, max_length=4, num_beams=2)
-    assert decode(step, torch.zeros(1, 1, dtype=torch.long), config).tolist() == [[0]]
+    assert decode(step, torch.zeros(1, 1, dtype=torch.long), config).ids.tolist() == [[0]]
 
 
 @pytest.mark.parametrize("family", ["opt", "t5"])
 def test_loss_is_the_mean_over_labels_and_reaches_the_inputs_only(family: str) -> None:
     model = random_model(family).requires_grad_(False)
-    lm = face(model)
+    lm = adapter(model)
     embeds, mask = inputs(lm, in_front=not lm.is_encoder_decoder)
     embeds.requires_grad_(True)
     labels = torch.tensor([[5, 6, -100], [7, -100, -100], [8, 9, 10], [-100, 11, -100]])
@@ -265,7 +270,7 @@ def test_loss_is_the_mean_over_labels_and_reaches_the_inputs_only(family: str) -
 
 def test_a_frozen_model_keeps_its_precision_under_autocast() -> None:
     model = random_model("llama").requires_grad_(False)
-    lm = face(model)
+    lm = adapter(model)
     embeds, mask = inputs(lm, in_front=True)
     labels = torch.tensor([[5, 6]] * 4)
     expected = lm.logits(embeds, mask, labels)
@@ -276,7 +281,7 @@ def test_a_frozen_model_keeps_its_precision_under_autocast() -> None:
 
 
 def test_bf16_reads_padded_inputs_and_gives_float32() -> None:
-    lm = face(random_model("llama").to(torch.bfloat16))
+    lm = adapter(random_model("llama").to(torch.bfloat16))
     embeds, mask = inputs(lm)
     prefix = lm.prefix(embeds, mask)
     assert prefix.logits.dtype == torch.float32
@@ -285,25 +290,25 @@ def test_bf16_reads_padded_inputs_and_gives_float32() -> None:
 
 
 def test_inputs_beyond_the_context_are_refused() -> None:
-    lm = face(random_model("opt"))
+    lm = adapter(random_model("opt"))
     embeds, mask = torch.zeros(1, 60, lm.width), torch.ones(1, 60, dtype=torch.long)
-    lm.generate(embeds, mask, lm.decoding(max_length=5))
+    lm.generate(embeds, mask, lm.decoding(GenerationConfig(max_length=5)))
     with pytest.raises(ValueError, match=r"take 65 tokens, but the language model's context has 64"):
-        lm.generate(embeds, mask, lm.decoding(max_length=6))
+        lm.generate(embeds, mask, lm.decoding(GenerationConfig(max_length=6)))
     with pytest.raises(ValueError, match="context has 64"):
         lm.loss(torch.zeros(1, 65, lm.width), torch.ones(1, 65, dtype=torch.long), torch.tensor([[5]]))
 
 
 def test_texts_beyond_the_context_of_a_decoder_are_refused() -> None:
     """What an encoder-decoder writes has 64 positions too, of which the start token takes one; the last is not read."""
-    lm = face(random_model("bart"))
+    lm = adapter(random_model("bart"))
     (embeds, mask), text = inputs(lm), torch.full((4, 64), 5)
-    assert lm.generate(embeds, mask, lm.decoding(max_length=65, min_length=65)).shape == (4, 65)
+    assert lm.generate(embeds, mask, lm.decoding(GenerationConfig(max_length=65, min_length=65))).ids.shape == (4, 65)
     assert lm.loss(embeds, mask, text).isfinite()
     assert lm.candidate_losses(lm.prefix(embeds, mask), text[None], torch.ones_like(text)[None]).isfinite().all()
     longer = torch.full((4, 65), 5)
     with pytest.raises(ValueError, match="take 65 tokens, but the language model's context has 64"):
-        lm.generate(embeds, mask, lm.decoding(max_length=66))
+        lm.generate(embeds, mask, lm.decoding(GenerationConfig(max_length=66)))
     with pytest.raises(ValueError, match="context has 64"):
         lm.loss(embeds, mask, longer)
     with pytest.raises(ValueError, match="context has 64"):
@@ -313,7 +318,7 @@ def test_texts_beyond_the_context_of_a_decoder_are_refused() -> None:
 @pytest.mark.parametrize("family", ["bart", "pegasus", "t5"])
 def test_ids_are_embedded_as_the_model_does(family: str) -> None:
     model = random_model(family)
-    lm = face(model)
+    lm = adapter(model)
     ids, labels = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[9, 10]])
     ours = lm.logits(lm.embed(ids), torch.ones_like(ids), labels)
     theirs = model(input_ids=ids, decoder_input_ids=torch.tensor([[START, 9]])).logits
@@ -415,7 +420,7 @@ def test_a_frozen_model_drops_nothing_out(folder: str) -> None:
     assert config.get("dropout", config.get("dropout_rate")) == 0.1
     for frozen in (True, False):
         model, _ = load_language_model(TINY / folder, dtype=torch.float32, frozen=frozen)
-        lm = face(model.train())
+        lm = adapter(model.train())
         embeds, mask = inputs(lm)
         first, second = (lm.logits(embeds, mask, torch.tensor([[5, 6]] * 4)) for _ in range(2))
         assert torch.equal(first, second) == frozen
@@ -427,7 +432,7 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(folder: str) 
     gradients, passes = [], []
     for grad_checkpoint in (False, True):
         model, _ = load_language_model(TINY / folder, dtype=torch.float32, frozen=True, grad_checkpoint=grad_checkpoint)
-        lm, count = face(model.train()), []
+        lm, count = adapter(model.train()), []
         part = model.decoder.block[0].layer[0] if lm.is_encoder_decoder else model.model.decoder.layers[0].self_attn
         part.register_forward_hook(lambda *_, count=count: count.append(1))
         embeds, mask = inputs(lm)
@@ -512,19 +517,19 @@ class TestRefused:
             self.load(without(tmp_path, *files))
 
     def test_a_class_that_transformers_lacks(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"model_type 'megabrain' .* is no class of the installed transformers"):
+        with pytest.raises(ValueError, match=r"config.json: model_type 'megabrain'"):
             self.load(without(tmp_path, model_type="megabrain"))
 
     def test_a_class_that_writes_no_text(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"a vit is neither a causal nor an encoder-decoder language model"):
+        with pytest.raises(ValueError, match=r"a vit .* choose another"):
             self.load(without(tmp_path, model_type="vit"))
 
     def test_a_class_that_reads_from_both_sides(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"a bert reads a text from both sides"):
+        with pytest.raises(ValueError, match=r"a bert .* choose another"):
             self.load(without(tmp_path, model_type="bert"))
 
     def test_a_class_without_keys_and_values(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"MambaForCausalLM takes no past_key_values, .* choose another"):
+        with pytest.raises(ValueError, match=r"MambaForCausalLM .*past_key_values.* choose another"):
             self.load(without(tmp_path, model_type="mamba"))
 
     @pytest.mark.parametrize("model_type", ["fsmt", "prophetnet"])
@@ -542,7 +547,7 @@ class TestRefused:
             self.load(TINY / "opt", overrides={"hidden_sise": 3})
 
     def test_an_unknown_quantization(self) -> None:
-        with pytest.raises(ValueError, match="'int7' is not one of int8, int4"):
+        with pytest.raises(ValueError, match=r"llm_quantization: .*'int7'"):
             self.load(TINY / "opt", quantization="int7")
 
     @pytest.mark.parametrize(
@@ -558,7 +563,7 @@ class TestRefused:
 
 def test_a_model_without_weights_is_not_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lavis_lite.nn.llm_loading._check_extras", lambda *_: None)
-    with pytest.raises(ValueError, match="nothing for llm_quantization to quantize"):
+    with pytest.raises(ValueError, match="llm_quantization: tiny_opt"):
         load_language_model("tiny_opt", dtype=torch.bfloat16, quantization="int8")
 
 
@@ -567,12 +572,12 @@ def test_lora_trains_adapters_alone() -> None:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert trained
     assert all("lora_" in name and p.dtype == torch.float32 for name, p in trained.items())
-    lm = face(model.train())
+    lm = adapter(model.train())
     embeds, mask = inputs(lm)
     plain, _ = load_language_model(TINY / "opt", dtype=torch.bfloat16, frozen=True)
     labels = torch.tensor([[5, 6]] * 4)
     loss = lm.loss(embeds, mask, labels)
-    torch.testing.assert_close(loss, face(plain).loss(embeds, mask, labels))  # adapters start at zero
+    torch.testing.assert_close(loss, adapter(plain).loss(embeds, mask, labels))  # adapters start at zero
     loss.backward()
     assert any(p.grad is not None and p.grad.norm() > 0 for p in trained.values())
     with pytest.raises(ValueError, match=r"llm_lora: .*ranks.*LoraConfig"):
@@ -605,7 +610,7 @@ def test_quantized_weights_answer_nearly_alike(quantization: str, stored: torch.
     pytest.importorskip("bitsandbytes")
     settings = {"dtype": torch.bfloat16, "frozen": True}
     whole, model = (
-        face(load_language_model(wide_folder, **settings, **more)[0].eval())
+        adapter(load_language_model(wide_folder, **settings, **more)[0].eval())
         for more in ({}, {"quantization": quantization})
     )
     assert stored in {parameter.dtype for parameter in model.model.parameters()}
@@ -614,7 +619,7 @@ def test_quantized_weights_answer_nearly_alike(quantization: str, stored: torch.
     expected, found = (lm.logits(embeds, mask, labels) for lm in (whole, model))
     assert not torch.equal(found, expected)
     assert (found - expected).norm() < (0.1 if quantization == "int8" else 0.3) * expected.norm()
-    assert model.generate(embeds, mask, model.decoding(max_length=4, num_beams=2)).shape[0] == 4
+    assert model.generate(embeds, mask, model.decoding(GenerationConfig(max_length=4, num_beams=2))).ids.shape[0] == 4
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
@@ -622,7 +627,7 @@ def test_adapters_on_quantized_weights_are_trained(quantization: str) -> None:
     pytest.importorskip("bitsandbytes")
     settings = {"quantization": quantization, "lora": {"r": 4, "target_modules": ["q_proj"]}}
     model, _ = load_language_model(TINY / "opt", dtype=torch.bfloat16, **settings)
-    lm = face(model.train())
+    lm = adapter(model.train())
     embeds, mask = inputs(lm)
     lm.loss(embeds, mask, torch.tensor([[5, 6]] * 4)).backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}

@@ -64,7 +64,7 @@ LABELS = torch.tensor([[5, 6, 7], [8, 9, 10]])
 
 def read_inputs(model: Any) -> dict[str, Tensor]:
     """What the language model reads of pictures and questions, and of the labels if it is a causal one."""
-    embeds, mask = model.asked({"image": pictures(2)}, QUESTIONS[:2])
+    embeds, mask = model.prompt_embeds({"image": pictures(2)}, QUESTIONS[:2])
     if not model.lm.is_encoder_decoder:
         embeds, mask = torch.cat([embeds, model.lm.embed(LABELS)], dim=1), torch.cat([mask, mask[:, :3]], dim=1)
     return {"inputs_embeds": embeds, "attention_mask": mask}
@@ -329,7 +329,7 @@ def test_a_checkpoint_becomes_a_merged_file(lora_run: Path, tmp_path: Path, caps
     model = load_model("blip2_opt", "tiny", is_eval=True, checkpoint=lora_run)
     again = load_model("blip2_opt", "tiny", is_eval=True, checkpoint=whole)
     image = torch.randn(2, 3, 48, 48)
-    embeds, mask = model.asked({"image": image}, ["a cat", "a dog"])
+    embeds, mask = model.prompt_embeds({"image": image}, ["a cat", "a dog"])
     labels = torch.tensor([[5, 6], [7, 8]])
     with torch.no_grad():
         close(again.lm.logits(embeds, mask, labels), model.lm.logits(embeds, mask, labels))

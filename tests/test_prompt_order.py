@@ -64,7 +64,7 @@ def asked(path: Path, *options: str) -> tuple[set[str], str]:
     model = language_model()
     model.prompt = cfg.model.get("prompt", "")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "see", stop)
+        patch.setattr(model, "image_embeds", stop)
         with pytest.raises(Asked) as training:
             task.train_step(model, batch(splits["train"]))
         with pytest.raises(Asked) as evaluation:
@@ -242,8 +242,8 @@ def test_more_gaps_than_the_dataset_has_fields(files: Path) -> None:
 
 def test_answers_fall_back_on_the_models_prompt_and_samples_may_bring_theirs() -> None:
     model, seen = load_model("blip2_opt", "tiny", prompt=QUESTION, is_eval=True), []
-    ask = model.asked
-    model.asked = lambda samples, prompts, **own: seen.extend(prompts) or ask(samples, prompts, **own)
+    ask = model.prompt_embeds
+    model.prompt_embeds = lambda samples, prompts, **own: seen.extend(prompts) or ask(samples, prompts, **own)
     samples = {"image": torch.zeros(1, 3, 48, 48), "text_input": ["what?"]}
     for more, settings in (({}, {}), ({}, {"prompt": SHORT}), ({"prompt": SHORT}, {}), ({"prompt": ["{}"]}, {})):
         model.predict_answers({**samples, **more}, num_beams=1, max_len=1, **settings)

@@ -390,8 +390,8 @@ def test_an_instruct_model_answers_about_a_clip(arch: str, tmp_path: Path) -> No
     clip = load_processor("blip_video_eval", {"image_size": 48})(path)[None]
     assert torch.equal(clip[0], read_frames(path, 4, vis_processors["eval"]))
     asked = {"image": clip, "prompt": "what color is the square?"}
-    each = [model.see({"image": clip[:, :, number]}, [asked["prompt"]]) for number in range(4)]
-    torch.testing.assert_close(model.see(asked, [asked["prompt"]]), torch.cat(each, dim=1))
+    each = [model.image_embeds({"image": clip[:, :, number]}, [asked["prompt"]]) for number in range(4)]
+    torch.testing.assert_close(model.image_embeds(asked, [asked["prompt"]]), torch.cat(each, dim=1))
     (answer,) = model.generate(asked, max_length=6, num_beams=2)
     assert isinstance(answer, str)
     colors = ["red", "green", "blue"]

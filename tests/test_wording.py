@@ -8,6 +8,7 @@ from transformers import BertTokenizer
 
 from lavis_lite.common.wording import without_false_spaces
 from lavis_lite.models import batches, tokenizers
+from lavis_lite.nn.decoding import Decoded
 
 TEXTS = (
     "一只黄色的猫看着镜头！",
@@ -49,6 +50,6 @@ def test_generated_captions_have_no_false_spaces(tokenizer: Any, monkeypatch: py
     model = SimpleNamespace(tokenizer=tokenizer, decoder_start=tokenizer.bos_token_id)
     model.tokenize = lambda texts, **options: tokenizers.tokenize(tokenizer, texts, **options)
     written = tokenizer([f"一只 {TEXTS[0]}", f"一只 {TEXTS[4]}"], padding=True, return_tensors="pt").input_ids
-    monkeypatch.setattr(batches, "decode", lambda step, ids, config: written)
-    told = batches.captions_behind(["一只", "一只"], model, lambda rows: None, None)  # type: ignore[arg-type]
+    monkeypatch.setattr(batches, "decode", lambda step, ids, config: Decoded(written))
+    told = batches.generate_continuations(["一只", "一只"], model, lambda rows: None, None)  # type: ignore[arg-type]
     assert told == [TEXTS[0], TEXTS[4]]

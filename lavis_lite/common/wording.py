@@ -52,3 +52,18 @@ def without_false_spaces(text: str) -> str:
     punctuation, so it may have been in the text itself.
     """
     return _FALSE_SPACE.sub("", text.replace(" ' ", "'"))
+
+
+def fill_placeholders(template: str, values: Sequence[str]) -> str:
+    """Return the template with its placeholders `{}` filled in order; other braces, also in the values, are text.
+
+    InputError for more placeholders than values.
+    """
+    count = template.count("{}")
+    if count > len(values):
+        raise InputError(
+            f"prompt {template!r} has {count} placeholders, but there are {len(values)} texts for them: give "
+            "samples['text_input'], or a prompt without '{}'"
+        )
+    head, *rest = template.split("{}", len(values))
+    return head + "".join(value + part for value, part in zip(values, rest, strict=False))

@@ -6,11 +6,12 @@ The keys and shapes of the sample dict that models read are listed in docs/archi
 import inspect
 import logging
 import re
-from collections.abc import Callable, Collection, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from lavis_lite.common import checkpoint
 from lavis_lite.common.config import trained as trained_config
@@ -20,6 +21,8 @@ from lavis_lite.common.optim import parameter_groups
 from lavis_lite.common.registry import registry
 from lavis_lite.common.sources import weights
 from lavis_lite.models.hf import HFAdapter
+from lavis_lite.models.tokenizers import tokenize
+from lavis_lite.nn.losses import IGNORED
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +57,10 @@ class BaseModel(nn.Module):
     """Substrings of the names of parameters that `load_frozen` loads, so that any file may lack them."""
     prompt_begins_captions: ClassVar[bool] = False
     """Training captions begin with the setting `prompt`."""
+    tokenizer: PreTrainedTokenizerBase
+    """Tokenizer of the text transformer, where there is one."""
+    max_txt_len: int
+    """Tokens of a text that are read."""
     learns_answers: ClassVar[bool] = True
     """Training reads the text to generate for `text_input`, a question or instruction: `text_output` or `answer`."""
     takes_video: ClassVar[bool] = True
@@ -68,6 +75,27 @@ class BaseModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    def tokenize(
+        self, texts: Sequence[str], *, start: int | None = None, max_length: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the text transformer's ids and mask (B,T), padded to the longest; `start` replaces [CLS], `max_length`
+        truncates.
+        """
+        return tokenize(self.tokenizer, texts, start=start, max_length=max_length, device=self.device)
+
+    @property
+    def decoder_start(self) -> int:
+        """Id of `[DEC]`."""
+        return self.tokenizer.bos_token_id
+
+    def labels(self, ids: Tensor, num_masked: int | Tensor = 0) -> Tensor:
+        """Return the labels of a language-model loss: padding and the first `num_masked` (one number, or (B,)) do not
+        count.
+        """
+        limit = num_masked[:, None] if isinstance(num_masked, Tensor) else num_masked
+        is_prompt = torch.arange(ids.shape[1], device=ids.device) < limit
+        return ids.masked_fill((ids == self.tokenizer.pad_token_id) | is_prompt, IGNORED)
 
     @classmethod
     def from_config(cls, cfg: dict[str, Any], *, device: str | torch.device = "cpu") -> Self:

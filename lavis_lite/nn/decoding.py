@@ -1,122 +1,194 @@
-"""Beam search, greedy search and nucleus sampling with a key/value cache, for `bert.py`'s decoder and `llm.py`.
+"""Beam search, greedy search and nucleus sampling with a key/value cache, and their settings.
 
-Our own, because results must not change with the version of another library. The rules are those the published BLIP
-results were made with: log-probabilities are divided by length^penalty where the length counts the prompt but not the
-end token; a text is finished when it has `num_beams` finished beams that no running beam can beat at its present
-length. A language model's prompt is embedded, so that only its start token is counted here.
+Independent of transformers, whose results change between versions. The rules are those of the published BLIP results:
+a beam's sum of log-probabilities is divided by length^penalty, where the length counts the prompt but not the end
+token; a text is finished when it has `num_beams` finished beams that no running beam can beat at its present length.
+A language model's prompt is embedded, so that only its start token is counted here.
 
 Letters: B texts, K beams, N = B x K rows, L length so far, V vocabulary.
 """
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from numbers import Integral, Real
-from typing import Any, Protocol, Self, runtime_checkable
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lavis_lite.common.bounds import MAX_TOKENS, Bounds, check_number
 from lavis_lite.common.errors import InputError
-from lavis_lite.nn.attention import KeyValue
+from lavis_lite.common.registry import did_you_mean
+
+ALIASES = {
+    "max_len": "max_length",
+    "min_len": "min_length",
+    "do_sample": "use_nucleus_sampling",
+    "num_return_sequences": "num_captions",
+}
+"""Other names of settings: LAVIS's in `predict_answers`, and transformers'."""
+BOUNDS: dict[str, Bounds] = {
+    "max_length": (1, MAX_TOKENS),
+    "min_length": (0, MAX_TOKENS),
+    "max_new_tokens": (1, MAX_TOKENS),
+    "min_new_tokens": (0, MAX_TOKENS),
+    "num_beams": (1, 1000),
+    "num_captions": (1, 1000),
+    "top_p": (1e-6, 1.0),
+    "temperature": (1e-6, 1e6),
+    "repetition_penalty": (1e-6, 1e6),
+    "length_penalty": (-1000.0, 1000.0),
+}
+"""Least and largest value of each setting; between two integers only whole numbers are allowed."""
 
 
-@runtime_checkable
-class RowCache(Protocol):
-    """A cache of N rows that knows how to repeat and reorder them; the old object may be used up by it."""
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """How a model generates text; lengths are in tokens.
+
+    What `max_length` and `min_length` count depends on the architecture: BLIP and the Q-Former count `[DEC]` and the
+    prompt, a causal language model counts one start token, an encoder-decoder only what it generates.
+    `max_new_tokens` and `min_new_tokens` replace them and count, for all architectures, what follows the prompt, the
+    end token included.
+    """
+
+    max_length: int
+    min_length: int = 0
+    max_new_tokens: int | None = None
+    min_new_tokens: int | None = None
+    num_beams: int = 1
+    use_nucleus_sampling: bool = False
+    """Sample, one beam per text; `num_beams` is then ignored. Without it `top_p` and `temperature` are."""
+    top_p: float = 0.9
+    temperature: float = 1.0
+    repetition_penalty: float = 1.0
+    length_penalty: float = 1.0
+    num_captions: int = 1
+    """Texts per image; with beam search at most `num_beams`."""
+
+    def __post_init__(self) -> None:
+        for name, (least, most) in BOUNDS.items():
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), least, most)
+        if not self.use_nucleus_sampling and self.num_captions > self.num_beams:
+            raise InputError(
+                f"num_captions: {self.num_captions} texts per image need as many beams, got num_beams "
+                f"{self.num_beams}; raise num_beams, or set use_nucleus_sampling"
+            )
+
+    def changed(self, **changes: Any) -> Self:
+        """Return these settings with others in their place; None leaves a setting as it is.
+
+        Settings may be given by the names of LAVIS and transformers (`ALIASES`, `max_new_tokens`).
+
+        Raises:
+            InputError: a setting is unknown, given under two names, or out of bounds.
+        """
+        known = [field.name for field in fields(GenerationConfig)]
+        given: dict[str, str] = {}
+        values: dict[str, Any] = {}
+        for name, value in changes.items():
+            setting = ALIASES.get(name, name)
+            if setting not in known:
+                raise InputError(f"{name}: unknown generation setting. {did_you_mean(name, [*known, *ALIASES])}")
+            if value is None:
+                continue
+            limit = setting.replace("new_tokens", "length")
+            if limit in given:
+                raise InputError(f"{given[limit]} and {name} are the same setting: give one of them")
+            given[limit] = name
+            if limit in ("max_length", "min_length"):
+                values[limit.replace("length", "new_tokens")] = None
+            values[setting] = value
+        return replace(self, **values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingConfig(GenerationConfig):
+    """Generation settings of one model: its tokens and positions; lengths count the prompt."""
+
+    eos_id: int
+    pad_id: int
+    max_positions: int | None = None
+    """Positions of the text transformer; the last token needs none, because it is not read."""
+    num_uncounted: int = 0
+    """Tokens of `max_length` and of the prompt that the caller did not count; messages leave them out."""
+    return_scores: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_new_tokens is not None or self.min_new_tokens is not None:
+            return  # lengths follow from the prompt: see `resolved`
+        given = self.max_length - self.num_uncounted
+        if self.min_length > self.max_length:
+            raise InputError(f"min_length {self.min_length} is above max_length {given}: lower it, or raise max_length")
+        if self.max_positions is not None and self.max_length - 1 > self.max_positions:
+            raise InputError(
+                f"max_length {given} is more than the text transformer's {self.max_positions} positions allow: set it "
+                f"to {self.max_positions + 1 - self.num_uncounted} or less"
+            )
+
+    @classmethod
+    def of(cls, generation: GenerationConfig, *, num_uncounted: int = 0, **model: Any) -> Self:
+        """Return the settings for a model (`eos_id`, `pad_id` ...) that counts `num_uncounted` tokens more."""
+        lengths = {"max_length": generation.max_length + num_uncounted, "num_uncounted": num_uncounted}
+        return cls(**{**vars(generation), **lengths, **model})
+
+    def resolved(self, prompt_length: int) -> Self:
+        """Return the settings with `max_new_tokens` and `min_new_tokens` as lengths after a prompt of `prompt_length`
+        tokens, start token included.
+        """
+        lengths: dict[str, Any] = {}
+        if self.max_new_tokens is not None:
+            lengths |= {"max_length": prompt_length + self.max_new_tokens, "max_new_tokens": None}
+        if self.min_new_tokens is not None:
+            lengths |= {"min_length": prompt_length + self.min_new_tokens, "min_new_tokens": None}
+        return replace(self, **lengths) if lengths else self
+
+
+class Decoded(NamedTuple):
+    """Token ids (N,L), prompt first, padded after the end token, and with `return_scores` the scores (N,).
+
+    A score is the sum of the log-probabilities of the tokens after the prompt, end token included, divided by
+    length^length_penalty; the length counts the prompt but not the end token. With beam search it is what ranks the
+    beams, repetition penalty included; with greedy search and sampling it is of the model's own probabilities, before
+    penalty, temperature and nucleus.
+    """
+
+    ids: Tensor
+    scores: Tensor | None = None
+
+    def with_scores(self, texts: list[str]) -> list[Any]:
+        """Return the decoded texts, or with scores pairs (text, score)."""
+        return texts if self.scores is None else list(zip(texts, self.scores.tolist(), strict=True))
+
+
+class Cache(Protocol):
+    """A cache of N rows; its methods may use up the old object."""
 
     def expand(self, times: int) -> Self:
-        """Every row repeated, copies side by side."""
+        """Repeat every row, copies side by side."""
 
     def select(self, index: Tensor) -> Self:
-        """These rows (N,), each of the same text as the row it replaces."""
+        """Return these rows (N,), each of the same text as the row it replaces."""
 
 
-Cache = Sequence[KeyValue] | RowCache
 Step = Callable[[Tensor, Any, int], tuple[Tensor, Any]]
 """(new ids (N,T), Cache or None, total length) -> logits of the next token (N,V) and the new Cache."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DecodingConfig:
-    """How to decode; lengths are in tokens and count the prompt. With `sample` beams count nothing, without it `top_p`
-    and `temperature` do not.
-    """
-
-    eos_id: int
-    pad_id: int
-    max_length: int
-    min_length: int = 0
-    num_beams: int = 1
-    num_return: int = 1
-    length_penalty: float = 1.0
-    repetition_penalty: float = 1.0
-    sample: bool = False
-    top_p: float = 1.0
-    temperature: float = 1.0
-    max_positions: int | None = None
-    """Positions of the text transformer, each text's own; the last token needs none, because it is not read."""
-    num_uncounted: int = 0
-    """Tokens of `max_length` and of the prompt that the caller did not count; messages leave them out."""
-
-    def __post_init__(self) -> None:
-        for name in ("max_length", "min_length", "num_beams", "num_return"):
-            if not isinstance(getattr(self, name), Integral):
-                raise InputError(f"{name} must be a whole number; got {getattr(self, name)!r}")
-        for name in ("length_penalty", "repetition_penalty", "top_p", "temperature"):
-            value = getattr(self, name)
-            if not isinstance(value, Real) or not math.isfinite(value):
-                raise InputError(f"{name} must be a finite number; got {value!r}")
-        if self.num_beams < 1 or self.num_return < 1:
-            raise InputError(
-                f"num_beams {self.num_beams} and the number of captions {self.num_return} must be at least 1"
-            )
-        if not self.sample and self.num_return > self.num_beams:
-            raise InputError(
-                f"{self.num_return} captions an image need as many beams (num_beams is {self.num_beams}) "
-                "or nucleus sampling"
-            )
-        if self.min_length > self.max_length:
-            given = self.max_length - self.num_uncounted
-            raise InputError(f"min_length {self.min_length} is above max_length {given}: lower it, or raise max_length")
-        if self.max_positions is not None and self.max_length - 1 > self.max_positions:
-            raise InputError(
-                f"max_length {self.max_length} is more than the text transformer's {self.max_positions} positions "
-                f"allow: set it to {self.max_positions + 1} or less"
-            )
-        if not 0.0 < self.top_p <= 1.0 or self.temperature <= 0.0 or self.repetition_penalty <= 0.0:
-            raise InputError(
-                f"top_p {self.top_p} must lie in (0, 1], temperature {self.temperature} and "
-                f"repetition_penalty {self.repetition_penalty} above 0"
-            )
-
-
 @torch.no_grad()
-def decode(step: Step, prompt_BL: Tensor, config: DecodingConfig) -> Tensor:
-    """Token ids (B x num_return, L'), prompt first, padded behind the end token."""
+def decode(step: Step, prompt_BL: Tensor, config: DecodingConfig) -> Decoded:
+    """Generate `num_captions` texts after each prompt."""
+    config = config.resolved(prompt_BL.shape[1])
     if prompt_BL.shape[1] >= config.max_length:
         raise InputError(
             f"the prompt has {prompt_BL.shape[1] - config.num_uncounted} tokens, which leaves nothing to generate "
             f"below max_length {config.max_length - config.num_uncounted}: shorten it, or raise max_length"
         )
-    if config.num_beams > 1 and not config.sample:
+    if config.num_beams > 1 and not config.use_nucleus_sampling:
         return beam_search(step, prompt_BL, config)
     return greedy_or_sample(step, prompt_BL, config)
-
-
-def expand_cache(cache: Cache, times: int) -> Cache:
-    """Repeat every row of the cache."""
-    if isinstance(cache, RowCache):
-        return cache.expand(times)
-    return [(k.repeat_interleave(times, 0), v.repeat_interleave(times, 0)) for k, v in cache]
-
-
-def select_cache(cache: Cache, index: Tensor) -> Cache:
-    """These rows of the cache."""
-    if isinstance(cache, RowCache):
-        return cache.select(index)
-    return [(k[index], v[index]) for k, v in cache]
 
 
 def process_scores(scores_NV: Tensor, ids_NL: Tensor, config: DecodingConfig) -> Tensor:
@@ -130,38 +202,46 @@ def process_scores(scores_NV: Tensor, ids_NL: Tensor, config: DecodingConfig) ->
     return scores_NV
 
 
-def greedy_or_sample(step: Step, prompt_BL: Tensor, config: DecodingConfig) -> Tensor:
-    """The likeliest token at each step, or one drawn from the nucleus."""
+def greedy_or_sample(step: Step, prompt_BL: Tensor, config: DecodingConfig) -> Decoded:
+    """Take the likeliest token at each step, or draw one from the nucleus."""
     logits, cache = step(prompt_BL, None, prompt_BL.shape[1])
     ids = prompt_BL
-    if config.sample and config.num_return > 1:
-        logits, cache = logits.repeat_interleave(config.num_return, 0), expand_cache(cache, config.num_return)
-        ids = ids.repeat_interleave(config.num_return, 0)
+    if config.use_nucleus_sampling and config.num_captions > 1:
+        logits, cache = logits.repeat_interleave(config.num_captions, 0), cache.expand(config.num_captions)
+        ids = ids.repeat_interleave(config.num_captions, 0)
     running = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+    sums = torch.zeros(len(ids), device=ids.device)
+    lengths = torch.full_like(sums, ids.shape[1])
     while True:
         scores = process_scores(logits.float(), ids, config)
-        token = sample_nucleus(scores, config.top_p, config.temperature) if config.sample else scores.argmax(-1)
+        is_sampled = config.use_nucleus_sampling
+        token = sample_nucleus(scores, config.top_p, config.temperature) if is_sampled else scores.argmax(-1)
+        if config.return_scores:
+            log_probs = F.log_softmax(logits.float(), dim=-1).gather(1, token[:, None])[:, 0]
+            sums = sums + torch.where(running, log_probs, 0.0)
         token = torch.where(running, token, config.pad_id)
         ids = torch.cat([ids, token[:, None]], dim=1)
         running = running & (token != config.eos_id)
+        if config.return_scores:
+            lengths = lengths + running
         if ids.shape[1] >= config.max_length or not running.any():
-            return ids
+            return Decoded(ids, sums / lengths**config.length_penalty if config.return_scores else None)
         logits, cache = step(token[:, None], cache, ids.shape[1])
 
 
 def sample_nucleus(scores_NV: Tensor, top_p: float, temperature: float) -> Tensor:
-    """One token a row (N,) from the smallest set of likeliest tokens whose probability reaches top_p."""
+    """Draw one token per row (N,) from the smallest set of likeliest tokens whose probability reaches top_p."""
     probabilities, order = (scores_NV / temperature).softmax(-1).sort(dim=-1, descending=True)
     before = probabilities.cumsum(-1) - probabilities
     drawn = torch.multinomial(probabilities.masked_fill(before >= top_p, 0.0), 1)
     return order.gather(1, drawn).squeeze(1)
 
 
-def beam_search(step: Step, prompt_BL: Tensor, config: DecodingConfig) -> Tensor:
-    """The best `num_return` of `num_beams` beams a text."""
+def beam_search(step: Step, prompt_BL: Tensor, config: DecodingConfig) -> Decoded:
+    """Return the best `num_captions` of `num_beams` beams per text."""
     num_texts, beams = len(prompt_BL), config.num_beams
     logits, cache = step(prompt_BL, None, prompt_BL.shape[1])
-    logits, cache = logits.repeat_interleave(beams, 0), expand_cache(cache, beams)
+    logits, cache = logits.repeat_interleave(beams, 0), cache.expand(beams)
     state = _Beams.start(prompt_BL, config)
     while True:
         scores = process_scores(F.log_softmax(logits.float(), dim=-1), state.ids.flatten(0, 1), config)
@@ -169,13 +249,13 @@ def beam_search(step: Step, prompt_BL: Tensor, config: DecodingConfig) -> Tensor
         length = state.ids.shape[2]
         if length >= config.max_length or bool(state.done.all()):
             return state.finish()
-        cache = select_cache(cache, row)
+        cache = cache.select(row)
         logits, cache = step(state.ids[:, :, -1].reshape(-1, 1), cache, length)
 
 
 @dataclass
 class _Beams:
-    """The running beams and the best finished ones of every text."""
+    """Running beams and the best finished ones of every text."""
 
     config: DecodingConfig
     ids: Tensor  # (B,K,L) running
@@ -199,7 +279,7 @@ class _Beams:
         )
 
     def advance(self, log_probs_BKV: Tensor) -> Tensor:
-        """Extend every beam by one token; returns the rows (N,) of the cache that the new beams continue."""
+        """Extend every beam by one token and return the rows (N,) of the cache that the new beams continue."""
         num_texts, beams, vocabulary = log_probs_BKV.shape
         totals = (log_probs_BKV + self.scores[:, :, None]).flatten(1)
         scores, flat = totals.topk(2 * beams, dim=1)
@@ -230,9 +310,11 @@ class _Beams:
         pool = torch.cat([self.finished, new], dim=1)
         self.finished = pool.gather(1, best[:, :, None].expand(-1, -1, pool.shape[2]))
 
-    def finish(self) -> Tensor:
-        """The best beams, (B x num_return, longest)."""
+    def finish(self) -> Decoded:
+        """Return the best beams, (B x num_captions, longest)."""
         self._add_finished(self.ids, self.scores, end=False)
-        ids = self.finished[:, : self.config.num_return].flatten(0, 1)
+        best = slice(self.config.num_captions)
+        ids = self.finished[:, best].flatten(0, 1)
         used = (ids != self.config.pad_id).any(dim=0).nonzero()
-        return ids[:, : int(used[-1]) + 1 if len(used) else 1]
+        ids = ids[:, : int(used[-1]) + 1 if len(used) else 1]
+        return Decoded(ids, self.finished_scores[:, best].flatten() if self.config.return_scores else None)

@@ -1,11 +1,12 @@
-"""Loading language models as transformers has them: folders, hub ids and the tiny ones of this package.
+"""Load language models as transformers has them: folders, hub ids and the tiny ones of this package.
 
-What is surprising: everything that can be wrong is checked before the weights are read, which takes minutes. Dropout
-of a frozen model is switched off. T5's tied or untied output layer follows the config file, which transformers 5
-forgets when it builds a T5 from its config alone.
+Note: everything that can be wrong is checked before the weights are read, which takes minutes. Dropout of a frozen
+model is switched off. T5's tied or untied output layer follows the config file, which transformers 5 forgets when it
+builds a T5 from its config alone.
 """
 
 import copy
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,23 +25,17 @@ from transformers.utils import logging as hf_logging
 from lavis_lite.common.errors import InputError, MissingFileError, MissingPackageError
 from lavis_lite.common.sources.hub import from_hub
 from lavis_lite.nn.llm_sources import (
-    PACKAGED,
-    WEIGHT_FILES,
     has_weights,
     is_composite,
     load_llm_tokenizer,
     locate,
+    naming,
     read_config,
-    refused,
 )
-from lavis_lite.nn.lora import add_lora, lora_config
-
-__all__ = ["PACKAGED", "WEIGHT_FILES", "check_language_model", "load_language_model", "load_llm_tokenizer"]
+from lavis_lite.nn.lora import add_lora, embedding_weight, lora_config
 
 INSIDE_COMPOSITE = {r"^language_model\.": ""}
-"""Where a BLIP-2 of transformers has its language model."""
-NOT_BUILT = (TypeError, ValueError, ArithmeticError, AttributeError, LookupError, AssertionError, RuntimeError)
-"""What transformers and torch raise for sizes that do not fit each other."""
+"""Prefix of the language model's weights in a Hugging Face BLIP-2."""
 QUANTIZATIONS = ("int8", "int4")
 
 
@@ -56,23 +51,23 @@ def load_language_model(
     lora: Mapping[str, Any] | None = None,
     grad_checkpoint: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal or encoder-decoder language model in `dtype`, and its tokenizer.
+    """Return a causal or encoder-decoder language model in `dtype`, and its tokenizer.
 
     Args:
         source: a packaged name (`tiny_opt`), a local folder or a hub id, also of a BLIP-2 of transformers, whose
-            language model it then is. A folder without weights gives a model with random ones; so does the meta
+            language model is then loaded. A folder without weights gives a model with random ones; so does the meta
             device, on which nothing is loaded.
-        tokenizer: what `check_language_model` returned, if it was called before.
+        tokenizer: the result of `check_language_model`, if it was called before.
         overrides: values that replace those of the config file.
         pad_token: added to tokenizer and vocabulary if the tokenizer has no such token.
-        frozen: no parameter is trained and nothing is dropped out, whatever the mode.
+        frozen: no parameter is trained, and dropout is off whatever the mode.
         quantization: "int8" or "int4" (needs bitsandbytes).
-        lora: keyword arguments of peft's LoraConfig; what peft trains, in float32, is then all that is trained.
+        lora: keyword arguments of peft's LoraConfig; only what peft trains is then trained, in float32.
         grad_checkpoint: recompute activations in the backward pass.
 
     Raises:
         FileNotFoundError: the folder or a file of the tokenizer or config is missing.
-        ValueError: the config is of no language model, or a setting is unknown or does not fit.
+        ValueError: the config is not of a language model, or a setting is unknown or does not fit.
         ImportError: bitsandbytes or peft is needed and not installed.
     """
     config, untied = read_config(source, overrides or {})
@@ -101,7 +96,7 @@ def check_language_model(
     lora: Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer; raises as `load_language_model` does, without having read any weights."""
+    """Return the tokenizer; raises as `load_language_model` does, without having read any weights."""
     _check_extras(quantization, lora)
     tokenizer = load_llm_tokenizer(source)
     num_rows = config.get_text_config().vocab_size
@@ -112,20 +107,11 @@ def check_language_model(
         )
     if lora is not None or overrides:
         with torch.device("meta"):
-            model = _without_weights(config, overrides or {})
+            with naming(overrides or {}):
+                model = _auto_class(config).from_config(copy.deepcopy(config))
             if lora is not None:
                 add_lora(model, {**lora, "init_lora_weights": False})
     return tokenizer
-
-
-def _without_weights(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTrainedModel:
-    """The model on torch's current device. InputError if it is the overrides that transformers stumbles over."""
-    try:
-        return _auto_class(config).from_config(copy.deepcopy(config))
-    except NOT_BUILT as error:
-        if not overrides:
-            raise
-        raise refused(overrides, error) from error
 
 
 def add_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token: str) -> None:
@@ -133,23 +119,27 @@ def add_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, to
     num_added = tokenizer.add_special_tokens({"pad_token": token})
     if not num_added:
         return
-    known = model.get_input_embeddings().num_embeddings
+    known = len(embedding_weight(model))
     model.resize_token_embeddings(known + num_added, mean_resizing=False)
+    layers: tuple[Any, ...] = (model.get_input_embeddings(), model.get_output_embeddings())
     with torch.no_grad():
-        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for layer in layers:
             layer.weight[known:] = layer.weight[:known].mean(dim=0)
 
 
 def _check_extras(quantization: str | None, lora: Mapping[str, Any] | None) -> None:
-    """Unknown quantizations and missing packages are errors."""
+    """Raise InputError for an unknown quantization, MissingPackageError without the package that a setting needs."""
     if quantization not in (None, *QUANTIZATIONS):
-        raise InputError(f"llm_quantization {quantization!r} is not one of {', '.join(QUANTIZATIONS)}")
+        raise InputError(
+            f"model.llm_quantization: must be one of {', '.join(QUANTIZATIONS)} or null, got {quantization!r}"
+        )
     if quantization is not None:
         try:
-            __import__("bitsandbytes")
+            importlib.import_module("bitsandbytes")
         except ImportError as error:
             raise MissingPackageError(
-                f"llm_quantization={quantization} needs bitsandbytes: `pip install bitsandbytes`, or leave it out"
+                f"model.llm_quantization: {quantization} needs bitsandbytes: `pip install bitsandbytes`, or leave it "
+                "out"
             ) from error
     if lora is not None:
         lora_config(lora)
@@ -168,12 +158,12 @@ def _auto_class(config: PreTrainedConfig) -> Any:
 def _build(
     source: str | Path, config: PreTrainedConfig, *, dtype: torch.dtype, untied: bool, quantization: str | None
 ) -> PreTrainedModel:
-    """The model, loaded shard by shard in its own precision, or random."""
+    """Return the model, loaded shard by shard in its own precision, or random."""
     auto = _auto_class(config)
     on_meta = torch.empty(0).is_meta
     if on_meta or not has_weights(source):
         if quantization is not None:
-            raise InputError(f"{source} has no weights, so that there is nothing for llm_quantization to quantize")
+            raise InputError(f"model.llm_quantization: {source} has no weights to quantize: leave it out")
         model = auto.from_config(config, dtype=dtype)
         if untied:
             _untie_head(model)
@@ -187,9 +177,9 @@ def _build(
 
 
 def _read_weights(auto: Any, source: str | Path, **settings: Any) -> PreTrainedModel:
-    """The model with its weights. ValueError if some are missing, which would stay random."""
+    """Return the model with its weights. InputError if some are missing, which would stay random."""
     verbosity = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()  # it would list what does not belong to the language model
+    hf_logging.set_verbosity_error()  # it would list the other parts of a BLIP-2
     try:
         model, report = from_hub(auto.from_pretrained, locate(source), output_loading_info=True, **settings)
     except MissingFileError as error:
@@ -204,8 +194,8 @@ def _read_weights(auto: Any, source: str | Path, **settings: Any) -> PreTrainedM
 
 def _untie_head(model: PreTrainedModel) -> None:
     """Give the output layer weights of its own."""
-    head = model.get_output_embeddings()
-    if head.weight is model.get_input_embeddings().weight:
+    head: Any = model.get_output_embeddings()
+    if head.weight is embedding_weight(model):
         head.weight = nn.Parameter(torch.empty_like(head.weight))
         nn.init.normal_(head.weight, std=head.in_features**-0.5)
 
@@ -216,12 +206,12 @@ def _checkpoint_activations(model: PreTrainedModel) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
     else:  # before transformers 5.2x
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
-    if getattr(model, "_require_grads_hooks", None):  # for reentrant checkpoints only; a model with them has no pickle
+    if getattr(model, "_require_grads_hooks", None):  # only reentrant checkpoints need them, and they do not pickle
         model.disable_input_require_grads()
 
 
 def _quantized(quantization: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Arguments of `from_pretrained` for weights of 8 or 4 bits, on the GPU if there is one."""
+    """Return arguments of `from_pretrained` for weights of 8 or 4 bits, on the GPU if there is one."""
     from transformers import BitsAndBytesConfig
 
     if quantization == "int8":

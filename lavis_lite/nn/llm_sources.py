@@ -1,13 +1,14 @@
-"""Where a language model comes from: a packaged tiny one, a folder or the hub; its config and its tokenizer.
+"""Where a language model comes from (a packaged tiny one, a folder, the hub), its config and its tokenizer.
 
-What is surprising: the gated feed-forward of a T5 uses the exact GELU, as LAVIS has it (Flan-T5 was trained with the
-tanh approximation; BLIP-2's published weights were trained against the exact one). A Hugging Face BLIP-2 is a source
-too, for the language model in it.
+Note: the gated feed-forward of a T5 uses the exact GELU, as LAVIS has it (Flan-T5 was trained with the tanh
+approximation; BLIP-2's published weights were trained against the exact one). A Hugging Face BLIP-2 is a source too,
+for the language model in it.
 """
 
+import contextlib
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,14 @@ from lavis_lite.common.sources.hub import from_hub
 PACKAGED = Path(__file__).parents[1] / "configs" / "llms"
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 NEEDED = {"inputs_embeds", "attention_mask", "past_key_values"}
-"""What a model's `forward` must take."""
+"""Parameters of a model's `forward` that generation after an image needs."""
 UNFIT = {
-    "fsmt": "multiplies embeddings that it is given by a factor of its own",
-    "prophetnet": "reads one token at a time behind what it has read, and candidates have several",
+    "fsmt": "multiplies the embeddings that it is given by a factor of its own",
+    "prophetnet": "reads one token at a time after its cache, and candidates have several",
 }
-"""Classes that have what is needed by their signature, and yet are of no use."""
+"""Model types whose `forward` has the parameters, but computes something else."""
 LARGEST_NUMBER = 1e7
-"""In a language model's config, where frequencies are the largest."""
+"""In a language model's config; frequencies are the largest numbers."""
 SIZE = re.compile(
     r"^(num|n)_\w*(layers?|heads?)$|_(dim|positions|position_embeddings)$|(hidden|intermediate|vocab|inner)_size$"
     r"|^(d|n)_[a-z]+$"
@@ -46,17 +47,27 @@ SIZE = re.compile(
 """Names of a config's sizes, which are at least 1."""
 COMPOSITES = {"blip-2", "instructblip", "instructblipvideo"}
 """Hugging Face's models that hold a language model; their folders serve as its source."""
+NOT_BUILT = (
+    *(TypeError, ValueError, ArithmeticError, AttributeError, LookupError, AssertionError, RuntimeError),
+    StrictDataclassError,
+)
+"""Errors of transformers and torch for sizes that do not fit each other."""
 
 
 def language_model_config(source: str | Path, overrides: Mapping[str, Any] | None = None) -> PreTrainedConfig:
-    """The config of a language model; raises as `load_language_model` does."""
+    """Return the config of a language model; raises as `load_language_model` does."""
     return read_config(source, overrides or {})[0]
 
 
 def embedding_width(config: PreTrainedConfig) -> int:
-    """Width of the embeddings that the model takes."""
+    """Return the width of the embeddings that the model takes."""
     text = config.get_text_config()
     return getattr(text, "word_embed_proj_dim", None) or text.hidden_size
+
+
+def forward_parameters(model_class: Any) -> frozenset[str]:
+    """Return the parameters of a class's `forward`, which transformers documents, but lists in no attribute."""
+    return frozenset(inspect.signature(model_class.forward).parameters)
 
 
 def packaged_names() -> list[str]:
@@ -65,7 +76,7 @@ def packaged_names() -> list[str]:
 
 
 def locate(source: str | Path) -> str:
-    """The folder of a packaged or local model, or the hub id. FileNotFoundError for a folder that is not there."""
+    """Return the folder of a packaged or local model, or the hub id. MissingFileError for a folder that is missing."""
     if str(source) in packaged_names():
         return str(PACKAGED / str(source))
     give = (
@@ -76,13 +87,13 @@ def locate(source: str | Path) -> str:
 
 
 def has_weights(source: str | Path) -> bool:
-    """Whether the model's weights can be fetched: a folder has them or not, the hub has them."""
+    """Return whether the model's weights can be fetched: the hub has them, a folder may not."""
     folder = Path(locate(source))
-    return not folder.is_dir() or any(True for pattern in WEIGHT_FILES for _ in folder.glob(pattern))
+    return not folder.is_dir() or any(path for pattern in WEIGHT_FILES for path in folder.glob(pattern))
 
 
 def load_llm_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, which must have an end token; where it has no padding token, that serves as one."""
+    """Return the model's tokenizer, which must have an end token; without a padding token, that serves as one."""
     what = "tokenizer (tokenizer.json, or vocab and merges)"
     tokenizer = _fetch(AutoTokenizer.from_pretrained, source, what)
     if len(tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)) < 2:  # transformers 5 makes an empty one
@@ -98,19 +109,19 @@ def load_llm_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
 
 
 def is_composite(source: str | Path) -> bool:
-    """Whether the source is a Hugging Face BLIP-2 or InstructBLIP, which holds a language model."""
-    return _fetch(PreTrainedConfig.get_config_dict, source, "config.json")[0].get("model_type") in COMPOSITES
+    """Return whether the source is a Hugging Face BLIP-2 or InstructBLIP, which holds a language model."""
+    return _config_file(source).get("model_type") in COMPOSITES
 
 
 def read_config(source: str | Path, overrides: Mapping[str, Any]) -> tuple[PreTrainedConfig, bool]:
-    """The config, and whether the file says that the output layer is not tied to the embeddings."""
-    raw, _ = _fetch(PreTrainedConfig.get_config_dict, source, "config.json")
+    """Return the config, and whether the file says that the output layer is not tied to the embeddings."""
+    raw = _config_file(source)
     raw = raw["text_config"] if raw.get("model_type") in COMPOSITES else raw
-    model_type = raw.get("model_type")
-    if model_type not in CONFIG_MAPPING:
+    model_type = str(raw.get("model_type"))
+    if model_type not in CONFIG_MAPPING:  # transformers' public table; AutoConfig would also read code of the hub
         raise InputError(
-            f"{source}: model_type {model_type!r} in its config.json is no class of the installed transformers: "
-            "choose a causal or encoder-decoder language model, or update transformers"
+            f"{source}: config.json: model_type {model_type!r} is unknown to the installed transformers: choose a "
+            "causal or encoder-decoder language model, or update transformers"
         )
     config_class = CONFIG_MAPPING[model_type]
     unknown = sorted(name for name in overrides if name not in raw and not hasattr(config_class(), name))
@@ -118,35 +129,32 @@ def read_config(source: str | Path, overrides: Mapping[str, Any]) -> tuple[PreTr
         raise InputError(f"{source}: a {model_type} config has no {', '.join(unknown)} to override")
     _check_overrides(overrides, raw)
     raw = {name: value for name, value in raw.items() if "attn_implementation" not in name}  # may name code of the hub
-    raw |= overrides
-    try:
-        config = config_class.from_dict(raw)
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, StrictDataclassError) as error:
-        if not overrides:
-            raise
-        raise refused(overrides, error) from error
+    with naming(overrides):
+        config = config_class.from_dict(raw | dict(overrides))
     check_number(f"{source}: the width of its embeddings", embedding_width(config), 1, MAX_WIDTH)
-    untied = raw.get("tie_word_embeddings") is False or getattr(config, "scale_decoder_outputs", True) is False
-    if not config.is_encoder_decoder and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise InputError(f"{source}: a {model_type} is neither a causal nor an encoder-decoder language model")
-    if config.is_encoder_decoder and type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
-        raise InputError(f"{source}: the encoder-decoder {model_type} does not write text given text")
     _check_class(source, config)
     if getattr(config, "dense_act_fn", None) == "gelu_new":
         config.dense_act_fn = "gelu"
-    return config, untied
+    raw |= overrides
+    return config, raw.get("tie_word_embeddings") is False or getattr(config, "scale_decoder_outputs", True) is False
 
 
-def refused(overrides: Mapping[str, Any], error: Exception) -> InputError:
-    """Return the error about overrides with which transformers cannot build the language model."""
-    given = ", ".join(f"{name}: {value!r}" for name, value in overrides.items())
-    reason = " ".join(str(error).split())
-    return InputError(f"model.llm: the language model cannot be built with {given} ({type(error).__name__}: {reason})")
+@contextlib.contextmanager
+def naming(overrides: Mapping[str, Any]) -> Iterator[None]:
+    """Turn an error of transformers about building the language model into one that names the overrides, if any."""
+    try:
+        yield
+    except NOT_BUILT as error:
+        if not overrides:
+            raise
+        given = ", ".join(f"{name}: {value!r}" for name, value in overrides.items())
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise InputError(f"model.llm: the language model cannot be built with {given} ({reason})") from error
 
 
 def _check_overrides(overrides: Mapping[str, Any], raw: Mapping[str, Any]) -> None:
-    """InputError for what is no number where the file has one, and for numbers beyond any model's; whether they fit
-    each other is checked by building it.
+    """Raise InputError for a value that replaces a number and is not one, and for numbers beyond any model's; whether
+    they fit each other is checked by building the model.
     """
     for name, value in overrides.items():
         if value is None or not (_is_number(value) or _is_number(raw.get(name))):
@@ -164,26 +172,32 @@ def _is_number(value: Any) -> bool:
 
 
 def _check_class(source: str | Path, config: PreTrainedConfig) -> None:
-    """ValueError if the model's class lacks what we need, or reads both ways, as BERT does unless told otherwise."""
-    is_two_way = type(config) in MODEL_FOR_MASKED_LM_MAPPING and getattr(config, "is_decoder", None) is False
-    if is_two_way and not config.is_encoder_decoder:
-        raise InputError(
-            f"{source}: a {config.model_type} reads a text from both sides, and would see what it is to write: choose "
-            "a causal or encoder-decoder language model"
-        )
-    if config.model_type in UNFIT:
-        raise InputError(f"{source}: a {config.model_type} {UNFIT[config.model_type]}: choose another language model")
+    """Raise InputError unless the config is of a language model that can write after an image."""
+    kind, model_type = type(config), config.model_type
     mapping = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
-    lacking = sorted(NEEDED - inspect.signature(mapping[type(config)].forward).parameters.keys())
-    if lacking:
-        raise InputError(
-            f"{source}: transformers' {mapping[type(config)].__name__} takes no {', '.join(lacking)}, without which it "
-            "cannot go on behind an image: choose another language model"
-        )
+    reads_both_sides = kind in MODEL_FOR_MASKED_LM_MAPPING and getattr(config, "is_decoder", None) is False
+    reason = None
+    if kind not in mapping:
+        reason = "is neither a causal nor an encoder-decoder language model"
+    elif reads_both_sides and not config.is_encoder_decoder:
+        reason = "reads a text from both sides, and would see the tokens that it is to predict"
+    elif model_type in UNFIT:
+        reason = UNFIT[model_type]
+    else:
+        model_class: Any = mapping[kind]
+        missing = sorted(NEEDED - forward_parameters(model_class))
+        if missing:
+            reason = f"cannot write after an image: transformers' {model_class.__name__} takes no {', '.join(missing)}"
+    if reason is not None:
+        raise InputError(f"{source}: a {model_type} {reason}: choose another language model")
+
+
+def _config_file(source: str | Path) -> dict[str, Any]:
+    return _fetch(PreTrainedConfig.get_config_dict, source, "config.json")[0]
 
 
 def _fetch(load: Callable[..., Any], source: str | Path, what: str) -> Any:
-    """Return what a `from_pretrained` gives, from this machine or else from the hub."""
+    """Return what a `from_pretrained` loads, from this machine or else from the hub."""
     place = locate(source)
     try:
         return from_hub(load, place)

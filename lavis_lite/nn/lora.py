@@ -1,7 +1,7 @@
-"""Adapters in a language model (LoRA, Hu et al. 2021): peft puts them in; training, merging, and peft's own folders.
+"""Adapters in a language model (LoRA, Hu et al. 2021), by peft: training, merging, and peft's own folders.
 
-Surprising: `modules_to_save` and `bias` of peft's LoraConfig train whole parts of the language model. All that is
-trained is float32, so that such a model must be float32 itself.
+Note: `modules_to_save` and `bias` of peft's LoraConfig train whole parts of the language model. All trained tensors are
+float32, so that such a model must be float32 itself.
 """
 
 import copy
@@ -151,14 +151,14 @@ TYPES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
 
 
 def trains_whole_parts(lora: Mapping[str, Any] | None) -> bool:
-    """Whether parts of the language model itself are trained beside the adapters."""
-    return bool(lora) and (lora.get("bias", "none") != "none" or any(lora.get(key) for key in WHOLE_PARTS))
+    """Return whether parts of the language model itself are trained beside the adapters."""
+    return lora is not None and (lora.get("bias", "none") != "none" or any(lora.get(key) for key in WHOLE_PARTS))
 
 
 def add_lora(model: nn.Module, lora: Mapping[str, Any]) -> None:
-    """Put adapters into the model's layers; what peft trains is then all that is trained, in float32.
+    """Put adapters into the model's layers; only what peft trains is then trained, in float32.
 
-    Raises ValueError for `target_modules` or `modules_to_save` that the model does not have.
+    Raises AdapterError for `target_modules` or `modules_to_save` that the model does not have.
     """
     from peft import inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -182,14 +182,14 @@ def add_lora(model: nn.Module, lora: Mapping[str, Any]) -> None:
 
 
 def _names(model: nn.Module, *, leaves: bool) -> list[str]:
-    """The last parts of the names of a model's modules, or of those only that can have adapters."""
+    """Return the last parts of the names of a model's modules, with `leaves` of those that can have adapters."""
     layers = (nn.Linear, nn.Embedding, Conv1D)
     found = (name for name, module in model.named_modules() if not leaves or isinstance(module, layers))
     return sorted({last for last in (name.rpartition(".")[2] for name in found) if last and not last.isdigit()})
 
 
 def _check_found(wanted: Any, found: list[str], *, key: str, known: list[str]) -> None:
-    """ValueError if a name is that of no wrapped module; a text is a pattern, which peft checks."""
+    """Raise AdapterError for a name of no wrapped module; a text is a pattern, which peft checks."""
     if wanted is None or isinstance(wanted, str):
         return
     for name in wanted:
@@ -198,7 +198,7 @@ def _check_found(wanted: Any, found: list[str], *, key: str, known: list[str]) -
 
 
 def targets(own: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """For the name that a tensor has in a model without adapters, its names in `own`, a model's with them."""
+    """Return, by the name that a tensor has in a model without adapters, its names in `own`, a model with them."""
     found: dict[str, list[str]] = {}
     for name in own:
         plain = WRAPPED.sub("", name)
@@ -207,8 +207,8 @@ def targets(own: Mapping[str, Tensor]) -> dict[str, list[str]]:
     return found
 
 
-def _wrapped(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The layers that peft has wrapped, the outermost only."""
+def _wrapped(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the outermost layers that peft has wrapped, with their names."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
 
@@ -220,7 +220,7 @@ def _wrapped(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether any layer has an adapter."""
+    """Return whether any layer has an adapter."""
     return any(checkpoint.ADAPTER.search(name) for name, _ in model.named_parameters())
 
 
@@ -228,7 +228,7 @@ def has_adapters(model: nn.Module) -> bool:
 def plain_state_dict(model: nn.Module, *, merge: bool = True) -> dict[str, Tensor]:
     """Return the model's tensors under the names of a model without adapters, these merged or left out.
 
-    The model stays as it is; only what is merged is copied.
+    The model is not changed; only what is merged is copied.
     """
     state: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
     if not has_adapters(model):
@@ -240,8 +240,8 @@ def plain_state_dict(model: nn.Module, *, merge: bool = True) -> dict[str, Tenso
     return state
 
 
-def _merged(layer: nn.Module) -> nn.Module:
-    """A copy of the layer without its adapter, which is merged into the weights, in their own precision."""
+def _merged(layer: Any) -> nn.Module:
+    """Return a copy of peft's layer without its adapter, which is merged into the weights, in their own precision."""
     dtype = next(layer.parameters()).dtype
     layer = copy.deepcopy(layer).float()
     if hasattr(layer, "unload_and_optionally_merge_module"):
@@ -252,27 +252,27 @@ def _merged(layer: nn.Module) -> nn.Module:
     return layer.to(dtype)
 
 
-def _without(layer: nn.Module) -> nn.Module:
-    """The layer as it was before peft wrapped it."""
+def _without(layer: Any) -> nn.Module:
+    """Return the layer as it was before peft wrapped it."""
     if hasattr(layer, "original_module"):
         return layer.original_module
     return layer.token_adapter.get_base_layer() if hasattr(layer, "token_adapter") else layer.get_base_layer()
 
 
 def unties(model: nn.Module, plain: Mapping[str, Tensor]) -> bool:
-    """Whether tensors that the model without adapters shares are not shared in `plain`, where they are merged."""
+    """Return whether tensors that the model without adapters shares differ in `plain`, where they are merged."""
     names: dict[int, list[str]] = {}
     for name, tensor in plain_state_dict(model, merge=False).items():
         names.setdefault(id(tensor), []).append(name)
     return any(len({id(plain[name]) for name in group}) > 1 for group in names.values())
 
 
-def load_adapter(model: nn.Module, source: str) -> None:
+def load_adapter(model: Any, source: str) -> None:
     """Load the weights of a folder (or hub id) that peft wrote into the model's adapters.
 
     Raises:
         FileNotFoundError: the folder or its weights are missing.
-        ValueError: they do not fit the adapters.
+        InputError: they do not fit the adapters.
     """
     from peft import set_peft_model_state_dict
 
@@ -281,12 +281,12 @@ def load_adapter(model: nn.Module, source: str) -> None:
     if path is None:
         raise MissingFileError(f"llm_lora: {source} holds no {' or '.join(WEIGHT_FILES)}")
     state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in weights.open_state(path).items()}
-    known = vocabulary_size(model)
+    known = len(embedding_weight(model))
     for name in vocabulary_names(model, state):
         sizes = [known if 0 < size - known <= MOST_ADDED else size for size in state[name].shape]
         state[name] = resized(state[name], sizes)
     try:
-        report = set_peft_model_state_dict(model, state)
+        report: Any = set_peft_model_state_dict(model, state)
     except (RuntimeError, KeyError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise InputError(f"llm_lora: {path} does not fit the language model: {reason}") from error
@@ -297,9 +297,9 @@ def load_adapter(model: nn.Module, source: str) -> None:
             raise InputError(f"llm_lora: {path} {what} the language model's adapters: {', '.join(names[:3])}")
 
 
-def write_adapter(model: nn.Module, folder: Path, *, num_tokens: int) -> None:
-    """Write the adapters, and what else was trained with them, as peft's `PeftModel.from_pretrained` reads them, for a
-    language model with `num_tokens` rows in its vocabulary.
+def write_adapter(model: Any, folder: Path, *, num_tokens: int) -> None:
+    """Write the adapters of a model of transformers, and what else was trained, as peft's `PeftModel.from_pretrained`
+    reads them, for a vocabulary of `num_tokens` rows.
     """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -308,7 +308,7 @@ def write_adapter(model: nn.Module, folder: Path, *, num_tokens: int) -> None:
     config.inference_mode = True
     config.init_lora_weights = True  # some ways to start change the frozen weights, which are written as they are
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    known = vocabulary_size(model)
+    known = len(embedding_weight(model))
     for name in vocabulary_names(model, state):
         state[name] = resized(state[name], [num_tokens if size == known else size for size in state[name].shape])
     folder.mkdir(parents=True, exist_ok=True)
@@ -317,20 +317,20 @@ def write_adapter(model: nn.Module, folder: Path, *, num_tokens: int) -> None:
     save_file(state, folder / WEIGHT_FILES[0], metadata={"format": "pt"})
 
 
-def vocabulary_size(model: nn.Module) -> int:
-    """Rows of the embeddings."""
-    return len(model.get_input_embeddings().weight)
+def embedding_weight(model: Any) -> Tensor:
+    """Return the embeddings (V,E) of a model of transformers."""
+    return model.get_input_embeddings().weight
 
 
-def vocabulary_names(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
-    """The tensors of the embeddings' and the output layer's adapters."""
+def vocabulary_names(model: Any, state: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the embeddings' and the output layer's adapters."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     prefixes = tuple(f"{name}." for name, module in model.named_modules() if any(module is end for end in ends))
     return [name for name in state if name.startswith(prefixes)]
 
 
 def resized(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The tensor cut to sizes, or lengthened by the mean of what it has, as a vocabulary's added rows are."""
+    """Return the tensor cut to sizes, or lengthened by its mean, as a vocabulary's added rows are."""
     for dim, size in enumerate(sizes):
         if tensor.shape[dim] > size:
             tensor = tensor.narrow(dim, 0, size)

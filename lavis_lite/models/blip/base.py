@@ -1,13 +1,11 @@
-"""What BLIP's models share: tokenizer, image encoder, text transformer sizes, and loading of published files."""
+"""Base class of BLIP's models: tokenizer, image encoder, text transformer sizes, loading of published files."""
 
 import logging
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping
 from dataclasses import fields
 from typing import Any, ClassVar
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lavis_lite.common.bounds import (
     MAX_IMAGE_SIZE,
@@ -28,16 +26,10 @@ from lavis_lite.models.initialise import (
     init_from_state_dict,
     vit_weights,
 )
-from lavis_lite.models.tokenizers import blip_tokenizer, tokenize
+from lavis_lite.models.tokenizers import blip_tokenizer
 from lavis_lite.nn.attention import MAX_VOCABULARY, BertConfig
-from lavis_lite.nn.decoding import DecodingConfig
-from lavis_lite.nn.losses import IGNORED
-from lavis_lite.nn.vision import (
-    BlipViT,
-    interpolate_pos_embed,
-    layer_scales,
-    vit_config,
-)
+from lavis_lite.nn.decoding import DecodingConfig, GenerationConfig
+from lavis_lite.nn.vision import BlipViT, encoder_scale, interpolate_pos_embed, vit_config
 
 logger = logging.getLogger(__name__)
 
@@ -89,49 +81,31 @@ class BlipBase(BaseModel):
         check_med(self.med, len(self.tokenizer))
 
     def text_config(self, context_width: int | None = None, **sizes: Any) -> BertConfig:
-        """Sizes of a text transformer that attends to contexts of this width (default: the image encoder's)."""
-        width = self.visual_encoder.config.width if context_width is None else context_width
+        """Return sizes of a text transformer that attends to states of this width (default: the image encoder's)."""
+        width = self.visual_encoder.width if context_width is None else context_width
         return BertConfig(**self.med, context_width=width, **sizes)
-
-    def tokenize(
-        self, texts: Sequence[str], *, start: int | None = None, max_length: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Ids and mask (B,T), padded to the longest; `start` replaces [CLS]; `max_length` truncates."""
-        return tokenize(self.tokenizer, texts, start=start, max_length=max_length, device=self.device)
-
-    @property
-    def decoder_start(self) -> int:
-        """Id of `[DEC]`."""
-        return self.tokenizer.bos_token_id
 
     @property
     def encoder_start(self) -> int:
         """Id of `[ENC]`."""
         return self.tokenizer.enc_token_id
 
-    def labels(self, ids: Tensor, num_masked: int | Tensor = 0) -> Tensor:
-        """Labels of a language-model loss: padding and the first `num_masked` (one number, or (B,)) do not count."""
-        num_given = torch.as_tensor(num_masked, device=ids.device)[..., None]
-        given = torch.arange(ids.shape[1], device=ids.device) < num_given
-        return ids.masked_fill((ids == self.tokenizer.pad_token_id) | given, IGNORED)
-
-    def decoding(self, **settings: Any) -> DecodingConfig:
-        """Decoding settings with this tokenizer's end and padding tokens, and the text transformer's positions."""
-        return DecodingConfig(
+    def decoding(self, generation: GenerationConfig, *, return_scores: bool = False) -> DecodingConfig:
+        """Return decoding settings with the tokenizer's end and padding tokens and the text transformer's positions."""
+        return DecodingConfig.of(
+            generation,
             eos_id=self.tokenizer.sep_token_id,
             pad_id=self.tokenizer.pad_token_id,
             max_positions=self.text_config().max_positions,
-            **settings,
+            return_scores=return_scores,
         )
 
     def layer_scale(self, decay: float) -> Callable[[str], float]:
-        scale = layer_scales(self.visual_encoder.config.depth, decay)
-        prefix = "visual_encoder."
-        return lambda name: scale(name.removeprefix(prefix)) if name.startswith(prefix) else 1.0
+        return encoder_scale(self.visual_encoder, decay)
 
     def start_from(self, *, vit: str | None = None, text: str | None = None, add_token_type: bool = True) -> None:
-        """An ImageNet ViT (timm's name or a file) and/or a BERT (folder or hub id) as in BLIP's pretraining; twins
-        become copies. `add_token_type` as in `bert_weights`.
+        """Initialise from an ImageNet ViT (timm's name or a file) and/or a BERT (folder or hub id) as in BLIP's
+        pretraining; momentum encoders become copies. `add_token_type` as in `bert_weights`.
         """
         if vit is not None:
             init_from_state_dict(self, vit_weights(vit, self.visual_encoder), source=vit, parts=("visual_encoder.",))
@@ -148,7 +122,7 @@ class BlipBase(BaseModel):
             check_bert(text, self.text_model())
 
     def text_model(self) -> TextModel:
-        """What a BERT must have in common with this model."""
+        """Return the sizes and the tokenizer that a BERT must share with this model."""
         return TextModel(sizes=self.text_config(), section="med", tokenizer=self.tokenizer)
 
     def adapt_state_dict(self, state: MutableMapping[str, Tensor]) -> MutableMapping[str, Tensor]:
@@ -173,7 +147,7 @@ class BlipBase(BaseModel):
 
 
 def check_med(med: dict[str, Any], num_tokens: int) -> None:
-    """Unknown size names and a vocabulary smaller than the tokenizer's are errors."""
+    """Raise InputError for unknown sizes and for a vocabulary smaller than the tokenizer's."""
     known = {field.name for field in fields(BertConfig)} - {"context_width", "num_context_streams"}
     unknown = sorted(med.keys() - known)
     if unknown:
@@ -181,13 +155,8 @@ def check_med(med: dict[str, Any], num_tokens: int) -> None:
     check_number("model.med.vocab_size", med["vocab_size"], num_tokens, MAX_VOCABULARY)
 
 
-def project(layer: nn.Linear, states: Tensor) -> Tensor:
-    """Project and normalise to unit length."""
-    return F.normalize(layer(states), dim=-1)
-
-
 def ramp(samples: dict[str, Any], alpha: float, num_epochs: int) -> float:
-    """alpha, ramped up linearly over the first epochs as ALBEF does; full where the samples tell no epoch."""
+    """Return alpha, ramped up linearly over the first epochs as in ALBEF; the full alpha if samples have no epoch."""
     if "epoch" not in samples:
         return alpha
     per_epoch = samples["num_iters_per_epoch"]

@@ -1,12 +1,12 @@
-"""What BLIP-2's models share: the image encoder, frozen or not, the Q-Former with its queries, and their weights.
+"""Base of BLIP-2's models: the image encoder, frozen or not, the Q-Former with its queries, and their weights.
 
-Surprising: checkpoints leave out what is frozen and can be fetched again from its own source, so a published file
-holds trainable keys only; the image encoder then comes from `vit_weights` (default: the encoder's published file).
+Note: checkpoints leave out frozen parts that can be fetched again from their own source, so a published file holds
+trainable keys only; the image encoder then comes from `vit_weights` (default: the encoder's published file).
 """
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import fields
 from typing import Any, ClassVar, Self
 
@@ -37,9 +37,9 @@ from lavis_lite.models.initialise import (
     qformer_weights,
     trained_qformer_weights,
 )
-from lavis_lite.models.tokenizers import blip2_tokenizer, tokenize
-from lavis_lite.nn.attention import MAX_VOCABULARY, Context
-from lavis_lite.nn.decoding import DecodingConfig
+from lavis_lite.models.tokenizers import blip2_tokenizer
+from lavis_lite.nn.attention import MAX_VOCABULARY, CrossAttentionKV
+from lavis_lite.nn.decoding import DecodingConfig, GenerationConfig
 from lavis_lite.nn.encoders import (
     ENCODERS,
     PUBLISHED,
@@ -47,11 +47,13 @@ from lavis_lite.nn.encoders import (
     encoder_statistics,
 )
 from lavis_lite.nn.qformer import QFormer, QFormerConfig
+from lavis_lite.nn.vision import encoder_scale
 
 logger = logging.getLogger(__name__)
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RANDOM = "random"
+DEFAULT_VIT = "eva_clip_g"
 TEXT_PARTS = (
     *("Qformer.bert.embeddings.word_embeddings", "Qformer.bert.embeddings.position_embeddings"),
     *(".intermediate.dense.", "Qformer.cls."),
@@ -71,11 +73,14 @@ class Blip2Base(BaseModel):
     hf: ClassVar[HFAdapter[Any] | None] = Blip2Adapter()
     takes_video: ClassVar[bool] = False
     truncation_side: ClassVar[str] = "right"
+    qformer_has_lm_head: ClassVar[bool] = False
 
     def __init__(
         self,
+        qformer_reads_text: bool = True,
+        /,
         *,
-        vit_model: str = "eva_clip_g",
+        vit_model: str = DEFAULT_VIT,
         image_size: int = 224,
         drop_path_rate: float = 0.0,
         use_grad_checkpoint: bool = False,
@@ -108,7 +113,7 @@ class Blip2Base(BaseModel):
             grad_checkpoint=use_grad_checkpoint,
             sizes=vit,
         )
-        self.sources = {"visual_encoder.": encoder_source(vit_model, vit_weights)}
+        self.sources: dict[str, str | None] = {"visual_encoder.": encoder_source(vit_model, vit_weights)}
         self._freeze_encoder(vit_precision)
         self.ln_vision = nn.LayerNorm(self.visual_encoder.width)
         num_tokens = num_text_tokens(self.tokenizer)
@@ -116,37 +121,27 @@ class Blip2Base(BaseModel):
             {"vocab_size": num_tokens, "cross_attention_freq": cross_attention_freq, **(qformer or {})},
             num_tokens=num_tokens,
             context_width=self.visual_encoder.width,
-            has_text=self.qformer_has_text,
+            has_text=qformer_reads_text,
         )
         self.Qformer = QFormer(config, with_lm_head=self.qformer_has_lm_head)
         self.query_tokens = nn.Parameter(torch.empty(1, num_query_token, config.hidden_size))
         nn.init.normal_(self.query_tokens, std=config.initializer_range)
 
-    @property
-    def qformer_has_text(self) -> bool:
-        """Whether the Q-Former reads text."""
-        return True
-
-    @property
-    def qformer_has_lm_head(self) -> bool:
-        """Whether the Q-Former writes text."""
-        return False
-
     def _freeze_encoder(self, precision: str) -> None:
         dtype = PRECISIONS["fp32"] if precision == "auto" else PRECISIONS.get(precision)
         if dtype is None:
-            raise InputError(f"vit_precision {precision!r} is not one of auto, {', '.join(PRECISIONS)}")
+            raise InputError(f"model.vit_precision: must be one of auto, {', '.join(PRECISIONS)}; got {precision!r}")
         if not self.freeze_vit and dtype != torch.float32:
             raise InputError(
-                f"vit_precision {precision} with freeze_vit=False would train weights in {precision}: "
-                "set vit_precision=fp32 (run.precision still chooses what it computes in)"
+                f"model.vit_precision: {precision} with freeze_vit=False would train weights in {precision}: "
+                "set vit_precision=fp32 (run.precision still chooses the precision of computation)"
             )
         self.visual_encoder.to(dtype)
         if self.freeze_vit:
             self.visual_encoder.requires_grad_(False)
 
     def train(self, mode: bool = True) -> Self:
-        """A frozen image encoder stays in evaluation mode, without drop path."""
+        """Set the mode; a frozen image encoder stays in evaluation mode, without drop path."""
         super().train(mode)
         if self.freeze_vit:
             self.visual_encoder.eval()
@@ -154,71 +149,46 @@ class Blip2Base(BaseModel):
 
     @classmethod
     def from_config(cls, cfg: dict[str, Any], *, device: str | torch.device = "cpu") -> Self:
-        """As BaseModel's, and then the frozen parts from their own sources, unless the file had them."""
+        """Build the model as `BaseModel` does, with `vit_precision: auto` resolved for the device."""
         cfg = {**cfg, "vit_precision": encoder_precision(cfg, torch.device(device))}
         return super().from_config(cfg, device=device)
 
     @classmethod
     def image_statistics(cls, cfg: Mapping[str, Any]) -> dict[str, list[float]] | None:
         """Return timm's `mean` and `std` for an encoder of timm's; None for all others, which take CLIP's."""
-        return encoder_statistics(cfg.get("vit_model", cls.__signature__.parameters["vit_model"].default))
+        return encoder_statistics(cfg.get("vit_model", DEFAULT_VIT))
 
     def encode_image(self, image: Tensor) -> Tensor:
-        """The image's tokens (B,S,E) behind `ln_vision`, in its precision (float32, unless the whole model was cast); a
-        frozen encoder runs without gradient in its own.
+        """Return the image's tokens (B,S,E) after `ln_vision`, in its precision (float32, unless the whole model was
+        cast); a frozen encoder runs without gradient, and one of low precision without autocast.
         """
-        with self._encoder_scope(image):
+        is_low = next(self.visual_encoder.parameters()).dtype != torch.float32
+        autocast = torch.autocast(image.device.type, enabled=False) if is_low else contextlib.nullcontext()
+        with torch.no_grad() if self.freeze_vit else contextlib.nullcontext(), autocast:
             tokens = self.visual_encoder(image)
         return self.ln_vision(tokens.to(self.ln_vision.weight.dtype))
 
-    @contextlib.contextmanager
-    def _encoder_scope(self, image: Tensor) -> Iterator[None]:
-        low_precision = next(self.visual_encoder.parameters()).dtype != torch.float32
-        with contextlib.ExitStack() as stack:
-            if self.freeze_vit:
-                stack.enter_context(torch.no_grad())
-            if low_precision:
-                stack.enter_context(torch.autocast(image.device.type, enabled=False))
-            yield
-
-    def query_states(self, context: Context, ids: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """What the queries saw in the images, (B,Q,E); with a text (ids and mask, (B,T)) they saw that too."""
+    def query_states(self, context: CrossAttentionKV, ids: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Return the queries' states (B,Q,E) after reading the images and, if given, a text (ids and mask, (B,T))."""
         states, _ = self.Qformer(self.query_tokens, ids, mask, context=context)
         return states[:, : self.query_tokens.shape[1]]
 
-    def tokenize(
-        self, texts: Sequence[str], *, start: int | None = None, max_length: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The Q-Former's ids and mask (B,T), padded to the longest; `start` replaces [CLS]; `max_length` truncates."""
-        return tokenize(self.tokenizer, texts, start=start, max_length=max_length, device=self.device)
-
-    @property
-    def decoder_start(self) -> int:
-        """Id of `[DEC]`."""
-        return self.tokenizer.bos_token_id
-
-    def labels(self, ids: Tensor) -> Tensor:
-        """Labels of a language-model loss: padding does not count."""
-        return ids.masked_fill(ids == self.tokenizer.pad_token_id, -100)
-
-    def decoding(self, **settings: Any) -> DecodingConfig:
-        """Decoding settings with the Q-Former tokenizer's end and padding tokens, and its positions."""
-        return DecodingConfig(
+    def decoding(self, generation: GenerationConfig, *, return_scores: bool = False) -> DecodingConfig:
+        """Return decoding settings with the Q-Former's end and padding tokens and the text transformer's positions."""
+        return DecodingConfig.of(
+            generation,
             eos_id=self.tokenizer.sep_token_id,
             pad_id=self.tokenizer.pad_token_id,
             max_positions=self.Qformer.config.max_positions,
-            **settings,
+            return_scores=return_scores,
         )
 
     def layer_scale(self, decay: float) -> Callable[[str], float]:
-        prefix = "visual_encoder."
-        return lambda name: (
-            self.visual_encoder.layer_scale(name.removeprefix(prefix), decay) if name.startswith(prefix) else 1.0
-        )
+        return encoder_scale(self.visual_encoder, decay)
 
     def start_from(self, *, vit: str | None = None, text: str | None = None, add_token_type: bool = True) -> None:
-        """The Q-Former starts from a BERT (folder or hub id), or from the trained one of a BLIP-2 file; the queries'
-        feed-forward is a copy of BERT's. `add_token_type` as in `bert_weights`.
+        """Initialise the Q-Former from a BERT (folder or hub id), whose feed-forward layers the queries copy, or from
+        the trained Q-Former of a BLIP-2 file. `add_token_type` as in `bert_weights`.
         """
         self.check_start(vit=vit, text=text)
         if text is None:
@@ -231,14 +201,14 @@ class Blip2Base(BaseModel):
 
     def check_start(self, *, vit: str | None = None, text: str | None = None, add_token_type: bool = True) -> None:
         if vit is not None:
-            raise InputError("BLIP-2's image encoder is chosen by model.vit_model and model.vit_weights, not init_vit")
+            raise InputError("model.init_vit: BLIP-2's image encoder is set by model.vit_model and model.vit_weights")
         if text is not None and is_weight_file(text):
             check_weight_file(text, setting="init_text")
         elif text is not None:
             check_bert(text, self.text_model())
 
     def text_model(self) -> TextModel:
-        """What a BERT must have in common with the Q-Former."""
+        """Return the sizes and tokenizer that a BERT must share with the Q-Former."""
         return TextModel(sizes=self.Qformer.config, section="qformer", tokenizer=self.tokenizer)
 
     def load_frozen(self, loaded: set[str]) -> None:
@@ -247,11 +217,11 @@ class Blip2Base(BaseModel):
         source = self.sources[prefix]
         if source is None or any(name.startswith(prefix) for name in loaded):
             return
-        state = weights.open_state(source)
+        state: MutableMapping[str, Tensor] = weights.open_state(source)
         state = blip2_from_hf(state) if is_hf_blip2(state) else state
         if any(name.startswith(prefix) for name in state):
             state = {n.removeprefix(prefix): tensor for n, tensor in state.items() if n.startswith(prefix)}
-        state = self.visual_encoder.adapt_state_dict(state)
+        state = self.visual_encoder.adapt_state_dict(dict(state))
         report = checkpoint.load_into(self.visual_encoder, state, source=source)
         if report.missing:
             raise InputError(f"{source} lacks {len(report.missing)} tensors of the image encoder: {report.missing[:5]}")
@@ -275,12 +245,12 @@ class Blip2Base(BaseModel):
 
 
 def num_text_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens that texts can have: all up to `[DEC]`, behind which Hugging Face adds one for images."""
+    """Return the number of tokens of texts: all up to `[DEC]`, after which Hugging Face adds one for images."""
     return max(tokenizer.vocab_size, tokenizer.bos_token_id + 1)
 
 
 def encoder_source(vit_model: str, vit_weights: str | None) -> str | None:
-    """Where the encoder's weights come from: a file or URL, `timm:<name>`, or None for random ones."""
+    """Return the source of the encoder's weights: a file or URL, `timm:<name>`, or None for random ones."""
     if vit_weights == RANDOM:
         return None
     if vit_weights is not None:
@@ -291,9 +261,7 @@ def encoder_source(vit_model: str, vit_weights: str | None) -> str | None:
 
 
 def encoder_precision(cfg: dict[str, Any], device: torch.device) -> str:
-    """`vit_precision` with `auto` resolved for the device. ValueError for fp16 on the CPU, which has no kernels for
-    it.
-    """
+    """Return `vit_precision` with `auto` resolved. InputError for fp16 on the CPU, which has no kernels for it."""
     precision = cfg.get("vit_precision", "auto")
     if precision == "auto":
         return "fp16" if device.type == "cuda" and cfg.get("freeze_vit", True) else "fp32"
@@ -303,10 +271,10 @@ def encoder_precision(cfg: dict[str, Any], device: torch.device) -> str:
 
 
 def qformer_config(sizes: dict[str, Any], *, num_tokens: int, context_width: int, has_text: bool) -> QFormerConfig:
-    """The Q-Former's sizes. ValueError for unknown ones and for a vocabulary smaller than the tokenizer's."""
+    """Return the Q-Former's sizes. InputError for unknown ones, or a vocabulary smaller than the tokenizer's."""
     known = {field.name for field in fields(QFormerConfig)} - {"context_width", "has_text", "num_context_streams"}
     unknown = sorted(sizes.keys() - known)
     if unknown:
-        raise InputError(f"qformer has no size {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+        raise InputError(f"model.qformer: no size {', '.join(unknown)}; it has {', '.join(sorted(known))}")
     check_number("model.qformer.vocab_size", sizes["vocab_size"], num_tokens, MAX_VOCABULARY)
     return QFormerConfig(**sizes, context_width=context_width, has_text=has_text)

@@ -32,11 +32,11 @@ from lavis_lite.models.hf import (
     read_sizes,
     write_sizes,
 )
-from lavis_lite.nn.vision_eva import EvaViT
+from lavis_lite.nn.vision_clip import EvaViT
 
 if TYPE_CHECKING:
     from lavis_lite.models.blip2.base import Blip2Base
-    from lavis_lite.models.blip2.llm_base import LanguageModelBase
+    from lavis_lite.models.blip2.llm import Blip2LLM
 
 logger = logging.getLogger(__name__)
 
@@ -227,7 +227,7 @@ class Blip2Adapter(_QFormerAdapter["Blip2Base"]):
         return blip2_to_hf(own)
 
 
-class Blip2LLMAdapter(_QFormerAdapter["LanguageModelBase"]):
+class Blip2LLMAdapter(_QFormerAdapter["Blip2LLM"]):
     """Models with a language model."""
 
     classes: ClassVar[Classes] = {
@@ -244,10 +244,10 @@ class Blip2LLMAdapter(_QFormerAdapter["LanguageModelBase"]):
     def default_arch(self, archs: tuple[str, ...], config: Mapping[str, Any]) -> str:
         """Return the first architecture that takes the language model of a config.json."""
         family = (config.get("text_config") or {}).get("model_type")
-        types = {arch: registry.get_model_class(arch).model_types for arch in archs}
+        types = {arch: registry.get_model_class(arch).family.model_types for arch in archs}
         return next(arch for arch in archs if not types[arch] or family in types[arch])
 
-    def reads_instructions(self, model: "LanguageModelBase") -> bool:
+    def reads_instructions(self, model: "Blip2LLM") -> bool:
         return model.qformer_text_input
 
     def own_section(self, config: Mapping[str, Any], folder: Path, *, arch: str) -> dict[str, Any]:
@@ -259,7 +259,7 @@ class Blip2LLMAdapter(_QFormerAdapter["LanguageModelBase"]):
             del section["qformer"]["vocab_size"]
         return section
 
-    def config(self, model: "LanguageModelBase", *, arch: str) -> Any:
+    def config(self, model: "Blip2LLM", *, arch: str) -> Any:
         text = copy.deepcopy(model.lm.model.config)
         text.eos_token_id, text.pad_token_id = model.lm.end_id, model.lm.pad_id
         if getattr(text, "bos_token_id", None) is None:
@@ -272,10 +272,10 @@ class Blip2LLMAdapter(_QFormerAdapter["LanguageModelBase"]):
             )
         return config
 
-    def processor(self, model: "LanguageModelBase", config: Any) -> Any:
+    def processor(self, model: "Blip2LLM", config: Any) -> Any:
         from transformers import Blip2Processor, InstructBlipProcessor
 
-        images, tokenizer = image_processor(model.visual_encoder), copy.deepcopy(model.coder.tokenizer)
+        images, tokenizer = image_processor(model.visual_encoder), copy.deepcopy(model.llm_tokenizer.tokenizer)
         processor: Any
         if model.qformer_text_input:
             reader = copy.deepcopy(model.tokenizer)
@@ -286,10 +286,10 @@ class Blip2LLMAdapter(_QFormerAdapter["LanguageModelBase"]):
         config.text_config.vocab_size = max(config.text_config.vocab_size, config.image_token_index + 1)
         return processor
 
-    def tokenizers(self, model: "LanguageModelBase") -> dict[str, Any]:
+    def tokenizers(self, model: "Blip2LLM") -> dict[str, Any]:
         return {QFORMER_TOKENIZER: model.tokenizer}
 
-    def to_hf(self, own: Mapping[str, Tensor], model: "LanguageModelBase", config: Any) -> Mapping[str, Tensor]:
+    def to_hf(self, own: Mapping[str, Tensor], model: "Blip2LLM", config: Any) -> Mapping[str, Tensor]:
         """Return the tensors under transformers' names, with rows for its image token."""
         given = dict(blip2_to_hf(own, model.llm_prefix, config.model_type))
         if config.image_token_index is not None:

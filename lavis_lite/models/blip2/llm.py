@@ -1,67 +1,245 @@
-"""BLIP-2 with a language model: what the queries saw in an image begins a text that the model goes on with
-(BLIP-2, section 3.2).
+"""BLIP-2 with a language model: the queries' states are the first tokens that it reads (BLIP-2, section 3.2).
 
-One implementation for all: the architectures differ in names and in what stands around a text. Surprising: the
-language model is frozen, without dropout, and runs in its own precision; a prompt that asks for an answer is never
-cut; lengths that a caller gives to `generate` count, as published, one start token for a causal model and none for an
-encoder-decoder; `class_losses` of Vicuna are means over all positions, as published, and of all others sums.
+One class for all architectures, which differ by the table in `families.py`. Note: the language model is frozen, without
+dropout, and runs in its own precision. A prompt that asks for an answer is never cut. A causal model's `max_length`
+counts a start token, an encoder-decoder's does not, as published. `class_losses` of Vicuna are means over all
+positions, as published, and of all others sums.
 
-Letters: B samples, C candidates of a sample, T text tokens.
+Letters: B samples, F frames of a video (1 for an image), Q queries, S tokens that the language model reads, T text
+tokens, C candidates of a sample, E width.
 """
 
-from itertools import takewhile
-from typing import Any, ClassVar, NamedTuple
+import logging
+from collections.abc import MutableMapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
+from lavis_lite.common.bounds import MAX_TOKENS, check_number
 from lavis_lite.common.errors import InputError
-from lavis_lite.common.registry import registry
-from lavis_lite.models.base import Output
-from lavis_lite.models.blip2.llm_base import LanguageModelBase
+from lavis_lite.common.sources import weights
+from lavis_lite.common.sources.weights import LazyState, Reader
+from lavis_lite.models.base import Output, chosen_weights
+from lavis_lite.models.blip2.base import TEXT_PARTS, Blip2Base
+from lavis_lite.models.blip2.families import LLMFamily
+from lavis_lite.models.blip2.hf import Blip2LLMAdapter
+from lavis_lite.models.blip2.llm_checks import check_fit, llm_dtype, start_id
+from lavis_lite.models.blip2.llm_tokenizer import LLMTokenizer
 from lavis_lite.models.blip2.prompts import (
     class_prompts,
     generation_prompts,
     lemmatize,
     question_prompts,
-    split_caption,
-    without_prompt,
 )
 from lavis_lite.models.blip2.ranking import (
     Candidates,
     candidate_lists,
     candidate_rows,
-    segment_widths,
+    segment_lengths,
     stacked,
 )
 from lavis_lite.models.inputs import (
     image_of,
     ranked_answers,
-    require_labels,
     required,
     text_list,
     texts_of,
     whole_number,
 )
-from lavis_lite.nn.losses import IGNORED
+from lavis_lite.nn import lora
+from lavis_lite.nn.decoding import DecodingConfig, GenerationConfig
+from lavis_lite.nn.llm import LLMAdapter
+from lavis_lite.nn.llm_loading import check_language_model, load_language_model
+from lavis_lite.nn.llm_sources import has_weights, language_model_config
+
+logger = logging.getLogger(__name__)
 
 
-class Batch(NamedTuple):
-    """Training texts as tensors: what the language model reads behind the queries, and the labels (B,T).
+class Blip2LLM(Blip2Base):
+    """Image encoder, Q-Former and language model: learn captions and answers, generate them, choose among answers.
 
-    An encoder-decoder learns to write the labels; a causal model's are those of what it reads.
+    `prompt` begins every caption; with a placeholder `{}` it goes around questions instead. `qformer_text_input`: the
+    Q-Former reads the prompt too. `llm` overrides the language model's config; `llm_precision` is fp32, bf16, fp16 or
+    auto (bf16, but for tiny and for trained models); `llm_quantization` is int8 or int4; `llm_lora` holds settings of
+    peft's LoraConfig, or is a folder that peft wrote.
     """
 
-    ids: Tensor
-    mask: Tensor
-    labels: Tensor
+    hf = Blip2LLMAdapter()
+    prompt_begins_captions = True
+    takes_video: ClassVar[bool] = True
+    family: ClassVar[LLMFamily]
+    generation: ClassVar[GenerationConfig]
+    answer_generation: ClassVar[GenerationConfig]
+    prompt_limit: int | None = None
+    """Tokens to which `generate` and `predict_answers` cut prompts before they write; None: they do not."""
 
+    def __init_subclass__(cls, family: LLMFamily | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if family is not None:
+            cls.family, cls.llm_prefix, cls.truncation_side = family, family.prefix, family.truncation_side
+            cls.generation, cls.answer_generation = family.generation, family.answer_generation
 
-class Blip2LanguageModel(LanguageModelBase):
-    """What the architectures do: learn captions and answers, write them, choose among answers."""
+    def __init__(
+        self,
+        source: str,
+        /,
+        *,
+        prompt: str = "",
+        max_output_txt_len: int | None = None,
+        apply_lemmatizer: bool = False,
+        qformer_text_input: bool = False,
+        llm_precision: str = "auto",
+        llm: dict[str, Any] | None = None,
+        llm_lora: dict[str, Any] | str | None = None,
+        llm_quantization: str | None = None,
+        llm_grad_checkpoint: bool = False,
+        freeze_llm: bool = True,
+        **parts: Any,
+    ) -> None:
+        if max_output_txt_len is not None:
+            check_number("model.max_output_txt_len", max_output_txt_len, 1, MAX_TOKENS)
+        family, config, adapters = self.family, self.llm_config(source, llm), lora.lora_settings(llm_lora)
+        dtype = llm_dtype(llm_precision, config, frozen=freeze_llm, lora=adapters)
+        tokenizer = check_language_model(source, config, quantization=llm_quantization, lora=adapters, overrides=llm)
+        super().__init__(qformer_text_input, **parts)
+        self.max_output_txt_len = max_output_txt_len or self.max_txt_len
+        self.llm_tokenizer = LLMTokenizer.of(
+            tokenizer,
+            family,
+            is_encoder_decoder=config.is_encoder_decoder,
+            max_length=self.max_txt_len,
+            max_output_length=self.max_output_txt_len,
+        )
+        model, _ = load_language_model(
+            source,
+            dtype=dtype,
+            tokenizer=tokenizer,
+            overrides=llm,
+            pad_token=family.pad_token,
+            frozen=freeze_llm,
+            quantization=llm_quantization,
+            lora=adapters,
+            grad_checkpoint=llm_grad_checkpoint,
+        )
+        self.prompt, self.apply_lemmatizer, self.qformer_text_input = prompt, apply_lemmatizer, qformer_text_input
+        begin, end = start_id(config, self.llm_tokenizer), self.llm_tokenizer.end_id
+        self.lm = LLMAdapter(model, start_id=begin, end_id=end, pad_id=self.llm_tokenizer.pad_id)
+        self.add_module(f"{family.prefix}_model", model)
+        self.add_module(f"{family.prefix}_proj", nn.Linear(self.Qformer.config.hidden_size, self.lm.width))
+        self.lm_source, self.adapter = source, (adapters or {}).get(lora.ADAPTER)
+        prefix = f"{family.prefix}_model."
+        self.sources[prefix] = source if has_weights(source) else None
+        self.loaded_separately = () if self.adapter is None else (prefix,)
+        self.newly_initialized = (f"{family.prefix}_proj.", "lora_", ".modules_to_save.", ".token_adapter.")
+        self.newly_initialized += TEXT_PARTS if qformer_text_input else ()
+        self.newly_initialized += () if freeze_llm else (prefix,)
+
+    @property
+    def proj(self) -> nn.Module:
+        """The projection from the queries' width to the language model's."""
+        return self.get_submodule(f"{self.family.prefix}_proj")
+
+    @classmethod
+    def llm_config(cls, source: str, overrides: dict[str, Any] | None) -> PreTrainedConfig:
+        """Return the language model's config. InputError if this architecture does not take its type."""
+        key, model_types = f"model.{cls.family.prefix}_model", cls.family.model_types
+        if not isinstance(source, str | Path) or not source:
+            raise InputError(f"{key}: missing; give a folder, a hub id or a packaged tiny language model")
+        config = language_model_config(source, overrides)
+        if model_types and config.model_type not in model_types:
+            raise InputError(
+                f"{key}: {source} is a {config.model_type}, and {cls.__name__} takes {' or '.join(model_types)} only: "
+                "use arch blip2_llm (llm_model) for any language model"
+            )
+        return config
+
+    @classmethod
+    def from_config(cls, cfg: dict[str, Any], *, device: str | torch.device = "cpu") -> Self:
+        """Build the model as `BaseModel` does; sizes that do not fit are found before the language model is loaded."""
+        if cfg.get("llm_precision") == "fp16" and torch.device(device).type == "cpu":
+            raise InputError("model.llm_precision=fp16 does not run on the CPU: set it to auto, bf16 or fp32")
+        source = cfg.get(f"{cls.family.prefix}_model", cls.family.source)
+        config, chosen = cls.llm_config(source, cfg.get("llm")), chosen_weights(cfg)
+        if chosen is not None:
+            place = chosen[1]
+            check_fit(weights.open_state(place), config, prefix=cls.family.prefix, source=place, llm=source)
+        return super().from_config(cfg, device=device)
+
+    def adapt_state_dict(self, state: MutableMapping[str, Tensor]) -> MutableMapping[str, Tensor]:
+        """Adapt as `Blip2Base` does; tensors of layers without LoRA go into the layers that LoRA wraps or copies."""
+        state, own = LazyState.of(super().adapt_state_dict(state)), self.state_dict()
+        wrapped = lora.targets(own)
+        readers: dict[str, Reader] = {}
+        for name, read in state.readers.items():
+            names = [name] if name in own else wrapped.get(name, [name])
+            readers |= {inner: read for inner in names if inner == name or inner not in state}
+        return LazyState(readers)
+
+    def load_frozen(self, loaded: set[str]) -> None:
+        """Load as `Blip2Base` does, and then adapters from a folder of their own, unless the file had them."""
+        super().load_frozen(loaded)
+        prefix = f"{self.family.prefix}_model."
+        if self.sources[prefix] is None and not any(name.startswith(prefix) for name in loaded):
+            logger.warning(f"{self.lm_source} has no weights: the language model's are random")
+        if self.adapter is not None and not any(".lora_" in name for name in loaded):
+            lora.load_adapter(self.lm.model, self.adapter)
+
+    def checkpoint_state_dict(self) -> dict[str, Tensor]:
+        """Return the state as `BaseModel` does, without buffers of a language model that can be fetched again."""
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        prefix = f"{self.family.prefix}_model."
+        state = super().checkpoint_state_dict()
+        return {
+            name: tensor
+            for name, tensor in state.items()
+            if not name.startswith(prefix) or name in trained or not self.is_restorable(name)
+        }
+
+    # Inputs of the language model
+
+    def image_embeds(self, samples: dict[str, Any], instructions: list[str]) -> Tensor:
+        """Return the projected queries of an `image` (B,3,H,W) or video (B,3,F,H,W): (B,FxQ,E), frame after frame."""
+        image = image_of(samples, video=True)
+        frames = image.transpose(1, 2) if image.dim() == 5 else image[:, None]
+        num_frames = frames.shape[1]
+        context = self.Qformer.project_kv(self.encode_image(frames.flatten(0, 1)))
+        ids = mask = None
+        if self.qformer_text_input:
+            repeated = [text for text in instructions for _ in range(num_frames)]
+            ids, mask = self.tokenize(repeated, max_length=self.max_txt_len)
+        return self.proj(self.query_states(context, ids, mask)).view(len(image), -1, self.lm.width)
+
+    def concat_embeds(self, image_BQE: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Return embeddings (B,S,E) and mask (B,S) of the images and then the text."""
+        dtype = self.lm.dtype
+        embeds = torch.cat([image_BQE.to(dtype), self.lm.embed(ids_BT).to(dtype)], dim=1)
+        return embeds, torch.cat([mask_BT.new_ones(image_BQE.shape[:2]), mask_BT], dim=1)
+
+    def prompt_embeds(
+        self, samples: dict[str, Any], prompts: list[str], *, max_length: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return embeddings and mask of the images and the prompts, cut to `max_length` tokens if it is given."""
+        rows = self.llm_tokenizer.inputs(prompts, max_length=max_length)
+        return self.concat_embeds(self.image_embeds(samples, prompts), *self.pad(rows))
+
+    def pad(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Return ids and mask (B,T) on the model's device."""
+        ids, mask = self.llm_tokenizer.pad(rows)
+        return ids.to(self.device), mask.to(self.device)
+
+    def question_template(self, samples: dict[str, Any]) -> str | list[str]:
+        """Return the template of questions: the samples' `prompt`, else the model's; "" for one without `{}`."""
+        prompt = samples.get("prompt", self.prompt)
+        return prompt if all("{}" in text for text in text_list(prompt, len(samples["image"]), "prompt")) else ""
+
+    # Training
 
     def forward(self, samples: dict[str, Any]) -> Output:
-        """Language-model loss of `text_output` given `image` and `text_input`, or of `text_input`, a caption.
+        """Return the language-model loss of `text_output` given `image` and `text_input`, or of `text_input`, a
+        caption.
 
         A caption begins with the model's `prompt`, which is not learned; an encoder-decoder without one reads the
         caption's first words and learns the others.
@@ -69,118 +247,52 @@ class Blip2LanguageModel(LanguageModelBase):
         count = len(image_of(samples, video=True))
         required(samples, "text_input", "captions, or questions with their text_output")
         if "text_output" in samples:
-            asked = question_prompts(samples, self.question_template(samples), count)
-            answers = texts_of(samples, count, "text_output")
-            batch = self.answer_batch(asked, answers)
+            prompts = question_prompts(samples, self.question_template(samples), count)
+            batch = self.llm_tokenizer.answer_batch(prompts, texts_of(samples, count, "text_output"))
         else:
-            asked = [self.prompt] * count
-            batch = self.caption_batch(texts_of(samples, count))
-        loss = self.lm.loss(*self.joined(self.see(samples, asked), batch.ids, batch.mask), batch.labels)
+            prompts = [self.prompt] * count
+            batch = self.llm_tokenizer.caption_batch(texts_of(samples, count), self.prompt)
+        ids, mask, labels = (tensor.to(self.device) for tensor in batch)
+        inputs = self.concat_embeds(self.image_embeds(samples, prompts), ids, mask)
+        loss = self.lm.loss(*inputs, labels)
         return Output({"loss": loss, "loss_lm": loss.detach()})
 
-    def question_template(self, samples: dict[str, Any]) -> str | list[str]:
-        """What goes around questions: the samples' `prompt`, else the model's; "" for one without a gap for them."""
-        prompt = samples.get("prompt", self.prompt)
-        return prompt if all("{}" in text for text in text_list(prompt, len(samples["image"]), "prompt")) else ""
-
-    def answer_batch(self, asked: list[str], answers: list[str]) -> Batch:
-        """Texts that are read, and others that are learned."""
-        read = self.coder.inputs(asked, max_length=self.max_txt_len)
-        if self.lm.is_encoder_decoder:
-            written = self.coder.outputs(answers, max_length=self.max_output_txt_len)
-            return Batch(*self.pad(read), self.labels_of(*self.pad(written)))
-        room = max(self.max_output_txt_len - len(self.coder.before), 0)
-        written = self.coder.continuations(answers, max_length=room)
-        require_labels(list(map(len, written)), answers)
-        return self.causal_batch([r + w for r, w in zip(read, written, strict=True)], list(map(len, read)))
-
-    def caption_batch(self, captions: list[str]) -> Batch:
-        """Captions that are learned but for their beginning: the prompt or, for an encoder-decoder without one, a few
-        words.
-        """
-        bare = [without_prompt(caption, self.prompt) for caption in captions]
-        if self.lm.is_encoder_decoder:
-            parts = [(self.prompt, caption) if self.prompt else split_caption(caption) for caption in bare]
-            return self.answer_batch(*map(list, zip(*parts, strict=True)))
-        before, prompt = list(self.coder.before), self.prompt.strip()
-        given = self.coder.inputs([prompt])[0] if prompt else []
-        if len(given) >= self.max_txt_len:
-            raise InputError(f"prompt {prompt!r} takes all of max_txt_len={self.max_txt_len} tokens: shorten it")
-        texts = [f"{prompt} {caption}".strip() for caption in bare]
-        rows = self.coder.outputs(texts, max_length=self.max_txt_len - len(before))
-        rows = [before + row for row in rows]
-        num_given = [num_shared(row, given) for row in rows]
-        require_labels([len(row) - number for row, number in zip(rows, num_given, strict=True)], captions)
-        return self.causal_batch(rows, num_given)
-
-    def causal_batch(self, rows: list[list[int]], num_given: list[int]) -> Batch:
-        """Whole texts, of which the first tokens are given and have no labels."""
-        ids, mask = self.pad(rows)
-        labels = self.labels_of(ids, mask)
-        given = torch.arange(ids.shape[1], device=ids.device) < torch.tensor(num_given, device=ids.device)[:, None]
-        return Batch(ids, mask, labels.masked_fill(given, IGNORED))
-
-    def labels_of(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """The ids as labels; padding has none."""
-        return ids.masked_fill(mask == 0, IGNORED)
+    # Generation
 
     @torch.no_grad()
-    def generate(
-        self,
-        samples: dict[str, Any],
-        use_nucleus_sampling: bool = False,
-        num_beams: int = 5,
-        max_length: int = 30,
-        min_length: int = 1,
-        top_p: float = 0.9,
-        repetition_penalty: float = 1.0,
-        length_penalty: float = 1.0,
-        num_captions: int = 1,
-        temperature: float = 1.0,
-    ) -> list[str]:
-        """What the language model writes about each `image` (B,3,H,W), `num_captions` for each in turn.
+    def generate(self, samples: dict[str, Any], *, return_scores: bool = False, **changes: Any) -> list[Any]:
+        """Return generated texts about each `image` (B,3,H,W) or video, `num_captions` for each in turn.
 
-        `samples["prompt"]`, one string or one a sample, replaces the model's. Lengths are in tokens without the
-        prompt; a causal model's count one start token.
+        `samples["prompt"]`, one text or one per sample, replaces the model's. `changes` replace settings of
+        `generation`; a causal model's `max_length` counts one start token. With `return_scores` the texts are pairs
+        (text, score); see `Decoded`.
         """
-        prompts = generation_prompts(samples, self.prompt, len(image_of(samples, video=True, answering=True)))
         num_uncounted = int(self.lm.is_encoder_decoder)
-        config = self.lm.decoding(
-            max_length=whole_number(max_length, "max_length") + num_uncounted,
-            num_uncounted=num_uncounted,
-            min_length=min_length,
-            num_beams=num_beams,
-            num_return=num_captions,
-            length_penalty=length_penalty,
-            repetition_penalty=repetition_penalty,
-            sample=use_nucleus_sampling,
-            top_p=top_p,
-            temperature=temperature,
-        )
-        return self.coder.decode(self.lm.generate(*self.asked(samples, prompts, max_length=self.prompt_limit), config))
+        generation = self.generation.changed(**changes)
+        config = self.lm.decoding(generation, num_uncounted=num_uncounted, return_scores=return_scores)
+        prompts = generation_prompts(samples, self.prompt, len(image_of(samples, video=True, answering=True)))
+        return self._write(samples, prompts, config)
 
     @torch.no_grad()
     def predict_answers(
         self,
         samples: dict[str, Any],
-        num_beams: int = 5,
+        *,
         inference_method: str = "generate",
-        max_len: int = 10,
-        min_len: int = 1,
         num_ans_candidates: int = 128,
         answer_list: list[str] | None = None,
         prompt: str = "",
-        length_penalty: float = -1.0,
+        **changes: Any,
     ) -> list[str]:
-        """One answer to each question (`text_input`), which stands in the gap of `prompt`, e.g. "Question: {} Answer:";
-        without it in that of the samples' `prompt`, else of the model's.
+        """Return an answer to each question (`text_input`), which replaces `{}` in `prompt` ("Question: {} Answer:"),
+        by default in the samples' `prompt` or else in the model's.
 
-        `generate` writes at most `max_len` tokens by beam search; `rank` picks from `answer_list` the likeliest of the
-        `num_ans_candidates` answers whose first tokens are likeliest. A length penalty of -1 favours short answers
-        (BLIP-2, section 4.1).
+        `generate` writes at most `max_length` tokens, with `changes` of `answer_generation`; `rank` chooses from
+        `answer_list` the likeliest of the `num_ans_candidates` answers whose first tokens are likeliest.
         """
         if inference_method not in ("rank", "generate"):
             raise InputError(f"inference_method {inference_method!r} is not one of rank, generate")
+        config = self.lm.decoding(self.answer_generation.changed(**changes), num_uncounted=1)
         count = len(image_of(samples, video=True, answering=True))
         prompts = question_prompts(samples, prompt or self.question_template(samples), count)
         if inference_method == "rank":
@@ -189,40 +301,37 @@ class Blip2LanguageModel(LanguageModelBase):
             best = order.gather(1, losses.argmin(dim=1, keepdim=True)).squeeze(1)
             answers = [answer_list[i] for i in best.tolist()]
         else:
-            config = self.lm.decoding(
-                max_length=whole_number(max_len, "max_len") + 1,
-                num_uncounted=1,
-                min_length=min_len,
-                num_beams=num_beams,
-                length_penalty=length_penalty,
-                repetition_penalty=self.answer_repetition_penalty,
-            )
-            answers = self.coder.decode(
-                self.lm.generate(*self.asked(samples, prompts, max_length=self.prompt_limit), config)
-            )
+            answers = self._write(samples, prompts, config)
         return lemmatize(answers) if self.apply_lemmatizer or samples.get("apply_lemmatizer") else answers
+
+    def _write(self, samples: dict[str, Any], prompts: list[str], config: DecodingConfig) -> list[Any]:
+        decoded = self.lm.generate(*self.prompt_embeds(samples, prompts, max_length=self.prompt_limit), config)
+        return decoded.with_scores(self.llm_tokenizer.decode(decoded.ids))
+
+    # Choice between candidates
 
     @torch.no_grad()
     def rank_answers(
         self, samples: dict[str, Any], prompts: list[str], answer_list: list[str], k: int
     ) -> tuple[Tensor, Tensor]:
-        """The k candidates of each question by their first token's probability, and the negative log-likelihood of
-        each, with an end token where `class_losses` have one: indices (B,k), (B,k).
+        """Return the indices (B,k) of each question's k candidates whose first tokens are likeliest, and their negative
+        log-likelihoods (B,k), with an end token where `class_losses` have one.
         """
-        ids, mask = self.pad(self.coder.continuations(answer_list, end=not self.bare_candidates))
-        prefix = self.lm.prefix(*self.asked(samples, prompts))
-        logits, num_shared = prefix.logits, len(self.coder.before) if self.coder.keeps_end else 0
-        if num_shared:  # a token that begins every answer, as BART's, tells them not apart
-            shared = ids[:1, :num_shared].expand(len(logits), -1)
-            logits = self.lm.extend(prefix.cache.expand(1), shared)[0][:, -1]
-        order = logits[:, ids[:, num_shared]].topk(min(k, len(answer_list)), dim=1).indices
+        tokenizer = self.llm_tokenizer
+        ids, mask = self.pad(tokenizer.continuations(answer_list, end=not self.family.score_without_eos))
+        prefix = self.lm.prefix(*self.prompt_embeds(samples, prompts))
+        logits, num_common = prefix.logits, len(tokenizer.prefix_ids) if tokenizer.is_encoder_decoder else 0
+        if num_common:  # every answer begins with the same token, as BART's do: compare the one after it
+            common = ids[:1, :num_common].expand(len(logits), -1)
+            logits = self.lm.extend(prefix.cache.expand(1), common)[0][:, -1]
+        order = logits[:, ids[:, num_common]].topk(min(k, len(answer_list)), dim=1).indices
         return order, self.lm.candidate_losses(prefix, ids[order], mask[order])
 
     def predict_class(
         self, samples: dict[str, Any], candidates: Candidates, n_segments: int = 1
     ) -> Tensor | list[list[int]]:
-        """Indices of the candidates, likeliest first, by `class_losses`: (B,C), or a list a sample if not all have
-        the same number of candidates.
+        """Return the indices of the candidates, likeliest first, by `class_losses`: (B,C), or a list per sample if the
+        numbers of candidates differ.
         """
         order = self.class_losses(samples, candidates, n_segments).argsort(dim=-1, stable=True)
         lengths = [len(own) for own in candidates] if not isinstance(candidates[0], str) else []
@@ -234,98 +343,39 @@ class Blip2LanguageModel(LanguageModelBase):
     def class_losses(
         self, samples: dict[str, Any], candidates: Candidates, n_segments: int = 1, *, divided: bool = True
     ) -> Tensor:
-        """The loss of each candidate as the answer: (B,C); the likeliest has the lowest.
+        """Return the loss of each candidate as the answer: (B,C); the likeliest has the lowest.
 
-        `candidates` are those of all samples, or a list a sample: C is then the longest list's length, and the loss is
-        inf where a sample has fewer. What is asked is `prompt` (one, or one a sample; default the model's) with
-        `text_input` in its gaps, or `text_input` alone where there is no prompt; `context`, `history` and `caption`
-        are put before it. Image and prompt are read once for all candidates.
+        `candidates` are those of all samples, or a list per sample: C is then the longest list's length, and the loss
+        is inf where a sample has fewer. The prompt is `prompt` (one, or one per sample; default the model's) with
+        `text_input` in its placeholders, or `text_input` alone where there is no prompt; `context`, `history` and
+        `caption` are put before it. Image and prompt are read once for all candidates.
 
-        Normalisation: the negative log-likelihood summed over a candidate's tokens, end token included, not divided by
-        its length. Vicuna's, as published, has no end token and is divided by the number of positions: those of image
-        and prompt, and those of the sample's longest candidate less one. `n_segments` above 1, which saved memory in
-        the original and serves here to repeat its results only, changes Vicuna's divisor: it is the longest candidate
-        of the segment that counts and, with one list for all, the longest prompt of the batch. Such losses do not
-        compare well; without segments no loss depends on the rest of the batch. `divided=False` leaves Vicuna's sums as
-        they are too, which compares them between samples.
+        Normalisation: the negative log-likelihood is summed over a candidate's tokens, end token included, and not
+        divided by its length. Vicuna's, as published, has no end token and is divided by the number of positions: those
+        of image and prompt, and those of the sample's longest candidate less one. `n_segments` above 1, which saved
+        memory in the original and here only repeats its results, changes Vicuna's divisor: the longest candidate of the
+        segment counts and, with one list for all, the longest prompt of the batch. Such losses do not compare well;
+        without segments no loss depends on the rest of the batch. `divided=False` returns Vicuna's sums too, which
+        compare between samples.
 
         Raises:
-            ValueError: candidates that are none, empty or longer than `max_output_txt_len`; numbers of images, prompts
-                and lists that differ; a prompt longer than the language model's context.
+            InputError: candidates that are missing, empty or longer than `max_output_txt_len`; numbers of images,
+                prompts and lists that differ; a prompt longer than the language model's context.
         """
         count = len(image_of(samples, video=True, answering=True))
         lists = candidate_lists(candidates, count)
         whole_number(n_segments, "n_segments")
         default = self.question_template(samples) if "text_input" in samples else self.prompt
         prompts = class_prompts(samples, default, count)
-        rows = candidate_rows(self.coder, lists, limit=self.max_output_txt_len, end=not self.bare_candidates)
-        widths = segment_widths(rows, n_segments)
-        embeds, mask = self.asked(samples, prompts)
-        ids, counts = (part.view(*widths.shape, -1) for part in self.pad(stacked(rows)))
+        is_bare = self.family.score_without_eos
+        rows = candidate_rows(self.llm_tokenizer, lists, max_length=self.max_output_txt_len, end=not is_bare)
+        lengths = segment_lengths(rows, n_segments)
+        embeds, mask = self.prompt_embeds(samples, prompts)
+        ids, counts = (part.view(*lengths.shape, -1) for part in self.pad(stacked(rows)))
         losses = self.lm.candidate_losses(self.lm.prefix(embeds, mask), ids, counts)
-        if not self.bare_candidates or not divided:
+        if not is_bare or not divided:
             return losses
         num_read = mask.sum(dim=1, keepdim=True)
         if n_segments > 1 and len(lists) == 1:
             num_read = num_read.amax()
-        return losses / (num_read + widths.to(mask.device) - 1)
-
-
-def num_shared(row: list[int], given: list[int]) -> int:
-    """Return how many tokens a text begins with that the prompt begins with too: all of the prompt's, unless the
-    tokenizer joins its end with the next word.
-    """
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(row, given, strict=False)))
-
-
-class VicunaText:
-    """Vicuna's texts, which begin and end with `</s>`; `[PAD]` is added to its vocabulary."""
-
-    model_types: ClassVar[tuple[str, ...]] = ("llama",)
-    starts_with_end: ClassVar[bool] = True
-    pad_token: ClassVar[str] = "[PAD]"
-    bare_candidates: ClassVar[bool] = True
-
-
-@registry.register_model("blip2_opt")
-class Blip2OPT(Blip2LanguageModel):
-    """With OPT, whose texts begin with `</s>` and end with a line break.
-
-    `cut_prompts` repeats LAVIS's `generate` and `predict_answers`: of a prompt, `</s>` included, only the first
-    `max_txt_len` tokens are read.
-    """
-
-    llm_prefix = "opt"
-    model_types = ("opt",)
-    end_text = "\n"
-
-    def __init__(self, *, opt_model: str = "facebook/opt-2.7b", cut_prompts: bool = False, **parts: Any) -> None:
-        super().__init__(opt_model, **parts)
-        self.prompt_limit = self.max_txt_len if cut_prompts else None
-
-
-@registry.register_model("blip2_t5")
-class Blip2T5(Blip2LanguageModel):
-    """With Flan-T5."""
-
-    llm_prefix = "t5"
-    model_types = ("t5", "mt5", "umt5")
-
-    def __init__(self, *, t5_model: str = "google/flan-t5-xl", **parts: Any) -> None:
-        super().__init__(t5_model, **parts)
-
-
-@registry.register_model("blip2_vicuna")
-class Blip2Vicuna(VicunaText, Blip2LanguageModel):
-    """With Vicuna."""
-
-    def __init__(self, *, llm_model: str = "lmsys/vicuna-7b-v1.1", **parts: Any) -> None:
-        super().__init__(llm_model, **parts)
-
-
-@registry.register_model("blip2_llm")
-class Blip2LLM(Blip2LanguageModel):
-    """With any causal or encoder-decoder language model of transformers, on its tokenizer's own terms."""
-
-    def __init__(self, *, llm_model: str, **parts: Any) -> None:
-        super().__init__(llm_model, **parts)
+        return losses / (num_read + lengths.to(mask.device) - 1)

@@ -1,7 +1,6 @@
-"""Candidates between which a language model chooses: what is refused, their tokens, and what their losses are divided
-by.
+"""Candidates between which a language model chooses: checks, ids, and the lengths that losses are divided by.
 
-Surprising: a candidate that is too long is an error, although LAVIS, which never cut one, gave it what room it took.
+Note: a candidate that is too long is an error; LAVIS never cut one.
 
 Letters: B samples (or 1, if all have the same candidates), C candidates of a sample at most.
 """
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lavis_lite.common.errors import InputError
-from lavis_lite.models.blip2.llm_text import Rows, TextCoder
+from lavis_lite.models.blip2.llm_tokenizer import LLMTokenizer, Rows
 from lavis_lite.models.inputs import candidate_texts
 
 Candidates = Sequence[str] | Sequence[Sequence[str]]
@@ -21,59 +20,60 @@ SHOWN = 60
 
 
 def candidate_lists(candidates: Candidates, count: int) -> list[list[str]]:
-    """The candidates of all samples (one list), or of each of `count` samples. ValueError if there are none, if one is
-    no text or an empty one, and for another number of lists.
+    """Return the candidates of all samples (one list), or of each of `count` samples. InputError for an empty list, a
+    candidate that is not a text or blank, and another number of lists.
     """
     if isinstance(candidates, str) or not isinstance(candidates, Sequence):
         raise InputError(f"candidates must be a list of texts, or one such list for each image; got {candidates!r}")
     if not candidates:
-        raise InputError("there are no candidates to choose between: give a list of texts, or one for each image")
+        raise InputError("candidates: an empty list; give a list of texts, or one for each image")
     if isinstance(candidates[0], str):
         return [candidate_texts(candidates)]
     if len(candidates) != count:
-        raise InputError(f"{len(candidates)} lists of candidates were given for {count} images")
+        raise InputError(f"candidates: {len(candidates)} lists were given for {count} images")
     return [candidate_texts(own, f" of sample {row}") for row, own in enumerate(candidates)]
 
 
-def candidate_rows(coder: TextCoder, lists: Sequence[Sequence[str]], *, limit: int, end: bool) -> list[Rows]:
-    """Ids of every candidate; a text that comes up several times is tokenised once. `end`: also for a causal model the
-    end token belongs to it.
+def candidate_rows(
+    tokenizer: LLMTokenizer, lists: Sequence[Sequence[str]], *, max_length: int, end: bool
+) -> list[Rows]:
+    """Return the ids of every candidate, a causal model's with the end token if `end`.
 
-    ValueError for a candidate that takes more than `limit` tokens, start token included, or none at all.
+    InputError for a candidate without tokens, or with more than `max_length`, start token included.
     """
     texts = list(dict.fromkeys(text for own in lists for text in own))
-    rows = dict(zip(texts, coder.continuations(texts, end=end), strict=True))
-    room = limit - (0 if coder.keeps_end else len(coder.before))
+    rows = dict(zip(texts, tokenizer.continuations(texts, end=end), strict=True))
+    space = max_length - (0 if tokenizer.is_encoder_decoder else len(tokenizer.prefix_ids))
     for text, row in rows.items():
         shown = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
         if not row:
             raise InputError(f"candidate {shown!r} has no token in the language model's vocabulary")
-        if len(row) > room:
+        if len(row) > space:
             raise InputError(
-                f"candidate {shown!r} takes {len(row)} tokens, but max_output_txt_len={limit} has room for {room}: "
+                f"candidate {shown!r} has {len(row)} tokens, and max_output_txt_len={max_length} allows {space}: "
                 "candidates are not cut; shorten it or raise model.max_output_txt_len"
             )
     return [[rows[text] for text in own] for own in lists]
 
 
 def stacked(rows: Sequence[Rows]) -> Rows:
-    """Lists of candidates one below the other (BxC rows), the shorter ones filled up with candidates of no tokens."""
+    """Return the candidates of all samples as BxC rows, shorter lists filled up with candidates without tokens."""
     longest = max(map(len, rows))
     return [row for own in rows for row in [*own, *[[]] * (longest - len(own))]]
 
 
-def segment_widths(rows: Sequence[Rows], n_segments: int) -> Tensor:
-    """Tokens of the longest candidate in each one's segment, (B,C); 1 where there is no candidate.
+def segment_lengths(rows: Sequence[Rows], n_segments: int) -> Tensor:
+    """Return the number of tokens of the longest candidate in each one's segment, (B,C); 1 where there is none.
 
-    Each list is cut into `n_segments` of the same length, of which the last also takes the rest. ValueError if a list
-    has fewer candidates than that.
+    Each list is cut into `n_segments` of the same length; the last also takes the rest. InputError if a list has fewer
+    candidates than that.
     """
-    widths = torch.ones(len(rows), max(map(len, rows)), dtype=torch.long)
+    lengths = torch.ones(len(rows), max(map(len, rows)), dtype=torch.long)
     for i, own in enumerate(rows):
         if not 1 <= n_segments <= len(own):
-            raise InputError(f"n_segments {n_segments} must be from 1 to the number of candidates, {len(own)}")
+            raise InputError(f"n_segments: must be from 1 to the number of candidates, {len(own)}; got {n_segments}")
         size = len(own) // n_segments
         for number in range(n_segments):
             segment = slice(number * size, len(own) if number == n_segments - 1 else (number + 1) * size)
-            widths[i, segment] = max(map(len, own[segment]))
-    return widths
+            lengths[i, segment] = max(map(len, own[segment]))
+    return lengths
