@@ -16,14 +16,5 @@ _MODULES = {
     "model_zoo": "lavis_lite.common.config.zoo",
     "registry": "lavis_lite.common.registry",
 }
-__all__ = [
-    "__version__",
-    "dataset_zoo",
-    "load_dataset",
-    "load_model",
-    "load_model_and_preprocess",
-    "load_preprocess",
-    "model_zoo",
-    "registry",
-]
+__all__ = ["__version__", *_MODULES]
 __getattr__ = lazy_names(__name__, _MODULES)

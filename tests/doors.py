@@ -19,9 +19,10 @@ from ports import free_port
 
 from lavis_lite.cli import main as cli
 from lavis_lite.common import checkpoint
-from lavis_lite.common.config.files import Layer, merge_layers, resolve
+from lavis_lite.common.config.files import Layer, resolve
 from lavis_lite.common.config.schema import Checker
-from lavis_lite.common.config.sections import model_arguments, model_layer
+from lavis_lite.common.config.sections import model_arguments
+from lavis_lite.common.config.zoo import model_layers
 from lavis_lite.common.registry import registry
 
 ROOT = Path(__file__).parents[1]
@@ -172,9 +173,9 @@ def classification_set(folder: Path) -> dict[str, Any]:
 def section(name: str, **changes: Any) -> dict[str, Any]:
     """The checked `model` section of a recipe, or of the architecture `name`, at the tests' sizes."""
     own = RECIPES[name]["model"] if name in RECIPES else {"arch": name}
-    layer = model_layer(own["arch"], "tiny")
-    tree = merge_layers([layer, Layer("test", {"model": merged(merged(SIZES, own), changes)})])
-    return model_arguments(resolve(tree, [layer])["model"], Checker([layer]))
+    layers = model_layers(own["arch"], "tiny")
+    tree = resolve([*layers, Layer("test", {"model": merged(merged(SIZES, own), changes)})])
+    return model_arguments(tree["model"], Checker(layers))
 
 
 def build(name: str, **changes: Any) -> Any:

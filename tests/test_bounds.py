@@ -1,6 +1,7 @@
 """Numbers that make no sense are refused by a line that names the key, before torch meets them."""
 
 import inspect
+import re
 from collections.abc import Iterator
 from dataclasses import fields
 from functools import cache
@@ -86,6 +87,11 @@ def with_value(arch: str, path: tuple[str, ...], value: Any) -> dict[str, Any]:
     return section | {path[0]: (section.get(path[0]) or {}) | {path[1]: value}}
 
 
+def says(message: str, expected: str) -> bool:
+    """Whether a message has the expected key and values, which ` ... ` separates, in this order."""
+    return re.search(".*".join(map(re.escape, expected.split(" ... "))), message) is not None
+
+
 def test_every_key_of_every_tiny_type_takes_nonsense_or_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """A key that several architectures inherit gets all values in one of them, and one value in each of the others; a
     size of their common parts gets its values in one of them.
@@ -116,17 +122,17 @@ def test_every_key_of_every_tiny_type_takes_nonsense_or_says_what_is_wrong(monke
 @pytest.mark.parametrize(
     ("arch", "settings", "message"),
     [
-        ("blip_caption", {"image_size": 1e15}, "model.image_size: must be a whole number from 1 to 4,096, got "),
+        ("blip_caption", {"image_size": 1e15}, "model.image_size: ... 1 to 4,096 ... got "),
         ("blip_caption", {"image_size": 4}, "model.vit.patch_size: image_size 4 is not a multiple of patch_size 8"),
-        ("blip_caption", {"max_txt_len": 0}, "model.max_txt_len: must be a whole number from 3 to 100,000, got 0"),
-        ("blip_caption", {"vit": {"depth": -1}}, "model.vit.depth: must be a whole number from 1 to 512, got -1"),
+        ("blip_caption", {"max_txt_len": 0}, "model.max_txt_len: ... 3 to 100,000 ... got 0"),
+        ("blip_caption", {"vit": {"depth": -1}}, "model.vit.depth: ... 1 to 512 ... got -1"),
         (
             "blip_caption",
             {"vit": {"mlp_ratio": "4"}},
-            "model.vit.mlp_ratio: must be a number from 0.01 to 100.0, got '4'",
+            "model.vit.mlp_ratio: ... 0.01 to 100.0 ... got '4'",
         ),
         ("blip_caption", {"vit": {"num_checkpointed": 1}}, "model.vit.num_checkpointed: set model.vit_grad_ckpt and "),
-        ("blip_caption", {"med": {"num_heads": 0}}, "model.med.num_heads: must be a whole number from 1 to "),
+        ("blip_caption", {"med": {"num_heads": 0}}, "model.med.num_heads: ... 1 to "),
         (
             "blip_caption",
             {"med": {"num_heads": 5}},
@@ -135,47 +141,47 @@ def test_every_key_of_every_tiny_type_takes_nonsense_or_says_what_is_wrong(monke
         (
             "blip_caption",
             {"med": {"hidden_dropout": 1.5}},
-            "model.med.hidden_dropout: must be a number from 0.0 to 1.0, ",
+            "model.med.hidden_dropout: ... 0.0 to 1.0",
         ),
-        ("blip_caption", {"med": {"vocab_size": 5}}, "model.med.vocab_size: must be a whole number from "),
-        ("blip_nlvr", {"num_classes": -1}, "model.num_classes: must be a whole number from 1 to 65,536, got -1"),
+        ("blip_caption", {"med": {"vocab_size": 5}}, "model.med.vocab_size: ... "),
+        ("blip_nlvr", {"num_classes": -1}, "model.num_classes: ... 1 to 65,536 ... got -1"),
         (
             "blip_classification",
             {"num_classes": 3, "alpha": 2.0},
-            "model.alpha: must be a number from 0.0 to 1.0, got 2",
+            "model.alpha: ... 0.0 to 1.0 ... got 2",
         ),
-        ("blip_retrieval", {"queue_size": -1}, "model.queue_size: must be a whole number from 0 to 10,000,000, got -1"),
-        ("blip_retrieval", {"queue_size": 10**15}, "model.queue_size: must be a whole number from 0 to "),
-        ("blip_retrieval", {"momentum": 1.5}, "model.momentum: must be a number from 0.0 to 1.0, got 1.5"),
-        ("blip_retrieval", {"embed_dim": -1}, "model.embed_dim: must be a whole number from 1 to 65,536, got -1"),
+        ("blip_retrieval", {"queue_size": -1}, "model.queue_size: ... 0 to 10,000,000 ... got -1"),
+        ("blip_retrieval", {"queue_size": 10**15}, "model.queue_size: ... 0 to "),
+        ("blip_retrieval", {"momentum": 1.5}, "model.momentum: ... 0.0 to 1.0 ... got 1.5"),
+        ("blip_retrieval", {"embed_dim": -1}, "model.embed_dim: ... 1 to 65,536 ... got -1"),
         (
             "blip2",
             {"cross_attention_freq": 0},
-            "model.cross_attention_freq: must be a whole number from 1 to 512, got 0",
+            "model.cross_attention_freq: ... 1 to 512 ... got 0",
         ),
         (
             "blip2",
             {"qformer": {"num_layers": -1}},
-            "model.qformer.num_layers: must be a whole number from 1 to 512, got ",
+            "model.qformer.num_layers: ... 1 to 512 ... got ",
         ),
-        ("blip2", {"num_query_token": 0}, "model.num_query_token: must be a whole number from 1 to 100,000, got 0"),
-        ("blip2", {"embed_dim": 1e308}, "model.embed_dim: must be a whole number from 1 to 65,536, got 1e+308"),
+        ("blip2", {"num_query_token": 0}, "model.num_query_token: ... 1 to 100,000 ... got 0"),
+        ("blip2", {"embed_dim": 1e308}, "model.embed_dim: ... 1 to 65,536 ... got 1e+308"),
         (
             "blip2_opt",
             {"llm": {"num_hidden_layers": -1}},
-            "model.llm.num_hidden_layers: must be a whole number from 1 to ",
+            "model.llm.num_hidden_layers: ... 1 to ",
         ),
-        ("blip2_opt", {"llm": {"dropout": 2.0}}, "model.llm.dropout: must be a number from 0.0 to 1.0, got 2.0"),
+        ("blip2_opt", {"llm": {"dropout": 2.0}}, "model.llm.dropout: ... 0.0 to 1.0 ... got 2.0"),
         (
             "blip2_opt",
             {"llm": {"num_attention_heads": 5}},
             "model.llm: the language model cannot be built with num_attent",
         ),
-        ("blip2_opt", {"llm_lora": {"r": 10**15}}, "model.llm_lora.r: must be a whole number from 1 to 65,536, got "),
+        ("blip2_opt", {"llm_lora": {"r": 10**15}}, "model.llm_lora.r: ... 1 to 65,536 ... got "),
         (
             "blip2_opt",
             {"max_output_txt_len": 0},
-            "model.max_output_txt_len: must be a whole number from 1 to 100,000, ",
+            "model.max_output_txt_len: ... 1 to 100,000",
         ),
     ],
 )
@@ -187,7 +193,7 @@ def test_a_constructor_names_the_key_and_what_it_takes(arch: str, settings: dict
         tiny = {"vit_model": "eva_tiny", "vit_weights": "random"} | ({"opt_model": "tiny_opt"} if "opt" in arch else {})
     with pytest.raises(InputError) as caught, torch.device("meta"):
         registry.get_model_class(arch)(**{"tokenizer": "shapes", "image_size": 48} | tiny | settings)
-    assert str(caught.value).startswith(message)
+    assert says(str(caught.value), message)
 
 
 def test_sizes_that_are_allowed_at_their_edges_are_built() -> None:
@@ -211,12 +217,12 @@ def test_a_timm_encoder_takes_a_size_for_each_stage_and_refuses_nonsense() -> No
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("model.med.num_heads=0", "model.med.num_heads: must be a whole number from 1 to "),
-        ("model.image_size=1e15", "model.image_size: must be a whole number from 1 to 4,096, got "),
-        ("model.max_txt_len=-3", "model.max_txt_len: must be a whole number from 3 to 100,000, got -3"),
+        ("model.med.num_heads=0", "model.med.num_heads: ... 1 to "),
+        ("model.image_size=1e15", "model.image_size: ... 1 to 4,096 ... got "),
+        ("model.max_txt_len=-3", "model.max_txt_len: ... 3 to 100,000 ... got -3"),
         (
             "model.image_size=1e308",
-            "model.image_size: expected a whole number, 9,007,199,254,740,992 or less, got 1e+308",
+            "model.image_size: ... 9,007,199,254,740,992 ... got 1e+308",
         ),
     ],
 )
@@ -232,28 +238,28 @@ def test_the_command_line_shows_one_line(
     )
     assert main(parser(), ["--cfg-path", str(path), "--options", option, *flags]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert message.removeprefix("model.") in line
+    assert says(line, message.removeprefix("model."))
 
 
 @pytest.mark.parametrize("size", [0, -1, 10**9, 1e308, "384", None])
 @pytest.mark.parametrize("name", ["blip_image_train", "blip_image_eval", "blip2_image_train", "blip_video_eval"])
 def test_a_processor_refuses_an_image_size_that_no_model_has(name: str, size: Any) -> None:
-    with pytest.raises(InputError, match="image_size: must be a whole number from 1 to 4,096, got "):
+    with pytest.raises(InputError, match=r"image_size:.*1 to 4,096.*got "):
         load_processor(name, {"image_size": size})
 
 
 def test_frames_and_candidates_have_bounds() -> None:
     for value in (0, -1, 1e308, float("nan"), "4", True):
-        with pytest.raises(InputError, match="num_frames: must be a whole number from 1 to 10,000, got "):
+        with pytest.raises(InputError, match=r"num_frames:.*1 to 10,000.*got "):
             check_num_frames(value)
     for value in (-1, 1e308, "all"):
-        with pytest.raises(InputError, match=r"run\.k_test: must be a whole number from 0 to 1,000,000,000, got "):
+        with pytest.raises(InputError, match=r"run\.k_test:.*0 to 1,000,000,000.*got "):
             RetrievalTask(k_test=value)
-        with pytest.raises(InputError, match=r"^k_test: must be a whole number from 0 to 1,000,000,000, got "):
+        with pytest.raises(InputError, match=r"^k_test:.*0 to 1,000,000,000.*got "):
             similarity_matrices(None, None, value)
     assert RetrievalTask(k_test=10**6).k_test == 10**6  # more than the gallery has: all are ranked
 
 
 def test_python_gets_a_value_error() -> None:
-    with pytest.raises(ValueError, match=r"model\.med\.num_layers: must be a whole number from 1 to 512, got -2"):
+    with pytest.raises(ValueError, match=r"model\.med\.num_layers:.*1 to 512.*got -2"):
         load_model("blip_caption", "tiny", med={"num_layers": -2})

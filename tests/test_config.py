@@ -147,76 +147,72 @@ def test_missing_and_non_utf8_files_are_named(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("option", "expected"),
+    ("option", "words"),
     [
-        ("run.output_dir=null", "run.output_dir: expected text, got None (null)"),
-        ("run.output_dir=~", "run.output_dir: expected text, got None (null)"),
-        ("run.output_dir=", "run.output_dir: expected a folder, got ''"),
-        ("run.train_splits=null", "run.train_splits: expected a list of text, got None (null)"),
-        ("run.seed=\ud800", "is not UTF-8 text"),
-        ("expected=!!int x", "a number or tagged value cannot be converted"),
-        ("expected=" + "9" * 6000, "a number or tagged value cannot be converted"),
-        (
-            "run.temperature=1e308",
-            "run.temperature: expected a number, 3e+38 or less, got 1e+308 (a number)",
-        ),
-        ("run.init_lr=.inf", "run.init_lr: expected a number, 3e+38 or less, got inf (a number)"),
-        ("run.init_lr=.nan", "run.init_lr: expected a number, -3e+38 or more, got nan (a number)"),
-        ("run.batch_size_eval=1e308", "expected a whole number, 9,007,199,254,740,992 or less, got 1e+308"),
-        ("run.max_iters=1e308", "expected a whole number or null, 9,007,199,254,740,992 or less, got 1e+308"),
-        ("run.valid_splits=[../x]", "run.valid_splits: expected plain names"),
-        (
-            "run.train_dataset_ratios={5: 1}",
-            "run.train_dataset_ratios: expected a mapping with text as keys, got {5: 1}",
-        ),
-        ("datasets={../x: {builder: shapes_caption}}", "datasets.../x: results are filed under it: expected a name of"),
-        ("datasets={5: {}}", "datasets.5: results are filed under it: expected a name of"),
-        (
-            "datasets.shapes_caption.text_processor=5",
-            "text_processor: expected a mapping with the blocks train and eval",
-        ),
-        ("datasets.shapes_caption.vis_processor.train.name=[1]", "expected a mapping with the processor's name, got"),
-        ("model.med_config_path=[1]", "model.med_config_path: expected a path, got [1]"),
-        ("imports=['..']", "imports: expected a list of module names such as my_project.models, got ['..']"),
-        ("imports=['']", "imports: expected a list of module names such as my_project.models, got ['']"),
-        ("run.max_epochs=3", "--options: run.max_epochs: unknown key. Did you mean 'max_epoch'"),
-        ("run.num_beam=3", "run.num_beam: unknown key. Did you mean 'num_beams'"),
-        ("model.image_sise=3", "model.image_sise: unknown key. Did you mean 'image_size'"),
-        ("datasets.shapes_caption.num_trian=3", "shapes_caption.num_trian: unknown key. Did you mean 'num_train'"),
-        ("datasets.shapes_captions={}", "datasets.shapes_captions: unknown builder 'shapes_captions'. Did you mean"),
-        ("datasets.shapes_caption.type=big", "shapes_caption has no type 'big'. Known: default"),
-        ("datasets.shapes_caption.vis_processor.val.name=a", "vis_processor.val: unknown key. Did you mean 'eval'"),
-        ("datasets.shapes_caption.vis_processor.eval.name=blip_image_evil", "Did you mean 'blip_image_eval'"),
-        ("datasets.shapes_caption.vis_processor.eval.size=3", "vis_processor.eval.size: unknown key"),
-        ("datasets.shapes_caption.vis_processor.eval=3", "vis_processor.eval: expected a mapping with the processor's"),
-        ("run.task=caption", "run.task: unknown task 'caption'. Did you mean 'captioning'"),
-        ("run.runner=runner", "run.runner: unknown runner"),
-        ("run.lr_sched=cosine", "run.lr_sched: unknown lr_scheduler"),
-        ("run.precision=bf61", "expected 'auto' or 'fp32' or 'bf16' or 'fp16', got 'bf61' (text). Did you mean 'bf16'"),
-        ("run.max_epoch=ten", "run.max_epoch: expected a whole number, got 'ten' (text)"),
-        ("run.max_epoch=2.5", "run.max_epoch: expected a whole number, got 2.5"),
-        ("run.max_epoch=true", "run.max_epoch: expected a whole number, got True"),
-        ("run.init_lr=fast", "run.init_lr: expected a number, got 'fast'"),
-        ("run.evaluate='no way'", "run.evaluate: expected true or false, got 'no way'"),
-        ("run.train_splits=train", "run.train_splits: expected a list of text, got 'train'"),
-        ("run.valid_splits=[1]", "run.valid_splits.0: expected text, got 1 (a whole number)"),
-        ("run.batch_size_train=0", "run.batch_size_train: expected 1 or more, got 0"),
-        ("run.init_lr=-1", "run.init_lr: expected 0 or more, got -1.0"),
-        ("run.beta2=1", "run.beta2: expected from 0 to less than 1"),
-        ("run.job_id=a/b", "run.job_id: expected a folder's plain name"),
-        ("run.train_dataset_ratios={shapes_captoin: 1}", "ratios.shapes_captoin: no such dataset here. Did you mean"),
-        ("run.seed={a: b", "the value of 'run.seed={a: b': not valid YAML"),
-        ("run.seed", "expected key=value"),
-        ("=3", "expected key=value"),
-        ("run..seed=3", "expected key=value"),
-        ("run.output_dir=${nothing.here}", "run.output_dir"),
-        ("run.output_dir=???", "run.output_dir"),
+        ("run.output_dir=null", ["run.output_dir: ", "text", "got None (null)"]),
+        ("run.output_dir=~", ["run.output_dir: ", "text", "got None (null)"]),
+        ("run.output_dir=", ["run.output_dir: ", "got ''"]),
+        ("run.train_splits=null", ["run.train_splits: ", "a list of text", "got None (null)"]),
+        ("run.seed=\ud800", ["run.seed="]),
+        ("expected=!!int x", ["expected=!!int x"]),
+        ("expected=" + "9" * 6000, ["expected=999"]),
+        ("run.temperature=1e308", ["run.temperature: ", "a number", "3e+38", "got 1e+308 (a number)"]),
+        ("run.init_lr=.inf", ["run.init_lr: ", "a number", "3e+38", "got inf (a number)"]),
+        ("run.init_lr=.nan", ["run.init_lr: ", "a number", "got nan (a number)"]),
+        ("run.batch_size_eval=1e308", ["run.batch_size_eval: ", "a whole number", "9,007,199,254,740,992", "1e+308"]),
+        ("run.max_iters=1e308", ["run.max_iters: ", "a whole number or null", "9,007,199,254,740,992", "1e+308"]),
+        ("run.max_iters=1" + "0" * 400, ["run.max_iters: ", "9,007,199,254,740,992", "got 1000"]),
+        ("run.valid_splits=[../x]", ["run.valid_splits: ", "got ['../x']"]),
+        ("run.train_dataset_ratios={5: 1}", ["run.train_dataset_ratios: ", "text as keys", "got {5: 1}"]),
+        ("run.train_dataset_ratios={a: -1}", ["run.train_dataset_ratios.a: ", "0.0 to 1,000,000,000", "got -1.0"]),
+        ("datasets={../x: {builder: shapes_caption}}", ["datasets.../x: "]),
+        ("datasets={5: {}}", ["datasets.5: "]),
+        ("datasets={a: 1}", ["datasets.a: ", "got 1"]),
+        ("datasets.shapes_caption.text_processor=5", ["text_processor: ", "train and eval", "got 5"]),
+        ("datasets.shapes_caption.vis_processor.train.name=[1]", ["vis_processor.train: ", "got {'name': [1]"]),
+        ("model.med_config_path=[1]", ["model.med_config_path: ", "a path", "got [1]"]),
+        ("imports=['..']", ["imports: ", "got ['..']"]),
+        ("imports=['']", ["imports: ", "got ['']"]),
+        ("run.max_epochs=3", ["--options: run.max_epochs: ", "Did you mean 'max_epoch'"]),
+        ("run.num_beam=3", ["run.num_beam: ", "Did you mean 'num_beams'"]),
+        ("model.image_sise=3", ["model.image_sise: ", "Did you mean 'image_size'"]),
+        ("datasets.shapes_caption.num_trian=3", ["shapes_caption.num_trian: ", "Did you mean 'num_train'"]),
+        ("datasets.shapes_captions={}", ["datasets.shapes_captions: ", "Did you mean 'shapes_caption'"]),
+        ("datasets.shapes_caption.type=big", ["datasets.shapes_caption.type: ", "'big'", "Known: default"]),
+        ("datasets.shapes_caption.vis_processor.val.name=a", ["vis_processor.val: ", "Did you mean 'eval'"]),
+        ("datasets.shapes_caption.vis_processor.eval.name=blip_image_evil", ["Did you mean 'blip_image_eval'"]),
+        ("datasets.shapes_caption.vis_processor.eval.size=3", ["vis_processor.eval.size: unknown key"]),
+        ("datasets.shapes_caption.vis_processor.eval=3", ["vis_processor.eval: ", "got 3"]),
+        ("run.task=caption", ["run.task: ", "'caption'", "Did you mean 'captioning'"]),
+        ("run.runner=runner", ["run.runner: ", "'runner'"]),
+        ("run.lr_sched=cosine", ["run.lr_sched: ", "'cosine'"]),
+        ("run.precision=bf61", ["'auto' or 'fp32' or 'bf16' or 'fp16'", "got 'bf61' (text)", "Did you mean 'bf16'"]),
+        ("run.max_epoch=ten", ["run.max_epoch: ", "a whole number", "got 'ten' (text)"]),
+        ("run.max_epoch=2.5", ["run.max_epoch: ", "a whole number", "got 2.5"]),
+        ("run.max_epoch=true", ["run.max_epoch: ", "a whole number", "got True"]),
+        ("run.init_lr=fast", ["run.init_lr: ", "a number", "got 'fast'"]),
+        ("run.evaluate='no way'", ["run.evaluate: ", "true or false", "got 'no way'"]),
+        ("run.train_splits=train", ["run.train_splits: ", "a list of text", "got 'train'"]),
+        ("run.valid_splits=[1]", ["run.valid_splits.0: ", "text", "got 1 (a whole number)"]),
+        ("run.batch_size_train=0", ["run.batch_size_train: ", "1 to 1,000,000", "got 0"]),
+        ("run.init_lr=-1", ["run.init_lr: ", "0.0 to 1,000.0", "got -1.0"]),
+        ("run.beta2=1", ["run.beta2: ", "0.0 to 1.0", "not 1", "got 1.0"]),
+        ("run.grad_clip_norm=0", ["run.grad_clip_norm: ", "not 0", "got 0.0"]),
+        ("run.job_id=a/b", ["run.job_id: ", "got 'a/b'"]),
+        ("run.train_dataset_ratios={shapes_captoin: 1}", ["ratios.shapes_captoin: ", "Did you mean 'shapes_caption'"]),
+        ("run.seed={a: b", ["run.seed={a: b", "YAML"]),
+        ("run.seed", ["key=value", "'run.seed'"]),
+        ("=3", ["key=value", "'=3'"]),
+        ("run..seed=3", ["key=value", "'run..seed=3'"]),
+        ("run.output_dir=${nothing.here}", ["run.output_dir: "]),
+        ("run.output_dir=???", ["run.output_dir: "]),
     ],
 )
-def test_mistakes_in_options_are_named(tmp_path: Path, option: str, expected: str):
+def test_mistakes_in_options_are_named(tmp_path: Path, option: str, words: list[str]):
     error = message(tmp_path, BASIC, option)
-    assert expected in error
     assert "--options" in error
+    for part in words:
+        assert part in error
 
 
 def test_errors_name_the_file_that_has_the_key(tmp_path: Path):
@@ -226,12 +222,19 @@ def test_errors_name_the_file_that_has_the_key(tmp_path: Path):
     assert load(tmp_path, "_base_: base.yaml\nrun: {max_epoch: 2}").run.max_epoch == 2
 
 
+def test_a_missing_key_is_looked_for_in_the_file_whatever_the_command_line_sets(tmp_path: Path):
+    path = write(tmp_path, BASIC.replace("task: captioning", "task: captioning, runner: runner_iter"))
+    for flags in (["--job-id", "x"], ["--options", "run.seed=1"], ["--resume", "a.pth"]):
+        with pytest.raises(ConfigError, match=r"project\.yaml: run\.max_iters: "):
+            Config.from_cli(["--cfg-path", str(path), *flags])
+
+
 def test_amp_is_precision_and_may_not_contradict_it(tmp_path: Path):
     assert load(tmp_path, BASIC, "run.amp=false").run.precision == "fp32"
     assert load(tmp_path, BASIC, "run.amp=true").run.precision == "auto"
-    assert "run.amp: amp: False contradicts precision: bf16" in message(
-        tmp_path, BASIC, "run.amp=false", "run.precision=bf16"
-    )
+    error = message(tmp_path, BASIC, "run.amp=false", "run.precision=bf16")
+    for part in ("--options: run.amp: ", "False", "run.precision", "bf16"):
+        assert part in error
 
 
 def test_runner_iter_needs_its_number_of_steps(tmp_path: Path):
@@ -261,7 +264,7 @@ def test_text_options_are_kept_as_typed(tmp_path: Path):
     "text",
     ["Question: {} Answer:", "{} is it?", "[a] picture of", "a: b", "{a: b}", '"so": it\'s said', "@home", "- one: {}"],
 )
-def test_a_text_that_is_no_yaml_is_told_how_to_be_quoted(tmp_path: Path, text: str):
+def test_a_text_that_is_not_yaml_is_shown_quoted(tmp_path: Path, text: str):
     """What the message shows, typed into a shell, is the text."""
     error = message(tmp_path, BASIC, f"model.prompt={text}")
     assert "model.prompt" in error
@@ -270,7 +273,7 @@ def test_a_text_that_is_no_yaml_is_told_how_to_be_quoted(tmp_path: Path, text: s
     assert load(tmp_path, BASIC, *shlex.split(quoted)).model["prompt"] == text
 
 
-def test_a_list_where_a_number_is_expected_is_not_told_to_be_quoted(tmp_path: Path):
+def test_a_list_in_place_of_a_number_is_not_shown_quoted(tmp_path: Path):
     assert "quoted" not in message(tmp_path, BASIC, "run.max_epoch=[1]")
 
 
@@ -283,9 +286,9 @@ def test_keys_that_refer_to_a_text_option_have_its_spaces(tmp_path: Path):
 def test_options_may_be_lavis_pairs(tmp_path: Path):
     cfg = load(tmp_path, BASIC, "run.max_epoch", "4", "run.valid_splits", "['test']")
     assert (cfg.run.max_epoch, cfg.run.valid_splits) == (4, ["test"])
-    with pytest.raises(ConfigError, match="pairs of key and value"):
+    with pytest.raises(ConfigError, match=r"'run\.max_epoch 4 run\.seed'"):
         parse_options(["run.max_epoch", "4", "run.seed"])
-    with pytest.raises(ConfigError, match="plain value"):
+    with pytest.raises(ConfigError, match=r"'a\.b\.c=2'.*'b'"):
         parse_options(["a.b=1", "a.b.c=2"])
 
 
@@ -351,7 +354,7 @@ def test_another_processor_replaces_the_old_ones_arguments():
     assert merge({"x": {"name": "a", "k": 1}}, {"x": {"name": "b"}}) == {"x": {"name": "b", "k": 1}}
 
 
-def test_dead_keys_of_lavis_are_accepted_and_noted(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_ignored_keys_of_lavis_are_accepted_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     caplog.set_level("INFO")
     dead = "world_size: 8, dist_url: 'env://', distributed: True, use_dist_eval_sampler: False"
     cfg = load(tmp_path, BASIC.replace("task: captioning", f"task: captioning, {dead}"))
@@ -361,7 +364,7 @@ def test_dead_keys_of_lavis_are_accepted_and_noted(tmp_path: Path, caplog: pytes
     assert "dist_url" in notes[0]
 
 
-def test_med_config_path_is_dead_or_read(tmp_path: Path):
+def test_med_config_path_is_ignored_or_read(tmp_path: Path):
     stock = load(tmp_path, BASIC, "model.med_config_path=configs/models/med_config.json")
     assert stock.model == load(tmp_path).model
     bert = {"hidden_size": 96, "num_attention_heads": 3, "hidden_dropout_prob": 0.5, "type_vocab_size": 2}
@@ -373,7 +376,7 @@ def test_med_config_path_is_dead_or_read(tmp_path: Path):
     assert "med_config_path: cannot read" in message(tmp_path, BASIC, "model.med_config_path=gone.json")
 
 
-def test_task_fields_and_run_fields_are_told_apart(tmp_path: Path):
+def test_task_fields_are_separated_from_run_fields(tmp_path: Path):
     cfg = load(tmp_path, BASIC, "run.num_beams=5")
     assert cfg.task == {"num_beams": 5}
     assert cfg.to_dict()["run"]["num_beams"] == 5
@@ -408,7 +411,7 @@ def test_command_line_flags(tmp_path: Path):
     assert (cfg.run.seed, cfg.run.job_id, cfg.run.resume) == (2, "x", None)
     assert Config.from_cli(["--cfg-path", path, "--resume", "auto"]).run.resume == "auto"
     assert Config.from_cli(["--cfg-path", path, "--resume", "a.pth"]).run.resume_ckpt_path == "a.pth"
-    with pytest.raises(ConfigError, match=r"--job-id: expected a folder's plain name"):
+    with pytest.raises(ConfigError, match=r"--job-id: .*'a/b'"):
         Config.from_cli(["--cfg-path", path, "--job-id", "a/b"])
     with pytest.raises(SystemExit):
         Config.from_cli(["--cfg-path", path, "--optoins", "a=b"])

@@ -19,9 +19,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from lavis_lite.cli.main import main as cli
+from lavis_lite.cli import main as cli
 from lavis_lite.common.config.config import Config, parser
-from lavis_lite.common.config.run import DEAD_RUN_KEYS, RunConfig
+from lavis_lite.common.config.run import IGNORED_LAVIS_KEYS, RunConfig
 from lavis_lite.common.config.sections import MODEL_KEYS
 from lavis_lite.common.config.zoo import dataset_zoo, model_zoo
 from lavis_lite.common.registry import registry
@@ -93,9 +93,9 @@ def examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path
     for path in tmp_path.glob("*.py"):
         sys.modules.pop(path.stem, None)
-        for names in registry._tables.values():
-            for name in [name for name, item in names.items() if item.__module__ == path.stem]:
-                del names[name]
+        for table in registry.tables.values():
+            for name in [name for name, item in table.items.items() if item.__module__ == path.stem]:
+                del table.items[name]
 
 
 def make_csv(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -334,4 +334,4 @@ def test_every_environment_variable_is_described():
 
 def test_the_table_of_dead_keys_is_complete():
     rows = table(ROOT / "docs/lavis.md", "| key | why |")
-    assert {key for row in rows for key in code(row[0])} == set(DEAD_RUN_KEYS)
+    assert {key for row in rows for key in code(row[0])} == set(IGNORED_LAVIS_KEYS)

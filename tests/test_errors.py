@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import lavis_lite
-from lavis_lite.cli.main import main as cli
+from lavis_lite.cli import main as cli
 from lavis_lite.common import errors
 
 PACKAGE = Path(lavis_lite.__file__).parent

@@ -14,7 +14,8 @@ import torch
 from test_runner import Line, ToyTask, last, make, mixed_data, rows, script, two_ranks
 
 from lavis_lite.common import checkpoint
-from lavis_lite.common.config.run import RunConfig, RunConfigError
+from lavis_lite.common.config.run import RunConfig
+from lavis_lite.common.errors import SettingError
 from lavis_lite.runners.loaders import train_loader, train_sets
 from lavis_lite.runners.sampling import TrainSampler, dataset_shares
 
@@ -151,14 +152,14 @@ def test_impossible_shares(setting: dict[str, Any], text: str) -> None:
     [
         ({"train_dataset_sampling": "sqrt"}, "train_dataset_ratios: contradicts train_dataset_sampling: sqrt.*null"),
         ({"train_dataset_factors": {"a": 2.0}}, r"contradicts .*factors \{'a': 2\.0\}; leave it out"),
-        ({"train_dataset_ratios": {"a": -1.0}}, "train_dataset_ratios: expected 0 to 1,000,000,000 for each"),
-        ({"train_dataset_ratios": {"a": 1e308}}, "train_dataset_ratios: expected 0 to 1,000,000,000 for each"),
+        ({"train_dataset_ratios": {"a": -1.0}}, r"run\.train_dataset_ratios\.a: "),
+        ({"train_dataset_ratios": {"a": 1e308}}, r"run\.train_dataset_ratios\.a: "),
         ({"train_dataset_mixing": "concat"}, r"concat contradicts train_dataset_ratios: \{'a': 1\.0\}; .*per_step"),
         ({"train_dataset_ratios": None, "train_dataset_factors": {"a": float("nan")}}, "train_dataset_factors: .*nan"),
     ],
 )
 def test_contradictory_settings(changes: dict[str, Any], text: str) -> None:
-    with pytest.raises(RunConfigError, match=text):
+    with pytest.raises(SettingError, match=text):
         RunConfig(**{"task": "toy", "train_dataset_ratios": {"a": 1.0}, **changes})
 
 

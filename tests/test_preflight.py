@@ -16,7 +16,8 @@ from test_runner import ToyTask, checkpoint, last, make
 
 from lavis_lite.cli import preflight
 from lavis_lite.common.config.agreement import model_setting
-from lavis_lite.common.config.run import RunConfig, RunConfigError
+from lavis_lite.common.config.run import RunConfig
+from lavis_lite.common.errors import SettingError
 from lavis_lite.common.optim import build_schedule
 from lavis_lite.common.registry import registry
 from lavis_lite.common.sources import download
@@ -421,7 +422,7 @@ def test_absurd_numbers_of_tasks_and_datasets(option: str, tmp_path: Path, capsy
 
 def test_nan_is_no_number_of_a_setting() -> None:
     for key in ("init_lr", "weight_decay", "lr_layer_decay"):
-        with pytest.raises(RunConfigError, match=f"run.{key}: expected .* got nan"):
+        with pytest.raises(SettingError, match=f"run.{key}: .* got nan"):
             RunConfig(task="toy", **{key: math.nan})
 
 

@@ -113,7 +113,7 @@ OWN = {"instructions": {"output": "answer", "train": ["Now: {question}"], "eval"
 def test_an_explicit_prompt_replaces_the_template_of_questions(
     model: dict[str, str], run: dict[str, str], expected: str, files: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "lavis_lite.common.config.prompts")
+    caplog.set_level(logging.INFO, "lavis_lite.common.config.agreement")
     path = project(files, "vqa", "gqa_instruct", model=model, run=run)
     training, evaluation = asked(path)
     assert evaluation == expected

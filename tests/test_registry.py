@@ -33,12 +33,13 @@ def run_python(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def test_importing_the_faces_loads_neither_torch_nor_transformers():
+def test_importing_the_packages_loads_neither_torch_nor_transformers():
     code = (
         "import sys, lavis_lite, lavis_lite.registry, lavis_lite.models, lavis_lite.datasets, lavis_lite.processors\n"
         "from lavis_lite.models import model_zoo\nfrom lavis_lite import dataset_zoo\n"
         "str(model_zoo), list(dataset_zoo)\n"
-        "print([name for name in ('torch', 'transformers', 'timm', 'omegaconf', 'numpy') if name in sys.modules])"
+        "heavy = ('torch', 'transformers', 'timm', 'omegaconf', 'numpy', 'pydantic')\n"
+        "print([name for name in heavy if name in sys.modules])"
     )
     assert run_python(code) == "[]"
 
@@ -58,6 +59,17 @@ def test_a_module_that_fails_to_import_is_reported_each_time(package: Path):
     for _ in range(2):
         with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there"):
             zoo_of_tests.r.get_model_class("ant")
+
+
+def test_sub_packages_are_imported(package: Path):
+    (package / "deep").mkdir()
+    (package / "deep" / "__init__.py").write_text("")
+    (package / "deep" / "bee.py").write_text(
+        "from zoo_of_tests import r\nr.register_model('bee')(type('Bee', (), {}))\n"
+    )
+    import zoo_of_tests
+
+    assert zoo_of_tests.r.list_models() == ["ant", "bee"]
 
 
 def test_another_class_under_a_used_name_names_both():

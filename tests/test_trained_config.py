@@ -14,7 +14,7 @@ from PIL import Image
 from lavis_lite.cli import main as cli
 from lavis_lite.common import checkpoint
 from lavis_lite.common.config.config import Config
-from lavis_lite.common.config.sections import model_layer
+from lavis_lite.common.config.zoo import model_layers
 from lavis_lite.common.errors import AdapterError
 from lavis_lite.convert.__main__ import run
 from lavis_lite.models import from_pretrained, load_model, load_model_and_preprocess
@@ -46,7 +46,7 @@ def saved(folder: Path, trained: Any, /, **config: Any) -> Path:
 
 
 def tiny(arch: str) -> dict[str, Any]:
-    return model_layer(arch, "tiny").tree["model"]
+    return model_layers(arch, "tiny")[-1].tree["model"]
 
 
 def lines(caplog: pytest.LogCaptureFixture, *, level: int = logging.WARNING) -> list[str]:
@@ -65,14 +65,16 @@ def test_the_model_and_its_processors_are_those_of_the_training(
     assert texts["eval"]("A dog. And a cat!") == "a dog and a cat"
     assert all(torch.equal(model.state_dict()[key], value) for key, value in doors.weights(source).items())
     assert model.generate({"image": images["eval"](IMAGE)[None]})
-    told = lines(caplog)
-    assert f"{source}: model.image_size=64, as it was trained; the type has 48" in told
-    assert f"{source}: model.prompt='a drawing of ', as it was trained; the type has 'a picture of '" in told
-    assert f"{source}: model.max_txt_len=12, as it was trained" in told
-    assert sum("preprocess.text_processor.train" in line for line in told) == 1
+    logged = lines(caplog)
+    assert f"{source}: model.image_size=64, as it was trained; the type has 48" in logged
+    assert f"{source}: model.prompt='a drawing of ', as it was trained; the type has 'a picture of '" in logged
+    assert f"{source}: model.max_txt_len=12, as it was trained" in logged
+    assert sum("preprocess.text_processor.train" in line for line in logged) == 1
 
 
-def test_arguments_win_and_are_told(caption_run: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
+def test_arguments_override_the_checkpoint_and_are_logged(
+    caption_run: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
     """Processors follow what they were the same as in training; what was asked for is no warning."""
     caplog.set_level(logging.INFO)
     _, source = caption_run
@@ -81,9 +83,9 @@ def test_arguments_win_and_are_told(caption_run: tuple[Path, Path], caplog: pyte
     assert (model.prompt, model.visual_encoder.image_size, model.max_txt_len) == ("see ", 96, 12)
     assert images["eval"](IMAGE).shape == images["train"](IMAGE).shape == (3, 96, 96)
     assert texts["train"]("A dog.") == "see a dog"
-    told = lines(caplog, level=logging.INFO)
-    assert f"{source}: model.image_size=96, as given; it was trained with 64" in told
-    assert f"{source}: model.prompt='see ', as given; it was trained with 'a drawing of '" in told
+    logged = lines(caplog, level=logging.INFO)
+    assert f"{source}: model.image_size=96, as given; it was trained with 64" in logged
+    assert f"{source}: model.prompt='see ', as given; it was trained with 'a drawing of '" in logged
     assert not [line for line in lines(caplog) if "as given" in line]
 
 
@@ -94,7 +96,7 @@ def test_resizing_of_positions_is_logged(caption_run: tuple[Path, Path], caplog:
     assert resized == ["position embeddings are resized from 4 x 4 to 6 x 6 patches"]
 
 
-def test_a_file_needs_no_type(caption_run: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_checkpoint_of_train_py_needs_no_type(caption_run: tuple[Path, Path], tmp_path: Path) -> None:
     _, source = caption_run
     model, images, texts = from_pretrained(source, processors=True, is_eval=True)
     assert (model.prompt, model.training) == ("a drawing of ", False)
@@ -106,7 +108,7 @@ def test_a_file_needs_no_type(caption_run: tuple[Path, Path], tmp_path: Path) ->
         from_pretrained(plain)
 
 
-def test_a_language_model_that_a_checkpoint_holds_is_not_called_random(
+def test_no_warning_of_random_weights_for_a_language_model_in_the_checkpoint(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     random = "tiny_opt has no weights: the language model's are random"
@@ -165,7 +167,7 @@ def test_another_architecture_takes_images_and_no_texts(
 
 
 @pytest.mark.parametrize("source", ["", " ", 5])
-def test_nothing_is_not_the_name_of_weights(source: Any, tmp_path: Path) -> None:
+def test_an_empty_name_of_weights_is_an_error(source: Any, tmp_path: Path) -> None:
     """`$CHECKPOINT` that is not set: random weights would be evaluated."""
     words = rf"expected a file, a folder, a URL or a hub id, got {source!r}"
     for load in (lambda: load_model("blip_caption", "tiny", checkpoint=source), lambda: from_pretrained(source)):
@@ -225,14 +227,14 @@ def test_evaluate_runs_with_a_yaml_that_says_little(caption_run: tuple[Path, Pat
 @pytest.mark.parametrize(
     "way", [["to-hf", "blip_caption", "tiny", "{new}", "--checkpoint", "{old}"], ["to-lavis", "{old}", "{new}"]]
 )
-def test_the_converter_tells_differences_without_alarm(
+def test_the_converter_logs_differences_without_warning(
     way: list[str], caption_run: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     places = {"old": caption_run[1], "new": tmp_path / "new"}
     assert run([*(part.format(**places) for part in way), "--options", "prompt=see "]) == 0
-    told = lines(caplog, level=logging.INFO)
-    assert any("model.prompt='see ', as given; it was trained with" in line for line in told)
-    assert any("model.image_size=64, as it was trained" in line for line in told)
+    logged = lines(caplog, level=logging.INFO)
+    assert any("model.prompt='see ', as given; it was trained with" in line for line in logged)
+    assert any("model.image_size=64, as it was trained" in line for line in logged)
     assert not [line for line in lines(caplog) if "trained" in line]
 
 
@@ -253,7 +255,9 @@ def test_the_converter_writes_what_was_trained(caption_run: tuple[Path, Path], t
 @pytest.mark.parametrize(
     "arch", ["blip_retrieval", "blip_caption", "blip_image_text_matching", "blip_feature_extractor"]
 )
-def test_from_pretraining_to_a_task_without_alarm(arch: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_from_pretraining_to_a_task_without_warning(
+    arch: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Sizes and tokenizer are the file's; what belongs to the task (prompt, lengths) is the type's."""
     section = doors.section("pretrain", image_size=64, prompt="x ", max_txt_len=9)
     path = saved(tmp_path, doors.build("pretrain", image_size=64, prompt="x ", max_txt_len=9), model=section)
@@ -266,20 +270,20 @@ def test_from_pretraining_to_a_task_without_alarm(arch: str, tmp_path: Path, cap
     assert getattr(model, "prompt", "a picture of ") == "a picture of "
     state = doors.weights(path)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items() if "queue" not in key)
-    told = lines(caplog)
-    assert f"{path}: model.image_size=64, as it was trained; the type has 48" in told
-    assert all(": model." in line and "as it was trained" in line for line in told)
+    logged = lines(caplog)
+    assert f"{path}: model.image_size=64, as it was trained; the type has 48" in logged
+    assert all(": model." in line and "as it was trained" in line for line in logged)
     assert any(f"{path} is a checkpoint of blip_pretrain; {arch} takes" in line for line in lines(caplog, level=20))
 
 
-def test_another_task_s_checkpoint_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_parts_of_another_task_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = saved(tmp_path, doors.build("vqa_rank"), model=doors.section("vqa_rank"))
     load_model("blip_caption", "tiny", checkpoint=path)
     assert any("text_encoder" in line and "BlipCaption" in line for line in lines(caplog))
 
 
 def test_defaults_of_the_file_s_architecture_count(tmp_path: Path) -> None:
-    """An InstructBLIP's Q-Former reads text unless it was told not to, a BLIP-2's does not."""
+    """An InstructBLIP's Q-Former reads text unless it was logged not to, a BLIP-2's does not."""
     model = load_model("blip2_t5_instruct", "tiny")
     path = saved(tmp_path, model, model=tiny("blip2_t5_instruct"))
     assert load_model("blip2_t5", "tiny", checkpoint=path).qformer_text_input
@@ -324,19 +328,21 @@ def with_adapters(arch: str, folder: Path) -> Path:
         ("blip2_llm", {"llm_model": "tiny_vicuna"}, "blip2_llm (llm_model=tiny_opt)", "(llm_model=tiny_vicuna)"),
     ],
 )
-def test_adapters_of_another_language_model_are_told(
+def test_adapters_of_another_language_model_are_an_error(
     arch: str, settings: dict[str, Any], was: str, now: str, tmp_path: Path
 ) -> None:
     source = was.split()[0]
     path = with_adapters(source, tmp_path)
-    with pytest.raises(AdapterError) as told:
+    with pytest.raises(AdapterError) as logged:
         load_model(arch, "tiny", checkpoint=path, **settings)
-    assert str(told.value).startswith(f"{path} was trained as {was} with adapters (model.llm_lora), and this model is ")
-    assert f"{now}: adapters fit no other language model than their own" in str(told.value)
+    assert str(logged.value).startswith(
+        f"{path} was trained as {was} with adapters (model.llm_lora), and this model is "
+    )
+    assert f"{now}: adapters fit no other language model than their own" in str(logged.value)
     assert load_model(source, "tiny", checkpoint=path).lm.model
 
 
-def test_a_dry_run_tells_of_adapters_of_another_language_model(tmp_path: Path) -> None:
+def test_a_dry_run_refuses_adapters_of_another_language_model(tmp_path: Path) -> None:
     path = with_adapters("blip2_llm", tmp_path)
     section = {**tiny("blip2_llm"), "checkpoint": str(path), "llm_lora": LORA}
     assert cli.build_without_weights(section)
@@ -344,7 +350,7 @@ def test_a_dry_run_tells_of_adapters_of_another_language_model(tmp_path: Path) -
         cli.build_without_weights({**section, "llm_model": "tiny_t5"})
 
 
-def test_adapters_without_their_settings_are_told_as_such(tmp_path: Path) -> None:
+def test_adapters_without_their_settings_are_an_error(tmp_path: Path) -> None:
     """It is the same language model."""
     path = with_adapters("blip2_opt", tmp_path)
     with pytest.raises(AdapterError, match=r"holds 24 tensors of adapters .* Set model\.llm_lora as it was"):
@@ -365,7 +371,7 @@ def test_processors_of_mixtures(tmp_path: Path, caplog: pytest.LogCaptureFixture
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": {"prompt": "${oc.env:HOME}"}}, r"its config holds '\$\{oc.env:HOME\}', which no run"),
+        ({"model": {"prompt": "${oc.env:HOME}"}}, r"its config holds '\$\{oc.env:HOME\}'"),
         ({"model": {"med": {"hidden_size": torch.ones(1)}}}, "its config holds a Tensor, not a plain value"),
         ({"model": {"vit": json.loads('{"a":' * 20 + "1" + "}" * 20)}}, "holds more than 8 levels"),
         ({"model": {"max_txt_len": "long"}}, r"config of .*pth: model.max_txt_len: expected a whole number"),
@@ -406,7 +412,7 @@ def test_keys_of_another_version_are_left_out(tmp_path: Path, caplog: pytest.Log
     assert f"{path}: its config has model.old_key=3, which is unknown here: left out" in lines(caplog)
 
 
-def test_where_it_ran_is_not_what_it_was_trained_as(tmp_path: Path) -> None:
+def test_precision_and_checkpointing_stay_the_type_s(tmp_path: Path) -> None:
     """A GPU's fp16 is not taken to a CPU, where it does not run."""
     model = load_model("blip2_opt", "tiny")
     path = saved(tmp_path, model, model={**tiny("blip2_opt"), "vit_precision": "fp16", "llm_precision": "fp16"})

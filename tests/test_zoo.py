@@ -9,9 +9,10 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
+from lavis_lite.common.config.files import resolve
 from lavis_lite.common.config.schema import Checker
-from lavis_lite.common.config.sections import model_arguments, model_layer
-from lavis_lite.common.config.zoo import Zoo, dataset_zoo, model_config_path
+from lavis_lite.common.config.sections import model_arguments
+from lavis_lite.common.config.zoo import Zoo, dataset_zoo, model_config_path, model_layers
 from lavis_lite.models import (
     load_model,
     load_model_and_preprocess,
@@ -86,8 +87,8 @@ def test_types_have_the_settings_and_weights_of_the_original(manifest: Path):
 
 @pytest.mark.parametrize(("arch", "kind"), EVERY_TYPE, ids=map("/".join, EVERY_TYPE))
 def test_every_type_fits_its_constructor(arch: str, kind: str):
-    layer = model_layer(arch, kind)
-    arguments = model_arguments(layer.tree["model"], Checker([layer]))
+    layers = model_layers(arch, kind)
+    arguments = model_arguments(resolve(layers)["model"], Checker(layers))
     assert (arguments["arch"], arguments["model_type"]) == (arch, kind)
     assert model_config_path(arch, kind).read_text().count(f"arch: {arch}\n") == 1
 

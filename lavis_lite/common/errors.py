@@ -1,24 +1,36 @@
-"""The package's errors: a deliberate one derives from `UserError`, anything else is a bug and keeps its traceback.
+"""The package's errors: those of the user derive from `UserError`; anything else is a bug and keeps its traceback.
 
-A `UserError` is shown as one line by the command line. Its subclasses are also the built-in error that fits, so that
-`except ValueError` works as usual.
+The command line prints a `UserError` as one line. Each subclass also derives from the built-in error that fits, so
+that `except ValueError` works as usual.
 """
 
 
 class UserError(Exception):
-    """A mistake that the user can correct: the message says where, what is wrong and what would be right."""
+    """A mistake that the user can correct; the message says where, what is wrong and what to do."""
 
 
 class InputError(UserError, ValueError):
     """A setting, argument, file or record with a wrong value."""
 
 
+class SettingError(InputError):
+    """A setting with a wrong value: `name` is its dotted key, `problem` the rest of the message.
+
+    The configuration puts the file that sets the key in front of the message.
+    """
+
+    def __init__(self, name: str, problem: str) -> None:
+        super().__init__(f"{name}: {problem}")
+        self.name = name
+        self.problem = problem
+
+
 class DamagedFileError(InputError):
-    """A file that no longer holds what was written to it: the message says what fails its checksum."""
+    """A file whose content fails its checksum, which the message names."""
 
 
 class AdapterError(InputError):
-    """Adapters (LoRA), or their settings, that do not fit the language model."""
+    """Adapters (LoRA), or settings of theirs, that do not fit the language model."""
 
 
 class InputTypeError(UserError, TypeError):
@@ -26,7 +38,7 @@ class InputTypeError(UserError, TypeError):
 
 
 class MissingInputError(InputError, KeyError):
-    """An entry of the samples that a model needs and was not given; `key` names it."""
+    """A missing entry of the samples that a model needs; `key` names it."""
 
     def __init__(self, key: str, message: str) -> None:
         super().__init__(message)
@@ -37,26 +49,26 @@ class MissingInputError(InputError, KeyError):
 
 
 class UnknownNameError(UserError, KeyError):
-    """A name that is not known. Its text is the message itself, not the message's repr as for other KeyErrors."""
+    """An unknown name. `str()` gives the message itself, not its repr as for other KeyErrors."""
 
     def __str__(self) -> str:
         return str(self.args[0])
 
 
 class MissingFileError(UserError, FileNotFoundError):
-    """A file or folder that is not there."""
+    """A missing file or folder."""
 
 
 class ExistingFileError(UserError, FileExistsError):
-    """A file or folder that is there and must not be replaced."""
+    """An existing file or folder that must not be replaced."""
 
 
 class WriteError(UserError, OSError):
-    """A file that could not be written; what was there before is intact."""
+    """A file that could not be written; its previous content is intact."""
 
 
 class FolderInUseError(UserError, BlockingIOError):
-    """A job folder that another process writes to; the message has its host and process id."""
+    """A job folder that another process writes to; the message names its host and process id."""
 
 
 class UnreachableError(UserError, ConnectionError):
@@ -64,19 +76,19 @@ class UnreachableError(UserError, ConnectionError):
 
 
 class MissingPackageError(UserError, ImportError):
-    """An optional package that is not installed; the message has the command that installs it."""
+    """A missing optional package; the message gives the command that installs it."""
 
 
 class UnreadableSample(InputError):
-    """One sample of a dataset cannot be read (missing, truncated or foreign file); the message names the file.
+    """A sample that cannot be read (missing or truncated file, unsupported format); the message names the file.
 
-    The training loader may skip such samples, but only up to `run.max_unreadable_share`.
+    Only the training loader may skip such samples, up to `run.max_unreadable_share`.
     """
 
 
 class NonFiniteLoss(InputError):
-    """A loss became nan or infinite; the message has the step, the losses and the learning rate."""
+    """A loss that is NaN or infinite; the message gives the step, the losses and the learning rate."""
 
 
 class RankZeroFailed(RuntimeError):
-    """Rank 0 failed at something that this rank needs; rank 0 tells the user why, so this rank only ends."""
+    """Rank 0 failed at something that this rank needs. Rank 0 reports the reason, so this rank ends silently."""

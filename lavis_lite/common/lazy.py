@@ -1,4 +1,4 @@
-"""Names of a package that are imported on first use, so that importing the package loads no torch."""
+"""Names of a package that are imported on first use, so that importing the package does not load torch."""
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def lazy_names(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return a package's `__getattr__` (PEP 562). `modules` gives each name's module."""
+    """Return a package's `__getattr__` (PEP 562); `modules` maps each name to its module."""
 
     def __getattr__(name: str) -> Any:
         if name not in modules:

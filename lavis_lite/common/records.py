@@ -1,6 +1,6 @@
-"""The check of annotation records: which fields a record must have, and of what kind each one is.
+"""The check of annotation records: required fields, and the kind of each field.
 
-A dataset declares `required` and `fields`; every record of its files is compared with them once, when it is loaded.
+A dataset declares `required` and `fields`; every record of its files is checked against them once, when it is loaded.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from lavis_lite.common.errors import InputError
@@ -19,7 +20,7 @@ Record = dict[str, Any]
 _WORD = re.compile(r"\w")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _NO_BYTE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
-"""Surrogates but for those that stand for the bytes of a file name that is not UTF-8."""
+"""Surrogates, except those that represent the bytes of a file name that is not UTF-8."""
 _LISTED = re.compile(r"""\s*\[\s*(['"]).*\1\s*\]\s*""", re.DOTALL)
 _OTHER_NAMES = {
     "image": "file_name filename file path filepath image_path img_path image_file image_name img picture photo",
@@ -32,22 +33,22 @@ _OTHER_NAMES = {
     "label": "class category",
     "video": "video_path video_name video_id clip",
 }
-"""What others call a field: named in the error about the one that is missing."""
+"""Names of a field in other datasets: the error about a missing field suggests to rename them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """What a field may hold: a value of `types`, or with `many` a list of these. `name` says it in words."""
+    """The allowed values of a field: a value of `types`, or with `many` also a list of these; `name` in words."""
 
     name: str
     types: tuple[type, ...] = (str,)
     many: bool = False
     key: str = ""
-    """Where the items of a list may also be objects: the name under which these hold the value."""
+    """Key of the value, if the items of a list may also be objects."""
     blank: bool = False
-    """An empty or blank text, and an empty list, are fine."""
+    """Whether an empty or blank text, and an empty list, are allowed."""
     cleaned: bool = False
-    """The dataset's text processor cleans it, and must leave something of it."""
+    """Whether the dataset's text processor cleans it; some text must remain."""
     is_path: bool = False
 
 
@@ -62,7 +63,7 @@ TEXTS = Kind(name="a text or a list of texts", many=True, cleaned=True)
 ANY_TEXT = Kind(name="a text", blank=True)
 ANSWERS = Kind(name="a text, a number or a list of these", types=_NUMBERS, many=True, key="answer")
 TRUTHS = Kind(name=ANSWERS.name, types=_NUMBERS, many=True, key="answer", blank=True)
-"""Answers to score: people do leave some blank, which matches no prediction."""
+"""Answers to score: annotators leave some blank, which match no prediction."""
 VALUES = Kind(name=ANSWERS.name, types=_NUMBERS, many=True, blank=True)
 INDEX = Kind(name="a whole number", types=(int,))
 WORDS = Kind(name="a list of texts", many=True, blank=True)
@@ -70,11 +71,10 @@ WORDS = Kind(name="a list of texts", many=True, blank=True)
 
 @dataclass(frozen=True, kw_only=True)
 class RecordCheck:
-    """What the records of a file must be like.
+    """The requirements for records of a file.
 
     `required`: names of fields, `"answer|answers"` for either of two. `fields`: the kind of each field that is read;
-    null is a field that is left out. `clean` is the text processor. `allow_blank` leaves blank texts to
-    `without_blank`.
+    null counts as missing. `clean` is the text processor. `allow_blank` leaves blank texts to `without_blank`.
     """
 
     required: Sequence[str] = ()
@@ -83,19 +83,18 @@ class RecordCheck:
     allow_blank: bool = False
 
     def __call__(self, records: Iterable[Record], place: Callable[[int], str]) -> None:
-        """Raise InputError for the first record with a fault; `place` says where the record of a number is."""
-        wanted = [names.split("|") for names in self.required]
+        """Raise InputError for the first invalid record; `place` returns the location of a record by its number."""
         for number, record in enumerate(records):
-            problem = self._absence(record, wanted) or self._fault(record)
+            problem = self.problem(record)
             if problem:
                 raise InputError(place(number) + problem)
 
     def problem(self, record: Record) -> str | None:
-        """What is wrong with one record, as the rest of a sentence that begins with its place; None if it is right."""
-        return self._absence(record, [names.split("|") for names in self.required]) or self._fault(record)
+        """Return the first problem of one record, to follow its location in a message; None for a valid record."""
+        return self._missing(record) or self._wrong_kind(record)
 
     def without_blank(self, record: Record) -> Record | None:
-        """The record without its blank texts; None if nothing is left of a required field."""
+        """Return the record without its blank texts; None if a required field is empty then."""
         changed = {}
         for name, kind in self.fields.items():
             value = record.get(name)
@@ -107,11 +106,11 @@ class RecordCheck:
             if kept is not value:
                 changed[name] = kept
         found = {**record, **changed} if changed else record
-        lacks = any(all(found.get(n) in (None, []) for n in names.split("|")) for names in self.required)
-        return None if lacks else found
+        is_empty = any(all(found.get(name) in (None, []) for name in names) for names in self._required)
+        return None if is_empty else found
 
     def is_blank(self, value: Any, kind: Kind) -> bool:
-        """Whether this is a text with nothing in it, or nothing that the text processor leaves."""
+        """Return whether this is a blank text, or one of which the text processor leaves nothing."""
         if isinstance(value, dict):
             value = value.get(kind.key)
         if not isinstance(value, str) or _WORD.search(value):
@@ -121,44 +120,49 @@ class RecordCheck:
         cleaned = self.clean(value)
         return isinstance(cleaned, str) and (not cleaned.strip() or cleaned == self.clean(""))
 
-    def _absence(self, record: Record, wanted: Sequence[Sequence[str]]) -> str | None:
-        for names in wanted:
+    @cached_property
+    def _required(self) -> list[list[str]]:
+        """The alternatives of each required field."""
+        return [names.split("|") for names in self.required]
+
+    def _missing(self, record: Record) -> str | None:
+        for names in self._required:
             for name in names:
                 value = record.get(name)
                 if value is not None and (value != [] or self._may_be_empty(name)):
                     break
             else:
-                return lacking(record, names)
+                return missing_field(record, names)
         return None
 
     def _may_be_empty(self, name: str) -> bool:
         kind = self.fields.get(name)
         return self.allow_blank or kind is None or kind.blank or not kind.many
 
-    def _fault(self, record: Record) -> str | None:
+    def _wrong_kind(self, record: Record) -> str | None:
         for name, kind in self.fields.items():
             value = record.get(name)
             if value is None or (type(value) is str and value.isascii() and self._is_plain(value, kind)):
                 continue
-            problem = self._list_fault(value, kind) if type(value) is list and kind.many else self._one(value, kind)
+            problem = self._of_list(value, kind) if type(value) is list and kind.many else self._of_value(value, kind)
             if problem:
                 return f": field {name!r} {problem}"
         return None
 
     def _is_plain(self, text: str, kind: Kind) -> bool:
-        """Whether an ASCII text needs no closer look: almost every one."""
+        """Return whether an ASCII text needs no further check, as almost every one."""
         return kind.types[0] is str and _WORD.match(text) is not None and not (kind.is_path and "\0" in text)
 
-    def _list_fault(self, values: list[Any], kind: Kind) -> str | None:
+    def _of_list(self, values: list[Any], kind: Kind) -> str | None:
         for number, item in enumerate(values):
             if kind.key and type(item) is dict:
                 item = item.get(kind.key)
-            problem = self._one(item, kind)
+            problem = self._of_value(item, kind)
             if problem:
                 return f"(item {number} of the list) {problem}"
         return None
 
-    def _one(self, value: Any, kind: Kind) -> str | None:
+    def _of_value(self, value: Any, kind: Kind) -> str | None:
         if type(value) is float and not math.isfinite(value):
             hint = "; a table's empty cell was written so: leave the field out" if math.isnan(value) else ""
             return f"is {shown(value)}; expected {kind.name}{hint}"
@@ -177,8 +181,8 @@ class RecordCheck:
             return None
         what = "is empty" if not value else f"is {shown(value)}, blank" + (" once cleaned" if value.strip() else "")
         is_text = kind.cleaned or (kind.many and not kind.is_path)
-        way_out = "remove the record, or set the dataset's blank_texts: skip" if is_text else "or remove the record"
-        return f"{what}; expected {kind.name}: fill it in, {way_out}"
+        correction = "remove the record, or set the dataset's blank_texts: skip" if is_text else "or remove the record"
+        return f"{what}; expected {kind.name}: fill it in, {correction}"
 
 
 _TYPE_WORDS = {
@@ -186,18 +190,18 @@ _TYPE_WORDS = {
 }
 
 
-def lacking(record: Record, names: Sequence[str]) -> str:
-    """The words after a record's place when it has none of these fields, or only null, or an empty list."""
+def missing_field(record: Record, names: Sequence[str]) -> str:
+    """Return the problem of a record that has none of these fields, or only null or an empty list."""
     needed = " or ".join(map(repr, names))
     for name in names:
         if name in record:
             return f": field {name!r} is {'null' if record[name] is None else 'an empty list'}; fill it in"
     there = ", ".join(repr(key) for key in record) or "none"
-    return f" has no field {needed}; fields there: {there}{renaming(record, names)}"
+    return f" has no field {needed}; fields there: {there}{renaming_advice(record, names)}"
 
 
-def renaming(record: Record, names: Sequence[str]) -> str:
-    """The advice to rename a field, if one there is what others call one of `names`."""
+def renaming_advice(record: Record, names: Sequence[str]) -> str:
+    """Return the advice to rename a field that has another dataset's name of one of `names`, or ""."""
     for name in names:
         others = {name, *_OTHER_NAMES.get(name, "").split()}
         for key in record:
@@ -207,11 +211,11 @@ def renaming(record: Record, names: Sequence[str]) -> str:
 
 
 def shown(value: Any, limit: int = 80) -> str:
-    """The value as JSON has it, cut to `limit` characters, without anything that cannot be printed."""
+    """Return the value as printable JSON of at most `limit` characters."""
     text = printable(json.dumps(value, ensure_ascii=False, default=str))
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def printable(text: str) -> str:
-    r"""The text with lone surrogates as `\udXXX`, so that it can be written as UTF-8."""
+    r"""Return the text with lone surrogates as `\udXXX`, so that it can be written as UTF-8."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -1,13 +1,13 @@
 """The registry: name -> class, for models, processors, dataset builders, tasks, runners and learning-rate schedules.
 
-The first look-up (or listing) of a kind imports every module of that kind's package: to add a class is to add a file.
-Registering the same class again (a reloaded module, a re-run notebook cell) replaces it; another class under a used
-name is an error.
+The first look-up (or listing) of a kind imports every module of that kind's package, so that adding a class takes one
+new file. Registering the same class again (a reloaded module, a re-run notebook cell) replaces it; another class under
+a used name is an error.
 """
 
 import difflib
 import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -26,11 +26,11 @@ PACKAGES = {
 
 
 class RegistryError(UnknownNameError):
-    """An unknown or twice used name."""
+    """An unknown name, or one that is already used."""
 
 
 def did_you_mean(name: object, candidates: Iterable[str], *, limit: int = 12) -> str:
-    """Return the sentence to append to an error about `name`: its nearest candidates, or else which ones there are."""
+    """Return the sentence to append to an error about `name`: its nearest candidates, or else the known ones."""
     known = sorted(candidates)
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.6)
     if near:
@@ -41,130 +41,79 @@ def did_you_mean(name: object, candidates: Iterable[str], *, limit: int = 12) ->
     return f"Known: {', '.join(known[:limit])}{more}."
 
 
+class Table:
+    """The classes of one kind, by name."""
+
+    def __init__(self, kind: str, package: str) -> None:
+        self.kind = kind
+        self.package = package
+        self.items: dict[str, Any] = {}
+        self._is_imported = False
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Return the decorator that registers a class under `name`."""
+        if not isinstance(name, str) or not name:
+            raise InputTypeError(f"register_{self.kind} needs a name, as in @registry.register_{self.kind}('name')")
+
+        def decorate(item: T) -> T:
+            other = self.items.get(name, item)
+            if _full_name(other) != _full_name(item):
+                raise RegistryError(
+                    f"{self.kind} name {name!r} is taken by {_full_name(other)}: register {_full_name(item)} under "
+                    "another"
+                )
+            self.items[name] = item
+            return item
+
+        return decorate
+
+    def get(self, name: str) -> Any:
+        """Return the class called `name`; raise RegistryError, a KeyError, with the nearest names if there is none."""
+        self._import_package()
+        if name not in self.items:
+            raise RegistryError(f"unknown {self.kind} {name!r}. {did_you_mean(name, self.items)}")
+        return self.items[name]
+
+    def names(self) -> list[str]:
+        """Return all registered names, sorted."""
+        self._import_package()
+        return sorted(self.items)
+
+    def _import_package(self) -> None:
+        if self._is_imported:
+            return
+        self._is_imported = True
+        try:
+            package = import_module(self.package)
+            for module in pkgutil.walk_packages(getattr(package, "__path__", []), f"{package.__name__}."):
+                import_module(module.name)
+        except BaseException:
+            self._is_imported = False  # the next look-up reports the failed import again
+            raise
+
+
 def _full_name(item: Any) -> str:
     return f"{item.__module__}.{item.__qualname__}"
 
 
 class Registry:
-    """One table a kind; see the module's docstring for when its package is imported."""
+    """One table per kind, and the methods `register_<kind>`, `get_<kind>_class` and `list_<kind>s` of each.
 
-    def __init__(self, packages: dict[str, str] | None = None) -> None:
-        self._packages = PACKAGES if packages is None else packages
-        self._tables: dict[str, dict[str, Any]] = {kind: {} for kind in self._packages}
-        self._imported: set[str] = set()
+    `packages` replaces the package of some kinds.
+    """
 
-    def _register(self, kind: str, name: str) -> Callable[[T], T]:
-        if not isinstance(name, str) or not name:
-            raise InputTypeError(f"register_{kind} needs a name, as in @registry.register_{kind}('name')")
-
-        def decorate(item: T) -> T:
-            other = self._tables[kind].get(name)
-            if other is not None and _full_name(other) != _full_name(item):
-                raise RegistryError(
-                    f"{kind} name {name!r} is taken by {_full_name(other)}: register {_full_name(item)} under another"
-                )
-            self._tables[kind][name] = item
-            return item
-
-        return decorate
-
-    def _import_package(self, kind: str) -> None:
-        if kind in self._imported:
-            return
-        self._imported.add(kind)
-        try:
-            package = import_module(self._packages[kind])
-            for module in pkgutil.walk_packages(getattr(package, "__path__", []), f"{package.__name__}."):
-                import_module(module.name)
-        except BaseException:
-            self._imported.discard(kind)  # so that the next look-up reports the failed import again
-            raise
-
-    def _get(self, kind: str, name: str) -> Any:
-        self._import_package(kind)
-        if name not in self._tables[kind]:
-            raise RegistryError(f"unknown {kind} {name!r}. {did_you_mean(name, self._tables[kind])}")
-        return self._tables[kind][name]
-
-    def _list(self, kind: str) -> list[str]:
-        self._import_package(kind)
-        return sorted(self._tables[kind])
-
-    def register_model(self, name: str) -> Callable[[T], T]:
-        """Class decorator: registers a model (an architecture) under `name`."""
-        return self._register("model", name)
-
-    def register_processor(self, name: str) -> Callable[[T], T]:
-        """Class decorator: registers an image or text processor under `name`."""
-        return self._register("processor", name)
-
-    def register_builder(self, name: str) -> Callable[[T], T]:
-        """Class decorator: registers a dataset builder under the dataset's `name`."""
-        return self._register("builder", name)
-
-    def register_task(self, name: str) -> Callable[[T], T]:
-        """Class decorator: registers a task under `name`."""
-        return self._register("task", name)
-
-    def register_runner(self, name: str) -> Callable[[T], T]:
-        """Class decorator: registers a runner under `name`."""
-        return self._register("runner", name)
-
-    def register_lr_scheduler(self, name: str) -> Callable[[T], T]:
-        """Decorator: registers a learning-rate schedule under `name`."""
-        return self._register("lr_scheduler", name)
-
-    def get_model_class(self, name: str) -> Any:
-        """Return the model class called `name`; KeyError with the nearest names if there is none, as in all get_*."""
-        return self._get("model", name)
-
-    def get_processor_class(self, name: str) -> Any:
-        """Return the processor class called `name`."""
-        return self._get("processor", name)
-
-    def get_builder_class(self, name: str) -> Any:
-        """Return the dataset builder class called `name`."""
-        return self._get("builder", name)
-
-    def get_task_class(self, name: str) -> Any:
-        """Return the task class called `name`."""
-        return self._get("task", name)
-
-    def get_runner_class(self, name: str) -> Any:
-        """Return the runner class called `name`."""
-        return self._get("runner", name)
-
-    def get_lr_scheduler_class(self, name: str) -> Any:
-        """Return the learning-rate schedule called `name`."""
-        return self._get("lr_scheduler", name)
-
-    def list_models(self) -> list[str]:
-        """Return the registered names, sorted. So do the other list_*."""
-        return self._list("model")
-
-    def list_processors(self) -> list[str]:
-        """Return the names of all processors."""
-        return self._list("processor")
-
-    def list_builders(self) -> list[str]:
-        """Return the names of all dataset builders."""
-        return self._list("builder")
-
-    def list_datasets(self) -> list[str]:
-        """Return the names of all datasets: a dataset is called as its builder."""
-        return self._list("builder")
-
-    def list_tasks(self) -> list[str]:
-        """Return the names of all tasks."""
-        return self._list("task")
-
-    def list_runners(self) -> list[str]:
-        """Return the names of all runners."""
-        return self._list("runner")
-
-    def list_lr_schedulers(self) -> list[str]:
-        """Return the names of all learning-rate schedules."""
-        return self._list("lr_scheduler")
+    def __init__(self, packages: Mapping[str, str] | None = None) -> None:
+        self.tables = {kind: Table(kind, package) for kind, package in (PACKAGES | dict(packages or {})).items()}
+        model, processor, builder, task, runner, schedule = (self.tables[kind] for kind in PACKAGES)
+        self.register_model, self.get_model_class, self.list_models = model.register, model.get, model.names
+        self.register_processor, self.get_processor_class = processor.register, processor.get
+        self.list_processors = processor.names
+        self.register_builder, self.get_builder_class, self.list_builders = builder.register, builder.get, builder.names
+        self.list_datasets = builder.names
+        self.register_task, self.get_task_class, self.list_tasks = task.register, task.get, task.names
+        self.register_runner, self.get_runner_class, self.list_runners = runner.register, runner.get, runner.names
+        self.register_lr_scheduler, self.get_lr_scheduler_class = schedule.register, schedule.get
+        self.list_lr_schedulers = schedule.names
 
 
 registry = Registry()

@@ -1,4 +1,4 @@
-"""How lists are written inside a prompt, and CJK texts without spaces; datasets, models and tasks do it alike."""
+"""Lists written into a prompt, and texts without the spaces of WordPiece; datasets, models and tasks share these."""
 
 import re
 import string
@@ -8,7 +8,7 @@ from lavis_lite.common.errors import InputError
 
 MAX_OCR_TOKENS = 30
 IDEOGRAPHS = "\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f"
-"""What WordPiece splits at: BERT puts spaces around each of these, and around punctuation."""
+"""Characters that WordPiece separates: BERT puts spaces around each of them, and around punctuation."""
 KANA = "\u3040-\u30ff\u3100-\u312f\u31f0-\u31ff\uff66-\uff9f"
 _MARKS = "\u3001-\u3004\u3008-\u303f\ufe30-\ufe4f\uff00-\uff65"
 _QUOTES = "\u2018\u2019\u201c\u201d\u2014\u2026\u00b7"
@@ -20,36 +20,36 @@ _FALSE_SPACE = re.compile(
 
 
 def letters(count: int) -> list[str]:
-    """The marks of that many choices: "(a)", "(b)" ... ValueError for more than there are letters."""
+    """Return the labels of `count` choices: "(a)", "(b)" ... InputError for more than the alphabet has."""
     if count > len(string.ascii_lowercase):
         raise InputError(f"at most {len(string.ascii_lowercase)} choices can be lettered, got {count}")
     return [f"({letter})" for letter in string.ascii_lowercase[:count]]
 
 
 def lettered(choices: Sequence[str]) -> str:
-    """Choices behind letters: "(a) red (b) blue". ValueError for one text, which would be taken for its letters."""
+    """Return choices with their labels: "(a) red (b) blue". InputError for one text in place of a list."""
     refuse_text(choices)
     return " ".join(f"{letter} {choice}" for letter, choice in zip(letters(len(choices)), choices, strict=True))
 
 
 def joined_words(words: Sequence[str]) -> str:
-    """The first words read in an image, joined by commas; InstructBLIP takes thirty. ValueError as `lettered`."""
+    """Return the first 30 words read in an image, as InstructBLIP, joined by commas. InputError for one text."""
     refuse_text(words)
     return ", ".join(words[:MAX_OCR_TOKENS])
 
 
 def refuse_text(texts: Sequence[str]) -> None:
-    """Raise ValueError if this is one text in place of a list of them."""
+    """Raise InputError for one text in place of a list of texts: its letters would be taken for the list."""
     if isinstance(texts, str):
         raise InputError(f"expected a list of texts for each image, got the text {texts!r}")
 
 
 def without_false_spaces(text: str) -> str:
-    """The text without the spaces that WordPiece's decoding adds around apostrophes and between CJK characters.
+    """Return the text without the spaces that decoding WordPiece adds around apostrophes and between CJK characters.
 
-    Those around apostrophes transformers 4 removed for LAVIS; transformers 5 leaves them. Those around hyphens both
-    leave. A space between two kana, or beside a Latin letter, stays: WordPiece splits only at ideographs and
-    punctuation, so it may have been in the text itself.
+    transformers 4 removed those around apostrophes for LAVIS; transformers 5 keeps them. Both keep those around
+    hyphens. A space between two kana, or next to a Latin letter, stays: WordPiece splits only at ideographs and
+    punctuation, so it may be part of the text.
     """
     return _FALSE_SPACE.sub("", text.replace(" ' ", "'"))
 

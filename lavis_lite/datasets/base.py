@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import Dataset
 
 from lavis_lite.common import dist
-from lavis_lite.common.config.zoo import dataset_config_path
+from lavis_lite.common.config.zoo import dataset_section
 from lavis_lite.common.errors import InputError, MissingFileError, UnknownNameError
 from lavis_lite.common.pixels import is_constant
 from lavis_lite.common.records import Kind, Record, RecordCheck
@@ -352,9 +352,4 @@ def _copy_aside(source: Path, target: Path) -> Path:
 
 def load_dataset(name: str, type: str = "default", splits: Iterable[str] | None = None) -> dict[str, BaseDataset]:
     """The datasets of `configs/datasets/<name>/<type>.yaml`, by split; all splits unless some are named."""
-    from omegaconf import OmegaConf
-
-    builder_class = registry.get_builder_class(name)
-    path = dataset_config_path(name, type)
-    config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    return builder_class(**config["datasets"][name]).build(splits)
+    return registry.get_builder_class(name)(**dataset_section(name, type)).build(splits)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lavis_lite.common.errors import InputError
-from lavis_lite.common.records import Record, RecordCheck, lacking
+from lavis_lite.common.records import Record, RecordCheck, missing_field
 from lavis_lite.datasets.annotations import load_annotations, place_of
 
 PLACE = "_place"
@@ -58,7 +58,7 @@ def asked(record: Record) -> list[Record]:
         if not isinstance(record[name], str) or not record[name].strip():
             raise InputError(f"must have a text in its field {name!r}, got {record[name]!r}")
     if not seen:
-        raise InputError(lacking(record, ("image", "video")).removeprefix(":").strip())
+        raise InputError(missing_field(record, ("image", "video")).removeprefix(":").strip())
     return turns(record, told[0]) if told and told[0] != "instruction" else [record]
 
 

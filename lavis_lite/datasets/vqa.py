@@ -27,7 +27,7 @@ from lavis_lite.common.records import (
     Kind,
     Record,
     RecordCheck,
-    renaming,
+    renaming_advice,
     shown,
 )
 from lavis_lite.common.registry import registry
@@ -90,7 +90,7 @@ class VQATrainDataset(VQADataset):
         for number, record in enumerate(records):
             given = [record[name] for name in _ANSWER_FIELDS if record.get(name) is not None]
             if not given or (given[0] == [] and self.blank_texts == "error"):
-                there = ", ".join(map(repr, record)) + ("" if given else renaming(record, ["answer"]))
+                there = ", ".join(map(repr, record)) + ("" if given else renaming_advice(record, ["answer"]))
                 raise InputError(
                     f"{self.place(number)} has no answer to train on (field {' or '.join(map(repr, _ANSWER_FIELDS))}); "
                     f"fields there: {there}"

@@ -3,7 +3,6 @@
 The keys and shapes of the sample dict that models read are listed in docs/architecture.md, section 3.
 """
 
-import inspect
 import logging
 import re
 from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lavis_lite.common import checkpoint
 from lavis_lite.common.config import trained as trained_config
+from lavis_lite.common.config.schema import ConstructorSignature
 from lavis_lite.common.config.sections import MODEL_KEYS
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.optim import parameter_groups
@@ -68,9 +68,7 @@ class BaseModel(nn.Module):
     has_warned_of_cut_texts: bool = False
     """Whether the warning about cut texts was logged; it is logged once per model."""
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        cls.__signature__ = inherited_signature(cls)
+    __signature__ = ConstructorSignature()
 
     @property
     def device(self) -> torch.device:
@@ -210,21 +208,6 @@ class BaseModel(nn.Module):
 
     def forward(self, samples: dict[str, Any]) -> Output:
         raise NotImplementedError(f"{type(self).__name__} does not define forward")
-
-
-def inherited_signature(cls: type) -> inspect.Signature:
-    """The constructor's keyword-only parameters, going on to the parent's wherever a class passes **kwargs on."""
-    found: dict[str, inspect.Parameter] = {}
-    for owner in cls.__mro__:
-        if "__init__" not in vars(owner) or owner is nn.Module:
-            continue
-        parameters = list(inspect.signature(vars(owner)["__init__"]).parameters.values())[1:]
-        for parameter in parameters:
-            if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-                found.setdefault(parameter.name, parameter)
-        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-            break
-    return inspect.Signature(list(found.values()))
 
 
 def starting_points(cfg: dict[str, Any]) -> dict[str, Any]:

@@ -16,14 +16,9 @@ from omegaconf import OmegaConf
 from lavis_lite.common.config import trained as trained_config
 from lavis_lite.common.config import zoo
 from lavis_lite.common.config.agreement import preprocess_of
-from lavis_lite.common.config.files import Layer, merge_layers, resolve
+from lavis_lite.common.config.files import Layer, resolve
 from lavis_lite.common.config.schema import Checker
-from lavis_lite.common.config.sections import (
-    PROCESSOR_KEYS,
-    check_processors,
-    model_arguments,
-    model_layer,
-)
+from lavis_lite.common.config.sections import PROCESSOR_KEYS, check_processors, model_arguments
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.registry import registry
 from lavis_lite.common.sources import download
@@ -176,12 +171,12 @@ def described(
         section = ({} if stored is None else stored.model) | {"model_type": None} | built
         preprocess = {} if stored is None else {"preprocess": stored.preprocess}
         layers = [Layer(str(folder), {"model": section} | preprocess), own]
-        return layers, resolve(merge_layers(layers), layers)
-    base = Layer("defaults", {"model": {"arch": arch, "model_type": None}})
+        return layers, resolve(layers)
+    packaged = [Layer("defaults", {"model": {"arch": arch, "model_type": None}})]
     if trained is not None and arch == trained.arch and trained.model_type in zoo.model_zoo.types(arch):
-        base = model_layer(arch, trained.model_type)
-    layers = trained_config.lay_under([base, own], trained, level=level)
-    return layers, resolve(merge_layers(layers), layers)
+        packaged = zoo.model_layers(arch, trained.model_type)
+    layers = [*trained_config.lay_under(packaged, [own], trained, level=level), own]
+    return layers, resolve(layers)
 
 
 def _arch_of_class(model_class: type[BaseModel] | None) -> str | None:
@@ -201,11 +196,12 @@ def configured(
     """Return the layers of a model's configuration, and its sections `model` and `preprocess`, resolved: those of the
     type, of what the checkpoint was trained as, and the overrides; `level` as in `trained_config.lay_under`.
     """
-    layers = [model_layer(name, model_type), _overrides(overrides)]
+    layers, own = zoo.model_layers(name, model_type), _overrides(overrides)
     if checkpoint is not None:
         _check_named(checkpoint, "checkpoint")
-        layers = trained_config.lay_under(layers, trained_config.read(checkpoint), level=level)
-    return layers, resolve(merge_layers(layers), layers)
+        layers = trained_config.lay_under(layers, [own], trained_config.read(checkpoint), level=level)
+    layers = [*layers, own]
+    return layers, resolve(layers)
 
 
 def _check_named(source: Any, argument: str) -> None:

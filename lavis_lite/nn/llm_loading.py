@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from lavis_lite.common.config.adapters import lora_config
 from lavis_lite.common.errors import InputError, MissingFileError, MissingPackageError
 from lavis_lite.common.sources.hub import from_hub
 from lavis_lite.nn.llm_sources import (
@@ -32,7 +33,7 @@ from lavis_lite.nn.llm_sources import (
     naming,
     read_config,
 )
-from lavis_lite.nn.lora import add_lora, embedding_weight, lora_config
+from lavis_lite.nn.lora import add_lora, embedding_weight
 
 INSIDE_COMPOSITE = {r"^language_model\.": ""}
 """Prefix of the language model's weights in a Hugging Face BLIP-2."""

@@ -5,10 +5,9 @@ float32, so that such a model must be float32 itself.
 """
 
 import copy
-import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,137 +16,24 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lavis_lite.common import checkpoint
-from lavis_lite.common.bounds import MAX_WIDTH, check_number, check_numbers
+from lavis_lite.common.config.adapters import lora_config
 from lavis_lite.common.errors import (
     AdapterError,
     InputError,
     MissingFileError,
-    MissingPackageError,
 )
 from lavis_lite.common.sources import download, weights
 
 logger = logging.getLogger(__name__)
 
-ADAPTER = "adapter"
-"""Key of `llm_lora` beside those of LoraConfig: the folder that the adapters' weights come from."""
-CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-BIASES = ("none", "all", "lora_only")
 WHOLE_PARTS = ("modules_to_save", "trainable_token_indices")
 """Keys of LoraConfig that train parts of the language model itself."""
-NUMBERS = {"r": (1, MAX_WIDTH), "lora_alpha": (0.0, 1e6), "lora_dropout": (0.0, 1.0)}
-"""Bounds of numbers in LoraConfig."""
-PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
-"""Keys of LoraConfig that hold a number by the names of layers, and the number that it replaces."""
 PEFT_PREFIX = "base_model.model."
 WRAPPED = re.compile(r"\.(base_layer|original_module|modules_to_save\.default|token_adapter)(?=\.)")
 """Between a layer that peft has wrapped and its weights."""
 MOST_ADDED = 64
 """Rows that a vocabulary may have more than the adapters' own: Hugging Face's image token, rounded up."""
-NOT_COUNTED = ("base_model_name_or_path", "revision", "inference_mode", "peft_type", "peft_version", "auto_mapping")
-"""Keys of a peft folder's configuration that say nothing about the adapters."""
-
-
-def lora_settings(value: Mapping[str, Any] | str | None) -> dict[str, Any] | None:
-    """Return `llm_lora` as a mapping; that of a folder which peft wrote is its configuration and its place, under
-    `adapter`.
-
-    Raises:
-        FileNotFoundError: the folder is missing, or has no adapter_config.json.
-        ValueError: the folder holds other adapters than LoRA's.
-    """
-    if not isinstance(value, str | Path):
-        return None if value is None else dict(value)
-    path = download.fetch_folder(value) / CONFIG_FILE
-    if not path.is_file():
-        raise MissingFileError(f"llm_lora: {value} holds no {CONFIG_FILE}: name a folder that peft wrote")
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        kind = stored["peft_type"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(
-            f"llm_lora: {path} is not a configuration of peft ({type(error).__name__}: {error})"
-        ) from error
-    if kind != "LORA":
-        raise InputError(f"llm_lora: {path} is of {kind} adapters; only LORA can be loaded")
-    kept = {key: setting for key, setting in stored.items() if setting is not None and key not in NOT_COUNTED}
-    if isinstance(kept.get("target_modules"), list):
-        kept["target_modules"] = sorted(kept["target_modules"])  # peft saves a set
-    return {**_without_defaults(kept), ADAPTER: str(value)}
-
-
-def _without_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that differ from LoraConfig's own; those of another version of peft are left out."""
-    usual = lora_config({}).to_dict()
-    unknown = sorted(settings.keys() - usual.keys())
-    if unknown:
-        logger.warning(f"llm_lora: the installed peft does not know {', '.join(unknown)}, which are left out")
-    return {key: value for key, value in settings.items() if key in usual and usual[key] != value}
-
-
-def lora_config(lora: Mapping[str, Any]) -> Any:
-    """peft's LoraConfig. ValueError for an unknown key or value, ImportError without peft."""
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise MissingPackageError("llm_lora needs peft: `pip install peft`, or leave the setting out") from error
-    settings = {key: value for key, value in lora.items() if key != ADAPTER}
-    check_types(settings)
-    try:
-        config = LoraConfig(**settings)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"model.llm_lora: {error}; its keys are those of peft's LoraConfig") from error
-    if config.bias not in BIASES:
-        raise InputError(f"model.llm_lora.bias: {config.bias!r} is not one of {', '.join(BIASES)}")
-    return config
-
-
-def check_types(settings: Mapping[str, Any]) -> None:
-    """Raise InputError, which begins with `model.llm_lora.<key>`, for a value that peft would stumble over, or take for
-    something else.
-    """
-    section = "model.llm_lora"
-    check_numbers(section, settings, **NUMBERS)
-    for key, number in PATTERNS.items():
-        pattern = settings.get(key)
-        if pattern is not None and not isinstance(pattern, Mapping):
-            raise InputError(f"{section}.{key}: must be a mapping from layers to numbers, got {pattern!r}")
-        for layer, value in (pattern or {}).items():
-            check_number(f"{section}.{key}.{layer}", value, *NUMBERS[number])
-    for what, (fits, keys) in TYPES.items():
-        for key in keys:
-            if settings.get(key) is not None and not fits(settings[key]):
-                raise InputError(f"{section}.{key}: must be {what}, got {settings[key]!r}")
-
-
-def _is_list(value: Any, kind: type) -> bool:
-    """Whether it is a list, or another collection that peft takes, of such values."""
-    return isinstance(value, list | tuple | set) and all(type(one) is kind for one in value)
-
-
-def _is_rows(value: Any) -> bool:
-    """Whether it is a list of tokens' ids, or a mapping from embeddings to such lists."""
-    lists = value.values() if isinstance(value, Mapping) else [value]
-    return all(_is_list(one, int) and all(row >= 0 for row in one) for one in lists)
-
-
-TYPES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
-    "true or false": (
-        lambda value: isinstance(value, bool),
-        ("use_dora", "use_rslora", "use_qalora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying"),
-    ),
-    "a text or a list of texts": (
-        lambda value: isinstance(value, str) or _is_list(value, str),
-        ("target_modules", "exclude_modules", "layers_pattern"),
-    ),
-    "a list of texts": (lambda value: _is_list(value, str), ("modules_to_save", "target_parameters")),
-    "a whole number or a list of whole numbers": (
-        lambda value: type(value) is int or _is_list(value, int),
-        ("layers_to_transform",),
-    ),
-    "a list of tokens' ids, or a mapping from embeddings to such lists": (_is_rows, ("trainable_token_indices",)),
-}
-"""What keys of LoraConfig hold, in words, and whether a value is of that kind; peft checks the other keys."""
 
 
 def trains_whole_parts(lora: Mapping[str, Any] | None) -> bool:

@@ -1,4 +1,4 @@
-"""Configuration: YAML layers, their check against signatures, and what must agree between sections."""
+"""Configuration: YAML layers, their check against signatures, and settings that must agree between sections."""
 
 from lavis_lite.common.lazy import lazy_names
 

@@ -1,45 +1,115 @@
-"""Settings that must agree: images with what the image encoder takes, captions with the prompt that they begin with.
+"""Settings of several sections that must agree: processors with the model, prompts with datasets' instructions.
 
-A processor block that leaves out `image_size`, `mean` or `std` takes the model's. Another image size than the model's,
-and a caption prompt other than the model's, are errors.
+A processor block without `image_size`, `mean` or `std` takes the model's; another image size, and a caption prompt
+other than the model's, are errors.
+
+Prompts have one order; the first source that fits a dataset counts, and no prompt is put inside another:
+1. `run.prompt`; 2. `model.prompt`, where the project gives another than the model type; 3. the dataset's
+`instructions`; 4. the model type's prompt, for datasets without instructions. Two explicit prompts of one kind (for
+questions, with `{}`; for captions, without) are an error, and so are explicit instructions with an explicit prompt.
 """
 
-import inspect
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
-from lavis_lite.common.config.files import Layer
-from lavis_lite.common.config.schema import Checker, schema_of
+from lavis_lite.common.config import zoo
+from lavis_lite.common.config.files import Layer, layer_of, merge_layers
+from lavis_lite.common.config.schema import REQUIRED, Checker, KeyPath, schema_of
 from lavis_lite.common.config.sections import check_processors
+from lavis_lite.common.errors import InputError
 from lavis_lite.common.registry import registry
+
+logger = logging.getLogger(__name__)
+
+
+def model_setting(model: Mapping[str, Any], key: str) -> Any:
+    """Return a key of a model section, or the constructor's default; None if the architecture has no such key."""
+    parameter = schema_of(registry.get_model_class(model["arch"]))[0].get(key)
+    default = None if parameter is None or parameter.default is REQUIRED else parameter.default
+    return model.get(key, default)
+
+
+# Processors and the model
 
 
 def follow_model(
-    blocks: Mapping[str, Any], model: Mapping[str, Any], checker: Checker, path: tuple[str, ...]
+    blocks: Mapping[str, Any], model: Mapping[str, Any], checker: Checker, path: KeyPath
 ) -> dict[str, Any]:
-    """Return the processor blocks of the section at `path` (`preprocess` or a dataset's), completed from `model`.
+    """Return the processor blocks of the section at `path` (`preprocess` or a dataset), completed from `model`.
 
-    Raises ConfigError, naming both keys, for an image size or a caption prompt that contradicts the model's.
+    Raises ConfigError, naming both keys, for an image size or a caption prompt other than the model's.
     """
     blocks = dict(blocks)
     if blocks.get("vis_processor"):
-        wanted = image_settings(model)
+        own = image_settings(model)
         blocks["vis_processor"] = {
-            split: _completed(block, wanted, checker, (*path, "vis_processor", split))
+            split: _completed(block, own, checker, (*path, "vis_processor", split))
             for split, block in blocks["vis_processor"].items()
         }
     captions = (blocks.get("text_processor") or {}).get("train") or {}
     if _contradicts(captions, model):
-        own, expected = captions["prompt"], model_setting(model, "prompt")
-        text = f"{own!r} is not model.prompt, which is {expected!r}: set both to one text"
+        own_prompt, expected = captions["prompt"], model_setting(model, "prompt")
+        text = f"{own_prompt!r} is not model.prompt, which is {expected!r}: set both to one text"
         raise checker.error((*path, "text_processor", "train", "prompt"), text)
     return blocks
 
 
+def _completed(block: Mapping[str, Any], own: Mapping[str, Any], checker: Checker, path: KeyPath) -> dict[str, Any]:
+    schema, _ = schema_of(registry.get_processor_class(block["name"]))
+    missing = {key: value for key, value in own.items() if key in schema and block.get(key) is None}
+    size, expected = block.get("image_size"), own.get("image_size")
+    if size is not None and expected is not None and size != expected:
+        text = f"{size} is not model.image_size, which is {expected}: leave it out to take the model's"
+        raise checker.error((*path, "image_size"), text)
+    return {**block, **missing}
+
+
+def image_settings(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a model section's `image_size`, and `mean` and `std` where its encoder has its own.
+
+    An architecture without such a setting has no entry. CLIP's mean and std are the processors' defaults.
+    """
+    statistics = registry.get_model_class(model["arch"]).image_statistics(model)
+    settings = {"image_size": model_setting(model, "image_size"), **(statistics or {})}
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def _contradicts(block: Mapping[str, Any], model: Mapping[str, Any]) -> bool:
+    """Return whether a text processor puts another prompt before training captions than the model's.
+
+    The model leaves its prompt out of the loss and generates from it.
+    """
+    if not registry.get_model_class(model["arch"]).prompt_begins_captions or block.get("name") != "blip_caption":
+        return False
+    own, expected = ((text or "").strip() for text in (block.get("prompt"), model_setting(model, "prompt")))
+    return bool(own and expected) and "{}" not in expected and own != expected
+
+
+def preprocess_of(model: Mapping[str, Any], preprocess: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a `preprocess` section with the image size and caption prompt of a model section, whatever it has itself.
+
+    For callers who name only the model. Raises ConfigError for an unknown processor or argument.
+    """
+    checker = Checker([Layer("preprocess", {"preprocess": dict(preprocess)})])
+    check_processors(preprocess, checker, ("preprocess",))
+    blocks = dict(preprocess)
+    blocks["vis_processor"] = {
+        split: {key: value for key, value in block.items() if key != "image_size"}
+        for split, block in (blocks.get("vis_processor") or {}).items()
+    }
+    texts = blocks.get("text_processor") or {}
+    if _contradicts(texts.get("train") or {}, model):
+        prompt = f"{model_setting(model, 'prompt').strip()} "
+        blocks["text_processor"] = {**texts, "train": {**texts["train"], "prompt": prompt}}
+    return follow_model(blocks, model, checker, ("preprocess",))
+
+
 def linked(layer: Layer) -> Layer:
-    """Return a layer whose processors refer to the model's `image_size` and `prompt` where it states both alike, as a
-    job's config.yaml does: then an option changes both.
+    """Return a layer whose processors refer to the model's `image_size` and `prompt` where both are equal.
+
+    A job's config.yaml states each of them twice; an option then changes both.
     """
     model, tree = layer.tree.get("model") or {}, dict(layer.tree)
     if "preprocess" in tree:
@@ -50,17 +120,18 @@ def linked(layer: Layer) -> Layer:
 
 
 def linked_section(section: Any, model: Mapping[str, Any]) -> Any:
-    """Return a section of processors that refer to the model's image size and prompt where they are the same, a prompt
-    with the spaces that the processor puts around it.
+    """Return a section whose processors refer to the model's image size and prompt where they are equal.
+
+    A prompt may differ in the spaces around it, which the processor adds.
     """
     if not isinstance(section, Mapping):
         return section
     section = dict(section)
     for kind, key in (("vis_processor", "image_size"), ("text_processor", "prompt")):
-        blocks, stated = section.get(kind), model.get(key)
-        if stated and isinstance(blocks, Mapping):
+        blocks, own = section.get(kind), model.get(key)
+        if own and isinstance(blocks, Mapping):
             section[kind] = {
-                split: {**block, key: _reference(block[key], stated, key)}
+                split: {**block, key: _reference(block[key], own, key)}
                 if isinstance(block, Mapping) and key in block
                 else block
                 for split, block in blocks.items()
@@ -68,69 +139,106 @@ def linked_section(section: Any, model: Mapping[str, Any]) -> Any:
     return section
 
 
-def _reference(value: Any, stated: Any, key: str) -> Any:
-    """Return a value that refers to the model's `key`, which is `stated`; the value itself if it is another one."""
-    if value == stated:
+def _reference(value: Any, own: Any, key: str) -> Any:
+    """Return a reference to the model's `key`, which is `own`, in place of an equal value; else the value."""
+    if value == own:
         return f"${{model.{key}}}"
-    if isinstance(value, str) and isinstance(stated, str) and value.strip() == stated.strip():
-        return value.replace(stated, f"${{model.{key}}}")
+    if isinstance(value, str) and isinstance(own, str) and value.strip() == own.strip():
+        return value.replace(own, f"${{model.{key}}}")
     return value
 
 
-def preprocess_of(model: Mapping[str, Any], preprocess: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the `preprocess` section that goes with a model section, for callers who name the model only: image size
-    and caption prompt are the model's, whatever the section says. ConfigError for an unknown processor or argument.
+# Prompts and instructions
+
+
+@runtime_checkable
+class InstructionBuilder(Protocol):
+    """A builder of a dataset with `instructions`."""
+
+    @staticmethod
+    def with_prompt(instructions: Any, prompt: str) -> dict[str, Any] | None:
+        """Return the instructions with a prompt in place of their templates; None if it does not fit them."""
+
+
+def replaced_instructions(
+    task: Mapping[str, Any],
+    model: Mapping[str, Any],
+    datasets: Mapping[str, Mapping[str, Any]],
+    types: Mapping[str, str],
+    checker: Checker,
+) -> dict[str, dict[str, Any]]:
+    """Return the `instructions` of each dataset whose template an explicit prompt replaces; log a line for each.
+
+    Raises ConfigError, naming both keys, for two explicit prompts, and for one with explicit instructions.
     """
-    checker = Checker([Layer("preprocess", {"preprocess": dict(preprocess)})])
-    check_processors(preprocess, checker, ("preprocess",))
-    blocks = dict(preprocess)
-    images = blocks.get("vis_processor") or {}
-    blocks["vis_processor"] = {
-        split: {key: value for key, value in block.items() if key != "image_size"} for split, block in images.items()
-    }
-    texts = blocks.get("text_processor") or {}
-    if _contradicts(texts.get("train") or {}, model):
-        prompt = f"{model_setting(model, 'prompt').strip()} "
-        blocks["text_processor"] = {**texts, "train": {**texts["train"], "prompt": prompt}}
-    return follow_model(blocks, model, checker, ("preprocess",))
+    prompts = explicit_prompts(task, model, checker)
+    replaced: dict[str, dict[str, Any]] = {}
+    for name, section in datasets.items():
+        builder = section.get("builder", name)
+        builder_class = registry.get_builder_class(builder)
+        if not prompts or not issubclass(builder_class, InstructionBuilder):
+            continue
+        default = _packaged_instructions(builder_class, builder, types.get(name, "default"))
+        instructions = section.get("instructions", default)
+        key, found = _first_that_fits(builder_class, instructions, prompts, checker)
+        if found is None:
+            logger.info(f"datasets.{name} keeps its instructions: {' and '.join(prompts)} cannot replace them")
+        elif instructions == default:
+            logger.info(f"datasets.{name}: {key} {prompts[key]!r} replaces its instructions")
+            replaced[name] = found
+        elif key != "model.prompt" or not _is_of_checkpoint(checker):
+            text = f"{key} is given too, {prompts[key]!r}: set one of them"
+            raise checker.error(("datasets", name, "instructions"), text)
+    return replaced
 
 
-def image_settings(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a model section says of its images: `image_size`, and `mean` and `std` where the encoder has its own.
-
-    An architecture without such a setting says nothing. CLIP's mean and std are the processors' defaults.
-    """
-    model_class = registry.get_model_class(model["arch"])
-    statistics = getattr(model_class, "image_statistics", lambda section: None)(model)
-    settings = {"image_size": model_setting(model, "image_size"), **(statistics or {})}
-    return {key: value for key, value in settings.items() if value is not None}
-
-
-def model_setting(model: Mapping[str, Any], key: str) -> Any:
-    """Return a key of a model section, or the constructor's default; None if the architecture has no such key."""
-    parameter = inspect.signature(registry.get_model_class(model["arch"])).parameters.get(key)
-    default = None if parameter is None or parameter.default is parameter.empty else parameter.default
-    return model.get(key, default)
+def explicit_prompts(task: Mapping[str, Any], model: Mapping[str, Any], checker: Checker) -> dict[str, str]:
+    """Return the prompts that the project gives, by key, in their order. ConfigError for two of one kind."""
+    given = {"run.prompt": task.get("prompt") or "", "model.prompt": _given_model_prompt(model)}
+    prompts = {key: prompt for key, prompt in given.items() if prompt}
+    is_question = {"{}" in prompt for prompt in prompts.values()}
+    if len({prompt.strip() for prompt in prompts.values()}) == 2 and len(is_question) == 1:
+        run, own = prompts.values()
+        if _is_of_checkpoint(checker):
+            return {"run.prompt": run}
+        raise checker.error(("run", "prompt"), f"{run!r} and model.prompt, {own!r}, are two prompts: set one of them")
+    return prompts
 
 
-def _completed(block: Mapping[str, Any], wanted: Mapping[str, Any], checker: Checker, path: tuple[str, ...]) -> Any:
-    schema, _ = schema_of(registry.get_processor_class(block["name"]))
-    missing = {key: value for key, value in wanted.items() if key in schema and block.get(key) is None}
-    size = block.get("image_size")
-    if size is not None and "image_size" in wanted and size != wanted["image_size"]:
-        raise checker.error(
-            (*path, "image_size"),
-            f"{size} is not model.image_size, which is {wanted['image_size']}: leave it out to take the model's",
-        )
-    return {**block, **missing}
+def _is_of_checkpoint(checker: Checker) -> bool:
+    """Return whether `model.prompt` comes from the checkpoint; any prompt of the project then replaces it."""
+    layer = layer_of(checker.layers, ("model", "prompt"))
+    return layer is not None and layer.is_trained
 
 
-def _contradicts(block: Mapping[str, Any], model: Mapping[str, Any]) -> bool:
-    """Whether a text processor begins training captions with another prompt than the model's, which the model leaves
-    out of the loss and generates from.
-    """
-    begins = getattr(registry.get_model_class(model["arch"]), "prompt_begins_captions", False)
-    if not begins or block.get("name") != "blip_caption":
-        return False
-    own, expected = ((text or "").strip() for text in (block.get("prompt"), model_setting(model, "prompt")))
-    return bool(own and expected) and "{}" not in expected and own != expected
+def _given_model_prompt(model: Mapping[str, Any]) -> str:
+    """Return `model.prompt` if it is another than the model type's, else ""."""
+    arch, prompt = model["arch"], model_setting(model, "prompt") or ""
+    if not prompt or not registry.get_model_class(arch).prompt_begins_captions:
+        return ""
+    own: Mapping[str, Any] = {"arch": arch}
+    if model.get("model_type") in zoo.model_zoo.types(arch):
+        own = merge_layers(zoo.model_layers(arch, model["model_type"]))["model"]
+    return "" if prompt == model_setting(own, "prompt") else prompt
+
+
+def _packaged_instructions(builder_class: type, builder: str, dataset_type: str) -> Any:
+    """Return the `instructions` of a packaged dataset, or the builder's default."""
+    section: Mapping[str, Any] = {}
+    if dataset_type in zoo.dataset_zoo.types(builder):
+        section = zoo.dataset_section(builder, dataset_type)
+    return section.get("instructions", schema_of(builder_class)[0]["instructions"].default)
+
+
+def _first_that_fits(
+    builder: type[InstructionBuilder], instructions: Any, prompts: Mapping[str, str], checker: Checker
+) -> tuple[str, dict[str, Any] | None]:
+    """Return the key of the first prompt that can replace the instructions, and the result; "" and None if none can."""
+    for key, prompt in prompts.items():
+        try:
+            found = builder.with_prompt(instructions, prompt)
+        except InputError as error:
+            raise checker.error(tuple(key.split(".")), str(error)) from None
+        if found is not None:
+            return key, found
+    return "", None

@@ -1,10 +1,11 @@
-"""One run's configuration: YAML files and options merged, checked and turned into plain values.
+"""The configuration of a run: YAML files and options merged, checked and turned into plain values.
 
-Merge order, the last one winning: `RunConfig`'s defaults, configs/models/<arch>/<model_type>.yaml, what
-`model.checkpoint` was trained as (trained_config.py), configs/datasets/<name>/<type>.yaml, the project's YAML (its
-`_base_` files first), `--options`. Schemas are the constructors' own signatures (config_schema.py).
-Surprising: a dataset that names no processors takes the model type's `preprocess`; one that names its `builder` may be
-called anything; `expected:` is free data, the result that a recipe has been seen to reach.
+Merge order, later layers override: `RunConfig`'s defaults, configs/models/<arch>/<model_type>.yaml, what
+`model.checkpoint` was trained with (trained.py), configs/datasets/<name>/<type>.yaml, the project's YAML (its `_base_`
+files first), `--options`. Schemas are the constructors' signatures (schema.py).
+
+Note: a dataset without processors takes the model type's `preprocess`; a dataset that names its `builder` may have any
+name; `expected:` is free data, the result that a recipe has reached.
 """
 
 import argparse
@@ -20,22 +21,17 @@ from typing import Any
 
 from lavis_lite.common.config import trained as trained_config
 from lavis_lite.common.config import zoo
-from lavis_lite.common.config.agreement import follow_model, linked
+from lavis_lite.common.config.agreement import follow_model, linked, replaced_instructions
 from lavis_lite.common.config.files import (
     ConfigError,
     Layer,
     load_with_bases,
-    load_yaml,
-    merge,
     merge_layers,
-    normalise,
-    origin,
     parse_options,
     resolve,
     resolve_key,
 )
-from lavis_lite.common.config.prompts import replaced_instructions
-from lavis_lite.common.config.run import RunConfig, RunConfigError
+from lavis_lite.common.config.run import RunConfig
 from lavis_lite.common.config.schema import Checker, Parameter
 from lavis_lite.common.config.sections import (
     PROCESSOR_KEYS,
@@ -43,7 +39,6 @@ from lavis_lite.common.config.sections import (
     check_processors,
     check_run,
     model_arguments,
-    model_layer,
 )
 from lavis_lite.common.registry import RegistryError, did_you_mean
 
@@ -51,18 +46,18 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["Config", "ConfigError", "RunConfig", "parser"]
 
-RUN_DEFAULTS = {f.name: getattr(RunConfig(task=""), f.name) for f in dataclasses.fields(RunConfig) if f.name != "task"}
 SECTIONS = ("model", "preprocess", "datasets", "run", "imports", "expected")
+DEFAULTS = Layer("defaults", {"run": {key: value for key, value in vars(RunConfig(task="")).items() if key != "task"}})
 
 
 @dataclass(kw_only=True)
 class Config:
-    """A checked configuration. Everything but `run` is plain dictionaries, lists and scalars."""
+    """A checked configuration. All but `run` is plain dictionaries, lists and scalars."""
 
     model: dict[str, Any]
     """`arch`, `model_type`, the constructor's arguments, and the weight keys."""
     datasets: dict[str, dict[str, Any]]
-    """Dataset name -> the builder's arguments, and `builder`, its name, where that is not the dataset's."""
+    """Dataset name -> the builder's arguments, and `builder`, its name, if that is not the dataset's."""
     run: RunConfig
     task: dict[str, Any] = field(default_factory=dict)
     """The task's own fields, as far as given."""
@@ -70,7 +65,7 @@ class Config:
     """The model type's `vis_processor` and `text_processor` blocks."""
     dataset_types: dict[str, str] = field(default_factory=dict)
     prompts: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Dataset name -> the `instructions` that an explicit prompt makes of its own; follows from the other fields."""
+    """Dataset name -> the `instructions` that follow from an explicit prompt; not in `to_dict`."""
     imports: list[str] = field(default_factory=list)
     expected: Any = None
     source: str = ""
@@ -83,45 +78,46 @@ class Config:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> "Config":
-        """Turn parsed command-line arguments into a configuration; its flags count as options given last."""
-        options, weights = [*args.options, *args.cfg_options], getattr(args, "checkpoint", None)
-        if hasattr(args, "checkpoint") and args.resume is not None and (args.resume == "auto" or weights is not None):
-            raise ConfigError(
-                f"--resume {args.resume}: an evaluation resumes nothing; name its weights by --checkpoint"
-            )
-        cfg = cls.from_file(args.cfg_path, options, checkpoint=weights)
-        if weights is not None and cfg.run.resume_ckpt_path is not None:
-            logger.info("run.resume_ckpt_path %s is not read: --checkpoint names the weights", cfg.run.resume_ckpt_path)
-            cfg.run = dataclasses.replace(cfg.run, resume_ckpt_path=None)
+        """Turn parsed command-line arguments into a configuration; flags override options.
+
+        Only evaluate.py's arguments have `checkpoint`.
+        """
+        weights, resume = vars(args).get("checkpoint"), args.resume
+        if resume is not None and "checkpoint" in args and (resume == "auto" or weights is not None):
+            raise ConfigError(f"--resume {resume}: an evaluation resumes nothing; name its weights by --checkpoint")
+        flags = []
         if args.job_id is not None:
-            cfg.run = replace_run(cfg.run, origin="--job-id", job_id=args.job_id)
-        if args.resume is not None:
-            auto = args.resume == "auto"
-            cfg.run = dataclasses.replace(
-                cfg.run, resume="auto" if auto else None, resume_ckpt_path=None if auto else args.resume
-            )
-        return cfg
+            flags.append(Layer("--job-id", {"run": {"job_id": args.job_id}}))
+        if resume is not None:
+            keys = {"resume": "auto", "resume_ckpt_path": None} if resume == "auto" else {"resume_ckpt_path": resume}
+            flags.append(Layer("--resume", {"run": {"resume": None, **keys}}))
+        return cls.from_file(args.cfg_path, [*args.options, *args.cfg_options], checkpoint=weights, flags=flags)
 
     @classmethod
-    def from_file(cls, path: str | Path, options: Sequence[str] = (), *, checkpoint: str | None = None) -> "Config":
-        """Read a project's YAML and `a.b=c` options. Raises ConfigError for any mistake, before anything is built."""
-        own_layers = load_with_bases(Path(path))
-        if options:
-            own_layers.append(parse_options(options))
+    def from_file(
+        cls,
+        path: str | Path,
+        options: Sequence[str] = (),
+        *,
+        checkpoint: str | None = None,
+        flags: Sequence[Layer] = (),
+    ) -> "Config":
+        """Read a project's YAML and `a.b=c` options. Raises ConfigError for any mistake, before anything is built.
+
+        `checkpoint` names the weights, in place of `model.checkpoint` and `run.resume_ckpt_path`. `flags` are the
+        last layers.
+        """
+        own = [*load_with_bases(Path(path)), *([parse_options(options)] if options else [])]
         if checkpoint is not None:
-            if not checkpoint.strip():
-                raise ConfigError(f"--checkpoint: expected a file, a folder, a URL or a hub id, got {checkpoint!r}")
-            own_layers.append(Layer("--checkpoint", {"model": {"checkpoint": checkpoint}}))
-        _check_sections(own_layers)
-        own = merge_layers(own_layers)
-        _import_user_modules(resolve_key(own, ("imports",), own_layers), own_layers)
-        builders = {name: name for name in own.get("datasets", {})} | _dataset_keys(own, own_layers, "builder")
-        types = _dataset_types(own, own_layers, builders)
-        layers = [*_model_layers(own, own_layers), *_dataset_layers(types, builders), *own_layers]
-        layers = [linked(layer) for layer in layers]
-        tree = resolve(merge({"run": RUN_DEFAULTS}, merge_layers(layers)), layers)
-        raw = {path: text for layer in layers for path, text in layer.raw.items()}
-        return _checked(tree, Checker(layers, raw), types, source=str(path))
+            own.append(_checkpoint_layer(checkpoint, own))
+        own += flags
+        for source, key in ((layer.source, key) for layer in own for key in layer.tree if key not in SECTIONS):
+            raise ConfigError(f"{source}: {key}: unknown section. {did_you_mean(key, SECTIONS)}")
+        project = Checker(own)
+        _import_user_modules(project)
+        types, of_datasets = _dataset_layers(project)
+        layers = [linked(layer) for layer in (*_model_layers(project), *of_datasets, *own)]
+        return _checked(resolve([DEFAULTS, *layers]), Checker(layers), types, source=str(path))
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain dictionaries, such that a YAML of it is read as the same configuration."""
@@ -145,21 +141,15 @@ def parser(*, prog: str | None = None, description: str | None = None) -> argpar
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(prog=prog, description=description, formatter_class=raw)
     p.add_argument("--cfg-path", required=True, metavar="YAML", help="the project's configuration")
-    settings = {"nargs": "+", "action": "extend", "default": [], "metavar": "KEY=VALUE"}
-    p.add_argument("--options", **settings, help="settings that win over the file's, e.g. run.max_epoch=3")
-    p.add_argument("--cfg-options", **settings, help="the same, under LAVIS's name")
-    p.add_argument("--job-id", metavar="NAME", help="folder of the run below run.output_dir (default: the time)")
-    p.add_argument("--resume", metavar="auto|PATH", help="auto: go on with the newest job; or a checkpoint_last.pth")
+    for flag, text in (
+        ("--options", "settings that override the file's, e.g. run.max_epoch=3"),
+        ("--cfg-options", "the same, under LAVIS's name"),
+    ):
+        p.add_argument(flag, nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=text)
+    p.add_argument("--job-id", metavar="NAME", help="folder of the run in run.output_dir (default: the time)")
+    p.add_argument("--resume", metavar="auto|PATH", help="auto: resume the newest job; or a checkpoint_last.pth")
     p.add_argument("--dry-run", action="store_true", help="check everything, count parameters and samples, run no step")
     return p
-
-
-def replace_run(run: RunConfig, *, origin: str, **changes: Any) -> RunConfig:
-    """Return `run` with some keys changed; ConfigError naming `origin` if a value makes no sense."""
-    try:
-        return dataclasses.replace(run, **changes)
-    except RunConfigError as error:
-        raise ConfigError(f"{origin}: {error.text}") from None
 
 
 def _checked(tree: dict[str, Any], checker: Checker, types: dict[str, str], *, source: str) -> Config:
@@ -173,10 +163,12 @@ def _checked(tree: dict[str, Any], checker: Checker, types: dict[str, str], *, s
         name: follow_model(check_dataset(name, body, preprocess, checker), model, checker, ("datasets", name))
         for name, body in tree.get("datasets", {}).items()
     }
-    for key in ("train_dataset_ratios", "train_dataset_factors"):
-        for name in getattr(run, key) or {}:
-            if name not in datasets:
-                raise checker.error(("run", key, name), f"no such dataset here. {did_you_mean(name, datasets)}")
+    for key, weights in (
+        ("train_dataset_ratios", run.train_dataset_ratios),
+        ("train_dataset_factors", run.train_dataset_factors),
+    ):
+        for name in [name for name in weights or {} if name not in datasets]:
+            raise checker.error(("run", key, name), f"no such dataset here. {did_you_mean(name, datasets)}")
     return Config(
         model=model,
         datasets=datasets,
@@ -191,20 +183,23 @@ def _checked(tree: dict[str, Any], checker: Checker, types: dict[str, str], *, s
     )
 
 
-def _check_sections(layers: Sequence[Layer]) -> None:
-    for layer in layers:
-        for key in layer.tree:
-            if key not in SECTIONS:
-                raise ConfigError(f"{layer.source}: {key}: unknown section. {did_you_mean(key, SECTIONS)}")
+def _checkpoint_layer(checkpoint: str, own: Sequence[Layer]) -> Layer:
+    if not checkpoint.strip():
+        raise ConfigError(f"--checkpoint: expected a file, a folder, a URL or a hub id, got {checkpoint!r}")
+    resumed = resolve_key(own, ("run", "resume_ckpt_path"))
+    if resumed is not None:
+        logger.info("run.resume_ckpt_path %s is not read: --checkpoint names the weights", resumed)
+    return Layer("--checkpoint", {"model": {"checkpoint": checkpoint}, "run": {"resume_ckpt_path": None}})
 
 
-def _import_user_modules(names: Any, layers: Sequence[Layer]) -> None:
-    """Import the modules that `imports` lists, so that they register their classes; the working folder is searched."""
+def _import_user_modules(project: Checker) -> None:
+    """Import the modules that `imports` lists, which register their classes; the working folder is searched too."""
+    names = resolve_key(project.layers, ("imports",))
     if names is None:
         return
-    where = f"{origin(layers, ('imports',))}: imports"
     if not isinstance(names, list) or not all(map(_is_module_name, names)):
-        raise ConfigError(f"{where}: expected a list of module names such as my_project.models, got {names!r}")
+        text = f"expected a list of module names such as my_project.models, got {names!r}"
+        raise project.error(("imports",), text)
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     for name in names:
@@ -212,75 +207,64 @@ def _import_user_modules(names: Any, layers: Sequence[Layer]) -> None:
             import_module(name)
         except ModuleNotFoundError as error:
             places = f"it is looked up on PYTHONPATH and in {Path.cwd()}"
-            raise ConfigError(f"{where}: cannot import {name!r}: {error}; {places}") from None
+            raise project.error(("imports",), f"cannot import {name!r}: {error}; {places}") from None
 
 
 def _is_module_name(name: Any) -> bool:
     return isinstance(name, str) and all(part.isidentifier() for part in name.split("."))
 
 
-def _model_layers(tree: dict[str, Any], layers: Sequence[Layer]) -> list[Layer]:
-    """The model type's layer, and what the checkpoint that is named was trained as."""
-    base, checkpoint = _model_layer_of(tree, layers), resolve_key(tree, ("model", "checkpoint"), layers)
-    if not isinstance(checkpoint, str):
-        return [base]
-    own = [base, Layer("defaults", {"run": RUN_DEFAULTS}), *layers]
-    laid = trained_config.lay_under(own, trained_config.read(checkpoint), level=logging.INFO)
-    return laid[: 1 + len(laid) - len(own)]
-
-
-def _model_layer_of(tree: dict[str, Any], layers: Sequence[Layer]) -> Layer:
-    arch, model_type = (resolve_key(tree, ("model", key), layers) for key in ("arch", "model_type"))
+def _model_layers(project: Checker) -> list[Layer]:
+    """Return the layers of the model type, and the configuration of the checkpoint that is named."""
+    arch, model_type, checkpoint = (
+        resolve_key(project.layers, ("model", key)) for key in ("arch", "model_type", "checkpoint")
+    )
     if not isinstance(arch, str):
-        where = f"{origin(layers, ('model', 'arch'))}: model.arch"
-        raise ConfigError(f"{where}: missing: it needs an architecture. {did_you_mean('', zoo.model_zoo.names())}")
-    if model_type is None and arch in zoo.model_zoo:
-        where = f"{origin(layers, ('model', 'model_type'))}: model.model_type"
-        raise ConfigError(f"{where}: missing: it needs a type of {arch}. {did_you_mean('', zoo.model_zoo.types(arch))}")
+        names = did_you_mean("", zoo.model_zoo.names())
+        raise project.error(("model", "arch"), f"missing: it needs an architecture. {names}")
+    packaged = [Layer(f"{arch}'s defaults", {})]  # a user's architecture: its constructor has the defaults
     if arch in zoo.model_zoo:
+        if model_type is None:
+            types = did_you_mean("", zoo.model_zoo.types(arch))
+            raise project.error(("model", "model_type"), f"missing: it needs a type of {arch}. {types}")
         try:
-            return model_layer(arch, str(model_type))
+            packaged = zoo.model_layers(arch, str(model_type))
         except RegistryError as error:
-            raise ConfigError(f"{origin(layers, ('model', 'model_type'))}: model.model_type: {error}") from None
-    return Layer(f"{arch}'s defaults", {})  # a user's own architecture: its constructor has the defaults
+            raise project.error(("model", "model_type"), str(error)) from None
+    if not isinstance(checkpoint, str):
+        return packaged
+    own = [DEFAULTS, *project.layers]
+    return trained_config.lay_under(packaged, own, trained_config.read(checkpoint), level=logging.INFO)
 
 
-def _dataset_keys(tree: dict[str, Any], layers: Sequence[Layer], key: str) -> dict[str, str]:
-    """The name that each dataset has under `key`; datasets that say nothing are left out."""
-    found = {name: resolve_key(tree, ("datasets", name, key), layers) for name in tree.get("datasets", {})}
-    for name, value in found.items():
-        if not isinstance(value, str | None):
-            where = f"{origin(layers, ('datasets', name, key))}: datasets.{name}.{key}"
-            raise ConfigError(f"{where}: expected a name, got {value!r}")
-    return {name: value for name, value in found.items() if value is not None}
+def _dataset_layers(project: Checker) -> tuple[dict[str, str], list[Layer]]:
+    """Return the type of each dataset, and the layers of these types.
+
+    A user's dataset has no layer: its builder has the defaults.
+    """
+    types: dict[str, str] = {}
+    layers: list[Layer] = []
+    for name in merge_layers(project.layers).get("datasets", {}):
+        builder = _dataset_key(project, name, "builder") or name
+        dataset_type = types[name] = _dataset_key(project, name, "type") or "default"
+        known = zoo.dataset_zoo.types(builder)
+        if known and dataset_type not in known:
+            text = f"{builder} has no type {dataset_type!r}. {did_you_mean(dataset_type, known)}"
+            raise project.error(("datasets", name, "type"), text)
+        layers += zoo.dataset_layers(name, builder, dataset_type) if known else []
+    return types, layers
 
 
-def _dataset_types(tree: dict[str, Any], layers: Sequence[Layer], builders: Mapping[str, str]) -> dict[str, str]:
-    types = dict.fromkeys(builders, "default") | _dataset_keys(tree, layers, "type")
-    for name, kind in types.items():
-        known = zoo.dataset_zoo.types(builders[name])
-        if known and kind not in known:
-            where = f"{origin(layers, ('datasets', name, 'type'))}: datasets.{name}.type"
-            raise ConfigError(f"{where}: {builders[name]} has no type {kind!r}. {did_you_mean(kind, known)}")
-    return types
-
-
-def _dataset_layers(types: Mapping[str, str], builders: Mapping[str, str]) -> list[Layer]:
-    result = []
-    for name, builder in builders.items():
-        if builder not in zoo.dataset_zoo:
-            continue  # a user's own dataset: its builder has the defaults
-        path = zoo.dataset_config_path(builder, types[name])
-        tree = normalise(load_yaml(path), source=str(path))
-        if builder not in tree.get("datasets", {}):
-            raise ConfigError(f"{path}: expected the section datasets.{builder}")
-        result.append(Layer(str(path), {"datasets": {name: tree["datasets"][builder]}}))
-    return result
+def _dataset_key(project: Checker, name: str, key: str) -> str | None:
+    value = resolve_key(project.layers, ("datasets", name, key))
+    if not isinstance(value, str | None):
+        raise project.error(("datasets", name, key), f"expected a name, got {value!r}")
+    return value
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     return str(value) if isinstance(value, Path) else value

@@ -1,8 +1,8 @@
-"""YAML files as layers of plain dictionaries: loading, `_base_` inheritance, merging, and which file a key came from.
+"""YAML files and options as layers of plain dictionaries: loading, `_base_` inheritance, merging, origin of a key.
 
-Surprising: inside a processor block, another `name` replaces the block instead of being merged into it (the old
-processor's arguments would be unknown to the new one); a dataset without a body (`shapes_vqa:`) means its defaults, and
-`false` takes an inherited dataset out.
+Note: inside a processor block, another `name` replaces the block instead of merging with it, since the old processor's
+arguments would be unknown to the new one. A dataset without a body (`shapes_vqa:`) has its default settings; `false`
+removes an inherited dataset.
 """
 
 import contextlib
@@ -19,29 +19,36 @@ from lavis_lite.common.errors import InputError
 
 KeyPath = tuple[str, ...]
 MAX_BYTES = 2**20
-"""Size of a YAML file; ours have some thousand bytes."""
+"""Size of a YAML file; packaged ones have some thousand bytes."""
 MAX_DEPTH = 32
 """Levels of mappings and lists in a YAML file or option."""
 
 
 class ConfigError(InputError):
-    """A mistake in a configuration: says which file, which key, and what would be right."""
+    """A mistake in a configuration; the message names the file, the key and the correction."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One source of settings: a file, or the command line's `--options`."""
+    """One source of settings: a file, a checkpoint's configuration, or the command line's `--options`."""
 
     source: str
+    """The file's path, or the flag of the command line (`--options`)."""
     tree: dict[str, Any]
     raw: dict[KeyPath, str] = field(default_factory=dict)
-    """The options' values as they were typed, before YAML read `001` as a number."""
+    """Values of options as typed, before YAML reads `001` as a number."""
+    is_trained: bool = False
+    """Whether this is the configuration that a checkpoint was trained with."""
+
+    @property
+    def is_file(self) -> bool:
+        return not self.source.startswith("--")
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
-    """Read one YAML file as a plain dictionary, interpolations (`${...}`) left as they are.
+    """Read one YAML file as a plain dictionary, interpolations (`${...}`) unresolved.
 
-    Raises ConfigError, naming file and line, for what is missing, empty, no mapping, or not YAML (a repeated key too).
+    Raises ConfigError, naming file and line, for a missing or empty file and for invalid YAML (a repeated key too).
     """
     from omegaconf import OmegaConf
 
@@ -55,7 +62,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     if len(content) > MAX_BYTES:
         raise ConfigError(f"{path}: the file is larger than the {MAX_BYTES:,} bytes that a configuration may have")
     with reading_yaml(str(path)):
-        tree = OmegaConf.to_container(OmegaConf.load(io.StringIO(content.decode("utf-8-sig"))), resolve=False)
+        tree = plain(OmegaConf.load(io.StringIO(content.decode("utf-8-sig"))))
         check_depth(tree)
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected sections such as 'model:' and 'run:', found a {type(tree).__name__}")
@@ -64,9 +71,17 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
+def plain(config: Any, *, resolved: bool = False) -> Any:
+    """Return OmegaConf's container as dictionaries and lists; any other value as it is."""
+    from omegaconf import OmegaConf
+
+    is_container = OmegaConf.is_config(config)
+    return OmegaConf.to_container(config, resolve=resolved, throw_on_missing=resolved) if is_container else config
+
+
 @contextlib.contextmanager
 def reading_yaml(where: str, *, has_lines: bool = True) -> Iterator[None]:
-    """Turn what PyYAML and OmegaConf raise about a text into a ConfigError that begins with `where`."""
+    """Turn errors of PyYAML and OmegaConf about a text into a ConfigError that begins with `where`."""
     import yaml
     from omegaconf.errors import OmegaConfBaseException
 
@@ -81,10 +96,8 @@ def reading_yaml(where: str, *, has_lines: bool = True) -> Iterator[None]:
         raise ConfigError(f"{where}: cannot be read as YAML: {str(error).splitlines()[0]}") from None
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         # PyYAML converts numbers and tagged values (`!!int x`) with Python's own functions, unchecked.
-        reason = next(iter(str(error).splitlines()), "")
-        raise ConfigError(
-            f"{where}: not valid YAML: a number or tagged value cannot be converted ({type(error).__name__}: {reason})"
-        ) from None
+        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        raise ConfigError(f"{where}: not valid YAML: a number or tagged value cannot be converted ({reason})") from None
 
 
 def check_depth(value: Any, *, left: int = MAX_DEPTH) -> None:
@@ -97,14 +110,14 @@ def check_depth(value: Any, *, left: int = MAX_DEPTH) -> None:
 
 
 def load_with_bases(path: Path, *, chain: tuple[Path, ...] = ()) -> list[Layer]:
-    """Return the file's layers, its `_base_` files (a path or a list, relative to the file) first.
+    """Return the file's layers: its `_base_` files (a path or a list, relative to the file) first, itself last.
 
-    Raises ConfigError for a base that is missing or leads back to itself.
+    Raises ConfigError for a missing or circular base.
     """
     here = path.resolve()
     if here in chain:
         circle = " -> ".join(str(p) for p in (*chain[chain.index(here) :], here))
-        raise ConfigError(f"{path}: _base_ goes round in a circle: {circle}")
+        raise ConfigError(f"{path}: _base_: the files inherit in a circle: {circle}")
     tree = load_yaml(path)
     bases = tree.pop("_base_", [])
     bases = [bases] if isinstance(bases, str) else bases
@@ -114,41 +127,32 @@ def load_with_bases(path: Path, *, chain: tuple[Path, ...] = ()) -> list[Layer]:
     for base in bases:
         base_path = path.parent / base
         if not base_path.is_file():
-            raise ConfigError(
-                f"{path}: _base_: there is no {base_path} (paths are relative to the file that names them)"
-            )
+            raise ConfigError(f"{path}: _base_: there is no {base_path}; paths are relative to {path.parent}")
         layers += load_with_bases(base_path, chain=(*chain, here))
     return [*layers, Layer(str(path), normalise(tree, source=str(path)))]
 
 
 def normalise(tree: dict[str, Any], *, source: str) -> dict[str, Any]:
-    """Give sections and datasets without a body an empty one; raise ConfigError for one that is no mapping."""
+    """Return the tree with `{}` for empty sections and datasets; ConfigError for one that is not a mapping."""
     tree = dict(tree)
-    for section in ("model", "preprocess", "datasets", "run"):
-        if section not in tree:
-            continue
-        body = {} if tree[section] is None else tree[section]
-        if not isinstance(body, dict):
-            raise ConfigError(f"{source}: {section}: expected a mapping of keys to values, got {body!r}")
-        tree[section] = body
+    for section in [key for key in ("model", "preprocess", "datasets", "run") if key in tree]:
+        tree[section] = {} if tree[section] is None else tree[section]
+        if not isinstance(tree[section], dict):
+            raise ConfigError(f"{source}: {section}: expected a mapping of keys to values, got {tree[section]!r}")
+    for name, body in tree.get("datasets", {}).items():
+        where = f"{source}: datasets.{name}"
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
+            raise ConfigError(f"{where}: expected a name of letters, digits, _ and -, which files can have")
+        if body is not None and not isinstance(body, bool | dict):
+            raise ConfigError(f"{where}: expected a mapping, or false to leave it out, got {body!r}")
     if "datasets" in tree:
-        for name in tree["datasets"]:
-            if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name):
-                raise ConfigError(
-                    f"{source}: datasets.{name}: results are filed under it: expected a name of letters, digits, _ "
-                    f"and -, got {name!r}"
-                )
-        tree["datasets"] = {name: {} if body in (None, True) else body for name, body in tree["datasets"].items()}
-        for name, body in tree["datasets"].items():
-            if body is not False and not isinstance(body, dict):
-                raise ConfigError(
-                    f"{source}: datasets.{name}: expected a mapping, or false to leave it out, got {body!r}"
-                )
+        bodies = {name: {} if body is None or body is True else body for name, body in tree["datasets"].items()}
+        tree["datasets"] = bodies
     return tree
 
 
 def parse_options(options: Sequence[str]) -> Layer:
-    """Read `a.b=c` (LAVIS's `a.b c` pairs too) into a layer; values are YAML, so lists and mappings work as well."""
+    """Read `a.b=c` options (or LAVIS's `a.b c` pairs) into a layer; values are YAML, lists and mappings included."""
     if options and "=" not in options[0]:
         if len(options) % 2:
             raise ConfigError(f"--options: expected key=value, or pairs of key and value, got {' '.join(options)!r}")
@@ -166,9 +170,7 @@ def parse_options(options: Sequence[str]) -> Layer:
         for part in path[:-1]:
             node = node.setdefault(part, {})
             if not isinstance(node, dict):
-                raise ConfigError(
-                    f"--options: {option!r} sets a key inside {part!r}, which another option made a plain value"
-                )
+                raise ConfigError(f"--options: {option!r} sets a key of {part!r}, which another option sets to a value")
         node[path[-1]] = _parse_value(text, option=option)
         raw[path] = text
     return Layer("--options", normalise(tree, source="--options"), raw)
@@ -180,24 +182,24 @@ def _parse_value(text: str, *, option: str) -> Any:
     shown = option if len(option) < 100 else f"{option[:100]}..."
     try:
         with reading_yaml(f"--options: the value of {shown!r}", has_lines=False):
-            value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]
+            value = plain(OmegaConf.from_dotlist([f"value={text}"]))["value"]
             check_depth(value)
     except ConfigError as error:
         raise ConfigError(f"{error}; {quoting(option)}") from None
-    return text if text.strip() == value else value  # with its spaces, which keys that refer to this one see too
+    return text if text.strip() == value else value  # with its spaces, for keys that refer to this one
 
 
 def quoting(option: str) -> str:
-    """Return how to write an option whose value is text that YAML would read as something else."""
+    """Return how to write an option whose value is text that YAML reads as something else."""
     key, _, text = option.partition("=")
-    if len(option) >= 100:
-        return f"a text is quoted twice, for the shell and for YAML: '{key[:100]}=\"...\"'"
-    quoted = shlex.quote(f"{key}={json.dumps(text, ensure_ascii=False)}")
+    quoted = f"'{key[:100]}=\"...\"'"
+    if len(option) < 100:
+        quoted = shlex.quote(f"{key}={json.dumps(text, ensure_ascii=False)}")
     return f"a text is quoted twice, for the shell and for YAML: {quoted}"
 
 
 def merge(base: dict[str, Any], over: dict[str, Any], *, inside_processor: bool = False) -> dict[str, Any]:
-    """Return `base` with `over` laid on it: mappings are merged key by key, everything else (lists too) is replaced."""
+    """Return `base` overridden by `over`: mappings merge key by key; any other value, lists too, is replaced."""
     if inside_processor and "name" in base and "name" in over and base["name"] != over["name"]:
         return dict(over)
     result = dict(base)
@@ -211,7 +213,7 @@ def merge(base: dict[str, Any], over: dict[str, Any], *, inside_processor: bool 
 
 
 def merge_layers(layers: Sequence[Layer]) -> dict[str, Any]:
-    """Merge all layers, the last one winning, and drop the datasets that were set to false."""
+    """Merge all layers, later ones override, and drop the datasets that are false."""
     tree: dict[str, Any] = {}
     for layer in layers:
         tree = merge(tree, layer.tree)
@@ -220,44 +222,53 @@ def merge_layers(layers: Sequence[Layer]) -> dict[str, Any]:
     return tree
 
 
-def resolve(tree: dict[str, Any], layers: Sequence[Layer]) -> dict[str, Any]:
-    """Resolve every `${...}`; ConfigError naming the key if one cannot be, or if a value was left as `???`."""
+def resolve(layers: Sequence[Layer]) -> dict[str, Any]:
+    """Merge all layers and resolve every `${...}`; ConfigError about a key for which that fails, or that is `???`."""
     from omegaconf import OmegaConf
+
+    with _resolving(layers):
+        return plain(OmegaConf.create(merge_layers(layers)), resolved=True)
+
+
+def resolve_key(layers: Sequence[Layer], path: KeyPath) -> Any:
+    """Return the resolved value at `path` of the merged layers, or None; the other keys are not resolved."""
+    from omegaconf import OmegaConf
+
+    with _resolving(layers):
+        return plain(OmegaConf.select(OmegaConf.create(merge_layers(layers)), ".".join(path)), resolved=True)
+
+
+@contextlib.contextmanager
+def _resolving(layers: Sequence[Layer]) -> Iterator[None]:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        return OmegaConf.to_container(OmegaConf.create(tree), resolve=True, throw_on_missing=True)
+        yield
     except OmegaConfBaseException as error:
-        raise _unresolved(error, layers) from None
+        key = tuple(str(error.full_key or "").split("."))
+        text = str(error.msg or error).strip().splitlines()[0]
+        raise ConfigError(f"{origin(layers, key)}: {'.'.join(key)}: {text}") from None
 
 
-def resolve_key(tree: dict[str, Any], path: KeyPath, layers: Sequence[Layer]) -> Any:
-    """Return the resolved value at `path`, or None if there is none; other keys may need what is not merged yet."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+def layer_of(layers: Sequence[Layer], path: KeyPath) -> Layer | None:
+    """Return the last layer that sets the key at `path`.
 
-    try:
-        value = OmegaConf.select(OmegaConf.create(tree), ".".join(path))
-        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-    except OmegaConfBaseException as error:
-        raise _unresolved(error, layers) from None
-
-
-def _unresolved(error: Any, layers: Sequence[Layer]) -> ConfigError:
-    key = tuple(str(error.full_key or "").split("."))
-    text = str(error.msg or error).strip().splitlines()[0]
-    return ConfigError(f"{origin(layers, key)}: {'.'.join(key)}: {text}")
-
-
-def origin(layers: Sequence[Layer], path: KeyPath) -> str:
-    """Return the source of the last layer that sets the key at `path`; if none does, of the one that gets nearest."""
-    best, depth = layers[-1].source if layers else "defaults", 0
+    If none does, return the last file that sets most of the key's parents: there the key can be added.
+    """
+    best, depth = next((layer for layer in reversed(layers) if layer.is_file), None), 0
     for layer in layers:
         reached, node = 0, layer.tree
         for part in path:
             if not isinstance(node, dict) or part not in node:
                 break
             node, reached = node[part], reached + 1
-        if reached and reached >= depth:
-            best, depth = layer.source, reached
+        is_set = reached == len(path) or not isinstance(node, dict)  # a list's items are not keys
+        if reached >= max(depth, 1) and (is_set or layer.is_file):
+            best, depth = layer, reached
     return best
+
+
+def origin(layers: Sequence[Layer], path: KeyPath) -> str:
+    """Return the source of `layer_of`."""
+    layer = layer_of(layers, path)
+    return "defaults" if layer is None else layer.source

@@ -1,7 +1,7 @@
 """Signatures as schemas: keys and values of a mapping are checked against a constructor's or dataclass's parameters.
 
-Values are converted only where nothing is lost: 1 to 1.0 for a number, 2e4 to 20000 for a whole number.
-Annotations the checker does not know (a class, Any) accept everything.
+Values are converted only without loss: 1 to 1.0 for a number, 2e4 to 20000 for a whole number. Annotations that the
+checker does not know (a class, Any) accept everything. docs/architecture.md says why this is not pydantic.
 """
 
 import inspect
@@ -9,18 +9,15 @@ import math
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from lavis_lite.common.config.files import (
-    ConfigError,
-    KeyPath,
-    Layer,
-    origin,
-    quoting,
-)
+from lavis_lite.common.config.files import ConfigError, KeyPath, Layer, origin, quoting
 from lavis_lite.common.registry import did_you_mean
+
+REQUIRED = inspect.Parameter.empty
 
 
 @dataclass(frozen=True)
@@ -28,95 +25,118 @@ class Parameter:
     """One key of a schema."""
 
     annotation: Any
-    required: bool = False
+    default: Any = None
 
 
 Schema = dict[str, Parameter]
 
 
 def schema_of(item: Callable[..., Any]) -> tuple[Schema, bool]:
-    """Return a class's (or function's) parameters, and whether it takes any further keyword.
-
-    `**kwargs` of a constructor stands for its parent's keyword-only parameters, as it does in
-    `super().__init__(**kwargs)`; the parent's others are the constructor's own business.
-    """
+    """Return the parameters of a class or function, and whether it takes any further keyword."""
     if is_dataclass(item):
         hints = _hints(item)
-        return {
-            f.name: Parameter(hints.get(f.name, Any), f.default is MISSING and f.default_factory is MISSING)
-            for f in fields(item)
-            if f.init
-        }, False
-    schema: Schema = {}
-    owners = [c.__init__ for c in item.__mro__ if "__init__" in vars(c)] if inspect.isclass(item) else [item]
-    open_ended = False
+        return {f.name: Parameter(hints.get(f.name, Any), _default(f)) for f in fields(item) if f.init}, False
+    parameters = signature_of(item).parameters.values()
+    schema = {p.name: Parameter(p.annotation, p.default) for p in parameters if p.kind is not p.VAR_KEYWORD}
+    return schema, len(schema) < len(parameters)
+
+
+def signature_of(item: Callable[..., Any]) -> inspect.Signature:
+    """Return a constructor's (or function's) signature, with all parameters by keyword and resolved annotations.
+
+    `**kwargs` of a constructor stands for its parent's keyword-only parameters, as in `super().__init__(**kwargs)`; it
+    stays in the signature if the last constructor that is reached has it.
+    """
+    if isinstance(item, type):
+        owners = [vars(owner)["__init__"] for owner in item.__mro__ if "__init__" in vars(owner)]
+    else:
+        owners = [item]
+    found: dict[str, inspect.Parameter] = {}
+    rest: list[inspect.Parameter] = []
     for function in owners:
         if function is object.__init__:
             break
-        if function.__module__.startswith("torch."):
-            return schema, False  # torch's Module takes **kwargs only to refuse them
-        open_ended, hints = False, _hints(function)
-        for name, parameter in inspect.signature(function).parameters.items():
-            open_ended |= parameter.kind is parameter.VAR_KEYWORD
-            is_settable = parameter.kind is parameter.KEYWORD_ONLY
-            is_settable |= parameter.kind is parameter.POSITIONAL_OR_KEYWORD and function is owners[0]
-            if name != "self" and is_settable:
-                schema.setdefault(name, Parameter(hints.get(name, Any), parameter.default is parameter.empty))
-        if not open_ended:
+        if function.__module__.startswith("torch."):  # Module takes **kwargs only to refuse them
+            rest = []
             break
-    return schema, open_ended
+        hints = _hints(function)
+        parameters = list(inspect.signature(function).parameters.values())[1 if isinstance(item, type) else 0 :]
+        for parameter in parameters:
+            is_inherited = parameter.kind is parameter.POSITIONAL_OR_KEYWORD and function is not owners[0]
+            if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD) and not is_inherited:
+                annotation = hints.get(parameter.name, Any)
+                found.setdefault(parameter.name, parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=annotation))
+        rest = [parameter for parameter in parameters if parameter.kind is parameter.VAR_KEYWORD]
+        if not rest:
+            break
+    return inspect.Signature([*found.values(), *rest])
+
+
+class ConstructorSignature:
+    """Descriptor for `__signature__`: help and IDEs show a class with the parameters that it passes to its parents."""
+
+    def __get__(self, instance: object, owner: type) -> inspect.Signature:
+        return signature_of(owner)
 
 
 def _hints(item: Any) -> dict[str, Any]:
     try:
         return typing.get_type_hints(item)
-    except NameError:  # a name that only type checkers import: the keys are still checked, the values are not
+    except NameError:  # a name that only type checkers import: the keys are checked, the values are not
         return {}
+
+
+def _default(own: Any) -> Any:
+    if own.default is not MISSING:
+        return own.default
+    return REQUIRED if own.default_factory is MISSING else own.default_factory()
+
+
+WORDS: dict[Any, str] = {
+    **{bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"},
+    **{types.NoneType: "null", list: "a list", tuple: "a list", dict: "a mapping"},
+}
 
 
 def describe(annotation: Any) -> str:
     """Return an annotation in words: 'a whole number or null'."""
-    args = get_args(annotation)
-    if get_origin(annotation) in (Union, types.UnionType):
+    kind, args = get_origin(annotation), get_args(annotation)
+    if kind in (Union, types.UnionType):
         return " or ".join(describe(arg) for arg in args)
-    if get_origin(annotation) is Literal:
+    if kind is Literal:
         return " or ".join(repr(arg) for arg in args)
-    if get_origin(annotation) in (list, Sequence, tuple):
+    if kind in (list, Sequence, tuple):
         return f"a list of {describe(args[0]).removeprefix('a ')}" if args else "a list"
-    if get_origin(annotation) in (dict, Mapping) or is_dataclass(annotation):
+    if kind in (dict, Mapping) or is_dataclass(annotation):
         return "a mapping"
-    words = {
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        Path: "a path",
-        types.NoneType: "null",
-    }
-    words |= {list: "a list", tuple: "a list", dict: "a mapping"}
-    return words.get(annotation, getattr(annotation, "__name__", str(annotation)))
+    name = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    return WORDS.get(annotation, name)
 
 
 MAX_WHOLE = 2**53
-"""The largest whole number, up to which a float has all of them."""
+"""Largest whole number up to which floats represent every one."""
 MAX_NUMBER = 3e38
-"""The largest number, which a 32-bit float can hold."""
+"""Largest number; a 32-bit float can hold it."""
 
 
 class _Mismatch(Exception):
-    """Internal: the value does not fit the annotation; perhaps with what else is expected of it."""
+    """Internal: the value does not fit the annotation; its text is what else is expected."""
 
 
 @dataclass(frozen=True)
 class Checker:
-    """Checks the merged tree, and knows from its layers which file to name in an error."""
+    """Checks values of merged layers; errors name the layer that sets the key."""
 
     layers: Sequence[Layer]
-    raw: Mapping[KeyPath, str] = field(default_factory=dict)
+
+    @cached_property
+    def _raw(self) -> dict[KeyPath, str]:
+        return {path: text for layer in self.layers for path, text in layer.raw.items()}
 
     def error(self, path: KeyPath, text: str) -> ConfigError:
         """Return (not raise) the ConfigError about the key at `path`."""
-        return ConfigError(f"{origin(self.layers, path)}: {'.'.join(map(str, path))}: {text}")
+        source = f"{origin(self.layers, path)}: " if self.layers else ""
+        return ConfigError(f"{source}{'.'.join(map(str, path))}: {text}")
 
     def section(
         self, values: Mapping[str, Any], schema: Schema, path: KeyPath, *, open_ended: bool = False
@@ -126,7 +146,7 @@ class Checker:
             if key not in schema and not open_ended:
                 raise self.error((*path, str(key)), f"unknown key. {did_you_mean(key, schema)}")
         for key, parameter in schema.items():
-            if parameter.required and key not in values:
+            if parameter.default is REQUIRED and key not in values:
                 raise self.error((*path, key), f"missing: it needs {describe(parameter.annotation)}")
         return {
             key: self.value(value, schema[key].annotation, (*path, key)) if key in schema else value
@@ -135,83 +155,75 @@ class Checker:
 
     def value(self, value: Any, annotation: Any, path: KeyPath) -> Any:
         """Return one value, checked and converted."""
-        if path in self.raw:
-            value = _as_typed(self.raw[path], value, annotation)
-        if is_dataclass(annotation) and isinstance(value, Mapping):
-            return self.section(value, schema_of(annotation)[0], path)
+        if path in self._raw:
+            value = _as_typed(self._raw[path], value, annotation)
         try:
             return self._convert(value, annotation, path)
         except _Mismatch as mismatch:
-            hint = f". {did_you_mean(value, get_args(annotation))}" if _is_text_choice(annotation) else ""
+            hint, choices = "", get_args(annotation)
+            if get_origin(annotation) is Literal and all(isinstance(choice, str) for choice in choices):
+                hint = f". {did_you_mean(value, choices)}"
+            if path in self._raw and isinstance(value, dict | list) and _takes_text(annotation):
+                hint = "; " + quoting(f"{'.'.join(path)}={self._raw[path]}")
             given = f"{value!r} ({describe(type(value))})"
-            if path in self.raw and isinstance(value, (dict, list)) and _takes_text(annotation):
-                hint = "; " + quoting(f"{'.'.join(path)}={self.raw[path]}")
             raise self.error(path, f"expected {describe(annotation)}{mismatch}, got {given}{hint}") from None
 
     def _convert(self, value: Any, annotation: Any, path: KeyPath) -> Any:
-        kind, args = get_origin(annotation), get_args(annotation)
+        kind: Any = get_origin(annotation) or annotation
+        args = get_args(annotation)
         if kind in (Union, types.UnionType):
             return self._convert_union(value, args, path)
         if kind is Literal:
             return _require(value in args and type(value) in map(type, args), value)
-        if annotation in (list, tuple) or kind in (list, tuple, Sequence):
-            _require(isinstance(value, (list, tuple)), value)
+        if isinstance(kind, type) and is_dataclass(kind):
+            if isinstance(value, Mapping):
+                return self.section(value, schema_of(kind)[0], path)
+            return _require(isinstance(value, kind), value)
+        if kind in (list, tuple, Sequence):
+            _require(isinstance(value, list | tuple), value)
             element = args[0] if args else Any
             return [self.value(v, element, (*path, str(i))) for i, v in enumerate(value)]
-        if annotation is dict or kind in (dict, Mapping):
+        if kind in (dict, Mapping):
             _require(isinstance(value, Mapping), value)
-            if args and args[0] is str:
-                _require(all(isinstance(key, str) for key in value), value, " with text as keys")
-            element = args[1] if args else Any
+            key_type, element = args or (Any, Any)
+            _require(key_type is not str or all(isinstance(key, str) for key in value), value, " with text as keys")
             return {key: self.value(v, element, (*path, str(key))) for key, v in value.items()}
         return _convert_scalar(value, annotation)
 
     def _convert_union(self, value: Any, args: tuple[Any, ...], path: KeyPath) -> Any:
-        mappings = [a for a in args if is_dataclass(a) or a is dict or get_origin(a) in (dict, Mapping)]
+        mappings = [a for a in args if is_dataclass(a) or (get_origin(a) or a) in (dict, Mapping)]
         if isinstance(value, Mapping) and len(mappings) == 1:
             return self.value(value, mappings[0], path)
-        why = ""
+        reason = ""
         for arg in sorted(args, key=lambda a: a is not type(value)):  # an exact match first: 1 stays 1 for float | int
             try:
                 return self._convert(value, arg, path)
             except _Mismatch as mismatch:
-                why = why or str(mismatch)
-        raise _Mismatch(why)
+                reason = reason or str(mismatch)
+        raise _Mismatch(reason)
 
 
-def _require(fits: bool, value: Any, why: str = "") -> Any:
+def _require(fits: bool, value: Any, expected: str = "") -> Any:
     if not fits:
-        raise _Mismatch(why)
+        raise _Mismatch(expected)
     return value
 
 
-def _within(value: float, limit: float, shown: str) -> float:
-    """Return a number that is neither NaN nor beyond `limit` on either side of 0."""
-    _require(value >= -limit, value, f", -{shown} or more")
-    return _require(value <= limit, value, f", {shown} or less")
-
-
 def _convert_scalar(value: Any, annotation: Any) -> Any:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if annotation is int:
-        _require(number and math.isfinite(value) and value == int(value), value)
-        return int(_within(value, MAX_WHOLE, f"{MAX_WHOLE:,}"))
-    if annotation is float:
-        _require(number, value)
-        return float(_within(value, MAX_NUMBER, f"{MAX_NUMBER:g}"))
+    if annotation in (int, float):
+        _require(isinstance(value, int | float) and not isinstance(value, bool), value)
+        limit, shown = (MAX_WHOLE, f"{MAX_WHOLE:,}") if annotation is int else (MAX_NUMBER, f"{MAX_NUMBER:g}")
+        if annotation is int and isinstance(value, float):
+            _require(math.isfinite(value) and value == int(value), value)
+        _require(value >= -limit, value, f", -{shown} or more")  # neither NaN
+        return annotation(_require(value <= limit, value, f", {shown} or less"))
     if annotation is Path:
         return Path(_require(isinstance(value, str), value))
     if annotation is str and isinstance(value, str):
         _require("\0" not in value, value, " without null characters")
     if annotation in (bool, str, types.NoneType):
         return _require(type(value) is annotation, value)
-    if is_dataclass(annotation):
-        return _require(isinstance(value, annotation), value)
     return value
-
-
-def _is_text_choice(annotation: Any) -> bool:
-    return get_origin(annotation) is Literal and all(isinstance(arg, str) for arg in get_args(annotation))
 
 
 def _takes_text(annotation: Any) -> bool:
@@ -219,9 +231,9 @@ def _takes_text(annotation: Any) -> bool:
 
 
 def _as_typed(text: str, parsed: Any, annotation: Any) -> Any:
-    """An option for a text key is the text as typed ('001', 'a picture of '), unless quoted; null is never text."""
+    """Return an option for a text key as typed ('001', 'a picture of '), unless it is quoted; null is never text."""
     args = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else ()
     wants_text = _takes_text(annotation) and (not args or isinstance(parsed, str) or type(parsed) not in args)
     is_null = parsed is None and text.strip() != ""
-    as_yaml = text[:1] in ("'", '"') or "${" in text or isinstance(parsed, (list, dict)) or is_null
+    as_yaml = text[:1] in ("'", '"') or "${" in text or isinstance(parsed, list | dict) or is_null
     return text if wants_text and not as_yaml else parsed

@@ -6,15 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lavis_lite.common.config import zoo
-from lavis_lite.common.config.files import Layer, load_yaml, normalise
-from lavis_lite.common.config.run import DEAD_RUN_KEYS, RunConfig, RunConfigError
-from lavis_lite.common.config.schema import (
-    Checker,
-    Parameter,
-    Schema,
-    schema_of,
-)
+from lavis_lite.common.config.adapters import lora_settings
+from lavis_lite.common.config.run import IGNORED_LAVIS_KEYS, RunConfig
+from lavis_lite.common.config.schema import Checker, Parameter, Schema, schema_of
+from lavis_lite.common.errors import SettingError
 from lavis_lite.common.registry import RegistryError, did_you_mean, registry
 
 logger = logging.getLogger(__name__)
@@ -22,16 +17,11 @@ logger = logging.getLogger(__name__)
 PROCESSOR_KEYS = ("vis_processor", "text_processor")
 MODEL_KEYS: Schema = {
     "arch": Parameter(str),
-    "model_type": Parameter(str | None),
-    "init_vit": Parameter(str | None),
-    "init_text": Parameter(str | None),
-    "init_text_token_type": Parameter(bool),
-    "pretrained": Parameter(str | None),
-    "finetuned": Parameter(str | None),
-    "load_pretrained": Parameter(bool),
-    "load_finetuned": Parameter(bool),
-    "checkpoint": Parameter(str | None),
+    **dict.fromkeys(("model_type", "init_vit", "init_text"), Parameter(str | None)),
+    **dict.fromkeys(("pretrained", "finetuned", "checkpoint"), Parameter(str | None)),
+    **dict.fromkeys(("init_text_token_type", "load_pretrained", "load_finetuned"), Parameter(bool)),
 }
+"""Keys of every model section besides the constructor's arguments."""
 _STOCK_BERT_FILES = ("med_config.json", "med_large_config.json", "bert_config.json")
 BERT_TO_MED = {
     "vocab_size": "vocab_size",
@@ -46,17 +36,10 @@ BERT_TO_MED = {
 }
 
 
-def model_layer(arch: str, model_type: str) -> Layer:
-    """Return a model type's packaged YAML as a layer, with `model_type` set. KeyError with the nearest if unknown."""
-    path = zoo.model_config_path(arch, model_type)
-    layer = Layer(str(path), normalise(load_yaml(path), source=str(path)))
-    layer.tree.setdefault("model", {}).update(arch=arch, model_type=model_type)
-    return layer
-
-
 def model_arguments(section: Mapping[str, Any], checker: Checker) -> dict[str, Any]:
-    """Check a `model` section against the architecture's constructor; LAVIS's `med_config_path` is read into `med`, and
-    a folder of adapters into `llm_lora`.
+    """Return a `model` section checked against the architecture's constructor.
+
+    LAVIS's `med_config_path` is read into `med`, and a folder of adapters into `llm_lora`.
     """
     section = dict(section)
     model_class = _looked_up(registry.get_model_class, section["arch"], checker, ("model", "arch"))
@@ -65,14 +48,12 @@ def model_arguments(section: Mapping[str, Any], checker: Checker) -> dict[str, A
         section["med"] = med | (section.get("med") or {})
     schema, open_ended = schema_of(model_class)
     if "llm_lora" in schema and isinstance(section.get("llm_lora"), str):
-        from lavis_lite.nn.lora import lora_settings
-
         section["llm_lora"] = lora_settings(section["llm_lora"])
     return checker.section(section, MODEL_KEYS | schema, ("model",), open_ended=open_ended)
 
 
 def check_processors(blocks: Mapping[str, Any], checker: Checker, path: tuple[str, ...]) -> None:
-    """Check `vis_processor` and `text_processor`: blocks train and eval, each a registered name and its arguments."""
+    """Check `vis_processor` and `text_processor`: blocks `train` and `eval` of a registered name and its arguments."""
     for key in PROCESSOR_KEYS:
         splits = blocks.get(key) or {}
         if not isinstance(splits, Mapping):
@@ -89,27 +70,25 @@ def check_processors(blocks: Mapping[str, Any], checker: Checker, path: tuple[st
 
 
 def check_run(section: Mapping[str, Any], checker: Checker) -> tuple[RunConfig, dict[str, Any]]:
-    dead = {key: why for key, why in DEAD_RUN_KEYS.items() if key in section}
-    if dead:
-        logger.info(
-            "run keys of LAVIS that mean nothing here: %s", "; ".join(f"{k} ({why})" for k, why in dead.items())
-        )
-    section = {key: value for key, value in section.items() if key not in dead}
+    """Return the run's settings and those of its task, both checked."""
+    ignored = {key: reason for key, reason in IGNORED_LAVIS_KEYS.items() if key in section}
+    if ignored:
+        logger.info("ignored run keys of LAVIS: %s", "; ".join(f"{key} ({why})" for key, why in ignored.items()))
+    section = {key: value for key, value in section.items() if key not in ignored}
     if not isinstance(section.get("task"), str):
-        raise checker.error(
-            ("run", "task"), f"missing: it needs a task's name. {did_you_mean('', registry.list_tasks())}"
-        )
+        names = did_you_mean("", registry.list_tasks())
+        raise checker.error(("run", "task"), f"missing: it needs a task's name. {names}")
     run_schema, _ = schema_of(RunConfig)
     task_class = _looked_up(registry.get_task_class, section["task"], checker, ("run", "task"))
     task_schema, open_ended = schema_of(task_class)
     values = checker.section(section, task_schema | run_schema, ("run",), open_ended=open_ended)
-    for kind, key in (("runner", "runner"), ("lr_scheduler", "lr_sched")):
+    for key, get in (("runner", registry.get_runner_class), ("lr_sched", registry.get_lr_scheduler_class)):
         if key in values:
-            _looked_up(getattr(registry, f"get_{kind}_class"), values[key], checker, ("run", key))
+            _looked_up(get, values[key], checker, ("run", key))
     try:
         run = RunConfig(**{key: value for key, value in values.items() if key in run_schema})
-    except RunConfigError as error:
-        raise checker.error(("run", error.key), error.text) from None
+    except SettingError as error:
+        raise checker.error(tuple(error.name.split(".")), error.problem) from None
     own = {key: value for key, value in values.items() if key in task_schema or key not in run_schema}
     return run, own
 
@@ -117,16 +96,17 @@ def check_run(section: Mapping[str, Any], checker: Checker) -> tuple[RunConfig, 
 def check_dataset(
     name: str, body: Mapping[str, Any], preprocess: Mapping[str, Any], checker: Checker
 ) -> dict[str, Any]:
-    """Check a dataset's section against its builder: that called `builder`, else as the dataset; return its arguments
-    and, if it is given, `builder`.
+    """Return a dataset's section checked against its builder: the one that `builder` names, or the dataset's own name.
+
+    The result has the builder's arguments, and `builder` if given.
     """
     path = ("datasets", name)
     chosen = {"builder": body["builder"]} if body.get("builder") is not None else {}
     where, advice = ((*path, "builder"), "") if chosen else (path, " A name of your own needs the key builder.")
     builder = _looked_up(registry.get_builder_class, chosen.get("builder", name), checker, where, advice=advice)
     schema, open_ended = schema_of(builder)
-    dead = {"type", "builder", "dataset_card"} - schema.keys()
-    body = {key: value for key, value in body.items() if key not in dead}
+    ignored = {"type", "builder", "dataset_card"} - schema.keys()
+    body = {key: value for key, value in body.items() if key not in ignored}
     defaults = {key: preprocess[key] for key in PROCESSOR_KEYS if key in preprocess and key in schema}
     check_processors(body, checker, path)
     return chosen | checker.section(defaults | body, schema, path, open_ended=open_ended)
@@ -142,7 +122,7 @@ def _looked_up(
 
 
 def _med_overrides(med_config_path: Any, checker: Checker) -> dict[str, Any]:
-    """Translate LAVIS's `med_config_path`: its stock files are our defaults, any other is a BERT configuration."""
+    """Return the `med` settings of LAVIS's `med_config_path`: none for its stock files, which are our defaults."""
     where = ("model", "med_config_path")
     if med_config_path is None:
         return {}

@@ -1,18 +1,20 @@
-"""What there is: `model_zoo` and `dataset_zoo`, read off the paths configs/{models,datasets}/<name>/<type>.yaml.
+"""The packaged YAMLs, configs/{models,datasets}/<name>/<type>.yaml: `model_zoo`, `dataset_zoo`, and their layers.
 
-A YAML's path is its public name. Nothing is imported to list or print them, torch included.
+A YAML's path is its public name. Listing and printing the zoos imports no model, nor torch.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from lavis_lite.common.config.files import ConfigError, Layer, load_with_bases, resolve
 from lavis_lite.common.registry import RegistryError, did_you_mean
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 class Zoo:
-    """The names below one folder, each with its types: iterable of (name, [types]), printable as a table."""
+    """The names in one folder, each with its types: iterable of (name, [types]), printable as a table."""
 
     def __init__(self, folder: Path, *, heading: str) -> None:
         self.folder = folder
@@ -23,11 +25,11 @@ class Zoo:
         return sorted({path.parent.name for path in self.folder.glob("*/*.yaml")})
 
     def types(self, name: str) -> list[str]:
-        """Return the types of `name`, sorted; none if the name is unknown."""
+        """Return the types of `name`, sorted; an empty list if the name is unknown."""
         return sorted(path.stem for path in (self.folder / name).glob("*.yaml")) if name else []
 
     def path(self, name: str, kind: str) -> Path:
-        """Return the YAML of one name and type. KeyError with the nearest names if there is none."""
+        """Return the YAML of a name and type; RegistryError, a KeyError, with the nearest names if there is none."""
         names = self.names()
         if name not in names:
             raise RegistryError(f"unknown {self.heading} {name!r}. {did_you_mean(name, names)}")
@@ -60,10 +62,38 @@ dataset_zoo = Zoo(CONFIGS / "datasets", heading="dataset")
 
 
 def model_config_path(arch: str, model_type: str) -> Path:
-    """Return the YAML that IS the model type: configs/models/<arch>/<model_type>.yaml. KeyError if unknown."""
+    """Return configs/models/<arch>/<model_type>.yaml; RegistryError if unknown."""
     return model_zoo.path(arch, model_type)
 
 
 def dataset_config_path(name: str, dataset_type: str = "default") -> Path:
-    """Return the YAML of a dataset's type: configs/datasets/<name>/<dataset_type>.yaml. KeyError if unknown."""
+    """Return configs/datasets/<name>/<dataset_type>.yaml; RegistryError if unknown."""
     return dataset_zoo.path(name, dataset_type)
+
+
+def model_layers(arch: str, model_type: str) -> list[Layer]:
+    """Return a model type's YAML and its bases as layers, `arch` and `model_type` set; RegistryError if unknown."""
+    layers = load_with_bases(model_config_path(arch, model_type))
+    layers[-1].tree.setdefault("model", {}).update(arch=arch, model_type=model_type)
+    return layers
+
+
+def dataset_layers(name: str, builder: str, dataset_type: str) -> list[Layer]:
+    """Return a packaged dataset's YAML and its bases as layers of `datasets.<name>`.
+
+    A packaged YAML has one dataset, called as its folder (its builder); a base's dataset may have another name. Raises
+    RegistryError for an unknown builder or type.
+    """
+    path = dataset_config_path(builder, dataset_type)
+    layers = []
+    for layer in load_with_bases(path):
+        bodies = layer.tree.get("datasets", {})
+        if len(bodies) != 1 or (layer.source == str(path) and builder not in bodies):
+            raise ConfigError(f"{layer.source}: datasets: expected one dataset, {builder}, got {list(bodies)}")
+        layers.append(Layer(layer.source, {"datasets": {name: next(iter(bodies.values()))}}))
+    return layers
+
+
+def dataset_section(name: str, dataset_type: str = "default") -> dict[str, Any]:
+    """Return the settings of a packaged dataset: the arguments of its builder. RegistryError if unknown."""
+    return resolve(dataset_layers(name, name, dataset_type))["datasets"][name]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from lavis_lite.common.bounds import MAX_TOKENS, check_number
+from lavis_lite.common.config.adapters import ADAPTER, lora_settings
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.sources import weights
 from lavis_lite.common.sources.weights import LazyState, Reader
@@ -101,7 +102,7 @@ class Blip2LLM(Blip2Base):
     ) -> None:
         if max_output_txt_len is not None:
             check_number("model.max_output_txt_len", max_output_txt_len, 1, MAX_TOKENS)
-        family, config, adapters = self.family, self.llm_config(source, llm), lora.lora_settings(llm_lora)
+        family, config, adapters = self.family, self.llm_config(source, llm), lora_settings(llm_lora)
         dtype = llm_dtype(llm_precision, config, frozen=freeze_llm, lora=adapters)
         tokenizer = check_language_model(source, config, quantization=llm_quantization, lora=adapters, overrides=llm)
         super().__init__(qformer_text_input, **parts)
@@ -129,7 +130,7 @@ class Blip2LLM(Blip2Base):
         self.lm = LLMAdapter(model, start_id=begin, end_id=end, pad_id=self.llm_tokenizer.pad_id)
         self.add_module(f"{family.prefix}_model", model)
         self.add_module(f"{family.prefix}_proj", nn.Linear(self.Qformer.config.hidden_size, self.lm.width))
-        self.lm_source, self.adapter = source, (adapters or {}).get(lora.ADAPTER)
+        self.lm_source, self.adapter = source, (adapters or {}).get(ADAPTER)
         prefix = f"{family.prefix}_model."
         self.sources[prefix] = source if has_weights(source) else None
         self.loaded_separately = () if self.adapter is None else (prefix,)
