@@ -148,15 +148,15 @@ class HFAdapter(ABC, Generic[M]):
                 f"transformers' class has the image encoder {self.encoder.__name__}, the model a "
                 f"{type(encoder).__name__}: keep the model as a .pth file"
             )
-        block: Any = encoder.get_submodule("blocks.0")  # timm has no types
-        patch_embed: Any = encoder.get_submodule("patch_embed")
+        modules: dict[str, Any] = dict(encoder.named_modules())  # timm's have no types
+        block = modules["blocks.0"]
         return {
             "hidden_size": encoder.width,
             "intermediate_size": block.mlp.fc1.out_features,
             "num_hidden_layers": encoder.depth,
             "num_attention_heads": block.attn.num_heads,
             "image_size": encoder.image_size,
-            "patch_size": patch_embed.patch_size[0],
+            "patch_size": modules["patch_embed"].patch_size[0],
             "layer_norm_eps": block.norm1.eps,
         }
 
