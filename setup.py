@@ -27,7 +27,7 @@ setup(
         "timm>=1.0.9",
         "omegaconf>=2.3",
         "PyYAML>=6.0",
-        "iopath>=0.1.10",
+        "filelock>=3.13",
         "fairscale>=0.4.13",
         "decord>=0.6.0; platform_machine == 'x86_64' or platform_machine == 'AMD64'",
         "pycocotools>=2.0.7",
@@ -57,7 +57,7 @@ setup(
             "lavis-lite = lavis_lite.cli.__main__:main",
             "lavis-lite-train = lavis_lite.cli.main:train_main",
             "lavis-lite-evaluate = lavis_lite.cli.main:evaluate_main",
-            "lavis-lite-convert = lavis_lite.cli.convert:main",
+            "lavis-lite-convert = lavis_lite.convert.__main__:main",
         ]
     },
 )

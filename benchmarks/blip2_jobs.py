@@ -28,7 +28,7 @@ from lavis_lite.convert.folders import hf_config, hf_model
 from lavis_lite.models.batches import Texts, stack_texts
 from lavis_lite.models.blip2.base import PRECISIONS
 from lavis_lite.models.blip2.llm_tokenizer import Batch
-from lavis_lite.nn.attention import Context
+from lavis_lite.nn.attention import CrossAttentionKV
 from lavis_lite.nn.decoding import GenerationConfig
 from lavis_lite.nn.llm import LLMAdapter, Prefix
 from lavis_lite.nn.llm_sources import PACKAGED, WEIGHT_FILES
@@ -151,7 +151,7 @@ def stage1_jobs(arguments: argparse.Namespace, image: Tensor) -> Iterator[Job]:
     ids, mask = (part[:1].expand(NUM_CANDIDATES, -1) for part in (ids, mask))
 
     def score(num_images: int) -> Tensor:
-        return model.matching_logits(ids, mask, model.Qformer.project_context(tokens.expand(num_images, -1, -1)))
+        return model.matching_logits(ids, mask, model.Qformer.project_kv(tokens.expand(num_images, -1, -1)))
 
     yield Job(
         what=f"re-ranking {NUM_CANDIDATES} texts of an image",
@@ -177,12 +177,12 @@ def recomputing(model: Any) -> Any:
 
 
 def logits_of_pairs(
-    model: Any, tokens: Tensor, context: Context, texts: Texts, negatives: tuple[Tensor, Tensor]
+    model: Any, tokens: Tensor, context: CrossAttentionKV, texts: Texts, negatives: tuple[Tensor, Tensor]
 ) -> Tensor:
     """The matching head's logits the plain way: each of the three sets of pairs has its images' tokens."""
     negative_image, negative_text = negatives
     ids, mask = stack_texts(texts, texts, (texts[0][negative_text], texts[1][negative_text]))
-    images = model.Qformer.project_context(torch.cat([tokens, tokens[negative_image], tokens]))
+    images = model.Qformer.project_kv(torch.cat([tokens, tokens[negative_image], tokens]))
     return model.matching_logits(ids, mask, images)
 
 

@@ -1,10 +1,10 @@
-"""What BLIP-2 costs, in floating-point operations (FLOPs) an image, counted from the modules.
+"""Floating-point operations (FLOPs) of BLIP-2 per image, counted from the modules.
 
-A multiplication with its addition is 2 FLOPs: a linear layer costs 2 a weight and token, attention 4 x queries x keys x
-width. Norms, activations, softmax, the comparison of images with texts and the optimizer are left out (under 1 %).
-Backward, a trained part costs twice its forward pass; a frozen one that gradients pass through costs its linear layers
-once and its attention twice; a frozen one in front of all that is trained costs nothing. What a sample does not need
-is not counted: keys and values of an image count once, and the output layer only where there are labels.
+A multiplication with its addition is 2 FLOPs: a linear layer costs 2 per weight and token, attention 4 x queries x keys
+x width. Norms, activations, softmax, similarities and the optimizer are left out (under 1 %). Backward, a trained part
+costs twice its forward pass; a frozen one that gradients pass through costs its linear layers once and its attention
+twice; a frozen one before all that is trained costs nothing. Keys and values of an image count once, and the output
+layer only where there are labels.
 
 Letters: Q queries, T text tokens, S image tokens or tokens that a language model reads.
 """
@@ -59,8 +59,8 @@ def attention(queries: int, keys: int, width: int) -> Cost:
 def image_encoder(encoder: Any) -> Cost:
     """The ViT on one image."""
     tokens, num_patches = encoder.pos_embed.shape[1], encoder.patch_embed.num_patches
-    scores = [attention(tokens, tokens, encoder.width)] * len(encoder.blocks)
-    return total([linear(encoder.patch_embed.proj, num_patches), linear(encoder.blocks, tokens), *scores])
+    blocks = [linear(block, tokens) + attention(tokens, tokens, encoder.width) for block in encoder.blocks]
+    return total([linear(encoder.patch_embed.proj, num_patches), *blocks])
 
 
 def image_context(qformer: Any, image_tokens: int) -> Cost:

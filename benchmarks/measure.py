@@ -1,12 +1,13 @@
-"""Measuring two ways of doing the same: time, memory, model FLOPs utilisation (MFU), a table."""
+"""Measure two ways of doing the same: time, memory, model FLOPs utilisation (MFU), a table."""
 
 import math
+import statistics
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from blip import median_seconds
 from torch import Tensor, nn
 
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "A6000": 155.0}
@@ -17,7 +18,7 @@ WIDTHS = (10, 9, 9, 7, 7, 13, 7, 7)
 
 
 class Watched:
-    """A function that is timed. It notes what it returned last and, on a GPU, the memory that it took."""
+    """A function that is timed. It keeps its last result and, on a GPU, the memory that the call took."""
 
     def __init__(
         self, function: Callable[[], Any], model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None
@@ -38,17 +39,17 @@ class Watched:
 
     @property
     def peak_gib(self) -> float | None:
-        """The model's weights, the optimizer's state and the most that a call needs besides; None on a CPU."""
+        """Memory of the model's weights, the optimizer's state and the peak of a call; None on a CPU."""
         return (held_bytes(self.model, self.optimizer) + self.extra) / GIB if self.on_gpu else None
 
     @property
     def loss(self) -> float | None:
-        """What a training step returned."""
+        """The loss that a training step returned."""
         return None if self.optimizer is None else float(self.result)
 
 
 def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> int:
-    """Memory of weights and optimizer state, that of shared tensors once."""
+    """Return the bytes of weights and optimizer state, counting shared tensors once."""
     held = [*model.parameters(), *model.buffers()]
     if optimizer is not None:
         held += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
@@ -57,7 +58,7 @@ def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> int
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Two ways of doing the same with `count` images (or pairs) a call; `flops` is what one of these costs."""
+    """Two ways of doing the same with `count` images (or pairs) per call; `flops` is the cost of one of these."""
 
     what: str
     other: str
@@ -69,7 +70,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What was measured of a job. `ratio` is how many times faster ours is; memory is in GiB."""
+    """The measurements of a job. `ratio` is how many times faster ours is; memory is in GiB."""
 
     what: str
     per_second: float
@@ -85,10 +86,23 @@ class Row:
     ratio: float
 
 
-def measure(job: Job, *, repeats: int, peak_tflops: float | None) -> Row:
-    """Time both sides, alternating. RuntimeError if a loss is not finite."""
+def median_seconds(functions: list[Watched], repeats: int, *, on_gpu: bool) -> list[float]:
+    """Return each function's median time; the functions take turns, and the first round warms up."""
+    times: list[list[float]] = [[] for _ in functions]
+    for _ in range(repeats + 1):
+        for function, own in zip(functions, times, strict=True):
+            start = time.perf_counter()
+            function()
+            if on_gpu:
+                torch.cuda.synchronize()
+            own.append(time.perf_counter() - start)
+    return [statistics.median(own[1:]) for own in times]
+
+
+def measure(job: Job, *, repeats: int, peak_tflops: float | None = None) -> Row:
+    """Time both sides in turns. RuntimeError if a loss is not finite."""
     sides = [job.ours, job.theirs]
-    seconds, other_seconds = median_seconds(sides, repeats, "cuda" if job.ours.on_gpu else "cpu")
+    seconds, other_seconds = median_seconds(sides, repeats, on_gpu=job.ours.on_gpu)
     for side in sides:
         if side.loss is not None and not math.isfinite(side.loss):
             raise RuntimeError(f"{job.what}: the loss is {side.loss}")
@@ -111,7 +125,7 @@ def measure(job: Job, *, repeats: int, peak_tflops: float | None) -> Row:
 
 
 def table(rows: Iterable[Row]) -> Iterator[str]:
-    """The table's lines, each as soon as its row is there."""
+    """Iterate over the table's lines, each as soon as its row is measured."""
     yield f"{'what':<34}" + "".join(map(str.rjust, HEADS, WIDTHS)) + "  other"
     for row in rows:
         cells = (
@@ -128,17 +142,17 @@ def table(rows: Iterable[Row]) -> Iterator[str]:
 
 
 def shown(value: float | None, form: str) -> str:
-    """A number, or a dash."""
+    """Format a number, or a dash for None."""
     return "-" if value is None else f"{value:{form}}"
 
 
 def known_peak(name: str) -> float | None:
-    """The dense bf16 TFLOP/s of a GPU by its name; None if it is not in the table."""
+    """Return the dense bf16 TFLOP/s of a GPU by its name; None if it is not in the table."""
     return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
 
 
 def process_peak_gib() -> float:
-    """The most memory that this process has had so far, as the system counts it (the resident set)."""
+    """Return the peak resident memory of this process so far."""
     import resource  # not on Windows
     import sys
 

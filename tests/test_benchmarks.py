@@ -28,6 +28,16 @@ def throughput() -> Iterator[ModuleType]:
         yield importlib.import_module("throughput")
 
 
+def test_blip_is_measured(throughput: ModuleType, capsys: pytest.CaptureFixture[str]):
+    """One layer deep, at the base model's widths: each row has its name and what it is compared with."""
+    importlib.import_module("blip").main(["--depth", "1", "--image-size", "32", "--batch", "2", "--repeats", "1"])
+    rows = capsys.readouterr().out.splitlines()[1:]
+    names = ("captioning, forward", "captions, 3 beams", "re-ranking 64 texts", "momentum update")
+    assert [row.startswith(name) for row, name in zip(rows, names, strict=True)] == [True] * 4
+    others = ("transformers", "transformers", "image repeated", "one by one")
+    assert [row.endswith(other) for row, other in zip(rows, others, strict=True)] == [True] * 4
+
+
 @pytest.fixture
 def blip2(throughput: ModuleType) -> ModuleType:
     """What the script measures."""

@@ -55,7 +55,7 @@ def losses_by_hand(model: Any, image: Tensor, texts: list[str], ids: list[int], 
     """The three losses sample by sample (BLIP-2, section 3.2; label smoothing 0.1), each pair in a pass of its own."""
     count = len(texts)
     tokens = [model.tokenize([text], max_length=model.max_txt_len) for text in texts]
-    context = [model.Qformer.project_context(model.encode_image(image[i : i + 1])) for i in range(count)]
+    context = [model.Qformer.project_kv(model.encode_image(image[i : i + 1])) for i in range(count)]
     queries = [F.normalize(model.vision_proj(model.query_states(c)), dim=-1)[0] for c in context]
     words = [F.normalize(model.text_proj(model.Qformer(None, *t)[0][0, 0]), dim=-1) for t in tokens]
     sims = [[max(float(q @ words[j]) for q in queries[i]) for j in range(count)] for i in range(count)]
@@ -151,12 +151,12 @@ def test_equal_ids_leave_no_negative_but_a_loss(model: Any) -> None:
 
 def test_images_are_encoded_and_projected_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    for owner, name in ((model.visual_encoder, "forward"), (model.Qformer, "project_context")):
+    for owner, name in ((model.visual_encoder, "forward"), (model.Qformer, "project_kv")):
         function = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *a, f=function, n=name: calls.append(n) or f(*a))
     with torch.no_grad():
         model({"image": images(), "text_input": TEXTS})
-    assert calls == ["forward", "project_context"]
+    assert calls == ["forward", "project_kv"]
 
 
 @pytest.mark.parametrize("kwargs", [{"num_beams": 3}, {"num_beams": 1}, {"num_beams": 3, "num_captions": 2}])

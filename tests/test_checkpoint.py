@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lavis_lite.common import checkpoint
-from lavis_lite.nn.ckpt import checkpoint_blocks
+from lavis_lite.nn.activation_checkpointing import checkpoint_blocks
 
 
 class Evil:
@@ -85,10 +85,10 @@ def test_full_disk_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         Path, "open", lambda self, *args, **kwargs: FullDisk(real_open(self, *args, **kwargs), room=room)
     )
-    with pytest.raises(OSError, match="disk is full") as caught:
+    with pytest.raises(OSError, match="checkpoint_last") as caught:
         checkpoint.save({"model": {"a": torch.zeros(2**18)}}, path)
     assert caught.value.errno == errno.ENOSPC
-    for part in (str(path), "1.0 MiB needed", "MiB free", "intact", "output_dir"):
+    for part in (str(path), "1.0 MiB", "run.output_dir"):
         assert part in str(caught.value)
     monkeypatch.undo()
     assert path.read_bytes() == before
@@ -102,7 +102,7 @@ def test_failed_rename_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(errno.EIO, "I/O error")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match=r"cannot write .*config\.yaml: I/O error"):
+    with pytest.raises(OSError, match=r"config\.yaml.*I/O error"):
         checkpoint.write_text(path, "new")
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
@@ -116,9 +116,9 @@ def test_other_errors_while_writing_pass(tmp_path: Path) -> None:
 
 def test_missing_file_names_neighbours(tmp_path: Path) -> None:
     checkpoint.save(weights(), tmp_path / "checkpoint_best.pth")
-    with pytest.raises(FileNotFoundError, match=r"did you mean checkpoint_best\.pth"):
+    with pytest.raises(FileNotFoundError, match=r"checkpoint_bset\.pth.*checkpoint_best\.pth"):
         checkpoint.load(tmp_path / "checkpoint_bset.pth")
-    with pytest.raises(FileNotFoundError, match="does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"no/c\.pth"):
         checkpoint.load(tmp_path / "no" / "c.pth")
 
 
@@ -129,13 +129,13 @@ def test_truncated_file(tmp_path: Path, zipped: bool, keep: float) -> None:
     data = (tmp_path / "full.pth").read_bytes()
     size = keep if keep in (0, 3) else int(len(data) * keep)
     (tmp_path / "cut.pth").write_bytes(data[:size])
-    with pytest.raises(ValueError, match=rf"cut\.pth \({size:,} bytes\) is truncated or not a checkpoint"):
+    with pytest.raises(ValueError, match=rf"cut\.pth \({size:,} bytes\)"):
         checkpoint.load(tmp_path / "cut.pth")
 
 
-def test_a_web_page_is_not_a_checkpoint(tmp_path: Path) -> None:
+def test_web_page_is_refused_as_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "c.pth").write_text("<html>404 Not Found</html>")
-    with pytest.raises(ValueError, match=r"c\.pth .* not a checkpoint \(its content is neither torch's") as error:
+    with pytest.raises(ValueError, match=r"c\.pth") as error:
         checkpoint.load(tmp_path / "c.pth")
     assert "weights_only" not in str(error.value)  # torch's advice is to run what the file says
 
@@ -147,7 +147,7 @@ def test_code_is_refused_and_named(tmp_path: Path, how: str, capfd: pytest.Captu
         path.write_bytes(pickle.dumps({"model": Evil()}, protocol=int(how[-1])))
     else:
         torch.save({"model": Evil()}, path, _use_new_zipfile_serialization=how == "zip")
-    with pytest.raises(ValueError, match=r"evil\.pth.*refused.*system") as caught:
+    with pytest.raises(ValueError, match=r"evil\.pth.*system") as caught:
         checkpoint.load(path)
     assert "weights_only=False" in str(caught.value)
     assert "run by a checkpoint" not in capfd.readouterr().out
@@ -188,20 +188,20 @@ def test_load_into_refuses_missing_trainable_keys() -> None:
     model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
     before = copy.deepcopy(model.state_dict())
     state = {"a.weight": torch.zeros(2, 2), "a.bias": torch.zeros(2)}
-    with pytest.raises(ValueError, match=r"lacks 2 trainable keys.*b\.weight, b\.bias"):
+    with pytest.raises(ValueError, match=r"x\.pth.* 2 .*b\.weight, b\.bias"):
         checkpoint.load_into(model, state, source="x.pth")
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     report = checkpoint.load_into(model, state, source="x.pth", allow_missing=lambda key: key.startswith("b."))
     assert report.missing == ["b.weight", "b.bias"]
-    with pytest.raises(ValueError, match="lacks 1 trainable"):
+    with pytest.raises(ValueError, match=r"x\.pth.* 1 .*b\.bias"):
         checkpoint.load_into(model, state, source="x.pth", allow_missing=lambda key: key.endswith("weight"))
 
 
 def test_load_into_refuses_shapes_and_architectures() -> None:
     model = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"weight \(3, 2\) \(model: \(2, 2\)\)"):
+    with pytest.raises(ValueError, match=r"weight \(3, 2\).*\(2, 2\)"):
         checkpoint.load_into(model, {"weight": torch.zeros(3, 2), "bias": torch.zeros(2)}, source="x.pth")
-    with pytest.raises(ValueError, match=r"x\.pth is a checkpoint of another architecture.*conv1.*weight"):
+    with pytest.raises(ValueError, match=r"x\.pth .*conv1.*weight"):
         checkpoint.load_into(model, {"conv1": torch.zeros(3)}, source="x.pth")
 
 

@@ -14,16 +14,16 @@ import transformers
 from full_size import TINY_HF
 from torch import Tensor
 
-from lavis_lite.cli.convert import main
 from lavis_lite.common import checkpoint
 from lavis_lite.common.registry import registry
-from lavis_lite.convert.configs import CLASSES
+from lavis_lite.convert.__main__ import main
 from lavis_lite.convert.folders import write_folder
 from lavis_lite.models import from_pretrained, load_model, load_model_and_preprocess
 from lavis_lite.models.base import BaseModel
+from lavis_lite.models.loading import ADAPTERS
 from lavis_lite.nn.llm_sources import PACKAGED
 
-ARCHS = sorted({arch for archs in CLASSES.values() for arch in archs})
+ARCHS = sorted({arch for adapter in ADAPTERS for archs in adapter.classes.values() for arch in archs})
 
 
 def spread(model: Any) -> Any:
@@ -74,7 +74,7 @@ def test_nothing_is_lost(arch: str, tmp_path: Path) -> None:
     assert run("to-lavis", folder, after, "--trainable-only", "--overwrite") == 0
     kept = checkpoint.load(after)["model"]
     frozen = {name.split(".")[0] for name in model.state_dict().keys() - kept.keys()}
-    part = getattr(model, "llm_prefix", None)
+    part = model.llm_prefix
     assert frozen == ({"visual_encoder"} if hasattr(model, "Qformer") else set()) | (
         {f"{part}_model"} if part else set()
     )
@@ -122,7 +122,7 @@ def test_bf16_is_for_the_frozen_parts(tmp_path: Path) -> None:
         (["to-lavis", "{old}", "{new}"], "config.json"),
         (["to-lavis", "owner/absent", "{new}"], "neither a folder here nor in the hub's cache"),
         (["to-lavis", "{hf}", "{old}"], "--overwrite"),
-        (["to-lavis", "{hf}", "{new}", "--arch", "blip_vqa"], "can be blip_caption"),
+        (["to-lavis", "{hf}", "{new}", "--arch", "blip_vqa"], "blip_caption"),
     ],
 )
 def test_mistakes(
@@ -174,7 +174,7 @@ def test_the_class_may_be_given(caption_folder: Path, tmp_path: Path) -> None:
     caption = registry.get_model_class("blip_caption")
     assert type(BaseModel.from_pretrained(str(caption_folder))) is caption
     assert type(caption.from_pretrained(str(caption_folder))) is caption
-    with pytest.raises(ValueError, match="is no blip_vqa; it can be blip_caption"):
+    with pytest.raises(ValueError, match=r"BlipForConditionalGeneration.*blip_vqa.*blip_caption"):
         registry.get_model_class("blip_vqa").from_pretrained(str(caption_folder))
     folder = write_folder(load_model("blip2", "tiny"), tmp_path / "hf", arch="blip2")
     assert type(from_pretrained(folder)) is registry.get_model_class("blip2")
@@ -242,7 +242,7 @@ def test_language_models_with_names_of_their_own(family: str, tmp_path: Path) ->
     tokenizer.save_pretrained(tmp_path / "llm")
     model = load_model("blip2_llm", "tiny", llm_model=str(tmp_path / "llm"))
     if family == "bart":
-        with pytest.raises(ValueError, match="takes of a bart the decoder alone"):
+        with pytest.raises(ValueError, match=r"bart.*\.pth"):
             write_folder(model, tmp_path / "hf", arch="blip2_llm")
         return
     again = from_pretrained(write_folder(model, tmp_path / "hf", arch="blip2_llm")).state_dict()

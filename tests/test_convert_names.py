@@ -22,9 +22,8 @@ from lavis_lite.convert import (
     blip_from_hf,
     blip_to_hf,
 )
-from lavis_lite.convert.blip2 import fit_vocabularies
-from lavis_lite.convert.configs import hf_config
-from lavis_lite.convert.folders import hf_model
+from lavis_lite.convert.folders import hf_config, hf_model
+from lavis_lite.models.blip2.hf import fit_vocabularies
 
 OPT = {"hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32, "ffn_dim": 10240}
 FLAN_T5 = {"d_model": 2048, "d_ff": 5120, "num_layers": 24, "num_heads": 32, "feed_forward_proj": "gated-gelu"}
@@ -85,19 +84,19 @@ def test_names_and_shapes_at_full_size(name: str) -> None:
     manifest = json.loads(gzip.decompress((REFERENCE / "manifests" / f"{name}.json.gz").read_bytes()))
     hf_class, config = FULL_SIZE[name]
     with torch.device("meta"):
-        twin = getattr(transformers, hf_class)(config())
+        their_model = getattr(transformers, hf_class)(config())
         recorded = {key: torch.empty(shape) for key, (shape, _) in manifest["keys"].items()}
     arch = name.split("__")[0].removeprefix("blip2_")
     if name.startswith("blip2"):
         layout = "instructblip" if "instruct" in name else "blip-2"
         theirs = blip2_to_hf(recorded, PARTS.get(arch), layout)
         ours = blip2_from_hf(
-            {key: torch.zeros(1).expand(t.shape) for key, t in twin.state_dict().items()}, PARTS.get(arch)
+            {key: torch.zeros(1).expand(t.shape) for key, t in their_model.state_dict().items()}, PARTS.get(arch)
         )
     else:
-        theirs, ours = blip_to_hf(recorded), blip_from_hf(twin.state_dict())
+        theirs, ours = blip_to_hf(recorded), blip_from_hf(their_model.state_dict())
     theirs = {key: tensor for key, tensor in theirs.items() if not key.endswith("rotary_emb.inv_freq")}
-    assert shapes(theirs) == shapes(twin.state_dict())
+    assert shapes(theirs) == shapes(their_model.state_dict())
     assert ours.keys() <= recorded.keys()
     assert all(list(tensor.shape) == manifest["keys"][key][0] for key, tensor in ours.items())
     left = recorded.keys() - ours.keys()
@@ -109,19 +108,19 @@ def test_names_and_shapes_at_full_size(name: str) -> None:
     [("blip_retrieval", "coco"), ("blip2_opt", "caption_coco_opt6.7b"), ("blip2_vicuna_instruct", "vicuna13b")],
 )
 def test_our_full_size_models_fit_the_class_of_their_config(arch: str, model_type: str) -> None:
-    """transformers' class has the same parameters, and biases of keys; and lacks the momentum twin."""
+    """transformers' class has the same parameters, and biases of keys; and lacks the momentum encoder."""
     section = OmegaConf.to_container(OmegaConf.load(model_config_path(arch, model_type)))["model"]
     model = meta_model({**section, "arch": arch})
     with torch.device("meta"):
-        twin = hf_model(model, hf_config(model, arch=arch), model.state_dict(keep_vars=True), arch=arch)
+        their_model = hf_model(model, hf_config(model, arch=arch), model.state_dict(keep_vars=True), arch=arch)
     ours = sum(p.numel() for name, p in model.named_parameters() if "_m." not in name and name != "temp")
     key_biases = 39 * 1408 if arch.startswith("blip2") else 0
-    assert sum(p.numel() for p in twin.parameters()) == ours + key_biases
+    assert sum(p.numel() for p in their_model.parameters()) == ours + key_biases
 
 
 def test_there_is_no_class_for_another_image_encoder() -> None:
     section = OmegaConf.to_container(OmegaConf.load(model_config_path("blip2", "pretrain_vitL")))["model"]
-    with pytest.raises(ValueError, match=r"EVA-CLIP.*ClipViT"):
+    with pytest.raises(ValueError, match=r"EvaViT.*ClipViT"):
         hf_config(meta_model({**section, "arch": "blip2"}), arch="blip2")
 
 

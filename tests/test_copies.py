@@ -108,9 +108,7 @@ def test_copies_answer_alike_and_are_independent(arch: str) -> None:
     for twin in twins:
         doors.assert_same_state(answers(twin), before)
         assert {name: p.requires_grad for name, p in twin.named_parameters()} == trainable
-    part = (
-        f"{model.llm_prefix}_model" if getattr(model, "llm_prefix", None) else ""
-    )  # the language model alone, where there is one
+    part = f"{model.llm_prefix}_model" if model.llm_prefix else ""  # the language model alone, where there is one
     for twin in twins:
         for parameter in (getattr(twin, part) if part else twin).parameters():
             parameter.data += 0.3 * torch.randn_like(parameter)

@@ -9,7 +9,6 @@ import doors
 
 OPTIONAL = (
     "fairscale",
-    "iopath",
     "decord",
     "pycocotools",
     "pycocoevalcap",

@@ -123,15 +123,15 @@ def test_no_url_is_cached_outside_the_cache(server: Any, tmp_path: Path, name: s
 def test_a_hostile_url_through_the_library(server: Any, tmp_path: Path) -> None:
     target = tmp_path / "site-packages"
     target.mkdir()
-    with pytest.raises(ValueError, match="truncated or not a checkpoint"):
+    with pytest.raises(ValueError, match=r"zz\.pth"):
         load_model("blip_caption", "tiny", checkpoint=f"{server.url}/files/x%2f..%2f..%2f..%2fsite-packages%2fzz.pth")
     assert not list(target.iterdir())
     assert len(list((tmp_path / "cache" / "downloads").glob("*.pth"))) == 1
 
 
 @pytest.mark.parametrize("url", ["http://[::1/x.pth", "http://host/a b.pth", "http://host/ä.pth", "http://host/\ud83d"])
-def test_what_is_no_url_is_said(url: str) -> None:
-    with pytest.raises(ValueError, match="is not a URL"):
+def test_malformed_urls_are_refused(url: str) -> None:
+    with pytest.raises(ValueError, match="http://"):
         download.fetch(url)
 
 
@@ -152,9 +152,9 @@ def test_many_at_once_download_once(server: Any) -> None:
     [
         ("/files/x.pth", {"sha256": "0" * 64}, ValueError, "sha256"),
         ("/files/x.pth", {"md5": "0" * 32}, ValueError, "md5"),
-        ("/files/x.pth", {"size": 5}, ValueError, "7000 bytes, not 5"),
+        ("/files/x.pth", {"size": 5}, ValueError, r"7000 .*5"),
         ("/files/x.pth#sha256=" + "0" * 64, {}, ValueError, "sha256"),
-        ("/files/x.pth#sha256=12", {}, ValueError, "64 hexadecimal digits"),
+        ("/files/x.pth#sha256=12", {}, ValueError, "sha256=12"),
         ("/absent/x.pth", {}, ConnectionError, "LAVIS_LITE_MIRROR"),
     ],
 )
@@ -176,7 +176,7 @@ def test_resumes_within_a_call(server: Any, tmp_path: Path) -> None:
 def test_resumes_in_the_next_call(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "ATTEMPTS", 1)
     url = f"{server.url}/cut/x.pth"
-    with pytest.raises(ConnectionError, match=r"ended after 3,000 of 7,000 bytes.*3,000 bytes are kept"):
+    with pytest.raises(ConnectionError, match=r"3,000 of 7,000 bytes.*3,000 bytes"):
         download.fetch(url)
     assert not any(name.endswith(".pth") for name in cached(tmp_path))
     server.portion = 7000
@@ -208,10 +208,10 @@ def test_a_whole_partial_file_is_fetched_again(server: Any, tmp_path: Path, monk
     assert cached(tmp_path) == [name]
 
 
-def test_half_a_file_without_version_is_not_gone_on_with(server: Any, tmp_path: Path) -> None:
+def test_partial_file_without_version_is_not_resumed(server: Any, tmp_path: Path) -> None:
     url = f"{server.url}/half/x.pth"
     for _ in range(2):
-        with pytest.raises(ConnectionError, match="ended after 3,500 of 7,000 bytes"):
+        with pytest.raises(ConnectionError, match="3,500 of 7,000 bytes"):
             download.fetch(url)
     assert set(server.ranges) == {None}
     assert not any(name.endswith(".pth") for name in cached(tmp_path))

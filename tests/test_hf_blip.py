@@ -83,7 +83,7 @@ def test_captioning(image: Tensor) -> None:
         pad_token_id=0,
         **settings,
     )
-    context = model.text_decoder.bert.project_context(model.visual_encoder(image))
+    context = model.text_decoder.bert.project_kv(model.visual_encoder(image))
     ids = decode(model.step(context), prompt[:, :-1], model.decoding(GenerationConfig(**settings))).ids
     assert ids.tolist() == generated.tolist()
     assert ids[0].tolist() != ids[1].tolist()
@@ -151,7 +151,7 @@ def test_a_folder_of_theirs_becomes_a_model_of_ours(cls: Any, arch: str, tmp_pat
     ids, mask = model.tokenize(TEXTS)
     if hasattr(twin, "text_encoder"):
         states = twin.text_encoder(input_ids=ids, attention_mask=mask, encoder_hidden_states=seen).last_hidden_state
-        close(model.text_encoder(ids, mask, context=model.text_encoder.project_context(seen))[0], states)
+        close(model.text_encoder(ids, mask, context=model.text_encoder.project_kv(seen))[0], states)
     if hasattr(twin, "text_decoder"):
         logits = twin.text_decoder(input_ids=ids, attention_mask=mask, encoder_hidden_states=seen).logits
-        close(model.text_decoder(ids, mask, context=model.text_decoder.bert.project_context(seen))[0], logits)
+        close(model.text_decoder(ids, mask, context=model.text_decoder.bert.project_kv(seen))[0], logits)

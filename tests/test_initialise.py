@@ -11,7 +11,7 @@ import timm
 import torch
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
-from lavis_lite.cli.main import main as cli
+from lavis_lite.cli import main as cli
 from lavis_lite.common import checkpoint
 from lavis_lite.common.registry import registry
 from lavis_lite.models import load_model
@@ -87,15 +87,15 @@ def test_layers_and_heads_of_an_image_encoder_are_compared(
     torch.save(source.state_dict(), tmp_path / "vit.pth")
     build(init_vit=str(tmp_path / "vit.pth"))
     assert "vit.pth: layers 2-3 of its 4 will not be used, as the model has only 2" in caplog.text
-    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: source)
-    with pytest.raises(ValueError, match=r"has 4 attention heads, model\.vit\.num_heads is 3"):
+    monkeypatch.setattr(timm, "create_model", lambda name, *, pretrained: source)
+    with pytest.raises(ValueError, match=r"init_vit.* 4 .*model\.vit\.num_heads is 3"):
         build(init_vit="vit_tiny_patch16_224")
-    with pytest.raises(ValueError, match="timm knows no vit_tiny_patch16_225"):
+    with pytest.raises(ValueError, match=r"vit_tiny_patch16_225.*vit_tiny_patch16_224"):
         build(init_vit="vit_tiny_patch16_225")
 
 
 def test_other_sizes_are_an_error(bert: Path) -> None:
-    with pytest.raises(ValueError, match="choose a source of the same sizes"):
+    with pytest.raises(ValueError, match=r"intermediate.*\(32.*\(48|intermediate_size is 32.*48"):
         build(init_text=str(bert), med={**MED, "intermediate_size": 48})
 
 
@@ -153,7 +153,7 @@ def test_an_old_file_names_its_norms_otherwise(bert: Path, tmp_path: Path) -> No
             assert torch.equal(tensor, second.text_decoder.state_dict()[name]), name
 
 
-def test_a_random_head_is_not_taken_for_trained(
+def test_missing_language_head_stays_random(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An encoder-only BERT has no language-model head; transformers makes one up, and says odd things about it."""
@@ -188,7 +188,9 @@ def test_a_random_head_is_not_taken_for_trained(
         ({"max_position_embeddings": 32}, r"max_position_embeddings is 32, model\.\w+\.max_positions is 64"),
     ],
 )
-def test_what_shapes_do_not_tell_is_compared(make: Any, sizes: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_sizes_that_shapes_do_not_show_are_compared(
+    make: Any, sizes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
     folder = save_bert(tmp_path / "bert", **sizes)
     with pytest.raises(ValueError, match=words):
         make(init_text=str(folder))
@@ -198,19 +200,19 @@ def test_other_classes_and_vocabularies_are_named(bert: Path, tmp_path: Path) ->
     tokens = (SHAPES / "vocab.txt").read_text().split()
     tokens[107], tokens[108] = tokens[108], tokens[107]
     (bert / "vocab.txt").write_text("\n".join(tokens))
-    with pytest.raises(ValueError, match=f"another vocabulary: its token 107 is '{tokens[107]}', the tokenizer's"):
+    with pytest.raises(ValueError, match=f"init_text.*107.*'{tokens[107]}'"):
         build(init_text=str(bert))
     shutil.copy(SHAPES / "vocab.txt", bert)
     build(init_text=str(bert))
     config = json.loads((bert / "config.json").read_text())
     (bert / "config.json").write_text(json.dumps({**config, "model_type": "roberta"}))
-    with pytest.raises(ValueError, match="model_type is 'roberta', the model's 'bert'"):
+    with pytest.raises(ValueError, match=r"model_type is 'roberta'.*'bert'"):
         build(init_text=str(bert))
     (bert / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
+    with pytest.raises(ValueError, match=r"config\.json"):
         build(init_text=str(bert))
     (bert / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
         build(init_text=str(bert))
 
 
@@ -235,7 +237,7 @@ def test_a_padded_vocabulary_gives_no_row_to_added_tokens(tmp_path: Path) -> Non
         (2, None),
     ],
 )
-def test_layers_left_out_or_random_are_named(
+def test_unused_and_random_layers_are_logged(
     make: Any, theirs: int, line: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = save_bert(tmp_path / "bert", num_hidden_layers=theirs)
@@ -248,7 +250,7 @@ def test_layers_left_out_or_random_are_named(
 def test_pickled_code_is_refused(make: Any, bert: Path, tmp_path: Path) -> None:
     (bert / "model.safetensors").unlink()
     torch.save({"bert.embeddings.LayerNorm.weight": Path("/etc")}, bert / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="holds pickled code or objects and is refused"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin .*PosixPath"):
         make(init_text=str(bert))
 
 
@@ -271,7 +273,7 @@ def dry_run(tmp_path: Path, *options: str) -> int:
         (["model.init_text=owner/bert"], None),  # nobody is asked
     ],
 )
-def test_a_dry_run_looks_at_what_weights_start_from(
+def test_dry_run_checks_initial_weights(
     options: list[str], words: str | None, bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trained = checkpoint.save({"model": {"a": torch.zeros(1)}}, tmp_path / "trained.pth")
@@ -281,11 +283,11 @@ def test_a_dry_run_looks_at_what_weights_start_from(
 
 
 def test_a_start_needs_a_model_that_takes_one() -> None:
-    with pytest.raises(ValueError, match=r"model\.init_vit.*model\.vit_model"):
+    with pytest.raises(ValueError, match=r"model\.vit_model"):
         build_blip2(init_vit="vit_base_patch16_224")
 
 
 def test_a_checkpoint_without_a_qformer_says_what_it_has(tmp_path: Path) -> None:
     path = checkpoint.save({"model": load_model("blip_caption", "tiny").state_dict()}, tmp_path / "caption.pth")
-    with pytest.raises(ValueError, match=r"init_text: .*caption\.pth holds no Q-Former: it has text_decoder\."):
+    with pytest.raises(ValueError, match=r"init_text: .*caption\.pth .*text_decoder\."):
         load_model("blip2", "tiny", init_text=str(path))

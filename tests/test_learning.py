@@ -46,7 +46,7 @@ def build(arch: str, **changes: Any) -> Any:
         ).eval()  # fmt: skip
     model = doors.build(arch, embed_dim=16, **changes).eval()
     with torch.no_grad():
-        for _, twin in model.twins():
+        for _, twin in model.momentum_pairs():
             for parameter in twin.parameters():
                 parameter.add_(0.02 * torch.randn_like(parameter))
     return model
@@ -54,7 +54,7 @@ def build(arch: str, **changes: Any) -> Any:
 
 def features(model: Any, *, twin: bool = False) -> tuple[Tensor, Tensor]:
     """A momentum model's features (4,E) of images and texts, from the parts' own forward passes."""
-    vit, bert, vision_proj, text_proj = (pair[twin] for pair in model.twins())
+    vit, bert, vision_proj, text_proj = (pair[twin] for pair in model.momentum_pairs())
     ids, mask = model.tokenize(TEXTS)
     image = F.normalize(vision_proj(vit(samples()["image"])[:, 0]), dim=-1)
     return image, F.normalize(text_proj(bert(ids, mask)[0][:, 0]), dim=-1)

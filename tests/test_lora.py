@@ -18,12 +18,12 @@ from test_blip2_llm import QUESTIONS, TINY, build, config_of, pictures, same_enc
 from test_hf_blip2 import compare_language_model
 from torch import Tensor
 
-from lavis_lite.cli.convert import run
 from lavis_lite.common import checkpoint
 from lavis_lite.common.config.schema import Checker
 from lavis_lite.common.config.sections import model_arguments
 from lavis_lite.common.config.zoo import model_layers
 from lavis_lite.common.registry import registry
+from lavis_lite.convert.__main__ import run
 from lavis_lite.convert.folders import write_checkpoint, write_folder
 from lavis_lite.models import from_pretrained, load_model
 from lavis_lite.nn.llm_loading import load_language_model

@@ -75,7 +75,7 @@ def test_a_lavis_file_loads(arch: str, how: str, tmp_path: Path) -> None:
             torch.testing.assert_close(loaded[name], resized(tensor))
         else:
             assert torch.equal(loaded[name], tensor), name
-    twins = model.twins() if hasattr(model, "twins") else []
+    twins = model.momentum_pairs() if hasattr(model, "momentum_pairs") else []
     assert len(twins) == {"blip_pretrain": 4, "blip_retrieval": 4, "blip_classification": 3}.get(arch, 0)
     for online, twin in twins:
         doors.assert_same_state(dict(online.state_dict()), dict(twin.state_dict()))
@@ -111,7 +111,7 @@ def test_packaged_type_with_a_checkpoint(tmp_path: Path) -> None:
     )
     assert not model.training
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in state.items())
-    doors.assert_same_state(*(dict(part.state_dict()) for part in model.twins()[0]))
+    doors.assert_same_state(*(dict(part.state_dict()) for part in model.momentum_pairs()[0]))
     assert text["eval"]("A Red circle!") == "a red circle"
     assert set(vis) == {"train", "eval"}
 
@@ -278,7 +278,7 @@ def test_captions_leave_the_prompt_out(captioner: Any, prompt: str) -> None:
     """However the tokenizer spells the prompt: the caption is what the tokens behind the prompt's read."""
     captions = captioner.generate({"image": pictures(3), "prompt": prompt}, num_beams=1, max_length=24, min_length=1)
     ids, _ = captioner.tokenize([prompt] * 3, start=captioner.decoder_start)
-    context = captioner.text_decoder.bert.project_context(captioner.visual_encoder(pictures(3)))
+    context = captioner.text_decoder.bert.project_kv(captioner.visual_encoder(pictures(3)))
     settings = captioner.decoding(GenerationConfig(max_length=24, min_length=1, num_beams=1))
     whole = decode(captioner.step(context), ids[:, :-1], settings)
     words = [captioner.tokenizer.decode(row, skip_special_tokens=True) for row in whole.ids[:, ids.shape[1] - 1 :]]
@@ -314,7 +314,7 @@ def test_decoding_as_transformers_does(captioner: Any, settings: dict[str, Any])
     states = captioner.visual_encoder(images)
     end = {"eos_token_id": captioner.tokenizer.sep_token_id, "pad_token_id": captioner.tokenizer.pad_token_id}
     theirs = twin.generate(input_ids=prompt, encoder_hidden_states=states, do_sample=False, **end, **settings)
-    step = captioner.step(captioner.text_decoder.bert.project_context(states))
+    step = captioner.step(captioner.text_decoder.bert.project_kv(states))
     ours = decode(step, prompt, captioner.decoding(GenerationConfig(**settings))).ids
     assert ours.tolist() == theirs.tolist()
     assert len({tuple(row) for row in ours.tolist()}) > 2
@@ -415,7 +415,7 @@ def test_retrieval_by_contrast_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     image, texts = pictures(5), ["a red circle", "a blue star", "yes"]
     monkeypatch.setattr(model, "matching_logits", None)  # the head is not called
     with torch.no_grad():
-        features = model.encode_image(image)[1], model.encode_text(*model.tokenize(texts, max_length=35))
+        features = model.image_features(image)[1], model.encode_text(*model.tokenize(texts, max_length=35))
         expected = features[0] @ features[1].t()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             rough = model.compute_sim_matrix(Gallery(image, texts), k_test=0)[0]

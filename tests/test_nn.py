@@ -1,4 +1,4 @@
-"""The bricks against hand-written formulas, at sizes small enough to follow."""
+"""Building blocks against hand-written formulas, at sizes small enough to follow."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lavis_lite.nn.attention import BertConfig, text_mask
+from lavis_lite.nn.attention import BertConfig, KeyValueCache, text_mask
 from lavis_lite.nn.bert import BertLMHeadModel, BertModel
 from lavis_lite.nn.decoding import DecodingConfig, decode, sample_nucleus
 from lavis_lite.nn.losses import (
@@ -20,7 +20,6 @@ from lavis_lite.nn.momentum import enqueue, update_momentum
 from lavis_lite.nn.vision import (
     BlipViT,
     interpolate_pos_embed,
-    layer_scales,
     vit_config,
 )
 
@@ -64,10 +63,10 @@ def test_texts_of_the_same_image_share_the_target() -> None:
 
 
 def test_momentum_update_by_hand() -> None:
-    online, twin = nn.Linear(2, 2), nn.Linear(2, 2)
-    before = [p.detach().clone() for p in twin.parameters()]
-    update_momentum([(online, twin)], 0.9)
-    for old, new, source in zip(before, twin.parameters(), online.parameters(), strict=True):
+    online, momentum = nn.Linear(2, 2), nn.Linear(2, 2)
+    before = [p.detach().clone() for p in momentum.parameters()]
+    update_momentum([(online, momentum)], 0.9)
+    for old, new, source in zip(before, momentum.parameters(), online.parameters(), strict=True):
         torch.testing.assert_close(new, 0.9 * old + 0.1 * source)
 
 
@@ -95,10 +94,10 @@ def test_one_context_serves_several_texts() -> None:
     model = BertModel(bert()).eval()
     ids, mask, states = torch.randint(1, 11, (6, 4)), torch.ones(6, 4, dtype=torch.long), torch.randn(2, 5, 6)
     states_mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]])
-    shared, _ = model(ids, mask, context=model.project_context(states, mask=states_mask))
-    copied = model.project_context(states.repeat_interleave(3, 0), mask=states_mask.repeat_interleave(3, 0))
+    shared, _ = model(ids, mask, context=model.project_kv(states, mask=states_mask))
+    copied = model.project_kv(states.repeat_interleave(3, 0), mask=states_mask.repeat_interleave(3, 0))
     torch.testing.assert_close(shared, model(ids, mask, context=copied)[0])
-    short = model.project_context(states[:1, :4])
+    short = model.project_kv(states[:1, :4])
     torch.testing.assert_close(shared[:3], model(ids[:3], mask[:3], context=short)[0])
 
 
@@ -106,7 +105,7 @@ def test_cache_gives_what_the_whole_text_gives() -> None:
     torch.manual_seed(0)
     model = BertLMHeadModel(bert()).eval()
     ids = torch.randint(1, 11, (2, 6))
-    context = model.bert.project_context(torch.randn(2, 3, 6))
+    context = model.bert.project_kv(torch.randn(2, 3, 6))
     whole, _ = model(ids, torch.ones(2, 6, dtype=torch.long), context=context)
     _, cache = model(ids[:, :4], torch.ones(2, 4, dtype=torch.long), context=context)
     rest, _ = model(ids[:, 4:], torch.ones(2, 6, dtype=torch.long), context=context, past=cache)
@@ -120,13 +119,13 @@ def test_too_long_a_text_is_an_error() -> None:
 
 
 class Table:
-    """A language model that is a table of next-token probabilities; it needs no cache."""
+    """A language model that is a table of next-token probabilities; its cache is empty."""
 
     def __init__(self, probabilities: Tensor) -> None:
         self.log = probabilities.log()
 
-    def __call__(self, ids: Tensor, cache: object, length: int) -> tuple[Tensor, list]:
-        return self.log[ids[:, -1]], []
+    def __call__(self, ids: Tensor, cache: KeyValueCache | None, length: int) -> tuple[Tensor, KeyValueCache]:
+        return self.log[ids[:, -1]], KeyValueCache(())
 
 
 def test_beams_find_what_greed_misses() -> None:
@@ -151,7 +150,7 @@ def test_nucleus_holds_the_fewest_likeliest_tokens() -> None:
 
 
 def test_layer_ids_for_decay() -> None:
-    scale = layer_scales(depth=3, decay=0.5)
+    encoder = BlipViT(vit_config("tiny"))  # of 3 layers
     names = [
         "cls_token",
         "pos_embed",
@@ -160,7 +159,7 @@ def test_layer_ids_for_decay() -> None:
         "blocks.2.mlp.fc1.bias",
         "norm.bias",
     ]
-    assert [scale(name) for name in names] == [0.0625, 0.0625, 0.0625, 0.125, 0.5, 1.0]
+    assert [encoder.layer_scale(name, 0.5) for name in names] == [0.0625, 0.0625, 0.0625, 0.125, 0.5, 1.0]
 
 
 def test_drop_path_grows_with_depth() -> None:

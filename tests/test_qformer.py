@@ -87,7 +87,7 @@ def test_recorded_states(case: tuple[QFormer, Tensor, dict[str, Tensor], dict]) 
     model, queries, outputs, config = case
     tokenizer = AutoTokenizer.from_pretrained(REFERENCE / "tiny_hf" / "bert")
     tokens = tokenizer(config["captions"], padding="longest", return_tensors="pt")
-    context = model.project_context(outputs["image_embeds"])
+    context = model.project_kv(outputs["image_embeds"])
     alone, _ = model(queries, context=context)
     text, _ = model(None, tokens.input_ids, tokens.attention_mask)
     both, _ = model(queries, tokens.input_ids, tokens.attention_mask, context=context)
@@ -104,7 +104,7 @@ def test_text_behind_cached_queries_equals_one_causal_pass() -> None:
     model = small()
     queries, image = torch.randn(1, 3, 16), torch.randn(2, 5, 12)
     ids, mask = torch.randint(1, 50, (2, 4)), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
-    context = model.project_context(image)
+    context = model.project_kv(image)
     whole, _ = model(queries, ids, mask, context=context, attention="causal")
     _, cache = model(queries, context=context)
     behind, cache = model(None, ids[:, :2], mask[:, :2], past=cache)
@@ -118,8 +118,8 @@ def test_one_image_serves_several_texts() -> None:
     model = small()
     queries, image = torch.randn(1, 3, 16), torch.randn(2, 5, 12)
     ids, mask = torch.randint(1, 50, (6, 4)), torch.ones(6, 4, dtype=torch.long)
-    shared, _ = model(queries, ids, mask, context=model.project_context(image))
-    copied, _ = model(queries, ids, mask, context=model.project_context(image.repeat_interleave(3, 0)))
+    shared, _ = model(queries, ids, mask, context=model.project_kv(image))
+    copied, _ = model(queries, ids, mask, context=model.project_kv(image.repeat_interleave(3, 0)))
     torch.testing.assert_close(shared, copied)
 
 

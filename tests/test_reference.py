@@ -97,7 +97,7 @@ def check_captions(model: Any, image: Tensor, expected: dict[str, Any]) -> None:
     captions = model.generate({"image": image}, **expected["kwargs"])
     assert captions == [caption.strip() for caption in expected["captions"]]
     end = model.tokenizer.sep_token_id
-    context = model.text_decoder.bert.project_context(model.visual_encoder(image))
+    context = model.text_decoder.bert.project_kv(model.visual_encoder(image))
     start, _ = model.tokenize([model.prompt] * len(image), start=model.decoder_start)
     ids = decode(model.step(context), start[:, :-1], model.decoding(GenerationConfig(**expected["kwargs"]))).ids
     assert [up_to_end(row, end) for row in ids.tolist()] == [up_to_end(row, end) for row in expected["ids"]]
@@ -116,7 +116,7 @@ def check_vqa(case: Case) -> None:
     close(states, case.outputs["question_states"])
     ids, answer_mask = model.tokenize(samples["answer"], start=model.decoder_start)
     assert model.labels(ids).tolist() == case.facts["labels"]
-    context = model.text_decoder.bert.project_context(states, mask=mask)
+    context = model.text_decoder.bert.project_kv(states, mask=mask)
     question = torch.arange(len(samples["n_answers"])).repeat_interleave(samples["n_answers"])
     close(model.answer_loss(ids, answer_mask, context.select(question)), torch.tensor(case.facts["per_answer_loss"]))
     loss = model(samples)["loss"]
@@ -194,7 +194,7 @@ def check_classification(case: Case) -> None:
     close(output["loss"], case.facts["loss"])
     close(output["logits"], case.outputs["logits"])
     ids, mask = model.tokenize(samples["text_input"], max_length=model.max_txt_len)
-    close(model.twin_logits(samples["image"], ids, mask, update=False), case.outputs["logits_m"])
+    close(model.momentum_logits(samples["image"], ids, mask, update=False), case.outputs["logits_m"])
     close(model.predict(samples)["predictions"], case.outputs["predict_logits"])
     output["loss"].backward()
     close_gradients(model, case.facts["grad_norms"])

@@ -12,11 +12,11 @@ from full_size import TINY_HF
 from PIL import Image
 
 from lavis_lite.cli import main as cli
-from lavis_lite.cli.convert import run
 from lavis_lite.common import checkpoint
 from lavis_lite.common.config.config import Config
 from lavis_lite.common.config.zoo import model_layers
 from lavis_lite.common.errors import AdapterError
+from lavis_lite.convert.__main__ import run
 from lavis_lite.models import from_pretrained, load_model, load_model_and_preprocess
 from lavis_lite.models.loading import described
 
@@ -279,7 +279,7 @@ def test_from_pretraining_to_a_task_without_warning(
 def test_parts_of_another_task_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = saved(tmp_path, doors.build("vqa_rank"), model=doors.section("vqa_rank"))
     load_model("blip_caption", "tiny", checkpoint=path)
-    assert any("also has text_encoder, which BlipCaption has not" in line for line in lines(caplog))
+    assert any("text_encoder" in line and "BlipCaption" in line for line in lines(caplog))
 
 
 def test_defaults_of_the_file_s_architecture_count(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lavis_lite.common import checkpoint
-from lavis_lite.common.sources import weights
+from lavis_lite.common.sources import folders, weights
 from lavis_lite.common.sources.weights import LazyState, open_state
 from lavis_lite.convert.folders import write_folder
 from lavis_lite.models import load_model
@@ -53,7 +53,7 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
 
 
 class Stack(nn.Module):
-    """What STATE fits."""
+    """A model with the parameters of STATE."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Stack(nn.Module):
 
 
 @pytest.mark.parametrize("kind", SOURCES)
-def test_every_source_gives_the_same(kind: str, tmp_path: Path) -> None:
+def test_every_kind_of_source_has_the_same_weights(kind: str, tmp_path: Path) -> None:
     source = SOURCES[kind](tmp_path)
     state = open_state(source)
     assert state.keys() == STATE.keys()
@@ -71,9 +71,9 @@ def test_every_source_gives_the_same(kind: str, tmp_path: Path) -> None:
     torch.testing.assert_close(dict(model.state_dict()), STATE, rtol=0, atol=0)
 
 
-def test_what_we_stored_beside_a_folder_comes_with_it(tmp_path: Path) -> None:
+def test_extra_file_of_a_folder_is_read(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "hf")
-    save_file({"temp": torch.tensor(0.5)}, folder / weights.EXTRA_FILE)
+    save_file({"temp": torch.tensor(0.5)}, folder / folders.EXTRA_FILE)
     state = open_state(folder)
     assert state.keys() == {*STATE, "temp"}
     assert float(state["temp"]) == 0.5
@@ -84,17 +84,17 @@ def test_damaged_folders(tmp_path: Path) -> None:
     shards = sorted(folder.glob("*.safetensors"))
     whole = shards[1].read_bytes()
     shards[1].write_bytes(whole[:-5])
-    with pytest.raises(ValueError, match=r"00002-of-00003\.safetensors .* truncated"):
+    with pytest.raises(ValueError, match=r"00002-of-00003\.safetensors"):
         open_state(folder)
     shards[1].unlink()
-    with pytest.raises(FileNotFoundError, match=r"lacks 1 of the 3 weight files .*00002-of-00003"):
+    with pytest.raises(FileNotFoundError, match=r"1 of the 3 .*00002-of-00003"):
         open_state(folder)
     (folder / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ValueError, match="is not an index"):
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json.*weight_map"):
         open_state(folder)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").touch()
-    with pytest.raises(FileNotFoundError, match=r"holds no model\.safetensors .*notes\.txt"):
+    with pytest.raises(FileNotFoundError, match=r"other.*model\.safetensors .*notes\.txt"):
         open_state(tmp_path / "other")
 
 
@@ -113,7 +113,7 @@ def test_a_lazy_state_is_a_mapping() -> None:
     assert len(LazyState.of(renamed)) == 4
 
 
-def test_only_what_is_new_is_kept_of_an_adapted_state() -> None:
+def test_adapted_state_keeps_only_new_tensors() -> None:
     reads = []
 
     def read(name: str) -> Tensor:
@@ -167,7 +167,7 @@ def test_one_shard_is_held_at_a_time(tmp_path: Path, watch: Watch) -> None:
     assert len(kept) == 6
 
 
-def test_a_large_file_is_mapped_anew(tmp_path: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_map_of_a_large_file_is_renewed(tmp_path: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "WINDOW", 2 * next(iter(STATE.values())).nbytes)
     state = open_state(single(tmp_path / "hf", suffix="safetensors"))
     before = len(watch.opened)
@@ -200,19 +200,19 @@ def test_a_model_is_loaded_shard_by_shard(
         assert torch.equal(other.state_dict()[name], tensor), name
 
 
-def test_tensors_take_the_models_precision() -> None:
+def test_tensors_are_cast_to_the_models_precision() -> None:
     model = Stack().to(torch.bfloat16)
     checkpoint.load_into(model, STATE, source="x")
     assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.bfloat16}
     assert model.layers[5].weight.tolist() == STATE["layers.5.weight"].tolist()
 
 
-def test_a_file_of_frozen_parts_only_is_no_checkpoint() -> None:
+def test_file_with_frozen_parts_only() -> None:
     model = Stack()
     model.layers[0].requires_grad_(False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = {"layers.0.weight": torch.ones(3, 4), "other": torch.ones(1)}
-    with pytest.raises(ValueError, match=r"x\.pth holds no trainable key of Stack, only 1 frozen.*layers\.1\.weight"):
+    with pytest.raises(ValueError, match=r"x\.pth .*Stack.*layers\.0\.weight.*layers\.1\.weight"):
         checkpoint.load_into(model, state, source="x.pth", allow_missing=lambda key: True)
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
     checkpoint.load_into(model.layers[0], {"weight": torch.ones(3, 4)}, source="x.pth")

@@ -1,11 +1,12 @@
-"""Checkpoint files: written whole or not at all, read without running code, loaded with every difference reported.
+"""Checkpoint files: atomic writing, reading without running code, and loading with a report of every difference.
 
-`atomic_write` is the one way this project replaces a file: a temporary name of its own in the same folder, fsync,
-rename. Reading accepts torch's zip and legacy formats (`weights_only`), safetensors, and verifies their checksums.
+`atomic_write` is the one way in which this package replaces a file: a unique temporary name in the same folder, fsync,
+rename. Torch's zip and legacy formats (`weights_only`) and safetensors can be read, and their checksums are verified.
 """
 
 import errno
 import functools
+import io
 import logging
 import os
 import pickle
@@ -15,7 +16,7 @@ import secrets
 import shutil
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -23,36 +24,36 @@ import torch
 from torch import nn
 
 from lavis_lite.common import integrity
-from lavis_lite.common.errors import (
-    AdapterError,
-    InputError,
-    MissingFileError,
-    WriteError,
-)
+from lavis_lite.common.errors import AdapterError, InputError, WriteError
+from lavis_lite.common.sources import download
 
 logger = logging.getLogger(__name__)
 
 ADAPTER = re.compile(r"\.(lora_\w+|modules_to_save|base_layer|original_module|token_adapter)(\.|$)")
-"""In the names that peft gives to adapters and to the layers that have them."""
+"""Matches the names that peft gives to adapters and to the layers that have them."""
 COMPUTED = re.compile(r"position_ids$|\.inv_freq$")
-"""In the names of buffers that the model computes from its sizes; Hugging Face's files never hold them."""
+"""Matches the names of buffers that the model computes from its sizes; Hugging Face's files do not hold them."""
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EACCES)
 """Errors of a file system without hard links."""
 
 
 class LoadReport(NamedTuple):
-    """What `load_into` found: keys the file lacks, keys the model lacks, keys whose shapes differ."""
+    """Keys that the file lacks, keys that the model lacks, and keys whose shapes differ."""
 
     missing: list[str]
     unexpected: list[str]
     mismatched: list[str]
 
 
-class _Recorder:
-    """A binary file that remembers its first OSError, because torch.save's zip writer may mask it."""
+class _ErrorRecorder(io.RawIOBase):
+    """Write to a file and keep its first OSError, because torch.save's zip writer may mask it."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file, self.error = file, None
+        self.file = file
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
 
     def write(self, data: Any) -> int:
         try:
@@ -61,25 +62,24 @@ class _Recorder:
             self.error = self.error or error
             raise
 
-    def flush(self) -> None:
-        self.file.flush()
-
 
 def atomic_write(path: str | Path, write: Callable[[BinaryIO], object], *, num_bytes: int | None = None) -> Path:
-    """Replaces `path` by what `write(file)` writes; whatever fails, the old file stays and no temporary is left.
+    """Replace `path` by the bytes that `write(file)` writes; on any failure the old file stays and no temporary is
+    left.
 
     Raises:
         OSError: the disk is full or unwritable; the message has the path, `num_bytes` (the size needed, if known) and
             the free space.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    recorder: _Recorder | None = None
+    temporary = _temporary_name(path)
+    recorder: _ErrorRecorder | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb", buffering=0) as file:
-            recorder = _Recorder(file)
-            write(recorder)
+            recorder = _ErrorRecorder(file)
+            with io.BufferedWriter(recorder) as buffered:
+                write(buffered)
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
@@ -91,15 +91,19 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], object], *, num_b
     return path
 
 
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
 def write_text(path: str | Path, text: str) -> Path:
-    """`atomic_write` of a UTF-8 text."""
+    """Write a text as UTF-8 with `atomic_write`."""
     data = text.encode()
     return atomic_write(path, lambda file: file.write(data), num_bytes=len(data))
 
 
 def link_or_copy(source: Path, target: Path) -> Path:
-    """Make `target` another name of the file `source`, atomically; a copy where the file system has no hard links."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    """Make `target` a hard link to the file `source`, atomically; a copy where the file system has no hard links."""
+    temporary = _temporary_name(target)
     try:
         os.link(source, temporary)
         os.replace(temporary, target)
@@ -113,7 +117,7 @@ def link_or_copy(source: Path, target: Path) -> Path:
 
 
 def sweep_temporaries(folder: Path) -> list[Path]:
-    """Delete what a killed process left of its `atomic_write`s in a folder that no other process writes to."""
+    """Delete and return the temporary files of killed `atomic_write`s, in a folder that no other process writes to."""
     left = [path for path in folder.glob(".*.tmp") if path.is_file()]
     for path in left:
         path.unlink(missing_ok=True)
@@ -121,22 +125,22 @@ def sweep_temporaries(folder: Path) -> list[Path]:
 
 
 def save(obj: Any, path: str | Path) -> Path:
-    """Writes `obj` (nested containers of tensors and plain values) with torch.save, atomically."""
+    """Write `obj` (nested containers of tensors and plain values) with torch.save, atomically."""
     return atomic_write(path, lambda file: torch.save(obj, file), num_bytes=sum(_tensor_bytes(obj).values()))
 
 
 def load(path: str | Path, *, map_location: str | torch.device = "cpu", verify: bool = True) -> dict[str, Any]:
-    """Reads a `.pth` file (memory-mapped where possible) or a `.safetensors` file; never runs code from it.
+    """Read a `.pth` file (memory-mapped where possible) or a `.safetensors` file; never run code from it.
 
     `verify=False` skips the checksums (`integrity.verify`), for a file that was verified already.
 
     Raises:
-        FileNotFoundError: no such file; the message lists its nearest neighbours.
+        FileNotFoundError: no such file; the message lists similar names.
         ValueError: the file is damaged, truncated, is not a checkpoint, or holds pickled code or compressed entries.
     """
     path = Path(path)
     if not path.is_file():
-        raise MissingFileError(_missing_message(path))
+        raise download.missing_file(path)
     refuse_compressed(path)
     if verify:
         integrity.verify(path)
@@ -147,17 +151,17 @@ def load(path: str | Path, *, map_location: str | torch.device = "cpu", verify: 
             return load_file(path, device=str(map_location))
         return torch.load(path, map_location=map_location, weights_only=True, mmap=is_mappable(path) or None)
     except pickle.UnpicklingError as error:
-        raise InputError(_unpickling_message(path, error)) from error
+        raise _unpickling_error(path, error) from error
     except Exception as error:
-        cut_short = isinstance(error, OSError) and error.errno == errno.EINVAL  # torch seeks to before the start
-        if isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError)) and not cut_short:
+        is_cut_short = isinstance(error, OSError) and error.errno == errno.EINVAL  # torch seeks to before the start
+        if isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError)) and not is_cut_short:
             raise
-        raise InputError(_corrupt_message(path, error)) from error
+        raise _corrupt_error(path, error) from error
 
 
 def refuse_compressed(path: Path) -> None:
-    """Raise ValueError for a zip file with compressed entries: torch stores them plainly, and a small file could
-    inflate to more than the memory.
+    """Raise ValueError for a zip file with compressed entries: torch writes none, and a small file could inflate to
+    more than the memory.
     """
     if path.suffix == ".safetensors" or not is_mappable(path):
         return
@@ -165,7 +169,7 @@ def refuse_compressed(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             compressed = [entry for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
-        raise InputError(_corrupt_message(path, error)) from error
+        raise _corrupt_error(path, error) from error
     if compressed:
         size = sum(entry.file_size for entry in compressed)
         raise InputError(
@@ -175,7 +179,7 @@ def refuse_compressed(path: Path) -> None:
 
 
 def is_mappable(path: Path) -> bool:
-    """Whether tensors of the file can be read in place: a .safetensors file, or torch's zip format."""
+    """Whether the file can be memory-mapped: a .safetensors file, or torch's zip format."""
     if path.suffix == ".safetensors":
         return True
     with path.open("rb") as file:
@@ -183,7 +187,7 @@ def is_mappable(path: Path) -> bool:
 
 
 def find_state_dict(obj: Mapping[str, Any], *, source: str = "checkpoint") -> dict[str, torch.Tensor]:
-    """The weights in what `load` returned: LAVIS's `{"model": ...}`, `{"state_dict": ...}` or a bare state dict.
+    """Return the weights of a loaded checkpoint: LAVIS's `{"model": ...}`, `{"state_dict": ...}` or a bare state dict.
 
     A `module.` prefix that all keys share (saved from DDP) is removed.
     """
@@ -206,17 +210,17 @@ def load_into(
     *,
     source: str | Path,
     allow_missing: Callable[[str], bool] = lambda key: False,
-    elsewhere: Callable[[str], bool] = lambda key: False,
+    loaded_separately: Callable[[str], bool] = lambda key: False,
 ) -> LoadReport:
-    """Copies `state` into `model`, tensor by tensor in the model's precision, and logs every difference; the model is
-    untouched if this raises.
+    """Copy `state` into `model`, tensor by tensor in the model's precision, and log every difference; the model is
+    unchanged if this raises.
 
-    `allow_missing` says which trainable keys the file may lack; what is `elsewhere` is loaded from another source. A
-    missing alias of a tied parameter is no difference if its twin is given.
+    The file may lack the trainable keys of `allow_missing`; the keys of `loaded_separately` come from another source.
+    A missing alias of a tied parameter counts as present if another of its names is given.
 
     Raises:
         ValueError: no key fits (another architecture) or no trainable one does, shapes differ, a trainable key is
-            missing, or the file holds adapters (LoRA) that the model has not.
+            missing, or the file holds adapters (LoRA) that the model lacks.
     """
     own = model.state_dict(keep_vars=True)
     given = {id(own[key]) for key in state if key in own}
@@ -225,31 +229,33 @@ def load_into(
         unexpected=[key for key in state if key not in own],
         mismatched=[key for key in state if key in own and state[key].shape != own[key].shape],
     )
-    if own and not given:
-        raise InputError(
-            f"{source} is a checkpoint of another architecture: {type(model).__name__} has none of its "
-            f"{len(state)} keys. It has {_listed(list(state), limit=4)}; the model has {_listed(list(own), limit=4)}"
-        )
-    trainable = {id(value): key for key, value in own.items() if value.requires_grad}
-    if trainable and not given & trainable.keys():
-        raise InputError(
-            f"{source} holds no trainable key of {type(model).__name__}, only {len(given)} frozen ones or buffers: "
-            f"{_listed([key for key in state if key in own], limit=4)}. Its trainable ones are "
-            f"{_listed(list(trainable.values()), limit=4)}"
-        )
-    adapters = [key for key in report.unexpected if ADAPTER.search(key)]
-    if adapters:
-        raise AdapterError(
-            f"{source} holds {len(adapters)} tensors of adapters (LoRA) that have no place in the model: "
-            f"{_listed(adapters, limit=4)}. Set model.llm_lora as it was in training"
-        )
+    _check_architecture(type(model).__name__, own, state, source=source)
     _check_differences(report, own, state, source=source, allow_missing=allow_missing)
-    _log_differences(report, own, source=source, elsewhere=elsewhere)
+    _log_differences(report, own, source=source, loaded_separately=loaded_separately)
     with torch.no_grad():
         for key in state:
             if key in own:
                 own[key].copy_(state[key])
     return report
+
+
+def _check_architecture(
+    name: str, own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], *, source: str | Path
+) -> None:
+    """Raise ValueError if none of the model's keys, or none of its trainable ones, are in the file."""
+    given = {id(own[key]): key for key in state if key in own}
+    if own and not given:
+        raise InputError(
+            f"{source} is a checkpoint of another architecture: {name} has none of its "
+            f"{len(state)} keys. It has {_listed(list(state), limit=4)}; the model has {_listed(list(own), limit=4)}"
+        )
+    trainable = {id(value): key for key, value in own.items() if value.requires_grad}
+    if trainable and not given.keys() & trainable.keys():
+        raise InputError(
+            f"{source} holds no trainable key of {name}, only {len(given)} frozen ones or buffers: "
+            f"{_listed(list(given.values()), limit=4)}. Its trainable ones are "
+            f"{_listed(list(trainable.values()), limit=4)}"
+        )
 
 
 def _check_differences(
@@ -260,6 +266,12 @@ def _check_differences(
     source: str | Path,
     allow_missing: Callable[[str], bool],
 ) -> None:
+    adapters = [key for key in report.unexpected if ADAPTER.search(key)]
+    if adapters:
+        raise AdapterError(
+            f"{source} holds {len(adapters)} tensors of adapters (LoRA) that have no place in the model: "
+            f"{_listed(adapters, limit=4)}. Set model.llm_lora as it was in training"
+        )
     if report.mismatched:
         shapes = [f"{key} {tuple(state[key].shape)} (model: {tuple(own[key].shape)})" for key in report.mismatched]
         raise InputError(
@@ -275,22 +287,23 @@ def _check_differences(
 
 
 def _log_differences(
-    report: LoadReport, own: Mapping[str, torch.Tensor], *, source: str | Path, elsewhere: Callable[[str], bool]
+    report: LoadReport,
+    own: Mapping[str, torch.Tensor],
+    *,
+    source: str | Path,
+    loaded_separately: Callable[[str], bool],
 ) -> None:
-    kinds = {
-        key: "elsewhere" if elsewhere(key) else "trainable" if own[key].requires_grad else "frozen"
-        for key in report.missing
-        if not COMPUTED.search(key)
-    } | dict.fromkeys(report.unexpected, "unknown")
-    for kind, what in (
-        ("trainable", "trainable keys missing in the file"),
-        ("frozen", "frozen keys or buffers missing in the file (left as they are)"),
-        ("elsewhere", "keys not in the file, which come from a source of their own"),
-        ("unknown", "keys unknown to the model (ignored)"),
+    missing = [key for key in report.missing if not COMPUTED.search(key)]
+    separate = [key for key in missing if loaded_separately(key)]
+    random = [key for key in missing if own[key].requires_grad and key not in separate]
+    frozen = [key for key in missing if not own[key].requires_grad and key not in separate]
+    for level, keys, what in (
+        (logging.WARNING, random, "trainable keys missing in the file"),
+        (logging.INFO, frozen, "frozen keys or buffers missing in the file (unchanged)"),
+        (logging.INFO, separate, "keys not in the file, which are loaded from their own source"),
+        (logging.INFO, report.unexpected, "keys unknown to the model (ignored)"),
     ):
-        keys = [key for key in kinds if kinds[key] == kind]
         if keys:
-            level = logging.WARNING if kind == "trainable" else logging.INFO
             logger.log(level, f"{source}: {len(keys)} {what}: {_listed(keys)}")
 
 
@@ -299,7 +312,7 @@ def _listed(keys: Sequence[str], *, limit: int = 10) -> str:
 
 
 def _tensor_bytes(obj: Any) -> dict[int, int]:
-    """Bytes of each distinct storage in nested containers, by its address."""
+    """Return the bytes of each distinct storage in nested containers, by its address."""
     if isinstance(obj, torch.Tensor):
         storage = obj.untyped_storage()
         return {storage.data_ptr(): storage.nbytes()}
@@ -315,7 +328,7 @@ def _write_error(path: Path, cause: OSError, *, num_bytes: int | None) -> WriteE
     needed = "" if num_bytes is None else f"about {num_bytes / 2**20:.1f} MiB needed, "
     free = shutil.disk_usage(folder).free / 2**20
     what = "the disk is full" if cause.errno in (errno.ENOSPC, errno.EDQUOT) else (cause.strerror or str(cause))
-    kept = "the previous file is intact" if path.exists() else "no file was left behind"
+    kept = "the previous file is intact" if path.exists() else "no file was left"
     return WriteError(
         cause.errno,
         f"cannot write {path}: {what} ({needed}{free:.1f} MiB free in {folder}); {kept}. "
@@ -323,61 +336,43 @@ def _write_error(path: Path, cause: OSError, *, num_bytes: int | None) -> WriteE
     )
 
 
-def _missing_message(path: Path) -> str:
-    import difflib
-
-    if not path.parent.is_dir():
-        return f"checkpoint {path} not found: the folder {path.parent} does not exist"
-    names = sorted(entry.name for entry in path.parent.iterdir() if not entry.name.startswith("."))
-    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.3) or names[:5]
-    hint = f"did you mean {', '.join(near)}?" if near else "the folder is empty"
-    return f"checkpoint {path} not found; {hint}"
-
-
-def _corrupt_message(path: Path, error: Exception) -> str:
-    size = path.stat().st_size
+def _corrupt_error(path: Path, error: Exception) -> InputError:
     reason = next(iter(str(error).splitlines()), "unexpected end")
-    if isinstance(error, pickle.UnpicklingError):  # torch advises to run what a file says
+    if isinstance(error, pickle.UnpicklingError):  # torch's message advises to run the file's code
         reason = "its content is neither torch's nor safetensors' format"
-    return (
-        f"checkpoint {path} ({size:,} bytes) is truncated or not a checkpoint ({reason}): name another file, or "
-        "download or copy it again"
+    return InputError(
+        f"checkpoint {path} ({path.stat().st_size:,} bytes) is truncated or not a checkpoint ({reason}): name another "
+        "file, or download or copy it again"
     )
 
 
-def _unpickling_message(path: Path, error: pickle.UnpicklingError) -> str:
-    found = re.search(r"GLOBAL ([\w.]+)", str(error))
-    names = [found.group(1)] if found else [name for name in _pickled_globals(path) if not _is_plain(name)]
+def _unpickling_error(path: Path, error: pickle.UnpicklingError) -> InputError:
+    names = re.findall(r"GLOBAL ([\w.]+)", str(error)) or _imported_names(path)
     if not names:
-        return _corrupt_message(path, error)
-    return (
+        return _corrupt_error(path, error)
+    return InputError(
         f"checkpoint {path} holds pickled code or objects and is refused, because reading it would run them: "
         f"{', '.join(dict.fromkeys(names))}. If you trust its author, convert it on a machine that may run it: "
         "torch.save(torch.load(old, weights_only=False)['model'], new), keeping tensors and plain containers only"
     )
 
 
-def _is_plain(name: str) -> bool:
-    return name.startswith(("torch._utils.", "torch.storage.", "collections.OrderedDict")) or (
-        name.startswith("torch.") and name.endswith("Storage")
-    )
-
-
-def _pickled_globals(path: Path) -> Iterator[str]:
-    """Names a pickle would import, found without unpickling; nothing if the file is no pickle."""
+def _imported_names(path: Path) -> list[str]:
+    """Return the names that a pickle of protocol 4 or 5 imports, without unpickling it. torch names those of older
+    protocols in its error; nothing is returned if the file is not a pickle.
+    """
     strings: list[str] = []
+    names: list[str] = []
     try:
-        if zipfile.is_zipfile(path):
+        data = path.read_bytes()
+        if is_mappable(path):
             with zipfile.ZipFile(path) as archive:
                 data = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
-        else:
-            data = path.read_bytes()
         for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name == "GLOBAL":
-                yield str(argument).replace(" ", ".")
-            elif opcode.name == "STACK_GLOBAL" and len(strings) >= 2:
-                yield ".".join(strings[-2:])
+            if opcode.name == "STACK_GLOBAL":
+                names.append(".".join(strings[-2:]))
             elif isinstance(argument, str):
                 strings.append(argument)
-    except (ValueError, StopIteration, IndexError) as error:
-        logger.debug(f"{path} is no pickle: {error}")
+    except (ValueError, StopIteration, zipfile.BadZipFile) as error:
+        logger.debug(f"{path} is not a pickle: {error}")
+    return names

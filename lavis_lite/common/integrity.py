@@ -1,7 +1,7 @@
-"""Checksums of weight files: whether a file still holds what was written.
+"""Checksums of weight files: detect a file that changed after it was written.
 
-torch's zip format has a CRC-32 for each entry, which torch itself does not read. Its legacy format has none. Of
-.safetensors files, those of a folder that holds `SHA256SUMS` (as `sha256sum` writes it) have one.
+torch's zip format has a CRC-32 for each entry, which torch itself does not verify. Its legacy format has none. A
+.safetensors file has one if its folder has `SHA256SUMS`, in the format of `sha256sum`.
 """
 
 import errno
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 SUMS_FILE = "SHA256SUMS"
 REMEDY = "download or copy it again, or take an older one"
 _BROKEN_ZIP = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, RuntimeError)
-"""What zipfile raises for a damaged archive, beside OSErrors for an offset that does not exist."""
+"""Errors of zipfile for a damaged archive, beside OSErrors for an offset that does not exist."""
 
 
 def verify(path: Path, *, as_zip: bool = False) -> None:
@@ -34,7 +34,7 @@ def verify(path: Path, *, as_zip: bool = False) -> None:
     elif as_zip or _is_zip(path):
         _verify_zip(path)
     else:
-        _no_checksums(path)  # torch's legacy format, or no checkpoint
+        _log_no_checksums(path)  # torch's legacy format, or not a checkpoint
 
 
 def write_sums(folder: Path) -> None:
@@ -44,7 +44,7 @@ def write_sums(folder: Path) -> None:
 
 
 def _is_zip(path: Path) -> bool:
-    """Whether one end of the file, of which the other may be lost, is that of a zip file."""
+    """Whether the start or the end of the file, of which one may be lost, is that of a zip file."""
     with path.open("rb") as file:
         if file.read(4) == b"PK\x03\x04":
             return True
@@ -69,19 +69,20 @@ def _verify_zip(path: Path) -> None:
 
 
 def _damaged_entry(path: Path) -> str | None:
-    """The first damaged entry of a zip file and what is wrong with it."""
+    """Return the first damaged entry of a zip file and its fault."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         inflated = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
         if inflated:
             return f"{inflated[0]} is marked as compressed, and torch compresses none"
         if not any(entry.CRC for entry in entries):
-            return _no_checksums(path)  # torch.serialization.set_crc32_options(False) writes zeros
+            _log_no_checksums(path)  # torch.serialization.set_crc32_options(False) writes zeros
+            return None
         bad = archive.testzip()
     return None if bad is None else f"{bad} fails its checksum"
 
 
-def _no_checksums(path: Path) -> None:
+def _log_no_checksums(path: Path) -> None:
     logger.info("%s holds no checksums: damage in its tensors would go unnoticed", path)
 
 

@@ -1,4 +1,9 @@
-"""Kernel locks on files and folders: held by one process, released by the kernel when it ends, however it ends."""
+"""Kernel locks on files and folders: held by one process, and released by the kernel when the process ends.
+
+Note: `filelock`, which guards downloads, does not replace this module: it locks no folders, it may delete its file on
+release, so the file cannot name the holder, and on file systems without locks it falls back to files that survive a
+killed process.
+"""
 
 import errno
 import json
@@ -14,11 +19,11 @@ logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
-"""What a file system says that has no locks, such as some network drives."""
+"""Errors of a file system without locks, such as some network drives."""
 
 
 class Lock:
-    """An exclusive `flock` on a path. Processes forked from the holder, such as loader workers, do not keep it."""
+    """An exclusive `flock` on a path. Processes forked from the holder, such as loader workers, do not hold it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -42,11 +47,11 @@ class Lock:
                 return False
             raise
         self._descriptor = descriptor
-        os.register_at_fork(after_in_child=self.release)  # closes the child's copy, the holder's stays
+        os.register_at_fork(after_in_child=self.release)  # closes the child's copy only
         return True
 
     def release(self) -> None:
-        """Close this process's copy of the lock; a lock that is not held is left alone."""
+        """Close this process's copy of the lock, if there is one."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
             os.close(descriptor)
@@ -59,7 +64,7 @@ class Lock:
 
 
 class FolderLock:
-    """The right of one process to write into a job's folder: a `Lock` on its file `.lock`, which names the holder."""
+    """Lets one process write into a job's folder: a `Lock` on its file `.lock`, which names the holder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -1,6 +1,158 @@
-"""`python -m lavis_lite.convert`: see lavis_lite/cli/convert.py."""
+"""The command `python -m lavis_lite.convert`, installed as `lavis-lite-convert`."""
 
-from lavis_lite.cli.convert import main
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lavis_lite.common.registry import registry
+
+if TYPE_CHECKING:
+    from lavis_lite.models.base import BaseModel
+
+HELP = """Turn LAVIS's weights into a Hugging Face folder, or such a folder into a LAVIS file, without loss.
+
+examples:
+  # the published BLIP-2 with OPT, its frozen parts fetched, as a folder for transformers' Blip2ForConditionalGeneration
+  python -m lavis_lite.convert to-hf blip2_opt pretrain_opt2.7b blip2-opt-2.7b
+  # your own checkpoint, language model and image encoder in bf16, with the language model from a local folder
+  python -m lavis_lite.convert to-hf blip2_t5 caption_coco_flant5xl captioner --checkpoint output/checkpoint_best.pth \\
+      --precision bf16 --options t5_model=/models/flan-t5-xl tokenizer=/models/bert-base-uncased
+  # a run with llm_lora: its adapters merged, or in a folder of their own for peft
+  python -m lavis_lite.convert to-hf blip2_opt pretrain_opt2.7b tuned --checkpoint output/checkpoint_best.pth
+  python -m lavis_lite.convert to-hf blip2_opt pretrain_opt2.7b base --checkpoint output/checkpoint_best.pth \\
+      --adapter adapter
+  # back: a folder or hub id as a .pth that LAVIS loads, with the trainable parts only, as LAVIS's own files
+  python -m lavis_lite.convert to-lavis blip2-opt-2.7b blip2_opt.pth --trainable-only
+  python -m lavis_lite.convert to-lavis Salesforce/blip-vqa-base blip_vqa.pth"""
+PLACES = (
+    *("tokenizer", "vit_weights", "vit_precision", "llm_precision", "opt_model", "t5_model", "llm_model"),
+    *("llm_lora", "llm_quantization"),
+)
+"""Keys of a model section that a folder leaves out, as it has its own tokenizers and weights."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `lavis-lite-convert`; ends the process, with exit code 2 after a user's mistake."""
+    sys.exit(run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Parse, convert, and return the exit code."""
+    from lavis_lite.cli.main import exit_code
+    from lavis_lite.common import logger as run_logger
+
+    args = parser().parse_args(argv)
+    run_logger.setup()
+    return exit_code(lambda: print(args.convert(args)))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    p = argparse.ArgumentParser(
+        prog="python -m lavis_lite.convert", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    ways = p.add_subparsers(required=True, metavar="to-hf | to-lavis")
+    to_hf = ways.add_parser("to-hf", help="write a Hugging Face folder")
+    to_hf.set_defaults(convert=write_hf)
+    to_hf.add_argument("arch", help="architecture, such as blip2_opt")
+    to_hf.add_argument("type", help="model type, such as pretrain_opt2.7b")
+    to_hf.add_argument("target", help="folder to write")
+    to_hf.add_argument("--checkpoint", metavar="PATH", help="file or URL to load instead of the type's own weights")
+    to_hf.add_argument(
+        "--adapter", metavar="FOLDER", help="write adapters (LoRA) there as peft reads them, instead of merging them"
+    )
+    to_hf.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one weight file (default 5GB)")
+    to_lavis = ways.add_parser("to-lavis", help="write a .pth file")
+    to_lavis.set_defaults(convert=write_lavis)
+    to_lavis.add_argument("source", help="Hugging Face folder or hub id, or a checkpoint of train.py")
+    to_lavis.add_argument("target", help="file to write")
+    to_lavis.add_argument("--arch", help="architecture, where the folder's class serves several")
+    to_lavis.add_argument("--trainable-only", action="store_true", help="leave out frozen parts, as LAVIS's files do")
+    for way in (to_hf, to_lavis):
+        way.add_argument(
+            "--precision",
+            choices=("fp32", "bf16"),
+            default="fp32",
+            help="of the language model and BLIP-2's image encoder (default fp32, which loses nothing)",
+        )
+        way.add_argument("--overwrite", action="store_true", help="replace what is there already")
+        way.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="keys of the model section")
+    return p
+
+
+def write_hf(args: argparse.Namespace) -> str:
+    """Write a model type, or a checkpoint, as a folder; return the line to print."""
+    from lavis_lite.common.config.sections import MODEL_KEYS
+    from lavis_lite.common.config.zoo import model_config_path
+    from lavis_lite.convert.folders import adapter_of, check_target, write_folder
+    from lavis_lite.models.loading import build, configured
+
+    model_config_path(args.arch, args.type)
+    adapter_of(registry.get_model_class(args.arch), arch=args.arch).hf_class(args.arch)
+    for folder in filter(None, (args.target, args.adapter)):
+        check_target(folder, overwrite=args.overwrite)
+    overrides = _precisions(args.arch, args.precision) | _overrides(args.options)
+    layers, tree = configured(args.arch, args.type, args.checkpoint, overrides, level=logging.INFO)
+    model = build(tree["model"], layers, is_eval=True, device="cpu", checkpoint=args.checkpoint)
+    _lower(model, args.arch, args.precision)
+    write_folder(
+        model,
+        args.target,
+        arch=args.arch,
+        settings={key: value for key, value in tree["model"].items() if key not in (*MODEL_KEYS, *PLACES)},
+        preprocess=tree.get("preprocess", {}),
+        adapter=args.adapter,
+        max_shard_size=args.max_shard_size,
+        overwrite=args.overwrite,
+    )
+    return f"{args.arch}/{args.type} written to {args.target}"
+
+
+def write_lavis(args: argparse.Namespace) -> str:
+    """Write a folder or checkpoint as a file; return the line to print."""
+    from lavis_lite.common.config.sections import MODEL_KEYS
+    from lavis_lite.common.sources.download import is_folder
+    from lavis_lite.convert.folders import check_target, write_checkpoint
+    from lavis_lite.models.loading import arch_in, build, described
+
+    check_target(args.target, overwrite=args.overwrite)
+    arch = arch_in(args.source, args.arch)
+    layers, tree = described(
+        args.source, arch, _precisions(arch, args.precision) | _overrides(args.options), level=logging.INFO
+    )
+    model = build(tree["model"], layers, is_eval=True, device="cpu", checkpoint=args.source)
+    _lower(model, arch, args.precision)
+    left_out = ("llm_lora", *(key for key in MODEL_KEYS if key not in ("arch", "model_type")))
+    section = {key: value for key, value in tree["model"].items() if key not in left_out}
+    config = None if is_folder(args.source) else {"model": section, "preprocess": tree.get("preprocess", {})}
+    write_checkpoint(model, args.target, config=config, trainable_only=args.trainable_only, overwrite=args.overwrite)
+    return f"{args.source} ({arch}) written to {args.target}"
+
+
+def _overrides(options: Sequence[str]) -> dict[str, Any]:
+    """Return options as keys of the model section; the prefix `model.` may be left out."""
+    from lavis_lite.common.config.files import parse_options
+
+    tree = parse_options(options).tree
+    return tree.pop("model", {}) | tree
+
+
+def _precisions(arch: str, precision: str) -> dict[str, Any]:
+    """Return overrides that load frozen parts in their stored precision, and not in that of the device."""
+    from lavis_lite.common.config.schema import schema_of
+
+    schema, _ = schema_of(registry.get_model_class(arch))
+    wanted = {"vit_precision": "fp32", "llm_precision": precision, "llm_quantization": None}
+    return {key: value for key, value in wanted.items() if key in schema}
+
+
+def _lower(model: "BaseModel", arch: str, precision: str) -> None:
+    """Cast the image encoder of BLIP-2 to the precision of the arguments."""
+    if precision == "bf16" and "vit_precision" in _precisions(arch, precision):
+        model.get_submodule("visual_encoder").bfloat16()
+
 
 if __name__ == "__main__":
     main()

@@ -1,15 +1,16 @@
-"""What every registered model shares: building from a config, loading weights, optimizer groups, checkpoints.
+"""Base class of all models: building from a config, loading weights, optimizer groups, checkpoints.
 
-The keys and shapes of the sample dict that models eat are listed in docs/architecture.md, section 3.
+The keys and shapes of the sample dict that models read are listed in docs/architecture.md, section 3.
 """
 
 import logging
 import re
-from collections.abc import Callable, Collection, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from lavis_lite.common import checkpoint
 from lavis_lite.common.config import trained as trained_config
@@ -19,17 +20,20 @@ from lavis_lite.common.errors import InputError
 from lavis_lite.common.optim import parameter_groups
 from lavis_lite.common.registry import registry
 from lavis_lite.common.sources import weights
+from lavis_lite.models.hf import HFAdapter
+from lavis_lite.models.tokenizers import tokenize
+from lavis_lite.nn.losses import IGNORED
 
 logger = logging.getLogger(__name__)
 
 NOT_TRAINED = re.compile(rf"_m\.|queue|{checkpoint.COMPUTED.pattern}")
-"""In the names of momentum twins, queues and buffers that follow from the sizes."""
+"""Matches the names of momentum encoders, queues and buffers that follow from the sizes."""
 PRETRAINED = {"text_encoder", "text_decoder", "itm_head"}
 """Parts of BLIP's pretraining model, from which every task starts."""
 
 
 class Output(dict[str, Tensor]):
-    """What a model answers: a dict whose entries are attributes too, as LAVIS's users write them (`output.loss`)."""
+    """A model's output: a dict whose entries are attributes too, as in LAVIS (`output.loss`)."""
 
     def __getattr__(self, name: str) -> Tensor:
         try:
@@ -39,21 +43,30 @@ class Output(dict[str, Tensor]):
 
 
 class BaseModel(nn.Module):
-    """A registered model. Constructors take keyword-only arguments and build; the union of a class's and its parents'
-    is its YAML schema.
+    """A model, to be registered. Constructors take keyword-only arguments and build the modules; the arguments of a
+    class and its parents together are its YAML schema.
     """
 
-    new_parts: tuple[str, ...] = ()
-    """What stands in the names of parameters that a pretrained file may lack because finetuning adds them."""
-    loaded_later: tuple[str, ...] = ()
-    """What stands in the names of parameters that any file may lack because `load_frozen` loads them."""
+    hf: ClassVar[HFAdapter[Any] | None] = None
+    """The adapter to Hugging Face's layout."""
+    llm_prefix: ClassVar[str | None] = None
+    """`<llm_prefix>_model` is the language model of an architecture that has one."""
+    newly_initialized: tuple[str, ...] = ()
+    """Substrings of the names of parameters that finetuning adds, so that a pretrained file may lack them."""
+    loaded_separately: tuple[str, ...] = ()
+    """Substrings of the names of parameters that `load_frozen` loads, so that any file may lack them."""
     prompt_begins_captions: ClassVar[bool] = False
     """Training captions begin with the setting `prompt`."""
+    tokenizer: PreTrainedTokenizerBase
+    """Tokenizer of the text transformer, where there is one."""
+    max_txt_len: int
+    """Tokens of a text that are read."""
     learns_answers: ClassVar[bool] = True
-    """Training reads what to write about `text_input`, a question or an instruction: `text_output`, or `answer`."""
-
+    """Training reads the text to generate for `text_input`, a question or instruction: `text_output` or `answer`."""
+    takes_video: ClassVar[bool] = True
+    """`image` may be a video (B,3,F,H,W)."""
     has_warned_of_cut_texts: bool = False
-    """Whether it was logged that texts are cut; it is once per model."""
+    """Whether the warning about cut texts was logged; it is logged once per model."""
 
     __signature__ = ConstructorSignature()
 
@@ -61,11 +74,32 @@ class BaseModel(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    def tokenize(
+        self, texts: Sequence[str], *, start: int | None = None, max_length: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the text transformer's ids and mask (B,T), padded to the longest; `start` replaces [CLS], `max_length`
+        truncates.
+        """
+        return tokenize(self.tokenizer, texts, start=start, max_length=max_length, device=self.device)
+
+    @property
+    def decoder_start(self) -> int:
+        """Id of `[DEC]`."""
+        return self.tokenizer.bos_token_id
+
+    def labels(self, ids: Tensor, num_masked: int | Tensor = 0) -> Tensor:
+        """Return the labels of a language-model loss: padding and the first `num_masked` (one number, or (B,)) do not
+        count.
+        """
+        limit = num_masked[:, None] if isinstance(num_masked, Tensor) else num_masked
+        is_prompt = torch.arange(ids.shape[1], device=ids.device) < limit
+        return ids.masked_fill((ids == self.tokenizer.pad_token_id) | is_prompt, IGNORED)
+
     @classmethod
     def from_config(cls, cfg: dict[str, Any], *, device: str | torch.device = "cpu") -> Self:
         """Build from a model section and load its weights: `checkpoint`, else `finetuned`, which are complete, else
-        `init_*` and then `pretrained`; then frozen parts that the file does not hold. `device` is where the model will
-        run; it is built on the CPU.
+        `init_*` and then `pretrained`; then the frozen parts that the file lacks. The model is built on the CPU;
+        `device` is the one it will run on.
         """
         kind, source = chosen_weights(cfg) or (None, None)
         with trained_config.fitting_adapters(cfg, source):
@@ -78,46 +112,41 @@ class BaseModel(nn.Module):
 
     @classmethod
     def image_statistics(cls, cfg: Mapping[str, Any]) -> dict[str, list[float]] | None:
-        """Return `mean` and `std` of the images that the encoder of a model section was trained on; None for CLIP's."""
+        """Return the `mean` and `std` with which the encoder of a model section was trained; None for CLIP's."""
         return None
 
     @classmethod
     def from_pretrained(cls, source: str, **settings: Any) -> Any:
-        """`lavis_lite.models.from_pretrained`, for the architectures of this class."""
+        """Call `lavis_lite.models.from_pretrained` for the architecture of this class."""
         from lavis_lite.models.loading import from_pretrained
 
         return from_pretrained(source, model_class=cls, **settings)
 
     def load_frozen(self, loaded: set[str]) -> None:
-        """Fetch frozen parts from their own sources, unless the names `loaded` from a file cover them; models with such
-        parts override it.
-        """
+        """Load frozen parts from their own sources, unless the names `loaded` from a file cover them."""
 
     def start_from(self, *, vit: str | None = None, text: str | None = None, add_token_type: bool = True) -> None:
-        """Start encoders from weights of another family; models that can override it."""
+        """Initialise encoders from weights of another family, such as ViT or BERT."""
         self.check_start(vit=vit, text=text)
 
     def check_start(self, *, vit: str | None = None, text: str | None = None, add_token_type: bool = True) -> None:
-        """Raise what `start_from` would, as far as sources on this machine tell without reading weights."""
+        """Raise the errors of `start_from` that can be found on this machine without reading weights."""
         raise InputError(f"{type(self).__name__} takes no init_vit or init_text; give pretrained or finetuned weights")
 
     def load_weights(self, source: str, *, initialise: bool = False) -> set[str]:
-        """Load a file or URL (.pth as LAVIS and BLIP write it, or .safetensors), or a Hugging Face folder or hub id;
-        returns the names it had.
+        """Load the weights at `source` (see `open_state`) and return the names that it has.
 
-        With `initialise` (a pretrained file) the parts that finetuning adds may be missing; otherwise every trainable
-        parameter must be there.
+        With `initialise` (a pretrained file) the parameters that finetuning adds may be missing; otherwise every
+        trainable parameter must be there.
         """
         state = self.adapt_state_dict(weights.open_state(source))
-        new_parts = self.loaded_later + (self.new_parts if initialise else ())
+        optional = self.loaded_separately + (self.newly_initialized if initialise else ())
         report = checkpoint.load_into(
             self,
             state,
             source=str(source),
-            allow_missing=lambda key: (
-                any(part in key for part in new_parts) or (initialise and self.is_restorable(key))
-            ),
-            elsewhere=self.is_restorable,
+            allow_missing=lambda key: any(part in key for part in optional) or (initialise and self.is_restorable(key)),
+            loaded_separately=self.is_restorable,
         )
         if not initialise:
             self.check_leftovers(report.unexpected, state, source)
@@ -125,11 +154,11 @@ class BaseModel(nn.Module):
         return set(state)
 
     def check_leftovers(self, unexpected: list[str], state: Collection[str], source: str) -> None:
-        """Tell what a complete file has beyond this model.
+        """Check the tensors of a complete file that the model lacks.
 
         ValueError for trained tensors of a checkpoint that was trained as this architecture, and for those inside this
-        model's parts if it was another; a warning for whole parts, which a file of another task has. A pretraining
-        file has those of every task.
+        model's parts if it was trained as another. Whole parts, which a file of another task has, give a warning; a
+        pretraining file has the parts of every task.
         """
         own = {name.split(".")[0] for name in self.state_dict()}
         left = [name for name in unexpected if not NOT_TRAINED.search(name)]
@@ -146,29 +175,27 @@ class BaseModel(nn.Module):
         is_pretraining = PRETRAINED.issubset(name.split(".")[0] for name in state)
         if parts and not is_pretraining:
             logger.warning(
-                f"{source} also has {', '.join(sorted(parts))}, which {type(self).__name__} has not: "
+                f"{source} also has {', '.join(sorted(parts))}, which {type(self).__name__} lacks: "
                 "make sure that it is a checkpoint of this architecture"
             )
 
     def adapt_state_dict(self, state: MutableMapping[str, Tensor]) -> MutableMapping[str, Tensor]:
-        """Bring a file's tensors, which are read when asked for, into this model's layout and size; models override
-        it.
-        """
+        """Return a file's tensors, which are read on access, in this model's layout and size."""
         return state
 
     def after_loading(self, state: Mapping[str, Tensor]) -> None:
-        """Derive what the file did not hold; models override it."""
+        """Derive the tensors that the file lacked."""
 
     def optimizer_groups(self, weight_decay: float, lr_layer_decay: float = 1.0) -> list[dict[str, Any]]:
-        """Parameter groups of AdamW: no decay for vectors, learning-rate factors by layer."""
+        """Return parameter groups for AdamW: no decay for vectors, learning-rate factors by layer."""
         return parameter_groups(self, weight_decay, self.layer_scale(lr_layer_decay))
 
     def layer_scale(self, decay: float) -> Callable[[str], float]:
-        """The learning-rate factor of each parameter name; models with an image encoder override it."""
+        """Return the function from a parameter's name to its learning-rate factor."""
         return lambda name: 1.0
 
     def checkpoint_state_dict(self) -> dict[str, Tensor]:
-        """The state_dict without frozen parameters that can be fetched again."""
+        """Return the state_dict without the frozen parameters that can be fetched again."""
         frozen = {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
         left_out = {name for name in frozen if self.is_restorable(name)}
         if left_out:
@@ -176,7 +203,7 @@ class BaseModel(nn.Module):
         return {name: tensor for name, tensor in self.state_dict().items() if name not in left_out}
 
     def is_restorable(self, name: str) -> bool:
-        """Whether a frozen parameter can be fetched again from its own source; models with such parts override it."""
+        """Whether a frozen parameter can be fetched again from its own source."""
         return False
 
     def text_readers(self, samples: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
@@ -199,7 +226,7 @@ class BaseModel(nn.Module):
 
 
 def starting_points(cfg: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `start_from` for a model section: empty if it names none, or has complete weights to load."""
+    """Return the arguments of `start_from` for a model section; none if the section has complete weights to load."""
     kind, _ = chosen_weights(cfg) or (None, None)
     if kind not in (None, "pretrained") or not (cfg.get("init_vit") or cfg.get("init_text")):
         return {}
@@ -208,8 +235,8 @@ def starting_points(cfg: dict[str, Any]) -> dict[str, Any]:
 
 
 def chosen_weights(cfg: dict[str, Any]) -> tuple[str, str] | None:
-    """Which file a model section asks for: its kind and path, or None for random weights. A kind that was asked for
-    must be named.
+    """Return the kind and source of a model section's weights, or None for random weights. ValueError if a kind is
+    required (`load_*`) and not named.
     """
     if cfg.get("checkpoint"):
         return "checkpoint", cfg["checkpoint"]

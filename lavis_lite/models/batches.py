@@ -1,12 +1,13 @@
-"""Batches of texts and of image tokens, as BLIP and BLIP-2 put them together, trim, fetch and keep them."""
+"""Batches of texts and of image tokens: pad, cut, trim, gather and generate them, for BLIP and BLIP-2."""
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from lavis_lite.common import dist
 from lavis_lite.common.wording import without_false_spaces
@@ -20,28 +21,41 @@ Texts = tuple[Tensor, Tensor]
 """Ids and mask (B,T)."""
 
 
+class TextReader(Protocol):
+    """A model with a tokenizer, which reads texts of up to `max_txt_len` tokens."""
+
+    tokenizer: PreTrainedTokenizerBase
+    max_txt_len: int
+    has_warned_of_cut_texts: bool
+
+    def tokenize(
+        self, texts: Sequence[str], *, start: int | None = None, max_length: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return ids and mask, cut to `max_length` tokens."""
+
+
 def stack_texts(*texts: Texts) -> Texts:
-    """Several batches below one another, padded (with masked zeros) to the longest."""
+    """Concatenate batches, padded (with masked zeros) to the longest."""
     longest = max(ids.shape[1] for ids, _ in texts)
     ids, mask = zip(*(padded(text, longest) for text in texts), strict=True)
     return torch.cat(ids), torch.cat(mask)
 
 
 def padded(texts: Texts, length: int) -> Texts:
-    """The batch padded (with masked zeros) to a length."""
+    """Pad the batch with masked zeros to a length."""
     ids, mask = (F.pad(part, (0, length - part.shape[1])) for part in texts)
     return ids, mask
 
 
-def cut_texts(model: Any, texts: Sequence[str]) -> Texts:
-    """Ids and mask of texts for matching and features, cut to `max_txt_len` tokens, of which a warning tells once."""
+def cut_texts(model: TextReader, texts: Sequence[str]) -> Texts:
+    """Return ids and mask, cut to `max_txt_len` tokens; log a warning once per model if a text was cut."""
     ids, mask = model.tokenize(texts, max_length=model.max_txt_len)
-    if ids.shape[1] >= model.max_txt_len:  # else none was cut
+    if ids.shape[1] >= model.max_txt_len:  # otherwise none was cut
         warn_of_cut_texts(model, texts)
     return ids, mask
 
 
-def warn_of_cut_texts(model: Any, texts: Sequence[str]) -> None:
+def warn_of_cut_texts(model: TextReader, texts: Sequence[str]) -> None:
     """Log once per model how many of the texts are longer than `max_txt_len` tokens."""
     if model.has_warned_of_cut_texts:
         return
@@ -57,14 +71,14 @@ def warn_of_cut_texts(model: Any, texts: Sequence[str]) -> None:
 
 
 def trimmed(texts: Texts) -> Texts:
-    """The batch without the columns in which all texts are padded. Waits for the device."""
+    """Remove the columns in which all texts are padded. Waits for the device."""
     ids, mask = texts
     longest = int(mask.sum(dim=1).max())
     return ids[:, :longest], mask[:, :longest]
 
 
 def fetch_texts(texts: Texts, index: Tensor, *, max_length: int) -> Texts:
-    """The texts of these rows of all ranks' batches, which may be of different lengths up to `max_length`."""
+    """Return these rows of all ranks' batches, which may be of different lengths up to `max_length`."""
     if dist.world_size() == 1:
         return texts[0][index], texts[1][index]
     rows = dist.fetch_rows(torch.stack(padded(texts, max_length), dim=1), index)
@@ -72,16 +86,16 @@ def fetch_texts(texts: Texts, index: Tensor, *, max_length: int) -> Texts:
 
 
 def in_compute_type(x: Tensor) -> Tensor:
-    """In the type in which a linear layer will take it anyway: half the bytes to keep or send under autocast, and no
-    bit of the result changes.
+    """Cast to the type in which a linear layer computes: under autocast half the bytes to keep or send, with the same
+    results.
     """
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def group_by_prompt(prompts: Sequence[str], answer: Callable[[str, list[int]], list[T]]) -> list[T]:
-    """Return answers to all prompts in their order; `answer` is called once per distinct prompt, with the samples that
-    have it, and returns the same number of answers for each of them.
+    """Return answers to all prompts in their order; `answer` is called once per distinct prompt, with the rows of the
+    samples that have it, and returns the same number of answers for each.
     """
     answers: dict[int, list[T]] = {}
     for prompt in dict.fromkeys(prompts):
@@ -102,13 +116,13 @@ def check_prompts(prompts: Sequence[str], model: Any, config: DecodingConfig) ->
 def generate_continuations(
     prompts: Sequence[str], model: Any, step_of: Callable[[list[int]], Step], config: DecodingConfig
 ) -> list[str | ScoredText]:
-    """Return what `model` (BLIP's captioner or the Q-Former, for their tokenizer) generates after each prompt, without
-    the prompt; `step_of` returns the decoding step of the samples with these rows.
+    """Generate continuations of each prompt, returned without it, with the tokenizer of BLIP's captioner or the
+    Q-Former; `step_of` returns the decoding step of the samples with these rows.
     """
 
     def captions(prompt: str, rows: list[int]) -> list[str | ScoredText]:
         ids = model.tokenize([prompt] * len(rows), start=model.decoder_start)[0][:, :-1]
-        start = model.tokenizer.decode(ids[0], skip_special_tokens=True)  # as it reads in the decoded texts
+        start = model.tokenizer.decode(ids[0], skip_special_tokens=True)  # as it appears in the decoded texts
         decoded = decode(step_of(rows), ids, config)
         texts = model.tokenizer.batch_decode(decoded.ids, skip_special_tokens=True)
         return decoded.with_scores([without_false_spaces(text.removeprefix(start).strip()) for text in texts])

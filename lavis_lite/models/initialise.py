@@ -1,8 +1,8 @@
-"""Starting weights from outside the family: an ImageNet ViT and BERT (BLIP, section 4.1).
+"""Initial weights from other families: an ImageNet ViT and BERT (BLIP, section 4.1).
 
-What BERT has no weights for, the cross-attention and the two added tokens, stays random. Surprising: BERT adds an
-embedding of the token's type to every token, BLIP and the Q-Former have none. That of type 0, which all tokens of a
-text have, is therefore added to the position embeddings, which gives the same states.
+Parameters that BERT lacks, the cross-attention and the two added tokens, stay random. Note: BERT adds an embedding of
+the token type to every token, BLIP and the Q-Former have none. The embedding of type 0, the type of all tokens of a
+text, is therefore added to the position embeddings, which gives the same states.
 """
 
 import logging
@@ -15,25 +15,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lavis_lite.common import checkpoint
 from lavis_lite.common.config.sections import BERT_TO_MED
 from lavis_lite.common.errors import InputError, MissingFileError
-from lavis_lite.common.sources import download, weights
-from lavis_lite.common.sources.hub import read_json_mapping
+from lavis_lite.common.sources import download, folders, hub, weights
 from lavis_lite.models.tokenizers import vocabulary
 from lavis_lite.nn.attention import BertConfig
 from lavis_lite.nn.vision import BlipViT, interpolate_pos_embed
-from lavis_lite.nn.vision_timm import published_model
 
 logger = logging.getLogger(__name__)
 
-WEIGHT_FILES = (".pth", ".pt", ".safetensors")
-_SAME = ("num_attention_heads", "hidden_size", "intermediate_size", "max_position_embeddings", "layer_norm_eps")
-SAME_SIZES = {name: BERT_TO_MED[name] for name in _SAME}
-"""Names of sizes that must be equal in BERT's config.json and in ours; the tensors' shapes do not tell the heads or
-the epsilon."""
+SAME_SIZES = ("num_attention_heads", "hidden_size", "intermediate_size", "max_position_embeddings", "layer_norm_eps")
+"""Sizes in BERT's config.json that must equal the model's; the tensors' shapes do not show the heads or the epsilon."""
 FIXED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
-"""What the text transformer computes, under the names of BERT's config.json."""
+"""Properties of the text transformer that no setting changes, under the names of BERT's config.json."""
 BERT_DEFAULTS = FIXED | {
     "num_hidden_layers": 12,
     "num_attention_heads": 12,
@@ -43,14 +37,16 @@ BERT_DEFAULTS = FIXED | {
     "layer_norm_eps": 1e-12,
     "vocab_size": 30522,
 }
-"""What a config.json means that does not say."""
+"""Values that a config.json leaves out."""
 PADDED_ROWS = 127
 """Rows that a file's vocabulary may have beyond the tokenizer's, to be a multiple of up to 128."""
+VOCABULARIES = ("word_embeddings.weight", "predictions.decoder.weight", "predictions.bias", "decoder.bias")
+"""Suffixes of the names of BERT's tensors that have a row for each token."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextModel:
-    """What a model's text transformer must have in common with a BERT to start from it."""
+    """The properties of a model's text transformer that a BERT must share to initialise it."""
 
     sizes: BertConfig
     section: str
@@ -59,89 +55,77 @@ class TextModel:
 
     @property
     def num_tokens(self) -> int:
-        """The tokenizer's tokens without those that BLIP adds, `[DEC]` first."""
+        """Number of the tokenizer's tokens without those that BLIP adds, `[DEC]` first."""
         return max(self.tokenizer.vocab_size, self.tokenizer.bos_token_id)
 
 
 def vit_weights(source: str, encoder: BlipViT) -> dict[str, Tensor]:
-    """A ViT's tensors under `visual_encoder.`: a file, or a timm model by name with its published weights (which is
-    downloaded).
-
-    Position embeddings are resized to those of `encoder`.
+    """Return a ViT's tensors under `visual_encoder.`: of a weight file or URL, or of timm's published model of that
+    name. Position embeddings are resized to those of `encoder`.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file, or it is not on this machine and LAVIS_LITE_OFFLINE is set.
         ValueError: timm has no model of this name, or its attention has another number of heads.
     """
-    if is_weight_file(source):
-        state = checkpoint.find_state_dict(checkpoint.load(source), source=source)
-    else:
-        state = timm_state(source, num_heads=encoder.config.num_heads)
+    if not download.is_weight_file(source):
+        _check_heads(source, encoder.config.num_heads)
+        source = f"{weights.TIMM}{source}"
+    state = weights.open_state(source)
     blocks = {name.split(".")[1] for name in state if name.startswith("blocks.")}
-    report_layers(len(blocks), encoder.config.depth, source=source)
-    pos_embed = encoder.pos_embed
-    state = {
-        f"visual_encoder.{name}": tensor for name, tensor in state.items() if not name.startswith(("head", "fc_norm"))
-    }
-    name = "visual_encoder.pos_embed"
-    return {**state, name: interpolate_pos_embed(state[name], pos_embed.shape[1])} if name in state else state
+    report_layers(len(blocks), encoder.config.depth, source=source.removeprefix(weights.TIMM))
+    found = {name: tensor for name, tensor in state.items() if not name.startswith(("head", "fc_norm"))}
+    if "pos_embed" in found:
+        found["pos_embed"] = interpolate_pos_embed(found["pos_embed"], encoder.get_parameter("pos_embed").shape[1])
+    return {f"visual_encoder.{name}": tensor for name, tensor in found.items()}
 
 
-def timm_state(name: str, *, num_heads: int) -> dict[str, Tensor]:
-    """The published weights of a timm model; raises as `vit_weights`."""
-    source = published_model(name)
-    found = {module.num_heads for module in source.modules() if isinstance(getattr(module, "num_heads", None), int)}
+def _check_heads(name: str, num_heads: int) -> None:
+    """Raise ValueError if a timm model has another number of attention heads, which the tensors do not show."""
+    with torch.device("meta"):
+        modules = hub.timm_model(name, pretrained=False).modules()
+    found = {heads for module in modules if isinstance(heads := getattr(module, "num_heads", None), int)}
     if found and found != {num_heads}:
         raise InputError(
             f"model.init_vit: {name} has {', '.join(map(str, sorted(found)))} attention heads, model.vit.num_heads is "
             f"{num_heads}: set it to the source's, or choose another source"
         )
-    return source.state_dict()
-
-
-def is_weight_file(source: str) -> bool:
-    """Whether the source is a file of weights by its ending, and not a folder or a name."""
-    return Path(source).suffix in WEIGHT_FILES
 
 
 def check_weight_file(source: str, *, setting: str) -> None:
-    """Raise FileNotFoundError if a source that is a file of this machine is not there."""
-    if is_weight_file(source) and not download.is_url(source) and not Path(source).expanduser().is_file():
+    """Raise FileNotFoundError if a source is the path of a weight file that is not there."""
+    if download.is_weight_file(source) and not download.is_url(source) and not Path(source).expanduser().is_file():
         raise MissingFileError(f"model.{setting}: no file {source} (relative paths start at {Path.cwd()})")
 
 
-def check_bert(source: str, model: TextModel) -> None:
-    """Raise what `bert_weights` would, as far as a folder on this machine tells without reading weights."""
-    folder = bert_folder(source)
-    if folder is not None:
-        check_bert_config(read_bert_config(folder), model, source=source)
-        check_vocabulary(vocabulary(folder), model, source=source)
-        weights.open_state(folder)
-
-
 def bert_folder(source: str) -> Path | None:
-    """The folder of BERT on this machine, or None for a hub id."""
+    """Return the folder of BERT on this machine, or None for a hub id."""
     give = "give a folder with BERT's config.json and weights, or a hub id"
     return download.local_folder(source, what="model.init_text: folder", give=give)
 
 
-def bert_weights(source: str, model: TextModel, *, add_token_type: bool = True) -> dict[str, Tensor]:
-    """BERT's tensors (of a folder or hub id) as `bert.*` and, if it has one, its language-model head as `cls.*`.
+def check_bert(source: str, model: TextModel) -> None:
+    """Raise the errors of `bert_weights` that can be found in a folder on this machine without reading weights."""
+    folder = bert_folder(source)
+    if folder is not None:
+        _checked_config(folder, model, source=source)
+        weights.open_state(folder)
 
-    With `add_token_type` the embedding of token type 0 is part of the position embeddings; without, it is dropped, as
-    LAVIS and BLIP did. Vocabulary rows beyond the tokenizer's are left out.
+
+def bert_weights(source: str, model: TextModel, *, add_token_type: bool = True) -> dict[str, Tensor]:
+    """Return BERT's tensors (of a folder or hub id) as `bert.*` and, if it has one, its language-model head as `cls.*`.
+
+    With `add_token_type` the embedding of token type 0 is added to the position embeddings; without, it is dropped, as
+    in LAVIS and BLIP. Vocabulary rows beyond the tokenizer's are left out.
 
     Raises:
         FileNotFoundError: there is no such folder, or it lacks its config.json or weights.
         ValueError: sizes, activation, epsilon or vocabulary differ from the model's; the message has both values.
     """
     folder = bert_folder(source) or download.fetch_folder(source)
-    config = read_bert_config(folder)
-    check_bert_config(config, model, source=source)
-    check_vocabulary(vocabulary(folder), model, source=source)
+    config = _checked_config(folder, model, source=source)
     state = dict(weights.open_state(folder).renamed(bert_name))
     for name, tensor in state.items():
-        if name.endswith(("word_embeddings.weight", "predictions.decoder.weight", "predictions.bias", "decoder.bias")):
+        if name.endswith(VOCABULARIES):
             state[name] = tensor[: model.num_tokens]
     positions, types = (state.get(f"bert.embeddings.{kind}_embeddings.weight") for kind in ("position", "token_type"))
     if add_token_type and positions is not None and types is not None:
@@ -151,31 +135,24 @@ def bert_weights(source: str, model: TextModel, *, add_token_type: bool = True) 
 
 
 def bert_name(name: str) -> str:
-    """BERT's name of a tensor: with the prefix that encoder-only files lack, and the norms' names of this century."""
+    """Return a tensor's name with the prefix that encoder-only files lack, and with the present names of the norms."""
     name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
     return f"bert.{name}" if name.startswith(("embeddings.", "encoder.", "pooler.")) else name
 
 
-def read_bert_config(folder: Path) -> dict[str, Any]:
-    """Return the folder's config.json with BERT's defaults. Raises MissingFileError or InputError."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise MissingFileError(
-            f"model.init_text: {folder} has no config.json: give a folder that save_pretrained wrote"
-        )
-    return BERT_DEFAULTS | read_json_mapping(path)
-
-
-def check_bert_config(config: Mapping[str, Any], model: TextModel, *, source: str) -> None:
-    """Raise ValueError, with both values, for whatever of the source the model would compute differently."""
+def _checked_config(folder: Path, model: TextModel, *, source: str) -> dict[str, Any]:
+    """Return the folder's config.json with BERT's defaults. ValueError, with both values, for each difference between
+    the BERT and the model, and for another vocabulary.
+    """
+    config = BERT_DEFAULTS | folders.read_config(folder)
     wrong = [
-        f"{name} is {config[name]!r}, the model's {FIXED[name]!r}" for name in FIXED if config[name] != FIXED[name]
+        f"{name} is {config[name]!r}, the model's {value!r}" for name, value in FIXED.items() if config[name] != value
     ]
-    wrong += [
-        f"{theirs} is {config[theirs]}, model.{model.section}.{ours} is {getattr(model.sizes, ours)}"
-        for theirs, ours in SAME_SIZES.items()
-        if config[theirs] != getattr(model.sizes, ours)
-    ]
+    for theirs in SAME_SIZES:
+        ours = BERT_TO_MED[theirs]
+        if config[theirs] != getattr(model.sizes, ours):
+            size = getattr(model.sizes, ours)
+            wrong.append(f"{theirs} is {config[theirs]}, model.{model.section}.{ours} is {size}")
     if config["vocab_size"] not in range(model.num_tokens, model.num_tokens + PADDED_ROWS + 1):
         wrong.append(f"vocab_size is {config['vocab_size']}, the tokenizer has {model.num_tokens} tokens")
     if wrong:
@@ -183,23 +160,18 @@ def check_bert_config(config: Mapping[str, Any], model: TextModel, *, source: st
             f"model.init_text: {source} does not fit the model: {'; '.join(wrong)}. Set the model's sizes and "
             "tokenizer to the source's, or choose a source of the same sizes"
         )
-
-
-def check_vocabulary(stored: Mapping[str, int], model: TextModel, *, source: str) -> None:
-    """Raise ValueError, naming the first token, if the source's vocabulary (unless empty) is not the tokenizer's."""
-    if not stored:
-        return
-    theirs = {index: token for token, index in stored.items()}
-    for index, token in enumerate(model.tokenizer.convert_ids_to_tokens(range(model.num_tokens))):
-        if theirs.get(index) != token:
+    tokens = {index: token for token, index in vocabulary(folder).items()}
+    for index, token in enumerate(model.tokenizer.convert_ids_to_tokens(list(range(model.num_tokens)))):
+        if tokens and tokens.get(index) != token:
             raise InputError(
-                f"model.init_text: {source} has another vocabulary: its token {index} is {theirs.get(index)!r}, the "
+                f"model.init_text: {source} has another vocabulary: its token {index} is {tokens.get(index)!r}, the "
                 f"tokenizer's {token!r}. Set model.tokenizer={source}, or choose a source of the tokenizer's vocabulary"
             )
+    return config
 
 
 def report_layers(num_theirs: int, num_ours: int, *, source: str) -> None:
-    """Warn of layers that the model has no place for, or that the source has no weights for."""
+    """Warn of layers that the model or the source lacks."""
     first, last = sorted((num_theirs, num_ours))
     layers = f"layer {first}" if last == first + 1 else f"layers {first}-{last - 1}"
     if num_theirs > num_ours:
@@ -211,13 +183,13 @@ def report_layers(num_theirs: int, num_ours: int, *, source: str) -> None:
 
 
 def blip_text_weights(bert: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """BERT's tensors under the names of BLIP's text encoder and decoder."""
+    """Return BERT's tensors under the names of BLIP's text encoder and decoder."""
     encoder = {f"text_encoder.{n.removeprefix('bert.')}": t for n, t in bert.items() if n.startswith("bert.")}
     return encoder | {f"text_decoder.{name}": tensor for name, tensor in bert.items()}
 
 
 def qformer_weights(bert: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """BERT's tensors under the Q-Former's names; its feed-forward serves texts and queries alike."""
+    """Return BERT's tensors under the Q-Former's names; the feed-forward layers of the queries are copies."""
     state = {}
     for name, tensor in bert.items():
         state[f"Qformer.{name}"] = tensor
@@ -228,9 +200,9 @@ def qformer_weights(bert: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def trained_qformer_weights(source: str) -> dict[str, Tensor]:
-    """Tensors of the Q-Former and its queries in a checkpoint file or URL."""
-    state = checkpoint.find_state_dict(checkpoint.load(download.fetch(source)), source=source)
-    found = {name: tensor for name, tensor in state.items() if name.startswith(("Qformer.", "query_tokens"))}
+    """Return the tensors of the Q-Former and its queries in a checkpoint file or URL."""
+    state = weights.open_state(source)
+    found = {name: state[name] for name in state if name.startswith(("Qformer.", "query_tokens"))}
     if not found:
         raise InputError(
             f"model.init_text: {source} holds no Q-Former: it has {', '.join(sorted(state)[:3])}, ...: name a "
@@ -240,9 +212,9 @@ def trained_qformer_weights(source: str) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def start_from(model: nn.Module, state: Mapping[str, Tensor], *, source: str, parts: Sequence[str]) -> None:
-    """Copy every tensor that the model has too; a longer vocabulary keeps its added rows. Logs how many tensors of
-    `parts` (prefixes of names) start from the source and what of them stays random.
+def init_from_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, source: str, parts: Sequence[str]) -> None:
+    """Copy every tensor that the model has too; a longer vocabulary keeps its added rows. Log how many tensors of
+    `parts` (prefixes of names) are initialised from the source, and which parts of them stay random.
 
     Raises ValueError if a tensor has another shape, or if none fits.
     """
@@ -250,20 +222,15 @@ def start_from(model: nn.Module, state: Mapping[str, Tensor], *, source: str, pa
     copied: set[int] = set()
     for name in sorted(own.keys() & state.keys()):
         mine, theirs = own[name], state[name]
-        is_vocabulary = (
-            "word_embeddings" in name or "cls.predictions.decoder" in name or name.endswith("cls.predictions.bias")
-        )
-        if is_vocabulary and mine.shape[1:] == theirs.shape[1:] and len(mine) >= len(theirs):
-            mine[: len(theirs)].copy_(theirs)
-        elif mine.shape == theirs.shape:
-            mine.copy_(theirs)
-        elif name.endswith("position_ids"):
+        if name.endswith("position_ids") and mine.shape != theirs.shape:
             continue
-        else:
+        rows = mine[: len(theirs)] if _is_vocabulary(name) else mine  # added tokens come last
+        if rows.shape != theirs.shape:
             raise InputError(
                 f"{source}: {name} has shape {tuple(theirs.shape)}, this model's is {tuple(mine.shape)}: "
                 "choose a source of the same sizes"
             )
+        rows.copy_(theirs)
         copied.add(id(mine))
     if not copied:
         raise InputError(
@@ -271,17 +238,19 @@ def start_from(model: nn.Module, state: Mapping[str, Tensor], *, source: str, pa
             f"it has {', '.join(sorted(state)[:3])}, ..."
         )
     wanted = {name: p for name, p in own.items() if name.startswith(tuple(parts)) and isinstance(p, nn.Parameter)}
-    left = {_kind(name) for name, parameter in wanted.items() if id(parameter) not in copied}
-    total = len({id(parameter) for parameter in wanted.values()})
-    given = len({id(parameter) for parameter in wanted.values()} & copied)
-    rest = f"; random: {', '.join(sorted(left))}" if left else ""
-    logger.info(
-        f"{given} of the {total} tensors of {', '.join(p.rstrip('.') for p in parts)} start from {source}{rest}"
-    )
+    random = {_part_of(name) for name, parameter in wanted.items() if id(parameter) not in copied}
+    ids = {id(parameter) for parameter in wanted.values()}
+    rest = f"; random: {', '.join(sorted(random))}" if random else ""
+    names = ", ".join(part.rstrip(".") for part in parts)
+    logger.info(f"{len(ids & copied)} of the {len(ids)} tensors of {names} start from {source}{rest}")
 
 
-def _kind(name: str) -> str:
-    """Of a tensor's name the part of the model that it belongs to."""
+def _is_vocabulary(name: str) -> bool:
+    return "word_embeddings" in name or "cls.predictions.decoder" in name or name.endswith("cls.predictions.bias")
+
+
+def _part_of(name: str) -> str:
+    """Return the part of the model that a tensor belongs to."""
     words = name.split(".")
     for part in ("crossattention", "cls", "query_tokens"):
         if part in words:

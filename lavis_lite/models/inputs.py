@@ -1,7 +1,8 @@
-"""What the models' public methods accept: one check of images, texts and numbers for all of them.
+"""Checks of the images, texts and numbers in the sample dict, for the public methods of all models.
 
-Types, shapes and counts are compared in every call. Note: pixel values are looked at only where a model answers, not in
-its training losses: it takes one pass over the image and waits for the device. In training the loop checks the loss.
+Types, shapes and counts are compared in every call. Note: pixel values are checked by methods that generate or predict,
+not by training losses: the check takes one pass over the image and waits for the device. In training the loop checks
+the loss.
 """
 
 import math
@@ -17,13 +18,13 @@ from lavis_lite.common.errors import InputError, MissingInputError
 LARGEST_VALUE = 64.0
 """Largest magnitude in an image. Normalised images stay within about 3; 8-bit values that were only cast reach 255."""
 UNLISTED = (bytes, Mapping, set, frozenset)
-"""Iterables that are no list of texts: a set has no order, by which texts go with images."""
+"""Iterables that are not lists of texts; a set has no order, which assigns texts to images."""
 SHOWN = 60
 """Characters of a wrong value in a message."""
 
 
 def required(samples: Mapping[str, Any], key: str, what: str) -> Any:
-    """`samples[key]`. MissingInputError, which says what it should be, if it is missing or None."""
+    """Return `samples[key]`. MissingInputError with its description `what` if it is missing or None."""
     if not isinstance(samples, Mapping):
         raise InputError(f"samples must be a dict with {key!r} ({what}); got a {type(samples).__name__}")
     if samples.get(key) is None:
@@ -32,9 +33,9 @@ def required(samples: Mapping[str, Any], key: str, what: str) -> Any:
 
 
 def image_of(samples: Mapping[str, Any], key: str = "image", *, video: bool = False, answering: bool = False) -> Tensor:
-    """The batch's images (B,3,H,W) or, with `video`, videos (B,3,F,H,W); floating point, normalised.
+    """Return the batch's images (B,3,H,W) or, with `video`, videos (B,3,F,H,W); floating point, normalised.
 
-    With `answering` no value may be nan, infinite or far from what normalised pixels are. Raises ValueError.
+    ValueError for anything else; with `answering` also for nan, infinite and not normalised values.
     """
     wanted = f"a batch of images (B,3,H,W){' or videos (B,3,F,H,W)' if video else ''}"
     image = required(samples, key, wanted)
@@ -51,7 +52,7 @@ def image_of(samples: Mapping[str, Any], key: str = "image", *, video: bool = Fa
             f"unsqueeze(0){frames}"
         )
     if image.numel() == 0:
-        raise InputError(f"samples[{key!r}] has shape {tuple(image.shape)}: there is no image or no frame to see")
+        raise InputError(f"samples[{key!r}] has shape {tuple(image.shape)}: there is no image or no frame")
     if not image.is_floating_point():
         raise InputError(
             f"samples[{key!r}] is of type {image.dtype}; it must be floating point, as the image processor returns it: "
@@ -63,10 +64,10 @@ def image_of(samples: Mapping[str, Any], key: str = "image", *, video: bool = Fa
 
 
 def described(image: Any) -> str:
-    """The type of what was given for an image, and of a list's first entries their shapes or types."""
+    """Return the type of a wrong image, and for a list also the shapes or types of its first entries."""
     if not isinstance(image, list | tuple):
         return type(image).__name__
-    shapes = [tuple(one.shape) if hasattr(one, "shape") else type(one).__name__ for one in image[:4]]
+    shapes = [tuple(getattr(one, "shape", ())) or type(one).__name__ for one in image[:4]]
     return f"{type(image).__name__} of shapes {shapes}"
 
 
@@ -76,7 +77,7 @@ def check_values(image: Tensor, key: str) -> None:
         return
     largest = float(torch.stack(image.detach().aminmax()).abs().amax())  # nan where any value is
     if not math.isfinite(largest):
-        raise InputError(f"samples[{key!r}] holds nan or inf: the answer would mean nothing; look for it in the image")
+        raise InputError(f"samples[{key!r}] holds nan or inf: the result would be meaningless; check the image file")
     if largest > LARGEST_VALUE:
         raise InputError(
             f"samples[{key!r}] holds values up to {largest:.4g}; normalised pixels stay within about 3: use the image "
@@ -85,26 +86,26 @@ def check_values(image: Tensor, key: str) -> None:
 
 
 def texts_of(samples: Mapping[str, Any], count: int, key: str = "text_input") -> list[str]:
-    """`samples[key]` as one text per sample. MissingInputError or ValueError as `text_list`."""
+    """Return `samples[key]` as one text per sample. MissingInputError if it is missing, ValueError as `text_list`."""
     return text_list(required(samples, key, f"a text, or a list of {count} texts, one per image"), count, key)
 
 
 def optional_texts(samples: Mapping[str, Any], key: str, count: int) -> list[str]:
-    """`samples[key]` as `text_list`, or empty texts where it is missing or None."""
+    """Return `samples[key]` as `text_list`, or empty texts if it is missing or None."""
     texts = samples.get(key)
     return [""] * count if texts is None else text_list(texts, count, key)
 
 
 def text_list(texts: str | Sequence[str], count: int, key: str = "text_input", *, nested: bool = False) -> list[str]:
-    """One text per sample: a single string is used for all. With `nested` a sample may have a list of texts.
+    """Return one text per sample: a single string is used for all. With `nested` a sample may have a list of texts.
 
-    Raises ValueError for another number of texts, or for one that is no text; `key` names them.
+    ValueError, naming `samples[key]`, for another number of texts, or if one is not text.
     """
     where = f"samples[{key!r}]"
     if isinstance(texts, str):
         return [checked_text(texts, where)] * count
     if isinstance(texts, UNLISTED) or not isinstance(texts, Iterable):
-        raise InputError(f"{where}: {shown(texts)} is neither a text nor a list of one a sample")
+        raise InputError(f"{where}: {shown(texts)} is neither a text nor a list of one text per sample")
     texts = list(texts)
     if len(texts) != count:
         raise InputError(f"{where}: {len(texts)} texts were given for {count} images")
@@ -115,17 +116,17 @@ def text_list(texts: str | Sequence[str], count: int, key: str = "text_input", *
 
 
 def require_labels(num_labels: Sequence[int], texts: Sequence[str]) -> None:
-    """Raise ValueError, quoting texts, if none of a batch's texts has a token to learn: the loss would be nan."""
+    """Raise ValueError if none of a batch's texts has a token to learn: the loss would be nan."""
     if not any(count > 0 for count in num_labels):
-        shown = ", ".join(map(repr, texts[:3])) + (", ..." if len(texts) > 3 else "")
+        first = ", ".join(map(repr, texts[:3])) + (", ..." if len(texts) > 3 else "")
         raise InputError(
-            f"none of the batch's {len(texts)} texts has a token to learn ({shown}): give longer texts, a shorter "
+            f"none of the batch's {len(texts)} texts has a token to learn ({first}): give longer texts, a shorter "
             "model.prompt, or raise model.max_txt_len and max_output_txt_len"
         )
 
 
 def listed_texts(texts: Any, where: str) -> list[str]:
-    """Any number of texts. ValueError, which begins with `where`, for none and for anything else."""
+    """Return one or more texts as a list. ValueError, which begins with `where`, for anything else."""
     if isinstance(texts, (str, *UNLISTED)) or not isinstance(texts, Iterable):
         raise InputError(f"{where} must be a list of texts; got {shown(texts)}")
     texts = list(texts)
@@ -135,8 +136,8 @@ def listed_texts(texts: Any, where: str) -> list[str]:
 
 
 def candidate_texts(candidates: Any, owner: str = "") -> list[str]:
-    """Return texts to choose between as a list. InputError, which names their `owner`, if there are none, or one is no
-    text or a blank one.
+    """Return texts to choose between as a list. InputError, which names their `owner`, if there are none, or if one is
+    blank or not text.
     """
     if isinstance(candidates, str) or not isinstance(candidates, Sequence):
         raise InputError(f"the candidates{owner} must be a list of texts; got {shown(candidates)}")
@@ -144,13 +145,13 @@ def candidate_texts(candidates: Any, owner: str = "") -> list[str]:
         raise InputError(f"the candidates{owner} are an empty list: there is nothing to choose between")
     for index, text in enumerate(candidates):
         if not isinstance(text, str) or not text.strip():
-            raise InputError(f"candidate {index}{owner} must be a text that is not empty; got {shown(text)}")
+            raise InputError(f"candidate {index}{owner} must be a non-empty text; got {shown(text)}")
         checked_text(text, f"candidate {index}{owner}")
     return list(candidates)
 
 
 def ranked_answers(answer_list: Any, num_ans_candidates: Any = 1) -> list[str]:
-    """Return the answers between which `inference_method: rank` chooses. InputError as `candidate_texts`, and for a
+    """Return the answers that `inference_method: rank` ranks. InputError as `candidate_texts`, and for a
     `num_ans_candidates` below 1.
     """
     if answer_list is None:
@@ -160,24 +161,21 @@ def ranked_answers(answer_list: Any, num_ans_candidates: Any = 1) -> list[str]:
 
 
 def whole_number(value: Any, name: str, least: int | None = None) -> int:
-    """The number. ValueError if it is no int, or below `least`."""
+    """Return the number. ValueError if it is not an integer, or below `least`."""
     if not isinstance(value, Integral):
         raise InputError(f"{name} must be a whole number; got {shown(value)}")
     if least is not None and value < least:
         raise InputError(f"{name} {value} must be at least {least}")
-    return value
+    return int(value)
 
 
 def word_lists(value: Any, count: int, key: str) -> list[list[str]]:
-    """A list of texts per sample (words read in an image, choices). ValueError for anything else."""
+    """Return a list of texts per sample (words read in an image, choices). ValueError for anything else."""
     if isinstance(value, (str, *UNLISTED)) or not isinstance(value, Iterable):
         raise InputError(f"samples[{key!r}]: {shown(value)} must be a list with a list of texts for each image")
     for row, words in enumerate(value := list(value)):
         if not isinstance(words, list | tuple):
-            kind = "text" if isinstance(words, str) else type(words).__name__
-            raise InputError(
-                f"samples[{key!r}][{row}]: expected a list of texts for each image, got the {kind} {shown(words)}"
-            )
+            raise InputError(f"samples[{key!r}][{row}]: expected a list of texts for each image, got {shown(words)}")
         for word in words:
             checked_text(word, f"samples[{key!r}][{row}]")
     if len(value) != count:
@@ -186,7 +184,7 @@ def word_lists(value: Any, count: int, key: str) -> list[list[str]]:
 
 
 def checked_text(text: Any, where: str) -> str:
-    """The text. ValueError if it is none, or holds half a character, which no tokenizer takes."""
+    """Return the text. ValueError if it is not text, or holds half a character, which tokenizers refuse."""
     if not isinstance(text, str):
         raise InputError(f"{where} is {shown(text)}; it must be a text (str)")
     if not text.isascii():
@@ -203,8 +201,8 @@ def checked_text(text: Any, where: str) -> str:
 def integers(
     samples: Mapping[str, Any], key: str, count: int, what: str, device: torch.device, *, below: int | None = None
 ) -> Tensor:
-    """`samples[key]`, a tensor or list, as a LongTensor (B,). ValueError for another number of them, or other types,
-    and for one that is negative or not `below`, if they are on the CPU: looking at them would wait for a GPU.
+    """Return `samples[key]`, a tensor or list, as a LongTensor (B,). ValueError for another number or type, and for
+    values that are negative or not `below`; values are checked on the CPU only, as reading them waits for a GPU.
     """
     value = required(samples, key, f"{what} (B,)")
     try:
@@ -223,6 +221,6 @@ def integers(
 
 
 def shown(value: Any) -> str:
-    """A wrong value, shortened."""
+    """Return a wrong value's repr, shortened."""
     text = repr(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

@@ -1,9 +1,8 @@
-"""The library's door: a model, by architecture and type or from a Hugging Face folder, with the processors that make
-its inputs.
+"""Load a model, by architecture and type or from a Hugging Face folder, with the processors of its inputs.
 
-Surprising: `checkpoint=` replaces the type's own weights, which are then not even downloaded, and brings with it what
-it was trained as (`trained_config`). A type that names only `eval` processors has them as `train` too (they are
-deterministic), but never the other way round.
+Note: `checkpoint=` replaces the type's own weights, which are then not downloaded, and brings the settings that it was
+trained with (`common/config/trained.py`). A type that names only `eval` processors uses them as `train` too (they are
+deterministic), but not the other way round.
 """
 
 import logging
@@ -13,7 +12,6 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from torch import nn
 
 from lavis_lite.common.config import trained as trained_config
 from lavis_lite.common.config import zoo
@@ -24,12 +22,16 @@ from lavis_lite.common.config.sections import PROCESSOR_KEYS, check_processors, 
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.registry import registry
 from lavis_lite.common.sources import download
-from lavis_lite.convert.configs import arch_of, model_section
-from lavis_lite.convert.folders import read_config, read_image_settings
+from lavis_lite.common.sources.folders import read_config, read_image_settings
+from lavis_lite.models.base import BaseModel
+from lavis_lite.models.blip.hf import BlipAdapter
+from lavis_lite.models.blip2.hf import Blip2Adapter, Blip2LLMAdapter
+from lavis_lite.models.hf import HFAdapter
 
 logger = logging.getLogger(__name__)
 
 Processors = dict[str, Callable[[Any], Any]]
+ADAPTERS: tuple[HFAdapter[Any], ...] = (BlipAdapter(), Blip2Adapter(), Blip2LLMAdapter())
 
 
 def load_model(
@@ -39,7 +41,7 @@ def load_model(
     device: str | torch.device = "cpu",
     checkpoint: str | Path | None = None,
     **overrides: Any,
-) -> nn.Module:
+) -> BaseModel:
     """Build a model and load its weights.
 
     `checkpoint` (a file or URL, a Hugging Face folder or hub id) is loaded instead of the type's own weights, with the
@@ -56,14 +58,12 @@ def load_preprocess(config: Mapping[str, Any]) -> tuple[Processors, Processors]:
     """Build the image and text processors of a model YAML's `preprocess` section.
 
     Its form: `{vis_processor: {train: {name: ...}, eval: {name: ...}}, text_processor: ...}`. Returns two
-    dictionaries with the keys "train" and "eval", as in LAVIS. "train" falls back to the `eval` block; a kind of
-    which the section names nothing passes its input through. Raises ValueError for an unknown name or argument.
+    dictionaries with the keys "train" and "eval", as in LAVIS. "train" falls back to the `eval` block; a processor
+    that the section leaves out returns its input. Raises ValueError for an unknown name or argument.
     """
-    if OmegaConf.is_config(config):
-        config = OmegaConf.to_container(config, resolve=True)
-    layers = [Layer("preprocess", {"preprocess": dict(config)})]
-    check_processors(config, Checker(layers), ("preprocess",))
-    vis, text = (_processors(config.get(key) or {}) for key in PROCESSOR_KEYS)
+    section: Any = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else dict(config)
+    check_processors(section, Checker([Layer("preprocess", {"preprocess": section})]), ("preprocess",))
+    vis, text = (_processors(section.get(key) or {}) for key in PROCESSOR_KEYS)
     return vis, text
 
 
@@ -74,7 +74,7 @@ def load_model_and_preprocess(
     device: str | torch.device = "cpu",
     checkpoint: str | Path | None = None,
     **overrides: Any,
-) -> tuple[nn.Module, Processors, Processors]:
+) -> tuple[BaseModel, Processors, Processors]:
     """Return `load_model`'s model, and its image and text processors, each a dictionary with "train" and "eval":
     those that the checkpoint was trained with, else the type's.
 
@@ -90,12 +90,12 @@ def from_pretrained(
     source: str | Path,
     *,
     arch: str | None = None,
-    model_class: type[nn.Module] | None = None,
+    model_class: type[BaseModel] | None = None,
     processors: bool = False,
     is_eval: bool = False,
     device: str | torch.device = "cpu",
     **overrides: Any,
-) -> nn.Module | tuple[nn.Module, Processors, Processors]:
+) -> BaseModel | tuple[BaseModel, Processors, Processors]:
     """Build the model that a Hugging Face folder or hub id holds, or a checkpoint of train.py, and load its weights;
     with `processors` also return its image and text processors.
 
@@ -128,46 +128,61 @@ def arch_in(source: str | Path, wanted: str | None = None) -> str:
     if a folder's class has other parts, or a file does not say what it was trained as.
     """
     trained = trained_config.read(source)
+    named = wanted or (None if trained is None else trained.arch)
     if download.is_folder(source):
-        config = read_config(download.fetch_folder(source))
-        return arch_of(config, source=str(source), wanted=wanted or (trained and trained.arch))
-    if trained is None:
+        return _arch_of_folder(read_config(download.fetch_folder(source)), source=str(source), wanted=named)
+    if trained is None or named is None:
         raise InputError(
             f"{source} does not say what it was trained as: name its architecture and type with "
             "load_model(arch, model_type, checkpoint=...)"
         )
-    return wanted or trained.arch
+    return named
+
+
+def _arch_of_folder(config: Mapping[str, Any], *, source: str, wanted: str | None) -> str:
+    """Return `wanted` if it has the parts of a config.json's class, else the default for class and language model."""
+    name = next(iter(config.get("architectures") or ()), None)
+    hf = next((adapter for adapter in ADAPTERS if adapter.archs(name)), None)
+    if hf is None:
+        known = [known for adapter in ADAPTERS for known in (*adapter.classes, *adapter.aliases)]
+        raise InputError(
+            f"{source}: its config.json is of {name or config.get('model_type')}, and only {', '.join(known)} can be "
+            "read"
+        )
+    archs = hf.archs(name)
+    if wanted is not None and wanted not in archs:
+        raise InputError(f"{source} is a {name}, which cannot be read as {wanted}; choose {' or '.join(archs)}")
+    return wanted or hf.default_arch(archs, config)
 
 
 def described(
     source: str | Path, arch: str | None, overrides: Mapping[str, Any], *, level: int = logging.WARNING
 ) -> tuple[list[Layer], dict[str, Any]]:
-    """Return the layers, and the resolved configuration, of a folder or of a checkpoint for which no type is named;
-    `level` as in `trained_config.lay_under`.
+    """Return the layers, and the resolved configuration, of a folder, or of a checkpoint without a named type; `level`
+    as in `trained_config.lay_under`.
     """
     _check_named(source, "source")
     trained, own = trained_config.read(source), _overrides(overrides)
     arch = arch_in(source, arch)
     if download.is_folder(source):
         folder = download.fetch_folder(source)
-        config = read_config(folder)
         stored = trained if trained is not None and trained.arch == arch else None
-        section = ({} if stored is None else stored.model) | {"model_type": None}
-        tree = {"model": section | model_section(config, folder, arch=arch)}
-        layers = [Layer(str(folder), tree | ({} if stored is None else {"preprocess": stored.preprocess})), own]
+        built = registry.get_model_class(arch).hf.section(read_config(folder), folder, arch=arch)
+        section = ({} if stored is None else stored.model) | {"model_type": None} | built
+        preprocess = {} if stored is None else {"preprocess": stored.preprocess}
+        layers = [Layer(str(folder), {"model": section} | preprocess), own]
         return layers, resolve(layers)
-    if arch == trained.arch and trained.model_type in zoo.model_zoo.types(arch):
+    packaged = [Layer("defaults", {"model": {"arch": arch, "model_type": None}})]
+    if trained is not None and arch == trained.arch and trained.model_type in zoo.model_zoo.types(arch):
         packaged = zoo.model_layers(arch, trained.model_type)
-    else:
-        packaged = [Layer("defaults", {"model": {"arch": arch, "model_type": None}})]
     layers = [*trained_config.lay_under(packaged, [own], trained, level=level), own]
     return layers, resolve(layers)
 
 
-def _arch_of_class(model_class: type[nn.Module] | None) -> str | None:
-    """The name under which a class is registered; None for one that is not, such as a base class."""
+def _arch_of_class(model_class: type[BaseModel] | None) -> str | None:
+    """Return the name under which a class is registered; None if it is not, such as a base class."""
     named = {registry.get_model_class(name): name for name in registry.list_models()}
-    return named.get(model_class)
+    return None if model_class is None else named.get(model_class)
 
 
 def configured(
@@ -190,16 +205,16 @@ def configured(
 
 
 def _check_named(source: Any, argument: str) -> None:
-    """InputError for what names no weights, such as the text of an environment variable that is not set."""
+    """Raise InputError for a value that cannot name weights, such as the text of an unset environment variable."""
     if not isinstance(source, str | Path) or not str(source).strip():
         raise InputError(f"{argument}: expected a file, a folder, a URL or a hub id, got {source!r}")
 
 
 def _overrides(overrides: Mapping[str, Any]) -> Layer:
-    """Keyword arguments as the last layer of a configuration; paths are text, as in a YAML."""
+    """Return keyword arguments as the last layer of a configuration; paths become text, as in a YAML."""
     fixed = sorted(overrides.keys() & {"arch", "model_type", "checkpoint"})
     if fixed:
-        raise InputError(f"{', '.join(fixed)} cannot be overridden: give it as an argument of its own")
+        raise InputError(f"{', '.join(fixed)} cannot be overridden: use the argument of that name")
     values = {key: str(value) if isinstance(value, Path) else value for key, value in overrides.items()}
     return Layer("keyword argument", {"model": values} if values else {})
 
@@ -211,7 +226,7 @@ def build(
     is_eval: bool,
     device: str | torch.device,
     checkpoint: str | Path | None,
-) -> nn.Module:
+) -> BaseModel:
     """Check a model section against its architecture, build it and load its weights, or those of the checkpoint."""
     arguments = model_arguments(section, Checker(layers))
     if checkpoint is not None:

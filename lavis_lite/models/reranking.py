@@ -1,67 +1,95 @@
 """Retrieval evaluation: similarity of all images and texts, then the matching head over the best candidates.
 
-Image-major: an image's keys and values are computed once and serve all its candidate texts, and each (image, text)
-pair is scored once although both directions may ask for it. Images are sharded over the ranks.
+Image-major: an image's keys and values are computed once for all its candidate texts, and each (image, text) pair is
+scored once although both directions may need it. Images are sharded over the ranks.
 
-Surprising: between the two passes a rank keeps its images' tokens in main memory, in the type their keys and values
-are computed in (they are several times larger); the device holds one batch. COCO's 5,000 test images at 364 px with
-ViT-g are 9.5 GB under autocast, 19 GB without, over all ranks.
+Note: between the two passes a rank keeps its images' tokens in main memory, in the type in which their keys and values
+(several times larger) are computed; the device holds one batch. COCO's 5,000 test images at 364 px with ViT-g take 9.5
+GB under autocast, 19 GB without, over all ranks.
 
 Letters: I images, T texts, B images of a batch, S image tokens, D width of features.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from lavis_lite.common import dist
 from lavis_lite.common.bounds import check_number
 from lavis_lite.models.batches import (
-    Texts,
+    TextReader,
     in_compute_type,
     stack_texts,
     trimmed,
+    warn_of_cut_texts,
 )
 from lavis_lite.models.inputs import image_of
-from lavis_lite.nn.attention import Context
+from lavis_lite.nn.attention import CrossAttentionKV
 
 UNRANKED = -100.0
 MAX_CANDIDATES = 10**9
 TEXTS_PER_STEP = 256
 
 
-@dataclass(frozen=True, kw_only=True)
-class Retriever:
-    """What re-ranking needs of a model."""
+class Gallery(Protocol):
+    """A retrieval evaluation set of images and `text`."""
 
-    device: torch.device
-    tokenize: Callable[[list[str]], Texts]
-    encode_text: Callable[[Tensor, Tensor], Tensor]
-    """Ids and mask -> features (T,D)."""
-    encode_image: Callable[[Tensor], tuple[Tensor, Tensor]]
-    """Images -> tokens (B,S,E) and features (B,D) or, of several queries, (B,Q,D)."""
-    similarity: Callable[[Tensor, Tensor], Tensor]
-    """Features of images and texts -> (B,T)."""
-    project_context: Callable[[Tensor], Context]
-    """Tokens -> what the matching head attends to."""
-    matching_logits: Callable[[Tensor, Tensor, Context], Tensor]
-    """Ids, mask and one image's context -> (T,2)."""
+    text: list[str]
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+
+
+class GalleryLoader(Protocol):
+    """Batches of this rank's images, with their `index` in the dataset."""
+
+    @property
+    def dataset(self) -> Gallery:
+        """The whole evaluation set."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Iterate over the batches."""
+
+
+class RerankInterface(TextReader, Protocol):
+    """A model that compares images and texts by features, and then matches the best candidates."""
+
+    @property
+    def device(self) -> torch.device:
+        """The model's device."""
+
+    def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Return normalised features (T,D)."""
+
+    def image_features(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Return tokens (B,S,E) and normalised features (B,D) or, of several queries, (B,Q,D)."""
+
+    def similarity(self, image_feat: Tensor, text_feat: Tensor) -> Tensor:
+        """Return similarities (B,T) of features."""
+
+    def project_kv(self, tokens: Tensor) -> CrossAttentionKV:
+        """Return keys and values of the tokens for `matching_logits`."""
+
+    def matching_logits(self, ids: Tensor, mask: Tensor, context: CrossAttentionKV) -> Tensor:
+        """Return logits (T,2) of the texts: no match, match."""
 
 
 @torch.no_grad()
-def similarity_matrices(model: Retriever, loader: DataLoader, k_test: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scores (I,T) and (T,I), float32, whole on every rank; a score is the matching logit plus the similarity.
+def similarity_matrices(model: RerankInterface, loader: GalleryLoader, k_test: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return scores (I,T) and (T,I), float32, whole on every rank; a score is the matching logit plus the similarity.
 
-    With `k_test` 0 it is the similarity alone, of all pairs: nothing is re-ranked. `loader` yields this rank's images
-    with their `index`; `loader.dataset.text` are all texts.
+    Pairs that are not among the `k_test` most similar have -100. With `k_test` 0 nothing is re-ranked: the scores are
+    the similarities of all pairs.
     """
+    warn_of_cut_texts(model, loader.dataset.text)
     check_number("k_test", k_test, 0, MAX_CANDIDATES)
     num_images, num_texts = len(loader.dataset), len(loader.dataset.text)
-    texts = [model.tokenize(chunk) for chunk in chunks(loader.dataset.text, TEXTS_PER_STEP)]
+    texts = [
+        model.tokenize(chunk, max_length=model.max_txt_len) for chunk in chunks(loader.dataset.text, TEXTS_PER_STEP)
+    ]
     text_feat = torch.cat([model.encode_text(ids, mask) for ids, mask in texts])
     tokens, index, rows = compare_images(model, loader, text_feat, keep_tokens=k_test > 0)
     sims = whole_rows(rows, index, num_images)
@@ -73,7 +101,7 @@ def similarity_matrices(model: Retriever, loader: DataLoader, k_test: int) -> tu
     ids, mask = stack_texts(*texts)
     for row, image in enumerate(index.tolist()):
         columns = (wanted_i2t[image] | wanted_t2i[image]).nonzero().squeeze(1)
-        context = model.project_context(tokens[row][None].to(model.device))
+        context = model.project_kv(tokens[row][None].to(model.device))
         for part in columns.split(TEXTS_PER_STEP):
             logits = model.matching_logits(*trimmed((ids[part], mask[part])), context)
             scores[row, part] = logits[:, 1].float() + sims[image, part]
@@ -86,16 +114,16 @@ def similarity_matrices(model: Retriever, loader: DataLoader, k_test: int) -> tu
 
 
 def compare_images(
-    model: Retriever, loader: DataLoader, text_feat: Tensor, *, keep_tokens: bool
+    model: RerankInterface, loader: GalleryLoader, text_feat: Tensor, *, keep_tokens: bool
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Of this rank's images the tokens (none unless `keep_tokens`), one tensor (S,E) each in main memory, the dataset
-    indices (N,) and the similarities to all texts (N,T); all empty on a rank without images.
+    """Return this rank's images' tokens (none unless `keep_tokens`), one tensor (S,E) each in main memory, their
+    dataset indices (N,) and their similarities to all texts (N,T); all empty on a rank without images.
     """
     tokens: list[Tensor] = []
     index = [torch.empty(0, dtype=torch.long, device=model.device)]
     sims = [text_feat.new_empty(0, len(text_feat))]
     for batch in loader:
-        tokens_BSE, image_feat = model.encode_image(image_of(batch, answering=True).to(model.device))
+        tokens_BSE, image_feat = model.image_features(image_of(batch, answering=True).to(model.device))
         if keep_tokens:
             tokens += in_compute_type(tokens_BSE).cpu().unbind()
         index.append(torch.as_tensor(batch["index"], device=model.device))
@@ -104,7 +132,7 @@ def compare_images(
 
 
 def whole_rows(rows: Tensor, index: Tensor, num_rows: int) -> Tensor:
-    """All ranks' rows in one matrix, in dataset order."""
+    """Return all ranks' rows in one matrix, in dataset order."""
     whole = rows.new_empty(num_rows, rows.shape[1]).float()
     for their_index, their_rows in dist.gather_objects([(index.cpu(), rows.float().cpu())]):
         whole[their_index.to(whole.device)] = their_rows.to(whole.device)
@@ -112,10 +140,10 @@ def whole_rows(rows: Tensor, index: Tensor, num_rows: int) -> Tensor:
 
 
 def top_mask(scores: Tensor, k: int) -> Tensor:
-    """True at each row's k best columns."""
+    """Return True at each row's k best columns."""
     return torch.zeros_like(scores, dtype=torch.bool).scatter(1, scores.topk(k, dim=1).indices, True)
 
 
-def chunks(items: list[str], size: int) -> Iterator[list[str]]:
-    """Consecutive parts of at most `size`."""
+def chunks(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    """Split into consecutive parts of at most `size`."""
     return (items[start : start + size] for start in range(0, len(items), size))

@@ -14,32 +14,37 @@ from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 from lavis_lite.common.errors import InputError, MissingFileError
 from lavis_lite.common.sources import download
 from lavis_lite.common.sources.hub import from_hub
+from lavis_lite.models.inputs import checked_text
 
 logger = logging.getLogger(__name__)
 
 PACKAGED = Path(__file__).parents[1] / "configs" / "tokenizers"
 SPECIAL_TOKENS = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-"""What texts are padded with, what stands for unknown characters, what begins and what ends a text."""
+"""The tokens for padding, for unknown characters, and for the beginning and the end of a text."""
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """A tokenizer from a local folder, the package (`shapes`) or the hub (`bert-base-uncased`), without BLIP's extra
-    tokens.
+    """Load a tokenizer from a local folder, the package (`shapes`) or the hub (`bert-base-uncased`), without BLIP's
+    extra tokens.
 
     Raises:
         FileNotFoundError: there is no such folder, or it holds no tokenizer.
-        ValueError: it lacks one of the tokens that BLIP cannot do without: [PAD], [UNK], [CLS], [SEP].
+        ValueError: it lacks a token that BLIP needs: [PAD], [UNK], [CLS] or [SEP].
     """
-    if name in {path.name for path in PACKAGED.iterdir()}:  # the name comes from outside: no ".." in a path
+    folder: Path | None
+    if name in {path.name for path in PACKAGED.iterdir()}:  # an untrusted name may contain ".."
         folder = PACKAGED / name
     else:
         give = "give a folder with vocab.txt or tokenizer.json, or a hub id"
         folder = download.local_folder(name, what="tokenizer folder", give=give)
     known = {} if folder is None else vocabulary(folder)
     if folder is not None and not known and not any(folder.glob("*.model")):
-        there = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
-        raise MissingFileError(f"tokenizer folder {folder} holds neither vocab.txt nor tokenizer.json; it has {there}")
-    if known and not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
+        content = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
+        raise MissingFileError(
+            f"tokenizer folder {folder}: holds neither vocab.txt nor tokenizer.json; it has {content}"
+        )
+    files = ("tokenizer.json", "tokenizer_config.json")
+    if folder is not None and known and not any((folder / file).is_file() for file in files):
         tokenizer = _from_vocabulary(known, folder)
     else:
         tokenizer = _from_transformers(name, folder)
@@ -48,16 +53,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def _from_vocabulary(tokens: dict[str, int], folder: Path) -> PreTrainedTokenizerBase:
-    """BERT's tokenizer from a `vocab.txt` alone; texts are lower-cased unless the vocabulary has capitals.
+    """Build BERT's tokenizer from a `vocab.txt` alone; texts are lower-cased unless the vocabulary has capitals.
 
-    Raises ValueError for a line without a token of its own.
+    Raises ValueError for an empty line or a repeated token.
     """
     if len(tokens) <= max(tokens.values()):  # a token's id is its line
         gap = min(set(range(max(tokens.values()))) - set(tokens.values()))
-        raise InputError(
-            f"{folder / 'vocab.txt'}, line {gap + 1}: empty, or the token is there twice: each line must have a token "
-            "of its own"
-        )
+        raise InputError(f"{folder / 'vocab.txt'}, line {gap + 1}: empty or repeated token: write one token per line")
     is_cased = any(token != token.lower() for token in tokens if not token.startswith("["))
     logger.info(f"{folder / 'vocab.txt'}: {len(tokens)} tokens, {'cased' if is_cased else 'texts are lower-cased'}")
     return BertTokenizer(vocab=tokens, do_lower_case=not is_cased)
@@ -75,10 +77,8 @@ def _from_transformers(name: str, folder: Path | None) -> PreTrainedTokenizerBas
 
 
 def vocabulary(folder: Path) -> dict[str, int]:
-    """Ids by token as the folder's `tokenizer.json` or `vocab.txt` has them; empty where there is neither.
-
-    Raises:
-        ValueError: the file is not a vocabulary.
+    """Return the ids by token of the folder's `tokenizer.json` or `vocab.txt`; empty if it has neither. ValueError for
+    a damaged file.
     """
     if (folder / "tokenizer.json").is_file():
         try:
@@ -103,19 +103,20 @@ def vocabulary(folder: Path) -> dict[str, int]:
 
 
 def complete_special_tokens(tokenizer: PreTrainedTokenizerBase, source: str | Path, known: Collection[str]) -> None:
-    """Give the tokenizer those of BERT's special tokens that its files hold (`known`) but do not name.
+    """Assign those of BERT's special tokens that the tokenizer's files hold (`known`) without naming their role.
 
     Raises:
-        ValueError: its files lack one, or a text does not begin with [CLS] and end with [SEP].
+        ValueError: the files lack one, or a text does not begin with [CLS] and end with [SEP].
     """
     named = {role: getattr(tokenizer, role) for role in SPECIAL_TOKENS}
-    unnamed = {role: usual for role, usual in SPECIAL_TOKENS.items() if named[role] is None and usual in known}
-    tokenizer.add_special_tokens(unnamed)
+    for role, usual in SPECIAL_TOKENS.items():
+        if named[role] is None and usual in known:
+            tokenizer.add_special_tokens({role: usual})
     missing = [named[role] or usual for role, usual in SPECIAL_TOKENS.items() if getattr(tokenizer, role) not in known]
     if missing:
         raise InputError(
             f"the tokenizer of {source} has no {', '.join(missing)}: add them to its vocab.txt or tokenizer.json, or "
-            "name the tokens that stand for them in its tokenizer_config.json"
+            "name the tokens with these roles in its tokenizer_config.json"
         )
     ids = tokenizer("a").input_ids
     if (ids[0], ids[-1]) != (tokenizer.cls_token_id, tokenizer.sep_token_id):
@@ -126,7 +127,7 @@ def complete_special_tokens(tokenizer: PreTrainedTokenizerBase, source: str | Pa
 
 
 def blip_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer with `[DEC]` as its bos token and then `[ENC]`, whose id is `enc_token_id`."""
+    """Load a tokenizer and add `[DEC]` as its bos token and then `[ENC]`, whose id is `enc_token_id`."""
     tokenizer = load_tokenizer(name)
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     tokenizer.add_tokens(["[ENC]"], special_tokens=True)
@@ -135,7 +136,7 @@ def blip_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def blip2_tokenizer(name: str, *, truncation_side: str = "right") -> PreTrainedTokenizerBase:
-    """The tokenizer with `[DEC]` as its bos token; long texts lose their end, or with "left" their beginning."""
+    """Load a tokenizer and add `[DEC]` as its bos token; long texts lose their end, or with "left" their beginning."""
     tokenizer = load_tokenizer(name)
     tokenizer.truncation_side = truncation_side
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
@@ -143,18 +144,8 @@ def blip2_tokenizer(name: str, *, truncation_side: str = "right") -> PreTrainedT
 
 
 def checked_texts(texts: Sequence[str]) -> list[str]:
-    """Return the texts as a list; raise ValueError for one that is not text or cannot be written as UTF-8."""
-    for number, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise InputError(f"text {number} of the batch: expected a string, got {type(text).__name__}: {text!r}")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"text {number} of the batch has half a character (a lone surrogate) at position {error.start}: "
-                f"{text[max(0, error.start - 10) : error.start + 10]!r}"
-            ) from None
-    return list(texts)
+    """Return the texts as a list; ValueError if one is not text or cannot be written as UTF-8."""
+    return [checked_text(text, f"text {number} of the batch") for number, text in enumerate(texts)]
 
 
 def unknown_share(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[float, str, str]:
@@ -177,9 +168,8 @@ def tokenize(
     max_length: int | None = None,
     device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Ids and mask (B,T), padded to the longest; `start` replaces [CLS]; `max_length` truncates.
-
-    Raises ValueError for what is not text, and for text with half a character.
+    """Return ids and mask (B,T), padded to the longest text; `start` replaces [CLS]; `max_length` truncates. ValueError
+    as `checked_texts`.
     """
     tokens = tokenizer(
         checked_texts(texts),
@@ -187,7 +177,7 @@ def tokenize(
         truncation=max_length is not None,
         max_length=max_length,
         return_tensors="pt",
-        verbose=False,  # transformers warns of positions that another model would have
+        verbose=False,  # the warning would be about another model's number of positions
     ).to(device)
     ids, mask = tokens.input_ids, tokens.attention_mask
     if start is not None:

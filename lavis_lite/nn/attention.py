@@ -1,4 +1,4 @@
-"""Attention bricks of the text transformer: sizes, the context that is attended to, self- and cross-attention, masks.
+"""Attention of the text transformer: sizes, keys and values, self- and cross-attention, masks.
 
 Letters: B texts, C contexts (B is a multiple of C), T text tokens, P cached tokens, S context tokens, H heads, D width
 of a head, E width.
@@ -26,7 +26,7 @@ KeyValue = tuple[Tensor, Tensor]
 
 MAX_VOCABULARY = 10**7
 SELF_MASKED = -10000.0
-"""BERT's additive mask for self-attention. Kept finite as in the published models, whose padding rows rely on it."""
+"""BERT's additive mask for self-attention. Finite as in the published models, whose padding rows rely on it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +44,14 @@ class BertConfig:
     attention_dropout: float = 0.1
     initializer_range: float = 0.02
     context_width: int | None = None
-    """Width of what is attended to; None builds no cross-attention."""
+    """Width of the states that cross-attention reads; None builds no cross-attention."""
     num_context_streams: int = 1
-    """2: NLVR2's twin cross-attention, one stream an image."""
+    """2: NLVR2's dual cross-attention, one stream per image."""
     merge_streams_from: int = 6
     """First layer that merges the two streams by a linear layer; earlier ones average them."""
 
     section: ClassVar[str] = "model.med"
-    """Where a user sets these sizes."""
+    """Key of the YAML under which these sizes are set."""
 
     def __post_init__(self) -> None:
         values = vars(self)
@@ -73,36 +73,69 @@ class BertConfig:
         )
         check_divides(self.section, values, divisor="num_heads", number="hidden_size")
 
+    def cross_attends(self, index: int) -> bool:
+        """Whether the layer of this number has cross-attention."""
+        return self.context_width is not None
+
 
 @dataclass(frozen=True)
-class Context:
-    """What the text attends to: per layer and stream its keys and values, and which of its tokens count.
+class KeyValueCache:
+    """Keys and values (B,H,P,D) of the tokens read so far, one pair per layer; the cache of `decoding.py`."""
 
-    `layers[i][s]` holds layer i's keys and values of stream s, (C,H,S,D); `mask` is (C,S) with 1 where a token
-    counts, or None for all.
+    layers: tuple[KeyValue, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of cached tokens (P)."""
+        return self.layers[0][0].shape[2]
+
+    def expand(self, times: int) -> "KeyValueCache":
+        """Repeat every row, copies side by side."""
+        return KeyValueCache(
+            tuple((k.repeat_interleave(times, 0), v.repeat_interleave(times, 0)) for k, v in self.layers)
+        )
+
+    def select(self, index: Tensor) -> "KeyValueCache":
+        """Return these rows, in this order."""
+        return KeyValueCache(tuple((k[index], v[index]) for k, v in self.layers))
+
+
+@dataclass(frozen=True)
+class CrossAttentionKV:
+    """Keys and values of the states that a text attends to, and which of these count.
+
+    `layers[i][s]` holds layer i's keys and values of stream s, (C,H,S,D), and is empty for a layer without
+    cross-attention; `mask` is (C,S) with 1 where a state counts, or None for all.
     """
 
     layers: tuple[tuple[KeyValue, ...], ...]
     mask: Tensor | None = None
 
-    def select(self, index: Tensor) -> "Context":
-        """The contexts of these rows (a LongTensor), for instance hard negatives; gradients flow."""
-        layers = tuple(tuple((k[index], v[index]) for k, v in streams) for streams in self.layers)
-        return Context(layers, None if self.mask is None else self.mask[index])
+    @property
+    def num_rows(self) -> int:
+        """Number of contexts (C)."""
+        return next(streams[0][0].shape[0] for streams in self.layers if streams)
 
-    def append(self, other: "Context") -> "Context":
-        """This context's rows followed by the other's (of the same length S)."""
+    def select(self, index: Tensor) -> "CrossAttentionKV":
+        """Return the contexts of these rows (a LongTensor), for instance hard negatives; gradients flow."""
+        layers = tuple(tuple((k[index], v[index]) for k, v in streams) for streams in self.layers)
+        return CrossAttentionKV(layers, None if self.mask is None else self.mask[index])
+
+    def append(self, other: "CrossAttentionKV") -> "CrossAttentionKV":
+        """Return this context's rows followed by the other's (of the same length S)."""
         layers = tuple(
             tuple((torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]])) for a, b in zip(mine, theirs, strict=True))
             for mine, theirs in zip(self.layers, other.layers, strict=True)
         )
-        if (self.mask is None) != (other.mask is None):
-            raise InputError("a context with a mask and one without cannot be joined")
-        return Context(layers, None if self.mask is None else torch.cat([self.mask, other.mask]))
+        if self.mask is None and other.mask is None:
+            return CrossAttentionKV(layers)
+        if self.mask is None or other.mask is None:
+            raise InputError("cannot join a context that has a mask and one that has none")
+        return CrossAttentionKV(layers, torch.cat([self.mask, other.mask]))
 
 
 class SelfAttention(nn.Module):
-    """Query, key and value projections of `width`-wide keys; BERT's `self` module."""
+    """Query, key and value projections, of states of `key_width`; BERT's `self` module."""
 
     def __init__(self, config: BertConfig, key_width: int) -> None:
         super().__init__()
@@ -112,13 +145,13 @@ class SelfAttention(nn.Module):
         self.key = nn.Linear(key_width, config.hidden_size)
         self.value = nn.Linear(key_width, config.hidden_size)
 
-    def heads(self, x_BTE: Tensor) -> Tensor:
+    def split_heads(self, x_BTE: Tensor) -> Tensor:
         """(B,T,E) -> (B,H,T,D)"""
         return x_BTE.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def project(self, states_BSE: Tensor) -> KeyValue:
-        """Keys and values of the states, each (B,H,S,D)."""
-        return self.heads(self.key(states_BSE)), self.heads(self.value(states_BSE))
+        """Return keys and values of the states, each (B,H,S,D)."""
+        return self.split_heads(self.key(states_BSE)), self.split_heads(self.value(states_BSE))
 
     def forward(self, x_BTE: Tensor, key_value: KeyValue, mask: Tensor | None) -> Tensor:
         """Attend from x to the keys; `mask` is additive and broadcasts to (C,H,T,S). One key row serves B/C
@@ -128,7 +161,7 @@ class SelfAttention(nn.Module):
         num_texts, num_tokens = x_BTE.shape[:2]
         q = self.query(x_BTE).reshape(k.shape[0], -1, x_BTE.shape[-1])
         out = F.scaled_dot_product_attention(
-            self.heads(q), k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0
+            self.split_heads(q), k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0
         )
         return out.transpose(1, 2).reshape(num_texts, num_tokens, -1)
 
@@ -146,8 +179,8 @@ class AddNorm(nn.Module):
         return self.LayerNorm(self.dropout(self.dense(x)) + residual)
 
 
-class TwinAddNorm(nn.Module):
-    """The same for two streams: a projection each, then their mean or a merging linear layer (BLIP, section 5.4)."""
+class DualAddNorm(nn.Module):
+    """AddNorm of two streams: a projection each, then their mean or a merging linear layer (BLIP, section 5.4)."""
 
     def __init__(self, config: BertConfig, *, merge: bool) -> None:
         super().__init__()
@@ -164,15 +197,15 @@ class TwinAddNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention and its output: over the text itself, or (`key_width` given) over a context."""
+    """Attention over states of `key_width`, the text's own or a context's, and its output."""
 
-    def __init__(self, config: BertConfig, key_width: int | None = None) -> None:
+    def __init__(self, config: BertConfig, key_width: int) -> None:
         super().__init__()
-        self.self = SelfAttention(config, config.hidden_size if key_width is None else key_width)
+        self.self = SelfAttention(config, key_width)
         self.output = AddNorm(config, config.hidden_size)
 
     def project(self, states: Sequence[Tensor]) -> tuple[KeyValue, ...]:
-        """Keys and values of the one stream of states."""
+        """Return keys and values of the only stream of states."""
         (states_BSE,) = states
         return (self.self.project(states_BSE),)
 
@@ -180,17 +213,17 @@ class Attention(nn.Module):
         return self.output(self.self(x, streams[0], mask), x)
 
 
-class TwinAttention(nn.Module):
+class DualCrossAttention(nn.Module):
     """Cross-attention to two images with separate projections."""
 
     def __init__(self, config: BertConfig, key_width: int, *, merge: bool) -> None:
         super().__init__()
         self.self0 = SelfAttention(config, key_width)
         self.self1 = SelfAttention(config, key_width)
-        self.output = TwinAddNorm(config, merge=merge)
+        self.output = DualAddNorm(config, merge=merge)
 
     def project(self, states: Sequence[Tensor]) -> tuple[KeyValue, ...]:
-        """Keys and values of each image's stream."""
+        """Return keys and values of each image's states."""
         states0, states1 = states
         return self.self0.project(states0), self.self1.project(states1)
 
@@ -198,19 +231,22 @@ class TwinAttention(nn.Module):
         return self.output(self.self0(x, streams[0], mask), self.self1(x, streams[1], mask), x)
 
 
+def additive_mask(allowed: Tensor, blocked_value: float, dtype: torch.dtype) -> Tensor:
+    """Return 0 where attention is allowed and `blocked_value` elsewhere."""
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, blocked_value)
+
+
 def text_mask(mask_BT: Tensor, num_past: int, *, causal: bool, dtype: torch.dtype) -> Tensor:
-    """The additive self-attention mask, (B,1,1,P+T) or, causal, (B,1,T,P+T)."""
+    """Return the additive self-attention mask, (B,1,1,P+T) or, causal, (B,1,T,P+T)."""
     allowed = mask_BT[:, None, None, :].bool()
     if causal:
-        total = mask_BT.shape[1]
-        position = torch.arange(total, device=mask_BT.device)
+        position = torch.arange(mask_BT.shape[1], device=mask_BT.device)
         allowed = allowed & (position[None, :] <= position[num_past:, None])
-    return torch.zeros(allowed.shape, dtype=dtype, device=mask_BT.device).masked_fill(~allowed, SELF_MASKED)
+    return additive_mask(allowed, SELF_MASKED, dtype)
 
 
-def context_mask(mask_CS: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The additive cross-attention mask (C,1,1,S), or None where everything counts."""
-    if mask_CS is None:
+def context_mask(context: CrossAttentionKV | None, dtype: torch.dtype) -> Tensor | None:
+    """Return the additive cross-attention mask (C,1,1,S), or None where all states count."""
+    if context is None or context.mask is None:
         return None
-    blocked = mask_CS[:, None, None, :] == 0
-    return torch.zeros(blocked.shape, dtype=dtype, device=mask_CS.device).masked_fill(blocked, torch.finfo(dtype).min)
+    return additive_mask(context.mask[:, None, None, :] != 0, torch.finfo(dtype).min, dtype)

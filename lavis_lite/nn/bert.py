@@ -1,15 +1,16 @@
-"""The one text transformer: BLIP's encoder, image-grounded encoder and decoder, and NLVR2's two-image twin.
+"""The text transformer: BLIP's encoder, image-grounded encoder and decoder, NLVR2's two-image encoder.
 
-Post-norm BERT with optional cross-attention, under BERT's parameter names. Two things are unusual: the keys and
-values of the context (an image, or a question) are computed once by `project_context` and handed to every pass that
-needs them, and one context row may serve several consecutive text rows (beams, candidate answers, texts to re-rank)
-without being copied.
+Post-norm BERT with optional cross-attention, under BERT's parameter names; `qformer.py` builds on its layer. Keys and
+values of a context (an image, or a question) are computed once by `project_kv` and passed to every forward pass that
+needs them. One context row may serve several consecutive text rows (beams, candidate answers, texts to re-rank) without
+being copied.
 
-Letters: B texts, C contexts (B is a multiple of C), T text tokens, P cached tokens, S context tokens, E width,
-V vocabulary.
+Letters: B texts, C contexts (B is a multiple of C), T text tokens, Q queries, L = Q + T, P cached tokens, S context
+tokens, E width, V vocabulary.
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +21,10 @@ from lavis_lite.nn.attention import (
     AddNorm,
     Attention,
     BertConfig,
-    Context,
+    CrossAttentionKV,
+    DualCrossAttention,
     KeyValue,
-    TwinAttention,
+    KeyValueCache,
     context_mask,
     text_mask,
 )
@@ -40,120 +42,170 @@ class Intermediate(nn.Module):
 
 
 class BertLayer(nn.Module):
-    """Self-attention, cross-attention if a context is given, feed-forward."""
+    """Self-attention, cross-attention if a context is given, feed-forward (none without `has_text`)."""
 
-    def __init__(self, config: BertConfig, index: int) -> None:
+    def __init__(self, config: BertConfig, index: int, *, has_text: bool = True) -> None:
         super().__init__()
-        self.attention = Attention(config)
-        if config.context_width is not None:
+        self.attention = Attention(config, config.hidden_size)
+        self.crossattention: Attention | DualCrossAttention | None = None
+        if config.context_width is not None and config.cross_attends(index):
             if config.num_context_streams == 1:
                 self.crossattention = Attention(config, config.context_width)
             else:
                 merge = index >= config.merge_streams_from
-                self.crossattention = TwinAttention(config, config.context_width, merge=merge)
-        self.intermediate = Intermediate(config)
-        self.output = AddNorm(config, config.intermediate_size)
+                self.crossattention = DualCrossAttention(config, config.context_width, merge=merge)
+        if has_text:
+            self.intermediate = Intermediate(config)
+            self.output = AddNorm(config, config.intermediate_size)
+
+    def project_kv(self, states: Sequence[Tensor]) -> tuple[KeyValue, ...]:
+        """Return keys and values of each stream of states; nothing from a layer without cross-attention."""
+        return () if self.crossattention is None else self.crossattention.project(states)
 
     def forward(
         self,
-        x_BTE: Tensor,
-        mask: Tensor,
+        x_BLE: Tensor,
+        mask: Tensor | None,
         *,
+        num_queries: int,
         past: KeyValue | None,
-        context: Sequence[KeyValue] | None,
+        context: Sequence[KeyValue],
         context_mask: Tensor | None,
     ) -> tuple[Tensor, KeyValue]:
-        """Returns the new states and this layer's text keys and values, cached ones first."""
-        key_value = self.attention.self.project(x_BTE)
+        """Return the new states and this layer's keys and values, cached ones first."""
+        k, v = self.attention.self.project(x_BLE)
         if past is not None:
-            key_value = tuple(torch.cat(pair, dim=2) for pair in zip(past, key_value, strict=True))
-        x_BTE = self.attention(x_BTE, (key_value,), mask)
-        if context is not None:
-            x_BTE = self.crossattention(x_BTE, context, context_mask)
-        return self.output(self.intermediate(x_BTE), x_BTE), key_value
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        x_BLE = self.attention(x_BLE, ((k, v),), mask)
+        return self.after_self_attention(x_BLE, num_queries, context, context_mask), (k, v)
+
+    def after_self_attention(
+        self, x_BTE: Tensor, num_queries: int, context: Sequence[KeyValue], mask: Tensor | None
+    ) -> Tensor:
+        """Apply cross-attention and feed-forward; BERT has no queries, so all tokens are text."""
+        x_BTE = self.cross_attend(x_BTE, context, mask)
+        return self.output(self.intermediate(x_BTE), x_BTE)
+
+    def cross_attend(self, x: Tensor, context: Sequence[KeyValue], mask: Tensor | None) -> Tensor:
+        """Attend to the context, if there is one for this layer."""
+        return x if self.crossattention is None or not context else self.crossattention(x, context, mask)
 
 
-class BertEmbeddings(nn.Module):
-    """Word plus learned position embeddings; no token types (BLIP's MED has none)."""
+class Embeddings(nn.Module):
+    """Queries as they are, words plus learned positions, one LayerNorm over both; no token types (BLIP has none)."""
 
-    def __init__(self, config: BertConfig) -> None:
+    position_ids: Tensor
+
+    def __init__(self, config: BertConfig, *, has_text: bool = True) -> None:
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=0)
-        self.position_embeddings = nn.Embedding(config.max_positions, config.hidden_size)
+        self.where = f"{config.section}.max_positions"
+        if has_text:
+            self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=0)
+            self.position_embeddings = nn.Embedding(config.max_positions, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.register_buffer("position_ids", torch.arange(config.max_positions)[None])
 
-    def forward(self, ids_BT: Tensor, start: int = 0) -> Tensor:
-        """Embeddings (B,T,E) of tokens that stand at positions start, start+1, ..."""
-        stop = start + ids_BT.shape[1]
-        if stop > self.position_embeddings.num_embeddings:
-            limit = self.position_embeddings.num_embeddings
-            raise InputError(f"a text of {stop} tokens is longer than the {limit} positions of the text transformer")
-        x = self.word_embeddings(ids_BT) + self.position_embeddings(self.position_ids[:, start:stop])
-        return self.dropout(self.LayerNorm(x))
+    def forward(self, ids_BT: Tensor | None, start: int = 0, queries_BQE: Tensor | None = None) -> Tensor:
+        """Return embeddings (B,Q+T,E); the text's positions are start, start+1, ..."""
+        parts = [] if queries_BQE is None else [queries_BQE]
+        if ids_BT is not None:
+            stop, limit = start + ids_BT.shape[1], self.position_ids.shape[1]
+            if stop > limit:
+                raise InputError(f"{self.where}: a text of {stop} tokens is longer than the {limit} positions")
+            parts.append(self.word_embeddings(ids_BT) + self.position_embeddings(self.position_ids[:, start:stop]))
+        return self.dropout(self.LayerNorm(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)))
 
 
-class BertEncoder(nn.Module):
+class Encoder(nn.Module):
     """The stack of layers, named as in BERT."""
 
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, config: BertConfig, layer_class: type[BertLayer], *, has_text: bool) -> None:
         super().__init__()
-        self.layer = nn.ModuleList(BertLayer(config, i) for i in range(config.num_layers))
+        self.layer = nn.ModuleList(layer_class(config, i, has_text=has_text) for i in range(config.num_layers))
 
 
-class BertModel(nn.Module):
+class Transformer(nn.Module):
+    """Embeddings and layers under BERT's names, not initialised."""
+
+    def __init__(self, config: BertConfig, layer_class: type[BertLayer] = BertLayer, *, has_text: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config, has_text=has_text)
+        self.encoder = Encoder(config, layer_class, has_text=has_text)
+
+    @property
+    def layers(self) -> Sequence[BertLayer]:
+        """The layers, first to last."""
+        return cast("Sequence[BertLayer]", self.encoder.layer)  # ModuleList is not generic
+
+    def project_kv(self, *states_CSE: Tensor, mask: Tensor | None = None) -> CrossAttentionKV:
+        """Return every layer's keys and values of the context's states (C,S,E'), one tensor per stream; `mask` (C,S) is
+        1 where a state counts.
+        """
+        return CrossAttentionKV(tuple(layer.project_kv(states_CSE) for layer in self.layers), mask)
+
+    def run_layers(
+        self,
+        x_BLE: Tensor,
+        mask: Tensor | None,
+        *,
+        context: CrossAttentionKV | None,
+        past: KeyValueCache | None,
+        num_queries: int = 0,
+    ) -> tuple[Tensor, KeyValueCache]:
+        """Return the last layer's states and every layer's keys and values; `mask` is additive."""
+        blocked = context_mask(context, x_BLE.dtype)
+        cache = []
+        for i, layer in enumerate(self.layers):
+            x_BLE, key_value = layer(
+                x_BLE,
+                mask,
+                num_queries=num_queries,
+                past=None if past is None else past.layers[i],
+                context=() if context is None else context.layers[i],
+                context_mask=blocked,
+            )
+            cache.append(key_value)
+        return x_BLE, KeyValueCache(tuple(cache))
+
+
+def initialise(module: nn.Module, std: float) -> None:
+    """Draw the weights of linear layers and embeddings from a normal distribution and set biases to 0."""
+
+    def draw(part: nn.Module) -> None:
+        if isinstance(part, nn.Linear | nn.Embedding):
+            nn.init.normal_(part.weight, std=std)
+        if isinstance(part, nn.Linear):
+            nn.init.zeros_(part.bias)
+
+    module.apply(draw)
+
+
+class BertModel(Transformer):
     """Text in, states out; with `causal` a decoder, with a context grounded in it."""
 
     def __init__(self, config: BertConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.embeddings = BertEmbeddings(config)
-        self.encoder = BertEncoder(config)
-        self.apply(self._init_weights)
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-        if isinstance(module, nn.Linear):
-            nn.init.zeros_(module.bias)
-
-    def project_context(self, *states_CSE: Tensor, mask: Tensor | None = None) -> Context:
-        """Every layer's keys and values of the context's states (C,S,E'), one tensor a stream; `mask` (C,S) is 1
-        where a state counts.
-        """
-        layers = tuple(layer.crossattention.project(states_CSE) for layer in self.encoder.layer)
-        return Context(layers, mask)
+        super().__init__(config)
+        initialise(self, config.initializer_range)
 
     def forward(
         self,
         ids_BT: Tensor,
         mask_BT: Tensor,
         *,
-        context: Context | None = None,
+        context: CrossAttentionKV | None = None,
         causal: bool = False,
-        past: Sequence[KeyValue] | None = None,
-    ) -> tuple[Tensor, list[KeyValue]]:
-        """States (B,T,E) and the text's keys and values of every layer.
+        past: KeyValueCache | None = None,
+    ) -> tuple[Tensor, KeyValueCache]:
+        """Return states (B,T,E) and the text's keys and values of every layer.
 
-        `mask_BT` is 1 where a token counts; with `past` (cached keys and values of P tokens) it covers all P+T
-        tokens.
+        `mask_BT` is 1 where a token counts; with `past` (of P tokens) it covers all P+T tokens.
         """
-        num_past = 0 if past is None else past[0][0].shape[2]
+        num_past = 0 if past is None else past.num_tokens
         x_BTE = self.embeddings(ids_BT, num_past)
         mask = text_mask(mask_BT, num_past, causal=causal, dtype=x_BTE.dtype)
-        blocked = None if context is None else context_mask(context.mask, x_BTE.dtype)
-        cache = []
-        for i, layer in enumerate(self.encoder.layer):
-            x_BTE, key_value = layer(
-                x_BTE,
-                mask,
-                past=None if past is None else past[i],
-                context=None if context is None else context.layers[i],
-                context_mask=blocked,
-            )
-            cache.append(key_value)
-        return x_BTE, cache
+        return self.run_layers(x_BTE, mask, context=context, past=past)
 
 
 class PredictionTransform(nn.Module):
@@ -169,9 +221,7 @@ class PredictionTransform(nn.Module):
 
 
 class Predictions(nn.Module):
-    """Scores of the next token, with the word embeddings' weights; `bias` stands twice in the state_dict, as in
-    BERT's files.
-    """
+    """Scores of the next token; `bias` occurs twice in the state_dict, as in BERT's files."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -183,8 +233,8 @@ class Predictions(nn.Module):
         return self.decoder(self.transform(x))
 
 
-class LanguageModelHead(nn.Module):
-    """BERT's `cls`."""
+class LMHead(nn.Module):
+    """BERT's language-model head `cls`: states (...,E) in, scores of the next token (...,V) out."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -193,6 +243,10 @@ class LanguageModelHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.predictions(x)
 
+    def tie(self, embeddings: Embeddings) -> None:
+        """Share the vocabulary's weight with the word embeddings."""
+        self.predictions.decoder.weight = embeddings.word_embeddings.weight
+
 
 class BertLMHeadModel(nn.Module):
     """A causal decoder: `bert` and the language-model head `cls`, whose weight is the word embeddings'."""
@@ -200,23 +254,19 @@ class BertLMHeadModel(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.bert = BertModel(config)
-        self.cls = LanguageModelHead(config)
-        self.cls.apply(self.bert._init_weights)
-        self.tie_weights()
-
-    def tie_weights(self) -> None:
-        """Share the vocabulary's weight with the word embeddings (again, after these were replaced)."""
-        self.cls.predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight
+        self.cls = LMHead(config)
+        initialise(self.cls, config.initializer_range)
+        self.cls.tie(self.bert.embeddings)
 
     def forward(
         self,
         ids_BT: Tensor,
         mask_BT: Tensor,
         *,
-        context: Context | None = None,
-        past: Sequence[KeyValue] | None = None,
-    ) -> tuple[Tensor, list[KeyValue]]:
-        """Logits of the next token (B,T,V) and the cache."""
+        context: CrossAttentionKV | None = None,
+        past: KeyValueCache | None = None,
+    ) -> tuple[Tensor, KeyValueCache]:
+        """Return logits of the next token (B,T,V) and the cache."""
         states, cache = self.bert(ids_BT, mask_BT, context=context, causal=True, past=past)
         return self.cls(states), cache
 
@@ -225,8 +275,8 @@ class BertLMHeadModel(nn.Module):
         self-attention only).
         """
         self.bert.embeddings = encoder.embeddings
-        for mine, theirs in zip(self.bert.encoder.layer, encoder.encoder.layer, strict=True):
+        for mine, theirs in zip(self.bert.layers, encoder.layers, strict=True):
             mine.crossattention = theirs.crossattention
             mine.intermediate = theirs.intermediate
             mine.output = theirs.output
-        self.tie_weights()
+        self.cls.tie(self.bert.embeddings)

@@ -8,9 +8,9 @@ A language model's prompt is embedded, so that only its start token is counted h
 Letters: B texts, K beams, N = B x K rows, L length so far, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,6 @@ from torch import Tensor
 from lavis_lite.common.bounds import MAX_TOKENS, Bounds, check_number
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.registry import did_you_mean
-from lavis_lite.nn.attention import KeyValue
 
 ALIASES = {
     "max_len": "max_length",
@@ -167,8 +166,7 @@ class Decoded(NamedTuple):
         return [*texts] if self.scores is None else list(zip(texts, self.scores.tolist(), strict=True))
 
 
-@runtime_checkable
-class RowCache(Protocol):
+class Cache(Protocol):
     """A cache of N rows; its methods may use up the old object."""
 
     def expand(self, times: int) -> Self:
@@ -178,7 +176,6 @@ class RowCache(Protocol):
         """Return these rows (N,), each of the same text as the row it replaces."""
 
 
-Cache = Sequence[KeyValue] | RowCache
 Step = Callable[[Tensor, Any, int], tuple[Tensor, Any]]
 """(new ids (N,T), Cache or None, total length) -> logits of the next token (N,V) and the new Cache."""
 
@@ -202,20 +199,6 @@ def check_prompt(num_tokens: int, config: DecodingConfig) -> None:
         )
 
 
-def expand_cache(cache: Cache, times: int) -> Cache:
-    """Repeat every row of the cache."""
-    if isinstance(cache, RowCache):
-        return cache.expand(times)
-    return [(k.repeat_interleave(times, 0), v.repeat_interleave(times, 0)) for k, v in cache]
-
-
-def select_cache(cache: Cache, index: Tensor) -> Cache:
-    """Return these rows of the cache."""
-    if isinstance(cache, RowCache):
-        return cache.select(index)
-    return [(k[index], v[index]) for k, v in cache]
-
-
 def process_scores(scores_NV: Tensor, ids_NL: Tensor, config: DecodingConfig) -> Tensor:
     """Forbid the end token below the minimum length and penalise tokens that were used already (CTRL, section 4.1)."""
     if config.repetition_penalty != 1.0:
@@ -232,7 +215,7 @@ def greedy_or_sample(step: Step, prompt_BL: Tensor, config: DecodingConfig) -> D
     logits, cache = step(prompt_BL, None, prompt_BL.shape[1])
     ids = prompt_BL
     if config.use_nucleus_sampling and config.num_captions > 1:
-        logits, cache = logits.repeat_interleave(config.num_captions, 0), expand_cache(cache, config.num_captions)
+        logits, cache = logits.repeat_interleave(config.num_captions, 0), cache.expand(config.num_captions)
         ids = ids.repeat_interleave(config.num_captions, 0)
     running = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
     sums = torch.zeros(len(ids), device=ids.device)
@@ -266,7 +249,7 @@ def beam_search(step: Step, prompt_BL: Tensor, config: DecodingConfig) -> Decode
     """Return the best `num_captions` of `num_beams` beams per text."""
     num_texts, beams = len(prompt_BL), config.num_beams
     logits, cache = step(prompt_BL, None, prompt_BL.shape[1])
-    logits, cache = logits.repeat_interleave(beams, 0), expand_cache(cache, beams)
+    logits, cache = logits.repeat_interleave(beams, 0), cache.expand(beams)
     state = _Beams.start(prompt_BL, config)
     while True:
         scores = process_scores(F.log_softmax(logits.float(), dim=-1), state.ids.flatten(0, 1), config)
@@ -274,7 +257,7 @@ def beam_search(step: Step, prompt_BL: Tensor, config: DecodingConfig) -> Decode
         length = state.ids.shape[2]
         if length >= config.max_length or bool(state.done.all()):
             return state.finish()
-        cache = select_cache(cache, row)
+        cache = cache.select(row)
         logits, cache = step(state.ids[:, :, -1].reshape(-1, 1), cache, length)
 
 

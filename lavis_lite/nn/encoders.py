@@ -12,6 +12,7 @@ import timm
 
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.registry import did_you_mean
+from lavis_lite.common.sources.hub import timm_config
 from lavis_lite.nn.vision import (
     SIZE_BOUNDS,
     VIT_SIZES,
@@ -19,11 +20,10 @@ from lavis_lite.nn.vision import (
     ImageEncoder,
     ViTConfig,
 )
-from lavis_lite.nn.vision_clip import CLIP_SIZES, ClipViT
-from lavis_lite.nn.vision_eva import EVA_SIZES, EvaViT
-from lavis_lite.nn.vision_timm import timm_config, timm_encoder, timm_weights
+from lavis_lite.nn.vision_clip import CLIP_SIZES, EVA_SIZES, ClipViT, EvaViT
+from lavis_lite.nn.vision_timm import timm_encoder
 
-__all__ = ["ENCODERS", "PUBLISHED", "ImageEncoder", "build_encoder", "encoder_statistics", "timm_weights"]
+__all__ = ["ENCODERS", "PUBLISHED", "ImageEncoder", "build_encoder", "encoder_statistics"]
 
 LAVIS_FILES = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2"
 PUBLISHED: dict[str, str] = {
@@ -45,7 +45,7 @@ def build_encoder(
     grad_checkpoint: bool = False,
     sizes: Mapping[str, Any] | None = None,
 ) -> ImageEncoder:
-    """The image encoder of that name with random weights: an image (B,3,image_size,image_size) in, tokens (B,S,E) out.
+    """Build the image encoder of that name with random weights.
 
     `sizes` replaces some of width, depth, num_heads, mlp_ratio, patch_size, norm_eps. With `grad_checkpoint` every
     block recomputes its activations in the backward pass.

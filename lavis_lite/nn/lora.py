@@ -22,7 +22,7 @@ from lavis_lite.common.errors import (
     InputError,
     MissingFileError,
 )
-from lavis_lite.common.sources import download
+from lavis_lite.common.sources import download, weights
 
 logger = logging.getLogger(__name__)
 
@@ -166,8 +166,7 @@ def load_adapter(model: Any, source: str) -> None:
     path = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if path is None:
         raise MissingFileError(f"llm_lora: {source} holds no {' or '.join(WEIGHT_FILES)}")
-    state = checkpoint.find_state_dict(checkpoint.load(path), source=str(path))
-    state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in state.items()}
+    state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in weights.open_state(path).items()}
     known = len(embedding_weight(model))
     for name in vocabulary_names(model, state):
         sizes = [known if 0 < size - known <= MOST_ADDED else size for size in state[name].shape]

@@ -55,8 +55,9 @@ def contrastive_loss(i2t_BN: Tensor, t2i_BN: Tensor, targets_BN: Tensor, label_s
     """Cross-entropy of images' logits over all texts and of texts' over all images, to the same row-normalised
     targets; the mean of both directions.
     """
-    directions = [F.cross_entropy(logits, targets_BN, label_smoothing=label_smoothing) for logits in (i2t_BN, t2i_BN)]
-    return sum(directions) / 2
+    loss_i2t = F.cross_entropy(i2t_BN, targets_BN, label_smoothing=label_smoothing)
+    loss_t2i = F.cross_entropy(t2i_BN, targets_BN, label_smoothing=label_smoothing)
+    return (loss_i2t + loss_t2i) / 2
 
 
 def momentum_targets(sim_m_BN: Tensor, hard_BN: Tensor, alpha: float) -> Tensor:

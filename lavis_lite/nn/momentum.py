@@ -1,41 +1,57 @@
-"""Momentum twin and feature queue (MoCo, as used by ALBEF and BLIP)."""
+"""Momentum encoders and feature queue (MoCo, as used by ALBEF and BLIP)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
 
 from lavis_lite.common.errors import InputError
 
+ModulePair = tuple[nn.Module, nn.Module]
+"""An online module and its momentum encoder."""
+
+
+def add_momentum_encoders(model: nn.Module, parts: Iterable[str]) -> None:
+    """Add a frozen copy `<part>_m` of each part."""
+    for name in parts:
+        model.add_module(f"{name}_m", deepcopy(model.get_submodule(name)).requires_grad_(False))
+
+
+def momentum_pairs(model: nn.Module, parts: Iterable[str]) -> list[ModulePair]:
+    """Return each part with its momentum encoder."""
+    return [(model.get_submodule(name), model.get_submodule(f"{name}_m")) for name in parts]
+
 
 @torch.no_grad()
-def copy_parameters(pairs: Iterable[tuple[nn.Module, nn.Module]]) -> None:
-    """Make each second module an exact, frozen copy of the first."""
-    for online, twin in pairs:
-        for parameter, copy in zip(online.parameters(), twin.parameters(), strict=True):
+def copy_parameters(pairs: Iterable[ModulePair]) -> None:
+    """Make each momentum encoder an exact, frozen copy."""
+    for online, momentum_encoder in pairs:
+        for parameter, copy in zip(online.parameters(), momentum_encoder.parameters(), strict=True):
             copy.copy_(parameter)
             copy.requires_grad_(False)
 
 
 @torch.no_grad()
-def update_momentum(pairs: Iterable[tuple[nn.Module, nn.Module]], momentum: float) -> None:
-    """twin <- momentum * twin + (1 - momentum) * online, for all parameters in a few fused calls."""
-    for online, twin in pairs:
-        torch._foreach_lerp_(list(twin.parameters()), [p.detach() for p in online.parameters()], 1.0 - momentum)
+def update_momentum(pairs: Iterable[ModulePair], momentum: float) -> None:
+    """Set each momentum encoder to momentum x itself + (1 - momentum) x online, in a few fused calls."""
+    for online, momentum_encoder in pairs:
+        weights = [p.detach() for p in online.parameters()]
+        torch._foreach_lerp_(list(momentum_encoder.parameters()), weights, 1.0 - momentum)
 
 
 @torch.no_grad()
-def enqueue(queues: Iterable[tuple[Tensor, Tensor]], pointer: Tensor) -> None:
+def enqueue(queues: Sequence[tuple[Tensor, Tensor]], pointer: Tensor) -> None:
     """Overwrite the oldest columns of each queue (E,Q) with new columns (E,N) and advance the shared pointer (1,).
 
-    Columns wrap round the queue's end: a loaded pointer may be no multiple of this run's batch.
+    Columns wrap round the queue's end: a loaded pointer need not be a multiple of this run's batch.
     """
     start = int(pointer)
     for queue, columns in queues:
         size, new = queue.shape[1], columns.shape[1]
         if new > size:
             raise InputError(
-                f"model.queue_size: {size} is smaller than the global batch of {new}: choose a longer queue, or 0 for "
+                f"model.queue_size: {size} is smaller than the global batch of {new}; choose a longer queue, or 0 for "
                 "contrast within the batch"
             )
         at_end = min(new, size - start)

@@ -1,16 +1,16 @@
-"""BLIP-2's querying transformer: BERT with learned queries that look at an image (BLIP-2, section 3.1, figure 2).
+"""BLIP-2's querying transformer: BERT with learned queries that attend to an image (BLIP-2, section 3.1, figure 2).
 
 Queries and text share the self-attention; only queries cross-attend, in every second layer, and each has its own
-feed-forward. Surprising: queries get neither word nor position embeddings, but the embeddings' LayerNorm. A pass of
-the queries alone leaves keys and values that serve as the prefix of generated text, because queries never see text
+feed-forward. Note: queries get neither word nor position embeddings, but the embeddings' LayerNorm. A pass of the
+queries alone leaves keys and values that serve as the prefix of generated text, because queries never attend to text
 that is predicted.
 
-Letters: B samples, Q queries, T text tokens, P cached tokens, S image tokens, E width, V vocabulary.
+Letters: B samples, Q queries, T text tokens, L = Q + T, P cached tokens, S image tokens, E width, V vocabulary.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,13 @@ from lavis_lite.common.errors import InputError
 from lavis_lite.nn.attention import (
     SELF_MASKED,
     AddNorm,
-    Attention,
     BertConfig,
-    Context,
+    CrossAttentionKV,
     KeyValue,
-    context_mask,
+    KeyValueCache,
+    additive_mask,
 )
-from lavis_lite.nn.bert import Intermediate, LanguageModelHead
+from lavis_lite.nn.bert import BertLayer, Intermediate, LMHead, Transformer, initialise
 
 AttentionKind = Literal["bidirectional", "causal", "unimodal"]
 
@@ -46,91 +46,29 @@ class QFormerConfig(BertConfig):
         super().__post_init__()
         check_numbers("model", vars(self), cross_attention_freq=(1, MAX_LAYERS))
 
+    def cross_attends(self, index: int) -> bool:
+        return index % self.cross_attention_freq == 0
 
-class QFormerLayer(nn.Module):
-    """Joint self-attention, cross-attention of the queries, separate feed-forwards."""
 
-    def __init__(self, config: QFormerConfig, index: int) -> None:
-        super().__init__()
-        self.attention = Attention(config)
-        self.crossattention = (
-            Attention(config, config.context_width) if index % config.cross_attention_freq == 0 else None
-        )
-        if config.has_text:
-            self.intermediate = Intermediate(config)
-            self.output = AddNorm(config, config.intermediate_size)
+class QFormerLayer(BertLayer):
+    """BERT's layer with a feed-forward of the queries, which alone cross-attend."""
+
+    def __init__(self, config: BertConfig, index: int, *, has_text: bool) -> None:
+        super().__init__(config, index, has_text=has_text)
         self.intermediate_query = Intermediate(config)
         self.output_query = AddNorm(config, config.intermediate_size)
 
-    def project(self, image_BSE: Tensor) -> tuple[KeyValue, ...]:
-        """The image's keys and values, or nothing in a layer that does not cross-attend."""
-        return () if self.crossattention is None else self.crossattention.project((image_BSE,))
-
-    def forward(
-        self,
-        x_BLE: Tensor,
-        mask: Tensor | None,
-        *,
-        num_queries: int,
-        past: KeyValue | None,
-        context: Sequence[KeyValue],
-        context_mask: Tensor | None,
-    ) -> tuple[Tensor, KeyValue]:
-        """New states of the queries (first) and the text, and this layer's keys and values, cached ones first."""
-        key_value = self.attention.self.project(x_BLE)
-        if past is not None:
-            key_value = tuple(torch.cat(pair, dim=2) for pair in zip(past, key_value, strict=True))
-        x_BLE = self.attention(x_BLE, (key_value,), mask)
+    def after_self_attention(
+        self, x_BLE: Tensor, num_queries: int, context: Sequence[KeyValue], mask: Tensor | None
+    ) -> Tensor:
+        """Apply cross-attention and feed-forward of the queries, and feed-forward of the text after them."""
         parts = []
         if num_queries:
-            queries = x_BLE[:, :num_queries]
-            if context:
-                queries = self.crossattention(queries, context, context_mask)
+            queries = self.cross_attend(x_BLE[:, :num_queries], context, mask)
             parts.append(self.output_query(self.intermediate_query(queries), queries))
         if num_queries < x_BLE.shape[1]:
-            text = x_BLE[:, num_queries:]
-            parts.append(self.output(self.intermediate(text), text))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), key_value
-
-
-class QFormerEmbeddings(nn.Module):
-    """Queries as they are, words with learned positions; one LayerNorm over both."""
-
-    def __init__(self, config: QFormerConfig) -> None:
-        super().__init__()
-        if config.has_text:
-            self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=0)
-            self.position_embeddings = nn.Embedding(config.max_positions, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout)
-        self.register_buffer("position_ids", torch.arange(config.max_positions)[None])
-
-    def forward(self, queries_BQE: Tensor | None, ids_BT: Tensor | None, start: int = 0) -> Tensor:
-        """(B,Q+T,E); the text stands at positions start, start+1, ..."""
-        parts = [] if queries_BQE is None else [queries_BQE]
-        if ids_BT is not None:
-            stop, limit = start + ids_BT.shape[1], self.position_ids.shape[1]
-            if stop > limit:
-                raise InputError(f"a text of {stop} tokens is longer than the {limit} positions of the Q-Former")
-            parts.append(self.word_embeddings(ids_BT) + self.position_embeddings(self.position_ids[:, start:stop]))
-        return self.dropout(self.LayerNorm(torch.cat(parts, dim=1)))
-
-
-class QFormerEncoder(nn.Module):
-    """The stack of layers, named as in BERT."""
-
-    def __init__(self, config: QFormerConfig) -> None:
-        super().__init__()
-        self.layer = nn.ModuleList(QFormerLayer(config, i) for i in range(config.num_layers))
-
-
-class QFormerBert(nn.Module):
-    """Embeddings and layers, under the names of the published files."""
-
-    def __init__(self, config: QFormerConfig) -> None:
-        super().__init__()
-        self.embeddings = QFormerEmbeddings(config)
-        self.encoder = QFormerEncoder(config)
+            parts.append(super().after_self_attention(x_BLE[:, num_queries:], 0, (), None))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 class QFormer(nn.Module):
@@ -143,21 +81,17 @@ class QFormer(nn.Module):
         if with_lm_head and not config.has_text:
             raise InputError("a Q-Former without text has no word embeddings for the language-model head to share")
         self.config = config
-        self.bert = QFormerBert(config)
-        self.cls = LanguageModelHead(config) if with_lm_head else None
-        self.apply(self._init_weights)
+        self.bert = Transformer(config, QFormerLayer, has_text=config.has_text)
+        self.cls = LMHead(config) if with_lm_head else None
+        initialise(self, config.initializer_range)
         if self.cls is not None:
-            self.cls.predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight
+            self.cls.tie(self.bert.embeddings)
 
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-        if isinstance(module, nn.Linear):
-            nn.init.zeros_(module.bias)
-
-    def project_context(self, image_BSE: Tensor, mask: Tensor | None = None) -> Context:
-        """Keys and values of the image's tokens in the layers that cross-attend; `mask` (B,S) is 1 where one counts."""
-        return Context(tuple(layer.project(image_BSE) for layer in self.bert.encoder.layer), mask)
+    def project_kv(self, image_BSE: Tensor, mask: Tensor | None = None) -> CrossAttentionKV:
+        """Return keys and values of the image's tokens in the layers that cross-attend; `mask` (B,S) is 1 where a token
+        counts.
+        """
+        return self.bert.project_kv(image_BSE, mask=mask)
 
     def forward(
         self,
@@ -165,47 +99,35 @@ class QFormer(nn.Module):
         ids_BT: Tensor | None = None,
         mask_BT: Tensor | None = None,
         *,
-        context: Context | None = None,
+        context: CrossAttentionKV | None = None,
         attention: AttentionKind = "bidirectional",
-        past: Sequence[KeyValue] | None = None,
-    ) -> tuple[Tensor, list[KeyValue]]:
-        """States (B,Q+T,E), queries first, and every layer's keys and values.
+        past: KeyValueCache | None = None,
+    ) -> tuple[Tensor, KeyValueCache]:
+        """Return states (B,Q+T,E), queries first, and every layer's keys and values.
 
-        `queries_BQE` of one row serve all samples; without queries the text is read alone, without the image.
-        `mask_BT` is 1 where a text token counts. With `past`, the cache of a pass of the queries (and of earlier
-        text), the new text is causal behind it, and `mask_BT` covers earlier text tokens too.
+        Queries of one row serve all samples; without queries the text is read alone, without the image. `mask_BT` is 1
+        where a text token counts. With `past`, the cache of a pass of the queries (and of earlier text), the new text
+        is causal and follows it, and `mask_BT` covers earlier text tokens too.
         """
         self._check(queries_BQE, ids_BT, past)
         if queries_BQE is not None and context is not None and len(queries_BQE) == 1:
-            queries_BQE = queries_BQE.expand(num_rows(ids_BT, context), -1, -1)
+            queries_BQE = queries_BQE.expand(context.num_rows if ids_BT is None else len(ids_BT), -1, -1)
         num_queries = 0 if queries_BQE is None else queries_BQE.shape[1]
         num_earlier = 0 if ids_BT is None or mask_BT is None else mask_BT.shape[1] - ids_BT.shape[1]
-        x_BLE = self.bert.embeddings(queries_BQE, ids_BT, num_earlier)
+        x_BLE = self.bert.embeddings(ids_BT, num_earlier, queries_BQE)
         if past is None:
             mask = qformer_mask(num_queries, mask_BT, attention=attention, dtype=x_BLE.dtype)
         else:
-            num_past = past[0][0].shape[2]
-            mask = qformer_mask(num_past - num_earlier, mask_BT, attention="causal", dtype=x_BLE.dtype)[:, :, num_past:]
-        blocked = None if context is None else context_mask(context.mask, x_BLE.dtype)
-        cache = []
-        for i, layer in enumerate(self.bert.encoder.layer):
-            x_BLE, key_value = layer(
-                x_BLE,
-                mask,
-                num_queries=num_queries,
-                past=None if past is None else past[i],
-                context=() if context is None else context.layers[i],
-                context_mask=blocked,
-            )
-            cache.append(key_value)
-        return x_BLE, cache
+            mask = qformer_mask(past.num_tokens - num_earlier, mask_BT, attention="causal", dtype=x_BLE.dtype)
+            mask = None if mask is None else mask[:, :, past.num_tokens :]
+        return self.bert.run_layers(x_BLE, mask, context=context, past=past, num_queries=num_queries)
 
     def logits(self, states: Tensor) -> Tensor:
-        """Scores of the next token (...,V)."""
+        """Return scores of the next token (...,V)."""
         assert self.cls is not None, "this Q-Former was built without language-model head"
         return self.cls(states)
 
-    def _check(self, queries: Tensor | None, ids: Tensor | None, past: Sequence[KeyValue] | None) -> None:
+    def _check(self, queries: Tensor | None, ids: Tensor | None, past: KeyValueCache | None) -> None:
         if queries is None and ids is None:
             raise InputError("the Q-Former needs queries or text")
         if ids is not None and not self.config.has_text:
@@ -214,36 +136,26 @@ class QFormer(nn.Module):
             raise InputError("cached queries cannot be followed by other queries")
 
 
-def num_rows(ids_BT: Tensor | None, context: Context) -> int:
-    """How many samples a call is about: as many as texts, else as images."""
-    if ids_BT is not None:
-        return len(ids_BT)
-    return next(streams[0][0].shape[0] for streams in context.layers if streams)
-
-
 def qformer_mask(
     num_queries: int, mask_BT: Tensor | None, *, attention: AttentionKind, dtype: torch.dtype
 ) -> Tensor | None:
-    """The additive self-attention mask (B,1,Q+T,Q+T) of BLIP-2's figure 2, or None where all may see all.
+    """Return the additive self-attention mask (B,1,Q+T,Q+T) of BLIP-2's figure 2, or None without text.
 
-    `bidirectional` (image-text matching): queries and text see one another. `causal` (image-grounded generation):
-    queries see queries, text sees the queries and the text before it. `unimodal` (contrast): queries see queries, text
-    sees text. Padding is seen by nobody.
+    `bidirectional` (image-text matching): queries and text attend to each other. `causal` (image-grounded generation):
+    queries attend to queries, text to the queries and the text before it. `unimodal` (contrast): queries attend to
+    queries, text to text. Nothing attends to padding.
     """
+    if attention not in get_args(AttentionKind):
+        raise InputError(f"attention {attention!r} is not one of {', '.join(get_args(AttentionKind))}")
     if mask_BT is None:
         return None
-    num_text = mask_BT.shape[1]
-    is_text = torch.arange(num_queries + num_text, device=mask_BT.device) >= num_queries
-    seen_by, sees = is_text[:, None], is_text[None, :]  # rows look at columns
+    position = torch.arange(num_queries + mask_BT.shape[1], device=mask_BT.device)
+    row, column = position[:, None], position[None, :]  # rows attend to columns
     if attention == "bidirectional":
-        allowed = torch.ones_like(seen_by & sees)
+        allowed = torch.ones_like(row == column)
     elif attention == "unimodal":
-        allowed = seen_by == sees
-    elif attention == "causal":
-        position = torch.arange(len(is_text), device=mask_BT.device)
-        allowed = ~sees | (seen_by & (position[None, :] <= position[:, None]))
+        allowed = (row < num_queries) == (column < num_queries)
     else:
-        raise InputError(f"attention {attention!r} is not one of bidirectional, causal, unimodal")
+        allowed = (column < num_queries) | (column <= row)
     counts = torch.cat([mask_BT.new_ones(len(mask_BT), num_queries), mask_BT], dim=1).bool()
-    allowed = allowed[None, None] & counts[:, None, None, :]
-    return torch.zeros(allowed.shape, dtype=dtype, device=mask_BT.device).masked_fill(~allowed, SELF_MASKED)
+    return additive_mask(allowed[None, None] & counts[:, None, None, :], SELF_MASKED, dtype)

@@ -1,20 +1,20 @@
-"""Image encoders from timm under LAVIS's parameter names: what they share, and BLIP's ViT-B/16 and ViT-L/16.
+"""The image encoders' interface and sizes, and BLIP's ViT-B/16 and ViT-L/16 under LAVIS's parameter names.
 
-Surprising: no pooling and no head, the final norm is applied to all tokens, and position embeddings are resized
-bicubically without antialiasing, as the published weights were; timm's own resizing antialiases and differs.
+Note: no pooling and no head, the final norm is applied to all tokens, and position embeddings are resized bicubically
+without antialiasing, as the published weights were; timm's own resizing antialiases and differs.
 
 Letters: B images, S image tokens, N patches, E width.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
-from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
+from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -27,10 +27,9 @@ from lavis_lite.common.bounds import (
     check_numbers,
 )
 from lavis_lite.common.errors import InputError
-from lavis_lite.nn.ckpt import checkpoint_blocks
+from lavis_lite.nn.activation_checkpointing import checkpoint_blocks
 
 logger = logging.getLogger(__name__)
-
 
 SIZE_BOUNDS: dict[str, Bounds] = {
     "width": (1, MAX_WIDTH),
@@ -40,7 +39,7 @@ SIZE_BOUNDS: dict[str, Bounds] = {
     "patch_size": (1, MAX_IMAGE_SIZE),
     "norm_eps": (0.0, 1.0),
 }
-"""Sizes of an image encoder."""
+"""Sizes of an image encoder, under their names in the YAML."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +57,7 @@ class ViTConfig:
     num_checkpointed: int = 0
     """BlipViT: how many of the last blocks recompute their activations in the backward pass."""
     sincos_init: bool = False
-    """BlipViT: start position embeddings as 2-D sine and cosine: from scratch, places are learned faster."""
+    """BlipViT: initialise position embeddings as 2-D sine and cosine, which trains faster from scratch."""
 
     def __post_init__(self) -> None:
         values = vars(self)
@@ -81,8 +80,8 @@ VIT_SIZES: dict[str, ViTConfig] = {
 }
 
 
-def vit_config(vit_type: str, **overrides: object) -> ViTConfig:
-    """The sizes of `tiny`, `base` or `large`, with some replaced."""
+def vit_config(vit_type: str, **overrides: Any) -> ViTConfig:
+    """Return the sizes of `tiny`, `base` or `large`, with some replaced."""
     if vit_type not in VIT_SIZES:
         raise InputError(f"vit_type {vit_type!r} is not one of {', '.join(VIT_SIZES)}")
     known = [field.name for field in fields(ViTConfig)]
@@ -93,19 +92,19 @@ def vit_config(vit_type: str, **overrides: object) -> ViTConfig:
 
 
 class ImageEncoder(nn.Module):
-    """An image (B,3,image_size,image_size) in, all its tokens (B,S,E) out.
+    """An image (B,3,image_size,image_size) in, all its tokens (B,S,width) out."""
 
-    Mixed in before the class that computes them by `forward_features`, so that parameter names stay that class's.
-    """
-
-    width: int
-    depth: int
-    image_size: int
     block_names: ClassVar[str] = "blocks."
+    """Prefix of the blocks' parameter names, which a block's number follows."""
     embedding_names: ClassVar[tuple[str, ...]] = ("cls_token", "pos_embed", "patch_embed")
+    """Modules and parameters before the first block."""
+
+    def __init__(self, *, width: int, depth: int, image_size: int) -> None:
+        super().__init__()
+        self.width, self.depth, self.image_size = width, depth, image_size
 
     def forward(self, image: Tensor) -> Tensor:
-        """The image may be of any floating-point type: it is cast to the weights'."""
+        """Encode an image of any floating-point type; it is cast to the weights'."""
         size = self.image_size
         if image.ndim != 4 or image.shape[1:] != (3, size, size):
             raise InputError(
@@ -114,48 +113,99 @@ class ImageEncoder(nn.Module):
             )
         return self.forward_features(image.to(next(self.parameters()).dtype))
 
+    def forward_features(self, image: Tensor) -> Tensor:
+        """Return the tokens of an image of the right size and type."""
+        raise NotImplementedError
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks, first to last."""
+        module: nn.Module = self
+        for name in self.block_names.split(".")[:-1]:
+            module = dict(module.named_children())[name]
+        return list(module.children())
+
     def checkpoint_all(self) -> None:
-        """Every block recomputes its activations in the backward pass."""
+        """Make every block recompute its activations in the backward pass."""
         checkpoint_blocks(self.blocks)
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A file's tensors, named as there without `visual_encoder.`, under this encoder's names and with its number of
+        """Return a file's tensors, named without `visual_encoder.`, under this encoder's names and with its number of
         positions.
         """
-        if "pos_embed" not in state:
-            return state
-        return {**state, "pos_embed": interpolate_pos_embed(state["pos_embed"], self.pos_embed.shape[1])}
+        raise NotImplementedError
 
     def layer_scale(self, name: str, decay: float) -> float:
-        """Learning-rate factor of the parameter for layer-wise decay, see `layer_scales`."""
-        return layer_scales(self.depth, decay, blocks=self.block_names, embeddings=self.embedding_names)(name)
+        """Return the learning-rate factor of a parameter for layer-wise decay: 1 after the last block, decay^(depth+1)
+        for the embeddings.
+        """
+        if name.startswith(self.block_names):
+            layer = int(name.removeprefix(self.block_names).split(".")[0]) + 1
+        else:
+            layer = 0 if name.split(".")[0] in self.embedding_names else self.depth + 1
+        return decay ** (self.depth + 1 - layer)
 
 
-class BlipViT(ImageEncoder, VisionTransformer):
+class TimmBased(ImageEncoder):
+    """An encoder that computes its tokens by a model of timm, under that model's parameter names.
+
+    Note: as a submodule the model would prefix all names. Instead both modules share the tables of parameters, buffers
+    and submodules, so that casts, loading and copies reach both.
+    """
+
+    def __init__(self, model: nn.Module, *, width: int, depth: int, image_size: int) -> None:
+        super().__init__(width=width, depth=depth, image_size=image_size)
+        self._parameters, self._modules = model._parameters, model._modules
+        self._buffers, self._non_persistent_buffers_set = model._buffers, model._non_persistent_buffers_set
+        object.__setattr__(self, "model", model)  # not registered
+
+    model: Any  # classes of timm have forward_features, which nn.Module has not
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of the timm model too, which is not among the submodules."""
+        super().train(mode)
+        self.model.training = mode
+        return self
+
+    def forward_features(self, image: Tensor) -> Tensor:
+        return self.model.forward_features(image)
+
+    def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        if "pos_embed" not in state:
+            return state
+        num_tokens = self.get_parameter("pos_embed").shape[1]
+        return {**state, "pos_embed": interpolate_pos_embed(state["pos_embed"], num_tokens)}
+
+
+def timm_arguments(config: ViTConfig) -> dict[str, Any]:
+    """Return the sizes as timm's constructors of ViTs take them; the model has no head."""
+    return {
+        "img_size": config.image_size,
+        "patch_size": config.patch_size,
+        "embed_dim": config.width,
+        "depth": config.depth,
+        "num_heads": config.num_heads,
+        "mlp_ratio": config.mlp_ratio,
+        "num_classes": 0,
+        "global_pool": "",
+        "norm_layer": partial(nn.LayerNorm, eps=config.norm_eps),
+        "drop_path_rate": config.drop_path_rate,
+    }
+
+
+class BlipViT(TimmBased):
     """timm's ViT returning all normalised tokens (B,1+N,E), [CLS] first, of an image (B,3,H,W) of the configured
     size.
     """
 
     def __init__(self, config: ViTConfig) -> None:
-        super().__init__(
-            img_size=config.image_size,
-            patch_size=config.patch_size,
-            embed_dim=config.width,
-            depth=config.depth,
-            num_heads=config.num_heads,
-            mlp_ratio=config.mlp_ratio,
-            qkv_bias=True,
-            num_classes=0,
-            global_pool="",
-            norm_layer=partial(nn.LayerNorm, eps=config.norm_eps),
-            drop_path_rate=config.drop_path_rate,
-        )
+        model = VisionTransformer(qkv_bias=True, **timm_arguments(config))
+        super().__init__(model, width=config.width, depth=config.depth, image_size=config.image_size)
         self.config = config
-        self.width, self.depth, self.image_size = config.width, config.depth, config.image_size
         if config.sincos_init:
             side = config.image_size // config.patch_size
             with torch.no_grad():
-                self.pos_embed[0, 1:] = build_sincos2d_pos_embed([side, side], dim=config.width)
+                self.get_parameter("pos_embed")[0, 1:] = build_sincos2d_pos_embed([side, side], dim=config.width)
         if config.num_checkpointed:
             checkpoint_blocks(self.blocks[-config.num_checkpointed :])
 
@@ -163,9 +213,9 @@ class BlipViT(ImageEncoder, VisionTransformer):
 def interpolate_pos_embed(
     pos_embed: Tensor, num_tokens: int, *, align_corners: bool = False, quiet: bool = False
 ) -> Tensor:
-    """Position embeddings (1,1+N,E) resized to `num_tokens` tokens, [CLS] first; both grids must be square.
+    """Return position embeddings (1,1+N,E) resized to `num_tokens` tokens, [CLS] first; both grids must be square.
 
-    Bicubic, in float32, without antialiasing; logged, unless it is `quiet`.
+    Bicubic, in float32, without antialiasing; logged unless `quiet`.
     """
     if pos_embed.shape[1] == num_tokens:
         return pos_embed
@@ -178,46 +228,13 @@ def interpolate_pos_embed(
 
 
 def square_root(number: int) -> int:
-    """The side of a square grid of that many patches."""
+    """Return the side of a square grid of that many patches."""
     side = round(number**0.5)
     if side * side != number:
         raise InputError(f"{number} patches do not form a square grid")
     return side
 
 
-def layer_scales(
-    depth: int,
-    decay: float,
-    *,
-    blocks: str = ImageEncoder.block_names,
-    embeddings: Sequence[str] = ImageEncoder.embedding_names,
-) -> Callable[[str], float]:
-    """Learning-rate factor of each ViT parameter for layer-wise decay: 1 behind the last block, decay^(depth+1) for
-    the embeddings. The parameters' names start with `blocks` and the block's number, or with one of `embeddings`.
-    """
-
-    def scale(name: str) -> float:
-        if name.startswith(blocks):
-            layer = int(name.removeprefix(blocks).split(".")[0]) + 1
-        elif name.split(".")[0] in embeddings:
-            layer = 0
-        else:
-            layer = depth + 1
-        return decay ** (depth + 1 - layer)
-
-    return scale
-
-
-def image_tower(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under `visual.` of a CLIP file, which holds a text encoder too; all tensors where none is."""
-    prefix = "visual."
-    tower = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    return tower or state
-
-
-def second_last_layer(state: dict[str, Tensor], blocks: str, depth: int) -> dict[str, Tensor]:
-    """Without the last block if the file has one more than `depth`."""
-    numbers = {int(name.removeprefix(blocks).split(".")[0]) for name in state if name.startswith(blocks)}
-    if max(numbers, default=-1) != depth:
-        return state
-    return {name: tensor for name, tensor in state.items() if not name.startswith(f"{blocks}{depth}.")}
+def encoder_scale(encoder: ImageEncoder, decay: float, prefix: str = "visual_encoder.") -> Callable[[str], float]:
+    """Return the function from a model's parameter name to its learning-rate factor, 1 outside the encoder."""
+    return lambda name: encoder.layer_scale(name.removeprefix(prefix), decay) if name.startswith(prefix) else 1.0

@@ -1,29 +1,23 @@
 """Any other image encoder of timm, by its name: SigLIP, DINOv2, Swin, ConvNeXt ...
 
-Surprising: the model keeps timm's own parameter names because `ImageEncoder` is mixed into its class; its pooling and
-heads are removed; a feature map is flattened to tokens; other image sizes are timm's business, which antialiases.
+Note: parameter names are timm's own. Pooling and heads are removed, and a feature map is flattened to tokens. Position
+embeddings are resized by timm, which antialiases.
 """
 
 import logging
 import sys
-from collections.abc import Callable, Mapping
-from functools import cache, partial
-from pathlib import Path
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
-from urllib.parse import urlsplit
 
-import huggingface_hub
 import timm
-import torch
-from timm.models import PretrainedCfg, get_pretrained_cfg, group_parameters
+from timm.models import group_parameters
 from torch import Tensor, nn
 
 from lavis_lite.common.bounds import check_number
-from lavis_lite.common.errors import InputError, MissingFileError
-from lavis_lite.common.registry import did_you_mean
-from lavis_lite.common.sources import download
-from lavis_lite.common.sources.hub import hub_offline, refusing_code
-from lavis_lite.nn.vision import SIZE_BOUNDS, ImageEncoder
+from lavis_lite.common.errors import InputError
+from lavis_lite.common.sources.hub import timm_config
+from lavis_lite.nn.vision import SIZE_BOUNDS, TimmBased
 
 logger = logging.getLogger(__name__)
 
@@ -31,43 +25,47 @@ HEADS = ("head", "head_dist", "head_drop", "fc_norm", "attn_pool", "fc", "classi
 TIMM_NAMES = {"width": "embed_dim"}
 
 
-class TimmEncoder(ImageEncoder):
-    """Mixed into the class of a timm model by `timm_encoder`; tokens (B,S,E) are all of its last layer."""
+class TimmEncoder(TimmBased):
+    """A model of timm without its heads; tokens (B,S,E) are all of its last layer."""
 
-    layer_numbers: dict[str, int]
-    """timm's layer of each parameter, 0 for the embeddings; empty where timm does not say."""
+    def __init__(self, model: Any, *, image_size: int) -> None:
+        for part in HEADS:
+            if isinstance(getattr(model, part, None), nn.Module):
+                setattr(model, part, nn.Identity())
+        matcher = getattr(model, "group_matcher", None)
+        self.layer_numbers: dict[str, int] = group_parameters(model, matcher(), reverse=True) if matcher else {}
+        """timm's layer of each parameter, 0 for the embeddings; empty where timm does not number them."""
+        blocks = [number for name, number in self.layer_numbers.items() if name.startswith(self.block_names)]
+        depth = max(blocks or self.layer_numbers.values(), default=0)
+        super().__init__(model, width=model.num_features, depth=depth, image_size=image_size)
 
     def forward(self, image: Tensor) -> Tensor:
         tokens = super().forward(image)
         if isinstance(tokens, Tensor) and tokens.ndim == 4:
-            tokens = tokens.flatten(1, 2) if getattr(self, "output_fmt", "") == "NHWC" else tokens.flatten(2).mT
+            has_width_last = getattr(self.model, "output_fmt", "") == "NHWC"
+            tokens = tokens.flatten(1, 2) if has_width_last else tokens.flatten(2).mT
         if not isinstance(tokens, Tensor) or tokens.ndim != 3 or tokens.shape[-1] != self.width:
             raise InputError(
-                f"timm's {type(self).__name__} gives no tokens of width {self.width}: choose another model"
+                f"model.vit_model: timm's {type(self.model).__name__} returns no tokens of width {self.width}; choose "
+                "another model"
             )
         return tokens
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Callable[..., Any], tuple[type[nn.Module]], dict[str, Any]]:
-        """Copies and pickles name timm's class, as the mixed one is made where it is needed."""
-        _, timm_class = type(self).__bases__
-        return _empty_encoder, (timm_class,), self.__getstate__()
-
     def checkpoint_all(self) -> None:
-        if hasattr(self, "blocks"):
+        if "blocks" in dict(self.named_children()):
             super().checkpoint_all()
         else:
-            self.set_grad_checkpointing(True)
+            self.model.set_grad_checkpointing(True)
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """timm's own translation and resizing, unless the tensors fit as they are; heads are left out."""
+        """Translate and resize as timm does, unless the tensors fit as they are; leave out heads."""
         own = self.state_dict()
         if any(name not in state or state[name].shape != tensor.shape for name, tensor in own.items()):
-            _, timm_class = type(self).__bases__
-            translate = getattr(sys.modules[timm_class.__module__], "checkpoint_filter_fn", None)
-            given, state = state, dict(state) if translate is None else translate(dict(state), self)
+            translate = getattr(sys.modules[type(self.model).__module__], "checkpoint_filter_fn", None)
+            given, state = state, dict(state) if translate is None else translate(dict(state), self.model)
             tables = [name for name in own if name.endswith("relative_position_bias_table") and name in given]
             resized = [name for name in tables if given[name].shape != state[name].shape]
-            if resized:  # of absolute positions timm says it itself
+            if resized:  # timm logs that it resizes absolute positions
                 sizes = sorted({f"{len(given[name])} to {len(state[name])} distances" for name in resized})
                 logger.info(f"{len(resized)} tables of relative positions are resized from {', '.join(sizes)}")
         heads = tuple(f"{part}." for part in HEADS)
@@ -77,25 +75,16 @@ class TimmEncoder(ImageEncoder):
         if decay == 1.0:
             return 1.0
         if not self.layer_numbers:
-            raise InputError(f"timm does not number the layers of {type(self).__name__}: set lr_layer_decay=1")
+            raise InputError(
+                f"run.lr_layer_decay: timm does not number the layers of {type(self.model).__name__}; set it to 1"
+            )
         return decay ** max(self.depth + 1 - self.layer_numbers[name], 0)
-
-
-@cache
-def encoder_class(timm_class: type[nn.Module]) -> type[TimmEncoder]:
-    """`TimmEncoder` mixed into a class of timm."""
-    return type(f"{timm_class.__name__}Encoder", (TimmEncoder, timm_class), {})
-
-
-def _empty_encoder(timm_class: type[nn.Module]) -> TimmEncoder:
-    mixed = encoder_class(timm_class)
-    return mixed.__new__(mixed)
 
 
 def timm_encoder(
     name: str, *, image_size: int, drop_path_rate: float = 0.0, sizes: Mapping[str, Any] | None = None
 ) -> TimmEncoder:
-    """The timm model of that name with random weights.
+    """Build the timm model of that name with random weights.
 
     Raises ValueError if timm does not know the name, or the model takes no such size.
     """
@@ -113,60 +102,4 @@ def timm_encoder(
         model = timm.create_model(name, pretrained=False, num_classes=0, **settings)
     except (TypeError, ValueError, AssertionError, RuntimeError, ZeroDivisionError, IndexError) as error:
         raise InputError(f"timm's {name} cannot be built with {settings}: {error}") from error
-    for part in HEADS:
-        if isinstance(getattr(model, part, None), nn.Module):
-            setattr(model, part, nn.Identity())
-    model.__class__ = encoder_class(type(model))
-    model.width, model.image_size = model.num_features, image_size
-    numbers = group_parameters(model, model.group_matcher(), reverse=True) if hasattr(model, "group_matcher") else {}
-    blocks = [number for name, number in numbers.items() if name.startswith(model.block_names)]
-    model.layer_numbers, model.depth = numbers, max(blocks or numbers.values(), default=0)
-    return model
-
-
-def timm_config(name: str) -> PretrainedCfg:
-    """What timm knows about a model and its published weights. ValueError if it does not know the name or its tag."""
-    try:
-        return get_pretrained_cfg(name, allow_unregistered=False)
-    except RuntimeError as error:
-        raise InputError(f"timm knows no {name}: {error} {did_you_mean(name, timm.list_pretrained())}") from error
-
-
-def timm_weights(name: str) -> dict[str, Tensor]:
-    """The published weights of a timm model for `adapt_state_dict`; raises as `published_model`."""
-    return published_model(name).state_dict()
-
-
-def published_model(name: str) -> nn.Module:
-    """Return a timm model as it is, with its published weights, downloaded or from the hub's cache.
-
-    Raises ValueError if timm does not know the name or has no weights of it, FileNotFoundError if they are not on this
-    machine and LAVIS_LITE_OFFLINE is set.
-    """
-    local = {}
-    if ":" not in name:  # hf_hub:owner/name is timm's way to name a repository
-        config = timm_config(name)
-        if not config.has_weights:
-            raise InputError(f"timm has no published weights of {name}: give a file of weights instead")
-        if download.is_offline():
-            local = {"pretrained_cfg_overlay": {"file": str(cached_weights(name, config))}}
-    with hub_offline(), refusing_code(name):
-        return timm.create_model(name, pretrained=True, **local)
-
-
-def cached_weights(name: str, config: PretrainedCfg) -> Path:
-    """The file of a timm model's published weights that this machine has. FileNotFoundError if it has none."""
-    repository, _, revision = (config.hf_hub_id or "").partition("@")
-    names = [config.hf_hub_filename] if config.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
-    for file in names if repository else []:
-        found = huggingface_hub.try_to_load_from_cache(repository, file, revision=revision or None)
-        if isinstance(found, str):
-            return Path(found)
-    if config.url:
-        path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(config.url).path).name
-        if path.is_file():
-            return path
-    raise MissingFileError(
-        f"the weights of timm's {name} are not on this machine and LAVIS_LITE_OFFLINE is set: unset it, or give a file "
-        "of weights instead of the name"
-    )
+    return TimmEncoder(model, image_size=image_size)

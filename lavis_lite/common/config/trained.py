@@ -19,6 +19,7 @@ from lavis_lite.common.config.sections import MODEL_KEYS, PROCESSOR_KEYS
 from lavis_lite.common.errors import AdapterError, InputError
 from lavis_lite.common.registry import RegistryError, registry
 from lavis_lite.common.sources import download
+from lavis_lite.common.sources.folders import read_settings
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +71,6 @@ def read(source: str | Path) -> Trained | None:
         ValueError: the file is damaged, or its configuration has other than plain values.
     """
     if download.is_folder(source):
-        from lavis_lite.convert.folders import read_settings
-
         arch, stored = read_settings(download.fetch_folder(source))
         model = {key: value for key, value in stored["model"].items() if key not in SOURCES}
         return None if arch is None else _trained(source, model | {"arch": arch}, stored, is_whole=False)

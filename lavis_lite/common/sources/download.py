@@ -1,9 +1,9 @@
-"""Files from elsewhere: fetched once into the cache, under a lock, checked, resumed, and never seen half.
+"""Download files once into the cache, under a lock, with resume and checksums; find local folders and hub ids.
 
 Settings come from the environment, since they belong to the machine and not to a run:
 LAVIS_LITE_CACHE (default ~/.cache/lavis_lite), LAVIS_LITE_DATA (data sets; default <cache>/datasets),
-LAVIS_LITE_OFFLINE=1 (never touch the network), LAVIS_LITE_MIRROR="old-prefix=new-prefix[,...]" (rewrite URLs).
-Surprising: a URL may carry its file's checksum, `https://host/x.pth#sha256=<64 hex digits>`.
+LAVIS_LITE_OFFLINE=1 (no network access), LAVIS_LITE_MIRROR="old-prefix=new-prefix[,...]" (rewrite URLs).
+Note: a URL may carry its file's checksum, `https://host/x.pth#sha256=<64 hex digits>`.
 """
 
 import base64
@@ -14,27 +14,25 @@ import http.client
 import logging
 import os
 import re
+import shutil
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.parse import parse_qs, unquote, urldefrag, urlsplit
 from urllib.request import Request, url2pathname, urlopen
 
-from lavis_lite.common.errors import (
-    InputError,
-    MissingFileError,
-    MissingPackageError,
-    UnreachableError,
-)
+from filelock import FileLock
+
+from lavis_lite.common.errors import InputError, MissingFileError, UnreachableError
 
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 20
-"""How often a transfer that gets on is taken up again before it fails."""
+"""Number of requests for one file, as long as each of them brings some bytes."""
 TIMEOUT = 60
 """Seconds without a byte after which a connection counts as lost."""
 CHUNK = 2**20
 MAX_NAME = 100
-"""Characters of a URL's file name that a cached file keeps; file systems allow 255 in all."""
+"""Characters of a URL's file name that a cached file keeps; file systems allow 255."""
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 LOOSE_HUB_ID = re.compile(rf"[\w-][\w.-]*|{HUB_ID.pattern}")
 """Some old repositories, such as `bert-base-uncased`, have no owner."""
@@ -42,13 +40,18 @@ WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 
 
 def cache_dir() -> Path:
-    """The folder of everything fetched or generated: $LAVIS_LITE_CACHE or ~/.cache/lavis_lite. Not created here."""
-    return _cache()
+    """Return the folder of downloaded and generated files: $LAVIS_LITE_CACHE or ~/.cache/lavis_lite."""
+    return Path(os.environ.get("LAVIS_LITE_CACHE") or Path.home() / ".cache" / "lavis_lite").expanduser()
 
 
 def data_root() -> Path:
-    """The folder in which data sets lie: $LAVIS_LITE_DATA or `cache_dir()/datasets`. Not created here."""
+    """Return the folder of the data sets: $LAVIS_LITE_DATA or `cache_dir()/datasets`."""
     return Path(os.environ.get("LAVIS_LITE_DATA") or cache_dir() / "datasets").expanduser()
+
+
+def is_offline() -> bool:
+    """Whether LAVIS_LITE_OFFLINE forbids the network."""
+    return os.environ.get("LAVIS_LITE_OFFLINE", "0").lower() not in ("", "0", "false")
 
 
 def is_url(source: str | Path) -> bool:
@@ -56,8 +59,13 @@ def is_url(source: str | Path) -> bool:
     return str(source).startswith(("http://", "https://"))
 
 
+def is_weight_file(source: str | Path) -> bool:
+    """Whether `source` is a URL or has a weight file's suffix; else it is a folder or a name."""
+    return is_url(source) or Path(source).suffix in WEIGHT_SUFFIXES
+
+
 def is_folder(source: str | Path) -> bool:
-    """Whether `source` is a folder, or, not being a path here, has the form of a hub id: `owner/name`."""
+    """Whether `source` is a folder, or is not a path on this machine and has a hub id's form: `owner/name`."""
     path = Path(source).expanduser()
     if path.exists() or is_url(source):
         return path.is_dir()
@@ -65,10 +73,10 @@ def is_folder(source: str | Path) -> bool:
 
 
 def local_folder(source: str | Path, *, what: str = "folder", give: str = "give a folder or a hub id") -> Path | None:
-    """The folder on this machine, or None where `source` is a hub id: `name` or `owner/name`.
+    """Return the folder on this machine, or None if `source` is a hub id: `name` or `owner/name`.
 
-    A path that is not there is never taken for a hub id: one that begins with `/`, `.` or `~`, has several levels, ends
-    like a weight file, or whose first part is a folder here. `what` and `give` are the error's first and last words.
+    A missing path is not taken for a hub id if it begins with `/`, `.` or `~`, has several levels, has a weight file's
+    suffix, or if its first part is a folder here. `what` and `give` are the error's first and last words.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -83,42 +91,53 @@ def local_folder(source: str | Path, *, what: str = "folder", give: str = "give 
     if is_id and not is_inside and not path.exists():
         return None
     problem = "is a file, not a folder" if path.exists() else "does not exist"
-    entries = [entry for entry in path.parent.iterdir() if entry.is_dir()] if is_inside else []
-    there = sorted(entry.name for entry in entries if not entry.name.startswith("."))
-    near = difflib.get_close_matches(path.name, there, n=3) or there[:5]
+    near = similar_names(path, only_folders=True) if is_inside else []
     listing = f" ({path.parent} has {', '.join(near)})" if near else ""
     raise MissingFileError(f"{what} {name} {problem}{listing}; relative paths start at {Path.cwd()}: {give}")
 
 
+def similar_names(path: Path, *, only_folders: bool = False) -> list[str]:
+    """Return the names in the path's folder that are similar to its own, or else the first ones."""
+    entries = path.parent.iterdir() if path.parent.is_dir() else ()
+    visible = (entry for entry in entries if not entry.name.startswith("."))
+    names = sorted(entry.name for entry in visible if entry.is_dir() or not only_folders)
+    return difflib.get_close_matches(path.name, names, n=3) or names[:5]
+
+
+def missing_file(path: Path) -> MissingFileError:
+    """Return the error about a file that is not there, with similar names in its folder."""
+    near = similar_names(path)
+    hint = f"did you mean {', '.join(near)}?" if near else f"the folder {path.parent} is empty or does not exist"
+    return MissingFileError(f"no file {path} (relative paths start at {Path.cwd()}); {hint}")
+
+
 def fetch_folder(source: str | Path) -> Path:
-    """A local folder as it is, or the folder of a hub id's weights, configuration and processors in the hub's cache.
+    """Return a local folder, or the folder of a hub id's weights, configuration and processors in the hub's cache.
 
     Raises:
         FileNotFoundError: no such folder; or it is not cached and LAVIS_LITE_OFFLINE is set.
         ConnectionError: the hub cannot be reached or has no such repository.
     """
-    folder = local_folder(source)
-    if folder is not None:
-        return folder
+    local = local_folder(source)
+    if local is not None:
+        return local
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.txt", "*.model"]
     try:
         for weights in ("*.safetensors", "pytorch_model*.bin"):
-            folder = Path(
-                snapshot_download(str(source), allow_patterns=[*patterns, weights], local_files_only=is_offline())
-            )
+            patterns = ["*.json", "*.txt", "*.model", weights]
+            folder = Path(snapshot_download(str(source), allow_patterns=patterns, local_files_only=is_offline()))
             if any(folder.glob(weights)):
-                break
+                return folder
     except LocalEntryNotFoundError as error:
         raise MissingFileError(
-            f"{source} is neither a folder here nor in the hub's cache, and the hub cannot be asked"
+            f"{source} is neither a folder here nor in the hub's cache, and the hub cannot be reached"
             f"{' because LAVIS_LITE_OFFLINE is set' if is_offline() else ''}: give a local folder"
         ) from error
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UnreachableError(f"{source} is not a folder here, and the hub says: {reason}") from error
+        raise UnreachableError(f"{source} is not a folder here, and the hub's answer is: {reason}") from error
     return folder
 
 
@@ -130,16 +149,16 @@ def fetch(
     md5: str | None = None,
     size: int | None = None,
 ) -> Path:
-    """The local path of `source`: a path or file:// URL as it is, an http(s) URL downloaded into the cache once.
+    """Return the local path of `source`: a path or file:// URL as it is; an http(s) URL is downloaded once.
 
-    `cache_dir` is the folder to download into (default `downloads` in the cache), `size` is in bytes. A file already
-    cached is checked by `size` only; hashes, and what the server says of the file, are checked when it is downloaded.
-    A download that was cut off goes on where it stopped, also in the next call.
+    `cache_dir` is the folder to download into (default `downloads` in the cache), `size` is in bytes. A cached file is
+    checked by `size` only; hashes, and the server's size and MD5, are checked after the download. A download that was
+    cut off is resumed, also by the next call.
 
     Raises:
         FileNotFoundError: a local file is missing, or the file is not cached and LAVIS_LITE_OFFLINE is set.
         ConnectionError: the download failed.
-        ValueError: size or hash differ from what was expected.
+        ValueError: the size or a hash is not as expected.
     """
     if not is_url(source):
         path = _local_path(source)
@@ -160,25 +179,19 @@ def fetch(
     return target
 
 
-def is_offline() -> bool:
-    """Whether LAVIS_LITE_OFFLINE forbids the network."""
-    return os.environ.get("LAVIS_LITE_OFFLINE", "0").lower() not in ("", "0", "false")
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("LAVIS_LITE_CACHE") or Path.home() / ".cache" / "lavis_lite").expanduser()
+_cache = cache_dir  # `fetch` has an argument of that name
 
 
 def _local_path(source: str | Path) -> Path:
     text = str(source)
     path = Path(url2pathname(urlsplit(text).path)) if text.startswith("file://") else Path(text).expanduser()
     if not path.exists():
-        raise MissingFileError(f"no file {path} (relative paths start at {Path.cwd()})")
+        raise missing_file(path)
     return path
 
 
 def _sha256_of(fragment: str, *, url: str) -> str | None:
-    """The checksum in a URL's fragment, if there is one."""
+    """Return the checksum in a URL's fragment, if there is one."""
     found = parse_qs(fragment).get("sha256", [None])[0]
     if found is not None and not re.fullmatch("[0-9a-fA-F]{64}", found):
         raise InputError(f"{url}: the checksum sha256={found} is not 64 hexadecimal digits")
@@ -186,27 +199,28 @@ def _sha256_of(fragment: str, *, url: str) -> str | None:
 
 
 def _split(source: str) -> tuple[str, str]:
-    """A URL and its fragment. ValueError for what is no URL."""
+    """Return a URL and its fragment. ValueError for text that is not a URL."""
     try:
         url, fragment = urldefrag(source)
         urlsplit(url)
     except ValueError as error:
         raise InputError(f"{source!r} is not a URL: {error}") from None
     if not url.isascii() or not url.isprintable() or " " in url:
-        raise InputError(f"{source!r} is not a URL: write other characters than ASCII's, and spaces, as %XX")
+        raise InputError(f"{source!r} is not a URL: write spaces and characters outside ASCII as %XX")
     return url, fragment
 
 
 def _cache_name(url: str) -> str:
-    """A plain file name: eight hex digits of the URL's hash, so that different addresses never share a cached file,
-    and the last component of its path, of which letters, digits, `.`, `_` and `-` are kept.
+    """Return a plain file name: eight hex digits of the URL's hash, so that different addresses never share a cached
+    file, and the last component of its path, of which letters, digits, `.`, `_` and `-` are kept.
 
-    Note: a server or a recipe chooses the URL, and `%2f..` in it would leave the cache: it is cleaned after unquoting.
+    Note: a server or a recipe chooses the URL, and `%2f..` in it would leave the cache, so it is cleaned after
+    unquoting.
     """
     component = unquote(urlsplit(url).path.rstrip("/")).rsplit("/", maxsplit=1)[-1]
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", component) or "index"
     stem, dot, suffix = name.rpartition(".")
-    if len(name) > MAX_NAME:  # the suffix says what kind of file it is
+    if len(name) > MAX_NAME:  # keep the suffix, which names the file's format
         name = f"{stem[: MAX_NAME - 1 - len(suffix)]}.{suffix}" if dot and len(suffix) < 20 else name[:MAX_NAME]
     return f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
 
@@ -222,15 +236,9 @@ def _mirrored(url: str) -> str:
 
 
 def _download(url: str, target: Path, *, sha256: str | None, md5: str | None, size: int | None) -> None:
-    try:
-        from iopath.common.file_io import file_lock
-    except ImportError as error:
-        raise MissingPackageError(
-            f"downloading needs iopath: `pip install iopath`, or put {url} at {target} yourself"
-        ) from error
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.part")
-    with file_lock(str(target)):
+    with FileLock(f"{target}.lock"):
         if target.is_file() and size in (None, target.stat().st_size):
             return  # another process was faster
         try:
@@ -239,7 +247,7 @@ def _download(url: str, target: Path, *, sha256: str | None, md5: str | None, si
             kept = _kept_bytes(partial)
             raise UnreachableError(
                 f"cannot download {url}: {error}. "
-                + (f"{kept:,} bytes are kept, and the next attempt goes on from there. " if kept else "")
+                + (f"{kept:,} bytes are kept, and the next attempt resumes there. " if kept else "")
                 + f"Put the file at {target}, or set LAVIS_LITE_MIRROR=old-prefix=new"
             ) from error
         try:
@@ -251,7 +259,7 @@ def _download(url: str, target: Path, *, sha256: str | None, md5: str | None, si
 
 
 def _transfer(url: str, partial: Path) -> email.message.Message:
-    """Download into `partial`, going on where it stops, as long as each attempt brings something; returns the
+    """Download into `partial`, resumed after each interruption as long as each request brings some bytes; return the
     response's headers.
     """
     before = _kept_bytes(partial)
@@ -265,13 +273,13 @@ def _transfer(url: str, partial: Path) -> email.message.Message:
                 kept = 0
             elif kept <= before or isinstance(error, HTTPError):
                 raise
-            logger.warning(f"{url}: {error}; going on behind byte {kept:,}")
+            logger.warning(f"{url}: {error}; resuming at byte {kept:,}")
             before = kept
     return _receive(url, partial)
 
 
 def _receive(url: str, partial: Path) -> email.message.Message:
-    """One request for what `partial` lacks; a server that has another file by now, or cannot go on, starts anew."""
+    """Request the bytes that `partial` lacks; if the server has another version, or cannot resume, it sends all."""
     start = _kept_bytes(partial)
     request = Request(url, headers={"User-Agent": "lavis_lite"})
     if start:
@@ -279,17 +287,16 @@ def _receive(url: str, partial: Path) -> email.message.Message:
         request.add_header("If-Range", _tag(partial).read_text(encoding="utf-8"))
     with urlopen(request, timeout=TIMEOUT) as response:
         continues = response.status == http.client.PARTIAL_CONTENT
-        tag = response.headers.get("ETag") or response.headers.get("Last-Modified")
-        if tag and not tag.startswith("W/"):
-            _tag(partial).write_text(tag, encoding="utf-8")
+        version = response.headers.get("ETag") or response.headers.get("Last-Modified")
+        if version and not version.startswith("W/"):
+            _tag(partial).write_text(version, encoding="utf-8")
         else:
             _tag(partial).unlink(missing_ok=True)
         promised = response.headers.get("Content-Length")
         expected = None if promised is None else int(promised) + (start if continues else 0)
         logger.info(f"downloading {url}" + ("" if expected is None else f" ({expected / 2**20:,.1f} MiB)"))
         with partial.open("ab" if continues else "wb") as file:
-            while chunk := response.read(CHUNK):
-                file.write(chunk)
+            shutil.copyfileobj(response, file, CHUNK)
         found = partial.stat().st_size
         if expected is not None and found < expected:
             raise UnreachableError(f"the connection ended after {found:,} of {expected:,} bytes")
@@ -297,17 +304,17 @@ def _receive(url: str, partial: Path) -> email.message.Message:
 
 
 def _kept_bytes(partial: Path) -> int:
-    """What of a file is there and can be gone on with."""
+    """Return the number of bytes on disk that a request can resume after."""
     return partial.stat().st_size if partial.is_file() and _tag(partial).is_file() else 0
 
 
 def _tag(partial: Path) -> Path:
-    """Where the version (ETag or date) of a partial file is noted, without which it cannot be gone on with."""
+    """Return the path of the file with the version (ETag or date) of `partial`; without it the download restarts."""
     return partial.with_name(f"{partial.name}.tag")
 
 
 def _published_md5(headers: email.message.Message) -> str | None:
-    """The MD5 that Google's storage, where LAVIS's files lie, sends with a file."""
+    """Return the MD5 that Google's storage, where LAVIS's files lie, sends with a file."""
     for value in headers.get_all("x-goog-hash", []):
         for item in value.split(","):
             if item.strip().startswith("md5="):
@@ -317,11 +324,13 @@ def _published_md5(headers: email.message.Message) -> str | None:
 
 def _check(path: Path, *, source: str | Path, sha256: str | None, md5: str | None, size: int | None) -> None:
     if size is not None and path.stat().st_size != size:
-        raise InputError(f"{source} has {path.stat().st_size} bytes, not {size}: the file is cut short or another one")
+        raise InputError(
+            f"{source} has {path.stat().st_size} bytes, not {size}: the file is cut short, or is another file"
+        )
     for name, expected in (("sha256", sha256), ("md5", md5)):
         if expected is None:
             continue
         with path.open("rb") as file:
             found = hashlib.file_digest(file, name).hexdigest()
         if found != expected.lower():
-            raise InputError(f"{source} has {name} {found}, not {expected}: the file is damaged or another one")
+            raise InputError(f"{source} has {name} {found}, not {expected}: the file is damaged, or is another file")

@@ -1,26 +1,33 @@
-"""transformers' and timm's `from_pretrained` for folders and hub ids that nobody vouches for.
+"""`from_pretrained` of transformers, and timm's published models, for untrusted folders and hub ids.
 
-No code of theirs is run, and LAVIS_LITE_OFFLINE is obeyed. Surprising: without `trust_remote_code=False` transformers
-asks on the terminal whether to run what a folder brings.
+No code of theirs is run, and LAVIS_LITE_OFFLINE is obeyed. Note: without `trust_remote_code=False` transformers asks on
+the terminal whether to run the code of a folder.
 """
 
 import contextlib
-import json
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
+import huggingface_hub
+import torch
 from huggingface_hub import constants
+from torch import nn
 
 from lavis_lite.common import checkpoint
 from lavis_lite.common.errors import InputError, MissingFileError
-from lavis_lite.common.sources import download, weights
+from lavis_lite.common.registry import did_you_mean
+from lavis_lite.common.sources import download, folders
+
+if TYPE_CHECKING:
+    from timm.models import PretrainedCfg
 
 
 def from_hub(load: Callable[..., Any], source: str | Path, **settings: Any) -> Any:
-    """Return what `load`, a `from_pretrained` of transformers, makes of a folder or hub id: from this machine if it is
-    there, else from the hub.
+    """Return the result of `load`, a `from_pretrained` of transformers, for a folder or hub id: from this machine if it
+    is there, else from the hub.
 
     Raises:
         FileNotFoundError: it cannot be loaded, or it is not on this machine and LAVIS_LITE_OFFLINE is set.
@@ -28,11 +35,11 @@ def from_hub(load: Callable[..., Any], source: str | Path, **settings: Any) -> A
     """
     is_local = Path(source).is_dir()
     if is_local:
-        check_folder(Path(source))
+        _check_folder(Path(source))
     reason: Exception | None = None
     for local_only in (True,) if is_local or download.is_offline() else (True, False):
         try:
-            with hub_offline(), refusing_code(source):
+            with _hub_offline(), _refusing_code(source):
                 return load(str(source), local_files_only=local_only, trust_remote_code=False, **settings)
         except InputError:
             raise
@@ -42,22 +49,62 @@ def from_hub(load: Callable[..., Any], source: str | Path, **settings: Any) -> A
     raise MissingFileError(text) from reason
 
 
-def read_json_mapping(path: Path) -> dict[str, Any]:
-    """Return a JSON file's content. ValueError if it is not a mapping."""
+def timm_model(name: str, *, pretrained: bool = True) -> nn.Module:
+    """Return a timm model with its published weights (downloaded, or from the caches), or with random ones.
+
+    Raises:
+        FileNotFoundError: the weights are not on this machine and LAVIS_LITE_OFFLINE is set.
+        ValueError: timm has no model of this name, or no weights of it.
+    """
+    import timm
+
+    settings: dict[str, Any] = {}
+    if ":" not in name:  # hf_hub:owner/name is timm's name of a repository
+        config = timm_config(name)
+        if pretrained and not config.has_weights:
+            raise InputError(f"timm has no published weights of {name}: give a file of weights instead")
+        if pretrained and download.is_offline():
+            settings["pretrained_cfg_overlay"] = {"file": str(_cached_timm_weights(name, config))}
+    with _hub_offline(), _refusing_code(name):
+        return timm.create_model(name, pretrained=pretrained, **settings)
+
+
+def timm_config(name: str) -> "PretrainedCfg":
+    """Return timm's record of a model and its published weights. ValueError for an unknown name or tag."""
+    import timm
+    from timm.models import get_pretrained_cfg
+
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a mapping, found a {type(content).__name__}")
-    return content
+        config = get_pretrained_cfg(name, allow_unregistered=False)
+    except RuntimeError as error:
+        raise InputError(f"unknown timm model {name}: {error} {did_you_mean(name, timm.list_pretrained())}") from error
+    assert config is not None, f"timm returned no record of {name}"  # it does so only if unregistered names are allowed
+    return config
+
+
+def _cached_timm_weights(name: str, config: "PretrainedCfg") -> Path:
+    """Return the file of a timm model's weights in the hub's cache or torch's. FileNotFoundError if neither has it."""
+    repository, _, revision = (config.hf_hub_id or "").partition("@")
+    names = [config.hf_hub_filename] if config.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
+    for file in names if repository else []:
+        found = huggingface_hub.try_to_load_from_cache(repository, file, revision=revision or None)
+        if isinstance(found, str):
+            return Path(found)
+    if isinstance(config.url, str):
+        path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(config.url).path).name
+        if path.is_file():
+            return path
+    raise MissingFileError(
+        f"the weights of timm's {name} are not on this machine and LAVIS_LITE_OFFLINE is set: unset it, or give a file "
+        "of weights instead of the name"
+    )
 
 
 @contextlib.contextmanager
-def hub_offline() -> Iterator[None]:
+def _hub_offline() -> Iterator[None]:
     """Keep the hub's library off the network inside if LAVIS_LITE_OFFLINE is set.
 
-    Note: `local_files_only` is not enough. transformers still asks for adapters, and which service it may use.
+    Note: `local_files_only` is not enough. transformers still requests adapters and the services of the hub.
     """
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = before or download.is_offline()
@@ -67,19 +114,19 @@ def hub_offline() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
-def check_folder(folder: Path) -> None:
-    """Raise ValueError for weight files that transformers would read without checking: those with compressed entries,
+def _check_folder(folder: Path) -> None:
+    """Raise ValueError for weight files that transformers would read without a check: those with compressed entries,
     and those outside the folder, which an index may name.
     """
     for path in folder.glob("pytorch_model*.bin"):
         checkpoint.refuse_compressed(path)
     for index in folder.glob("*.index.json"):
-        weights.shards(index)
+        folders.shards(index)
 
 
 @contextlib.contextmanager
-def refusing_code(source: str | Path) -> Iterator[None]:
-    """Turn an error of transformers, timm or torch about code in `source` into one that does not advise to run it."""
+def _refusing_code(source: str | Path) -> Iterator[None]:
+    """Replace an error of transformers, timm or torch about code in `source` by one that does not advise to run it."""
     try:
         yield
     except pickle.UnpicklingError as error:

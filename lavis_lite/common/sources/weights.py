@@ -1,39 +1,49 @@
-"""Weights wherever they lie: a .pth or .safetensors file, a URL, a Hugging Face folder or hub id, as a lazy mapping.
+"""Weights of any source as a lazy mapping: `open_state` is the only function of the package that opens them.
 
-Surprising: nothing is read before it is asked for, and nothing is kept, so that loading a model takes the model's
-memory and not its weights' a second time. Pages read through a memory map count as ours until the map is closed; it is
-therefore renewed after every 64 MiB, and only one file is open at a time.
+Note: tensors are read on access and not kept, so that loading a model takes the model's memory only. Pages that are
+read through a memory map count as the process's until the map is closed. The map is therefore renewed after every
+64 MiB, and only one file is open at a time. Language models are read by transformers (`hub.from_hub`).
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from lavis_lite.common import checkpoint
-from lavis_lite.common.errors import InputError, MissingFileError
-from lavis_lite.common.sources import download
+from lavis_lite.common.sources import download, folders, hub
 
+TIMM = "timm:"
+"""Prefix of the name of a timm model, whose published weights are then the source."""
 WINDOW = 2**26
 """Bytes read through one memory map before it is renewed."""
-
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-"""What a Hugging Face folder may hold its weights in, best first."""
-EXTRA_FILE = "lavis_lite.safetensors"
-"""Tensors that transformers' classes have no place for, under LAVIS's names, in a folder that we wrote."""
 
 Reader = Callable[[], Tensor]
 
 
+def open_state(source: str | Path) -> "LazyState":
+    """Return the weights at `source`: a file (.pth, .bin, .safetensors) or its URL, a Hugging Face folder or hub id, or
+    a timm model (`timm:vit_base_patch16_224`).
+
+    Raises:
+        FileNotFoundError: the source or one of its files is missing, or it is not on this machine and
+            LAVIS_LITE_OFFLINE is set.
+        ConnectionError: it cannot be downloaded.
+        ValueError: a file is damaged or holds no weights, or timm has no such model.
+    """
+    name = str(source)
+    if name.startswith(TIMM):
+        return LazyState.of(hub.timm_model(name.removeprefix(TIMM)).state_dict())
+    if download.is_folder(source):
+        folder = download.fetch_folder(source)
+        return _files_state(folders.weight_files(folder), source=str(folder))
+    return _files_state([download.fetch(source)], source=name)
+
+
 class LazyState(MutableMapping[str, Tensor]):
-    """A state dict whose tensors are read when asked for and not kept. Renaming, dropping and deriving tensors
-    (`readers`) reads nothing either.
+    """A state dict that calls the reader of a tensor on each access. Renaming, dropping and deriving tensors
+    (`readers`) reads nothing.
     """
 
     def __init__(self, readers: Mapping[str, Reader]) -> None:
@@ -41,15 +51,17 @@ class LazyState(MutableMapping[str, Tensor]):
 
     @classmethod
     def of(cls, state: Mapping[str, Tensor]) -> "LazyState":
-        """A mapping of tensors as such a state; its names, but not its tensors, are copied."""
-        return cls(state.readers if isinstance(state, LazyState) else {name: _reader(state, name) for name in state})
+        """Wrap a mapping of tensors; its names, but not its tensors, are copied."""
+        if isinstance(state, LazyState):
+            return cls(state.readers)
+        return cls({name: partial(state.__getitem__, name) for name in state})
 
     def renamed(self, rename: Callable[[str], str | None]) -> "LazyState":
-        """The same tensors under other names, without those that get none."""
+        """Return the same tensors under other names, without those that `rename` maps to None."""
         return LazyState({new: read for name, read in self.readers.items() if (new := rename(name)) is not None})
 
     def adapted(self, adapt: Callable[[dict[str, Tensor]], Mapping[str, Tensor]]) -> "LazyState":
-        """What a function makes of the tensors; those that it only renames are read again when asked for."""
+        """Return the result of a function of all tensors; those that it only renames stay lazy."""
         tensors = dict(self.items())
         names = {id(tensor): name for name, tensor in tensors.items()}
         result = LazyState.of({})
@@ -79,87 +91,36 @@ class LazyState(MutableMapping[str, Tensor]):
         return len(self.readers)
 
 
-def open_state(source: str | Path) -> LazyState:
-    """The weights at `source`: a file (.pth, .bin, .safetensors) or its URL, a Hugging Face folder or hub id.
-
-    Raises:
-        FileNotFoundError: there is nothing at `source`, or a folder lacks a weight file.
-        ConnectionError: it cannot be downloaded.
-        ValueError: a file is damaged or holds no weights.
-    """
-    if download.is_folder(source):
-        return _folder_state(download.fetch_folder(source))
-    return _files_state([download.fetch(source)], source=str(source))
+def _files_state(paths: list[Path], *, source: str) -> LazyState:
+    files = _OneOpenFile(source)
+    readers = {name: partial(files.read, path, name) for path in paths for name in files.open(path)}
+    files.close()
+    return LazyState(readers)
 
 
-def _reader(state: Mapping[str, Tensor], name: str) -> Reader:
-    return lambda: state[name]
+class _OneOpenFile:
+    """Reads tensors of several files, of which one is open at a time."""
 
-
-class _Files:
-    """Tensors of some files, of which one is open."""
-
-    def __init__(self) -> None:
+    def __init__(self, source: str) -> None:
+        self.source = source
         self._path: Path | None = None
         self._tensors: dict[str, Tensor] = {}
         self._left = 0
 
-    def open(self, path: Path, *, source: str, verify: bool = True) -> dict[str, Tensor]:
-        """The file's tensors, memory-mapped; the file opened before is closed."""
-        self._path, self._tensors = None, {}
-        self._tensors = checkpoint.find_state_dict(checkpoint.load(path, verify=verify), source=source)
+    def open(self, path: Path, *, verify: bool = True) -> dict[str, Tensor]:
+        """Close the file opened before, and return this file's tensors, memory-mapped."""
+        self.close()
+        self._tensors = checkpoint.find_state_dict(checkpoint.load(path, verify=verify), source=self.source)
         self._path, self._left = path, WINDOW
         return self._tensors
 
-    def read(self, path: Path, name: str, *, source: str) -> Tensor:
-        """One tensor, a view of the memory map."""
+    def read(self, path: Path, name: str) -> Tensor:
+        """Return one tensor, a view of the memory map."""
         if path != self._path or (self._left <= 0 and checkpoint.is_mappable(path)):
-            self.open(path, source=source, verify=False)  # `_files_state` opened it before
+            self.open(path, verify=False)  # `_files_state` verified it
         tensor = self._tensors[name]
         self._left -= tensor.nbytes
         return tensor
 
     def close(self) -> None:
         self._path, self._tensors = None, {}
-
-
-def _files_state(paths: list[Path], *, source: str) -> LazyState:
-    files = _Files()
-    readers: dict[str, Reader] = {}
-    for path in paths:
-        for name in files.open(path, source=source):
-            readers[name] = lambda path=path, name=name: files.read(path, name, source=source)
-    files.close()
-    return LazyState(readers)
-
-
-def _folder_state(folder: Path) -> LazyState:
-    """All shards of a Hugging Face folder's weights, and what we stored beside them."""
-    found = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
-    if found is None:
-        there = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
-        raise MissingFileError(f"{folder} holds no {' or '.join(WEIGHT_FILES)}; it holds {there}")
-    paths = shards(found) if found.suffix == ".json" else [found]
-    if (folder / EXTRA_FILE).is_file():
-        paths.append(folder / EXTRA_FILE)
-    return _files_state(paths, source=str(folder))
-
-
-def shards(index: Path) -> list[Path]:
-    """The files that an index names, in their order. ValueError for a damaged index or one that names a file of
-    another folder, FileNotFoundError for a shard that is not there.
-    """
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise InputError(f"{index} is not an index of weight files ({type(error).__name__}: {error})") from error
-    outside = [name for name in names if not isinstance(name, str) or name != Path(name).name or name == ".."]
-    if outside:
-        raise InputError(f"{index} names {outside[0]!r}, which is not a plain file name: its files lie beside it")
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing:
-        raise MissingFileError(
-            f"{index.parent} lacks {len(missing)} of the {len(names)} weight files that {index.name} names: "
-            f"{', '.join(missing[:3])}. Download them again"
-        )
-    return [index.parent / name for name in names]

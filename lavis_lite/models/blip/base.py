@@ -1,13 +1,11 @@
-"""What BLIP's models share: tokenizer, image encoder, text transformer sizes, and loading of published files."""
+"""Base class of BLIP's models: tokenizer, image encoder, text transformer sizes, loading of published files."""
 
 import logging
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import fields
 from typing import Any, ClassVar
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lavis_lite.common.bounds import (
     MAX_IMAGE_SIZE,
@@ -17,27 +15,21 @@ from lavis_lite.common.bounds import (
     check_numbers,
 )
 from lavis_lite.common.errors import InputError
-from lavis_lite.convert import blip_from_hf, is_hf_blip
 from lavis_lite.models.base import BaseModel
+from lavis_lite.models.blip.hf import BlipAdapter, blip_from_hf, is_hf_blip
 from lavis_lite.models.initialise import (
     TextModel,
     bert_weights,
     blip_text_weights,
     check_bert,
     check_weight_file,
-    start_from,
+    init_from_state_dict,
     vit_weights,
 )
-from lavis_lite.models.tokenizers import blip_tokenizer, tokenize
+from lavis_lite.models.tokenizers import blip_tokenizer
 from lavis_lite.nn.attention import MAX_VOCABULARY, BertConfig
 from lavis_lite.nn.decoding import DecodingConfig, GenerationConfig
-from lavis_lite.nn.losses import IGNORED
-from lavis_lite.nn.vision import (
-    BlipViT,
-    interpolate_pos_embed,
-    layer_scales,
-    vit_config,
-)
+from lavis_lite.nn.vision import BlipViT, encoder_scale, interpolate_pos_embed, vit_config
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +40,7 @@ class BlipBase(BaseModel):
     `vit` and `med` override sizes of the image encoder (`ViTConfig`) and of the text transformer (`BertConfig`).
     """
 
+    hf = BlipAdapter()
     takes_video: ClassVar[bool] = False
     learns_answers: ClassVar[bool] = False
 
@@ -88,31 +81,14 @@ class BlipBase(BaseModel):
         check_med(self.med, len(self.tokenizer))
 
     def text_config(self, context_width: int | None = None, **sizes: Any) -> BertConfig:
-        """Sizes of a text transformer that attends to contexts of this width (default: the image encoder's)."""
-        width = self.visual_encoder.config.width if context_width is None else context_width
+        """Return sizes of a text transformer that attends to states of this width (default: the image encoder's)."""
+        width = self.visual_encoder.width if context_width is None else context_width
         return BertConfig(**self.med, context_width=width, **sizes)
-
-    def tokenize(
-        self, texts: Sequence[str], *, start: int | None = None, max_length: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Ids and mask (B,T), padded to the longest; `start` replaces [CLS]; `max_length` truncates."""
-        return tokenize(self.tokenizer, texts, start=start, max_length=max_length, device=self.device)
-
-    @property
-    def decoder_start(self) -> int:
-        """Id of `[DEC]`."""
-        return self.tokenizer.bos_token_id
 
     @property
     def encoder_start(self) -> int:
         """Id of `[ENC]`."""
         return self.tokenizer.enc_token_id
-
-    def labels(self, ids: Tensor, num_masked: int | Tensor = 0) -> Tensor:
-        """Labels of a language-model loss: padding and the first `num_masked` (one number, or (B,)) do not count."""
-        num_given = torch.as_tensor(num_masked, device=ids.device)[..., None]
-        given = torch.arange(ids.shape[1], device=ids.device) < num_given
-        return ids.masked_fill((ids == self.tokenizer.pad_token_id) | given, IGNORED)
 
     def decoding(self, generation: GenerationConfig, *, return_scores: bool = False) -> DecodingConfig:
         """Return decoding settings with the tokenizer's end and padding tokens and the text transformer's positions."""
@@ -125,20 +101,18 @@ class BlipBase(BaseModel):
         )
 
     def layer_scale(self, decay: float) -> Callable[[str], float]:
-        scale = layer_scales(self.visual_encoder.config.depth, decay)
-        prefix = "visual_encoder."
-        return lambda name: scale(name.removeprefix(prefix)) if name.startswith(prefix) else 1.0
+        return encoder_scale(self.visual_encoder, decay)
 
     def start_from(self, *, vit: str | None = None, text: str | None = None, add_token_type: bool = True) -> None:
-        """An ImageNet ViT (timm's name or a file) and/or a BERT (folder or hub id) as in BLIP's pretraining; twins
-        become copies. `add_token_type` as in `bert_weights`.
+        """Initialise from an ImageNet ViT (timm's name or a file) and/or a BERT (folder or hub id) as in BLIP's
+        pretraining; momentum encoders become copies. `add_token_type` as in `bert_weights`.
         """
         if vit is not None:
-            start_from(self, vit_weights(vit, self.visual_encoder), source=vit, parts=("visual_encoder.",))
+            init_from_state_dict(self, vit_weights(vit, self.visual_encoder), source=vit, parts=("visual_encoder.",))
         if text is not None:
             bert = bert_weights(text, self.text_model(), add_token_type=add_token_type)
             parts = [f"{name}." for name in ("text_encoder", "text_decoder") if hasattr(self, name)]
-            start_from(self, blip_text_weights(bert), source=text, parts=parts)
+            init_from_state_dict(self, blip_text_weights(bert), source=text, parts=parts)
         self.after_loading({})
 
     def check_start(self, *, vit: str | None = None, text: str | None = None, add_token_type: bool = True) -> None:
@@ -151,7 +125,7 @@ class BlipBase(BaseModel):
         return [(key, "tokenizer", self.tokenizer) for key in ("text_input", "answer") if key in samples]
 
     def text_model(self) -> TextModel:
-        """What a BERT must have in common with this model."""
+        """Return the sizes and the tokenizer that a BERT must share with this model."""
         return TextModel(sizes=self.text_config(), section="med", tokenizer=self.tokenizer)
 
     def adapt_state_dict(self, state: MutableMapping[str, Tensor]) -> MutableMapping[str, Tensor]:
@@ -176,7 +150,7 @@ class BlipBase(BaseModel):
 
 
 def check_med(med: dict[str, Any], num_tokens: int) -> None:
-    """Unknown size names and a vocabulary smaller than the tokenizer's are errors."""
+    """Raise InputError for unknown sizes and for a vocabulary smaller than the tokenizer's."""
     known = {field.name for field in fields(BertConfig)} - {"context_width", "num_context_streams"}
     unknown = sorted(med.keys() - known)
     if unknown:
@@ -184,13 +158,8 @@ def check_med(med: dict[str, Any], num_tokens: int) -> None:
     check_number("model.med.vocab_size", med["vocab_size"], num_tokens, MAX_VOCABULARY)
 
 
-def project(layer: nn.Linear, states: Tensor) -> Tensor:
-    """Project and normalise to unit length."""
-    return F.normalize(layer(states), dim=-1)
-
-
 def ramp(samples: dict[str, Any], alpha: float, num_epochs: int) -> float:
-    """alpha, ramped up linearly over the first epochs as ALBEF does; full where the samples tell no epoch."""
+    """Return alpha, ramped up linearly over the first epochs as in ALBEF; the full alpha if samples have no epoch."""
     if "epoch" not in samples:
         return alpha
     per_epoch = samples["num_iters_per_epoch"]

@@ -12,6 +12,7 @@ from lavis_lite.common.registry import registry
 from lavis_lite.models.base import Output
 from lavis_lite.models.batches import check_prompts, generate_continuations
 from lavis_lite.models.blip.base import BlipBase
+from lavis_lite.models.image_text import training_output
 from lavis_lite.models.inputs import (
     image_of,
     require_labels,
@@ -19,7 +20,7 @@ from lavis_lite.models.inputs import (
     texts_of,
 )
 from lavis_lite.models.tokenizers import tokenize
-from lavis_lite.nn.attention import Context
+from lavis_lite.nn.attention import CrossAttentionKV, KeyValueCache
 from lavis_lite.nn.bert import BertLMHeadModel
 from lavis_lite.nn.decoding import GenerationConfig, ScoredText, Step
 from lavis_lite.nn.losses import IGNORED, language_modeling_loss
@@ -29,8 +30,8 @@ logger = logging.getLogger(__name__)
 
 @registry.register_model("blip_caption")
 class BlipCaption(BlipBase):
-    """Captions an image. Training texts begin with `prompt` (the text processor puts it there), which is not predicted;
-    one that does not begin with it is predicted as a whole.
+    """Captions an image. Training texts begin with `prompt` (added by the text processor), which is not predicted; a
+    text that does not begin with it is predicted as a whole.
     """
 
     prompt_begins_captions = True
@@ -46,23 +47,26 @@ class BlipCaption(BlipBase):
         """Language-model loss of `text_input` (list[str], B) given `image` (B,3,H,W)."""
         image = image_of(samples)
         texts = texts_of(samples, len(image))
-        settings = {"start": self.decoder_start, "max_length": self.max_txt_len, "device": torch.device("cpu")}
-        ids, mask = tokenize(self.tokenizer, texts, **settings)
+        ids, mask = tokenize(
+            self.tokenizer, texts, start=self.decoder_start, max_length=self.max_txt_len, device=torch.device("cpu")
+        )
         labels = self.caption_labels(ids, texts).to(self.device)
-        context = self.text_decoder.bert.project_context(self.visual_encoder(image))
+        context = self.text_decoder.bert.project_kv(self.visual_encoder(image))
         logits, _ = self.text_decoder(ids.to(self.device), mask.to(self.device), context=context)
-        loss = language_modeling_loss(logits, labels)
-        return Output({"loss": loss, "loss_lm": loss.detach()})
+        return training_output(lm=language_modeling_loss(logits, labels))
 
     def caption_labels(self, ids: Tensor, texts: Sequence[str]) -> Tensor:
-        """Labels of the texts' ids (B,T) on the CPU: `[DEC]` and, where a text begins with it, the prompt do not count.
+        """Return labels of the texts' ids (B,T), both on the CPU: `[DEC]` and, where a text begins with it, the prompt
+        do not count.
 
-        Warns once if no text of a batch begins with the prompt. Raises ValueError if no text has a token to learn, or
-        the prompt leaves no room for one.
+        Warn once if no text of a batch begins with the prompt. Raise InputError if no text has a token to learn, or the
+        prompt alone reaches `max_txt_len`.
         """
         num_masked = self.prompt_length(self.prompt)
         if self.prompt and num_masked + 1 >= self.max_txt_len:
-            raise InputError(f"prompt {self.prompt!r} takes all of max_txt_len={self.max_txt_len} tokens: shorten it")
+            raise InputError(
+                f"model.prompt: {self.prompt!r} takes all of max_txt_len={self.max_txt_len} tokens; shorten it"
+            )
         prompt = torch.tensor(self.tokenizer(self.prompt).input_ids[1:-1], dtype=ids.dtype)
         begins = torch.zeros(len(ids), dtype=torch.bool)
         if ids.shape[1] > num_masked:
@@ -70,8 +74,8 @@ class BlipCaption(BlipBase):
         if not begins.any() and not self._warned_of_prompt:
             self._warned_of_prompt = True
             logger.warning(
-                f"no text of a batch begins with model.prompt {self.prompt!r}, for instance {texts[0]!r}: whole texts "
-                "are learned, and captions are still generated after the prompt. Put it into the text processor "
+                f"model.prompt: no text of a batch begins with {self.prompt!r}, for instance {texts[0]!r}; whole texts "
+                "are learned, and captions are still generated after the prompt. Add it in the text processor "
                 '(prompt: "${model.prompt}"), or set model.prompt to ""'
             )
         labels = self.labels(ids, torch.where(begins, num_masked, 1))
@@ -79,7 +83,7 @@ class BlipCaption(BlipBase):
         return labels
 
     def prompt_length(self, prompt: str) -> int:
-        """Tokens of the prompt and `[DEC]`."""
+        """Return the number of tokens of the prompt and `[DEC]`."""
         return len(self.tokenizer(prompt).input_ids) - 1
 
     def generate(
@@ -93,7 +97,7 @@ class BlipCaption(BlipBase):
         config = self.decoding(self.generation.changed(**changes), return_scores=return_scores)
         image = image_of(samples, answering=True)
         prompts = text_list(samples.get("prompt", self.prompt), len(image), "prompt")
-        context = self.text_decoder.bert.project_context(self.visual_encoder(image))
+        context = self.text_decoder.bert.project_kv(self.visual_encoder(image))
 
         def step_of(rows: list[int]) -> Step:
             every = len(rows) == len(prompts)
@@ -105,15 +109,15 @@ class BlipCaption(BlipBase):
         prompts = text_list(samples.get("prompt", self.prompt), len(image_of(samples)), "prompt")
         check_prompts(prompts, self, self.decoding(self.generation.changed(**changes)))
 
-    def step(self, context: Context) -> Step:
-        """One decoding step given the images."""
+    def step(self, context: CrossAttentionKV) -> Step:
+        """Return the decoding step given the images."""
         return decoding_step(self.text_decoder, context)
 
 
-def decoding_step(decoder: BertLMHeadModel, context: Context) -> Step:
-    """Score the next token of a text whose every token counts."""
+def decoding_step(decoder: BertLMHeadModel, context: CrossAttentionKV) -> Step:
+    """Return a function that scores the next token of texts without padding."""
 
-    def step(new_ids: Tensor, cache: Any, length: int) -> tuple[Tensor, Any]:
+    def step(new_ids: Tensor, cache: KeyValueCache | None, length: int) -> tuple[Tensor, KeyValueCache]:
         mask = new_ids.new_ones(len(new_ids), length)
         logits, cache = decoder(new_ids, mask, context=context, past=cache)
         return logits[:, -1], cache

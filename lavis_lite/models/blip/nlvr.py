@@ -1,4 +1,6 @@
-"""BLIP for NLVR2: is a statement true of a pair of images? The text attends to both (BLIP, section 5.4)."""
+"""BLIP for NLVR2: classify whether a statement is true of a pair of images; the text attends to both (BLIP, section
+5.4).
+"""
 
 from collections.abc import MutableMapping
 from typing import Any
@@ -20,7 +22,7 @@ from lavis_lite.nn.bert import BertModel
 class BlipNLVR(BlipBase):
     """Classifies (image0, image1, statement)."""
 
-    new_parts = ("cls_head.", "merge_layer")
+    newly_initialized = ("cls_head.", "merge_layer")
 
     def __init__(self, *, num_classes: int = 2, **parts: Any) -> None:
         super().__init__(**parts)
@@ -31,51 +33,48 @@ class BlipNLVR(BlipBase):
     def forward(self, samples: dict[str, Any]) -> Output:
         """Loss of `image0`, `image1` (B,3,H,W), `text_input` list[str], `label` (B,)."""
         logits = self.logits(samples)
-        return Output({"loss": F.cross_entropy(logits, self.labels(samples, logits)), "logits": logits.detach()})
+        return Output({"loss": F.cross_entropy(logits, class_targets(samples, logits)), "logits": logits.detach()})
 
     def predict(self, samples: dict[str, Any]) -> Output:
-        """Logits (B,num_classes) and the labels (B,)."""
+        """Return logits (B,num_classes) and the labels (B,)."""
         for key in ("image0", "image1"):
             image_of(samples, key, answering=True)
         logits = self.logits(samples)
-        return Output({"predictions": logits, "targets": self.labels(samples, logits)})
-
-    def labels(self, samples: dict[str, Any], logits: Tensor) -> Tensor:
-        """The class of each pair (B,)."""
-        count, num_classes = logits.shape
-        return integers(samples, "label", count, "the class of each pair", logits.device, below=num_classes)
+        return Output({"predictions": logits, "targets": class_targets(samples, logits)})
 
     def states(self, samples: dict[str, Any]) -> Tensor:
-        """The statement's states (B,T,E), grounded in both images."""
+        """Return the statement's states (B,T,E), grounded in both images."""
         first, second = (image_of(samples, key) for key in ("image0", "image1"))
         if first.shape != second.shape:
             raise InputError(f"samples['image0'] has shape {tuple(first.shape)}, 'image1' has {tuple(second.shape)}")
         texts = texts_of(samples, len(first))
         tokens = self.visual_encoder(torch.cat([first, second]))
         ids, mask = self.tokenize(texts, start=self.encoder_start)
-        return self.text_encoder(ids, mask, context=self.text_encoder.project_context(*tokens.chunk(2)))[0]
+        return self.text_encoder(ids, mask, context=self.text_encoder.project_kv(*tokens.chunk(2)))[0]
 
     def logits(self, samples: dict[str, Any]) -> Tensor:
-        """(B,num_classes)"""
+        """Return logits (B,num_classes) of the statement's first state."""
         return self.cls_head(self.states(samples)[:, 0])
 
     def adapt_state_dict(self, state: MutableMapping[str, Tensor]) -> MutableMapping[str, Tensor]:
-        """Both streams start as the pretrained cross-attention."""
+        """Initialise both streams from a file's single cross-attention."""
         state = super().adapt_state_dict(state)
         for name in [name for name in state if ".crossattention." in name]:
-            for old, new in ((".self.", ".self{}."), (".output.dense.", ".output.dense{}.")):
-                if f".crossattention{old}" in name:
+            for single, stream in ((".self.", ".self{}."), (".output.dense.", ".output.dense{}.")):
+                if f".crossattention{single}" in name:
                     tensor = state.pop(name)
-                    state.update(
-                        {
-                            name.replace(f".crossattention{old}", f".crossattention{new.format(i)}"): tensor
-                            for i in (0, 1)
-                        }
-                    )
+                    for i in (0, 1):
+                        state[name.replace(f".crossattention{single}", f".crossattention{stream.format(i)}")] = tensor
         return state
 
 
 def classification_head(width: int, num_classes: int) -> nn.Sequential:
-    """BLIP's classifier of a [CLS] state."""
+    """Build BLIP's classifier of a [CLS] state."""
     check_number("model.num_classes", num_classes, 1, MAX_WIDTH)
     return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, num_classes))
+
+
+def class_targets(samples: dict[str, Any], logits: Tensor) -> Tensor:
+    """Return `label`, the class of each sample (B,), of which the logits (B,num_classes) are."""
+    count, num_classes = logits.shape
+    return integers(samples, "label", count, "the class of each sample", logits.device, below=num_classes)

@@ -8,6 +8,7 @@ from lavis_lite.common.registry import registry
 from lavis_lite.models.base import Output
 from lavis_lite.models.blip.base import ramp
 from lavis_lite.models.blip.momentum import BlipMomentum
+from lavis_lite.models.image_text import training_output
 from lavis_lite.models.inputs import image_of, texts_of
 from lavis_lite.nn.bert import BertLMHeadModel
 from lavis_lite.nn.learning import matching_accuracy
@@ -16,9 +17,9 @@ from lavis_lite.nn.losses import language_modeling_loss, matching_loss
 
 @registry.register_model("blip_pretrain")
 class BlipPretrain(BlipMomentum):
-    """Encoder, image-grounded encoder and image-grounded decoder, tied but for the decoder's self-attention.
+    """Encoder, image-grounded encoder and image-grounded decoder, which share all but the decoder's self-attention.
 
-    `prompt` is a key of LAVIS's YAMLs and, as there, without effect: pretraining predicts whole texts.
+    `prompt` is a key of LAVIS's YAMLs and has no effect, as there: pretraining predicts whole texts.
     """
 
     def __init__(self, *, prompt: str = "a picture of ", max_txt_len: int = 30, **parts: Any) -> None:
@@ -32,38 +33,30 @@ class BlipPretrain(BlipMomentum):
         image = image_of(samples)
         ids, mask = self.tokenize(texts_of(samples, len(image)), max_length=self.max_txt_len)
         self.clamp_temperature()
-        tokens, image_feat = self.encode_image(image)
+        tokens, image_feat = self.image_features(image)
         text_feat = self.encode_text(ids, mask)
 
-        twin = self.momentum_features(image, ids, mask, update=update)
+        momentum = self.momentum_features(image, ids, mask, update=update)
         own = torch.arange(len(ids), device=tokens.device)[:, None]
-        columns = torch.arange(twin.image_all.shape[1], device=tokens.device)
-        hard = (own + twin.start == columns).float()
+        columns = torch.arange(momentum.image_all.shape[1], device=tokens.device)
+        hard = (own + momentum.start == columns).float()
         alpha = ramp(samples, self.alpha, num_epochs=2)
-        loss_itc, metrics = self.contrastive_loss(image_feat, text_feat, twin, hard, alpha)
+        loss_itc, metrics = self.contrastive_loss(image_feat, text_feat, momentum, hard, alpha)
         if update:
-            self.enqueue_features(twin)
+            self.enqueue_features(momentum)
 
-        context = self.text_encoder.project_context(tokens)
-        pool = self.pool(tokens, ids, mask, twin.image, twin.text)
+        context = self.project_kv(tokens)
+        pool = self.pool(tokens, ids, mask, momentum.image, momentum.text)
         positive = own + pool.start == torch.arange(len(pool.ids), device=tokens.device)
         negatives = self.draw_negatives(image_feat, text_feat, pool, positive, floor=1e-4)
         pairs = self.pair_logits(tokens, ids, mask, pool, negatives, context)
-        loss_itm = matching_loss(pairs, len(ids))
 
         decoder_ids = ids.clone()
         decoder_ids[:, 0] = self.decoder_start
-        logits, _ = self.text_decoder(
-            decoder_ids, mask, context=context
-        )  # its cross-attention is the encoder's, and so is the context
-        loss_lm = language_modeling_loss(logits, self.labels(decoder_ids))
-        return Output(
-            {
-                "loss": loss_itc + loss_itm + loss_lm,
-                "loss_itc": loss_itc.detach(),
-                "loss_itm": loss_itm.detach(),
-                "loss_lm": loss_lm.detach(),
-                **metrics,
-                "acc_itm": matching_accuracy(pairs, len(ids)),
-            }
+        logits, _ = self.text_decoder(decoder_ids, mask, context=context)  # it shares the encoder's cross-attention
+        return training_output(
+            {**metrics, "acc_itm": matching_accuracy(pairs, len(ids))},
+            itc=loss_itc,
+            itm=matching_loss(pairs, len(ids)),
+            lm=language_modeling_loss(logits, self.labels(decoder_ids)),
         )

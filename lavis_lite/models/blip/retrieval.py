@@ -1,27 +1,28 @@
 """BLIP retrieval finetuning: contrast and matching; captions of one image are all positives (BLIP, section 5.1)."""
 
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch import Tensor
 
 from lavis_lite.common import dist
 from lavis_lite.common.registry import registry
 from lavis_lite.models.base import Output
-from lavis_lite.models.batches import warn_of_cut_texts
 from lavis_lite.models.blip.base import ramp
 from lavis_lite.models.blip.momentum import BlipMomentum
+from lavis_lite.models.image_text import training_output
 from lavis_lite.models.inputs import image_of, integers, texts_of
-from lavis_lite.models.reranking import Retriever, similarity_matrices
+from lavis_lite.models.reranking import GalleryLoader, similarity_matrices
 from lavis_lite.nn.learning import matching_accuracy
 from lavis_lite.nn.losses import matching_loss, same_id_targets, similarity
 
 
 @registry.register_model("blip_retrieval")
 class BlipRetrieval(BlipMomentum):
-    """Finds images for texts and texts for images: features first, then the matching head over the best `k_test`."""
+    """Ranks images for texts and texts for images: by features, then the best `k_test` by the matching head."""
+
+    idx_queue: Tensor
 
     def __init__(self, *, queue_size: int = 57600, max_txt_len: int = 35, **parts: Any) -> None:
         super().__init__(queue_size=queue_size, max_txt_len=max_txt_len, **parts)
@@ -36,44 +37,29 @@ class BlipRetrieval(BlipMomentum):
         ids, mask = self.tokenize(texts_of(samples, len(image)), max_length=self.max_txt_len)
         image_id = integers(samples, "image_id", len(image), "the index of each image", self.device)
         self.clamp_temperature()
-        tokens, image_feat = self.encode_image(image)
+        tokens, image_feat = self.image_features(image)
         text_feat = self.encode_text(ids, mask)
 
-        twin = self.momentum_features(image, ids, mask, update=update)
+        momentum = self.momentum_features(image, ids, mask, update=update)
         hard = same_id_targets(image_id, torch.cat([self.candidates(image_id), self.idx_queue[0]]))
         alpha = ramp(samples, self.alpha, num_epochs=2)
-        loss_itc, metrics = self.contrastive_loss(image_feat, text_feat, twin, hard, alpha)
+        loss_itc, metrics = self.contrastive_loss(image_feat, text_feat, momentum, hard, alpha)
         if update:
-            self.enqueue_features(twin, image_id=(self.idx_queue, image_id))
+            self.enqueue_features(momentum, image_id=(self.idx_queue, image_id))
 
         pool = self.pool(tokens, ids, mask, image_feat, text_feat)
         pool_id = image_id if pool.is_local else dist.all_gather(image_id)
         negatives = self.draw_negatives(image_feat, text_feat, pool, image_id[:, None] == pool_id[None, :])
-        context = self.text_encoder.project_context(tokens)
-        pairs = self.pair_logits(tokens, ids, mask, pool, negatives, context)
-        loss_itm = matching_loss(pairs, len(ids))
-        return Output(
-            {
-                "loss": loss_itc + loss_itm,
-                "loss_itc": loss_itc.detach(),
-                "loss_itm": loss_itm.detach(),
-                **metrics,
-                "acc_itm": matching_accuracy(pairs, len(ids)),
-            }
-        )
+        pairs = self.pair_logits(tokens, ids, mask, pool, negatives, self.project_kv(tokens))
+        metrics["acc_itm"] = matching_accuracy(pairs, len(ids))
+        return training_output(metrics, itc=loss_itc, itm=matching_loss(pairs, len(ids)))
 
-    def compute_sim_matrix(self, loader: DataLoader, k_test: int) -> tuple[np.ndarray, np.ndarray]:
-        """Scores (images, texts) and (texts, images) of an evaluation set, -100 where not among the `k_test` most
-        similar; with `k_test` 0 the similarities of all pairs.
+    def similarity(self, image_feat: Tensor, text_feat: Tensor) -> Tensor:
+        """Return cosine similarities (images, texts) in float32, which ranks more finely than bf16."""
+        return similarity(image_feat, text_feat)
+
+    def compute_sim_matrix(self, loader: GalleryLoader, k_test: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return scores (images, texts) and (texts, images) of an evaluation set, -100 where not among the `k_test`
+        most similar; with `k_test` 0 the similarities of all pairs.
         """
-        warn_of_cut_texts(self, loader.dataset.text)
-        retriever = Retriever(
-            device=self.device,
-            tokenize=partial(self.tokenize, max_length=self.max_txt_len),
-            encode_text=self.encode_text,
-            encode_image=self.encode_image,
-            similarity=similarity,
-            project_context=self.text_encoder.project_context,
-            matching_logits=self.matching_logits,
-        )
-        return similarity_matrices(retriever, loader, k_test)
+        return similarity_matrices(self, loader, k_test)

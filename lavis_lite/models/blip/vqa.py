@@ -1,4 +1,4 @@
-"""BLIP question answering: an encoder reads question and image, a decoder writes the answer (BLIP, section 5.3).
+"""BLIP question answering: an encoder reads question and image, a decoder generates the answer (BLIP, section 5.3).
 
 The decoder attends to the question's states, not to the image; a batch's answers share their question's keys and
 values.
@@ -15,6 +15,7 @@ from lavis_lite.common.wording import without_false_spaces
 from lavis_lite.models.base import Output
 from lavis_lite.models.blip.base import BlipBase
 from lavis_lite.models.blip.caption import decoding_step
+from lavis_lite.models.image_text import training_output
 from lavis_lite.models.inputs import (
     image_of,
     integers,
@@ -23,7 +24,7 @@ from lavis_lite.models.inputs import (
     text_list,
     texts_of,
 )
-from lavis_lite.nn.attention import Context
+from lavis_lite.nn.attention import CrossAttentionKV
 from lavis_lite.nn.bert import BertLMHeadModel, BertModel
 from lavis_lite.nn.decoding import DecodingConfig, GenerationConfig, check_prompt, decode
 from lavis_lite.nn.losses import language_modeling_loss_per_text
@@ -33,8 +34,8 @@ from lavis_lite.nn.losses import language_modeling_loss_per_text
 class BlipVQA(BlipBase):
     """Answers questions about an image, freely (`generate`) or from a list (`rank`).
 
-    `decoder_sees_padding` repeats LAVIS's `generate`: there the decoder also attends to the padding of the batch's
-    shorter questions, so that an answer depends on the other questions of its batch.
+    `decoder_sees_padding` reproduces LAVIS's `generate`: the decoder also attends to the padding of the batch's shorter
+    questions, so that an answer depends on the other questions of its batch.
     """
 
     learns_answers: ClassVar[bool] = True
@@ -57,21 +58,20 @@ class BlipVQA(BlipBase):
         n_answers = integers(samples, "n_answers", len(states), "answers of each question", states.device)
         answers = check_answers(samples, int(n_answers.sum()))
         question = torch.arange(len(n_answers), device=states.device).repeat_interleave(n_answers)
-        context = self.text_decoder.bert.project_context(states, mask=mask).select(question)
+        context = self.text_decoder.bert.project_kv(states, mask=mask).select(question)
         loss = self.answer_loss(*self.tokenize(answers, start=self.decoder_start), context)
         weight = torch.as_tensor(samples["weight"], device=loss.device, dtype=loss.dtype)
-        loss = (weight * loss).sum() / len(states)
-        return Output({"loss": loss, "loss_lm": loss.detach()})
+        return training_output(lm=(weight * loss).sum() / len(states))
 
     def encode_questions(self, samples: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """The questions' image-grounded states (B,T,E) and their mask (B,T)."""
+        """Return the questions' image-grounded states (B,T,E) and their mask (B,T)."""
         image = image_of(samples)
         ids, mask = self.tokenize(texts_of(samples, len(image)), start=self.encoder_start, max_length=self.max_txt_len)
-        context = self.text_encoder.project_context(self.visual_encoder(image))
+        context = self.text_encoder.project_kv(self.visual_encoder(image))
         return self.text_encoder(ids, mask, context=context)[0], mask
 
-    def answer_loss(self, ids: Tensor, mask: Tensor, context: Context) -> Tensor:
-        """Negative (label-smoothed) log-likelihood of each answer, summed over its tokens."""
+    def answer_loss(self, ids: Tensor, mask: Tensor, context: CrossAttentionKV) -> Tensor:
+        """Return the negative (label-smoothed) log-likelihood of each answer, summed over its tokens."""
         logits, _ = self.text_decoder(ids, mask, context=context)
         return language_modeling_loss_per_text(logits, self.labels(ids))
 
@@ -101,7 +101,7 @@ class BlipVQA(BlipBase):
         if inference_method == "generate":
             return self.generate_answers(states, None if self.decoder_sees_padding else mask, config)
         answer_list = ranked_answers(answer_list, num_ans_candidates)
-        context = self.text_decoder.bert.project_context(states, mask=mask)
+        context = self.text_decoder.bert.project_kv(states, mask=mask)
         order, loss = self.rank_answers(context, answer_list, min(num_ans_candidates, len(answer_list)))
         best = order.gather(1, loss.argmin(dim=1, keepdim=True)).squeeze(1)
         return [answer_list[i] for i in best.tolist()]
@@ -122,18 +122,16 @@ class BlipVQA(BlipBase):
             ranked_answers(answer_list)
 
     def generate_answers(self, states: Tensor, mask: Tensor | None, config: DecodingConfig) -> list[str]:
-        """Free answers given the questions' states (B,T,E), of which those count that the mask (B,T) has; None: all."""
-        context = self.text_decoder.bert.project_context(states, mask=mask)
+        """Generate answers given the questions' states (B,T,E); `mask` (B,T) is 1 where one counts, None for all."""
+        context = self.text_decoder.bert.project_kv(states, mask=mask)
         start = torch.full((len(states), 1), self.decoder_start, device=states.device)
         ids, _ = decode(decoding_step(self.text_decoder, context), start, config)
         return [without_false_spaces(text) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
-    def rank_answers(self, context: Context, answer_list: list[str], k: int) -> tuple[Tensor, Tensor]:
-        """The k candidates of each question, by the probability of their first token, and each one's loss: (B,k)
-        indices, (B,k).
-        """
+    def rank_answers(self, context: CrossAttentionKV, answer_list: list[str], k: int) -> tuple[Tensor, Tensor]:
+        """Return the k candidates (B,k) with the likeliest first tokens of each question, and their losses (B,k)."""
         ids, mask = self.tokenize(answer_list, start=self.decoder_start)
-        num_questions = context.layers[0][0][0].shape[0]
+        num_questions = context.num_rows
         start = torch.full((num_questions, 1), self.decoder_start, device=ids.device)
         logits, _ = self.text_decoder(start, torch.ones_like(start), context=context)
         order = logits[:, 0].softmax(dim=-1)[:, ids[:, 1]].topk(k, dim=1).indices
@@ -149,11 +147,11 @@ def fill_placeholder(prompt: str, questions: list[str]) -> list[str]:
 
 
 def check_answers(samples: dict[str, Any], expected: int) -> list[str]:
-    """The flat answers, which must be as many as the questions announce."""
+    """Return the flat answers, of which there must be as many as `n_answers` says."""
     answers = required(samples, "answer", "the answers of all questions, one list")
     weights = required(samples, "weight", "the weight of each answer")
     if not len(answers) == len(weights) == expected:
         raise InputError(
-            f"n_answers announces {expected} answers, but there are {len(answers)} answers and {len(weights)} weights"
+            f"samples['n_answers']: {expected} in all, but there are {len(answers)} answers and {len(weights)} weights"
         )
     return text_list(answers, expected, "answer")

@@ -5,7 +5,7 @@ trainable keys only; the image encoder then comes from `vit_weights` (default: t
 """
 
 import contextlib
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import fields
 from typing import Any, ClassVar, Self
 
@@ -22,32 +22,31 @@ from lavis_lite.common.bounds import (
 )
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.sources import weights
+from lavis_lite.common.sources.download import is_weight_file
 from lavis_lite.common.sources.weights import LazyState
-from lavis_lite.convert import blip2_from_hf, is_hf_blip2
-from lavis_lite.convert.blip2 import fit_vocabularies
 from lavis_lite.models.base import BaseModel
+from lavis_lite.models.blip2.hf import Blip2Adapter, blip2_from_hf, fit_vocabularies, is_hf_blip2
+from lavis_lite.models.hf import HFAdapter
 from lavis_lite.models.initialise import (
     TextModel,
     bert_weights,
     check_bert,
     check_weight_file,
-    is_weight_file,
+    init_from_state_dict,
     qformer_weights,
-    start_from,
     trained_qformer_weights,
 )
-from lavis_lite.models.tokenizers import blip2_tokenizer, tokenize
-from lavis_lite.nn.attention import MAX_VOCABULARY, Context
+from lavis_lite.models.tokenizers import blip2_tokenizer
+from lavis_lite.nn.attention import MAX_VOCABULARY, CrossAttentionKV
 from lavis_lite.nn.decoding import DecodingConfig, GenerationConfig
 from lavis_lite.nn.encoders import (
     ENCODERS,
     PUBLISHED,
     build_encoder,
     encoder_statistics,
-    timm_weights,
 )
-from lavis_lite.nn.losses import IGNORED
 from lavis_lite.nn.qformer import QFormer, QFormerConfig
+from lavis_lite.nn.vision import encoder_scale
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RANDOM = "random"
@@ -68,11 +67,10 @@ class Blip2Base(BaseModel):
     which is fp16 on a GPU (as published) and fp32 on the CPU. `qformer` overrides sizes of the Q-Former.
     """
 
+    hf: ClassVar[HFAdapter[Any] | None] = Blip2Adapter()
     takes_video: ClassVar[bool] = False
     truncation_side: ClassVar[str] = "right"
     qformer_has_lm_head: ClassVar[bool] = False
-    llm_prefix: ClassVar[str | None] = None
-    """`<llm_prefix>_model` is the language model of the architectures that have one."""
 
     def __init__(
         self,
@@ -160,25 +158,10 @@ class Blip2Base(BaseModel):
             tokens = self.visual_encoder(image)
         return self.ln_vision(tokens.to(self.ln_vision.weight.dtype))
 
-    def query_states(self, context: Context, ids: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def query_states(self, context: CrossAttentionKV, ids: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Return the queries' states (B,Q,E) after reading the images and, if given, a text (ids and mask, (B,T))."""
         states, _ = self.Qformer(self.query_tokens, ids, mask, context=context)
         return states[:, : self.query_tokens.shape[1]]
-
-    def tokenize(
-        self, texts: Sequence[str], *, start: int | None = None, max_length: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the Q-Former's ids and mask (B,T), padded to the longest; `start` replaces [CLS]."""
-        return tokenize(self.tokenizer, texts, start=start, max_length=max_length, device=self.device)
-
-    @property
-    def decoder_start(self) -> int:
-        """The id of `[DEC]`."""
-        return self.tokenizer.bos_token_id
-
-    def labels(self, ids: Tensor) -> Tensor:
-        """Return labels of a language-model loss: padding has none."""
-        return ids.masked_fill(ids == self.tokenizer.pad_token_id, IGNORED)
 
     def decoding(self, generation: GenerationConfig, *, return_scores: bool = False) -> DecodingConfig:
         """Return decoding settings with the Q-Former's end and padding tokens and the text transformer's positions."""
@@ -191,10 +174,7 @@ class Blip2Base(BaseModel):
         )
 
     def layer_scale(self, decay: float) -> Callable[[str], float]:
-        prefix = "visual_encoder."
-        return lambda name: (
-            self.visual_encoder.layer_scale(name.removeprefix(prefix), decay) if name.startswith(prefix) else 1.0
-        )
+        return encoder_scale(self.visual_encoder, decay)
 
     def start_from(self, *, vit: str | None = None, text: str | None = None, add_token_type: bool = True) -> None:
         """Initialise the Q-Former from a BERT (folder or hub id), whose feed-forward layers the queries copy, or from
@@ -204,10 +184,10 @@ class Blip2Base(BaseModel):
         if text is None:
             return
         if is_weight_file(text):
-            start_from(self, trained_qformer_weights(text), source=text, parts=("Qformer.", "query_tokens"))
+            init_from_state_dict(self, trained_qformer_weights(text), source=text, parts=("Qformer.", "query_tokens"))
         else:
             bert = bert_weights(text, self.text_model(), add_token_type=add_token_type)
-            start_from(self, qformer_weights(bert), source=text, parts=("Qformer.",))
+            init_from_state_dict(self, qformer_weights(bert), source=text, parts=("Qformer.",))
 
     def check_start(self, *, vit: str | None = None, text: str | None = None, add_token_type: bool = True) -> None:
         if vit is not None:
@@ -230,12 +210,8 @@ class Blip2Base(BaseModel):
         source = self.sources[prefix]
         if source is None or any(name.startswith(prefix) for name in loaded):
             return
-        state: MutableMapping[str, Tensor]
-        if source.startswith("timm:"):
-            state = timm_weights(source.removeprefix("timm:"))
-        else:
-            state = weights.open_state(source)
-            state = blip2_from_hf(state) if is_hf_blip2(state) else state
+        state: MutableMapping[str, Tensor] = weights.open_state(source)
+        state = blip2_from_hf(state) if is_hf_blip2(state) else state
         if any(name.startswith(prefix) for name in state):
             state = {n.removeprefix(prefix): tensor for n, tensor in state.items() if n.startswith(prefix)}
         state = self.visual_encoder.adapt_state_dict(dict(state))
@@ -293,7 +269,7 @@ def encoder_source(vit_model: str, vit_weights: str | None) -> str | None:
         return vit_weights
     if vit_model in ENCODERS:
         return PUBLISHED.get(vit_model)
-    return f"timm:{vit_model}"
+    return f"{weights.TIMM}{vit_model}"
 
 
 def encoder_precision(cfg: dict[str, Any], device: torch.device) -> str:

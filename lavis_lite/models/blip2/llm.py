@@ -26,6 +26,7 @@ from lavis_lite.common.sources.weights import LazyState, Reader
 from lavis_lite.models.base import Output, chosen_weights
 from lavis_lite.models.blip2.base import TEXT_PARTS, Blip2Base, refuse_fp16_on_cpu
 from lavis_lite.models.blip2.families import LLMFamily
+from lavis_lite.models.blip2.hf import Blip2LLMAdapter
 from lavis_lite.models.blip2.llm_checks import check_fit, llm_dtype, start_id
 from lavis_lite.models.blip2.llm_tokenizer import LLMTokenizer
 from lavis_lite.models.blip2.prompts import (
@@ -67,6 +68,7 @@ class Blip2LLM(Blip2Base):
     peft's LoraConfig, or is a folder that peft wrote.
     """
 
+    hf = Blip2LLMAdapter()
     prompt_begins_captions = True
     takes_video: ClassVar[bool] = True
     family: ClassVar[LLMFamily]
@@ -131,10 +133,10 @@ class Blip2LLM(Blip2Base):
         self.lm_source, self.adapter = source, (adapters or {}).get(ADAPTER)
         prefix = f"{family.prefix}_model."
         self.sources[prefix] = source if has_weights(source) else None
-        self.loaded_later = () if self.adapter is None else (prefix,)
-        self.new_parts = (f"{family.prefix}_proj.", "lora_", ".modules_to_save.", ".token_adapter.")
-        self.new_parts += TEXT_PARTS if qformer_text_input else ()
-        self.new_parts += () if freeze_llm else (prefix,)
+        self.loaded_separately = () if self.adapter is None else (prefix,)
+        self.newly_initialized = (f"{family.prefix}_proj.", "lora_", ".modules_to_save.", ".token_adapter.")
+        self.newly_initialized += TEXT_PARTS if qformer_text_input else ()
+        self.newly_initialized += () if freeze_llm else (prefix,)
 
     @property
     def proj(self) -> nn.Module:
@@ -210,7 +212,7 @@ class Blip2LLM(Blip2Base):
         image = image_of(samples, video=True)
         frames = image.transpose(1, 2) if image.dim() == 5 else image[:, None]
         num_frames = frames.shape[1]
-        context = self.Qformer.project_context(self.encode_image(frames.flatten(0, 1)))
+        context = self.Qformer.project_kv(self.encode_image(frames.flatten(0, 1)))
         ids = mask = None
         if self.qformer_text_input:
             repeated = [text for text in instructions for _ in range(num_frames)]

@@ -1,25 +1,22 @@
-"""BLIP-2's first stage: the Q-Former learns to read images by contrast, matching and generation (BLIP-2, section 3.2).
+"""BLIP-2's first stage: train the Q-Former by contrast, matching and generation (BLIP-2, section 3.2).
 
-One pass of the image encoder and one projection of its tokens to keys and values serve all three; the queries' pass
-serves contrast and, as cached prefix, generation. On several ranks contrast and negatives are with all ranks' samples,
-so that the ranks together do what one process would do with the joined batch; of images and texts only the drawn
-negatives travel.
+One pass of the image encoder and one projection of its tokens to keys and values serve all three losses; the queries'
+pass serves contrast and, as cached prefix, generation. On several ranks contrast and negatives are with all ranks'
+samples, so that the ranks together compute what one process would with the joined batch; of images and texts only the
+drawn negatives are sent.
 
-Surprising: as in LAVIS, the contrast of an image with all texts teaches the image only, and the reverse: what it is
-compared with counts as given, in a world of one too. `gather_with_grad` gives the whole gradient.
+Note: as in LAVIS, the contrast of an image with all texts has a gradient for the image only, and the reverse: the other
+side of the comparison is a constant, on one rank too. `gather_with_grad` gives the whole gradient.
 
 Letters: B samples, N samples of all ranks, Q queries, T text tokens, S image tokens, E width, D width of the common
 space.
 """
 
-from collections.abc import Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from lavis_lite.common import dist
 from lavis_lite.common.registry import registry
@@ -31,19 +28,18 @@ from lavis_lite.models.batches import (
     generate_continuations,
     in_compute_type,
     stack_texts,
-    warn_of_cut_texts,
 )
-from lavis_lite.models.blip.base import project
 from lavis_lite.models.blip2.matching import Blip2Matching
+from lavis_lite.models.image_text import project, training_output
 from lavis_lite.models.inputs import (
     image_of,
     integers,
     optional_texts,
     texts_of,
 )
-from lavis_lite.models.reranking import Retriever, similarity_matrices
-from lavis_lite.nn.attention import Context, KeyValue
-from lavis_lite.nn.decoding import GenerationConfig, ScoredText, Step, select_cache
+from lavis_lite.models.reranking import GalleryLoader, similarity_matrices
+from lavis_lite.nn.attention import CrossAttentionKV, KeyValueCache
+from lavis_lite.nn.decoding import GenerationConfig, ScoredText, Step
 from lavis_lite.nn.learning import contrast_metrics, matching_accuracy
 from lavis_lite.nn.losses import (
     best_query_similarity,
@@ -77,7 +73,7 @@ class Blip2Qformer(Blip2Matching):
         image = image_of(samples)
         texts = self.tokenize(texts_of(samples, len(image)), max_length=self.max_txt_len)
         tokens = self.encode_image(image)
-        context = self.Qformer.project_context(tokens)
+        context = self.project_kv(tokens)
         states, cache = self.Qformer(self.query_tokens, context=context)
 
         image_feat, text_feat = project(self.vision_proj, states), self.encode_text(*texts)
@@ -86,28 +82,23 @@ class Blip2Qformer(Blip2Matching):
         loss_itc = contrastive_loss(i2t, t2i, targets)
         negatives = self.draw_negatives(i2t, t2i, targets > 0)
         pairs = self.pair_logits(tokens, context, texts, negatives)
-        loss_itm = matching_loss(pairs, len(tokens))
-        loss_lm = self.generation_loss(texts, cache)
-        return Output(
-            {
-                "loss": loss_itc + loss_itm + loss_lm,
-                "loss_itc": loss_itc.detach(),
-                "loss_itm": loss_itm.detach(),
-                "loss_lm": loss_lm.detach(),
-                **contrast_metrics(i2t, t2i, targets > 0, image_feat, text_feat, self.temp),
-                "acc_itm": matching_accuracy(pairs, len(tokens)),
-            }
+        metrics = contrast_metrics(i2t, t2i, targets > 0, image_feat, text_feat, self.temp)
+        return training_output(
+            {**metrics, "acc_itm": matching_accuracy(pairs, len(tokens))},
+            itc=loss_itc,
+            itm=matching_loss(pairs, len(tokens)),
+            lm=self.generation_loss(texts, cache),
         )
 
     def contrast(self, image_feat_BQD: Tensor, text_feat_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of this rank's images over all ranks' texts and of its texts over all images, (B,N) each."""
+        """Return logits of this rank's images over all ranks' texts and of its texts over all images, (B,N) each."""
         i2t = best_query_similarity(image_feat_BQD, self.gather(text_feat_BD))
         t2i = best_query_similarity(self.gather(image_feat_BQD), text_feat_BD).t()
         return i2t / self.temp, t2i / self.temp
 
     def targets(self, samples: dict[str, Any], num_samples: int) -> Tensor:
-        """Which of all ranks' samples belong to each of this rank's, row-normalised (B,N): those of the same image, or
-        without ids just itself.
+        """Return which of all ranks' samples match each of this rank's, row-normalised (B,N): those of the same image,
+        or only itself if there is no `image_id`.
         """
         if "image_id" in samples:
             own = integers(samples, "image_id", num_samples, "the index of each image", self.device)
@@ -117,16 +108,18 @@ class Blip2Qformer(Blip2Matching):
 
     @torch.no_grad()
     def draw_negatives(self, i2t: Tensor, t2i: Tensor, is_positive: Tensor) -> tuple[Tensor, Tensor]:
-        """For each text a negative image and for each image a negative text, rows (B,) of all ranks' samples; likelier
-        the more similar.
+        """Draw for each text a negative image and for each image a negative text, rows (B,) of all ranks' samples;
+        similar ones are likelier.
         """
         images = draw_negatives(negative_weights(t2i, is_positive), is_positive)
         texts = draw_negatives(negative_weights(i2t, is_positive), is_positive)
         return images, texts
 
-    def pair_logits(self, tokens: Tensor, context: Context, texts: Texts, negatives: tuple[Tensor, Tensor]) -> Tensor:
-        """Match or no match (3B,2), of the pairs, of each text with a negative image and of each image with a negative
-        text.
+    def pair_logits(
+        self, tokens: Tensor, context: CrossAttentionKV, texts: Texts, negatives: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Return matching logits (3B,2) of the pairs, of each text with a negative image and of each image with a
+        negative text.
 
         An image's keys and values serve its own text and the negative one without being copied.
         """
@@ -135,14 +128,14 @@ class Blip2Qformer(Blip2Matching):
         if dist.world_size() == 1:
             other = context.select(negative_image)
         else:
-            other = self.Qformer.project_context(dist.fetch_rows(in_compute_type(tokens), negative_image))
+            other = self.project_kv(dist.fetch_rows(in_compute_type(tokens), negative_image))
         both = stack_texts(texts, fetch_texts(texts, negative_text, max_length=self.max_txt_len))
         ids, mask = (part.unflatten(0, (2, num_samples)).transpose(0, 1).flatten(0, 1) for part in both)
         own = self.matching_logits(ids, mask, context).unflatten(0, (num_samples, 2))
         return torch.cat([own[:, 0], self.matching_logits(*texts, other), own[:, 1]])
 
-    def generation_loss(self, texts: Texts, cache: Sequence[KeyValue]) -> Tensor:
-        """Language-model loss of the texts behind the queries, of which `cache` has the keys and values."""
+    def generation_loss(self, texts: Texts, cache: KeyValueCache) -> Tensor:
+        """Return the language-model loss of the texts after the queries, whose keys and values are cached."""
         ids, mask = texts
         ids = ids.clone()
         ids[:, 0] = self.decoder_start
@@ -163,7 +156,7 @@ class Blip2Qformer(Blip2Matching):
         prefix = self.image_prefix(image)
 
         def step_of(rows: list[int]) -> Step:
-            return self.step(select_cache(prefix, torch.tensor(rows, device=self.device)))
+            return self.step(prefix.select(torch.tensor(rows, device=self.device)))
 
         return generate_continuations(prompts, self, step_of, config)
 
@@ -172,37 +165,22 @@ class Blip2Qformer(Blip2Matching):
         check_prompts(prompts, self, self.decoding(self.generation.changed(**changes)))
 
     @torch.no_grad()
-    def image_prefix(self, image: Tensor) -> list[KeyValue]:
+    def image_prefix(self, image: Tensor) -> KeyValueCache:
         """Return the queries' keys and values for the images (B,3,H,W); text is decoded after them."""
         return self.Qformer(self.query_tokens, context=self.image_context(image))[1]
 
-    def step(self, prefix: Sequence[KeyValue]) -> Step:
-        """One decoding step of a text whose every token counts, behind the queries."""
+    def step(self, prefix: KeyValueCache) -> Step:
+        """Return the decoding step, after the queries, of texts without padding."""
 
-        def step(new_ids: Tensor, cache: Sequence[KeyValue] | None, length: int) -> tuple[Tensor, list[KeyValue]]:
+        def step(new_ids: Tensor, cache: KeyValueCache | None, length: int) -> tuple[Tensor, KeyValueCache]:
             mask = new_ids.new_ones(len(new_ids), length)
             states, cache = self.Qformer(None, new_ids, mask, past=prefix if cache is None else cache)
             return self.Qformer.logits(states[:, -1]), cache
 
         return step
 
-    def compute_sim_matrix(self, loader: DataLoader, k_test: int) -> tuple[np.ndarray, np.ndarray]:
-        """Scores (images, texts) and (texts, images) of an evaluation set, -100 where not among the `k_test` most
-        similar; with `k_test` 0 the similarities of all pairs.
+    def compute_sim_matrix(self, loader: GalleryLoader, k_test: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return scores (images, texts) and (texts, images) of an evaluation set, -100 where not among the `k_test`
+        most similar; with `k_test` 0 the similarities of all pairs.
         """
-
-        def encode_image(image: Tensor) -> tuple[Tensor, Tensor]:
-            tokens = self.encode_image(image)
-            return tokens, self.encode_queries(self.Qformer.project_context(tokens))
-
-        warn_of_cut_texts(self, loader.dataset.text)
-        retriever = Retriever(
-            device=self.device,
-            tokenize=partial(self.tokenize, max_length=self.max_txt_len),
-            encode_text=self.encode_text,
-            encode_image=encode_image,
-            similarity=best_query_similarity,
-            project_context=self.Qformer.project_context,
-            matching_logits=self.matching_logits,
-        )
-        return similarity_matrices(retriever, loader, k_test)
+        return similarity_matrices(self, loader, k_test)
