@@ -147,7 +147,10 @@ def test_another_size_than_the_models_is_an_error_that_names_both(
 
 
 def test_the_size_is_not_set_among_the_encoders_sizes() -> None:
-    for arch, words in (("blip_caption", "vit.image_size: set model.image_size instead"), ("blip2", "vit has no size")):
+    for arch, words in (
+        ("blip_caption", "vit.image_size: set model.image_size instead"),
+        ("blip2", "model.vit: no size"),
+    ):
         with pytest.raises(ValueError, match=words):
             load_model(arch, "tiny", vit={"image_size": 96})
 

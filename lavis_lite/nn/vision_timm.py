@@ -107,7 +107,7 @@ def timm_encoder(
     try:
         model = timm.create_model(name, pretrained=False, num_classes=0, **settings)
     except (TypeError, ValueError, AssertionError, RuntimeError, ZeroDivisionError, IndexError) as error:
-        raise InputError(f"timm's {name} cannot be built with {settings}: {error}") from error
+        raise InputError(f"model.vit: timm's {name} cannot be built with {settings}: {error}") from error
     return TimmEncoder(model, image_size=image_size)
 
 
