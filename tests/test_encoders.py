@@ -354,5 +354,5 @@ def test_the_timm_model_follows_its_wrapper(name: str) -> None:
 @pytest.mark.parametrize("name", ["eva_tiny", "clip_tiny", "blip_tiny", TIMM])
 def test_an_image_of_another_size_is_an_error(name: str) -> None:
     encoder = build_encoder(name, image_size=48, sizes={"patch_size": 12})
-    with pytest.raises(ValueError, match=r"image .*\(1, 3, 96, 96\).*\(B, 3, 48, 48\)"):
+    with pytest.raises(ValueError, match=r"image: .*\(1, 3, 96, 96\).*\(B, 3, 48, 48\)"):
         encoder(torch.zeros(1, 3, 96, 96))

@@ -171,7 +171,7 @@ def test_drop_path_grows_with_depth() -> None:
 def test_sizes_that_do_not_fit_are_errors() -> None:
     with pytest.raises(ValueError, match=r"model\.vit\.patch_size: .*50.*8"):
         vit_config("tiny", image_size=50)
-    with pytest.raises(ValueError, match=r"image .*\(1, 3, 32, 32\).*48"):
+    with pytest.raises(ValueError, match=r"image: .*\(1, 3, 32, 32\).*48"):
         BlipViT(vit_config("tiny"))(torch.zeros(1, 3, 32, 32))
     with pytest.raises(ValueError, match="5 patches"):
         interpolate_pos_embed(torch.zeros(1, 6, 4), 5)
