@@ -1,4 +1,4 @@
-"""What BLIP's and BLIP-2's models compute alike: outputs of a training step, features, matching of images and texts.
+"""Computation shared by BLIP and BLIP-2: outputs of a training step, features, matching of images and texts.
 
 Letters: B samples, T text tokens, E width, D width of the common space.
 """
@@ -27,7 +27,7 @@ class MatchingModel(RerankInterface, Protocol):
     text_proj: nn.Linear
 
     def text_states(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Return states (B,T,E) of texts read alone; token 0 stands for the text."""
+        """Return states (B,T,E) of texts read alone; token 0 represents the text."""
 
     def image_states(self, image: Tensor) -> Tensor:
         """Return states of images, which `vision_proj` projects."""

@@ -1,4 +1,4 @@
-"""The image encoders of BLIP-2 by name; their constructors download nothing.
+"""BLIP-2's image encoders by name; constructors download nothing.
 
 `eva_clip_g` and `clip_L` are the paper's (section 4.1), `blip_*` are BLIP's, `*_tiny` are small enough for a CPU; any
 other name is timm's.
