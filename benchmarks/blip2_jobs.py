@@ -27,6 +27,7 @@ from lavis_lite.common.registry import registry
 from lavis_lite.convert.folders import hf_config, hf_model
 from lavis_lite.models.batches import Texts, stack_texts
 from lavis_lite.models.blip2.base import PRECISIONS
+from lavis_lite.models.blip2.llm_tokenizer import Batch
 from lavis_lite.nn.attention import CrossAttentionKV
 from lavis_lite.nn.decoding import GenerationConfig
 from lavis_lite.nn.llm import LLMAdapter, Prefix
@@ -225,10 +226,11 @@ def stage2_inputs(model: Any, hf: Any, image: Tensor, texts: list[str]) -> tuple
         read = [" ".join(text[: len(text) // 2]) for text in words]
         written = [" ".join(text[len(text) // 2 :]) for text in words]
         samples = {"image": image, "text_input": read, "text_output": written}
-        batch = model.llm_tokenizer.answer_batch(read, written)
+        texts_batch = model.llm_tokenizer.answer_batch(read, written)
     else:
         samples = {"image": image, "text_input": texts}
-        batch = model.llm_tokenizer.caption_batch(texts, model.prompt)
+        texts_batch = model.llm_tokenizer.caption_batch(texts, model.prompt)
+    batch = Batch(*(tensor.to(image.device) for tensor in texts_batch))
     inputs = image_inputs(model, hf, image, batch.ids, batch.mask)
     num_unlabelled = 0 if model.lm.is_encoder_decoder else inputs["input_ids"].shape[1] - batch.ids.shape[1]
     return samples, {**inputs, "labels": F.pad(batch.labels, (num_unlabelled, 0), value=IGNORED)}

@@ -115,7 +115,7 @@ def test_a_batch_writes_what_its_members_write_alone(arch: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ["blip2_opt", "blip2_t5"])
-def test_prompts_are_one_for_all_or_one_a_sample(arch: str) -> None:
+def test_a_prompt_is_one_for_all_samples_or_one_per_sample(arch: str) -> None:
     model = build(arch)
     image, settings = pictures(2), {"num_beams": 2, "max_length": 6}
     one = model.generate({"image": image, "prompt": "a photo of"}, **settings)
@@ -130,7 +130,7 @@ def test_prompts_are_one_for_all_or_one_a_sample(arch: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ["blip2_opt", "blip2_t5"])
-def test_lengths_count_what_they_say(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_max_length_counts_the_start_token_of_a_causal_model(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = build(arch), []
     generate = model.lm.generate
     monkeypatch.setattr(model.lm, "generate", lambda *args: seen.append(args[2]) or generate(*args))
@@ -145,9 +145,9 @@ def test_lengths_count_what_they_say(arch: str, monkeypatch: pytest.MonkeyPatch)
 def test_messages_show_the_lengths_that_were_given(arch: str) -> None:
     """Not those that count the start token too."""
     model, samples = build(arch), {"image": pictures(1), "text_input": "what?"}
-    with pytest.raises(ValueError, match=r"min_length 20 is above max_length 5: lower it"):
+    with pytest.raises(ValueError, match=r"min_length 20 .*max_length 5"):
         model.generate(samples, max_length=5, min_length=20)
-    with pytest.raises(ValueError, match=r"min_length 20 is above max_length 5: lower it"):
+    with pytest.raises(ValueError, match=r"min_length 20 .*max_length 5"):
         model.predict_answers(samples, max_len=5, min_len=20)
     with pytest.raises(ValueError, match=r"^max_length: .* got 0"):
         model.predict_answers(samples, max_len=0, min_len=0)
@@ -199,7 +199,7 @@ def test_a_start_token_that_all_answers_share_does_not_choose_between_them(tmp_p
     assert order.any()
 
 
-def test_the_question_goes_into_the_gap_of_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_question_replaces_the_placeholder_of_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = build("blip2_opt"), []
     monkeypatch.setattr(model, "prompt_embeds", lambda samples, prompts, **_: seen.append(prompts) or [None, None])
     monkeypatch.setattr(model.lm, "generate", lambda *_: Decoded(torch.tensor([[2, 68], [2, 68]])))
@@ -231,24 +231,24 @@ def test_prompt_forms() -> None:
     assert question_prompts({"text_input": ["a {} {b}"]}, "Q: {}", 1) == ["Q: a {} {b}"]
     assert generation_prompts(words, "Read: {}. Q: {}", 1) == ["Read: " + ", ".join(["x"] * 30) + ". Q: who?"]
     assert generation_prompts(words, "Read: {}", 1) == ["Read: " + ", ".join(["x"] * 30)]
-    with pytest.raises(ValueError, match="two placeholders"):
+    with pytest.raises(ValueError, match=r"ocr_tokens.*choices"):
         question_prompts({"text_input": ["who?"]}, "{} {}", 1)
 
 
-def test_prompts_with_gaps_left_over_and_texts_for_lists() -> None:
-    with pytest.raises(ValueError, match=r"'Read: \{\}. Q: \{\}' has 2 placeholders.* 1 texts"):
+def test_placeholders_without_a_text_and_texts_in_place_of_lists() -> None:
+    with pytest.raises(ValueError, match=r"'Read: \{\}. Q: \{\}' .*2 .*1 "):
         generation_prompts({"ocr_tokens": [["a"]]}, "Read: {}. Q: {}", 1)
-    with pytest.raises(ValueError, match=r"has 2 placeholders.* 1 texts"):
+    with pytest.raises(ValueError, match=r"'Q: \{\} Options: \{\}' .*2 .*1 "):
         class_prompts({"prompt": "Q: {} Options: {}", "text_input": ["who?"]}, "", 1)
     for key in ("ocr_tokens", "choices"):
-        with pytest.raises(ValueError, match="expected a list of texts for each image, got the text 'word'"):
+        with pytest.raises(ValueError, match="'word'"):
             question_prompts({"text_input": ["who?"], key: ["word"]}, "{} {}", 1)
 
 
 def test_the_lemmatizer_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("blip2_opt", apply_lemmatizer=True)
     monkeypatch.setitem(sys.modules, "spacy", None)
-    with pytest.raises(ImportError, match="apply_lemmatizer needs spaCy"):
+    with pytest.raises(ImportError, match=r"apply_lemmatizer.*spacy"):
         model.predict_answers({"image": pictures(1), "text_input": ["who?"]}, max_len=2)
 
 
@@ -278,6 +278,16 @@ def test_a_video_is_seen_frame_after_frame() -> None:
 
 
 # training
+
+
+def test_a_frozen_image_encoder_stays_in_evaluation_mode() -> None:
+    """Without drop path, two training passes see the same tokens; an encoder that is trained drops paths."""
+    for freeze_vit in (True, False):
+        vit = {**SIZES["vit"], "depth": 4}
+        model = build("blip2_opt", drop_path_rate=0.9, freeze_vit=freeze_vit, vit=vit).train()
+        first, second = (model.encode_image(pictures(8)) for _ in range(2))
+        assert torch.equal(first, second) == freeze_vit
+        assert model.visual_encoder.training != freeze_vit
 
 
 def test_captions_are_split_uniformly_up_to_half() -> None:
@@ -337,7 +347,7 @@ def test_a_byte_level_vocabulary_gets_the_space_before_an_answer() -> None:
     assert coder.inputs(["the star is"])[0] + coder.continuations(["red"], end=False)[0] == joint
 
 
-def test_the_qformer_reads_the_question_if_it_is_told_to() -> None:
+def test_the_qformer_reads_the_question_with_qformer_text_input() -> None:
     for reads in (True, False):
         model = build("blip2_opt", qformer_text_input=reads)
         samples = {"image": pictures(2)}
@@ -406,7 +416,7 @@ def test_stage_two_starts_from_stage_one(tmp_path: Path) -> None:
     cls = type(model)
     loaded = cls.from_config(config_of("blip2_opt", pretrained=str(tmp_path / "stage1.pth")))
     assert torch.equal(loaded.query_tokens, model.query_tokens)
-    with pytest.raises(ValueError, match=r"lacks 2 trainable keys.*opt_proj"):
+    with pytest.raises(ValueError, match="opt_proj"):
         cls.from_config(config_of("blip2_opt", finetuned=str(tmp_path / "stage1.pth")))
 
 
@@ -517,12 +527,12 @@ class TestRefusedBeforeLoading:
     @pytest.mark.parametrize("kind", ["checkpoint", "finetuned", "pretrained"])
     def test_a_checkpoint_of_a_wider_language_model(self, kind: str, tmp_path: Path) -> None:
         source = self.saved(tmp_path, **{"opt_proj.weight": torch.zeros(2560, 32)})
-        with pytest.raises(ValueError, match=r"language model of width 2560, but .*opt has 32: set model.opt_model"):
+        with pytest.raises(ValueError, match=r"2560, .*opt has 32: .*model\.opt_model"):
             self.from_config("blip2_opt", **{kind: source})
 
     def test_a_checkpoint_of_another_vocabulary(self, tmp_path: Path) -> None:
         source = self.saved(tmp_path, **{"opt_model.lm_head.weight": torch.zeros(500, 32)})
-        with pytest.raises(ValueError, match=r"vocabulary of 500 tokens \(opt_model.lm_head.weight\), but .* has 380"):
+        with pytest.raises(ValueError, match=r"500 .*opt_model\.lm_head\.weight.* 380"):
             self.from_config("blip2_opt", checkpoint=source)
 
     def test_a_language_model_of_another_family(self) -> None:
@@ -534,7 +544,7 @@ class TestRefusedBeforeLoading:
             registry.get_model_class("blip2_llm").from_config(SIZES)
 
     def test_a_missing_folder(self, tmp_path: Path) -> None:
-        with pytest.raises(FileNotFoundError, match="no_such does not exist"):
+        with pytest.raises(FileNotFoundError, match="no_such"):
             self.from_config("blip2_opt", opt_model=str(tmp_path / "no_such"))
 
     def test_a_missing_tokenizer(self, tmp_path: Path) -> None:
@@ -543,16 +553,16 @@ class TestRefusedBeforeLoading:
             self.from_config("blip2_opt", opt_model=str(tmp_path))
 
     def test_fp16_on_the_cpu(self) -> None:
-        with pytest.raises(ValueError, match="llm_precision=fp16 does not run on the CPU"):
+        with pytest.raises(ValueError, match=r"llm_precision.*fp16"):
             self.from_config("blip2_opt", llm_precision="fp16")
 
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
             ({"llm_precision": "fp8"}, "llm_precision: .*'fp8'"),
-            ({"llm_precision": "bf16", "freeze_llm": False}, "would train weights in it"),
+            ({"llm_precision": "bf16", "freeze_llm": False}, "llm_precision"),
             ({"llm_quantization": "int3"}, "llm_quantization: .*'int3'"),
-            ({"llm": {"hidden": 3}}, "a opt config has no hidden to override"),
+            ({"llm": {"hidden": 3}}, "hidden"),
         ],
     )
     def test_settings(self, settings: dict[str, Any], message: str) -> None:
@@ -563,38 +573,38 @@ class TestRefusedBeforeLoading:
 @pytest.mark.parametrize("arch", ["blip2_opt", "blip2_t5"])
 def test_bad_samples(arch: str) -> None:
     model, image = build(arch), pictures(2)
-    with pytest.raises(ValueError, match=r"samples\['image'\] is missing"):
+    with pytest.raises(ValueError, match=r"\['image'\]"):
         model.generate({"prompt": "a photo of"})
-    with pytest.raises(ValueError, match=r"shape \(3, 32, 32\); it must be a batch"):
+    with pytest.raises(ValueError, match=r"\['image'\].*\(3, 32, 32\)"):
         model.generate({"image": image[0]})
-    with pytest.raises(ValueError, match="3 texts were given for 2 images"):
+    with pytest.raises(ValueError, match=r"(?=.*\['prompt'\])(?=.*3)(?=.*2)"):
         model.generate({"image": image, "prompt": ["a", "b", "c"]})
-    with pytest.raises(ValueError, match="1 texts were given for 2 images"):
+    with pytest.raises(ValueError, match=r"(?=.*\['text_input'\])(?=.*1)(?=.*2)"):
         model({"image": image, "text_input": ["a"]})
-    with pytest.raises(ValueError, match=r"samples\['text_input'\] is missing"):
+    with pytest.raises(ValueError, match=r"\['text_input'\]"):
         model({"image": image})
-    with pytest.raises(ValueError, match=r"samples\['text_input'\] is missing"):
+    with pytest.raises(ValueError, match=r"\['text_input'\]"):
         model.predict_answers({"image": image})
-    with pytest.raises(ValueError, match="give answer_list, or use generate"):
+    with pytest.raises(ValueError, match="answer_list"):
         model.predict_answers({"image": image, "text_input": QUESTIONS[:2]}, inference_method="rank")
-    with pytest.raises(ValueError, match="not one of rank, generate"):
+    with pytest.raises(ValueError, match=r"inference_method.*guess"):
         model.predict_answers({"image": image, "text_input": QUESTIONS[:2]}, inference_method="guess")
     asked = {"image": image, "text_input": QUESTIONS[:2]}
-    with pytest.raises(ValueError, match=r"in answer_list must be a list of texts; got 'red'"):
+    with pytest.raises(ValueError, match=r"answer_list.*'red'"):
         model.predict_answers(asked, inference_method="rank", answer_list="red")
-    with pytest.raises(ValueError, match=r"candidate 1 in answer_list must be a text that is not empty; got ''"):
+    with pytest.raises(ValueError, match=r"1\b.*answer_list.*''|answer_list\[1\].*''"):
         model.predict_answers(asked, inference_method="rank", answer_list=["red", ""])
-    with pytest.raises(ValueError, match="num_ans_candidates 0 must be at least 1"):
+    with pytest.raises(ValueError, match=r"num_ans_candidates\b.*0"):
         model.predict_answers(asked, inference_method="rank", answer_list=["red"], num_ans_candidates=0)
     for prompt in (None, 3):
-        with pytest.raises(ValueError, match=f"{prompt} is neither a text nor a list of one a sample"):
+        with pytest.raises(ValueError, match=rf"\['prompt'\].*{prompt}"):
             model.generate({"image": image, "prompt": prompt})
 
 
 def test_a_prompt_longer_than_the_context() -> None:
     limit = json.loads((TINY / "opt" / "config.json").read_text())["max_position_embeddings"]
     model = build("blip2_opt")
-    with pytest.raises(ValueError, match=rf"the language model's context has {limit}: shorten the prompt"):
+    with pytest.raises(ValueError, match=f"{limit}"):
         model.generate({"image": pictures(1), "prompt": "a photo of a red square and " * 40})
 
 

@@ -293,9 +293,9 @@ def test_inputs_beyond_the_context_are_refused() -> None:
     lm = adapter(random_model("opt"))
     embeds, mask = torch.zeros(1, 60, lm.width), torch.ones(1, 60, dtype=torch.long)
     lm.generate(embeds, mask, lm.decoding(GenerationConfig(max_length=5)))
-    with pytest.raises(ValueError, match=r"take 65 tokens, but the language model's context has 64"):
+    with pytest.raises(ValueError, match=r"65 .*64"):
         lm.generate(embeds, mask, lm.decoding(GenerationConfig(max_length=6)))
-    with pytest.raises(ValueError, match="context has 64"):
+    with pytest.raises(ValueError, match="64"):
         lm.loss(torch.zeros(1, 65, lm.width), torch.ones(1, 65, dtype=torch.long), torch.tensor([[5]]))
 
 
@@ -307,11 +307,11 @@ def test_texts_beyond_the_context_of_a_decoder_are_refused() -> None:
     assert lm.loss(embeds, mask, text).isfinite()
     assert lm.candidate_losses(lm.prefix(embeds, mask), text[None], torch.ones_like(text)[None]).isfinite().all()
     longer = torch.full((4, 65), 5)
-    with pytest.raises(ValueError, match="take 65 tokens, but the language model's context has 64"):
+    with pytest.raises(ValueError, match=r"65 .*64"):
         lm.generate(embeds, mask, lm.decoding(GenerationConfig(max_length=66)))
-    with pytest.raises(ValueError, match="context has 64"):
+    with pytest.raises(ValueError, match="64"):
         lm.loss(embeds, mask, longer)
-    with pytest.raises(ValueError, match="context has 64"):
+    with pytest.raises(ValueError, match="64"):
         lm.candidate_losses(lm.prefix(embeds, mask), longer[None], torch.ones_like(longer)[None])
 
 
@@ -402,7 +402,7 @@ def test_missing_weights_are_an_error(tmp_path: Path) -> None:
     state = load_file(folder / "model.safetensors")
     del state["model.decoder.layers.1.fc1.weight"]
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks 1 tensors of the language model: model.decoder.layers.1.fc1.weight"):
+    with pytest.raises(ValueError, match=r"model\.decoder\.layers\.1\.fc1\.weight"):
         load_language_model(folder, dtype=torch.float32)
 
 
@@ -504,16 +504,16 @@ class TestRefused:
         load_language_model(source, dtype=torch.float32, **settings)
 
     def test_a_missing_folder(self, tmp_path: Path) -> None:
-        with pytest.raises(FileNotFoundError, match=r"no_such does not.*\(tiny_opt, tiny_t5, tiny_vicuna\)"):
+        with pytest.raises(FileNotFoundError, match=r"no_such .*tiny_opt, tiny_t5, tiny_vicuna"):
             self.load(tmp_path / "no_such")
 
     def test_a_hub_id_without_a_network(self) -> None:
-        with pytest.raises(FileNotFoundError, match=r"config.json could not be loaded from no-such/model"):
+        with pytest.raises(FileNotFoundError, match=r"config\.json .*no-such/model"):
             self.load("no-such/model")
 
     def test_a_folder_without_tokenizer(self, tmp_path: Path) -> None:
         files = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
-        with pytest.raises(FileNotFoundError, match=r"tokenizer \(tokenizer.json, or vocab and merges\)"):
+        with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
             self.load(without(tmp_path, *files))
 
     def test_a_class_that_transformers_lacks(self, tmp_path: Path) -> None:
@@ -539,11 +539,11 @@ class TestRefused:
             self.load(tmp_path)
 
     def test_a_tokenizer_of_another_model(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"the tokenizer has 380 tokens, but the language model's vocabulary 300"):
+        with pytest.raises(ValueError, match=r"380 .*300"):
             self.load(without(tmp_path, vocab_size=300))
 
     def test_an_unknown_size(self) -> None:
-        with pytest.raises(ValueError, match="a opt config has no hidden_sise to override"):
+        with pytest.raises(ValueError, match="hidden_sise"):
             self.load(TINY / "opt", overrides={"hidden_sise": 3})
 
     def test_an_unknown_quantization(self) -> None:

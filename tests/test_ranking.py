@@ -13,7 +13,7 @@ from torch import Tensor
 
 CANDIDATES = ["yes", "no", "a red square", "on the table near the water", "two"]
 OWN = [["red", "blue", "two dogs"], ["yes", "no"], CANDIDATES]
-ASKED = ["what color is the star?", "is it a dog?", "how many black dogs are there in the park near the water?"]
+QUESTIONS = ["what color is the star?", "is it a dog?", "how many black dogs are there in the park near the water?"]
 VICUNAS = ("blip2_vicuna", "blip2_vicuna_instruct")
 
 
@@ -29,7 +29,7 @@ def videos(count: int = 3, num_frames: int = 2) -> Tensor:
 
 
 def samples_of(kind: str = "image") -> dict[str, Any]:
-    return {"image": pictures() if kind == "image" else videos(), "text_input": ASKED}
+    return {"image": pictures() if kind == "image" else videos(), "text_input": QUESTIONS}
 
 
 @torch.no_grad()
@@ -80,7 +80,7 @@ def test_each_loss_is_that_of_a_whole_pass(arch: str) -> None:
 def test_an_answer_list_is_ranked_as_candidates_are(arch: str) -> None:
     model, samples = build(arch), samples_of()
     settings = {"inference_method": "rank", "answer_list": CANDIDATES}
-    order, losses = model.rank_answers(samples, ASKED, CANDIDATES, len(CANDIDATES))
+    order, losses = model.rank_answers(samples, QUESTIONS, CANDIDATES, len(CANDIDATES))
     torch.testing.assert_close(losses, model.class_losses(samples, CANDIDATES, divided=False).gather(1, order))
     likeliest = [CANDIDATES[row[0]] for row in model.predict_class(samples, CANDIDATES).tolist()]
     assert model.predict_answers(samples, **settings) == likeliest
@@ -107,7 +107,7 @@ def test_a_batch_ranks_as_its_members_do_alone(arch: str, kind: str) -> None:
 @pytest.mark.parametrize("arch", ["blip2_vicuna_instruct", "blip2_t5_instruct"])
 def test_a_batch_of_videos_writes_what_its_members_write_alone(arch: str) -> None:
     model, samples = build(arch), samples_of("video")
-    asked = {"image": samples["image"], "prompt": ASKED}
+    asked = {"image": samples["image"], "prompt": QUESTIONS}
     together = model.generate(asked, num_beams=3, max_length=8)
     assert model.generate(rows(asked, [2, 0, 1]), num_beams=3, max_length=8) == [together[i] for i in (2, 0, 1)]
     assert [model.generate(rows(asked, [i]), num_beams=3, max_length=8)[0] for i in range(3)] == together
@@ -141,7 +141,7 @@ def test_segments_change_vicunas_divisor_alone() -> None:
     model = build("blip2_vicuna_instruct")
     ratio = model.class_losses(samples, [CANDIDATES] * 3, 2) / model.class_losses(samples, [CANDIDATES] * 3)
     counts = [len(row) for row in model.llm_tokenizer.continuations(CANDIDATES, end=False)]
-    for row, question in enumerate(ASKED):
+    for row, question in enumerate(QUESTIONS):
         num_read = model.query_tokens.shape[1] + len(model.llm_tokenizer.inputs([question])[0]) - 1
         divisors = torch.tensor([max(counts[:2])] * 2 + [max(counts[2:])] * 3) + num_read
         torch.testing.assert_close(ratio[row], (max(counts) + num_read) / divisors)
@@ -149,7 +149,7 @@ def test_segments_change_vicunas_divisor_alone() -> None:
         model.class_losses(samples, OWN, 3)
 
 
-def test_what_is_asked() -> None:
+def test_text_input_in_prompts_of_candidates() -> None:
     """`text_input` alone without a prompt or in a prompt without a gap of the model's own; in the gap of another."""
     model, seen = build("blip2_vicuna_instruct", prompt="a photo of"), []
     asked = model.prompt_embeds
@@ -169,12 +169,12 @@ def test_what_is_asked() -> None:
     ("candidates", "message"),
     [
         ([], "candidates: an empty list"),
-        ("yes", "must be a list of texts, or one such list for each image; got 'yes'"),
-        ([["yes"], [], ["no"]], "candidates of sample 1 are an empty list"),
-        ([["yes"], "no", ["no"]], "candidates of sample 1 must be a list of texts; got 'no'"),
-        (["yes", " "], "candidate 1 must be a text that is not empty; got ' '"),
-        (["yes", ["no"]], r"candidate 1 must be a text that is not empty; got \['no'\]"),
-        ([["yes"], ["no"], ["a", ""]], "candidate 1 of sample 2 must be a text that is not empty"),
+        ("yes", "candidates.*'yes'"),
+        ([["yes"], [], ["no"]], "sample 1"),
+        ([["yes"], "no", ["no"]], "sample 1.*'no'"),
+        (["yes", " "], "1.*' '"),
+        (["yes", ["no"]], r"1.*\['no'\]"),
+        ([["yes"], ["no"], ["a", ""]], "1 of sample 2"),
         ([["yes"], ["no"]], "candidates: 2 lists .* 3 images"),
         (
             ["yes", "on the table near the water"],
@@ -202,16 +202,16 @@ def test_the_longest_candidate_that_fits() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"text_input": ASKED[:2]}, "2 texts were given for 3 images"),
-        ({"text_input": [[text] for text in ASKED[:2]]}, "2 texts were given for 3 images"),
-        ({"prompt": ["{}"] * 2}, "2 texts were given for 3 images"),
-        ({"context": ["a park"] * 4}, "4 texts were given for 3 images"),
-        ({"image": [pictures(1)[0], videos(1)[0], pictures(1)[0]]}, r"is a list of shapes \[\(3, 32, 32\), \(3, 2, 32"),
-        ({"image": [pictures(1)[0], pictures(1)[0][:, :16]]}, "it must be one tensor: stack images of one size"),
-        ({"image": videos()[:, :, :0]}, r"shape \(3, 3, 0, 32, 32\): there is no image or no frame"),
-        ({"image": videos().transpose(1, 2)}, "put the frames of a video after its channels"),
-        ({"image": "cat.jpg"}, "is a str; it must be one tensor"),
-        ({"text_input": ["is it red? " * 200] * 3}, "the language model's context has 256: shorten the prompt"),
+        ({"text_input": QUESTIONS[:2]}, "2 .*3 "),
+        ({"text_input": [[text] for text in QUESTIONS[:2]]}, "2 .*3 "),
+        ({"prompt": ["{}"] * 2}, "prompt.*2 .*3 "),
+        ({"context": ["a park"] * 4}, "context.*4 .*3 "),
+        ({"image": [pictures(1)[0], videos(1)[0], pictures(1)[0]]}, r"image.*\(3, 32, 32\), \(3, 2, 32"),
+        ({"image": [pictures(1)[0], pictures(1)[0][:, :16]]}, r"image.*\(3, 32, 32\), \(3, 16, 32"),
+        ({"image": videos()[:, :, :0]}, r"image.*\(3, 3, 0, 32, 32\)"),
+        ({"image": videos().transpose(1, 2)}, r"image.*\(3, 2, 3, 32, 32\)"),
+        ({"image": "cat.jpg"}, "image.*str"),
+        ({"text_input": ["is it red? " * 200] * 3}, "256"),
     ],
 )
 def test_bad_batches(changes: dict[str, Any], message: str) -> None:
@@ -227,13 +227,13 @@ def test_bad_batches(changes: dict[str, Any], message: str) -> None:
 
 def test_a_candidate_beyond_the_context() -> None:
     model = build("blip2_vicuna_instruct", max_output_txt_len=400)
-    with pytest.raises(ValueError, match="the language model's context has 256"):
+    with pytest.raises(ValueError, match="256"):
         model.class_losses(samples_of(), ["yes", "a red square " * 80])
 
 
-def test_words_of_another_number_of_images() -> None:
+def test_ocr_tokens_of_another_number_of_images() -> None:
     model = build("blip2_vicuna_instruct")
-    with pytest.raises(ValueError, match="1 texts were given for 3 images"):
+    with pytest.raises(ValueError, match=r"ocr_tokens.*1 .*3 "):
         model.generate({"image": pictures(), "prompt": "read: {}", "ocr_tokens": [["a"]]})
 
 
@@ -244,12 +244,12 @@ def test_words_of_another_number_of_images() -> None:
 def test_training_on_a_video_is_training_on_its_frames(arch: str) -> None:
     """Loss and gradients against frames that are seen one by one and joined by hand; without dropout."""
     model, video, answers = build(arch), videos(2, 3), ["red", "two black dogs"]
-    model({"image": video, "text_input": ASKED[:2], "text_output": answers})["loss"].backward()
+    model({"image": video, "text_input": QUESTIONS[:2], "text_output": answers})["loss"].backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     assert gradients["query_tokens"].norm() > 0
     model.zero_grad()
-    frames = [model.image_embeds({"image": video[:, :, i]}, ASKED[:2]) for i in range(3)]
-    batch = model.llm_tokenizer.answer_batch(ASKED[:2], answers)
+    frames = [model.image_embeds({"image": video[:, :, i]}, QUESTIONS[:2]) for i in range(3)]
+    batch = model.llm_tokenizer.answer_batch(QUESTIONS[:2], answers)
     model.lm.loss(*model.concat_embeds(torch.cat(frames, dim=1), batch.ids, batch.mask), batch.labels).backward()
     by_hand = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert gradients.keys() == by_hand.keys()

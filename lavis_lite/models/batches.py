@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lavis_lite.common import dist
 from lavis_lite.common.wording import without_false_spaces
-from lavis_lite.nn.decoding import DecodingConfig, Step, decode
+from lavis_lite.nn.decoding import DecodingConfig, ScoredText, Step, decode
 
 logger = logging.getLogger(__name__)
 
@@ -108,12 +108,12 @@ def group_by_prompt(prompts: Sequence[str], answer: Callable[[str, list[int]], l
 
 def generate_continuations(
     prompts: Sequence[str], model: Any, step_of: Callable[[list[int]], Step], config: DecodingConfig
-) -> list[Any]:
+) -> list[str | ScoredText]:
     """Generate continuations of each prompt, returned without it, with the tokenizer of BLIP's captioner or the
     Q-Former; `step_of` returns the decoding step of the samples with these rows.
     """
 
-    def captions(prompt: str, rows: list[int]) -> list[Any]:
+    def captions(prompt: str, rows: list[int]) -> list[str | ScoredText]:
         ids = model.tokenize([prompt] * len(rows), start=model.decoder_start)[0][:, :-1]
         start = model.tokenizer.decode(ids[0], skip_special_tokens=True)  # as it appears in the decoded texts
         decoded = decode(step_of(rows), ids, config)

@@ -146,6 +146,9 @@ class DecodingConfig(GenerationConfig):
         return replace(self, **lengths) if lengths else self
 
 
+ScoredText = tuple[str, float]
+
+
 class Decoded(NamedTuple):
     """Token ids (N,L), prompt first, padded after the end token, and with `return_scores` the scores (N,).
 
@@ -158,9 +161,9 @@ class Decoded(NamedTuple):
     ids: Tensor
     scores: Tensor | None = None
 
-    def with_scores(self, texts: list[str]) -> list[Any]:
+    def with_scores(self, texts: list[str]) -> list[str | ScoredText]:
         """Return the decoded texts, or with scores pairs (text, score)."""
-        return texts if self.scores is None else list(zip(texts, self.scores.tolist(), strict=True))
+        return [*texts] if self.scores is None else list(zip(texts, self.scores.tolist(), strict=True))
 
 
 class Cache(Protocol):

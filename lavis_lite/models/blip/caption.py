@@ -22,7 +22,7 @@ from lavis_lite.models.inputs import (
 from lavis_lite.models.tokenizers import tokenize
 from lavis_lite.nn.attention import CrossAttentionKV, KeyValueCache
 from lavis_lite.nn.bert import BertLMHeadModel
-from lavis_lite.nn.decoding import GenerationConfig, Step
+from lavis_lite.nn.decoding import GenerationConfig, ScoredText, Step
 from lavis_lite.nn.losses import IGNORED, language_modeling_loss
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,9 @@ class BlipCaption(BlipBase):
         """Return the number of tokens of the prompt and `[DEC]`."""
         return len(self.tokenizer(prompt).input_ids) - 1
 
-    def generate(self, samples: dict[str, Any], *, return_scores: bool = False, **changes: Any) -> list[Any]:
+    def generate(
+        self, samples: dict[str, Any], *, return_scores: bool = False, **changes: Any
+    ) -> list[str | ScoredText]:
         """Return captions of `image` (B,3,H,W), `num_captions` of each in turn, without the prompt.
 
         `samples["prompt"]`, one text or one per sample, replaces the model's. `changes` replace settings of

@@ -5,7 +5,6 @@ trainable keys only; the image encoder then comes from `vit_weights` (default: t
 """
 
 import contextlib
-import logging
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import fields
 from typing import Any, ClassVar, Self
@@ -49,8 +48,6 @@ from lavis_lite.nn.encoders import (
 )
 from lavis_lite.nn.qformer import QFormer, QFormerConfig
 from lavis_lite.nn.vision import encoder_scale
-
-logger = logging.getLogger(__name__)
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RANDOM = "random"
@@ -130,14 +127,7 @@ class Blip2Base(BaseModel):
         nn.init.normal_(self.query_tokens, std=config.initializer_range)
 
     def _freeze_encoder(self, precision: str) -> None:
-        dtype = PRECISIONS["fp32"] if precision == "auto" else PRECISIONS.get(precision)
-        if dtype is None:
-            raise InputError(f"model.vit_precision: must be one of auto, {', '.join(PRECISIONS)}; got {precision!r}")
-        if not self.freeze_vit and dtype != torch.float32:
-            raise InputError(
-                f"model.vit_precision: {precision} with freeze_vit=False would train weights in {precision}: "
-                "set vit_precision=fp32 (run.precision still chooses the precision of computation)"
-            )
+        dtype = weight_dtype("vit_precision", precision, auto=torch.float32, is_trained=not self.freeze_vit)
         self.visual_encoder.to(dtype)
         if self.freeze_vit:
             self.visual_encoder.requires_grad_(False)
@@ -246,8 +236,27 @@ class Blip2Base(BaseModel):
         return LazyState(rest.readers | encoder.readers)
 
     def is_restorable(self, name: str) -> bool:
-        """Whether a frozen parameter can be fetched again from its own source."""
+        """Return whether a frozen parameter can be fetched again from its own source."""
         return any(name.startswith(prefix) and source is not None for prefix, source in self.sources.items())
+
+
+def weight_dtype(key: str, precision: str, *, auto: torch.dtype, is_trained: bool) -> torch.dtype:
+    """Return the precision of weights. InputError for an unknown one, and for weights trained in a low one."""
+    if precision not in ("auto", *PRECISIONS):
+        raise InputError(f"model.{key}: must be one of auto, {', '.join(PRECISIONS)}; got {precision!r}")
+    dtype = PRECISIONS.get(precision, auto)
+    if is_trained and dtype != torch.float32:
+        raise InputError(
+            f"model.{key}: {precision} would train weights in it: set fp32 or auto (run.precision still sets the "
+            "precision of computation)"
+        )
+    return dtype
+
+
+def refuse_fp16_on_cpu(key: str, precision: Any, device: str | torch.device) -> None:
+    """Raise InputError for fp16 on the CPU, which has no kernels for it."""
+    if precision == "fp16" and torch.device(device).type == "cpu":
+        raise InputError(f"model.{key}: fp16 does not run on the CPU: set it to auto, bf16 or fp32")
 
 
 def num_text_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -267,12 +276,11 @@ def encoder_source(vit_model: str, vit_weights: str | None) -> str | None:
 
 
 def encoder_precision(cfg: dict[str, Any], device: torch.device) -> str:
-    """Return `vit_precision` with `auto` resolved. InputError for fp16 on the CPU, which has no kernels for it."""
+    """Return `vit_precision` with `auto` resolved for the device."""
     precision = cfg.get("vit_precision", "auto")
     if precision == "auto":
         return "fp16" if device.type == "cuda" and cfg.get("freeze_vit", True) else "fp32"
-    if precision == "fp16" and device.type == "cpu":
-        raise InputError("model.vit_precision=fp16 does not run on the CPU: set it to auto, bf16 or fp32")
+    refuse_fp16_on_cpu("vit_precision", precision, device)
     return precision
 
 

@@ -23,7 +23,7 @@ from lavis_lite.common.errors import InputError
 from lavis_lite.common.sources import weights
 from lavis_lite.common.sources.weights import LazyState, Reader
 from lavis_lite.models.base import Output, chosen_weights
-from lavis_lite.models.blip2.base import TEXT_PARTS, Blip2Base
+from lavis_lite.models.blip2.base import TEXT_PARTS, Blip2Base, refuse_fp16_on_cpu
 from lavis_lite.models.blip2.families import LLMFamily
 from lavis_lite.models.blip2.llm_checks import check_fit, llm_dtype, start_id
 from lavis_lite.models.blip2.llm_tokenizer import LLMTokenizer
@@ -49,7 +49,7 @@ from lavis_lite.models.inputs import (
     whole_number,
 )
 from lavis_lite.nn import lora
-from lavis_lite.nn.decoding import DecodingConfig, GenerationConfig
+from lavis_lite.nn.decoding import Decoded, DecodingConfig, GenerationConfig, ScoredText
 from lavis_lite.nn.llm import LLMAdapter
 from lavis_lite.nn.llm_loading import check_language_model, load_language_model
 from lavis_lite.nn.llm_sources import has_weights, language_model_config
@@ -157,8 +157,7 @@ class Blip2LLM(Blip2Base):
     @classmethod
     def from_config(cls, cfg: dict[str, Any], *, device: str | torch.device = "cpu") -> Self:
         """Build the model as `BaseModel` does; sizes that do not fit are found before the language model is loaded."""
-        if cfg.get("llm_precision") == "fp16" and torch.device(device).type == "cpu":
-            raise InputError("model.llm_precision=fp16 does not run on the CPU: set it to auto, bf16 or fp32")
+        refuse_fp16_on_cpu("llm_precision", cfg.get("llm_precision"), device)
         source = cfg.get(f"{cls.family.prefix}_model", cls.family.source)
         config, chosen = cls.llm_config(source, cfg.get("llm")), chosen_weights(cfg)
         if chosen is not None:
@@ -258,7 +257,9 @@ class Blip2LLM(Blip2Base):
     # Generation
 
     @torch.no_grad()
-    def generate(self, samples: dict[str, Any], *, return_scores: bool = False, **changes: Any) -> list[Any]:
+    def generate(
+        self, samples: dict[str, Any], *, return_scores: bool = False, **changes: Any
+    ) -> list[str | ScoredText]:
         """Return generated texts about each `image` (B,3,H,W) or video, `num_captions` for each in turn.
 
         `samples["prompt"]`, one text or one per sample, replaces the model's. `changes` replace settings of
@@ -269,7 +270,8 @@ class Blip2LLM(Blip2Base):
         generation = self.generation.changed(**changes)
         config = self.lm.decoding(generation, num_uncounted=num_uncounted, return_scores=return_scores)
         prompts = generation_prompts(samples, self.prompt, len(image_of(samples, video=True, answering=True)))
-        return self._write(samples, prompts, config)
+        decoded = self._write(samples, prompts, config)
+        return decoded.with_scores(self.llm_tokenizer.decode(decoded.ids))
 
     @torch.no_grad()
     def predict_answers(
@@ -299,12 +301,11 @@ class Blip2LLM(Blip2Base):
             best = order.gather(1, losses.argmin(dim=1, keepdim=True)).squeeze(1)
             answers = [answer_list[i] for i in best.tolist()]
         else:
-            answers = self._write(samples, prompts, config)
+            answers = self.llm_tokenizer.decode(self._write(samples, prompts, config).ids)
         return lemmatize(answers) if self.apply_lemmatizer or samples.get("apply_lemmatizer") else answers
 
-    def _write(self, samples: dict[str, Any], prompts: list[str], config: DecodingConfig) -> list[Any]:
-        decoded = self.lm.generate(*self.prompt_embeds(samples, prompts, max_length=self.prompt_limit), config)
-        return decoded.with_scores(self.llm_tokenizer.decode(decoded.ids))
+    def _write(self, samples: dict[str, Any], prompts: list[str], config: DecodingConfig) -> Decoded:
+        return self.lm.generate(*self.prompt_embeds(samples, prompts, max_length=self.prompt_limit), config)
 
     # Choice between candidates
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from lavis_lite.common.errors import InputError
-from lavis_lite.models.blip2.base import PRECISIONS
+from lavis_lite.models.blip2.base import weight_dtype
 from lavis_lite.models.blip2.llm_tokenizer import LLMTokenizer
 from lavis_lite.nn.llm_sources import embedding_width
 from lavis_lite.nn.lora import trains_whole_parts
@@ -20,22 +20,11 @@ TINY_WIDTH = 512
 def llm_dtype(
     precision: str, config: PreTrainedConfig, *, frozen: bool, lora: Mapping[str, Any] | None = None
 ) -> torch.dtype:
-    """Return the language model's precision. InputError for an unknown one, and for training weights in a low one."""
-    if precision not in ("auto", *PRECISIONS):
-        raise InputError(f"model.llm_precision: must be one of auto, {', '.join(PRECISIONS)}; got {precision!r}")
-    if trains_whole_parts(lora):
-        if precision not in ("auto", "fp32"):
-            raise InputError(
-                f"llm_precision {precision} with bias, modules_to_save or trainable_token_indices in llm_lora would "
-                "train weights of the language model in it: set fp32 or auto"
-            )
-        return torch.float32
-    if precision == "auto":
-        tiny = config.dtype == torch.float32 and embedding_width(config) < TINY_WIDTH
-        return torch.float32 if tiny or not frozen else torch.bfloat16
-    if not frozen and precision != "fp32":
-        raise InputError(f"llm_precision {precision} with freeze_llm=False would train weights in it: set fp32 or auto")
-    return PRECISIONS[precision]
+    """Return the language model's precision. InputError as `weight_dtype`."""
+    is_trained = not frozen or trains_whole_parts(lora)
+    is_tiny = config.dtype == torch.float32 and embedding_width(config) < TINY_WIDTH
+    auto = torch.float32 if is_tiny or is_trained else torch.bfloat16
+    return weight_dtype("llm_precision", precision, auto=auto, is_trained=is_trained)
 
 
 def start_id(config: PreTrainedConfig, tokenizer: LLMTokenizer) -> int:

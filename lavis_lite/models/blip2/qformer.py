@@ -38,7 +38,7 @@ from lavis_lite.models.inputs import (
 )
 from lavis_lite.models.reranking import GalleryLoader, similarity_matrices
 from lavis_lite.nn.attention import CrossAttentionKV, KeyValueCache
-from lavis_lite.nn.decoding import GenerationConfig, Step
+from lavis_lite.nn.decoding import GenerationConfig, ScoredText, Step
 from lavis_lite.nn.learning import contrast_metrics, matching_accuracy
 from lavis_lite.nn.losses import (
     best_query_similarity,
@@ -141,7 +141,9 @@ class Blip2Qformer(Blip2Matching):
         states, _ = self.Qformer(None, ids, mask, past=cache)
         return language_modeling_loss(self.Qformer.logits(states), self.labels(ids))
 
-    def generate(self, samples: dict[str, Any], *, return_scores: bool = False, **changes: Any) -> list[Any]:
+    def generate(
+        self, samples: dict[str, Any], *, return_scores: bool = False, **changes: Any
+    ) -> list[str | ScoredText]:
         """Return captions of `image` (B,3,H,W), `num_captions` of each in turn, without the prompt.
 
         `samples["prompt"]`, one text or one per sample, is how they begin. `changes` replace settings of
