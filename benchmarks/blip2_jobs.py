@@ -1,5 +1,5 @@
-"""What throughput.py measures: BLIP-2's models at full or tiny sizes, transformers' twins of them, and pairs of
-functions that do the same work with the same weights.
+"""Jobs of throughput.py: BLIP-2's models at full or tiny sizes, transformers' models with the same weights, and pairs
+of functions that do the same work.
 
 `arguments` are the command line's. Frozen parts are built in the measured precision, on the device.
 """
@@ -47,7 +47,7 @@ NUM_CANDIDATES = 64
 
 
 def build(arch: str, arguments: argparse.Namespace, **settings: Any) -> Any:
-    """One of our models with random weights, made on its device; its frozen parts in the measured precision."""
+    """Build one of our models with random weights on its device, with frozen parts in the measured precision."""
     sizes = dict(TINY if arguments.tiny else FULL)
     if arguments.depth is not None:
         sizes["vit"] = {"depth": arguments.depth}
@@ -63,7 +63,7 @@ def build(arch: str, arguments: argparse.Namespace, **settings: Any) -> Any:
 
 
 def build_with_llm(part: str, arguments: argparse.Namespace) -> Any:
-    """`blip2_opt` or `blip2_t5`."""
+    """Build `blip2_opt` or `blip2_t5`."""
     sizes, tokenizer = LANGUAGE_MODELS[part]
     names = ("num_hidden_layers",) if part == "opt" else ("num_layers", "num_decoder_layers")
     depth = {} if arguments.depth is None else dict.fromkeys(names, arguments.depth)
@@ -76,16 +76,16 @@ def build_with_llm(part: str, arguments: argparse.Namespace) -> Any:
         return build(f"blip2_{part}", arguments, **settings)
 
 
-def build_twin(model: Any, arch: str) -> Any:
-    """transformers' model with our tensors, frozen."""
+def build_hf(model: Any, arch: str) -> Any:
+    """Build transformers' model with our tensors, frozen."""
     config = hf_config(model, arch=arch)
     if hasattr(model, "lm"):
-        config.image_token_index = config.text_config.vocab_size - 1  # an id that no text here has
+        config.image_token_index = config.text_config.vocab_size - 1  # not in any text here
     return hf_model(model, config, model.state_dict(), arch=arch).requires_grad_(False)
 
 
 def training_step(model: nn.Module, loss: Callable[[], Tensor], arguments: argparse.Namespace) -> Watched:
-    """Forward, backward, AdamW."""
+    """Return a training step: forward, backward, AdamW."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=arguments.device == "cuda")
     model.train()
@@ -102,7 +102,7 @@ def training_step(model: nn.Module, loss: Callable[[], Tensor], arguments: argpa
 
 
 def answering(model: nn.Module, answer: Callable[[], Any], arguments: argparse.Namespace | None = None) -> Watched:
-    """Without gradients; under autocast if `arguments` ask for it."""
+    """Return a call without gradients, under autocast if `arguments` are given."""
     model.eval()
 
     @torch.no_grad()
@@ -114,21 +114,21 @@ def answering(model: nn.Module, answer: Callable[[], Any], arguments: argparse.N
 
 
 def autocast(arguments: argparse.Namespace) -> torch.autocast:
-    """The precision that trained parts compute in."""
+    """Return the precision in which trained parts compute."""
     return torch.autocast(arguments.device, torch.bfloat16, enabled=arguments.dtype == "bf16")
 
 
 def stage1_jobs(arguments: argparse.Namespace, image: Tensor) -> Iterator[Job]:
-    """The image encoder, against transformers'; the first stage's training step and re-ranking, against computing
-    keys and values of the image for every pair.
+    """Compare the image encoder with transformers', and the first stage's training step and re-ranking with computing
+    the image's keys and values for every pair.
     """
     model = build("blip2", arguments)
-    twin = build_twin(model, "blip2").to(PRECISIONS[arguments.dtype])
+    hf = build_hf(model, "blip2").to(PRECISIONS[arguments.dtype])
     yield Job(
         what="image encoder",
         other="transformers",
         ours=answering(model, partial(model.encode_image, image), arguments),
-        theirs=answering(twin, partial(twin.vision_model, image.to(twin.dtype))),
+        theirs=answering(hf, partial(hf.vision_model, image.to(hf.dtype))),
         count=len(image),
         flops=flops.image_encoder(model.visual_encoder).forward,
     )
@@ -163,14 +163,12 @@ def stage1_jobs(arguments: argparse.Namespace, image: Tensor) -> Iterator[Job]:
 
 
 def loss_of(model: Any, inputs: dict[str, Any]) -> Tensor:
-    """Our loss of a sample dict."""
+    """Return our loss of a sample dict."""
     return model(inputs).loss
 
 
 def recomputing(model: Any) -> Any:
-    """Our first stage with the same weights, which computes keys and values of an image for every pair that it
-    matches.
-    """
+    """Return our first stage with the same weights, which computes an image's keys and values for every pair."""
     plain = copy.copy(model)
     plain.pair_logits = partial(logits_of_pairs, plain)
     return plain
@@ -179,7 +177,7 @@ def recomputing(model: Any) -> Any:
 def logits_of_pairs(
     model: Any, tokens: Tensor, context: CrossAttentionKV, texts: Texts, negatives: tuple[Tensor, Tensor]
 ) -> Tensor:
-    """The matching head's logits the plain way: each of the three sets of pairs has its images' tokens."""
+    """Return the matching logits of three sets of pairs, each with its own images' tokens."""
     negative_image, negative_text = negatives
     ids, mask = stack_texts(texts, texts, (texts[0][negative_text], texts[1][negative_text]))
     images = model.Qformer.project_kv(torch.cat([tokens, tokens[negative_image], tokens]))
@@ -187,41 +185,41 @@ def logits_of_pairs(
 
 
 def llm_jobs(part: str, arguments: argparse.Namespace, image: Tensor) -> Iterator[Job]:
-    """The second stage's training step and captions, against transformers'; for a causal language model captions also
-    against reading the inputs for every beam.
+    """Compare the second stage's training step and captions with transformers', and the captions of a causal language
+    model also with reading the inputs for every beam.
     """
     model = build_with_llm(part, arguments)
     name = LANGUAGE_MODELS[part][arguments.tiny]
-    twin = build_twin(model, f"blip2_{part}")
-    train_like(twin, model)
-    samples, inputs = stage2_inputs(model, twin, image, synthetic_texts(arguments))
+    hf = build_hf(model, f"blip2_{part}")
+    train_like(hf, model)
+    samples, inputs = stage2_inputs(model, hf, image, synthetic_texts(arguments))
     num_labels = inputs["labels"].shape[1]
     num_text = inputs["input_ids"].shape[1] - model.query_tokens.shape[1]
     yield Job(
         what=f"stage 2 {name}, training step",
         other="transformers",
         ours=training_step(model, partial(loss_of, model, samples), arguments),
-        theirs=training_step(twin, lambda: twin(**inputs).loss, arguments),
+        theirs=training_step(hf, lambda: hf(**inputs).loss, arguments),
         count=len(image),
         flops=flops.stage2_step(model, num_text, num_labels if model.lm.is_encoder_decoder else num_text),
     )
-    twin.to(PRECISIONS[arguments.dtype])
-    yield captions_job(name, model, twin, image, arguments)
+    hf.to(PRECISIONS[arguments.dtype])
+    yield captions_job(name, model, hf, image, arguments)
     if not model.lm.is_encoder_decoder:
         yield prefix_job(name, model, image, arguments)
 
 
-def train_like(twin: Any, model: Any) -> None:
-    """Give transformers' model weights of its own in the parts that ours trains."""
-    trained = [twin.qformer, twin.language_projection, twin.vision_model.post_layernorm]
-    for parameter in (twin.query_tokens, *(p for part in trained for p in part.parameters())):
+def train_like(hf: Any, model: Any) -> None:
+    """Give transformers' model its own weights in the parts that ours trains."""
+    trained = [hf.qformer, hf.language_projection, hf.vision_model.post_layernorm]
+    for parameter in (hf.query_tokens, *(p for part in trained for p in part.parameters())):
         parameter.data = parameter.data.clone()
         parameter.requires_grad_(True)
 
 
-def stage2_inputs(model: Any, twin: Any, image: Tensor, texts: list[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The same training batch for us and for transformers: captions, of which an encoder-decoder reads one half and
-    writes the other.
+def stage2_inputs(model: Any, hf: Any, image: Tensor, texts: list[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the same training batch for our model and transformers': captions, of which an encoder-decoder reads one
+    half and generates the other.
     """
     if model.lm.is_encoder_decoder:
         words = [text.split() for text in texts]
@@ -233,30 +231,30 @@ def stage2_inputs(model: Any, twin: Any, image: Tensor, texts: list[str]) -> tup
         samples = {"image": image, "text_input": texts}
         texts_batch = model.llm_tokenizer.caption_batch(texts, model.prompt)
     batch = Batch(*(tensor.to(image.device) for tensor in texts_batch))
-    inputs = image_inputs(model, twin, image, batch.ids, batch.mask)
+    inputs = image_inputs(model, hf, image, batch.ids, batch.mask)
     num_unlabelled = 0 if model.lm.is_encoder_decoder else inputs["input_ids"].shape[1] - batch.ids.shape[1]
     return samples, {**inputs, "labels": F.pad(batch.labels, (num_unlabelled, 0), value=IGNORED)}
 
 
-def image_inputs(model: Any, twin: Any, image: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """What transformers' model reads: places for the queries, and then the text."""
+def image_inputs(model: Any, hf: Any, image: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Return the inputs of transformers' model: placeholders for the queries, then the text."""
     num_queries = model.query_tokens.shape[1]
     return {
         "pixel_values": image,
-        "input_ids": F.pad(ids, (num_queries, 0), value=twin.config.image_token_index),
+        "input_ids": F.pad(ids, (num_queries, 0), value=hf.config.image_token_index),
         "attention_mask": F.pad(mask, (num_queries, 0), value=1),
     }
 
 
-def captions_job(name: str, model: Any, twin: Any, image: Tensor, arguments: argparse.Namespace) -> Job:
-    """Captions of a fixed length by beam search, with no prompt."""
+def captions_job(name: str, model: Any, hf: Any, image: Tensor, arguments: argparse.Namespace) -> Job:
+    """Compare captions of a fixed length by beam search, without prompt."""
     num_tokens = arguments.tokens
     length = num_tokens if model.lm.is_encoder_decoder else num_tokens + 1  # see `generate`
     ids, mask = model.pad(model.llm_tokenizer.inputs([""] * len(image)))
-    inputs = image_inputs(model, twin, image.to(twin.dtype), ids, mask)
+    inputs = image_inputs(model, hf, image.to(hf.dtype), ids, mask)
 
     def theirs() -> list[str]:
-        written = twin.generate(
+        written = hf.generate(
             **inputs, num_beams=NUM_BEAMS, do_sample=False, min_new_tokens=num_tokens, max_new_tokens=num_tokens
         )
         return model.llm_tokenizer.tokenizer.batch_decode(written, skip_special_tokens=True)
@@ -268,13 +266,13 @@ def captions_job(name: str, model: Any, twin: Any, image: Tensor, arguments: arg
         what=f"captions {name}, {num_tokens} tokens",
         other="transformers",
         ours=answering(model, ours, arguments),
-        theirs=answering(twin, theirs),
+        theirs=answering(hf, theirs),
         count=len(image),
     )
 
 
 def prefix_job(name: str, model: Any, image: Tensor, arguments: argparse.Namespace) -> Job:
-    """The language model's share of the captions."""
+    """Compare the language model's part of captioning."""
     length = arguments.tokens + 1
     config = model.lm.decoding(GenerationConfig(num_beams=NUM_BEAMS, max_length=length, min_length=length))
     with torch.no_grad(), autocast(arguments):
@@ -292,24 +290,24 @@ def prefix_job(name: str, model: Any, image: Tensor, arguments: argparse.Namespa
 
 
 def prefix_of_every_beam(lm: LLMAdapter, embeds: Tensor, mask: Tensor) -> Prefix:
-    """What `lm.prefix` gives, having read the inputs once for every beam."""
+    """Return the result of `lm.prefix` after reading the inputs once per beam."""
     prefix = lm.prefix(embeds.repeat_interleave(NUM_BEAMS, 0), mask.repeat_interleave(NUM_BEAMS, 0))
     first = torch.arange(len(mask), device=mask.device) * NUM_BEAMS
     return Prefix(prefix.logits[first], replace(prefix.cache.select(first), mask=mask))
 
 
 def synthetic_texts(arguments: argparse.Namespace) -> list[str]:
-    """Texts of `--words` words, one an image."""
+    """Return texts of `--words` words, one per image."""
     words = " ".join(TEXTS).split()
     return [" ".join(words[(i + j) % len(words)] for j in range(arguments.words)) for i in range(arguments.batch)]
 
 
 def all_jobs(arguments: argparse.Namespace) -> Iterator[Job]:
-    """The jobs of the wanted parts, one model after the other in memory."""
+    """Iterate over the jobs of the chosen parts, with one model at a time in memory."""
     side = arguments.image_size
     image = torch.randn(arguments.batch, 3, side, side, device=arguments.device)
     for part in arguments.parts:
         yield from stage1_jobs(arguments, image) if part == "stage1" else llm_jobs(part, arguments, image)
-        gc.collect()  # models that hold themselves
+        gc.collect()  # models with reference cycles
         if arguments.device == "cuda":
             torch.cuda.empty_cache()

@@ -70,7 +70,7 @@ def image_context(qformer: Any, image_tokens: int) -> Cost:
 
 
 def qformer_pass(qformer: Any, *, queries: int = 0, text: int = 0, image_tokens: int = 0, past: int = 0) -> Cost:
-    """Queries (and the image's keys and values, which cost apart) and/or text, behind `past` cached tokens."""
+    """Queries (and the image's keys and values, which cost apart) and/or text, after `past` cached tokens."""
     costs, width, tokens = [], qformer.config.hidden_size, queries + text
     for layer in qformer.bert.encoder.layer:
         costs += [linear(layer.attention, tokens), attention(tokens, past + tokens, width)]
@@ -87,7 +87,7 @@ def qformer_pass(qformer: Any, *, queries: int = 0, text: int = 0, image_tokens:
 
 def stage1_step(model: Any, text: int) -> float:
     """A first-stage training step, for one image and its text of that many tokens: the frozen image encoder; contrast
-    (queries; text alone), matching (three pairs), generation (text behind the queries).
+    (queries; text alone), matching (three pairs), generation (text after the queries).
     """
     num_image, num_queries = model.visual_encoder.pos_embed.shape[1], model.query_tokens.shape[1]
     qformer = model.Qformer
@@ -107,7 +107,7 @@ def stage1_step(model: Any, text: int) -> float:
 
 def stage2_step(model: Any, text: int, labels: int) -> float:
     """A second-stage training step, for one image: frozen image encoder, the queries' pass, and the frozen language
-    model behind them, which reads `text` tokens and whose last `labels` tokens, or those it writes, are learned.
+    model after them, which reads `text` tokens and whose last `labels` tokens, or those it writes, are learned.
     """
     num_image, num_queries = model.visual_encoder.pos_embed.shape[1], model.query_tokens.shape[1]
     trained = total(

@@ -1,8 +1,8 @@
-"""How fast BLIP-2 trains and captions here, at full size with random weights, against transformers' classes.
+"""Speed of training and captioning with BLIP-2, at full size with random weights, against transformers' classes.
 
     python benchmarks/throughput.py                              # the GPU if there is one; else the CPU, 2 layers deep
     python benchmarks/throughput.py --parts stage1 --batch 128 --json stage1.json
-    python benchmarks/throughput.py --tiny                       # some seconds, to see that it runs
+    python benchmarks/throughput.py --tiny                       # some seconds, to check that it runs
 
 Images and texts are synthetic, the tokenizers are the packaged small ones; the vocabularies are full-sized. Both sides
 of a row have the same weights and do the same work in the same process, alternating; times are medians.
@@ -23,19 +23,19 @@ from measure import Row, known_peak, measure, process_peak_gib, table
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line, with defaults that depend on the device filled in."""
+    """Parse the command line and fill in defaults that depend on the device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], help="default: bf16 on cuda, fp32 on cpu")
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="default: all")
     parser.add_argument("--depth", type=int, help="layers of image encoder and language model; default: all, cpu: 2")
     parser.add_argument("--image-size", type=int, help="default: 224")
-    parser.add_argument("--batch", type=int, help="images a step; default: 64, cpu: 2")
+    parser.add_argument("--batch", type=int, help="images per step; default: 64, cpu: 2")
     parser.add_argument("--words", type=int, default=12, help="words of a text")
     parser.add_argument("--tokens", type=int, default=20, help="tokens of a generated caption")
-    parser.add_argument("--repeats", type=int, default=5, help="measurements of which the median counts")
+    parser.add_argument("--repeats", type=int, default=5, help="measurements, whose median is reported")
     parser.add_argument("--peak-tflops", type=float, help="of the device, for MFU; default: by the GPU's name")
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to check that it runs")
     parser.add_argument("--json", type=Path, help="write the rows and settings to this file too")
     arguments = parser.parse_args(argv)
     if arguments.batch == 1 or arguments.words < 2:
@@ -53,7 +53,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print a row as soon as it is measured."""
+    """Measure all jobs and print each row as soon as it is measured."""
     arguments = parse(argv)
     torch.manual_seed(0)
     rows: list[Row] = []
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     def measured() -> Iterator[Row]:
         for job in all_jobs(arguments):
             rows.append(measure(job, repeats=arguments.repeats, peak_tflops=arguments.peak_tflops))
-            del job  # and with it a model, before the next one is built
+            del job  # and its model, before the next one is built
             yield rows[-1]
 
     settings = setting(arguments)
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def setting(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What was measured on what."""
+    """Return the settings and versions of the measurement."""
     gpu = torch.cuda.get_device_name() if arguments.device == "cuda" else None
     own = {name: value for name, value in vars(arguments).items() if name != "json"}
     threads = None if gpu else torch.get_num_threads()

@@ -174,9 +174,9 @@ def test_operations_of_stage_1_are_those_executed(blip2: ModuleType, flops: Modu
 @pytest.mark.parametrize("part", ["opt", "t5"])
 def test_operations_of_stage_2_are_those_executed(blip2: ModuleType, flops: ModuleType, wide: Namespace, part: str):
     model = blip2.build_with_llm(part, wide)
-    twin = blip2.build_twin(model, f"blip2_{part}")
+    hf = blip2.build_hf(model, f"blip2_{part}")
     image = torch.randn(4, 3, 48, 48)
-    samples, inputs = blip2.stage2_inputs(model, twin, image, blip2.synthetic_texts(wide))
+    samples, inputs = blip2.stage2_inputs(model, hf, image, blip2.synthetic_texts(wide))
     found = counted(lambda: blip2.loss_of(model, samples).backward()) / 4
     num_text = inputs["input_ids"].shape[1] - 32
     num_labels = num_text if part == "opt" else inputs["labels"].shape[1]

@@ -259,7 +259,7 @@ def test_features_are_those_of_the_losses(model: Any) -> None:
 
 
 class Gallery:
-    """Two images a batch, in another order than the set's, as a retrieval loader yields them."""
+    """Batches of two images in another order than the set's, as a retrieval loader yields them."""
 
     def __init__(self, image: Tensor, text: list[str]) -> None:
         self.image, self.text, self.dataset = image, text, self
@@ -327,19 +327,19 @@ def test_images_wait_for_reranking_in_half_the_bytes() -> None:
 
 def test_clear_errors(model: Any) -> None:
     matcher = build("blip2_image_text_matching")
-    with pytest.raises(ValueError, match=r"samples\['image'\] is missing"):
+    with pytest.raises(ValueError, match=r"samples\['image'\]"):
         model.extract_features({}, mode="image")
-    with pytest.raises(ValueError, match=r"samples\['image'\] is missing"):
+    with pytest.raises(ValueError, match=r"samples\['image'\]"):
         model.generate({"prompt": "a"})
-    with pytest.raises(ValueError, match=r"samples\['text_input'\] is missing"):
+    with pytest.raises(ValueError, match=r"samples\['text_input'\]"):
         matcher({"image": images()})
-    with pytest.raises(ValueError, match="mode 'video' is not one of image, text"):
+    with pytest.raises(ValueError, match=r"mode: .*'video'"):
         model.extract_features({"image": images()}, mode="video")
-    with pytest.raises(ValueError, match="match_head 'both' is not one of itm, itc"):
+    with pytest.raises(ValueError, match=r"match_head: .*'both'"):
         matcher({"image": images(), "text_input": TEXTS}, match_head="both")
-    with pytest.raises(ValueError, match="2 texts were given for 3 images"):
+    with pytest.raises(ValueError, match=r"samples\['text_input'\]: 2 .* 3 "):
         model({"image": images(), "text_input": TEXTS[:2]})
-    with pytest.raises(ValueError, match="k_test: must be a whole number from 0 to 1,000,000,000, got -1"):
+    with pytest.raises(ValueError, match=r"k_test: .* -1"):
         model.compute_sim_matrix(Gallery(images(4), GALLERY_TEXTS), k_test=-1)
 
 

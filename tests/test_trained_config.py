@@ -375,7 +375,7 @@ def test_processors_of_mixtures(tmp_path: Path, caplog: pytest.LogCaptureFixture
         ({"model": {"med": {"hidden_size": torch.ones(1)}}}, "its config holds a Tensor, not a plain value"),
         ({"model": {"vit": json.loads('{"a":' * 20 + "1" + "}" * 20)}}, "holds more than 8 levels"),
         ({"model": {"max_txt_len": "long"}}, r"config of .*pth: model.max_txt_len: expected a whole number"),
-        ({"model": {"vit": {"witdh": 3}}}, "vit has no size witdh"),
+        ({"model": {"vit": {"witdh": 3}}}, r"model\.vit: no size witdh"),
         (
             {"model": {"tokenizer": "https://evil.example/t"}},
             r"takes model.tokenizer from https://evil.example/t, which",

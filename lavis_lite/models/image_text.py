@@ -1,4 +1,4 @@
-"""What BLIP's and BLIP-2's models compute alike: outputs of a training step, features, matching of images and texts.
+"""Computation shared by BLIP and BLIP-2: outputs of a training step, features, matching of images and texts.
 
 Letters: B samples, T text tokens, E width, D width of the common space.
 """
@@ -27,7 +27,7 @@ class MatchingModel(RerankInterface, Protocol):
     text_proj: nn.Linear
 
     def text_states(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Return states (B,T,E) of texts read alone; token 0 stands for the text."""
+        """Return states (B,T,E) of texts read alone; token 0 represents the text."""
 
     def image_states(self, image: Tensor) -> Tensor:
         """Return states of images, which `vision_proj` projects."""
@@ -64,7 +64,7 @@ def given_texts(samples: dict[str, Any]) -> list[str]:
 def extract_features(model: MatchingModel, samples: dict[str, Any], mode: str) -> Output:
     """Return features before and, with the suffix `_proj`, after projection and normalisation."""
     if mode not in FEATURE_MODES:
-        raise InputError(f"mode {mode!r} is not one of {', '.join(FEATURE_MODES)}")
+        raise InputError(f"mode: must be one of {', '.join(FEATURE_MODES)}, got {mode!r}")
     if mode == "text":
         states = model.text_states(*cut_texts(model, given_texts(samples)))
         return Output({"text_embeds": states, "text_embeds_proj": project(model.text_proj, states)})
@@ -78,7 +78,7 @@ def extract_features(model: MatchingModel, samples: dict[str, Any], mode: str) -
 def match(model: MatchingModel, samples: dict[str, Any], head: str, *, one_text_per_image: bool) -> Tensor:
     """Return `itm` logits (B,2) of each pair, or `itc` similarities of all images (rows) with all texts."""
     if head not in MATCH_HEADS:
-        raise InputError(f"match_head {head!r} is not one of {', '.join(MATCH_HEADS)}")
+        raise InputError(f"match_head: must be one of {', '.join(MATCH_HEADS)}, got {head!r}")
     image = image_of(samples, answering=True)
     is_paired = head == "itm" or one_text_per_image
     ids, mask = cut_texts(model, texts_of(samples, len(image)) if is_paired else given_texts(samples))

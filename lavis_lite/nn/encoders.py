@@ -1,4 +1,4 @@
-"""The image encoders of BLIP-2 by name; their constructors download nothing.
+"""BLIP-2's image encoders by name; constructors download nothing.
 
 `eva_clip_g` and `clip_L` are the paper's (section 4.1), `blip_*` are BLIP's, `*_tiny` are small enough for a CPU; any
 other name is timm's.
@@ -56,7 +56,7 @@ def build_encoder(
     sizes = dict(sizes or {})
     unknown = sorted(sizes.keys() - SIZE_BOUNDS.keys())
     if unknown:
-        raise InputError(f"vit has no size {', '.join(unknown)}; it has {', '.join(SIZE_BOUNDS)}")
+        raise InputError(f"model.vit: no size {', '.join(unknown)}; it has {', '.join(SIZE_BOUNDS)}")
     if vit_model in ENCODERS:
         kind, config = ENCODERS[vit_model]
         encoder = kind(replace(config, image_size=image_size, drop_path_rate=drop_path_rate, **sizes))
@@ -64,7 +64,7 @@ def build_encoder(
         encoder = timm_encoder(vit_model, image_size=image_size, drop_path_rate=drop_path_rate, sizes=sizes)
     else:
         known = [*ENCODERS, *timm.list_models()]
-        raise InputError(f"unknown image encoder {vit_model!r}. {did_you_mean(vit_model, known)}")
+        raise InputError(f"model.vit_model: unknown image encoder {vit_model!r}. {did_you_mean(vit_model, known)}")
     if grad_checkpoint:
         encoder.checkpoint_all()
     return encoder

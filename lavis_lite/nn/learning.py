@@ -1,7 +1,7 @@
-"""How well contrast and matching tell the pairs of one batch apart, which their losses alone do not show.
+"""Accuracies of contrast and matching within a batch, which their losses alone do not show.
 
-With a feature queue `loss_itc` also falls where a model only tells the current batch from older entries, and `loss_itm`
-of a head that never says "match" looks like any other number. Nothing here waits for the device or draws random
+With a feature queue `loss_itc` also falls where a model only separates the current batch from older entries, and the
+`loss_itm` of a head that never answers "match" is not conspicuous. Nothing here waits for the device or draws random
 numbers.
 
 Letters: B samples of this rank, N of the current batch that they are compared with, D width of features.
@@ -20,14 +20,14 @@ temperature of the contrast, `cos_image` and `cos_text` the mean cosine of two i
 """
 
 TEMPERATURE_LIMITS = (0.001, 0.5)
-"""BLIP keeps the temperature within these."""
+"""Bounds to which BLIP clamps the temperature."""
 
 
 @torch.no_grad()
 def contrast_metrics(
     i2t_BN: Tensor, t2i_BN: Tensor, positive_BN: Tensor, image_feat: Tensor, text_feat: Tensor, temp: Tensor
 ) -> dict[str, Tensor]:
-    """The contrast's entries of `METRICS`. A batch of one has no cosines."""
+    """Return the contrast's entries of `METRICS`. A batch of one has no cosines."""
     found = (top1_accuracy(i2t_BN, positive_BN) + top1_accuracy(t2i_BN, positive_BN)) / 2
     metrics = {"acc_itc": found, "chance_itc": positive_BN.float().mean(), "temp": temp.detach().clone()}
     if len(image_feat) > 1:
@@ -36,18 +36,18 @@ def contrast_metrics(
 
 
 def top1_accuracy(logits_BN: Tensor, positive_BN: Tensor) -> Tensor:
-    """The share of rows whose largest column is a positive."""
+    """Return the share of rows whose largest column is a positive."""
     return positive_BN.gather(1, logits_BN.argmax(dim=1, keepdim=True)).float().mean()
 
 
 def mean_cosine(features: Tensor) -> Tensor:
-    """The mean cosine of two different rows of unit features (B,D), or (B,Q,D) of one query: 1 if all are alike."""
+    """Return the mean cosine of two different rows of unit features (B,D), or (B,Q,D) query by query."""
     total, count = features.float().sum(dim=0).square().sum(dim=-1), len(features)
     return ((total - count) / (count * (count - 1))).mean()
 
 
 @torch.no_grad()
 def matching_accuracy(logits: Tensor, num_positive: int) -> Tensor:
-    """The mean of the accuracies on the positives, which come first, and the negatives: 0.5 for a constant answer."""
-    says_match = logits.argmax(dim=1).float()
-    return (says_match[:num_positive].mean() + 1 - says_match[num_positive:].mean()) / 2
+    """Return the mean accuracy on the positives, which come first, and the negatives: 0.5 for a constant answer."""
+    is_match = logits.argmax(dim=1).float()
+    return (is_match[:num_positive].mean() + 1 - is_match[num_positive:].mean()) / 2

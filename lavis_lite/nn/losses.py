@@ -13,13 +13,13 @@ IGNORED = -100
 
 
 def language_modeling_loss(logits_BTV: Tensor, labels_BT: Tensor, label_smoothing: float = 0.1) -> Tensor:
-    """Next-token cross-entropy, averaged over the labels that count."""
+    """Return the next-token cross-entropy, averaged over the labels that count."""
     logits, labels = logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten()
     return F.cross_entropy(logits, labels, ignore_index=IGNORED, label_smoothing=label_smoothing)
 
 
 def language_modeling_loss_per_text(logits_BTV: Tensor, labels_BT: Tensor, label_smoothing: float = 0.1) -> Tensor:
-    """The same summed over each text's tokens: (B,). Not normalised by length."""
+    """Return the next-token cross-entropy of each text, summed over its tokens: (B,). Not normalised by length."""
     loss = F.cross_entropy(
         logits_BTV[:, :-1].transpose(1, 2),
         labels_BT[:, 1:],
@@ -31,29 +31,29 @@ def language_modeling_loss_per_text(logits_BTV: Tensor, labels_BT: Tensor, label
 
 
 def soft_cross_entropy(logits_BN: Tensor, targets_BN: Tensor) -> Tensor:
-    """Cross-entropy to a target distribution, averaged over rows."""
+    """Return the cross-entropy to a target distribution, averaged over rows."""
     return -(F.log_softmax(logits_BN, dim=1) * targets_BN).sum(dim=1).mean()
 
 
 def similarity(images_BD: Tensor, texts_ND: Tensor) -> Tensor:
-    """Likeness of each image to each text: (B,N). Always in float32: rounded to bf16, many texts would be equally
-    alike.
+    """Return the similarity of each image to each text: (B,N). Always in float32: rounded to bf16, many texts would
+    have the same.
     """
     with torch.autocast(images_BD.device.type, enabled=False):
         return images_BD.float() @ texts_ND.float().t()
 
 
 def best_query_similarity(queries_BQD: Tensor, texts_ND: Tensor) -> Tensor:
-    """An image's likeness to a text is that of its best query: (B,N) (BLIP-2, section 3.1). Always in float32, since
-    the temperature magnifies rounding.
+    """Return the similarity of each image's best query to each text: (B,N) (BLIP-2, section 3.1). Always in float32,
+    since the temperature magnifies rounding.
     """
     with torch.autocast(queries_BQD.device.type, enabled=False):
         return (queries_BQD.float() @ texts_ND.float().t()).max(dim=1).values
 
 
 def contrastive_loss(i2t_BN: Tensor, t2i_BN: Tensor, targets_BN: Tensor, label_smoothing: float = 0.1) -> Tensor:
-    """Cross-entropy of images' logits over all texts and of texts' over all images, to the same row-normalised
-    targets; the mean of both directions.
+    """Return the mean cross-entropy of images' logits over all texts and of texts' over all images, to the same
+    row-normalised targets.
     """
     loss_i2t = F.cross_entropy(i2t_BN, targets_BN, label_smoothing=label_smoothing)
     loss_t2i = F.cross_entropy(t2i_BN, targets_BN, label_smoothing=label_smoothing)
@@ -61,24 +61,23 @@ def contrastive_loss(i2t_BN: Tensor, t2i_BN: Tensor, targets_BN: Tensor, label_s
 
 
 def momentum_targets(sim_m_BN: Tensor, hard_BN: Tensor, alpha: float) -> Tensor:
-    """Soft labels: the momentum model's softmax with weight alpha, the hard (row-normalised) targets with the rest
-    (ALBEF, equation 6).
+    """Return soft labels: the momentum model's softmax with weight alpha, the hard (row-normalised) targets with weight
+    1 - alpha (ALBEF, equation 6).
     """
     return alpha * sim_m_BN.softmax(dim=1) + (1 - alpha) * hard_BN
 
 
 def same_id_targets(ids_B: Tensor, all_ids_N: Tensor) -> Tensor:
-    """Row-normalised targets that treat every pair with the same image id as positive."""
+    """Return row-normalised targets that treat every pair with the same image id as positive."""
     positive = (ids_B[:, None] == all_ids_N[None, :]).float()
     return positive / positive.sum(dim=1, keepdim=True)
 
 
 def draw_negatives(weights_BN: Tensor, is_positive_BN: Tensor) -> Tensor:
-    """One hard negative a row (B,), drawn by weight among the columns that are no positives.
+    """Draw one hard negative per row (B,), by weight, among the columns that are not positives.
 
-    One batched draw, no synchronisation. Where all negatives' weights vanish they are drawn uniformly; a row of
-    positives only (a batch of one image) has no negative at all, so that any column is drawn and the pair's label is
-    wrong by necessity.
+    One batched draw, no synchronisation. Where all negatives have weight 0 they are drawn uniformly. A row of positives
+    only (a batch of one image) has no negative: any column is drawn, and the pair's label is wrong.
     """
     negative = ~is_positive_BN
     weights = weights_BN.masked_fill(is_positive_BN, 0.0)
@@ -88,14 +87,14 @@ def draw_negatives(weights_BN: Tensor, is_positive_BN: Tensor) -> Tensor:
 
 
 def negative_weights(logits_BN: Tensor, is_positive_BN: Tensor) -> Tensor:
-    """Softmax over the negatives alone, so that a very likely positive leaves their proportions intact; for
+    """Return the softmax over the negatives alone, whose proportions a very likely positive would blur; for
     `draw_negatives`.
     """
     return logits_BN.masked_fill(is_positive_BN, torch.finfo(logits_BN.dtype).min).softmax(dim=1)
 
 
 def matching_loss(logits: Tensor, num_positive: int) -> Tensor:
-    """Cross-entropy of the matching head's logits (rows, 2), of which the first `num_positive` are of pairs."""
+    """Return the cross-entropy of matching logits (rows, 2), of which the first `num_positive` are of pairs."""
     labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
     labels[:num_positive] = 1
     return F.cross_entropy(logits, labels)

@@ -66,7 +66,9 @@ class ViTConfig:
         check_divides("model.vit", values, divisor="patch_size", number="image_size")
         check_divides("model.vit", values, divisor="num_heads", number="width")
         if self.width * self.mlp_ratio < 1:
-            raise InputError(f"model.vit.mlp_ratio: {self.mlp_ratio} leaves nothing of width {self.width}")
+            raise InputError(
+                f"model.vit.mlp_ratio: {self.mlp_ratio} leaves less than 1 of width {self.width}; raise it"
+            )
         if not isinstance(self.sincos_init, bool):
             raise InputError(f"model.vit.sincos_init: must be true or false, got {self.sincos_init!r}")
         if self.sincos_init and self.width % 4:
@@ -83,11 +85,11 @@ VIT_SIZES: dict[str, ViTConfig] = {
 def vit_config(vit_type: str, **overrides: Any) -> ViTConfig:
     """Return the sizes of `tiny`, `base` or `large`, with some replaced."""
     if vit_type not in VIT_SIZES:
-        raise InputError(f"vit_type {vit_type!r} is not one of {', '.join(VIT_SIZES)}")
+        raise InputError(f"model.vit_type: must be one of {', '.join(VIT_SIZES)}, got {vit_type!r}")
     known = [field.name for field in fields(ViTConfig)]
     unknown = sorted(overrides.keys() - known)
     if unknown:
-        raise InputError(f"vit has no size {', '.join(unknown)}; it has {', '.join(known)}")
+        raise InputError(f"model.vit: no size {', '.join(unknown)}; it has {', '.join(known)}")
     return replace(VIT_SIZES[vit_type], **overrides)
 
 
@@ -108,8 +110,8 @@ class ImageEncoder(nn.Module):
         size = self.image_size
         if image.ndim != 4 or image.shape[1:] != (3, size, size):
             raise InputError(
-                f"image has shape {tuple(image.shape)}; the image encoder wants (B, 3, {size}, {size}): "
-                f"set image_size of the processor and of the model to the same value"
+                f"image: has shape {tuple(image.shape)}, but the image encoder takes (B, 3, {size}, {size}); set "
+                "image_size of the processor and of the model to the same value"
             )
         return self.forward_features(image.to(next(self.parameters()).dtype))
 

@@ -33,11 +33,12 @@ class TimmEncoder(TimmBased):
             if isinstance(getattr(model, part, None), nn.Module):
                 setattr(model, part, nn.Identity())
         matcher = getattr(model, "group_matcher", None)
-        self.layer_numbers: dict[str, int] = group_parameters(model, matcher(), reverse=True) if matcher else {}
-        """timm's layer of each parameter, 0 for the embeddings; empty where timm does not number them."""
-        blocks = [number for name, number in self.layer_numbers.items() if name.startswith(self.block_names)]
-        depth = max(blocks or self.layer_numbers.values(), default=0)
+        numbers: dict[str, int] = group_parameters(model, matcher(), reverse=True) if matcher else {}
+        blocks = [number for name, number in numbers.items() if name.startswith(self.block_names)]
+        depth = max(blocks or numbers.values(), default=0)
         super().__init__(model, width=model.num_features, depth=depth, image_size=image_size)
+        self.layer_numbers = numbers
+        """timm's layer of each parameter, 0 for the embeddings; empty where timm does not number them."""
 
     def forward(self, image: Tensor) -> Tensor:
         tokens = super().forward(image)
@@ -101,5 +102,5 @@ def timm_encoder(
     try:
         model = timm.create_model(name, pretrained=False, num_classes=0, **settings)
     except (TypeError, ValueError, AssertionError, RuntimeError, ZeroDivisionError, IndexError) as error:
-        raise InputError(f"timm's {name} cannot be built with {settings}: {error}") from error
+        raise InputError(f"model.vit: timm's {name} cannot be built with {settings}: {error}") from error
     return TimmEncoder(model, image_size=image_size)

@@ -154,7 +154,7 @@ def check_med(med: dict[str, Any], num_tokens: int) -> None:
     known = {field.name for field in fields(BertConfig)} - {"context_width", "num_context_streams"}
     unknown = sorted(med.keys() - known)
     if unknown:
-        raise InputError(f"med has no size {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+        raise InputError(f"model.med: no size {', '.join(unknown)}; it has {', '.join(sorted(known))}")
     check_number("model.med.vocab_size", med["vocab_size"], num_tokens, MAX_VOCABULARY)
 
 
