@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import doors
+import cli_helpers
 import pytest
 import torch
 from test_mixture import by_dataset
@@ -214,7 +214,7 @@ def test_image_five_of_two_sets_is_not_the_same_picture(mixing: str) -> None:
 
 def test_a_queue_of_two_sets_takes_no_image_for_another() -> None:
     """blip_retrieval counts a queued text as true of an image with the same id."""
-    model = doors.build("retrieval", alpha=0.0, queue_size=8).train()
+    model = cli_helpers.build("retrieval", alpha=0.0, queue_size=8).train()
     size = model.visual_encoder.image_size
     data = {name: Pairs(4, size=size, image_id=lambda i: i) for name in ("coco", "vg")}
     batches = joint(data)
@@ -245,17 +245,20 @@ def test_the_log_tells_what_was_mixed(tmp_path: Path, caplog: pytest.LogCaptureF
 
 @pytest.mark.usefixtures("shapes_data")
 def test_the_log_and_the_dry_run_tell_what_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = doors.project(
+    path = cli_helpers.project(
         tmp_path,
         "pretrain",
-        {"datasets": {"shapes_caption": doors.SHAPES}, "run": {"max_iters": 1, "valid_splits": [], "test_splits": []}},
+        {
+            "datasets": {"shapes_caption": cli_helpers.SHAPES},
+            "run": {"max_iters": 1, "valid_splits": [], "test_splits": []},
+        },
     )
-    assert doors.train(path, flags=["--dry-run"]) == 0
+    assert cli_helpers.train(path, flags=["--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "left out    image_id, which shapes_pairs lacks\n" in out
     assert "share       shapes_caption: 8" in out
     assert "% of the samples\n" in out
-    assert doors.train(path) == 0
+    assert cli_helpers.train(path) == 0
     assert (
         capsys.readouterr().err.count("mixed batches have no 'image_id', which the samples of shapes_pairs lack") == 1
     )

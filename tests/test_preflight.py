@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import doors
+import cli_helpers
 import pytest
 import torch
 from PIL import Image
@@ -45,11 +45,11 @@ def test_a_missing_image_is_found_before_anything_is_built(
     records = six(tmp_path)
     gone = [{"image": str(tmp_path / f"gone{i}.png"), "caption": "a red circle"} for i in range(2)]
     lists = {name: [*records, *gone] if name == split else records for name in ("train", "test")}
-    path = doors.project(tmp_path, "caption", captions(tmp_path, lists["train"], test=lists["test"]), EVALUATED)
+    path = cli_helpers.project(tmp_path, "caption", captions(tmp_path, lists["train"], test=lists["test"]), EVALUATED)
     rule = "Evaluation never skips samples" if split == "test" else "set run.max_unreadable_share"
     where = f"{gone[0]['image']} (caption/{split}, and 1 more of 8 files)"
     complains(
-        capsys, doors.train(path, flags=flags), "image file not found: ", where, "build_info.images.storage", rule
+        capsys, cli_helpers.train(path, flags=flags), "image file not found: ", where, "build_info.images.storage", rule
     )
 
 
@@ -58,12 +58,14 @@ def test_training_may_lack_the_share_that_is_allowed(
 ) -> None:
     records = six(tmp_path)
     Path(records[4]["image"]).unlink()
-    path = doors.project(tmp_path, "caption", captions(tmp_path, records), {"run": {"max_iters": 1, "test_splits": []}})
+    path = cli_helpers.project(
+        tmp_path, "caption", captions(tmp_path, records), {"run": {"max_iters": 1, "test_splits": []}}
+    )
     options = ["run.valid_splits=[]", "run.batch_size_train=2"]
-    assert doors.train(path, *options, "run.max_unreadable_share=0.2", flags=DRY) == 0
+    assert cli_helpers.train(path, *options, "run.max_unreadable_share=0.2", flags=DRY) == 0
     assert "1 samples will be skipped, as run.max_unreadable_share=0.2 allows" in caplog.text
     capsys.readouterr()
-    code = doors.train(path, *options, "run.max_unreadable_share=0.1", flags=DRY)
+    code = cli_helpers.train(path, *options, "run.max_unreadable_share=0.1", flags=DRY)
     complains(capsys, code, "picture4.png", "1 samples, more than run.max_unreadable_share=0.1 allows")
 
 
@@ -110,7 +112,7 @@ def test_many_files_are_found_in_any_number_of_turns(tmp_path: Path, monkeypatch
     assert list(preflight.wrong_files(map(str, paths))) == sorted(str(path) for path in paths[1::2])
 
 
-@pytest.mark.parametrize("name", doors.RECIPES)
+@pytest.mark.parametrize("name", cli_helpers.RECIPES)
 def test_every_dataset_knows_the_files_that_it_opens(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,7 +124,7 @@ def test_every_dataset_knows_the_files_that_it_opens(
     monkeypatch.setattr(base, "open_image", lambda path, **own: (opened.append(str(path)), whole(path, **own))[1])
     from lavis_lite.common.config.config import Config
 
-    cfg = Config.from_file(doors.project(tmp_path, name))
+    cfg = Config.from_file(cli_helpers.project(tmp_path, name))
     for splits in registry.get_task_class(cfg.run.task)(**cfg.task).build_datasets(cfg).values():
         for dataset in splits.values():
             opened.clear()
@@ -132,13 +134,15 @@ def test_every_dataset_knows_the_files_that_it_opens(
 
 def test_some_of_each_split_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of few samples each one; a file that is there may still be cut short."""
-    paths = doors.pictures(tmp_path / "images", 24)
+    paths = cli_helpers.pictures(tmp_path / "images", 24)
     records = [{"image": path, "caption": f"a red circle {i}"} for i, path in enumerate(paths)]
     broken = Path(paths[20])
     broken.write_bytes(broken.read_bytes()[:40])
-    path = doors.project(tmp_path, "caption", captions(tmp_path, six(tmp_path / "other"), test=records), EVALUATED)
-    complains(capsys, doors.train(path, flags=DRY), "image file broken", str(broken), "Evaluation never skips")
-    assert doors.train(path, "run.test_splits=[]", flags=DRY) == 0
+    path = cli_helpers.project(
+        tmp_path, "caption", captions(tmp_path, six(tmp_path / "other"), test=records), EVALUATED
+    )
+    complains(capsys, cli_helpers.train(path, flags=DRY), "image file broken", str(broken), "Evaluation never skips")
+    assert cli_helpers.train(path, "run.test_splits=[]", flags=DRY) == 0
 
 
 @pytest.mark.parametrize(("length", "expected"), [(3, [0, 1, 2]), (100, [0, 25, 50, 75]), (4, [0, 1, 2, 3]), (0, [])])
@@ -148,8 +152,10 @@ def test_what_is_read_is_spread_over_the_split(length: int, expected: list[int])
 
 def test_the_dry_run_tells_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = six(tmp_path)
-    path = doors.project(tmp_path, "caption", captions(tmp_path, [*records, records[0]], test=records[:2]), EVALUATED)
-    assert doors.train(path, "run.batch_size_train=2", flags=DRY) == 0
+    path = cli_helpers.project(
+        tmp_path, "caption", captions(tmp_path, [*records, records[0]], test=records[:2]), EVALUATED
+    )
+    assert cli_helpers.train(path, "run.batch_size_train=2", flags=DRY) == 0
     out = capsys.readouterr().out
     repeated = "1 records say the same as an earlier one"
     assert f"files       caption/train: 6 image files found; {repeated}; 7 samples read, images 3 x 48 x 48" in out
@@ -159,14 +165,14 @@ def test_the_dry_run_tells_what_it_found(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_the_dry_run_names_weights_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It may come before the pretraining that makes them, so it is no error."""
-    path, there = doors.project(tmp_path, "caption"), tmp_path / "there.pth"
+    path, there = cli_helpers.project(tmp_path, "caption"), tmp_path / "there.pth"
     there.touch()
-    assert doors.train(path, "model.pretrained=/no/a.pth", flags=["--dry-run", "--resume", "/no/b.pth"]) == 0
+    assert cli_helpers.train(path, "model.pretrained=/no/a.pth", flags=["--dry-run", "--resume", "/no/b.pth"]) == 0
     out = capsys.readouterr().out
     assert "not found: /no/a.pth (model.pretrained)" in out
     assert "not found: /no/b.pth (run.resume_ckpt_path)" in out
     for options in (["model.pretrained=/no/a.pth", "model.load_pretrained=false"], [f"model.pretrained={there}"]):
-        assert doors.train(path, *options, flags=["--dry-run"]) == 0
+        assert cli_helpers.train(path, *options, flags=["--dry-run"]) == 0
         assert "not found" not in capsys.readouterr().out
 
 
@@ -174,16 +180,16 @@ def test_a_shortest_text_above_the_longest_is_refused_at_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for recipe in ("caption", "vqa_generate"):
-        path = doors.project(tmp_path, recipe)
-        assert doors.train(path, "run.max_len=4", "run.min_len=5", flags=["--dry-run"]) == 2
+        path = cli_helpers.project(tmp_path, recipe)
+        assert cli_helpers.train(path, "run.max_len=4", "run.min_len=5", flags=["--dry-run"]) == 2
         assert "run.min_len=5 is above run.max_len=4" in capsys.readouterr().err
 
 
 def test_a_dry_run_needs_no_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = doors.project(tmp_path, "caption", EVALUATED)
-    assert doors.train(path, "run.device=cuda:7", flags=DRY) == 0
+    path = cli_helpers.project(tmp_path, "caption", EVALUATED)
+    assert cli_helpers.train(path, "run.device=cuda:7", flags=DRY) == 0
     assert "device      not checked on this machine: run.device='cuda:7' needs CUDA device 7" in capsys.readouterr().out
-    complains(capsys, doors.train(path, "run.device=cuda:7"), "needs CUDA device 7")
+    complains(capsys, cli_helpers.train(path, "run.device=cuda:7"), "needs CUDA device 7")
 
 
 # Sizes
@@ -196,8 +202,8 @@ def test_a_sample_has_the_size_that_the_model_takes(
     """In training as in evaluation, which would only begin after an epoch."""
     for key in ("train", "eval"):
         option = f"datasets.shapes_caption.vis_processor.{key}.image_size=64"
-        path = doors.project(tmp_path, "caption", EVALUATED)
-        complains(capsys, doors.train(path, option, flags=flags), f"{key}.image_size: 64 is not model.image_size")
+        path = cli_helpers.project(tmp_path, "caption", EVALUATED)
+        complains(capsys, cli_helpers.train(path, option, flags=flags), f"{key}.image_size: 64 is not model.image_size")
 
 
 def test_a_processor_of_the_users_makes_the_size_that_the_model_takes() -> None:
@@ -230,7 +236,7 @@ def test_a_model_that_reads_one_text_takes_no_instructions(
     section |= {"builder": builder, "instructions": {"output": learned, "train": ["Describe it."]}}
     section["build_info"]["images"] = {"storage": str(tmp_path)}
     run = {"run": {"max_iters": 1, "valid_splits": [], "test_splits": []}}
-    code = doors.train(doors.project(tmp_path, "caption", changes, run), flags=flags)
+    code = cli_helpers.train(cli_helpers.project(tmp_path, "caption", changes, run), flags=flags)
     complains(
         capsys,
         code,
@@ -259,8 +265,8 @@ def test_the_size_of_an_encoder_is_its_own_or_the_constructor_s() -> None:
 def test_a_task_that_the_model_cannot_do_is_refused_by_name(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = doors.project(tmp_path, "nlvr", {"model": {"arch": "blip_caption"}}, EVALUATED)
-    code = doors.train(path, flags=flags)
+    path = cli_helpers.project(tmp_path, "nlvr", {"model": {"arch": "blip_caption"}}, EVALUATED)
+    code = cli_helpers.train(path, flags=flags)
     complains(capsys, code, "run.task: multimodal_classification evaluates by `predict`", "tasks that fit: captioning")
     assert not (tmp_path / "output").exists()
 
@@ -284,8 +290,8 @@ def test_an_instruct_model_is_told_to_take_instruct() -> None:
 def test_a_split_for_evaluation_is_not_trained_on(
     recipe: str, tmp_path: Path, shapes_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = doors.project(tmp_path, recipe)
-    assert doors.train(path, "run.train_splits=[val]", "run.batch_size_train=2", flags=["--dry-run"]) == 2
+    path = cli_helpers.project(tmp_path, recipe)
+    assert cli_helpers.train(path, "run.train_splits=[val]", "run.batch_size_train=2", flags=["--dry-run"]) == 2
     assert "run.train_splits names 'val'" in capsys.readouterr().err
 
 
@@ -333,10 +339,12 @@ def test_ranking_needs_something_to_rank() -> None:
 
 def test_samples_have_what_the_task_reads_in_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Captions of a split without image ids would fail after the first epoch."""
-    crossed = {"datasets": {"shapes_caption": None, "shapes_pairs": doors.SHAPES}}
-    path = doors.project(tmp_path, "caption", crossed, EVALUATED)
-    complains(capsys, doors.train(path, flags=DRY), "shapes_pairs/test: CaptionTask evaluates samples by 'image_id'")
-    assert doors.train(path, "run.test_splits=[]", flags=DRY) == 0
+    crossed = {"datasets": {"shapes_caption": None, "shapes_pairs": cli_helpers.SHAPES}}
+    path = cli_helpers.project(tmp_path, "caption", crossed, EVALUATED)
+    complains(
+        capsys, cli_helpers.train(path, flags=DRY), "shapes_pairs/test: CaptionTask evaluates samples by 'image_id'"
+    )
+    assert cli_helpers.train(path, "run.test_splits=[]", flags=DRY) == 0
 
 
 # File arguments
@@ -359,14 +367,14 @@ def test_the_file_of_references_is_read_before_anything_is_captioned(
     content: Any, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     records = [{**record, "image_id": i} for i, record in enumerate(six(tmp_path))]
-    path = doors.project(tmp_path, "caption", captions(tmp_path, records, test=records), EVALUATED)
+    path = cli_helpers.project(tmp_path, "caption", captions(tmp_path, records, test=records), EVALUATED)
     gold = tmp_path / "gold.json"
     if content is not None:
         gold.write_text(content if isinstance(content, str) else json.dumps(content))
-    complains(capsys, doors.train(path, f"run.annotation_file={gold}", flags=DRY), "run.annotation_file: ", text)
-    assert doors.train(path, f"run.annotation_file={gold}", "run.report_metric=false", flags=DRY) == 0
+    complains(capsys, cli_helpers.train(path, f"run.annotation_file={gold}", flags=DRY), "run.annotation_file: ", text)
+    assert cli_helpers.train(path, f"run.annotation_file={gold}", "run.report_metric=false", flags=DRY) == 0
     gold.write_text(json.dumps({"annotations": GOLD}))
-    assert doors.train(path, f"run.annotation_file={gold}", flags=DRY) == 0
+    assert cli_helpers.train(path, f"run.annotation_file={gold}", flags=DRY) == 0
 
 
 def test_the_file_of_references_may_be_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,8 +407,10 @@ def test_the_file_of_references_may_be_a_url(tmp_path: Path, monkeypatch: pytest
     ],
 )
 def test_absurd_numbers_are_refused_at_once(key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = doors.project(tmp_path, "caption")
-    complains(capsys, doors.train(path, f"run.{key}=1e308", flags=DRY), f"run.{key}: expected ", " or less, got 1")
+    path = cli_helpers.project(tmp_path, "caption")
+    complains(
+        capsys, cli_helpers.train(path, f"run.{key}=1e308", flags=DRY), f"run.{key}: expected ", " or less, got 1"
+    )
 
 
 @pytest.mark.parametrize(
@@ -415,7 +425,7 @@ def test_absurd_numbers_are_refused_at_once(key: str, tmp_path: Path, capsys: py
     ],
 )
 def test_absurd_numbers_of_tasks_and_datasets(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = doors.train(doors.project(tmp_path, "caption"), option, flags=DRY)
+    code = cli_helpers.train(cli_helpers.project(tmp_path, "caption"), option, flags=DRY)
     complains(capsys, code, option.split("=")[0].split(".")[-1], "number from ")
 
 
@@ -444,9 +454,9 @@ def test_a_warm_up_longer_than_the_run_is_said(caplog: pytest.LogCaptureFixture)
 
 def test_a_run_says_what_it_is_and_how_it_ended(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    path = doors.project(tmp_path, "caption", {"run": {"max_iters": 1, "test_splits": []}})
-    assert doors.train(path) == 0
-    model = doors.build("caption")
+    path = cli_helpers.project(tmp_path, "caption", {"run": {"max_iters": 1, "test_splits": []}})
+    assert cli_helpers.train(path) == 0
+    model = cli_helpers.build("caption")
     count = sum(p.numel() for p in model.parameters())
     assert f"blip_caption tiny: {count:,} parameters, {count:,} trainable; task captioning\n" in caplog.text
     assert f"device cpu, float32; seed 42\nfolder {tmp_path / 'output' / 'job'}" in caplog.text
@@ -492,19 +502,19 @@ def test_the_mean_is_of_what_was_scored(tmp_path: Path) -> None:
 
 def test_evaluation_takes_valid_and_test_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As LAVIS does with `evaluate: True`; a split of both lists once."""
-    path = doors.project(tmp_path, "caption", {"run": {"valid_splits": ["val"], "test_splits": ["test", "val"]}})
-    assert doors.evaluate(path) == 0
+    path = cli_helpers.project(tmp_path, "caption", {"run": {"valid_splits": ["val"], "test_splits": ["test", "val"]}})
+    assert cli_helpers.evaluate(path) == 0
     found = json.loads(capsys.readouterr().out)
     assert list(found) == ["val", "test"]
-    assert doors.evaluate(path, "run.test_splits=[]") == 0
+    assert cli_helpers.evaluate(path, "run.test_splits=[]") == 0
     assert list(json.loads(capsys.readouterr().out)) == ["val"]
-    complains(capsys, doors.evaluate(path, "run.test_splits=[]", "run.valid_splits=[]"), "name the splits")
+    complains(capsys, cli_helpers.evaluate(path, "run.test_splits=[]", "run.valid_splits=[]"), "name the splits")
 
 
 def test_what_was_not_scored_is_null_in_the_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = [{"image": record["image"]} for record in six(tmp_path)]
-    path = doors.project(tmp_path, "caption", captions(tmp_path, six(tmp_path), test=records), EVALUATED)
-    assert doors.evaluate(path) == 0
+    path = cli_helpers.project(tmp_path, "caption", captions(tmp_path, six(tmp_path), test=records), EVALUATED)
+    assert cli_helpers.evaluate(path) == 0
     found = json.loads(capsys.readouterr().out)["test"]
     assert found["agg_metrics"] is None
     assert "no reference captions" in found["note"]
@@ -515,5 +525,5 @@ def test_images_differ_in_size_only_until_they_are_processed(tmp_path: Path) -> 
     records = six(tmp_path)
     for i, record in enumerate(records):
         Image.new("RGB", (20 + i, 60), "red").save(record["image"])
-    path = doors.project(tmp_path, "caption", captions(tmp_path, records, test=records), EVALUATED)
-    assert doors.train(path, "run.batch_size_train=2", flags=DRY) == 0
+    path = cli_helpers.project(tmp_path, "caption", captions(tmp_path, records, test=records), EVALUATED)
+    assert cli_helpers.train(path, "run.batch_size_train=2", flags=DRY) == 0
