@@ -22,11 +22,11 @@ import cli_helpers
 import torch
 from ports import free_port
 
-from lavis_lite.cli.main import main as cli
+from lavis_lite.cli import main as cli
 from lavis_lite.common import checkpoint
 from lavis_lite.common.registry import registry
 
-STEPS = 40
+STEPS = 20
 RUN = {
     "max_iters": STEPS,
     "max_epoch": 100,

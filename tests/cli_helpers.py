@@ -17,7 +17,7 @@ import torch
 import yaml
 from ports import free_port
 
-from lavis_lite.cli.main import main as cli
+from lavis_lite.cli import main as cli
 from lavis_lite.common import checkpoint
 from lavis_lite.common.config.files import Layer, merge_layers, resolve
 from lavis_lite.common.config.schema import Checker

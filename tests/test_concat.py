@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from lavis_lite.common.errors import UnreadableSample
 from lavis_lite.datasets.base import BaseDataset
 from lavis_lite.datasets.vqa import VQATrainDataset
-from lavis_lite.runners.loaders import SeededDatasets, train_loader, train_sets
+from lavis_lite.runners.loaders import SeededDatasets, TrainLoader, train_sets
 from lavis_lite.runners.sampling import ConcatSampler, Key, TrainSampler
 
 LENGTHS = {"a": 3, "b": 17, "c": 30}
@@ -31,7 +31,8 @@ def sampler(*, rank: int = 0, world: int = 1, batch_size: int = 4) -> ConcatSamp
 
 
 def run_config(**changes: Any) -> SimpleNamespace:
-    fields = {"batch_size_train": 4, "num_workers": 0, "seed": 7, "mixing": "concat", "max_unreadable_share": 0.0}
+    fields = {"batch_size_train": 4, "accum_grad_iters": 1, "num_workers": 0, "seed": 7, "mixing": "concat"}
+    fields |= {"max_unreadable_share": 0.0}
     return SimpleNamespace(**{**fields, **changes})
 
 
@@ -55,18 +56,18 @@ class Pairs(BaseDataset):
 
 def joint(datasets: dict[str, Dataset], **changes: Any) -> list[dict[str, Any]]:
     """The batches of one epoch."""
-    loader = train_loader(datasets, run_config(**changes))
-    return list(islice(iter(loader), loader.steps_per_epoch))
+    loader = TrainLoader(datasets, run_config(**changes))
+    return list(islice(iter(loader), loader.sampler.steps_per_epoch))
 
 
 def test_an_epoch_is_one_permutation_of_all_samples() -> None:
     every = {(name, index) for name, length in LENGTHS.items() for index in range(length)}
     epochs = [[key for batch in islice(sampler(), n * 12, (n + 1) * 12) for key in batch] for n in range(3)]
     for keys in epochs:
-        found = [(key.dataset, key.index) for key in keys]
+        found = [(key.dataset, key.position) for key in keys]
         assert len(found) == len(set(found)) == 48  # of 50, in batches of 4
         assert set(found) <= every
-    orders = [tuple((key.dataset, key.index) for key in keys) for keys in epochs]
+    orders = [tuple((key.dataset, key.position) for key in keys) for keys in epochs]
     assert len(set(orders)) == 3
     assert len({key.seed for keys in epochs for key in keys}) == 3 * 48
     mixed = [len({key.dataset for key in batch}) for batch in islice(sampler(), 12)]
@@ -100,7 +101,7 @@ def test_samples_are_counted_without_reading_any() -> None:
     batches = list(islice(sampler(), 40))
     for first, end in ((0, 12), (0, 40), (5, 6), (11, 37), (7, 7)):
         found = Counter(key.dataset for batch in batches[first:end] for key in batch)
-        assert sampler().samples_between(first, end) == {name: found[name] for name in LENGTHS}
+        assert sampler().counts_between(first, end) == {name: found[name] for name in LENGTHS}
 
 
 def test_sets_smaller_than_a_batch_are_welcome_but_not_all_together() -> None:
@@ -115,7 +116,7 @@ def test_sets_smaller_than_a_batch_are_welcome_but_not_all_together() -> None:
 
 def test_a_single_set_is_read_as_ever() -> None:
     """Its order and the seeds of its samples do not depend on the setting."""
-    loaders = [train_loader({"a": Pairs(11)}, run_config(mixing=mixing, **draws)) for mixing, draws in DRAWS.items()]
+    loaders = [TrainLoader({"a": Pairs(11)}, run_config(mixing=mixing, **draws)) for mixing, draws in DRAWS.items()]
     one, other = (list(islice(loader.sampler, 9)) for loader in loaders)
     assert one == other
 
@@ -128,13 +129,13 @@ DRAWS: dict[str, dict[str, Any]] = {
 
 def test_batches_keep_the_order_and_the_keys_that_all_have() -> None:
     data = {"coco": Pairs(6, image_id=lambda i: i // 2), "vg": Pairs(9, instance_id=str)}
-    loader = train_loader(data, run_config())
+    loader = TrainLoader(data, run_config())
     keys = list(islice(loader.sampler, 3))
     for batch, drawn in zip(loader, keys, strict=False):
         assert list(batch) == ["image", "text_input"]
         assert batch["image"].shape == (4, 3, 2, 2)
-        assert batch["image"][:, 0, 0, 0].tolist() == [key.index for key in drawn]
-        assert batch["text_input"] == [f"text {key.index}" for key in drawn]
+        assert batch["image"][:, 0, 0, 0].tolist() == [key.position for key in drawn]
+        assert batch["text_input"] == [f"text {key.position}" for key in drawn]
     assert loader.left_out == {"image_id": ["vg"], "instance_id": ["coco"]}
 
 
@@ -174,7 +175,7 @@ def first_answers(batch: dict[str, Any]) -> list[str]:
 )
 def test_sets_that_do_not_fit_are_named_before_the_first_step(other: Pairs, text: str) -> None:
     with pytest.raises(ValueError, match=text + r".*per_step"):
-        train_loader({"coco": Pairs(6, label="x"), "vg": other}, run_config())
+        TrainLoader({"coco": Pairs(6, label="x"), "vg": other}, run_config())
 
 
 def test_a_sample_without_its_set_s_keys_is_named() -> None:

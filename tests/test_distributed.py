@@ -153,12 +153,12 @@ def first_losses(path: Path, *, half: int) -> dict[str, torch.Tensor]:
     """The losses of one rank's half of the first batch of four, by a fresh model in this process."""
     from lavis_lite.common.config.config import Config
     from lavis_lite.common.registry import registry
-    from lavis_lite.runners.loaders import train_loader, train_sets
-    from lavis_lite.runners.sampling import seed_everything
+    from lavis_lite.common.rng import seed_everything
+    from lavis_lite.runners.loaders import TrainLoader, train_sets
 
     cfg = Config.from_file(path, ["run.batch_size_train=4"])
     task = registry.get_task_class(cfg.run.task)(**cfg.task)
-    samples = next(iter(train_loader(train_sets(task.build_datasets(cfg), ["train"]), cfg.run)))
+    samples = next(iter(TrainLoader(train_sets(task.build_datasets(cfg), ["train"]), cfg.run)))
     seed_everything(cfg.run.seed)
     model = task.build_model(cfg).train()
     part = {key: value[2 * half : 2 * half + 2] for key, value in samples.items()}
@@ -221,7 +221,7 @@ def test_a_missing_file_is_told_without_traceback(tmp_path: Path) -> None:
 
 def main(plan: Sequence[Sequence[str]], folder: Path) -> None:
     """Each rank's part: the plan's command lines in one process group."""
-    from lavis_lite.cli.main import main as cli
+    from lavis_lite.cli import main as cli
     from lavis_lite.common import dist
     from lavis_lite.common.registry import registry
     from lavis_lite.runners.runner import Runner

@@ -11,7 +11,7 @@ import timm
 import torch
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
-from lavis_lite.cli.main import main as cli
+from lavis_lite.cli import main as cli
 from lavis_lite.common import checkpoint
 from lavis_lite.common.registry import registry
 from lavis_lite.models import load_model

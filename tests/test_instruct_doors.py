@@ -50,7 +50,7 @@ def test_several_sets_of_ones_own_are_mixed(tmp_path: Path, capsys: pytest.Captu
     assert cli_helpers.train(path, job=None, flags=["--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "share       few: 33.33% of the steps\nshare       many: 66.67% of the steps" in out  # 2 to 4
-    assert "steps       10 an epoch, 8 in all" in out
+    assert "steps       10 per epoch, 8 in all" in out
     assert cli_helpers.train(path) == 0
     job = tmp_path / "output" / "job"
     (mixture,) = [row["mixture"] for row in cli_helpers.log(job) if "mixture" in row]

@@ -454,4 +454,4 @@ def test_dry_run_counts_what_the_original_had(
     found = json.loads(gzip.decompress((full_size.REFERENCE / "manifests" / f"{manifest}.json.gz").read_bytes()))
     out = capsys.readouterr().out
     assert f"parameters  {found['n_params']:,} in all, {found['n_trainable']:,} trainable" in out
-    assert "60,000 in all (2 samples a step)" in out
+    assert "60,000 in all (2 samples per step)" in out

@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from lavis_lite.cli.main import main as cli
+from lavis_lite.cli import main as cli
 from lavis_lite.common import checkpoint
 from lavis_lite.common.config.run import RunConfig
 from lavis_lite.common.errors import FolderInUseError, InputError
@@ -50,7 +50,7 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_newest_whole_step(
     write(tmp_path / "job", "9")
     write(tmp_path / "job", "11", damage=damage)
     write(tmp_path / "job", "last", damage=damage)
-    run, folder = cli.start_job(auto(tmp_path, "job"))
+    run, folder = jobs.start_job(auto(tmp_path, "job"))
     assert run.resume_ckpt_path == str(folder / "checkpoint_10.pth")
     assert "checkpoint_last.pth" in caplog.text
     assert "resuming" in caplog.text
@@ -64,7 +64,7 @@ def test_a_folder_that_holds_checkpoints_is_never_started_over(tmp_path: Path, j
     write(tmp_path / "job", "best")  # holds no training state
     before = {path: path.read_bytes() for path in (tmp_path / "job").iterdir()}
     with pytest.raises(InputError, match=r"checkpoint_last\.pth.*checkpoint_4\.pth.*--job-id"):
-        cli.start_job(auto(tmp_path, job_id))
+        jobs.start_job(auto(tmp_path, job_id))
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
 
 
@@ -79,14 +79,14 @@ def test_job_ids_are_no_patterns(tmp_path: Path) -> None:
 
 def test_replacing_an_earlier_run_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(tmp_path / "job", "last")
-    cli.start_job(RunConfig(task="captioning", output_dir=str(tmp_path), job_id="job"))
+    jobs.start_job(RunConfig(task="captioning", output_dir=str(tmp_path), job_id="job"))
     assert "holds checkpoints of an earlier run" in caplog.text
 
 
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from lavis_lite.locks import FolderLock
+from lavis_lite.common.locks import FolderLock
 lock = FolderLock(Path(sys.argv[1]))
 lock.take()
 if not os.fork():  # as a loader worker, which has let go of the lock once it runs

@@ -13,7 +13,7 @@ from lavis_lite.tasks.captioning import CaptionTask
 
 pytestmark = pytest.mark.usefixtures("shapes_data")
 
-TOTAL = 70
+TOTAL = 35
 
 
 def long_project(folder: Path, name: str) -> Path:
@@ -21,7 +21,8 @@ def long_project(folder: Path, name: str) -> Path:
     folder.mkdir()
     (dataset,) = cli_helpers.RECIPES[name]["datasets"]
     crops = {"vis_processor": {"train": {"name": "blip_image_train", "image_size": 48}}}
-    run = {"max_iters": TOTAL, "max_epoch": 100, "num_workers": 2, "checkpoint_every": 7, "accum_grad_iters": 2}
+    run = {"max_iters": TOTAL, "max_epoch": 100, "num_workers": 2, "checkpoint_every": 4, "accum_grad_iters": 2}
+    run["batch_size_train"] = 2
     return cli_helpers.project(folder, name, {"datasets": {dataset: crops}, "run": {**run, "test_splits": []}})
 
 
@@ -53,7 +54,7 @@ def saved(job: Path) -> dict[str, Any]:
     return {name: {key: value for key, value in file.items() if key != "config"} for name, file in files.items()}
 
 
-@pytest.mark.parametrize(("name", "after"), [("caption", 23), ("retrieval", 36)])
+@pytest.mark.parametrize(("name", "after"), [("caption", 12), ("retrieval", 18)])
 def test_killed_and_resumed_equals_not_killed(name: str, after: int, tmp_path: Path) -> None:
     whole = long_project(tmp_path / "whole", name)
     assert cli_helpers.train(whole) == 0
@@ -178,7 +179,7 @@ def test_another_model_is_refused_key_by_key(
         assert part in told
     assert cli_helpers.train(path, "run.batch_size_train=5", flags=AUTO) == 2
     (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert "4 samples an iteration, this run has 5" in told
+    assert "4 samples per step, this run has 5" in told
 
 
 def test_other_annotations_of_the_same_length_are_refused(

@@ -68,7 +68,7 @@ def signal_in(monkeypatch: pytest.MonkeyPatch, method: str, *, call: int, signum
 def test_a_signal_finishes_the_update_saves_and_says_how_to_resume(
     signum: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In the third step, which opens an accumulation window of two: the fourth is done, too."""
+    """In the first of the two batches of the second step, which is finished."""
     whole, path = pair(tmp_path)
     assert cli_helpers.train(whole) == 0
     before = {number: signal.getsignal(number) for number in SIGNALS}
@@ -76,10 +76,10 @@ def test_a_signal_finishes_the_update_saves_and_says_how_to_resume(
         signal_in(patch, "train_step", call=3, signum=signum)
         assert cli_helpers.train(path, flags=["--resume", "auto"]) == code
     assert {number: signal.getsignal(number) for number in SIGNALS} == before
-    assert last(path)["step"] == 4
+    assert last(path)["step"] == 2
     err = capsys.readouterr().err
     name = signal.Signals(signum).name
-    assert f"stopped at step 4 by {name}; resume with: " in err
+    assert f"stopped at step 2 by {name}; resume with: " in err
     assert err.rstrip().endswith(f"--cfg-path {path} --resume auto --job-id job")
     assert "Traceback" not in err
     assert cli_helpers.train(path, flags=["--resume", "auto"]) == 0
@@ -92,7 +92,7 @@ def test_a_signal_in_the_last_step_of_an_epoch(tmp_path: Path, monkeypatch: pyte
     whole, path = pair(tmp_path)
     assert cli_helpers.train(whole) == 0
     with pytest.MonkeyPatch.context() as patch:
-        signal_in(patch, "train_step", call=6, signum=signal.SIGTERM)
+        signal_in(patch, "train_step", call=12, signum=signal.SIGTERM)
         assert cli_helpers.train(path) == 143
     assert (last(path)["step"], last(path)["epoch"]) == (6, 0)
     assert cli_helpers.train(path, flags=["--resume", "auto"]) == 0
@@ -157,7 +157,7 @@ def test_a_signal_raises_where_nothing_is_deferred() -> None:
 
 def python(code: str) -> subprocess.Popen[str]:
     """A process that catches signals as `stop`, and says `ready`."""
-    head = "import os, signal, time\nimport lavis_lite.stopping as stopping\n"
+    head = "import os, signal, time\nimport lavis_lite.runners.stopping as stopping\n"
     environment = {**os.environ, "PYTHONPATH": str(cli_helpers.ROOT)}
     process = subprocess.Popen(
         [sys.executable, "-c", head + code], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE

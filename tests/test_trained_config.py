@@ -11,7 +11,7 @@ import torch
 from full_size import TINY_HF
 from PIL import Image
 
-from lavis_lite.cli import main as cli
+from lavis_lite.cli import dry_run
 from lavis_lite.cli.convert import run
 from lavis_lite.common import checkpoint
 from lavis_lite.common.config.config import Config
@@ -341,9 +341,9 @@ def test_adapters_of_another_language_model_are_told(
 def test_a_dry_run_tells_of_adapters_of_another_language_model(tmp_path: Path) -> None:
     path = with_adapters("blip2_llm", tmp_path)
     section = {**tiny("blip2_llm"), "checkpoint": str(path), "llm_lora": LORA}
-    assert cli.build_without_weights(section)
+    assert dry_run.build_without_weights(section)
     with pytest.raises(AdapterError, match=r"trained as blip2_llm \(llm_model=tiny_opt\) .* \(llm_model=tiny_t5\)"):
-        cli.build_without_weights({**section, "llm_model": "tiny_t5"})
+        dry_run.build_without_weights({**section, "llm_model": "tiny_t5"})
 
 
 def test_adapters_without_their_settings_are_told_as_such(tmp_path: Path) -> None:

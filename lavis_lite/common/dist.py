@@ -10,7 +10,6 @@ import contextlib
 import contextvars
 import datetime
 import gc
-import inspect
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +22,7 @@ import torch.distributed as torch_dist
 # late, and the group would outlive `shutdown`, with threads that abort a Python which ends while they free a tensor.
 import torch.distributed.nn.functional
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from lavis_lite.common.errors import InputError, RankZeroFailed
 
@@ -110,10 +110,11 @@ def barrier() -> None:
         torch_dist.barrier(device_ids=[torch.cuda.current_device()] if on_gpu else None)
 
 
-class Steps:
-    """Ranks in step: while entered, a collective waits at most `timeout` seconds for the other ranks, not hours.
+class Lockstep:
+    """While entered, a collective waits at most `timeout` seconds for the other ranks, not hours.
 
-    Made by every rank at the same time. `largest` exchanges numbers on the CPU, so that no rank waits for its GPU.
+    Every rank must construct it at the same time. `largest` exchanges numbers on the CPU, so that no rank waits for its
+    GPU.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -277,10 +278,10 @@ def data_parallel(
     if world_size() == 1:
         return model, contextlib.nullcontext
     broadcast_tensors(model.buffers())
-    ddp = nn.parallel.DistributedDataParallel
-    renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters  # torch 2.15 deprecates the old name
-    buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-    parallel = ddp(model, find_unused_parameters=find_unused_parameters, gradient_as_bucket_view=True, **buffers)
+    is_renamed = TorchVersion(torch.__version__) >= (2, 15)
+    options: dict[str, Any] = {"forward_sync_buffers" if is_renamed else "broadcast_buffers": False}
+    options |= {"find_unused_parameters": find_unused_parameters, "gradient_as_bucket_view": True}
+    parallel = nn.parallel.DistributedDataParallel(model, **options)
     return parallel, parallel.no_sync
 
 

@@ -8,7 +8,6 @@ in AVI, open groups of pictures and HEVC; and as it reads ahead, whether damage 
 would be a matter of timing. Reading on costs little: seconds only for videos of an hour.
 """
 
-import random
 import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from lavis_lite.common.errors import (
     UnreadableSample,
 )
 from lavis_lite.common.pixels import BROKEN, open_file, to_rgb
+from lavis_lite.common.rng import CpuState
 
 ShortClips = Literal["repeat", "error"]
 """What becomes of a clip with fewer frames than are wanted."""
@@ -162,12 +162,9 @@ def processed(frames: Sequence[Image.Image], processor: Callable[[Image.Image], 
 
     Raises ValueError if the processor makes no tensors.
     """
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    tensors = []
+    state, tensors = CpuState.now(), []
     for frame in frames:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
+        state.restore()
         tensors.append(processor(frame))
     if not torch.is_tensor(tensors[0]):
         raise InputError(

@@ -52,6 +52,11 @@ class BaseModel(nn.Module):
     learns_answers: ClassVar[bool] = True
     """Training reads what to write about `text_input`, a question or an instruction: `text_output`, or `answer`."""
 
+    takes_video: ClassVar[bool] = True
+    """Images may be videos, (B,3,F,H,W)."""
+    reports_num_labels: ClassVar[bool] = False
+    """The loss is a language model's, a mean over labels whose number the output has as `num_labels`."""
+
     has_warned_of_cut_texts: bool = False
     """Whether it was logged that texts are cut; it is once per model."""
 

@@ -34,6 +34,7 @@ class BlipCaption(BlipBase):
     """
 
     prompt_begins_captions = True
+    reports_num_labels = True
 
     def __init__(self, *, prompt: str | None = "a picture of ", max_txt_len: int = 40, **parts: Any) -> None:
         super().__init__(max_txt_len=max_txt_len, **parts)
@@ -51,7 +52,8 @@ class BlipCaption(BlipBase):
         context = self.text_decoder.bert.project_context(self.visual_encoder(image))
         logits, _ = self.text_decoder(ids.to(self.device), mask.to(self.device), context=context)
         loss = language_modeling_loss(logits, labels)
-        return Output({"loss": loss, "loss_lm": loss.detach()})
+        num_labels = (labels[:, 1:] != IGNORED).sum()
+        return Output({"loss": loss, "loss_lm": loss.detach(), "num_labels": num_labels})
 
     def caption_labels(self, ids: Tensor, texts: Sequence[str]) -> Tensor:
         """Labels of the texts' ids (B,T) on the CPU: `[DEC]` and, where a text begins with it, the prompt do not count.

@@ -22,6 +22,7 @@ from lavis_lite.common.bounds import (
     check_numbers,
 )
 from lavis_lite.common.errors import InputError
+from lavis_lite.common.precision import PRECISIONS
 from lavis_lite.common.sources import weights
 from lavis_lite.common.sources.weights import LazyState
 from lavis_lite.convert import blip2_from_hf, is_hf_blip2
@@ -51,7 +52,6 @@ from lavis_lite.nn.qformer import QFormer, QFormerConfig
 
 logger = logging.getLogger(__name__)
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RANDOM = "random"
 TEXT_PARTS = (
     *("Qformer.bert.embeddings.word_embeddings", "Qformer.bert.embeddings.position_embeddings"),

@@ -60,6 +60,8 @@ class Batch(NamedTuple):
 class Blip2LanguageModel(LanguageModelBase):
     """What the architectures do: learn captions and answers, write them, choose among answers."""
 
+    reports_num_labels = True
+
     def forward(self, samples: dict[str, Any]) -> Output:
         """Language-model loss of `text_output` given `image` and `text_input`, or of `text_input`, a caption.
 
@@ -76,7 +78,8 @@ class Blip2LanguageModel(LanguageModelBase):
             asked = [self.prompt] * count
             batch = self.caption_batch(texts_of(samples, count))
         loss = self.lm.loss(*self.joined(self.see(samples, asked), batch.ids, batch.mask), batch.labels)
-        return Output({"loss": loss, "loss_lm": loss.detach()})
+        num_labels = (batch.labels != IGNORED).sum()
+        return Output({"loss": loss, "loss_lm": loss.detach(), "num_labels": num_labels})
 
     def question_template(self, samples: dict[str, Any]) -> str | list[str]:
         """What goes around questions: the samples' `prompt`, else the model's; "" for one without a gap for them."""
