@@ -20,14 +20,14 @@ from lavis_lite.common.errors import UnreadableSample
 from lavis_lite.datasets.base import BaseDataset
 from lavis_lite.datasets.vqa import VQATrainDataset
 from lavis_lite.runners.loaders import SeededDatasets, TrainLoader, train_sets
-from lavis_lite.runners.sampling import ConcatSampler, Key, TrainSampler
+from lavis_lite.runners.sampling import Key, TrainSampler
 
 LENGTHS = {"a": 3, "b": 17, "c": 30}
 concat = {"test_splits": [], "log_freq": 4, "checkpoint_every": 3, "train_dataset_mixing": "concat"}
 
 
-def sampler(*, rank: int = 0, world: int = 1, batch_size: int = 4) -> ConcatSampler:
-    return ConcatSampler(LENGTHS, batch_size=batch_size, seed=5, rank=rank, world=world)
+def sampler(*, rank: int = 0, world: int = 1, batch_size: int = 4) -> TrainSampler:
+    return TrainSampler(LENGTHS, None, batch_size=batch_size, seed=5, rank=rank, world=world)
 
 
 def run_config(**changes: Any) -> SimpleNamespace:
@@ -106,10 +106,10 @@ def test_samples_are_counted_without_reading_any() -> None:
 
 def test_sets_smaller_than_a_batch_are_welcome_but_not_all_together() -> None:
     assert sampler(batch_size=25).steps_per_epoch == 2
-    with pytest.raises(ValueError, match=r"3 datasets have 50 training samples together, fewer than .* 51"):
+    with pytest.raises(ValueError, match=r"3 datasets together have 50 training samples, fewer than .* 51"):
         sampler(batch_size=51)
     with pytest.raises(ValueError, match="dataset 'b' has no training samples"):
-        ConcatSampler({"a": 9, "b": 0}, batch_size=2, seed=0)
+        TrainSampler({"a": 9, "b": 0}, None, batch_size=2, seed=0)
     with pytest.raises(ValueError, match=r"'a' has 3 training samples.*or set run.train_dataset_mixing: concat"):
         TrainSampler(LENGTHS, dict.fromkeys(LENGTHS, 1 / 3), batch_size=4, seed=0)
 

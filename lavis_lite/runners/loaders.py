@@ -7,11 +7,11 @@ unreadable sample is passed to the main process as data, since an exception rais
 import bisect
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from lavis_lite.common.config.run import RunConfig
 from lavis_lite.common.errors import InputError, UnreadableSample
@@ -129,24 +129,17 @@ class TrainLoader:
         self.max_share = run.max_unreadable_share
         self.window = min(SHARE_WINDOW, sum(self.sampler.lengths.values()) // world)
         self.seen = self.unreadable = 0
-        self.loader = DataLoader(
-            SeededDatasets(datasets, skip_unreadable=self.max_share > 0, keys=keys),
-            batch_sampler=self.sampler,
-            collate_fn=_identity,
-            num_workers=run.num_workers,
-            pin_memory=pin,
-            worker_init_fn=ignore_stop_signals,
-            generator=torch.Generator().manual_seed(run.seed),
+        reader = SeededDatasets(datasets, skip_unreadable=self.max_share > 0, keys=keys)
+        self.loader = _data_loader(
+            reader, seed=run.seed, num_workers=run.num_workers, pin_memory=pin, batch_sampler=self.sampler
         )
 
     def seek(self, step: int) -> None:
         """Make the next `iter()` start at `step` (0-based), without loading the batches before it."""
         self.sampler.start_step = step
 
-    def __iter__(self) -> Iterator[Sample]:
-        with signals_blocked():
-            batches = iter(self.loader)
-        for batch in batches:
+    def __iter__(self) -> Generator[Sample]:
+        for batch in _started(self.loader):
             self.seen += self.sampler.batch_size
             if batch.errors:
                 self._count(batch)
@@ -217,27 +210,30 @@ class EvalLoader:
     ) -> None:
         self.dataset, self.batch_size, self.device = dataset, run.batch_size_eval, torch.device(device)
         self.indices = range(rank, len(dataset), world)
-        self.loader = DataLoader(
-            _Collated(dataset),
-            batch_size=self.batch_size,
-            sampler=self.indices,
-            collate_fn=_identity,
-            num_workers=min(run.num_workers, len(self.indices)),
-            pin_memory=self.device.type == "cuda",
-            worker_init_fn=ignore_stop_signals,
-            generator=torch.Generator().manual_seed(0),
+        workers = {"num_workers": min(run.num_workers, len(self.indices)), "pin_memory": self.device.type == "cuda"}
+        self.loader = _data_loader(
+            _Collated(dataset), seed=0, **workers, batch_size=self.batch_size, sampler=self.indices
         )
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Sample]:
-        with signals_blocked():
-            batches = iter(self.loader)
-        for batch in batches:
+        for batch in _started(self.loader):
             if isinstance(batch, UnreadableSample):
                 raise UnreadableSample(f"{batch} (Evaluation never skips samples.)")
             yield to_device(batch, self.device)
+
+
+def _data_loader(dataset: Dataset[Any], *, seed: int, **options: Any) -> DataLoader[Any]:
+    """Return a loader of batches that `dataset` makes itself; `seed` keeps it from drawing from torch's generator."""
+    generator = torch.Generator().manual_seed(seed)
+    return DataLoader(dataset, collate_fn=_identity, worker_init_fn=ignore_stop_signals, generator=generator, **options)
+
+
+def _started(loader: DataLoader[Any]) -> Iterator[Any]:
+    with signals_blocked():
+        return iter(loader)
 
 
 def to_device(batch: Any, device: torch.device | str) -> Any:
@@ -263,7 +259,8 @@ def train_sets(datasets: Datasets, splits: Sequence[str]) -> dict[str, SampleDat
     parts = {name: {s: by_split[s] for s in splits if s in by_split} for name, by_split in datasets.items()}
     for name, found in parts.items():
         _check_layout(name, found)
-    return {name: _concatenated(list(found.values())) for name, found in parts.items() if found}
+    found_parts = {name: list(found.values()) for name, found in parts.items() if found}
+    return {name: JoinedSplits(found) if len(found) > 1 else found[0] for name, found in found_parts.items()}
 
 
 def _check_layout(name: str, found: Mapping[str, SampleDataset]) -> None:
@@ -292,20 +289,20 @@ def split_names(datasets: Datasets) -> dict[str, list[str]]:
     return {name: sorted(by_split) for name, by_split in datasets.items()}
 
 
-class JoinedSplits(ConcatDataset[Sample]):
-    """Several splits of one dataset as one, whose image ids do not coincide."""
+class JoinedSplits(Dataset[Sample]):
+    """Several splits of one dataset as one, collated as the first is; their image ids do not coincide."""
+
+    def __init__(self, splits: Sequence[SampleDataset]) -> None:
+        self.splits, self.collater = splits, splits[0].collater
+        self.ends = list(itertools.accumulate(map(len, splits)))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
 
     def __getitem__(self, index: int) -> Sample:
-        part = bisect.bisect_right(self.cumulative_sizes, index)
-        return with_own_image_id(super().__getitem__(index), part, kind="split")
-
-    def collater(self, samples: list[Sample]) -> Sample:
-        """Collate as the first split does."""
-        return self.datasets[0].collater(samples)
-
-
-def _concatenated(parts: Sequence[SampleDataset]) -> SampleDataset:
-    return parts[0] if len(parts) == 1 else JoinedSplits(parts)
+        number = bisect.bisect_right(self.ends, index)
+        split = self.splits[number]
+        return with_own_image_id(split[index - self.ends[number] + len(split)], number, kind="split")
 
 
 def _identity(batch: T) -> T:

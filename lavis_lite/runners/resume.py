@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import ConcatDataset
 
 from lavis_lite.common import checkpoint, dist, integrity
 from lavis_lite.common.config.run import RunConfig
 from lavis_lite.common.errors import DamagedFileError, InputError
 from lavis_lite.datasets.base import BaseDataset
 from lavis_lite.runners import jobs
-from lavis_lite.runners.loaders import SampleDataset
+from lavis_lite.runners.loaders import JoinedSplits, SampleDataset
 from lavis_lite.runners.plan import Plan
 from lavis_lite.runners.train_state import TrainState
 
@@ -198,7 +197,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]
 
 
 def _digest(dataset: SampleDataset) -> str | None:
-    parts = dataset.datasets if isinstance(dataset, ConcatDataset) else [dataset]
+    parts = dataset.splits if isinstance(dataset, JoinedSplits) else [dataset]
     files = [path for part in parts if isinstance(part, BaseDataset) for path in part.annotation_paths]
     if not files or not all(path.is_file() for path in files):
         return None

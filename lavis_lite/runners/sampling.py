@@ -8,10 +8,11 @@ whether the run was stopped before. Nothing here draws from the global generator
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from lavis_lite.common.config.run import RunConfig
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.registry import did_you_mean
 from lavis_lite.common.rng import hash_seed
@@ -65,23 +66,22 @@ def dataset_shares(
 
 
 class TrainSampler:
-    """An endless series of one rank's batches of `Key`s from `start_step` on; a step's batches are of one dataset.
+    """An endless series of one rank's batches of `Key`s from `start_step` on.
 
-    A step is a global batch of `accumulate` batches on each of `world` ranks. Its dataset is drawn by `shares` from the
-    hash of (seed, step), the same on all ranks. A dataset's own epoch is a fresh permutation cut into global batches;
-    the rest, smaller than one, is dropped. Ranks and batches divide a global batch in order, so that all of them
-    together hold what one process without accumulation has in its batch.
+    A step is a global batch of `accumulate` batches on each of `world` ranks. Its samples are of one dataset, drawn by
+    `shares` from the hash of (seed, step), the same on all ranks; or, without shares, of all datasets as if they were
+    one, each by its length. A dataset's own epoch (or that of all) is a fresh permutation cut into global batches; the
+    rest, smaller than one, is dropped. Ranks and batches divide a global batch in order, so that all of them together
+    hold what one process without accumulation has in its batch.
 
     Raises:
-        InputError: a dataset is smaller than the global batch.
+        InputError: a dataset (or all together) is smaller than the global batch.
     """
-
-    is_concat: ClassVar[bool] = False
 
     def __init__(
         self,
         lengths: Mapping[str, int],
-        shares: Mapping[str, float],
+        shares: Mapping[str, float] | None,
         *,
         batch_size: int,
         seed: int,
@@ -89,26 +89,32 @@ class TrainSampler:
         world: int = 1,
         accumulate: int = 1,
     ) -> None:
-        self.lengths, self.shares = dict(lengths), {name: shares[name] for name in lengths}
-        self.seed, self.rank = seed, rank
+        self.lengths, self.names, self.is_concat = dict(lengths), list(lengths), shares is None
+        total = sum(self.lengths.values())
+        shares = shares or {name: length / max(total, 1) for name, length in lengths.items()}
+        self.shares = {name: shares[name] for name in self.names}
+        self.seed, self.rank, self.start_step = seed, rank, 0
         self.division = (accumulate, world, batch_size)
         self.batch_size, self.global_batch = batch_size, batch_size * world * accumulate
-        self.steps_per_epoch = sum(self.lengths.values()) // self.global_batch
+        self.steps_per_epoch = total // self.global_batch
+        self.groups = {"": self.names} if self.is_concat else {name: [name] for name in self.names}
+        """What is permuted as a whole: one dataset, or all (no dataset has an empty name)."""
         self._check_lengths()
-        self.names = list(self.lengths)
+        self.ends = {group: np.cumsum([self.lengths[name] for name in names]) for group, names in self.groups.items()}
         self.bounds = np.cumsum(list(self.shares.values()))
-        self.start_step = 0
-        self._orders: dict[str, tuple[int, np.ndarray]] = {}  # each dataset's present epoch and its order
+        self._orders: dict[str, tuple[int, np.ndarray]] = {}  # each group's present epoch and its order
 
     def __iter__(self) -> Iterator[list[Key]]:
-        draws = dict.fromkeys(self.names, 0)
+        draws = dict.fromkeys(self.groups, 0)
         for step in itertools.count():
-            name = self.dataset_at(step)
+            group = self._group_at(step)
             if step >= self.start_step:
-                epoch, position = divmod(draws[name], self.lengths[name] // self.global_batch)
-                for batch in self._own(self._order(name, epoch, self.lengths[name]), position):
-                    yield [self._key(name, index, epoch) for index in batch.tolist()]
-            draws[name] += 1
+                epoch, position = divmod(draws[group], int(self.ends[group][-1]) // self.global_batch)
+                start = position * self.global_batch
+                numbers = self._order(group, epoch)[start : start + self.global_batch]
+                for batch in numbers.reshape(self.division)[:, self.rank]:
+                    yield self._keys(group, epoch, batch)
+            draws[group] += 1
 
     @property
     def draws_datasets(self) -> bool:
@@ -116,129 +122,82 @@ class TrainSampler:
         return len(self.names) > 1 and not self.is_concat
 
     def dataset_at(self, step: int) -> str:
-        """Return the name of the dataset that the samples of `step` are from."""
-        if len(self.names) == 1:
-            return self.names[0]
+        """Return the name of the dataset that is drawn for `step`."""
         uniform = hash_seed(self.seed, "mix", step) / 2**63
         return self.names[min(int(np.searchsorted(self.bounds, uniform, side="right")), len(self.names) - 1)]
 
     def counts_between(self, first: int, end: int) -> dict[str, int]:
-        """Return how many global batches each dataset gives in the steps from `first` to before `end`."""
-        drawn = Counter(map(self.dataset_at, range(first, end)))
-        return {name: drawn[name] for name in self.names}
-
-    @property
-    def mixture(self) -> dict[str, str]:
-        """Each dataset's length and share, in words; both must stay for a resumed run to draw the same samples."""
-        return {name: f"{length} samples, share {self.shares[name]:.6g}" for name, length in self.lengths.items()}
-
-    @property
-    def division_text(self) -> str:
-        """The factors of the global batch, in words."""
-        accumulate, world, batch_size = self.division
-        parts = [f"{batch_size} on each of {world} processes"]
-        return " x ".join([*parts, f"{accumulate} accumulated batches"] if accumulate > 1 else parts)
-
-    def _check_lengths(self) -> None:
-        for name, length in self.lengths.items():
-            if length < self.global_batch:
-                others = ", or set run.train_dataset_mixing: concat" if len(self.lengths) > 1 else ""
-                raise InputError(
-                    f"dataset {name!r} has {length} training samples, fewer than a global batch of {self.global_batch} "
-                    f"({self.division_text}): lower run.batch_size_train{others}"
-                )
-
-    def _own(self, order: np.ndarray, position: int) -> np.ndarray:
-        """Return this rank's batches (accumulate, batch_size) of the global batch at `position` of an epoch's order."""
-        start = position * self.global_batch
-        return order[start : start + self.global_batch].reshape(self.division)[:, self.rank]
-
-    def _order(self, name: str, epoch: int, length: int) -> np.ndarray:
-        known = self._orders.get(name)
-        if known is None or known[0] != epoch:
-            generator = np.random.Generator(np.random.PCG64(hash_seed(self.seed, "order", name, epoch)))
-            known = self._orders[name] = (epoch, generator.permutation(length))
-        return known[1]
-
-    def _key(self, name: str, index: int, epoch: int) -> Key:
-        return Key(name, index, hash_seed(self.seed, epoch, name, index))
-
-
-class ConcatSampler(TrainSampler):
-    """An endless series of one rank's batches of `Key`s, in which the samples of all datasets are mixed.
-
-    An epoch is one permutation of all datasets' samples, cut into global batches (the rest is dropped). A dataset may
-    be smaller than a global batch, all together may not.
-    """
-
-    is_concat = True
-
-    def __init__(self, lengths: Mapping[str, int], **placement: int) -> None:
-        total = max(sum(lengths.values()), 1)
-        super().__init__(lengths, {name: length / total for name, length in lengths.items()}, **placement)
-        self.ends = np.cumsum(list(self.lengths.values()))  # of each dataset among all samples
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        for step in itertools.count(self.start_step):
-            epoch, position = divmod(step, self.steps_per_epoch)
-            for numbers in self._own(self._epoch_order(epoch), position):
-                owners = self._owners(numbers)
-                indices = numbers - (self.ends - list(self.lengths.values()))[owners]
-                named = zip((self.names[owner] for owner in owners), indices.tolist(), strict=True)
-                yield [self._key(name, index, epoch) for name, index in named]
-
-    def counts_between(self, first: int, end: int) -> dict[str, int]:
-        """Return how many samples of each dataset all ranks together get in the steps from `first` to before `end`."""
+        """Return what each dataset gives in the steps from `first` to before `end`: global batches, or samples where
+        all are mixed.
+        """
         found: Counter[str] = Counter(dict.fromkeys(self.names, 0))
-        while first < end:
+        if not self.is_concat:
+            found.update(map(self.dataset_at, range(first, end)))
+        while self.is_concat and first < end:
             epoch, position = divmod(first, self.steps_per_epoch)
             num_steps = min(end - first, self.steps_per_epoch - position)
             start = position * self.global_batch
-            numbers = self._epoch_order(epoch)[start : start + num_steps * self.global_batch]
-            counts = np.bincount(self._owners(numbers), minlength=len(self.names))
+            numbers = self._order("", epoch)[start : start + num_steps * self.global_batch]
+            counts = np.bincount(self._owners("", numbers), minlength=len(self.names))
             found.update(dict(zip(self.names, counts.tolist(), strict=True)))
             first += num_steps
         return dict(found)
 
     @property
     def mixture(self) -> dict[str, str]:
-        return {name: f"{length} samples, concat" for name, length in self.lengths.items()}
+        """Each dataset's length and share, in words; both must stay for a resumed run to draw the same samples."""
+        shares = {name: "concat" if self.is_concat else f"share {share:.6g}" for name, share in self.shares.items()}
+        return {name: f"{length} samples, {shares[name]}" for name, length in self.lengths.items()}
 
     def _check_lengths(self) -> None:
-        for name, length in self.lengths.items():
-            if not length:
-                raise InputError(f"dataset {name!r} has no training samples: leave it out, or check its annotations")
-        total = sum(self.lengths.values())
-        if total < self.global_batch:
-            raise InputError(
-                f"the {len(self.lengths)} datasets have {total} training samples together, fewer than a global batch "
-                f"of {self.global_batch} ({self.division_text}): lower run.batch_size_train"
-            )
+        accumulate, world, batch_size = self.division
+        for group, names in self.groups.items():
+            total = sum(self.lengths[name] for name in names)
+            if empty := [name for name in names if not self.lengths[name]]:
+                raise InputError(f"dataset {empty[0]!r} has no training samples; leave it out or check its annotations")
+            if total < self.global_batch:
+                owner = f"dataset {group!r} has" if group else f"the {len(names)} datasets together have"
+                accumulated = f" x {accumulate} accumulated batches" if accumulate > 1 else ""
+                mixed = ", or set run.train_dataset_mixing: concat" if len(self.groups) > 1 else ""
+                raise InputError(
+                    f"{owner} {total} training samples, fewer than a global batch of {self.global_batch} ({batch_size} "
+                    f"on each of {world} processes{accumulated}); lower run.batch_size_train{mixed}"
+                )
 
-    def _epoch_order(self, epoch: int) -> np.ndarray:
-        return self._order("", epoch, int(self.ends[-1]))  # no dataset has an empty name
+    def _group_at(self, step: int) -> str:
+        return next(iter(self.groups)) if len(self.groups) == 1 else self.dataset_at(step)
 
-    def _owners(self, numbers: np.ndarray) -> np.ndarray:
-        """Return the number of the dataset that each of all samples' numbers belongs to."""
-        return np.searchsorted(self.ends, numbers, side="right")
+    def _order(self, group: str, epoch: int) -> np.ndarray:
+        known = self._orders.get(group)
+        if known is None or known[0] != epoch:
+            generator = np.random.Generator(np.random.PCG64(hash_seed(self.seed, "order", group, epoch)))
+            known = self._orders[group] = (epoch, generator.permutation(int(self.ends[group][-1])))
+        return known[1]
+
+    def _owners(self, group: str, numbers: np.ndarray) -> np.ndarray:
+        """Return the position in the group of the dataset that each of all its samples' numbers belongs to."""
+        return np.searchsorted(self.ends[group], numbers, side="right")
+
+    def _keys(self, group: str, epoch: int, numbers: np.ndarray) -> list[Key]:
+        keys, ends = [], self.ends[group]
+        for owner, number in zip(self._owners(group, numbers).tolist(), numbers.tolist(), strict=True):
+            name = self.groups[group][owner]
+            index = number - (int(ends[owner]) - self.lengths[name])
+            keys.append(Key(name, index, hash_seed(self.seed, epoch, name, index)))
+        return keys
 
 
-def make_sampler(run: Any, lengths: Mapping[str, int], *, rank: int = 0, world: int = 1) -> TrainSampler:
-    """Return the sampler of `run` (a RunConfig) over training datasets of these lengths, by name.
+def make_sampler(run: RunConfig, lengths: Mapping[str, int], *, rank: int = 0, world: int = 1) -> TrainSampler:
+    """Return the sampler of a run over training datasets of these lengths, by name.
 
     Raises:
         InputError: there is no dataset, one is smaller than a global batch, or shares do not fit the datasets.
     """
     if not lengths:
         raise InputError("no dataset to train on: run.train_splits and the datasets section have no split in common")
-    placement = {"batch_size": run.batch_size_train, "accumulate": run.accum_grad_iters, "seed": run.seed}
-    placement |= {"rank": rank, "world": world}
-    if len(lengths) > 1 and run.mixing == "concat":
-        return ConcatSampler(lengths, **placement)
-    shares = dataset_shares(
-        lengths,
-        sampling=run.train_dataset_sampling,
-        factors=run.train_dataset_factors,
-        ratios=run.train_dataset_ratios,
-    )
-    return TrainSampler(lengths, shares, **placement)
+    shares = None
+    if len(lengths) == 1 or run.mixing == "per_step":
+        sampling, factors, ratios = run.train_dataset_sampling, run.train_dataset_factors, run.train_dataset_ratios
+        shares = dataset_shares(lengths, sampling=sampling, factors=factors, ratios=ratios)
+    sizes = {"batch_size": run.batch_size_train, "accumulate": run.accum_grad_iters, "seed": run.seed}
+    return TrainSampler(lengths, shares, **sizes, rank=rank, world=world)

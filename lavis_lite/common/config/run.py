@@ -139,7 +139,7 @@ class RunConfig:
     """Share of each training set by name, instead of both."""
 
     batch_size_train: int = 32
-    """Samples a process and batch."""
+    """Samples per process and batch."""
     batch_size_eval: int = 32
     num_workers: int = 2
     max_unreadable_share: float = 0.0
