@@ -80,7 +80,7 @@ class MeanOfBatches:
         """Return a batch's part of the step's loss; the gradients of the parts add up."""
         return loss / self.accumulate
 
-    def rescale(self, parameters: Iterable[torch.Tensor]) -> None:
+    def rescale(self, state: TrainState) -> None:
         """Divide the summed gradients by what was known only after the last batch: nothing here."""
 
 
@@ -97,9 +97,9 @@ class MeanOfTokens(MeanOfBatches):
         self.num_labels = self.num_labels + output["num_labels"].double()
         return loss * output["num_labels"]
 
-    def rescale(self, parameters: Iterable[torch.Tensor]) -> None:
+    def rescale(self, state: TrainState) -> None:
         per_rank = dist.all_reduce_mean(torch.as_tensor(self.num_labels))  # gradients are means over the ranks
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in state.parameters if parameter.grad is not None]
         torch._foreach_mul_(gradients, per_rank.reciprocal().float())
         self.num_labels = 0.0
 
@@ -159,7 +159,7 @@ def train_loop(training: Training, *, save: Callable[[], None], validate: Callab
                         state.metrics.update(**losses, **learning_metrics(output))
                         if state.loader.sampler.draws_datasets:
                             state.by_dataset.update(**{state.loader.sampler.dataset_at(step): losses["loss"]})
-                    average.rescale(state.parameters)
+                    average.rescale(state)
                     _update_weights(state, clip=run.grad_clip_norm)
                     state.step = step + 1
                     training.progress.advance()
