@@ -63,7 +63,7 @@ def six(folder: Path) -> list[dict[str, Any]]:
         ("run.num_beans=3", ["run.num_beans", "'num_beams'"]),
         ("run.test_splits=[tset]", ["tset", "test"]),
         ("run.metrics=[blue]", ["blue", "bleu"]),
-        ("run.precision=fp16", ["run.precision=fp16", "bf16"]),
+        ("run.precision=fp16", ["run.precision: fp16", "bf16"]),
         ("run.device=gpu", ["run.device", "gpu", "cuda"]),
         ("model.arch=blip_captoin", ["model.arch", "'blip_caption'"]),
         ("model.model_type=tinny", ["tinny", "'tiny'"]),
