@@ -18,15 +18,15 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import doors
+import cli_helpers
 import torch
 from ports import free_port
 
-from lavis_lite.cli.main import main as cli
+from lavis_lite.cli import main as cli
 from lavis_lite.common import checkpoint
 from lavis_lite.common.registry import registry
 
-STEPS = 40
+STEPS = 20
 RUN = {
     "max_iters": STEPS,
     "max_epoch": 100,
@@ -96,9 +96,9 @@ class Round:
 
     def __init__(self, folder: Path, *, world: int, data: Path) -> None:
         folder.mkdir(parents=True)
-        (dataset,) = doors.RECIPES["caption"]["datasets"]
+        (dataset,) = cli_helpers.RECIPES["caption"]["datasets"]
         crops = {"vis_processor": {"train": {"name": "blip_image_train", "image_size": 48}}}
-        self.path = doors.project(folder, "caption", {"datasets": {dataset: crops}, "run": RUN})
+        self.path = cli_helpers.project(folder, "caption", {"datasets": {dataset: crops}, "run": RUN})
         self.job, self.world, self.data = folder / "output" / "job", world, data
         self.output = folder / "output.txt"
 
@@ -169,7 +169,7 @@ def compare(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
     wrong = sorted(expected.keys() ^ found.keys())
     for key in expected.keys() & found.keys():
         try:
-            doors.assert_same_state(expected[key], found[key])
+            cli_helpers.assert_same_state(expected[key], found[key])
         except AssertionError as error:
             wrong.append(f"{key}{error}")
     return wrong

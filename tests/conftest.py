@@ -7,17 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from lavis_lite.common.logger import remove_handlers
+
 
 @pytest.fixture(autouse=True)
 def root_logger() -> Iterator[None]:
     """Leave the root logger as it was: a command sets its level, and handlers that write to the test's own streams."""
     root = logging.getLogger()
-    level, handlers = root.level, list(root.handlers)
+    level = root.level
     yield
-    for handler in [handler for handler in root.handlers if getattr(handler, "from_lavis_lite", False)]:
-        if handler not in handlers:
-            root.removeHandler(handler)
-            handler.close()
+    remove_handlers()
     root.setLevel(level)
 
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import doors
+import cli_helpers
 import pytest
 import torch
 import yaml
@@ -141,7 +141,7 @@ def test_another_size_than_the_models_is_an_error_that_names_both(
     with pytest.raises(ConfigError, match=f"datasets.caption.vis_processor.train.image_size: {words}"):
         config(tmp_path, datasets={"caption": blocks}, **OWN)
     for flags in (["--dry-run"], []):
-        complains(capsys, doors.train(tmp_path / "project.yaml", job=None, flags=flags), words)
+        complains(capsys, cli_helpers.train(tmp_path / "project.yaml", job=None, flags=flags), words)
     with pytest.raises(ConfigError, match=f"project.yaml: preprocess.vis_processor.train.image_size: {words}"):
         config(tmp_path, preprocess=blocks, **OWN)
 

@@ -1,4 +1,4 @@
-"""What users get wrong, through the real doors: one clean line that names the file and the way out; or it just works.
+"""Mistakes of users, through the real entry points: one clean line that names the file and the way out; or it works.
 
 What readers and writers do with broken bytes is tested with them (test_bad_images, test_checkpoint, test_config); here
 the point is what a user of train.py and evaluate.py sees, and that nothing is lost.
@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-import doors
+import cli_helpers
 import numpy as np
 import pytest
 import torch
@@ -38,13 +38,15 @@ def complains(capsys: pytest.CaptureFixture[str], code: int, *words: str) -> Non
 
 def captions(folder: Path, records: list[dict[str, Any]], **splits: list[dict[str, Any]]) -> dict[str, Any]:
     """A change of the captioning recipe: the user's own records for training."""
-    section = doors.user_set(folder / "annotations", {"train": records, **splits})
+    section = cli_helpers.user_set(folder / "annotations", {"train": records, **splits})
     return {"datasets": {"shapes_caption": None, "caption": section}}
 
 
 def six(folder: Path) -> list[dict[str, Any]]:
     """Six good records."""
-    return [{"image": path, "caption": f"a circle {i}"} for i, path in enumerate(doors.pictures(folder / "images", 6))]
+    return [
+        {"image": path, "caption": f"a circle {i}"} for i, path in enumerate(cli_helpers.pictures(folder / "images", 6))
+    ]
 
 
 # Keys and names
@@ -61,7 +63,7 @@ def six(folder: Path) -> list[dict[str, Any]]:
         ("run.num_beans=3", ["run.num_beans", "'num_beams'"]),
         ("run.test_splits=[tset]", ["tset", "test"]),
         ("run.metrics=[blue]", ["blue", "bleu"]),
-        ("run.precision=fp16", ["run.precision=fp16", "bf16"]),
+        ("run.precision=fp16", ["run.precision: fp16", "bf16"]),
         ("run.device=gpu", ["run.device", "gpu", "cuda"]),
         ("model.arch=blip_captoin", ["model.arch", "'blip_caption'"]),
         ("model.model_type=tinny", ["tinny", "'tiny'"]),
@@ -86,24 +88,28 @@ def six(folder: Path) -> list[dict[str, Any]]:
     ],
 )
 def test_mistaken_settings(option: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    complains(capsys, doors.train(doors.project(tmp_path, "caption", SHORT), option), *words)
+    complains(capsys, cli_helpers.train(cli_helpers.project(tmp_path, "caption", SHORT), option), *words)
     assert not list(tmp_path.rglob("checkpoint*"))
 
 
 def test_missing_project(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    complains(capsys, doors.train(tmp_path / "gone.yaml"), "gone.yaml")
+    complains(capsys, cli_helpers.train(tmp_path / "gone.yaml"), "gone.yaml")
 
 
 def test_wrong_task_for_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Validating pretraining losses on a captioning split; a VQA model on captions; retrieval on captions."""
     run = {"run": {"max_iters": 1, "test_splits": []}}
-    path = doors.project(tmp_path, "pretrain", run, {"datasets": {"shapes_caption": doors.SHAPES}})
-    complains(capsys, doors.train(path), "text_input", "run.valid_splits")
-    crossed = {"datasets": {"shapes_vqa": None, "shapes_caption": doors.SHAPES}}
-    complains(capsys, doors.train(doors.project(tmp_path, "vqa_rank", SHORT, crossed)), "BlipVQA needs 'n_answers'")
-    crossed = {"datasets": {"shapes_retrieval": None, "shapes_caption": doors.SHAPES}}
-    path = doors.project(tmp_path, "retrieval", run, crossed)
-    complains(capsys, doors.train(path), "gallery")
+    path = cli_helpers.project(tmp_path, "pretrain", run, {"datasets": {"shapes_caption": cli_helpers.SHAPES}})
+    complains(capsys, cli_helpers.train(path), "text_input", "run.valid_splits")
+    crossed = {"datasets": {"shapes_vqa": None, "shapes_caption": cli_helpers.SHAPES}}
+    complains(
+        capsys,
+        cli_helpers.train(cli_helpers.project(tmp_path, "vqa_rank", SHORT, crossed)),
+        "BlipVQA needs 'n_answers'",
+    )
+    crossed = {"datasets": {"shapes_retrieval": None, "shapes_caption": cli_helpers.SHAPES}}
+    path = cli_helpers.project(tmp_path, "retrieval", run, crossed)
+    complains(capsys, cli_helpers.train(path), "gallery")
 
 
 # Files
@@ -112,22 +118,24 @@ def test_wrong_task_for_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize("workers", [0, 1])
 def test_missing_and_truncated_training_image(workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = six(tmp_path)
-    path = doors.project(tmp_path, "caption", SHORT, captions(tmp_path, records), {"run": {"num_workers": workers}})
+    path = cli_helpers.project(
+        tmp_path, "caption", SHORT, captions(tmp_path, records), {"run": {"num_workers": workers}}
+    )
     broken = Path(records[3]["image"])
     broken.write_bytes(broken.read_bytes()[:40])
     option = "run.batch_size_train=6"
-    complains(capsys, doors.train(path, option), "truncated", str(broken), "run.max_unreadable_share")
+    complains(capsys, cli_helpers.train(path, option), "truncated", str(broken), "run.max_unreadable_share")
     broken.unlink()
-    complains(capsys, doors.train(path, option), "not found", str(broken), "run.max_unreadable_share")
+    complains(capsys, cli_helpers.train(path, option), "not found", str(broken), "run.max_unreadable_share")
 
 
 def test_missing_image_in_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = six(tmp_path)
-    path = doors.project(tmp_path, "caption", captions(tmp_path, records, test=records))
+    path = cli_helpers.project(tmp_path, "caption", captions(tmp_path, records, test=records))
     Path(records[5]["image"]).unlink()
     complains(
         capsys,
-        doors.evaluate(path, "run.max_unreadable_share=0.5", "run.valid_splits=[]"),
+        cli_helpers.evaluate(path, "run.max_unreadable_share=0.5", "run.valid_splits=[]"),
         records[5]["image"],
         "never skips",
     )
@@ -140,14 +148,16 @@ def test_unreadable_images_within_the_share_are_counted(
     records = six(tmp_path)
     Path(records[2]["image"]).unlink()
     run = {"max_iters": 6, "max_epoch": 9, "valid_splits": [], "test_splits": [], "num_workers": workers}
-    path = doors.project(tmp_path, "caption", captions(tmp_path, records), {"run": {**run, "batch_size_train": 2}})
-    assert doors.train(path, "run.max_unreadable_share=0.4", job="skipping") == 0
-    rows = doors.steps(tmp_path / "output" / "skipping")
+    path = cli_helpers.project(
+        tmp_path, "caption", captions(tmp_path, records), {"run": {**run, "batch_size_train": 2}}
+    )
+    assert cli_helpers.train(path, "run.max_unreadable_share=0.4", job="skipping") == 0
+    rows = cli_helpers.steps(tmp_path / "output" / "skipping")
     assert rows[-1]["unreadable"] == 2  # twelve samples are two epochs of six
     assert records[2]["image"] in capsys.readouterr().err
     complains(
         capsys,
-        doors.train(path, "run.max_unreadable_share=0.05", job="strict"),
+        cli_helpers.train(path, "run.max_unreadable_share=0.05", job="strict"),
         records[2]["image"],
         "run.max_unreadable_share=0.05",
     )
@@ -168,32 +178,32 @@ def test_unreadable_images_within_the_share_are_counted(
     ],
 )
 def test_broken_annotations(content: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = doors.project(tmp_path, "caption", SHORT, captions(tmp_path, six(tmp_path)))
+    path = cli_helpers.project(tmp_path, "caption", SHORT, captions(tmp_path, six(tmp_path)))
     annotations = tmp_path / "annotations" / "train.json"
     annotations.write_text(content)
     cleaning = "datasets.caption.text_processor.train.name=blip_caption"
-    complains(capsys, doors.train(path, cleaning), *words, str(annotations))
+    complains(capsys, cli_helpers.train(path, cleaning), *words, str(annotations))
 
 
 def test_labels_that_the_model_has_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Named before the first step, which would end in an index error."""
-    images = doors.pictures(tmp_path / "images", 4)
+    images = cli_helpers.pictures(tmp_path / "images", 4)
     records = [{"image": image, "sentence": "a circle", "label": label} for label, image in enumerate(images)]
-    own = doors.user_set(tmp_path / "own", {"train": records, "val": records[:2]})
-    path = doors.project(tmp_path, "classification", SHORT)
+    own = cli_helpers.user_set(tmp_path / "own", {"train": records, "val": records[:2]})
+    path = cli_helpers.project(tmp_path, "classification", SHORT)
     text = yaml.safe_load(path.read_text(encoding="utf-8")) | {"datasets": {"classification": own}}
     path.write_text(yaml.safe_dump(text), encoding="utf-8")
     words = ("train.json: record 3 has label 3", "model.num_classes=3 means labels 0 to 2", "model.num_classes=4")
-    complains(capsys, doors.train(path), *words)
-    assert doors.train(path, "model.num_classes=4") == 0
+    complains(capsys, cli_helpers.train(path), *words)
+    assert cli_helpers.train(path, "model.num_classes=4") == 0
 
 
 def test_missing_annotations_and_image_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = doors.project(tmp_path, "caption", SHORT, captions(tmp_path, six(tmp_path)))
+    path = cli_helpers.project(tmp_path, "caption", SHORT, captions(tmp_path, six(tmp_path)))
     folder = f"datasets.caption.build_info.images.storage={tmp_path / 'nowhere'}"
-    complains(capsys, doors.train(path, folder), str(tmp_path / "nowhere"), "build_info.images.storage")
+    complains(capsys, cli_helpers.train(path, folder), str(tmp_path / "nowhere"), "build_info.images.storage")
     (tmp_path / "annotations" / "train.json").unlink()
-    complains(capsys, doors.train(path), str(tmp_path / "annotations" / "train.json"), "not found")
+    complains(capsys, cli_helpers.train(path), str(tmp_path / "annotations" / "train.json"), "not found")
 
 
 class Malice:
@@ -205,10 +215,10 @@ class Malice:
 
 @pytest.mark.parametrize("key", ["checkpoint", "pretrained", "finetuned"])
 def test_bad_checkpoints(key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = doors.project(tmp_path, "caption", SHORT)
+    path = cli_helpers.project(tmp_path, "caption", SHORT)
     good = tmp_path / "good.pth"
-    torch.save({"model": doors.build("caption").state_dict()}, good)
-    torch.save({"model": doors.build("nlvr").state_dict()}, tmp_path / "nlvr.pth")
+    torch.save({"model": cli_helpers.build("caption").state_dict()}, good)
+    torch.save({"model": cli_helpers.build("nlvr").state_dict()}, tmp_path / "nlvr.pth")
     torch.save({"model": Malice()}, tmp_path / "code.pth")
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
     (tmp_path / "cut.pth").write_bytes(good.read_bytes()[:5000])
@@ -222,17 +232,17 @@ def test_bad_checkpoints(key: str, tmp_path: Path, capsys: pytest.CaptureFixture
         "empty": ["holds no weights", "epoch"],
     }.items():
         file = tmp_path / f"{name}.pth"
-        complains(capsys, doors.train(path, f"model.{key}={file}"), str(file), *words)
+        complains(capsys, cli_helpers.train(path, f"model.{key}={file}"), str(file), *words)
     assert not Path("/tmp/lavis_lite_was_here").exists()
-    assert doors.train(path, f"model.{key}={good}") == 0
+    assert cli_helpers.train(path, f"model.{key}={good}") == 0
 
 
 def test_resuming_bad_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = doors.project(tmp_path, "caption", SHORT)
+    path = cli_helpers.project(tmp_path, "caption", SHORT)
     gone = tmp_path / "gone.pth"
-    complains(capsys, doors.train(path, flags=["--resume", str(gone)]), "no checkpoint to resume", str(gone))
+    complains(capsys, cli_helpers.train(path, flags=["--resume", str(gone)]), "no checkpoint to resume", str(gone))
     (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04" + bytes(100))
-    complains(capsys, doors.train(path, flags=["--resume", str(tmp_path / "cut.pth")]), "cut.pth", "truncated")
+    complains(capsys, cli_helpers.train(path, flags=["--resume", str(tmp_path / "cut.pth")]), "cut.pth", "truncated")
 
 
 @pytest.mark.parametrize("room", [0, 20_000])
@@ -240,7 +250,9 @@ def test_disk_full_while_saving(
     room: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second checkpoint does not fit: the message says what to do, the first one is whole, and resuming goes on."""
-    path = doors.project(tmp_path, "caption", {"run": {"checkpoint_every": 2, "valid_splits": [], "test_splits": []}})
+    path = cli_helpers.project(
+        tmp_path, "caption", {"run": {"checkpoint_every": 2, "valid_splits": [], "test_splits": []}}
+    )
     written = {"files": 0, "bytes": 0}
     write = checkpoint._Recorder.write
 
@@ -261,19 +273,19 @@ def test_disk_full_while_saving(
     with monkeypatch.context() as full:
         full.setattr(checkpoint._Recorder, "write", limited)
         full.setattr(checkpoint, "save", counted)
-        code = doors.train(path)
+        code = cli_helpers.train(path)
     last = tmp_path / "output" / "job" / "checkpoint_last.pth"
     complains(capsys, code, str(last), "the disk is full", "previous file is intact", "--resume auto")
     assert checkpoint.load(last)["step"] == 2
     assert not list(last.parent.glob(".*.tmp"))
-    assert doors.train(path, flags=["--resume", "auto"], job=None) == 0
+    assert cli_helpers.train(path, flags=["--resume", "auto"], job=None) == 0
     assert checkpoint.load(last)["step"] == 6
 
 
 def test_output_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("not a folder")
-    path = doors.project(tmp_path, "caption", SHORT)
-    complains(capsys, doors.train(path, f"run.output_dir={tmp_path / 'file'}"), str(tmp_path / "file"))
+    path = cli_helpers.project(tmp_path, "caption", SHORT)
+    complains(capsys, cli_helpers.train(path, f"run.output_dir={tmp_path / 'file'}"), str(tmp_path / "file"))
 
 
 # Odd but fine
@@ -307,17 +319,17 @@ def test_odd_images_and_texts_train_and_evaluate(tmp_path: Path) -> None:
         for name, text in zip(names, texts, strict=True)
     ]
     change = captions(tmp_path, records, val=records, test=records)
-    path = doors.project(tmp_path, "caption", change, {"run": {"batch_size_train": 7, "max_iters": 3}})
-    assert doors.train(path) == 0
+    path = cli_helpers.project(tmp_path, "caption", change, {"run": {"batch_size_train": 7, "max_iters": 3}})
+    assert cli_helpers.train(path) == 0
     results = json.loads((tmp_path / "output" / "job" / "result" / "test_captions.json").read_text(encoding="utf-8"))
     assert [entry["image_id"] for entry in results] == [f"id-{name}" for name in names]
     retrieval = {"datasets": {"shapes_retrieval": None, "retrieval": change["datasets"]["caption"]}}
-    path = doors.project(tmp_path, "retrieval", retrieval, {"run": {"batch_size_train": 6, "max_iters": 3}})
-    assert doors.train(path, job="retrieval") == 0
+    path = cli_helpers.project(tmp_path, "retrieval", retrieval, {"run": {"batch_size_train": 6, "max_iters": 3}})
+    assert cli_helpers.train(path, job="retrieval") == 0
 
 
 def test_odd_questions(tmp_path: Path) -> None:
-    images = doors.pictures(tmp_path / "images", 4)
+    images = cli_helpers.pictures(tmp_path / "images", 4)
     texts = [
         ("?", ["yes"] * 10),
         ("¿De qué color es?", ["azul", "blau", "青"]),
@@ -328,7 +340,7 @@ def test_odd_questions(tmp_path: Path) -> None:
         {"image": image, "question": question, "answer": answers, "question_id": i}
         for i, (image, (question, answers)) in enumerate(zip(images, texts, strict=True))
     ]
-    section = doors.user_set(tmp_path / "annotations", {"train": records, "test": records})
+    section = cli_helpers.user_set(tmp_path / "annotations", {"train": records, "test": records})
     answer_list = tmp_path / "answers.json"
     answer_list.write_text(json.dumps(["yes", "no", "青"], ensure_ascii=False), encoding="utf-8")
     section["build_info"]["annotations"]["test"]["storage"] = [
@@ -337,21 +349,21 @@ def test_odd_questions(tmp_path: Path) -> None:
     ]
     change = {"datasets": {"shapes_vqa": None, "vqa": section}, "run": {"max_iters": 2, "valid_splits": []}}
     for name in ("vqa_rank", "vqa_generate"):
-        assert doors.train(doors.project(tmp_path, name, change), job=name) == 0
+        assert cli_helpers.train(cli_helpers.project(tmp_path, name, change), job=name) == 0
         answers = json.loads((tmp_path / "output" / name / "result" / "test_vqa.json").read_text(encoding="utf-8"))
         assert [entry["question_id"] for entry in answers] == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("name", doors.RECIPES)
+@pytest.mark.parametrize("name", cli_helpers.RECIPES)
 def test_batch_of_one(name: str, tmp_path: Path) -> None:
     """Training and evaluation with single samples, on an evaluation split of one."""
-    path = doors.project(tmp_path, name, {"run": {"batch_size_train": 1, "batch_size_eval": 1, "max_iters": 3}})
-    assert doors.train(path) == 0
-    rows = doors.steps(tmp_path / "output" / "job")
+    path = cli_helpers.project(tmp_path, name, {"run": {"batch_size_train": 1, "batch_size_eval": 1, "max_iters": 3}})
+    assert cli_helpers.train(path) == 0
+    rows = cli_helpers.steps(tmp_path / "output" / "job")
     assert len(rows) == 3
     assert all(np.isfinite(row["loss"]) for row in rows)
 
 
 def test_training_set_smaller_than_a_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = doors.project(tmp_path, "caption", SHORT, captions(tmp_path, six(tmp_path)))
-    complains(capsys, doors.train(path, "run.batch_size_train=7"), "6 training samples", "run.batch_size_train")
+    path = cli_helpers.project(tmp_path, "caption", SHORT, captions(tmp_path, six(tmp_path)))
+    complains(capsys, cli_helpers.train(path, "run.batch_size_train=7"), "6 training samples", "run.batch_size_train")

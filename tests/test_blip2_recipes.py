@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import doors
+import cli_helpers
 import full_size
 import pytest
 import torch
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from lavis_lite.nn.encoders import build_encoder
 from lavis_lite.nn.llm_loading import load_language_model
 
-RECIPES = doors.ROOT / "projects" / "blip2" / "train"
+RECIPES = cli_helpers.ROOT / "projects" / "blip2" / "train"
 SHAPES = "{num_train: 12, num_val: 4, num_test: 4, colors: 3, shapes: 3, max_objects: 2, gallery_size: 4}"
 WEB_DATA = ("conceptual_caption_3m", "conceptual_caption_12m", "sbu_caption")
 OTHER_DATA = ("coco_caption", "vg_caption", "coco_vqa", "vg_vqa", "gqa", "coco_retrieval", "flickr30k", *WEB_DATA)
@@ -79,10 +79,10 @@ def finetunes(name: str) -> bool:
 
 @pytest.mark.parametrize("name", CHAIN)
 def test_recipe_trains_from_what_the_one_before_it_left(name: str, folder: Path) -> None:
-    assert doors.train(RECIPES / f"{name}.yaml", *options(name, folder)) == 0
+    assert cli_helpers.train(RECIPES / f"{name}.yaml", *options(name, folder)) == 0
     job = folder / name / "job"
-    assert [row["step"] for row in doors.steps(job)] == [1, 2]
-    saved = doors.weights(job / "checkpoint_last.pth")
+    assert [row["step"] for row in cli_helpers.steps(job)] == [1, 2]
+    saved = cli_helpers.weights(job / "checkpoint_last.pth")
     assert not [key for key in saved if key.startswith(("opt_model.", "t5_model."))]
     encoder = {key.removeprefix("visual_encoder."): t for key, t in saved.items() if key.startswith("visual_encoder.")}
     if not finetunes(name):
@@ -108,8 +108,8 @@ def test_evaluation_recipe_evaluates(name: str, dataset: str, metric: str, tmp_p
     settings = [f"model.{key}={value}" for key, value in MODEL.items()]
     settings += [f"run.output_dir={tmp_path}", "run.num_workers=0"] + ["run.metrics=[bleu]"] * (metric == "Bleu_4")
     settings += [f"datasets.{other}=false" for other in OTHER_DATA] + [f"datasets.{dataset}={SHAPES}"]
-    assert doors.evaluate(RECIPES.parent / "eval" / f"{name}.yaml", *settings) == 0
-    (row,) = doors.log(tmp_path / "evaluation")
+    assert cli_helpers.evaluate(RECIPES.parent / "eval" / f"{name}.yaml", *settings) == 0
+    (row,) = cli_helpers.log(tmp_path / "evaluation")
     assert 0 <= row["metrics"][metric] <= 100
 
 
@@ -135,7 +135,7 @@ def test_dry_run_counts_what_the_original_had(
     data += [f"{shapes}.vis_processor.{split}.image_size=${{model.image_size}}" for split in ("train", "eval")]
     run = ["run.batch_size_train=4", "run.num_workers=0", f"run.output_dir={tmp_path}"]
     with full_size.hub_stand_ins():
-        assert doors.train(RECIPES / f"{name}.yaml", *bert, *data, *run, job=None, flags=["--dry-run"]) == 0
+        assert cli_helpers.train(RECIPES / f"{name}.yaml", *bert, *data, *run, job=None, flags=["--dry-run"]) == 0
     found = json.loads(gzip.decompress((full_size.REFERENCE / "manifests" / f"{manifest}.json.gz").read_bytes()))
     out = capsys.readouterr().out
     assert f"parameters  {found['n_params']:,} in all, {found['n_trainable']:,} trainable" in out

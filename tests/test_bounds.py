@@ -13,7 +13,8 @@ import pytest
 import torch
 import yaml
 
-from lavis_lite.cli.main import build_without_weights, main
+from lavis_lite.cli.dry_run import build_without_weights
+from lavis_lite.cli.main import main
 from lavis_lite.common.config.config import parser
 from lavis_lite.common.config.files import Layer
 from lavis_lite.common.config.schema import Checker

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from lavis_lite.cli import dry_run
 from lavis_lite.cli import main as cli
 from lavis_lite.common.config.config import RunConfig, parser
+from lavis_lite.runners import jobs
 
 PROJECT = """
 model: {arch: blip_caption, model_type: tiny}
@@ -67,7 +69,7 @@ def test_dry_run_counts_and_leaves_nothing(project: str, tmp_path: Path, capsys:
     assert f"parameters  {count:,} in all, {count:,} trainable" in out
     assert "samples     shapes_caption/train: 100" in out  # five captions an image
     assert "samples     shapes_caption/test: 3" in out
-    assert "steps       12 an epoch, 24 in all (8 samples a step)" in out
+    assert "steps       12 per epoch, 24 in all (8 samples per step)" in out
     assert "num_train: 20" in out
     assert not output.exists()
 
@@ -78,7 +80,9 @@ def test_dry_run_finds_a_training_set_smaller_than_a_batch(project: str, capsys:
 
 
 def test_momentum_parameters_count_but_are_not_trainable():
-    model = cli.build_without_weights({"arch": "blip_retrieval", "model_type": "tiny", "pretrained": "gone", **TINY})
+    model = dry_run.build_without_weights(
+        {"arch": "blip_retrieval", "model_type": "tiny", "pretrained": "gone", **TINY}
+    )
     assert all(p.is_meta for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert 0 < trainable < sum(p.numel() for p in model.parameters())
@@ -99,30 +103,30 @@ def test_resume_auto_takes_the_newest_readable_job(tmp_path: Path):
     newer = job(tmp_path, "newer", age=50)
     job(tmp_path, "damaged", age=1, damaged=True)
     (tmp_path / "empty").mkdir()
-    run, folder = cli.start_job(run_config(tmp_path, resume="auto"))
+    run, folder = jobs.start_job(run_config(tmp_path, resume="auto"))
     assert (folder, run.job_id, run.resume_ckpt_path) == (tmp_path / "newer", "newer", str(newer))
-    run, folder = cli.start_job(run_config(tmp_path, resume="auto", job_id="old"))
+    run, folder = jobs.start_job(run_config(tmp_path, resume="auto", job_id="old"))
     assert (folder, run.resume_ckpt_path) == (tmp_path / "old", str(tmp_path / "old" / "checkpoint_last.pth"))
 
 
 def test_resume_auto_starts_afresh_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     caplog.set_level("INFO")
-    run, folder = cli.start_job(run_config(tmp_path / "none", resume="auto", job_id="first"))
+    run, folder = jobs.start_job(run_config(tmp_path / "none", resume="auto", job_id="first"))
     assert (folder.name, run.resume_ckpt_path) == ("first", None)
     assert "starting afresh" in caplog.text
 
 
 def test_resume_path_may_be_a_job_folder_and_must_exist(tmp_path: Path):
     path = job(tmp_path, "old", age=1)
-    run, folder = cli.start_job(run_config(tmp_path, resume_ckpt_path=str(path.parent)))
+    run, folder = jobs.start_job(run_config(tmp_path, resume_ckpt_path=str(path.parent)))
     assert run.resume_ckpt_path == str(path)
     assert folder != path.parent
     with pytest.raises(FileNotFoundError, match=r"no checkpoint to resume: .*gone\.pth"):
-        cli.start_job(run_config(tmp_path, resume_ckpt_path=str(tmp_path / "gone.pth")))
+        jobs.start_job(run_config(tmp_path, resume_ckpt_path=str(tmp_path / "gone.pth")))
 
 
 def test_jobs_started_in_one_second_do_not_share_a_folder(tmp_path: Path):
-    names = [cli.new_job_id(tmp_path) for _ in range(5)]
+    names = [jobs.new_job_id(tmp_path) for _ in range(5)]
     assert len(set(names)) == 5
     assert all((tmp_path / name).is_dir() for name in names)
 

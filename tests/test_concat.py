@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import doors
+import cli_helpers
 import pytest
 import torch
 from test_mixture import by_dataset
@@ -19,19 +19,20 @@ from torch.utils.data import Dataset
 from lavis_lite.common.errors import UnreadableSample
 from lavis_lite.datasets.base import BaseDataset
 from lavis_lite.datasets.vqa import VQATrainDataset
-from lavis_lite.runners.loaders import SeededDatasets, train_loader, train_sets
-from lavis_lite.runners.sampling import ConcatSampler, Key, TrainSampler
+from lavis_lite.runners.loaders import SeededDatasets, TrainLoader, train_sets
+from lavis_lite.runners.sampling import Key, TrainSampler
 
 LENGTHS = {"a": 3, "b": 17, "c": 30}
 concat = {"test_splits": [], "log_freq": 4, "checkpoint_every": 3, "train_dataset_mixing": "concat"}
 
 
-def sampler(*, rank: int = 0, world: int = 1, batch_size: int = 4) -> ConcatSampler:
-    return ConcatSampler(LENGTHS, batch_size=batch_size, seed=5, rank=rank, world=world)
+def sampler(*, rank: int = 0, world: int = 1, batch_size: int = 4) -> TrainSampler:
+    return TrainSampler(LENGTHS, None, batch_size=batch_size, seed=5, rank=rank, world=world)
 
 
 def run_config(**changes: Any) -> SimpleNamespace:
-    fields = {"batch_size_train": 4, "num_workers": 0, "seed": 7, "mixing": "concat", "max_unreadable_share": 0.0}
+    fields = {"batch_size_train": 4, "accum_grad_iters": 1, "num_workers": 0, "seed": 7, "mixing": "concat"}
+    fields |= {"max_unreadable_share": 0.0}
     return SimpleNamespace(**{**fields, **changes})
 
 
@@ -55,18 +56,18 @@ class Pairs(BaseDataset):
 
 def joint(datasets: dict[str, Dataset], **changes: Any) -> list[dict[str, Any]]:
     """The batches of one epoch."""
-    loader = train_loader(datasets, run_config(**changes))
-    return list(islice(iter(loader), loader.steps_per_epoch))
+    loader = TrainLoader(datasets, run_config(**changes))
+    return list(islice(iter(loader), loader.sampler.steps_per_epoch))
 
 
 def test_an_epoch_is_one_permutation_of_all_samples() -> None:
     every = {(name, index) for name, length in LENGTHS.items() for index in range(length)}
     epochs = [[key for batch in islice(sampler(), n * 12, (n + 1) * 12) for key in batch] for n in range(3)]
     for keys in epochs:
-        found = [(key.dataset, key.index) for key in keys]
+        found = [(key.dataset, key.position) for key in keys]
         assert len(found) == len(set(found)) == 48  # of 50, in batches of 4
         assert set(found) <= every
-    orders = [tuple((key.dataset, key.index) for key in keys) for keys in epochs]
+    orders = [tuple((key.dataset, key.position) for key in keys) for keys in epochs]
     assert len(set(orders)) == 3
     assert len({key.seed for keys in epochs for key in keys}) == 3 * 48
     mixed = [len({key.dataset for key in batch}) for batch in islice(sampler(), 12)]
@@ -100,22 +101,22 @@ def test_samples_are_counted_without_reading_any() -> None:
     batches = list(islice(sampler(), 40))
     for first, end in ((0, 12), (0, 40), (5, 6), (11, 37), (7, 7)):
         found = Counter(key.dataset for batch in batches[first:end] for key in batch)
-        assert sampler().samples_between(first, end) == {name: found[name] for name in LENGTHS}
+        assert sampler().counts_between(first, end) == {name: found[name] for name in LENGTHS}
 
 
 def test_sets_smaller_than_a_batch_are_welcome_but_not_all_together() -> None:
     assert sampler(batch_size=25).steps_per_epoch == 2
-    with pytest.raises(ValueError, match=r"3 datasets have 50 training samples together, fewer than .* 51"):
+    with pytest.raises(ValueError, match=r"3 datasets together have 50 training samples, fewer than .* 51"):
         sampler(batch_size=51)
     with pytest.raises(ValueError, match="dataset 'b' has no training samples"):
-        ConcatSampler({"a": 9, "b": 0}, batch_size=2, seed=0)
+        TrainSampler({"a": 9, "b": 0}, None, batch_size=2, seed=0)
     with pytest.raises(ValueError, match=r"'a' has 3 training samples.*or set run.train_dataset_mixing: concat"):
         TrainSampler(LENGTHS, dict.fromkeys(LENGTHS, 1 / 3), batch_size=4, seed=0)
 
 
 def test_a_single_set_is_read_as_ever() -> None:
     """Its order and the seeds of its samples do not depend on the setting."""
-    loaders = [train_loader({"a": Pairs(11)}, run_config(mixing=mixing, **draws)) for mixing, draws in DRAWS.items()]
+    loaders = [TrainLoader({"a": Pairs(11)}, run_config(mixing=mixing, **draws)) for mixing, draws in DRAWS.items()]
     one, other = (list(islice(loader.sampler, 9)) for loader in loaders)
     assert one == other
 
@@ -128,13 +129,13 @@ DRAWS: dict[str, dict[str, Any]] = {
 
 def test_batches_keep_the_order_and_the_keys_that_all_have() -> None:
     data = {"coco": Pairs(6, image_id=lambda i: i // 2), "vg": Pairs(9, instance_id=str)}
-    loader = train_loader(data, run_config())
+    loader = TrainLoader(data, run_config())
     keys = list(islice(loader.sampler, 3))
     for batch, drawn in zip(loader, keys, strict=False):
         assert list(batch) == ["image", "text_input"]
         assert batch["image"].shape == (4, 3, 2, 2)
-        assert batch["image"][:, 0, 0, 0].tolist() == [key.index for key in drawn]
-        assert batch["text_input"] == [f"text {key.index}" for key in drawn]
+        assert batch["image"][:, 0, 0, 0].tolist() == [key.position for key in drawn]
+        assert batch["text_input"] == [f"text {key.position}" for key in drawn]
     assert loader.left_out == {"image_id": ["vg"], "instance_id": ["coco"]}
 
 
@@ -174,7 +175,7 @@ def first_answers(batch: dict[str, Any]) -> list[str]:
 )
 def test_sets_that_do_not_fit_are_named_before_the_first_step(other: Pairs, text: str) -> None:
     with pytest.raises(ValueError, match=text + r".*per_step"):
-        train_loader({"coco": Pairs(6, label="x"), "vg": other}, run_config())
+        TrainLoader({"coco": Pairs(6, label="x"), "vg": other}, run_config())
 
 
 def test_a_sample_without_its_set_s_keys_is_named() -> None:
@@ -214,7 +215,7 @@ def test_image_five_of_two_sets_is_not_the_same_picture(mixing: str) -> None:
 
 def test_a_queue_of_two_sets_takes_no_image_for_another() -> None:
     """blip_retrieval counts a queued text as true of an image with the same id."""
-    model = doors.build("retrieval", alpha=0.0, queue_size=8).train()
+    model = cli_helpers.build("retrieval", alpha=0.0, queue_size=8).train()
     size = model.visual_encoder.image_size
     data = {name: Pairs(4, size=size, image_id=lambda i: i) for name in ("coco", "vg")}
     batches = joint(data)
@@ -245,17 +246,20 @@ def test_the_log_tells_what_was_mixed(tmp_path: Path, caplog: pytest.LogCaptureF
 
 @pytest.mark.usefixtures("shapes_data")
 def test_the_log_and_the_dry_run_tell_what_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = doors.project(
+    path = cli_helpers.project(
         tmp_path,
         "pretrain",
-        {"datasets": {"shapes_caption": doors.SHAPES}, "run": {"max_iters": 1, "valid_splits": [], "test_splits": []}},
+        {
+            "datasets": {"shapes_caption": cli_helpers.SHAPES},
+            "run": {"max_iters": 1, "valid_splits": [], "test_splits": []},
+        },
     )
-    assert doors.train(path, flags=["--dry-run"]) == 0
+    assert cli_helpers.train(path, flags=["--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "left out    image_id, which shapes_pairs lacks\n" in out
     assert "share       shapes_caption: 8" in out
     assert "% of the samples\n" in out
-    assert doors.train(path) == 0
+    assert cli_helpers.train(path) == 0
     assert (
         capsys.readouterr().err.count("mixed batches have no 'image_id', which the samples of shapes_pairs lack") == 1
     )

@@ -6,7 +6,7 @@ import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import doors
+import cli_helpers
 import pytest
 import torch
 from torch import Tensor, nn
@@ -106,7 +106,7 @@ def test_copies_answer_alike_and_are_independent(arch: str) -> None:
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     twins = [copied(model) for copied in (*COPIES, averaged)]
     for twin in twins:
-        doors.assert_same_state(answers(twin), before)
+        cli_helpers.assert_same_state(answers(twin), before)
         assert {name: p.requires_grad for name, p in twin.named_parameters()} == trainable
     part = f"{model.llm_prefix}_model" if model.llm_prefix else ""  # the language model alone, where there is one
     for twin in twins:
@@ -115,7 +115,7 @@ def test_copies_answer_alike_and_are_independent(arch: str) -> None:
         changed = answers(twin)
         assert not any(torch.equal(*pair) for pair in zip(tensors(changed), tensors(before), strict=True))
         assert "generate" not in changed or changed["generate"] != before["generate"]
-    doors.assert_same_state(answers(model), before)
+    cli_helpers.assert_same_state(answers(model), before)
 
 
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
@@ -142,8 +142,8 @@ def test_copies_of_other_builds(arch: str, settings: dict[str, Any], copied: Cal
     with torch.no_grad():
         for tensor in [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]:
             tensor.zero_()
-    doors.assert_same_state(answers(twin), before)
-    doors.assert_same_state(gradients(twin), expected)
+    cli_helpers.assert_same_state(answers(twin), before)
+    cli_helpers.assert_same_state(gradients(twin), expected)
     assert any(gradient.abs().sum() > 0 for gradient in expected.values())
 
 
@@ -189,7 +189,7 @@ def test_cast_models_answer(arch: str, dtype: torch.dtype) -> None:
         assert tensor.isfinite().all()
     for one, other in zip(tensors(found["forward"]), tensors(expected), strict=True):
         assert (one.float() - other.float()).norm() < 0.05 * other.float().norm()
-    doors.assert_same_state(answers(model, pictures()), found)
+    cli_helpers.assert_same_state(answers(model, pictures()), found)
 
 
 def tensors(found: Any) -> Iterator[Tensor]:

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import doors
+import cli_helpers
 
 OPTIONAL = (
     "fairscale",
@@ -26,9 +26,9 @@ sys.exit(main(parser(), sys.argv[1:]))
 
 
 def test_a_task_trains_without_the_optional_packages(shapes_data: Path, tmp_path: Path) -> None:
-    cfg = doors.project(tmp_path, "retrieval")
+    cfg = cli_helpers.project(tmp_path, "retrieval")
     command = [sys.executable, "-c", DRIVER.format(optional=OPTIONAL), "--cfg-path", str(cfg)]
     environment = os.environ | {"PATH": "", "OMP_NUM_THREADS": "1"}  # no PATH: no Java
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=doors.ROOT, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cli_helpers.ROOT, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert list(tmp_path.glob("**/checkpoint_best.pth"))

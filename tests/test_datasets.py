@@ -16,6 +16,7 @@ from PIL import Image
 from lavis_lite.common.config.zoo import dataset_zoo
 from lavis_lite.common.records import RecordCheck
 from lavis_lite.common.registry import registry
+from lavis_lite.common.rng import seed_sample
 from lavis_lite.datasets import load_dataset
 from lavis_lite.datasets.annotations import add_instance_ids, load_annotations, read_records
 from lavis_lite.datasets.caption import CaptionBuilder, CaptionEvalDataset, CaptionTrainDataset
@@ -24,7 +25,6 @@ from lavis_lite.datasets.nlvr import NLVREvalDataset, NLVRTrainDataset, swap_sid
 from lavis_lite.datasets.pairs import PairsDataset
 from lavis_lite.datasets.retrieval import RetrievalEvalDataset, RetrievalTrainDataset
 from lavis_lite.datasets.vqa import VQABuilder, VQAEvalDataset, VQATrainDataset
-from lavis_lite.runners.sampling import seed_sample
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:

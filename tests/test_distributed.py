@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import doors
+import cli_helpers
 import pytest
 import torch
 
@@ -30,26 +30,28 @@ ONE_SAMPLE = {"num_test": 1, "gallery_size": 1, "questions_per_image": 1}
 def recipe(folder: Path, name: str) -> Path:
     """The YAML of a run without dropout; `equal_captions` are captions of seven words each."""
     folder.mkdir(parents=True, exist_ok=True)
-    changes = [doors.NO_DROPOUT, {"run": {"max_iters": STEPS, "batch_size_eval": 2}}]
+    changes = [cli_helpers.NO_DROPOUT, {"run": {"max_iters": STEPS, "batch_size_eval": 2}}]
     if name == "equal_captions":
         changes += [{"datasets": {"shapes_caption": None, "caption": equal_captions(folder)}}]
         name = "caption"
     if name == "vqa_generate":
         changes += [{"run": {"batch_size_eval": 1}}]  # its decoder sees the padding of a batch, as in BLIP
-    return doors.project(folder, name, *changes)
+    return cli_helpers.project(folder, name, *changes)
 
 
 def equal_captions(folder: Path) -> dict[str, Any]:
     """A captioning set whose texts all have the same number of tokens."""
     colours, shapes = ("red", "blue", "green", "yellow"), ("circle", "square", "star")
-    paths = doors.pictures(folder / "pictures", 12)
+    paths = cli_helpers.pictures(folder / "pictures", 12)
     texts = [f"a {colours[i % 4]} {shapes[i % 3]} above a {colours[i % 3]} {shapes[i % 2]}" for i in range(12)]
     records = [
         {"image": path, "caption": text, "image_id": f"bild {i}"}
         for i, (path, text) in enumerate(zip(paths, texts, strict=True))
     ]
     text = {"train": {"name": "blip_caption", "prompt": "a picture of "}, "eval": {"name": "blip_caption"}}
-    return doors.user_set(folder, {"train": records, "val": records[:3], "test": records[3:8]}, text_processor=text)
+    return cli_helpers.user_set(
+        folder, {"train": records, "val": records[:3], "test": records[3:8]}, text_processor=text
+    )
 
 
 class Launch:
@@ -76,7 +78,7 @@ def launch(shapes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Launc
         options = ["run.batch_size_train=2", "run.runner=runner_recorded"]
         plan.append(["train", "--cfg-path", str(path), "--job-id", "train", "--options", *options])
         if name not in ("equal_captions", "classification"):
-            (dataset,) = doors.RECIPES[name]["datasets"]
+            (dataset,) = cli_helpers.RECIPES[name]["datasets"]
             one = [f"datasets.{dataset}.{key}={value}" for key, value in ONE_SAMPLE.items()]
             best = folder / name / "output" / "train" / "checkpoint_best.pth"
             argv = ["--cfg-path", str(path), "--checkpoint", str(best), "--job-id", "one", "--options", *one]
@@ -84,7 +86,7 @@ def launch(shapes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Launc
     plan.append(["train", "--cfg-path", str(path), "--options", "run.max_epochs=3"])
     (folder / "plan.json").write_text(json.dumps(plan))
     settings = {"LAVIS_LITE_DATA": str(shapes_root), "LAVIS_LITE_OFFLINE": "1"}
-    process = doors.process(__file__, str(folder / "plan.json"), world=2, **settings)
+    process = cli_helpers.process(__file__, str(folder / "plan.json"), world=2, **settings)
     return Launch(folder, ended(process)[1])
 
 
@@ -105,24 +107,24 @@ def test_every_task_ran_on_both_ranks(launch: Launch) -> None:
         assert codes[-1] == 2
     assert launch.output.count("error: ") == 1  # a mistake in a file is told once
     for name in TRAINED:
-        assert [row["step"] for row in doors.steps(launch.job(name))] == [1, 2, 3]
+        assert [row["step"] for row in cli_helpers.steps(launch.job(name))] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_ranks_end_with_the_same_model(launch: Launch, name: str) -> None:
     first, second = (torch.load(launch.job(name) / f"rank{rank}.pth") for rank in (0, 1))
-    doors.assert_same_state(first, second)
-    doors.assert_same_state(first, doors.weights(launch.job(name) / "checkpoint_last.pth"))
+    cli_helpers.assert_same_state(first, second)
+    cli_helpers.assert_same_state(first, cli_helpers.weights(launch.job(name) / "checkpoint_last.pth"))
 
 
 @pytest.mark.usefixtures("shapes_data")
 @pytest.mark.parametrize("name", SAME_LOSSES)
 def test_losses_and_weights_equal_one_process(launch: Launch, name: str, tmp_path: Path) -> None:
-    assert doors.train(recipe(tmp_path, name), "run.batch_size_train=4", "run.test_splits=[]") == 0
+    assert cli_helpers.train(recipe(tmp_path, name), "run.batch_size_train=4", "run.test_splits=[]") == 0
     alone = tmp_path / "output" / "job"
-    losses = [[row["loss"] for row in doors.steps(job)] for job in (launch.job(name), alone)]
+    losses = [[row["loss"] for row in cli_helpers.steps(job)] for job in (launch.job(name), alone)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    pair = [doors.weights(job / "checkpoint_last.pth") for job in (launch.job(name), alone)]
+    pair = [cli_helpers.weights(job / "checkpoint_last.pth") for job in (launch.job(name), alone)]
     far = [key for key in pair[0] if not torch.allclose(pair[0][key], pair[1][key], rtol=1e-3, atol=1e-5)]
     # AdamW's first steps are the gradients' signs, so a gradient of 1e-9 shows here. A key's bias raises all scores of
     # a query alike: its gradient is rounding and nothing else, and so is the way it moves.
@@ -134,10 +136,10 @@ def test_losses_and_weights_equal_one_process(launch: Launch, name: str, tmp_pat
 def test_contrast_and_queues_equal_one_process(launch: Launch, name: str, tmp_path: Path) -> None:
     """The first step: each rank's contrast over its half and the queue; then both halves are in both queues."""
     path = recipe(tmp_path, name)
-    assert doors.train(path, "run.batch_size_train=4", "run.max_iters=1", "run.test_splits=[]") == 0
+    assert cli_helpers.train(path, "run.batch_size_train=4", "run.max_iters=1", "run.test_splits=[]") == 0
     halves = [first_losses(path, half=half)["loss_itc"] for half in (0, 1)]
-    assert doors.steps(launch.job(name))[0]["loss_itc"] == pytest.approx(sum(halves).item() / 2, rel=1e-5)
-    joined = doors.weights(tmp_path / "output" / "job" / "checkpoint_last.pth")
+    assert cli_helpers.steps(launch.job(name))[0]["loss_itc"] == pytest.approx(sum(halves).item() / 2, rel=1e-5)
+    joined = cli_helpers.weights(tmp_path / "output" / "job" / "checkpoint_last.pth")
     shared = torch.load(launch.job(name) / "rank1.pth")
     assert shared["queue_ptr"].tolist() == [4 * STEPS]
     for queue in [key for key in joined if key.endswith("_queue")]:
@@ -151,12 +153,12 @@ def first_losses(path: Path, *, half: int) -> dict[str, torch.Tensor]:
     """The losses of one rank's half of the first batch of four, by a fresh model in this process."""
     from lavis_lite.common.config.config import Config
     from lavis_lite.common.registry import registry
-    from lavis_lite.runners.loaders import train_loader, train_sets
-    from lavis_lite.runners.sampling import seed_everything
+    from lavis_lite.common.rng import seed_everything
+    from lavis_lite.runners.loaders import TrainLoader, train_sets
 
     cfg = Config.from_file(path, ["run.batch_size_train=4"])
     task = registry.get_task_class(cfg.run.task)(**cfg.task)
-    samples = next(iter(train_loader(train_sets(task.build_datasets(cfg), ["train"]), cfg.run)))
+    samples = next(iter(TrainLoader(train_sets(task.build_datasets(cfg), ["train"]), cfg.run)))
     seed_everything(cfg.run.seed)
     model = task.build_model(cfg).train()
     part = {key: value[2 * half : 2 * half + 2] for key, value in samples.items()}
@@ -168,16 +170,16 @@ def first_losses(path: Path, *, half: int) -> dict[str, torch.Tensor]:
 def test_evaluation_equals_one_process(launch: Launch, name: str, tmp_path: Path) -> None:
     """An odd number of samples on two ranks; pretraining is left out, since its losses depend on the batch."""
     best = launch.job(name) / "checkpoint_best.pth"
-    assert doors.evaluate(recipe(tmp_path, name), weights=best) == 0
+    assert cli_helpers.evaluate(recipe(tmp_path, name), weights=best) == 0
     job = tmp_path / "output" / "evaluation"
-    assert doors.metrics(launch.job(name), "test") == doors.metrics(job, "test")
+    assert cli_helpers.metrics(launch.job(name), "test") == cli_helpers.metrics(job, "test")
     for file in (job / "result").iterdir():
         assert (launch.job(name) / "result" / file.name).read_text() == file.read_text()
 
 
 @pytest.mark.parametrize("name", [n for n in TRAINED if n not in ("equal_captions", "classification")])
 def test_one_sample_on_two_ranks(launch: Launch, name: str) -> None:
-    metrics = doors.metrics(launch.job(name, "one"), "test")
+    metrics = cli_helpers.metrics(launch.job(name, "one"), "test")
     assert isinstance(metrics["agg_metrics"], float)
     if name == "retrieval":
         assert metrics["txt_r1"] == metrics["img_r1"] == 100.0
@@ -186,13 +188,15 @@ def test_one_sample_on_two_ranks(launch: Launch, name: str) -> None:
 @pytest.mark.usefixtures("shapes_data")
 def test_an_error_on_one_rank_ends_all(tmp_path: Path) -> None:
     """Of two training pictures one is missing, so just one rank fails while the other waits for its gradients."""
-    there, _ = doors.pictures(tmp_path / "pictures", 2)
+    there, _ = cli_helpers.pictures(tmp_path / "pictures", 2)
     missing = str(tmp_path / "gone.png")
     records = [{"image": image, "caption": "a red circle"} for image in (there, missing)]
-    section = doors.user_set(tmp_path, {"train": records})
+    section = cli_helpers.user_set(tmp_path, {"train": records})
     run = {"batch_size_train": 1, "max_iters": 1, "valid_splits": [], "test_splits": []}
-    path = doors.project(tmp_path, "caption", {"datasets": {"shapes_caption": None, "caption": section}, "run": run})
-    code, output = ended(doors.process("train.py", "--cfg-path", str(path), world=2))
+    path = cli_helpers.project(
+        tmp_path, "caption", {"datasets": {"shapes_caption": None, "caption": section}, "run": run}
+    )
+    code, output = ended(cli_helpers.process("train.py", "--cfg-path", str(path), world=2))
     assert code != 0
     assert f"error: image file not found: {missing}" in output
     assert not list(tmp_path.rglob("checkpoint*"))
@@ -201,11 +205,13 @@ def test_an_error_on_one_rank_ends_all(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("shapes_data")
 def test_a_missing_file_is_told_without_traceback(tmp_path: Path) -> None:
     """Rank 0 looks for files first; the others wait for it, and end when it fails."""
-    section = doors.user_set(tmp_path, {"train": [{"image": "a.png", "caption": "a red circle"}]})
+    section = cli_helpers.user_set(tmp_path, {"train": [{"image": "a.png", "caption": "a red circle"}]})
     run = {"valid_splits": [], "test_splits": []}
-    path = doors.project(tmp_path, "caption", {"datasets": {"shapes_caption": None, "caption": section}, "run": run})
+    path = cli_helpers.project(
+        tmp_path, "caption", {"datasets": {"shapes_caption": None, "caption": section}, "run": run}
+    )
     (tmp_path / "train.json").unlink()
-    code, output = ended(doors.process("train.py", "--cfg-path", str(path), world=2))
+    code, output = ended(cli_helpers.process("train.py", "--cfg-path", str(path), world=2))
     assert code != 0
     ours = output.split("torch/distributed/elastic")[0]  # torchrun's own report follows
     assert ours.count("error: ") == 1
@@ -215,7 +221,7 @@ def test_a_missing_file_is_told_without_traceback(tmp_path: Path) -> None:
 
 def main(plan: Sequence[Sequence[str]], folder: Path) -> None:
     """Each rank's part: the plan's command lines in one process group."""
-    from lavis_lite.cli.main import main as cli
+    from lavis_lite.cli import main as cli
     from lavis_lite.common import dist
     from lavis_lite.common.registry import registry
     from lavis_lite.runners.runner import Runner

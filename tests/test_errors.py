@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 import lavis_lite
-from lavis_lite.cli import main as cli
+from lavis_lite.cli import failures
 from lavis_lite.common import errors
+from lavis_lite.common.config.config import ConfigError
 
 PACKAGE = Path(lavis_lite.__file__).parent
 BUILT_IN = {
@@ -46,7 +47,7 @@ def failing(error: Exception):
     [errors.InputError("a"), errors.MissingFileError("a"), errors.UnknownNameError("a"), OSError(errno.ENOSPC, "a")],
 )
 def test_what_the_user_can_correct_is_one_line(error: Exception, capsys: pytest.CaptureFixture[str]):
-    assert cli.exit_code(failing(error)) == 2
+    assert failures.exit_code(failing(error)) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("error: ")
     assert printed.count("\n") == 1
@@ -55,11 +56,11 @@ def test_what_the_user_can_correct_is_one_line(error: Exception, capsys: pytest.
 @pytest.mark.parametrize("error", [ValueError("a"), KeyError("a"), TypeError("a"), OSError("a"), ZeroDivisionError()])
 def test_anything_else_keeps_its_traceback(error: Exception):
     with pytest.raises(type(error)):
-        cli.exit_code(failing(error))
+        failures.exit_code(failing(error))
 
 
 def test_errors_are_also_the_built_in_ones():
     assert issubclass(errors.InputError, ValueError)
     assert issubclass(errors.MissingFileError, FileNotFoundError)
     assert str(errors.UnknownNameError("no model 'x'")) == "no model 'x'"
-    assert isinstance(cli.ConfigError("x"), errors.UserError)
+    assert issubclass(ConfigError, errors.UserError)

@@ -255,9 +255,9 @@ def test_pickled_code_is_refused(make: Any, bert: Path, tmp_path: Path) -> None:
 
 
 def dry_run(tmp_path: Path, *options: str) -> int:
-    import doors
+    import cli_helpers
 
-    path = doors.project(tmp_path, "pretrain")
+    path = cli_helpers.project(tmp_path, "pretrain")
     argv = ["--cfg-path", str(path), "--dry-run", "--options", *options]
     return cli.main(cli.parser(description=""), argv)
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import doors
+import cli_helpers
 import pytest
 import yaml
 from test_bad_input import complains
@@ -26,7 +26,7 @@ def asked(number: int, **fields: Any) -> dict[str, Any]:
 def garden(folder: Path, lines: list[Any], *, root: str = "images", **fields: Any) -> dict[str, Any]:
     """A dataset's section: the same lines, records or texts, for training and validation."""
     folder.mkdir(parents=True, exist_ok=True)
-    doors.pictures(folder, 4)
+    cli_helpers.pictures(folder, 4)
     texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
     (folder / "own.jsonl").write_text("\n".join(texts))
     storage = {"storage": str(folder / "own.jsonl")}
@@ -47,19 +47,19 @@ def test_several_sets_of_ones_own_are_mixed(tmp_path: Path, capsys: pytest.Captu
     many = garden(tmp_path / "many", [asked(i) for i in range(16)], num_frames=2)
     chosen = {"valid_splits": ["val"], "best_by": "mean", "train_dataset_sampling": "sqrt", "max_iters": 8}
     path = project(tmp_path, {"few": few, "many": many}, max_len=3, **chosen)
-    assert doors.train(path, job=None, flags=["--dry-run"]) == 0
+    assert cli_helpers.train(path, job=None, flags=["--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "share       few: 33.33% of the steps\nshare       many: 66.67% of the steps" in out  # 2 to 4
-    assert "steps       10 an epoch, 8 in all" in out
-    assert doors.train(path) == 0
+    assert "steps       10 per epoch, 8 in all" in out
+    assert cli_helpers.train(path) == 0
     job = tmp_path / "output" / "job"
-    (mixture,) = [row["mixture"] for row in doors.log(job) if "mixture" in row]
+    (mixture,) = [row["mixture"] for row in cli_helpers.log(job) if "mixture" in row]
     assert {name: row["samples"] for name, row in mixture.items()} == {"few": 4, "many": 16}
-    (given,) = [row["datasets"] for row in doors.log(job) if "datasets" in row]
+    (given,) = [row["datasets"] for row in cli_helpers.log(job) if "datasets" in row]
     assert sum(row["batches"] for row in given.values()) == 8
-    accuracies = [doors.metrics(job, f"{name}_val")["accuracy"] for name in ("few", "many")]
-    assert doors.metrics(job, "mean") == {"agg_metrics": sum(accuracies) / 2}
-    assert doors.evaluate(job / "config.yaml", "run.test_splits=[val]", weights=job / "checkpoint_best.pth") == 0
+    accuracies = [cli_helpers.metrics(job, f"{name}_val")["accuracy"] for name in ("few", "many")]
+    assert cli_helpers.metrics(job, "mean") == {"agg_metrics": sum(accuracies) / 2}
+    assert cli_helpers.evaluate(job / "config.yaml", "run.test_splits=[val]", weights=job / "checkpoint_best.pth") == 0
 
 
 @pytest.mark.parametrize(
@@ -78,14 +78,14 @@ def test_a_line_that_is_no_sample_is_named(
     line: Any, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = project(tmp_path, {"own": garden(tmp_path / "own", [asked(0), "", line])})
-    complains(capsys, doors.train(path), str(tmp_path / "own" / "own.jsonl"), *words)
+    complains(capsys, cli_helpers.train(path), str(tmp_path / "own" / "own.jsonl"), *words)
 
 
 def test_a_candidate_longer_than_the_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [asked(0, candidates=["red", "a large red circle above a small blue square"])]
     path = project(tmp_path, {"own": garden(tmp_path / "own", lines)}, test_splits=["val"])
     words = ["'a large red circle above", "model.max_output_txt_len"]
-    complains(capsys, doors.evaluate(path, "model.max_output_txt_len=6"), *words)
+    complains(capsys, cli_helpers.evaluate(path, "model.max_output_txt_len=6"), *words)
 
 
 def test_questions_with_one_id(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,9 +94,9 @@ def test_questions_with_one_id(tmp_path: Path, capsys: pytest.CaptureFixture[str
     path = project(tmp_path, {"own": garden(tmp_path / "own", lines)}, test_splits=["val"], max_iters=1)
     vqa = ["run.task=vqa", "run.inference_method=generate", "run.max_len=2"]
     words = ("own/val: records 0 (", "and 2 (", "have the same question_id 'a'")
-    complains(capsys, doors.evaluate(path, *vqa), *words)
-    assert doors.train(path, *vqa, "run.test_splits=[]") == 0
-    assert doors.evaluate(path, "run.max_len=2") == 0
+    complains(capsys, cli_helpers.evaluate(path, *vqa), *words)
+    assert cli_helpers.train(path, *vqa, "run.test_splits=[]") == 0
+    assert cli_helpers.evaluate(path, "run.max_len=2") == 0
 
 
 @pytest.mark.skipif(importlib.util.find_spec("decord") is None, reason="needs decord")
@@ -106,14 +106,16 @@ def test_a_video_that_is_missing_or_too_short(tmp_path: Path, capsys: pytest.Cap
     lines = [asked(i, image=None, video="clip.avi") for i in range(2)]
     section = garden(tmp_path / "own", lines, root="videos", num_frames=5)
     path, clip = project(tmp_path, {"own": section}, max_iters=1), tmp_path / "own" / "clip.avi"
-    complains(capsys, doors.train(path), f"video file not found: {clip}", "build_info.videos.storage")
+    complains(capsys, cli_helpers.train(path), f"video file not found: {clip}", "build_info.videos.storage")
     written(clip, noise(4))
-    code = doors.train(path, "datasets.own.short_clips=error")
+    code = cli_helpers.train(path, "datasets.own.short_clips=error")
     complains(capsys, code, f"{clip} has 4 frames, and num_frames=5: lower num_frames")
-    assert doors.train(path, "datasets.own.num_frames=4", "datasets.own.short_clips=error") == 0
-    assert doors.train(path) == 0  # frames are repeated
+    assert cli_helpers.train(path, "datasets.own.num_frames=4", "datasets.own.short_clips=error") == 0
+    assert cli_helpers.train(path) == 0  # frames are repeated
     both = {**section["build_info"], "images": {"storage": str(tmp_path)}}
     path = project(tmp_path, {"own": {**section, "build_info": both}})
-    complains(capsys, doors.train(path), "names two folders", "build_info.images or build_info.videos to null")
+    complains(capsys, cli_helpers.train(path), "names two folders", "build_info.images or build_info.videos to null")
     gone = f"datasets.own.build_info.videos.storage={tmp_path / 'gone'}"
-    complains(capsys, doors.train(path, "datasets.own.build_info.images=null", gone), "video folder not found", "gone")
+    complains(
+        capsys, cli_helpers.train(path, "datasets.own.build_info.images=null", gone), "video folder not found", "gone"
+    )

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import doors
+import cli_helpers
 import full_size
 import pytest
 import torch
@@ -26,7 +26,7 @@ from lavis_lite.models import load_model
 from lavis_lite.nn.llm_loading import load_language_model
 from lavis_lite.tasks.metrics import caption_java
 
-PROJECT = doors.ROOT / "projects" / "instructblip"
+PROJECT = cli_helpers.ROOT / "projects" / "instructblip"
 TRAIN, EVAL = (sorted((PROJECT / kind).glob("[!_]*.yaml")) for kind in ("train", "eval"))
 COCO = ["a.jpg", "b.jpg", "c.jpg"]
 QUESTIONS = [
@@ -162,7 +162,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model, tokenizer = load_language_model(name, dtype=torch.float32)
         model.save_pretrained(folder / setting)
         tokenizer.save_pretrained(folder / setting)
-    path = doors.ROOT / "projects" / "blip2" / "train" / "retrieval_coco_ft.yaml"
+    path = cli_helpers.ROOT / "projects" / "blip2" / "train" / "retrieval_coco_ft.yaml"
     for stage, arch, own in (
         ("stage1", "blip2", []),
         ("stage2", "blip2_t5", [f"model.t5_model={folder / 't5_model'}"]),
@@ -197,31 +197,31 @@ def trained(name: str, folder: Path, *options: str, **run: Any) -> Path:
     if not job.exists():
         settings = {**FEW, "iters_per_inner_epoch": 2} if CHAIN[name][1].startswith("stage") else FEW
         options = (*start_of(name, folder), *options)
-        assert doors.train(recipe(name), *small(job.parent, *options, **settings, **run)) == 0
+        assert cli_helpers.train(recipe(name), *small(job.parent, *options, **settings, **run)) == 0
     return job
 
 
 @pytest.mark.parametrize("name", ["instruct_flant5xl", "instruct_flant5xxl", "instruct_vicuna7b", "instruct_vicuna13b"])
 def test_instruction_tuning_trains_the_q_former_from_blip2(name: str, folder: Path) -> None:
     job = trained(name, folder)
-    assert [row["step"] for row in doors.steps(job)] == [1, 2]
-    saved = doors.weights(job / "checkpoint_best.pth")
+    assert [row["step"] for row in cli_helpers.steps(job)] == [1, 2]
+    saved = cli_helpers.weights(job / "checkpoint_best.pth")
     projection = CHAIN[name][0].replace("model", "proj")
     assert {key.split(".")[0] for key in saved} == {"Qformer", "query_tokens", "ln_vision", projection}
-    start = doors.weights(folder / "stage1.pth") | doors.weights(folder / f"{CHAIN[name][1]}.pth")
+    start = cli_helpers.weights(folder / "stage1.pth") | cli_helpers.weights(folder / f"{CHAIN[name][1]}.pth")
     moved = {key: float((saved[key] - start[key]).abs().max()) for key in saved.keys() & start.keys()}
     assert {key for key in saved if key not in start} <= {f"{projection}.weight", f"{projection}.bias"}
     assert 0 < max(moved.values()) < 1e-6  # two steps of a warm-up from 1e-8
-    (best,) = [row["metrics"] for row in doors.log(job) if row.get("split") == "mean"]
-    assert best["agg_metrics"] == doors.metrics(job, "validation")["accuracy"]
+    (best,) = [row["metrics"] for row in cli_helpers.log(job) if row.get("split") == "mean"]
+    assert best["agg_metrics"] == cli_helpers.metrics(job, "validation")["accuracy"]
 
 
 def test_the_mixture_draws_every_set_by_the_square_root_of_its_size(folder: Path) -> None:
     options = start_of("instruct_flant5xl", folder)
     output = folder / "mixture"
     run = {"max_iters": 60, "iters_per_inner_epoch": 60, "valid_splits": "[]"}
-    assert doors.train(recipe("instruct_flant5xl"), *small(output, *options, **run)) == 0
-    log = doors.log(output / "job")
+    assert cli_helpers.train(recipe("instruct_flant5xl"), *small(output, *options, **run)) == 0
+    log = cli_helpers.log(output / "job")
     (mixture,) = [row["mixture"] for row in log if "mixture" in row]
     sizes = dict.fromkeys(mixture, 3) | {"coco_caption_instruct": 6, "ocr_vqa_instruct": 2}  # two captions an image
     sizes |= {name: 6 for name in mixture if name.startswith("llava")}  # two questions a conversation
@@ -245,18 +245,20 @@ def test_the_factors_are_a_key() -> None:
 @pytest.mark.parametrize("name", [name for name in CHAIN if name.endswith("_ft")])
 def test_finetuning_goes_on_from_instructblip_and_is_tested(name: str, folder: Path) -> None:
     job = trained(name, folder, *short_answers(recipe(name)))
-    assert [row["step"] for row in doors.steps(job)] == [1, 2]
+    assert [row["step"] for row in cli_helpers.steps(job)] == [1, 2]
     cfg = Config.from_file(recipe(name))
     for split in [*cfg.run.valid_splits, *cfg.run.test_splits]:
         assert list((job / "result").glob(f"{split}_*.json"))
-        assert "agg_metrics" in doors.metrics(job, split)
-    start, saved = (doors.weights(path / "checkpoint_last.pth") for path in (trained("instruct_vicuna7b", folder), job))
+        assert "agg_metrics" in cli_helpers.metrics(job, split)
+    start, saved = (
+        cli_helpers.weights(path / "checkpoint_last.pth") for path in (trained("instruct_vicuna7b", folder), job)
+    )
     assert start.keys() == saved.keys()
     assert 0 < max(float((saved[key] - start[key]).abs().max()) for key in saved) < 1e-5
 
 
 def test_lora_trains_adapters_of_the_language_model_too(folder: Path) -> None:
-    saved = doors.weights(trained("lora", folder) / "checkpoint_last.pth")
+    saved = cli_helpers.weights(trained("lora", folder) / "checkpoint_last.pth")
     adapters = [key for key in saved if key.startswith("llm_model.")]
     assert adapters
     assert all(re.search(r"\.[qv]_proj\.lora_[AB]\.", key) for key in adapters)
@@ -285,29 +287,29 @@ def test_own_data_trains_validates_and_mixes(folder: Path, tmp_path: Path, root:
     images = [str(root / "coco/images" / name) for name in COCO] * 4
     written = own_files(tmp_path / "written", [own_record(image, i) for i, image in enumerate(images)])
     job = trained("own_data", folder, *written)
-    assert 0 <= doors.metrics(job, "val")["accuracy"] <= 100
+    assert 0 <= cli_helpers.metrics(job, "val")["accuracy"] <= 100
     chosen = own_files(
         tmp_path / "ranked", [{**own_record(n, i), "candidates": ["red", "blue"]} for i, n in enumerate(images)]
     )
     mixed = ["datasets.llava150k_conversation_instruct={}"]
     ratios = "{instruct: 1, llava150k_conversation_instruct: 1}"
     options = [*start_of("own_data", folder), *chosen, *mixed, f"run.train_dataset_ratios={ratios}"]
-    assert doors.train(recipe("own_data"), *small(tmp_path / "mix", *options, **FEW)) == 0
-    (row,) = [row for row in doors.log(tmp_path / "mix" / "job") if "mixture" in row]
+    assert cli_helpers.train(recipe("own_data"), *small(tmp_path / "mix", *options, **FEW)) == 0
+    (row,) = [row for row in cli_helpers.log(tmp_path / "mix" / "job") if "mixture" in row]
     assert {name: own["share"] for name, own in row["mixture"].items()} == {
         "instruct": 0.5,
         "llava150k_conversation_instruct": 0.5,
     }
     predictions = json.loads((tmp_path / "mix/job/result/val_predictions.json").read_text())
     right = [entry["prediction"] == own_record("", i)["output"] for i, entry in enumerate(predictions)]
-    assert doors.metrics(tmp_path / "mix" / "job", "val")["accuracy"] == pytest.approx(100 * fmean(right))
+    assert cli_helpers.metrics(tmp_path / "mix" / "job", "val")["accuracy"] == pytest.approx(100 * fmean(right))
 
 
 def test_own_videos_train(folder: Path, tmp_path: Path) -> None:
     records = [{"video": f"{i}.mp4", "instruction": "what is it?", "output": "a circle"} for i in range(8)]
     options = [*start_of("own_data", folder), *own_files(tmp_path, records), "datasets.instruct.num_frames=2"]
-    assert doors.train(recipe("own_data"), *small(tmp_path / "out", *options, **FEW)) == 0
-    assert len(doors.steps(tmp_path / "out" / "job")) == 2
+    assert cli_helpers.train(recipe("own_data"), *small(tmp_path / "out", *options, **FEW)) == 0
+    assert len(cli_helpers.steps(tmp_path / "out" / "job")) == 2
 
 
 def test_what_own_data_has_commented_out_is_valid(tmp_path: Path) -> None:
@@ -346,11 +348,11 @@ def test_evaluation_recipe_evaluates(name: str, arch: str, tmp_path: Path) -> No
     if name == "nocaps":
         write(tmp_path / "gt.json", {"annotations": [{"image_id": i, "caption": "a red circle"} for i in range(2)]})
         options.append(f"run.annotation_file={tmp_path / 'gt.json'}")
-    assert doors.evaluate(path, *small(tmp_path, *options)) == 0
+    assert cli_helpers.evaluate(path, *small(tmp_path, *options)) == 0
     cfg = Config.from_file(path)
     results = {split: list((tmp_path / "evaluation/result").glob(f"{split}_*.json")) for split in cfg.run.test_splits}
     assert all(results.values())
-    metrics = doors.metrics(tmp_path / "evaluation", cfg.run.test_splits[0])
+    metrics = cli_helpers.metrics(tmp_path / "evaluation", cfg.run.test_splits[0])
     if name == "vizwiz":
         assert json.loads((tmp_path / "evaluation/result/test_vizwiz_submission.json").read_text())[0]["image"]
         assert "only the result file was written" in metrics["note"]
@@ -448,8 +450,8 @@ def test_dry_run_counts_what_the_original_had(
     bert = [f"model.tokenizer={full_size.TINY_HF / 'bert'}", "model.qformer={vocab_size: 30523}"]
     run = ["run.batch_size_train=2", "run.num_workers=0", f"run.output_dir={tmp_path}"]
     with full_size.hub_stand_ins():
-        assert doors.train(recipe(name), *bert, *run, job=None, flags=["--dry-run"]) == 0
+        assert cli_helpers.train(recipe(name), *bert, *run, job=None, flags=["--dry-run"]) == 0
     found = json.loads(gzip.decompress((full_size.REFERENCE / "manifests" / f"{manifest}.json.gz").read_bytes()))
     out = capsys.readouterr().out
     assert f"parameters  {found['n_params']:,} in all, {found['n_trainable']:,} trainable" in out
-    assert "60,000 in all (2 samples a step)" in out
+    assert "60,000 in all (2 samples per step)" in out

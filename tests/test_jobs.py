@@ -12,12 +12,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import doors
+import cli_helpers
 import pytest
 import torch
 import yaml
 
-from lavis_lite.cli.main import main as cli
+from lavis_lite.cli import main as cli
 from lavis_lite.common import checkpoint
 from lavis_lite.common.config.run import RunConfig
 from lavis_lite.common.errors import FolderInUseError, InputError
@@ -50,7 +50,7 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_newest_whole_step(
     write(tmp_path / "job", "9")
     write(tmp_path / "job", "11", damage=damage)
     write(tmp_path / "job", "last", damage=damage)
-    run, folder = cli.start_job(auto(tmp_path, "job"))
+    run, folder = jobs.start_job(auto(tmp_path, "job"))
     assert run.resume_ckpt_path == str(folder / "checkpoint_10.pth")
     assert "checkpoint_last.pth" in caplog.text
     assert "resuming" in caplog.text
@@ -64,7 +64,7 @@ def test_a_folder_that_holds_checkpoints_is_never_started_over(tmp_path: Path, j
     write(tmp_path / "job", "best")  # holds no training state
     before = {path: path.read_bytes() for path in (tmp_path / "job").iterdir()}
     with pytest.raises(InputError, match=r"checkpoint_last\.pth.*checkpoint_4\.pth.*--job-id"):
-        cli.start_job(auto(tmp_path, job_id))
+        jobs.start_job(auto(tmp_path, job_id))
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
 
 
@@ -79,14 +79,14 @@ def test_job_ids_are_no_patterns(tmp_path: Path) -> None:
 
 def test_replacing_an_earlier_run_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(tmp_path / "job", "last")
-    cli.start_job(RunConfig(task="captioning", output_dir=str(tmp_path), job_id="job"))
+    jobs.start_job(RunConfig(task="captioning", output_dir=str(tmp_path), job_id="job"))
     assert "holds checkpoints of an earlier run" in caplog.text
 
 
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from lavis_lite.locks import FolderLock
+from lavis_lite.common.locks import FolderLock
 lock = FolderLock(Path(sys.argv[1]))
 lock.take()
 if not os.fork():  # as a loader worker, which has let go of the lock once it runs
@@ -98,7 +98,7 @@ time.sleep(60)
 @pytest.fixture
 def holder(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """A process that holds the lock of `tmp_path`, and its child."""
-    environment = {**os.environ, "PYTHONPATH": str(doors.ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(cli_helpers.ROOT)}
     start = [sys.executable, "-c", HOLDER, str(tmp_path)]
     process = subprocess.Popen(start, env=environment, text=True, stdout=subprocess.PIPE)
     child = int(process.stdout.readline())
@@ -126,15 +126,15 @@ def test_a_folder_has_one_writer(tmp_path: Path, holder: tuple[subprocess.Popen[
 def test_a_second_run_in_a_folder_is_refused(
     tmp_path: Path, shapes_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = doors.project(tmp_path, "caption")
+    path = cli_helpers.project(tmp_path, "caption")
     lock = FolderLock(tmp_path / "output" / "job")
     lock.take()
-    assert doors.train(path) == 2
+    assert cli_helpers.train(path) == 2
     assert "in use by process" in capsys.readouterr().err
-    assert doors.evaluate(path, job="job") == 2
+    assert cli_helpers.evaluate(path, job="job") == 2
     lock.release()
-    assert doors.evaluate(path, job="job") == 0
-    assert doors.evaluate(path, job="job") == 0  # and it is released
+    assert cli_helpers.evaluate(path, job="job") == 0
+    assert cli_helpers.evaluate(path, job="job") == 0  # and it is released
 
 
 def test_without_locks_a_run_goes_on_and_says_so(
@@ -176,19 +176,19 @@ def test_two_writers_of_one_file_do_not_share_a_temporary(tmp_path: Path) -> Non
 
 
 def test_a_failed_start_leaves_no_folder(tmp_path: Path, shapes_data: Path) -> None:
-    path = doors.project(tmp_path, "caption")
-    assert doors.train(path, "run.batch_size_train=1000", job=None) == 2
-    assert doors.train(path, "run.valid_splits=[dev]", job=None) == 2
-    assert doors.train(path, "run.valid_splits=[dev]", job="named") == 2
+    path = cli_helpers.project(tmp_path, "caption")
+    assert cli_helpers.train(path, "run.batch_size_train=1000", job=None) == 2
+    assert cli_helpers.train(path, "run.valid_splits=[dev]", job=None) == 2
+    assert cli_helpers.train(path, "run.valid_splits=[dev]", job="named") == 2
     assert not list((tmp_path / "output").iterdir())
 
 
 def test_a_failed_resume_leaves_the_job(tmp_path: Path, shapes_data: Path) -> None:
-    path = doors.project(tmp_path, "caption", {"run": {"max_iters": 2, "test_splits": []}})
-    assert doors.train(path) == 0
+    path = cli_helpers.project(tmp_path, "caption", {"run": {"max_iters": 2, "test_splits": []}})
+    assert cli_helpers.train(path) == 0
     files = [entry for entry in (tmp_path / "output" / "job").rglob("*") if entry.is_file()]
     before = {entry: entry.read_bytes() for entry in files if entry.name not in (".lock", "console.txt")}
-    assert doors.train(path, "run.batch_size_train=5", flags=["--resume", "auto"]) == 2
+    assert cli_helpers.train(path, "run.batch_size_train=5", flags=["--resume", "auto"]) == 2
     assert {entry: entry.read_bytes() for entry in before} == before  # config.yaml is still what the weights are of
     assert sorted(files) == sorted(entry for entry in (tmp_path / "output" / "job").rglob("*") if entry.is_file())
 
@@ -197,9 +197,9 @@ def test_the_configuration_of_a_resumed_job_resumes_nothing(
     tmp_path: Path, shapes_data: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Else an evaluation with it would read that job's last weights instead of those it is given."""
-    path = doors.project(tmp_path, "caption", {"run": {"max_iters": 4, "test_splits": []}})
-    assert doors.train(path, "run.max_iters=2") == 0
-    assert doors.train(path, flags=["--resume", "auto"]) == 0
+    path = cli_helpers.project(tmp_path, "caption", {"run": {"max_iters": 4, "test_splits": []}})
+    assert cli_helpers.train(path, "run.max_iters=2") == 0
+    assert cli_helpers.train(path, flags=["--resume", "auto"]) == 0
     job = tmp_path / "output" / "job"
     run = yaml.safe_load((job / "config.yaml").read_text())["run"]
     assert (run["resume"], run["resume_ckpt_path"]) == (None, None)
@@ -209,10 +209,10 @@ def test_the_configuration_of_a_resumed_job_resumes_nothing(
     saved["model"] = {key: torch.zeros_like(value) for key, value in saved["model"].items()}
     zeros = checkpoint.save(saved, tmp_path / "zeros.pth")
     older = f"run.resume_ckpt_path={job / jobs.LAST}"  # as earlier versions wrote it
-    assert doors.evaluate(job / "config.yaml", older, weights=zeros, job="given") == 0
+    assert cli_helpers.evaluate(job / "config.yaml", older, weights=zeros, job="given") == 0
     assert "is not read: --checkpoint names the weights" in caplog.text
-    assert doors.evaluate(path, weights=zeros, job="expected") == 0
-    assert doors.evaluate(path, weights=job / jobs.BEST, job="other") == 0
+    assert cli_helpers.evaluate(path, weights=zeros, job="expected") == 0
+    assert cli_helpers.evaluate(path, weights=job / jobs.BEST, job="other") == 0
     given, expected, other = (
         json.loads((tmp_path / "output" / name / "result" / "val_captions.json").read_text())
         for name in ("given", "expected", "other")
@@ -221,7 +221,7 @@ def test_the_configuration_of_a_resumed_job_resumes_nothing(
 
 
 def test_an_evaluation_resumes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = doors.project(tmp_path, "caption")
+    path = cli_helpers.project(tmp_path, "caption")
     arguments = ["--cfg-path", str(path), "--resume", "auto"]
     with pytest.raises(SystemExit) as ended:
         cli.evaluate_main(arguments)
@@ -230,8 +230,8 @@ def test_an_evaluation_resumes_nothing(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_a_step_checkpoint_is_the_last_ones_file(tmp_path: Path, shapes_data: Path) -> None:
-    path = doors.project(tmp_path, "caption", {"run": {"max_iters": 4, "test_splits": [], "keep_checkpoints": 2}})
-    assert doors.train(path, "run.checkpoint_every=2") == 0
+    path = cli_helpers.project(tmp_path, "caption", {"run": {"max_iters": 4, "test_splits": [], "keep_checkpoints": 2}})
+    assert cli_helpers.train(path, "run.checkpoint_every=2") == 0
     job = tmp_path / "output" / "job"
     assert (job / "checkpoint_4.pth").samefile(job / "checkpoint_last.pth")
     assert not (job / "checkpoint_2.pth").samefile(job / "checkpoint_last.pth")

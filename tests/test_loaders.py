@@ -13,12 +13,12 @@ import torch
 from torch.utils.data import Dataset
 
 from lavis_lite.common.errors import UnreadableSample
+from lavis_lite.datasets.base import BaseDataset
 from lavis_lite.runners.loaders import (
-    check_splits,
-    eval_loader,
+    EvalLoader,
+    TrainLoader,
     eval_sets,
     to_device,
-    train_loader,
     train_sets,
 )
 from lavis_lite.runners.sampling import TrainSampler
@@ -47,6 +47,7 @@ class Noisy(Dataset):
 def run_config(**changes: Any) -> SimpleNamespace:
     fields: dict[str, Any] = {
         "batch_size_train": 4,
+        "accum_grad_iters": 1,
         "batch_size_eval": 4,
         "num_workers": 0,
         "seed": 7,
@@ -68,14 +69,14 @@ def ids(batches: list[dict[str, torch.Tensor]]) -> list[int]:
 
 
 def test_every_epoch_is_another_permutation() -> None:
-    loader = train_loader({"a": Noisy(11)}, run_config(batch_size_train=3))
-    assert loader.steps_per_epoch == 3
+    loader = TrainLoader({"a": Noisy(11)}, run_config(batch_size_train=3))
+    assert loader.sampler.steps_per_epoch == 3
     first, second = ids(take(loader, 3)), ids(take(loader, 6)[3:])
     assert len(set(first)) == len(set(second)) == 9
     assert set(first + second) <= set(range(11))
     assert first != second
-    assert ids(take(train_loader({"a": Noisy(11)}, run_config(batch_size_train=3)), 3)) == first
-    assert ids(take(train_loader({"a": Noisy(11)}, run_config(batch_size_train=3, seed=8)), 3)) != first
+    assert ids(take(TrainLoader({"a": Noisy(11)}, run_config(batch_size_train=3)), 3)) == first
+    assert ids(take(TrainLoader({"a": Noisy(11)}, run_config(batch_size_train=3, seed=8)), 3)) != first
 
 
 def test_no_order_is_drawn_twice_however_many_datasets_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,9 +92,9 @@ def test_no_order_is_drawn_twice_however_many_datasets_there_are(monkeypatch: py
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_see_together_what_one_process_sees(world: int) -> None:
     data = {"a": Noisy(25), "b": Noisy(40, offset=100)}
-    alone = take(train_loader(data, run_config(batch_size_train=2 * world)), 12)
+    alone = take(TrainLoader(data, run_config(batch_size_train=2 * world)), 12)
     ranks = [
-        take(train_loader(data, run_config(batch_size_train=2), rank=rank, world=world), 12) for rank in range(world)
+        take(TrainLoader(data, run_config(batch_size_train=2), rank=rank, world=world), 12) for rank in range(world)
     ]
     for step, batch in enumerate(alone):
         for key in ("id", "noise"):
@@ -102,17 +103,17 @@ def test_ranks_see_together_what_one_process_sees(world: int) -> None:
 
 def test_workers_and_position_change_nothing() -> None:
     data = {"a": Noisy(13), "b": Noisy(29, offset=100)}
-    straight = take(train_loader(data, run_config()), 25)
-    workers = take(train_loader(data, run_config(num_workers=2)), 25)
-    sought = train_loader(data, run_config(num_workers=1))
-    sought.seek(1, 7)
-    assert sought.steps_per_epoch == (13 + 29) // 4
+    straight = take(TrainLoader(data, run_config()), 25)
+    workers = take(TrainLoader(data, run_config(num_workers=2)), 25)
+    sought = TrainLoader(data, run_config(num_workers=1))
+    sought.seek(sought.sampler.steps_per_epoch + 7)
+    assert sought.sampler.steps_per_epoch == (13 + 29) // 4
     torch.testing.assert_close(workers, straight, rtol=0, atol=0)
     torch.testing.assert_close(take(sought, 8), straight[17:], rtol=0, atol=0)
 
 
 def test_samples_have_their_own_noise_each_epoch() -> None:
-    batches = take(train_loader({"a": Noisy(8)}, run_config()), 4)
+    batches = take(TrainLoader({"a": Noisy(8)}, run_config()), 4)
     noise = torch.cat([batch["noise"] for batch in batches]).double()
     for column in noise.t():
         assert len(set(column.tolist())) == 16
@@ -124,29 +125,29 @@ def test_global_generators_are_left_alone() -> None:
     expected = random.random(), np.random.rand(), torch.rand(()).item()
     for number in (random.seed, np.random.seed, torch.manual_seed):
         number(3)
-    take(train_loader({"a": Noisy(8)}, run_config()), 3)
-    take(train_loader({"a": Noisy(8)}, run_config(num_workers=1)), 1)
-    list(eval_loader(Noisy(0), run_config()))
+    take(TrainLoader({"a": Noisy(8)}, run_config()), 3)
+    take(TrainLoader({"a": Noisy(8)}, run_config(num_workers=1)), 1)
+    list(EvalLoader(Noisy(0), run_config()))
     assert (random.random(), np.random.rand(), torch.rand(()).item()) == expected
 
 
 def test_mixing_follows_sizes_or_ratios() -> None:
     data = {"a": Noisy(10), "b": Noisy(30, offset=100)}
     for ratios, expected in ((None, 0.25), ({"a": 3, "b": 1}, 0.75), ({"a": 0, "b": 1}, 0.0)):
-        sampler = train_loader(data, run_config(train_dataset_ratios=ratios)).sampler
+        sampler = TrainLoader(data, run_config(train_dataset_ratios=ratios)).sampler
         share = Counter(sampler.dataset_at(step) for step in range(4000))["a"] / 4000
         assert share == pytest.approx(expected, abs=0.03)
-    batches = take(train_loader(data, run_config()), 20)
+    batches = take(TrainLoader(data, run_config()), 20)
     assert all(len({i >= 100 for i in batch["id"].tolist()}) == 1 for batch in batches)
 
 
 def test_splits_laid_out_for_evaluation_are_not_trained_on() -> None:
     """They would teach the instruction as if it were a caption, or end in a KeyError in the midst of an epoch."""
 
-    class Evaluated(Noisy):
+    class Evaluated(Noisy, BaseDataset):
         training = False
 
-    text = r"train_splits names 'val', which 'a' lays out for evaluation.*annotations\.train"
+    text = r"run\.train_splits: 'a' lays out 'val' for evaluation.*annotations\.train"
     for splits in (["val"], ["train", "val"]):
         with pytest.raises(ValueError, match=text):
             train_sets({"a": {"train": Noisy(4), "val": Evaluated(4)}}, splits)
@@ -164,17 +165,17 @@ def test_splits_laid_out_for_evaluation_are_not_trained_on() -> None:
 )
 def test_impossible_settings(changes: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
-        train_loader({"a": Noisy(8)}, run_config(**changes))
+        TrainLoader({"a": Noisy(8)}, run_config(**changes))
 
 
 def test_no_training_data() -> None:
     with pytest.raises(ValueError, match="train_splits"):
-        train_loader({}, run_config())
+        TrainLoader({}, run_config())
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_unreadable_sample_stops_by_default(workers: int) -> None:
-    loader = train_loader({"a": Noisy(8, broken=[3])}, run_config(num_workers=workers))
+    loader = TrainLoader({"a": Noisy(8, broken=[3])}, run_config(num_workers=workers))
     with pytest.raises(UnreadableSample, match=r"^image broken3\.jpg is cut short\. .*max_unreadable_share"):
         take(loader, 2)
 
@@ -182,7 +183,7 @@ def test_unreadable_sample_stops_by_default(workers: int) -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_allowed_share_is_replaced_and_counted(workers: int, caplog: pytest.LogCaptureFixture) -> None:
     run = run_config(num_workers=workers, max_unreadable_share=0.25, batch_size_train=8)
-    loader = train_loader({"a": Noisy(8, broken=[3, 4])}, run)
+    loader = TrainLoader({"a": Noisy(8, broken=[3, 4])}, run)
     batch = take(loader, 1)[0]
     assert Counter(batch["id"].tolist()) == Counter([0, 1, 2, 5, 5, 5, 6, 7])
     assert (loader.seen, loader.unreadable) == (8, 2)
@@ -191,10 +192,10 @@ def test_allowed_share_is_replaced_and_counted(workers: int, caplog: pytest.LogC
 
 
 def test_too_many_unreadable_samples() -> None:
-    loader = train_loader({"a": Noisy(100, broken=range(0, 100, 2))}, run_config(max_unreadable_share=0.1))
+    loader = TrainLoader({"a": Noisy(100, broken=range(0, 100, 2))}, run_config(max_unreadable_share=0.1))
     with pytest.raises(UnreadableSample, match=r"1[1-4] of \d+ training samples are unreadable.*0\.1.*broken"):
         take(loader, 25)
-    nothing = train_loader({"a": Noisy(8, broken=range(8))}, run_config(max_unreadable_share=1.0))
+    nothing = TrainLoader({"a": Noisy(8, broken=range(8))}, run_config(max_unreadable_share=1.0))
     with pytest.raises(UnreadableSample, match="unreadable"):
         take(nothing, 1)
 
@@ -202,7 +203,7 @@ def test_too_many_unreadable_samples() -> None:
 @pytest.mark.parametrize(("length", "world"), [(10, 1), (10, 3), (2, 4), (0, 2)])
 def test_evaluation_sees_each_sample_once(length: int, world: int) -> None:
     dataset = Noisy(length)
-    loaders = [eval_loader(dataset, run_config(batch_size_eval=2), rank=r, world=world) for r in range(world)]
+    loaders = [EvalLoader(dataset, run_config(batch_size_eval=2), rank=r, world=world) for r in range(world)]
     seen = [[i for batch in loader for i in batch["id"].tolist()] for loader in loaders]
     assert seen == [list(range(r, length, world)) for r in range(world)]
     assert [len(loader) for loader in loaders] == [-(-len(part) // 2) for part in seen]
@@ -211,7 +212,7 @@ def test_evaluation_sees_each_sample_once(length: int, world: int) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_evaluation_never_skips(workers: int) -> None:
-    loader = eval_loader(Noisy(4, broken=[2]), run_config(num_workers=workers, max_unreadable_share=1.0))
+    loader = EvalLoader(Noisy(4, broken=[2]), run_config(num_workers=workers, max_unreadable_share=1.0))
     with pytest.raises(UnreadableSample, match=r"^image broken2\.jpg"):
         list(loader)
 
@@ -234,5 +235,40 @@ def test_splits() -> None:
     assert sets["x"].collater([sets["x"][7]])["id"].tolist() == [14]
     assert train_sets(datasets, ["train"])["x"] is a
     assert eval_sets(datasets, ["extra", "val"]) == {"extra": b, "x_val": c, "y_val": d}
-    with pytest.raises(ValueError, match=r"run\.valid_splits names the split 'test'.*'y': \['val'\]"):
-        check_splits(datasets, ["val", "test"], setting="valid_splits")
+    with pytest.raises(ValueError, match=r"'test'.*y: val"):
+        train_sets(datasets, ["val", "test"])
+
+
+@pytest.mark.parametrize(("length", "division"), [(50, (2, 4, 1)), (50, (4, 1, 2)), (51, (2, 2, 2))])
+@pytest.mark.parametrize("mixing", ["concat", "per_step"])
+def test_accumulated_batches_and_ranks_divide_one_global_batch(
+    length: int, division: tuple[int, int, int], mixing: str
+) -> None:
+    """In each step, batches and ranks in order hold the samples of one process with the whole batch of 8."""
+    accumulate, world, batch_size = division
+    data = {"a": Noisy(length), "b": Noisy(30, offset=100)}
+    whole = take(TrainLoader(data, run_config(batch_size_train=8, mixing=mixing)), 25)
+    run = run_config(batch_size_train=batch_size, accum_grad_iters=accumulate, mixing=mixing)
+    loaders = [TrainLoader(data, run, rank=rank, world=world) for rank in range(world)]
+    assert {loader.sampler.steps_per_epoch for loader in loaders} == {(length + 30) // 8}
+    ranks = [take(loader, 25 * accumulate) for loader in loaders]
+    for step, batch in enumerate(whole):
+        parts = [ranks[rank][step * accumulate + number] for number in range(accumulate) for rank in range(world)]
+        for key in ("id", "noise"):
+            torch.testing.assert_close(torch.cat([part[key] for part in parts]), batch[key], rtol=0, atol=0)
+
+
+def test_seeking_counts_steps() -> None:
+    run = run_config(batch_size_train=2, accum_grad_iters=3)
+    straight = take(TrainLoader({"a": Noisy(20)}, run), 24)
+    later = TrainLoader({"a": Noisy(20)}, run)
+    later.seek(5)
+    torch.testing.assert_close(take(later, 9), straight[15:], rtol=0, atol=0)
+
+
+def test_the_rest_of_an_epoch_is_another_in_each() -> None:
+    """Of 11 samples a global batch of 8 leaves 3 out of an epoch, but none out of all."""
+    batches = take(TrainLoader({"a": Noisy(11)}, run_config(accum_grad_iters=2)), 2 * 20)
+    epochs = [ids(batches[start : start + 2]) for start in range(0, 40, 2)]
+    assert all(len(set(epoch)) == 8 for epoch in epochs)
+    assert set().union(*epochs) == set(range(11))

@@ -16,7 +16,7 @@ from test_runner import Line, ToyTask, last, make, mixed_data, rows, script, two
 from lavis_lite.common import checkpoint
 from lavis_lite.common.config.run import RunConfig
 from lavis_lite.common.errors import SettingError
-from lavis_lite.runners.loaders import train_loader, train_sets
+from lavis_lite.runners.loaders import TrainLoader, train_sets
 from lavis_lite.runners.sampling import TrainSampler, dataset_shares
 
 LENGTHS = {"a": 100, "b": 400, "c": 900}
@@ -64,7 +64,7 @@ def by_dataset(job_dir: Path) -> list[dict[str, Any]]:
     return list({row["epoch"]: row["datasets"] for row in rows(job_dir) if "datasets" in row}.values())
 
 
-class Recorder(ToyTask):
+class LossRecorder(ToyTask):
     """A task that writes down each training batch's dataset (from its samples' ids) and loss."""
 
     def __init__(self) -> None:
@@ -129,17 +129,17 @@ def test_shares_are_of_the_training_splits() -> None:
         "c": {"val": Line("val", 100)},
     }
     run = RunConfig(task="toy", batch_size_train=4, train_dataset_sampling="sqrt", train_splits=["train", "extra"])
-    assert train_loader(train_sets(data, run.train_splits), run).sampler.shares == {"a": 0.4, "b": 0.6}
+    assert TrainLoader(train_sets(data, run.train_splits), run).sampler.shares == {"a": 0.4, "b": 0.6}
 
 
 @pytest.mark.parametrize(
     ("setting", "text"),
     [
-        ({"factors": {"ab": 2}}, r"train_dataset_factors names 'ab', which is no training dataset. Did you mean 'abc'"),
-        ({"factors": {"abc": 0}}, r"train_dataset_factors must not be negative and not all 0: \{'abc': 0\}"),
-        ({"factors": {"abc": -1}}, r"train_dataset_factors must not be negative"),
-        ({"ratios": {"ab": 1}}, r"train_dataset_ratios names \['ab'\], but the training datasets are \['abc'\]"),
-        ({"ratios": {"abc": 0}}, r"train_dataset_ratios must not be negative and not all 0"),
+        ({"factors": {"ab": 2}}, r"run\.train_dataset_factors: 'ab' .*'abc'"),
+        ({"factors": {"abc": 0}}, r"run\.train_dataset_factors: .*\{'abc': 0\}"),
+        ({"factors": {"abc": -1}}, r"run\.train_dataset_factors: .*\{'abc': -1\}"),
+        ({"ratios": {"ab": 1}}, r"run\.train_dataset_ratios: .*\['ab'\].*\['abc'\]"),
+        ({"ratios": {"abc": 0}}, r"run\.train_dataset_ratios: .*\{'abc': 0\}"),
     ],
 )
 def test_impossible_shares(setting: dict[str, Any], text: str) -> None:
@@ -182,7 +182,7 @@ def test_what_says_how_often_a_set_is_drawn_says_that_it_is_drawn(setting: dict[
 
 def test_the_log_tells_what_was_drawn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    task = Recorder()
+    task = LossRecorder()
     runner = make(tmp_path, task=task, data=mixed_data(), **mixed)
     scalars: dict[int, dict[str, float]] = {}
     runner.progress.events.write = lambda values, *, step: scalars.setdefault(step, {}).update(values)
@@ -208,7 +208,7 @@ def test_the_log_tells_what_was_drawn(tmp_path: Path, caplog: pytest.LogCaptureF
 
 def test_a_dataset_that_gave_nothing_has_no_loss(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    task = Recorder()
+    task = LossRecorder()
     make(tmp_path, task=task, data=mixed_data(), train_dataset_factors={"few": 0}, test_splits=[], max_epoch=1).train()
     assert by_dataset(tmp_path) == [{"few": {"batches": 0, "loss": None}, **task.account(0, 8)}]
     assert caplog.text.count("\nfew            0     -\n") == 1
@@ -223,7 +223,7 @@ def test_killed_and_resumed_gives_the_same_account(tmp_path: Path) -> None:
     """Killed in the second epoch, two steps after a checkpoint that stands between two rows of the log."""
     options = [f"{key}={json.dumps(value)}" for key, value in mixed.items()]
     killed = script(tmp_path / "killed", "mixed=true", *options, "die_at=14")
-    task = Recorder()
+    task = LossRecorder()
     make(tmp_path / "straight", task=task, data=mixed_data(), **mixed).train()
     assert killed.wait(60) == -signal.SIGKILL
     assert last(tmp_path / "killed")["step"] == 12

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import doors
+import cli_helpers
 import pytest
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ def pictures(count: int, *, size: int = 48, seed: int = 3) -> Tensor:
 
 def build(arch: str, **changes: Any) -> Any:
     """A tiny model of an architecture with seeded weights."""
-    return doors.build(arch, **REQUIRED.get(arch, {}), **changes)
+    return cli_helpers.build(arch, **REQUIRED.get(arch, {}), **changes)
 
 
 def shaken(arch: str, **changes: Any) -> Any:
@@ -78,7 +78,7 @@ def test_a_lavis_file_loads(arch: str, how: str, tmp_path: Path) -> None:
     pairs = model.momentum_pairs() if hasattr(model, "momentum_pairs") else []
     assert len(pairs) == {"blip_pretrain": 4, "blip_retrieval": 4, "blip_classification": 3}.get(arch, 0)
     for online, momentum_encoder in pairs:
-        doors.assert_same_state(dict(online.state_dict()), dict(momentum_encoder.state_dict()))
+        cli_helpers.assert_same_state(dict(online.state_dict()), dict(momentum_encoder.state_dict()))
         assert not any(p.requires_grad for p in momentum_encoder.parameters())
 
 
@@ -111,7 +111,7 @@ def test_packaged_type_with_a_checkpoint(tmp_path: Path) -> None:
     )
     assert not model.training
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in state.items())
-    doors.assert_same_state(*(dict(part.state_dict()) for part in model.momentum_pairs()[0]))
+    cli_helpers.assert_same_state(*(dict(part.state_dict()) for part in model.momentum_pairs()[0]))
     assert text["eval"]("A Red circle!") == "a red circle"
     assert set(vis) == {"train", "eval"}
 
@@ -122,7 +122,7 @@ def test_own_checkpoint_keeps_the_momentum_encoders(arch: str, tmp_path: Path) -
     model = shaken(arch, embed_dim=16, queue_size=16)
     torch.save({"model": model.checkpoint_state_dict()}, tmp_path / "own.pth")
     again = build(arch, embed_dim=16, queue_size=16, checkpoint=str(tmp_path / "own.pth"))
-    doors.assert_same_state(dict(again.state_dict()), dict(model.state_dict()))
+    cli_helpers.assert_same_state(dict(again.state_dict()), dict(model.state_dict()))
     assert not torch.equal(again.vision_proj_m.weight, again.vision_proj.weight)
 
 
@@ -133,9 +133,9 @@ def test_nlvr_from_pretraining_starts_both_streams_alike(tmp_path: Path) -> None
     for mine, theirs in zip(model.text_encoder.encoder.layer, pretrained.text_encoder.encoder.layer, strict=True):
         cross, source = mine.crossattention, theirs.crossattention
         for stream in (cross.self0, cross.self1):
-            doors.assert_same_state(dict(stream.state_dict()), dict(source.self.state_dict()))
+            cli_helpers.assert_same_state(dict(stream.state_dict()), dict(source.self.state_dict()))
         for dense in (cross.output.dense0, cross.output.dense1):
-            doors.assert_same_state(dict(dense.state_dict()), dict(source.output.dense.state_dict()))
+            cli_helpers.assert_same_state(dict(dense.state_dict()), dict(source.output.dense.state_dict()))
         assert torch.equal(cross.output.LayerNorm.weight, source.output.LayerNorm.weight)
     assert model.text_encoder.encoder.layer[1].crossattention.output.merge_layer is not None
     with pytest.raises(ValueError, match=r"lacks .* trainable keys .*cls_head"):
@@ -146,9 +146,9 @@ def test_classification_from_captioning_starts_as_its_decoder(tmp_path: Path) ->
     caption = shaken("blip_caption")
     lavis_file(caption, tmp_path / "caption.pth")
     model = build("blip_classification", pretrained=str(tmp_path / "caption.pth"))
-    doors.assert_same_state(dict(model.text_encoder.state_dict()), dict(caption.text_decoder.bert.state_dict()))
-    doors.assert_same_state(dict(model.visual_encoder.state_dict()), dict(caption.visual_encoder.state_dict()))
-    doors.assert_same_state(dict(model.text_encoder_m.state_dict()), dict(model.text_encoder.state_dict()))
+    cli_helpers.assert_same_state(dict(model.text_encoder.state_dict()), dict(caption.text_decoder.bert.state_dict()))
+    cli_helpers.assert_same_state(dict(model.visual_encoder.state_dict()), dict(caption.visual_encoder.state_dict()))
+    cli_helpers.assert_same_state(dict(model.text_encoder_m.state_dict()), dict(model.text_encoder.state_dict()))
 
 
 @pytest.mark.parametrize(("arch", "other"), [("blip_vqa", "blip_caption"), ("blip_caption", "blip_retrieval")])

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import doors
+import cli_helpers
 import pytest
 import torch
 from full_size import TINY_HF
@@ -49,11 +49,11 @@ def test_a_missing_image_is_found_before_anything_is_built(
     records = six(tmp_path)
     gone = [{"image": str(tmp_path / f"gone{i}.png"), "caption": "a red circle"} for i in range(2)]
     lists = {name: [*records, *gone] if name == split else records for name in ("train", "test")}
-    path = doors.project(tmp_path, "caption", captions(tmp_path, lists["train"], test=lists["test"]), EVALUATED)
+    path = cli_helpers.project(tmp_path, "caption", captions(tmp_path, lists["train"], test=lists["test"]), EVALUATED)
     rule = "Evaluation never skips samples" if split == "test" else "set run.max_unreadable_share"
     where = f"{gone[0]['image']} (caption/{split}, and 1 more of 8 files)"
     complains(
-        capsys, doors.train(path, flags=flags), "image file not found: ", where, "build_info.images.storage", rule
+        capsys, cli_helpers.train(path, flags=flags), "image file not found: ", where, "build_info.images.storage", rule
     )
 
 
@@ -62,12 +62,14 @@ def test_training_may_lack_the_share_that_is_allowed(
 ) -> None:
     records = six(tmp_path)
     Path(records[4]["image"]).unlink()
-    path = doors.project(tmp_path, "caption", captions(tmp_path, records), {"run": {"max_iters": 1, "test_splits": []}})
+    path = cli_helpers.project(
+        tmp_path, "caption", captions(tmp_path, records), {"run": {"max_iters": 1, "test_splits": []}}
+    )
     options = ["run.valid_splits=[]", "run.batch_size_train=2"]
-    assert doors.train(path, *options, "run.max_unreadable_share=0.2", flags=DRY) == 0
+    assert cli_helpers.train(path, *options, "run.max_unreadable_share=0.2", flags=DRY) == 0
     assert "1 samples will be skipped, as run.max_unreadable_share=0.2 allows" in caplog.text
     capsys.readouterr()
-    code = doors.train(path, *options, "run.max_unreadable_share=0.1", flags=DRY)
+    code = cli_helpers.train(path, *options, "run.max_unreadable_share=0.1", flags=DRY)
     complains(capsys, code, "picture4.png", "1 samples, more than run.max_unreadable_share=0.1 allows")
 
 
@@ -83,9 +85,9 @@ def test_a_dataset_that_looks_elsewhere_is_not_held_up(tmp_path: Path) -> None:
     six(tmp_path)
     path = tmp_path / "own.json"
     path.write_text(json.dumps([{"image": f"picture{i}.png", "caption": "a"} for i in range(6)]))
-    assert preflight._check_files(Elsewhere([path], tmp_path, split="val"), "own/val", share=None) == set()
+    assert preflight.check_files(Elsewhere([path], tmp_path, split="val"), "own/val", share=None) == set()
     with pytest.raises(FileNotFoundError, match=r"picture0\.png \(own/val, and 5 more of 6 files\)"):
-        preflight._check_files(PairsDataset([path], tmp_path, split="val"), "own/val", share=None)
+        preflight.check_files(PairsDataset([path], tmp_path, split="val"), "own/val", share=None)
 
 
 def test_folders_pipes_and_empty_files_are_not_images(tmp_path: Path) -> None:
@@ -114,7 +116,7 @@ def test_many_files_are_found_in_any_number_of_turns(tmp_path: Path, monkeypatch
     assert list(preflight.wrong_files(map(str, paths))) == sorted(str(path) for path in paths[1::2])
 
 
-@pytest.mark.parametrize("name", doors.RECIPES)
+@pytest.mark.parametrize("name", cli_helpers.RECIPES)
 def test_every_dataset_knows_the_files_that_it_opens(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,7 +128,7 @@ def test_every_dataset_knows_the_files_that_it_opens(
     monkeypatch.setattr(base, "open_image", lambda path, **own: (opened.append(str(path)), whole(path, **own))[1])
     from lavis_lite.common.config.config import Config
 
-    cfg = Config.from_file(doors.project(tmp_path, name))
+    cfg = Config.from_file(cli_helpers.project(tmp_path, name))
     for splits in registry.get_task_class(cfg.run.task)(**cfg.task).build_datasets(cfg).values():
         for dataset in splits.values():
             opened.clear()
@@ -136,26 +138,30 @@ def test_every_dataset_knows_the_files_that_it_opens(
 
 def test_some_of_each_split_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of few samples each one; a file that is there may still be cut short."""
-    paths = doors.pictures(tmp_path / "images", 24)
+    paths = cli_helpers.pictures(tmp_path / "images", 24)
     records = [{"image": path, "caption": f"a red circle {i}"} for i, path in enumerate(paths)]
     broken = Path(paths[20])
     broken.write_bytes(broken.read_bytes()[:40])
-    path = doors.project(tmp_path, "caption", captions(tmp_path, six(tmp_path / "other"), test=records), EVALUATED)
-    complains(capsys, doors.train(path, flags=DRY), "image file broken", str(broken), "Evaluation never skips")
-    assert doors.train(path, "run.test_splits=[]", flags=DRY) == 0
+    path = cli_helpers.project(
+        tmp_path, "caption", captions(tmp_path, six(tmp_path / "other"), test=records), EVALUATED
+    )
+    complains(capsys, cli_helpers.train(path, flags=DRY), "image file broken", str(broken), "Evaluation never skips")
+    assert cli_helpers.train(path, "run.test_splits=[]", flags=DRY) == 0
 
 
 @pytest.mark.parametrize(("length", "expected"), [(3, [0, 1, 2]), (100, [0, 25, 50, 75]), (4, [0, 1, 2, 3]), (0, [])])
 def test_what_is_read_is_spread_over_the_split(length: int, expected: list[int]) -> None:
-    assert preflight._read_some(range(length), "set/val", count=4, share=None) == expected
+    assert preflight.read_some(range(length), "set/val", count=4, share=None) == expected
 
 
 def test_the_dry_run_tells_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = six(tmp_path)
-    path = doors.project(tmp_path, "caption", captions(tmp_path, [*records, records[0]], test=records[:2]), EVALUATED)
-    assert doors.train(path, "run.batch_size_train=2", flags=DRY) == 0
+    path = cli_helpers.project(
+        tmp_path, "caption", captions(tmp_path, [*records, records[0]], test=records[:2]), EVALUATED
+    )
+    assert cli_helpers.train(path, "run.batch_size_train=2", flags=DRY) == 0
     out = capsys.readouterr().out
-    repeated = "1 records say the same as an earlier one"
+    repeated = "1 records repeat an earlier one"
     assert f"files       caption/train: 6 image files found; {repeated}; 7 samples read, images 3 x 48 x 48" in out
     assert "files       caption/test: 2 image files found; 2 of them also trained on; 2 samples read" in out
     assert "device      cpu" in out
@@ -163,14 +169,14 @@ def test_the_dry_run_tells_what_it_found(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_the_dry_run_names_weights_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It may come before the pretraining that makes them, so it is no error."""
-    path, there = doors.project(tmp_path, "caption"), tmp_path / "there.pth"
+    path, there = cli_helpers.project(tmp_path, "caption"), tmp_path / "there.pth"
     there.touch()
-    assert doors.train(path, "model.pretrained=/no/a.pth", flags=["--dry-run", "--resume", "/no/b.pth"]) == 0
+    assert cli_helpers.train(path, "model.pretrained=/no/a.pth", flags=["--dry-run", "--resume", "/no/b.pth"]) == 0
     out = capsys.readouterr().out
     assert "not found: /no/a.pth (model.pretrained)" in out
     assert "not found: /no/b.pth (run.resume_ckpt_path)" in out
     for options in (["model.pretrained=/no/a.pth", "model.load_pretrained=false"], [f"model.pretrained={there}"]):
-        assert doors.train(path, *options, flags=["--dry-run"]) == 0
+        assert cli_helpers.train(path, *options, flags=["--dry-run"]) == 0
         assert "not found" not in capsys.readouterr().out
 
 
@@ -178,16 +184,16 @@ def test_a_shortest_text_above_the_longest_is_refused_at_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for recipe in ("caption", "vqa_generate"):
-        path = doors.project(tmp_path, recipe)
-        assert doors.train(path, "run.max_len=4", "run.min_len=5", flags=["--dry-run"]) == 2
+        path = cli_helpers.project(tmp_path, recipe)
+        assert cli_helpers.train(path, "run.max_len=4", "run.min_len=5", flags=["--dry-run"]) == 2
         assert "run.min_len=5 is above run.max_len=4" in capsys.readouterr().err
 
 
 def test_a_dry_run_needs_no_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = doors.project(tmp_path, "caption", EVALUATED)
-    assert doors.train(path, "run.device=cuda:7", flags=DRY) == 0
+    path = cli_helpers.project(tmp_path, "caption", EVALUATED)
+    assert cli_helpers.train(path, "run.device=cuda:7", flags=DRY) == 0
     assert "device      not checked on this machine: run.device='cuda:7' needs CUDA device 7" in capsys.readouterr().out
-    complains(capsys, doors.train(path, "run.device=cuda:7"), "needs CUDA device 7")
+    complains(capsys, cli_helpers.train(path, "run.device=cuda:7"), "needs CUDA device 7")
 
 
 # Sizes
@@ -200,13 +206,13 @@ def test_a_sample_has_the_size_that_the_model_takes(
     """In training as in evaluation, which would only begin after an epoch."""
     for key in ("train", "eval"):
         option = f"datasets.shapes_caption.vis_processor.{key}.image_size=64"
-        path = doors.project(tmp_path, "caption", EVALUATED)
-        complains(capsys, doors.train(path, option, flags=flags), f"{key}.image_size: 64 is not model.image_size")
+        path = cli_helpers.project(tmp_path, "caption", EVALUATED)
+        complains(capsys, cli_helpers.train(path, option, flags=flags), f"{key}.image_size: 64 is not model.image_size")
 
 
 def test_a_processor_of_the_users_makes_the_size_that_the_model_takes() -> None:
     with pytest.raises(ValueError, match=r"own/val: .*64 x 64.*48 x 48"):
-        preflight._check_size(
+        preflight.check_size(
             {"arch": "blip_caption", "image_size": 48}, {"image": torch.zeros(1, 3, 64, 64)}, "own/val"
         )
 
@@ -214,10 +220,10 @@ def test_a_processor_of_the_users_makes_the_size_that_the_model_takes() -> None:
 def test_videos_are_for_models_that_take_them() -> None:
     video = {"image": torch.zeros(1, 3, 4, 48, 48)}
     with pytest.raises(ValueError, match=r"own/val: samples show videos, \(3, 4, 48, 48\), and blip_vqa takes images"):
-        preflight._check_size({"arch": "blip_vqa", "image_size": 48}, video, "own/val")
+        preflight.check_size({"arch": "blip_vqa", "image_size": 48}, video, "own/val")
     with pytest.raises(ValueError, match="blip2 takes images only"):
-        preflight._check_size({"arch": "blip2", "image_size": 48}, video, "own/val")
-    found = preflight._check_size({"arch": "blip2_t5_instruct", "image_size": 48}, video, "own/val")
+        preflight.check_size({"arch": "blip2", "image_size": 48}, video, "own/val")
+    found = preflight.check_size({"arch": "blip2_t5_instruct", "image_size": 48}, video, "own/val")
     assert found == (3, 4, 48, 48)
 
 
@@ -234,13 +240,13 @@ def test_a_model_that_reads_one_text_takes_no_instructions(
     section |= {"builder": builder, "instructions": {"output": learned, "train": ["Describe it."]}}
     section["build_info"]["images"] = {"storage": str(tmp_path)}
     run = {"run": {"max_iters": 1, "valid_splits": [], "test_splits": []}}
-    code = doors.train(doors.project(tmp_path, "caption", changes, run), flags=flags)
+    code = cli_helpers.train(cli_helpers.project(tmp_path, "caption", changes, run), flags=flags)
     complains(
         capsys,
         code,
         "caption/train: samples have a question or an instruction (text_input: 'Describe it.')",
         "(text_output: 'a ",
-        "blip_caption reads text_input alone, and would learn that: choose a dataset of captions, or ",
+        "blip_caption reads text_input alone, and would learn that; choose a dataset of captions, or ",
     )
 
 
@@ -263,8 +269,8 @@ def test_the_size_of_an_encoder_is_its_own_or_the_constructor_s() -> None:
 def test_a_task_that_the_model_cannot_do_is_refused_by_name(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = doors.project(tmp_path, "nlvr", {"model": {"arch": "blip_caption"}}, EVALUATED)
-    code = doors.train(path, flags=flags)
+    path = cli_helpers.project(tmp_path, "nlvr", {"model": {"arch": "blip_caption"}}, EVALUATED)
+    code = cli_helpers.train(path, flags=flags)
     complains(capsys, code, "run.task: multimodal_classification evaluates by `predict`", "tasks that fit: captioning")
     assert not (tmp_path / "output").exists()
 
@@ -288,9 +294,9 @@ def test_an_instruct_model_is_told_to_take_instruct() -> None:
 def test_a_split_for_evaluation_is_not_trained_on(
     recipe: str, tmp_path: Path, shapes_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = doors.project(tmp_path, recipe)
-    assert doors.train(path, "run.train_splits=[val]", "run.batch_size_train=2", flags=["--dry-run"]) == 2
-    assert "run.train_splits names 'val'" in capsys.readouterr().err
+    path = cli_helpers.project(tmp_path, recipe)
+    assert cli_helpers.train(path, "run.train_splits=[val]", "run.batch_size_train=2", flags=["--dry-run"]) == 2
+    assert "run.train_splits: " in capsys.readouterr().err
 
 
 def test_every_task_s_methods_are_some_model_s() -> None:
@@ -337,21 +343,23 @@ def test_ranking_needs_something_to_rank() -> None:
 
 def test_samples_have_what_the_task_reads_in_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Captions of a split without image ids would fail after the first epoch."""
-    crossed = {"datasets": {"shapes_caption": None, "shapes_pairs": doors.SHAPES}}
-    path = doors.project(tmp_path, "caption", crossed, EVALUATED)
-    complains(capsys, doors.train(path, flags=DRY), "shapes_pairs/test: CaptionTask evaluates samples by 'image_id'")
-    assert doors.train(path, "run.test_splits=[]", flags=DRY) == 0
+    crossed = {"datasets": {"shapes_caption": None, "shapes_pairs": cli_helpers.SHAPES}}
+    path = cli_helpers.project(tmp_path, "caption", crossed, EVALUATED)
+    complains(
+        capsys, cli_helpers.train(path, flags=DRY), "shapes_pairs/test: CaptionTask evaluates samples by 'image_id'"
+    )
+    assert cli_helpers.train(path, "run.test_splits=[]", flags=DRY) == 0
 
 
 # Lengths and answers, for which the model must have room
 
 
 def recipe(folder: Path, name: str, arch: str | None, *changes: dict[str, Any]) -> Path:
-    """A recipe of `doors`, with the tiny type of another architecture for BLIP's."""
-    path = doors.project(folder, name, *changes)
+    """A recipe of `cli_helpers`, with the tiny type of another architecture for BLIP's."""
+    path = cli_helpers.project(folder, name, *changes)
     if arch is not None:
-        tree = doors.yaml.safe_load(path.read_text()) | {"model": {"arch": arch, "model_type": "tiny"}}
-        path.write_text(doors.yaml.safe_dump(tree))
+        tree = cli_helpers.yaml.safe_load(path.read_text()) | {"model": {"arch": arch, "model_type": "tiny"}}
+        path.write_text(cli_helpers.yaml.safe_dump(tree))
     return path
 
 
@@ -382,7 +390,7 @@ def test_lengths_that_do_not_fit_the_model_are_refused_before_the_first_step(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     path, where = recipe(tmp_path, name, arch), f"shapes_{name.partition('_')[0]}/val: "
-    complains(capsys, doors.train(path, *(f"run.{option}" for option in options), flags=flags), where, *words)
+    complains(capsys, cli_helpers.train(path, *(f"run.{option}" for option in options), flags=flags), where, *words)
     assert not (tmp_path / "output" / "job").exists()
 
 
@@ -391,7 +399,7 @@ def test_the_largest_lengths_that_fit_are_taken(tmp_path: Path) -> None:
     few = ["run.max_iters=1", "run.test_splits=[]", "run.min_len=1"]
     for number, (arch, most) in enumerate({None: 65, "blip2": 129, "blip2_opt": 152}.items()):
         path = recipe(tmp_path, "caption", arch)
-        assert doors.train(path, *few, f"run.max_len={most}", job=f"job{number}") == 0
+        assert cli_helpers.train(path, *few, f"run.max_len={most}", job=f"job{number}") == 0
 
 
 @pytest.mark.parametrize("flags", [DRY, []])
@@ -402,15 +410,15 @@ def test_a_blank_answer_to_rank_is_refused_before_the_first_step(
     records = [
         {**record, "question": "what?", "answer": "red", "question_id": i} for i, record in enumerate(six(tmp_path))
     ]
-    section = doors.user_set(tmp_path / "own", {"train": records, "val": records})
+    section = cli_helpers.user_set(tmp_path / "own", {"train": records, "val": records})
     (tmp_path / "answers.json").write_text(json.dumps(["yes", ""]))
     questions = section["build_info"]["annotations"]["val"]
     questions["storage"] = [questions["storage"], str(tmp_path / "answers.json")]
     change = {"datasets": {"shapes_vqa": None, "vqa": section}, "run": {"test_splits": []}}
     path = recipe(tmp_path, "vqa_rank", arch, change)
     words = ["vqa/val: run.inference_method=rank: candidate 1 in answer_list must be a text that is not empty"]
-    complains(capsys, doors.train(path, flags=flags), *words)
-    assert doors.train(path, "run.inference_method=generate", "run.max_len=5", "run.max_iters=1") == 0
+    complains(capsys, cli_helpers.train(path, flags=flags), *words)
+    assert cli_helpers.train(path, "run.inference_method=generate", "run.max_len=5", "run.max_iters=1") == 0
 
 
 def test_every_model_that_writes_says_what_it_has_room_for() -> None:
@@ -461,7 +469,7 @@ def test_captions_that_the_tokenizer_does_not_know_are_told(
     records = [{**record, "caption": CHINESE[i % 2]} for i, record in enumerate(six(tmp_path))]
     change = {"run": {"max_iters": 1, "valid_splits": [], "test_splits": []}, "model": {"prompt": ""}}
     path = recipe(tmp_path, "caption", arch, captions(tmp_path, records), change)
-    assert doors.train(path, flags=flags) == 0
+    assert cli_helpers.train(path, flags=flags) == 0
     (line,) = told_of_unknown(caplog)
     assert line.startswith(
         f"caption/train: 100% of the tokens of text_input are unknown to the tokenizer of model.{setting}"
@@ -479,7 +487,7 @@ def test_known_texts_and_bytes_are_not_told(
     records = [{**record, "caption": text} for record, text in zip(six(tmp_path), texts, strict=True)]
     change = {"run": {"valid_splits": [], "test_splits": []}}
     path = recipe(tmp_path, "caption", "blip2_opt" if options else None, captions(tmp_path, records), change)
-    assert doors.train(path, *options, flags=DRY) == 0
+    assert cli_helpers.train(path, *options, flags=DRY) == 0
     assert not told_of_unknown(caplog)
 
 
@@ -498,9 +506,9 @@ def test_each_text_is_looked_at_for_the_tokenizers_that_read_it(
 ) -> None:
     own = {"question": question, "answer": answer}
     records = [{**record, **own, "question_id": i} for i, record in enumerate(six(tmp_path))]
-    section = doors.user_set(tmp_path / "own", {"train": records})
+    section = cli_helpers.user_set(tmp_path / "own", {"train": records})
     change = {"datasets": {"shapes_vqa": None, "vqa": section}, "run": {"valid_splits": [], "test_splits": []}}
-    assert doors.train(recipe(tmp_path, "vqa_generate", arch, change), flags=DRY) == 0
+    assert cli_helpers.train(recipe(tmp_path, "vqa_generate", arch, change), flags=DRY) == 0
     pattern = r"tokens of (\w+) are unknown to the tokenizer of model\.(\S+),"
     assert [" ".join(re.search(pattern, line).groups()) for line in told_of_unknown(caplog)] == expected
 
@@ -525,14 +533,14 @@ def test_the_file_of_references_is_read_before_anything_is_captioned(
     content: Any, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     records = [{**record, "image_id": i} for i, record in enumerate(six(tmp_path))]
-    path = doors.project(tmp_path, "caption", captions(tmp_path, records, test=records), EVALUATED)
+    path = cli_helpers.project(tmp_path, "caption", captions(tmp_path, records, test=records), EVALUATED)
     gold = tmp_path / "gold.json"
     if content is not None:
         gold.write_text(content if isinstance(content, str) else json.dumps(content))
-    complains(capsys, doors.train(path, f"run.annotation_file={gold}", flags=DRY), "run.annotation_file: ", text)
-    assert doors.train(path, f"run.annotation_file={gold}", "run.report_metric=false", flags=DRY) == 0
+    complains(capsys, cli_helpers.train(path, f"run.annotation_file={gold}", flags=DRY), "run.annotation_file: ", text)
+    assert cli_helpers.train(path, f"run.annotation_file={gold}", "run.report_metric=false", flags=DRY) == 0
     gold.write_text(json.dumps({"annotations": GOLD}))
-    assert doors.train(path, f"run.annotation_file={gold}", flags=DRY) == 0
+    assert cli_helpers.train(path, f"run.annotation_file={gold}", flags=DRY) == 0
 
 
 def test_the_file_of_references_may_be_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -565,8 +573,10 @@ def test_the_file_of_references_may_be_a_url(tmp_path: Path, monkeypatch: pytest
     ],
 )
 def test_absurd_numbers_are_refused_at_once(key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = doors.project(tmp_path, "caption")
-    complains(capsys, doors.train(path, f"run.{key}=1e308", flags=DRY), f"run.{key}: expected ", " or less, got 1")
+    path = cli_helpers.project(tmp_path, "caption")
+    complains(
+        capsys, cli_helpers.train(path, f"run.{key}=1e308", flags=DRY), f"run.{key}: expected ", " or less, got 1"
+    )
 
 
 @pytest.mark.parametrize(
@@ -581,7 +591,7 @@ def test_absurd_numbers_are_refused_at_once(key: str, tmp_path: Path, capsys: py
     ],
 )
 def test_absurd_numbers_of_tasks_and_datasets(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = doors.train(doors.project(tmp_path, "caption"), option, flags=DRY)
+    code = cli_helpers.train(cli_helpers.project(tmp_path, "caption"), option, flags=DRY)
     complains(capsys, code, option.split("=")[0].split(".")[-1], "number from ")
 
 
@@ -610,11 +620,11 @@ def test_a_warm_up_longer_than_the_run_is_said(caplog: pytest.LogCaptureFixture)
 
 def test_a_run_says_what_it_is_and_how_it_ended(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    path = doors.project(tmp_path, "caption", {"run": {"max_iters": 1, "test_splits": []}})
-    assert doors.train(path) == 0
-    model = doors.build("caption")
+    path = cli_helpers.project(tmp_path, "caption", {"run": {"max_iters": 1, "test_splits": []}})
+    assert cli_helpers.train(path) == 0
+    model = cli_helpers.build("caption")
     count = sum(p.numel() for p in model.parameters())
-    assert f"blip_caption tiny: {count:,} parameters, {count:,} trainable; task captioning\n" in caplog.text
+    assert f"blip_caption tiny: parameters {count:,} in all, {count:,} trainable; task captioning\n" in caplog.text
     assert f"device cpu, float32; seed 42\nfolder {tmp_path / 'output' / 'job'}" in caplog.text
     assert f"{tmp_path / 'output' / 'job' / 'checkpoint_best.pth'}: agg_metrics " in caplog.text
 
@@ -658,19 +668,19 @@ def test_the_mean_is_of_what_was_scored(tmp_path: Path) -> None:
 
 def test_evaluation_takes_valid_and_test_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As LAVIS does with `evaluate: True`; a split of both lists once."""
-    path = doors.project(tmp_path, "caption", {"run": {"valid_splits": ["val"], "test_splits": ["test", "val"]}})
-    assert doors.evaluate(path) == 0
+    path = cli_helpers.project(tmp_path, "caption", {"run": {"valid_splits": ["val"], "test_splits": ["test", "val"]}})
+    assert cli_helpers.evaluate(path) == 0
     found = json.loads(capsys.readouterr().out)
     assert list(found) == ["val", "test"]
-    assert doors.evaluate(path, "run.test_splits=[]") == 0
+    assert cli_helpers.evaluate(path, "run.test_splits=[]") == 0
     assert list(json.loads(capsys.readouterr().out)) == ["val"]
-    complains(capsys, doors.evaluate(path, "run.test_splits=[]", "run.valid_splits=[]"), "name the splits")
+    complains(capsys, cli_helpers.evaluate(path, "run.test_splits=[]", "run.valid_splits=[]"), "name the splits")
 
 
 def test_what_was_not_scored_is_null_in_the_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = [{"image": record["image"]} for record in six(tmp_path)]
-    path = doors.project(tmp_path, "caption", captions(tmp_path, six(tmp_path), test=records), EVALUATED)
-    assert doors.evaluate(path) == 0
+    path = cli_helpers.project(tmp_path, "caption", captions(tmp_path, six(tmp_path), test=records), EVALUATED)
+    assert cli_helpers.evaluate(path) == 0
     found = json.loads(capsys.readouterr().out)["test"]
     assert found["agg_metrics"] is None
     assert "no reference captions" in found["note"]
@@ -681,5 +691,5 @@ def test_images_differ_in_size_only_until_they_are_processed(tmp_path: Path) -> 
     records = six(tmp_path)
     for i, record in enumerate(records):
         Image.new("RGB", (20 + i, 60), "red").save(record["image"])
-    path = doors.project(tmp_path, "caption", captions(tmp_path, records, test=records), EVALUATED)
-    assert doors.train(path, "run.batch_size_train=2", flags=DRY) == 0
+    path = cli_helpers.project(tmp_path, "caption", captions(tmp_path, records, test=records), EVALUATED)
+    assert cli_helpers.train(path, "run.batch_size_train=2", flags=DRY) == 0

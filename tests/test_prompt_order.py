@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import doors
+import cli_helpers
 import pytest
 import torch
 import yaml
@@ -25,7 +25,7 @@ CAPTION = "a short description"
 @pytest.fixture(autouse=True)
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two pictures, each asked something and captioned."""
-    doors.pictures(tmp_path, 2)
+    cli_helpers.pictures(tmp_path, 2)
     records = [{"image": f"picture{i}.png", "question": "what is it?", "answer": ["cat"]} for i in range(2)]
     more = {"caption": "a cat", "image_id": "x", "ocr_tokens": ["stop", "go"], "choices": ["cat", "dog"]}
     own = {"instruction": "Name it.", "output": "cat"}
@@ -180,7 +180,7 @@ def test_captions_have_no_question_to_put_into_a_prompt(
     """The language model would read the braces; this is said before the training, not at its first evaluation."""
     given = {"model": {}, "run": {}, key: {"prompt": QUESTION}}
     path = project(files, "captioning", "coco_caption", **given)
-    code = doors.train(path, job=None, flags=["--dry-run"])
+    code = cli_helpers.train(path, job=None, flags=["--dry-run"])
     complains(capsys, code, f"coco_caption/val: {key}.prompt {QUESTION!r} has a '{{}}' for a question")
     samples = {"image": torch.zeros(1, 3, 48, 48), "prompt": QUESTION}
     with pytest.raises(ValueError, match=r"Question: .*text_input"):
@@ -196,7 +196,7 @@ def test_two_explicit_prompts_are_an_error_that_names_both(files: Path, capsys: 
     ):
         path = project(files, task, name, run={"prompt": prompts[0]}, model={"prompt": prompts[1]})
         words = [f"run.prompt: {prompts[0]!r} and model.prompt, {prompts[1]!r}, are two prompts: set one of them"]
-        complains(capsys, doors.train(path, job=None, flags=["--dry-run"]), *words)
+        complains(capsys, cli_helpers.train(path, job=None, flags=["--dry-run"]), *words)
     path = project(files, "vqa", "gqa_instruct", model={}, run={"prompt": QUESTION}, **OWN)
     with pytest.raises(ConfigError, match=r"datasets\.gqa_instruct\.instructions: run\.prompt is given too, .*set one"):
         Config.from_file(path)

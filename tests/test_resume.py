@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import doors
+import cli_helpers
 import pytest
 
 from lavis_lite.common import checkpoint
@@ -13,22 +13,23 @@ from lavis_lite.tasks.captioning import CaptionTask
 
 pytestmark = pytest.mark.usefixtures("shapes_data")
 
-TOTAL = 70
+TOTAL = 35
 
 
 def long_project(folder: Path, name: str) -> Path:
     """A recipe of some hundred steps with dropout, shuffling, random crops, two workers, accumulation, validation."""
     folder.mkdir()
-    (dataset,) = doors.RECIPES[name]["datasets"]
+    (dataset,) = cli_helpers.RECIPES[name]["datasets"]
     crops = {"vis_processor": {"train": {"name": "blip_image_train", "image_size": 48}}}
-    run = {"max_iters": TOTAL, "max_epoch": 100, "num_workers": 2, "checkpoint_every": 7, "accum_grad_iters": 2}
-    return doors.project(folder, name, {"datasets": {dataset: crops}, "run": {**run, "test_splits": []}})
+    run = {"max_iters": TOTAL, "max_epoch": 100, "num_workers": 2, "checkpoint_every": 4, "accum_grad_iters": 2}
+    run["batch_size_train"] = 2
+    return cli_helpers.project(folder, name, {"datasets": {dataset: crops}, "run": {**run, "test_splits": []}})
 
 
 def kill_in_training(path: Path, *, after: int) -> int:
     """Starts train.py, kills it as soon as its log shows step `after`; the step of the checkpoint it left."""
     job = path.parent / "output" / "job"
-    process = doors.process("train.py", "--cfg-path", str(path), "--job-id", "job")
+    process = cli_helpers.process("train.py", "--cfg-path", str(path), "--job-id", "job")
     try:
         deadline = time.monotonic() + 120
         while not (job / "checkpoint_last.pth").exists() or count_steps(job / "log.txt") < after:
@@ -53,63 +54,63 @@ def saved(job: Path) -> dict[str, Any]:
     return {name: {key: value for key, value in file.items() if key != "config"} for name, file in files.items()}
 
 
-@pytest.mark.parametrize(("name", "after"), [("caption", 23), ("retrieval", 36)])
+@pytest.mark.parametrize(("name", "after"), [("caption", 12), ("retrieval", 18)])
 def test_killed_and_resumed_equals_not_killed(name: str, after: int, tmp_path: Path) -> None:
     whole = long_project(tmp_path / "whole", name)
-    assert doors.train(whole) == 0
+    assert cli_helpers.train(whole) == 0
     killed = long_project(tmp_path / "killed", name)
     step = kill_in_training(killed, after=after)
     assert 0 < step < TOTAL
-    assert doors.train(killed, flags=["--resume", "auto"], job=None) == 0
+    assert cli_helpers.train(killed, flags=["--resume", "auto"], job=None) == 0
     (job,) = (killed.parent / "output").iterdir()
     first, second = saved(whole.parent / "output" / "job"), saved(job)
     assert first["last"]["step"] == TOTAL
-    doors.assert_same_state(first, second)
+    cli_helpers.assert_same_state(first, second)
     losses = {
-        row["step"]: row["loss"] for row in doors.steps(job)
+        row["step"]: row["loss"] for row in cli_helpers.steps(job)
     }  # steps between checkpoint and death are there twice
-    assert losses == {row["step"]: row["loss"] for row in doors.steps(whole.parent / "output" / "job")}
+    assert losses == {row["step"]: row["loss"] for row in cli_helpers.steps(whole.parent / "output" / "job")}
 
 
 def test_resume_in_another_folder(tmp_path: Path) -> None:
     """`run.resume_ckpt_path` goes on in a job of its own, from any checkpoint with training state."""
-    path = doors.project(tmp_path, "caption", {"run": {"keep_checkpoints": 9, "checkpoint_every": 2}})
-    assert doors.train(path, job="whole") == 0
+    path = cli_helpers.project(tmp_path, "caption", {"run": {"keep_checkpoints": 9, "checkpoint_every": 2}})
+    assert cli_helpers.train(path, job="whole") == 0
     output = tmp_path / "output"
     middle = output / "whole" / "checkpoint_4.pth"
     assert middle.is_file()
-    assert doors.train(path, f"run.resume_ckpt_path={middle}", job="second") == 0
+    assert cli_helpers.train(path, f"run.resume_ckpt_path={middle}", job="second") == 0
     first, second = saved(output / "whole"), saved(output / "second")
-    doors.assert_same_state(first, second)
-    assert [row["step"] for row in doors.steps(output / "second")] == [5, 6]
-    assert doors.metrics(output / "second", "test") == doors.metrics(output / "whole", "test")
+    cli_helpers.assert_same_state(first, second)
+    assert [row["step"] for row in cli_helpers.steps(output / "second")] == [5, 6]
+    assert cli_helpers.metrics(output / "second", "test") == cli_helpers.metrics(output / "whole", "test")
 
 
 def test_resume_takes_what_a_run_needs_and_no_less(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = doors.project(tmp_path, "caption", {"run": {"max_iters": 2, "test_splits": []}})
-    assert doors.train(path, job="first") == 0
+    path = cli_helpers.project(tmp_path, "caption", {"run": {"max_iters": 2, "test_splits": []}})
+    assert cli_helpers.train(path, job="first") == 0
     best = tmp_path / "output" / "first" / "checkpoint_best.pth"
-    assert doors.train(path, flags=["--resume", str(best)], job="second") == 2
+    assert cli_helpers.train(path, flags=["--resume", str(best)], job="second") == 2
     assert "holds no training state" in capsys.readouterr().err
-    nlvr = doors.project(tmp_path, "nlvr", {"run": {"max_iters": 2}})
-    assert doors.train(nlvr, flags=["--resume", str(best.with_name("checkpoint_last.pth"))], job="third") == 2
+    nlvr = cli_helpers.project(tmp_path, "nlvr", {"run": {"max_iters": 2}})
+    assert cli_helpers.train(nlvr, flags=["--resume", str(best.with_name("checkpoint_last.pth"))], job="third") == 2
     assert "checkpoint_last.pth" in capsys.readouterr().err
 
 
 def test_a_dry_run_says_where_the_run_would_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = doors.project(
+    path = cli_helpers.project(
         tmp_path, "caption", {"run": {"keep_checkpoints": 9, "checkpoint_every": 2, "test_splits": []}}
     )
     job = tmp_path / "output" / "job"
     auto = ["--dry-run", "--resume", "auto"]
 
     def told(*options: str, flags: list[str], job: str | None = None) -> str:
-        assert doors.train(path, *options, flags=flags, job=job) == 0
+        assert cli_helpers.train(path, *options, flags=flags, job=job) == 0
         (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("resume  ")]
         return line.removeprefix("resume").strip()
 
     assert told(flags=auto) == f"nothing to resume below {tmp_path / 'output'}: the run starts from the beginning"
-    assert doors.train(path) == 0
+    assert cli_helpers.train(path) == 0
     before = {file: file.read_bytes() for file in job.rglob("*") if file.is_file()}
     assert told(flags=auto) == f"{job / 'checkpoint_last.pth'}: step 6 of 6, 1 of 1 epochs done"
     assert told(flags=auto, job="other").startswith("nothing to resume")
@@ -132,8 +133,8 @@ def test_a_dry_run_says_where_the_run_would_resume(tmp_path: Path, capsys: pytes
 def test_a_dry_run_refuses_a_checkpoint_that_the_run_would(
     options: list[str], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = doors.project(tmp_path, "caption", {"run": {"max_iters": 2, "test_splits": []}})
-    assert doors.train(path) == 0
+    path = cli_helpers.project(tmp_path, "caption", {"run": {"max_iters": 2, "test_splits": []}})
+    assert cli_helpers.train(path) == 0
     whole = tmp_path / "output" / "job" / "checkpoint_last.pth"
     places = {name: tmp_path / name for name in ("damaged", "alien")}
     for folder in places.values():
@@ -145,7 +146,7 @@ def test_a_dry_run_refuses_a_checkpoint_that_the_run_would(
     options = [option.format(**places) for option in options]
     for flags in (["--dry-run"], []):
         capsys.readouterr()
-        assert doors.train(path, *options, flags=[*flags, "--resume", "auto"], job=None) == 2
+        assert cli_helpers.train(path, *options, flags=[*flags, "--resume", "auto"], job=None) == 2
         err = capsys.readouterr().err
         assert all(word in err for word in words), err
 
@@ -153,7 +154,7 @@ def test_a_dry_run_refuses_a_checkpoint_that_the_run_would(
 def project_with(folder: Path, *, options: dict[str, Any] | None = None) -> Path:
     """Six steps of captioning, two epochs of three by `runner_iter`, validated after each."""
     run = {"runner": "runner_iter", "iters_per_inner_epoch": 3, "max_epoch": 1, "test_splits": ["test"]}
-    return doors.project(folder, "caption", {"run": {**run, **(options or {})}})
+    return cli_helpers.project(folder, "caption", {"run": {**run, **(options or {})}})
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, path: Path, *, step: int, options: tuple[str, ...] = ()) -> Path:
@@ -169,7 +170,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, path: Path, *, step: int, option
     with monkeypatch.context() as patch:
         patch.setattr(CaptionTask, "train_step", failing)
         with pytest.raises(KeyError, match="stop here"):
-            doors.train(path, *options)
+            cli_helpers.train(path, *options)
     return path.parent / "output" / "job"
 
 
@@ -190,7 +191,7 @@ def test_changed_hyperparameters_are_applied_and_said(
     caplog.set_level("INFO")
     flip = "datasets.shapes_caption.vis_processor.train={name: blip_image_train, image_size: 48}"
     changed = ["run.weight_decay=0.5", "run.beta1=0.5", "run.grad_clip_norm=0.1", "run.seed=7", "run.log_freq=2", flip]
-    assert doors.train(path, *changed, "model.med.hidden_dropout=0.3", flags=AUTO) == 0
+    assert cli_helpers.train(path, *changed, "model.med.hidden_dropout=0.3", flags=AUTO) == 0
     after = checkpoint.load(job / "checkpoint_last.pth")["optimizer"]
     assert {(group["weight_decay"], tuple(group["betas"])) for group in after["param_groups"]} == {
         (0.5, (0.5, 0.999)),
@@ -216,7 +217,7 @@ def test_an_unchanged_resume_names_no_difference(
     path = project_with(tmp_path)
     stop_after(monkeypatch, path, step=3)
     caplog.set_level("INFO")
-    assert doors.train(path, flags=AUTO) == 0
+    assert cli_helpers.train(path, flags=AUTO) == 0
     assert "in the checkpoint" not in caplog.text
 
 
@@ -226,37 +227,37 @@ def test_another_model_is_refused_key_by_key(
     path = project_with(tmp_path)
     stop_after(monkeypatch, path, step=3)
     capsys.readouterr()
-    assert doors.train(path, "model.med.intermediate_size=32", flags=AUTO) == 2
+    assert cli_helpers.train(path, "model.med.intermediate_size=32", flags=AUTO) == 2
     (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     for part in ("other shapes", "model.med.intermediate_size: 64 in the checkpoint, 32 now", "same model"):
         assert part in told
-    assert doors.train(path, "run.batch_size_train=5", flags=AUTO) == 2
+    assert cli_helpers.train(path, "run.batch_size_train=5", flags=AUTO) == 2
     (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert "4 samples an iteration, this run has 5" in told
+    assert "4 samples per step, this run has 5" in told
 
 
 def test_other_annotations_of_the_same_length_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pictures = doors.pictures(tmp_path / "pictures", 8)
+    pictures = cli_helpers.pictures(tmp_path / "pictures", 8)
     records = [{"image": path, "caption": f"a circle {i}", "image_id": i} for i, path in enumerate(pictures)]
-    own = doors.user_set(tmp_path, {"train": records, "val": records[:2]})
+    own = cli_helpers.user_set(tmp_path, {"train": records, "val": records[:2]})
     run = {"max_iters": 4, "valid_splits": [], "test_splits": []}
-    path = doors.project(tmp_path, "caption", {"datasets": {"shapes_caption": None, "caption": own}, "run": run})
+    path = cli_helpers.project(tmp_path, "caption", {"datasets": {"shapes_caption": None, "caption": own}, "run": run})
     job = stop_after(monkeypatch, path, step=3, options=("run.checkpoint_every=1",))
     (tmp_path / "moved").mkdir()
     moved = (tmp_path / "train.json").rename(tmp_path / "moved" / "train.json")
     there = f"datasets.caption.build_info.annotations.train.storage={moved}"
-    changed = doors.user_set(tmp_path, {"train": [{**record, "caption": "a square"} for record in records]})
+    changed = cli_helpers.user_set(tmp_path, {"train": [{**record, "caption": "a square"} for record in records]})
     assert changed["build_info"]["annotations"]["train"]["storage"] == str(tmp_path / "train.json")
     capsys.readouterr()
-    assert doors.train(path, flags=AUTO) == 2
+    assert cli_helpers.train(path, flags=AUTO) == 2
     assert "other annotations of 'caption'" in capsys.readouterr().err
     saved = checkpoint.load(job / "checkpoint_last.pth")
-    assert doors.train(path, there, flags=AUTO) == 0  # the same content elsewhere
+    assert cli_helpers.train(path, there, flags=AUTO) == 0  # the same content elsewhere
     checkpoint.save({key: value for key, value in saved.items() if key != "data"}, job / "checkpoint_last.pth")
     capsys.readouterr()
-    assert doors.train(path, flags=AUTO) == 0  # a checkpoint of before there were digests
+    assert cli_helpers.train(path, flags=AUTO) == 0  # a checkpoint of before there were digests
     assert "holds no digest of its annotations" in capsys.readouterr().err
 
 
@@ -268,13 +269,15 @@ def test_lost_best_weights_are_noticed_at_resume(
     path = project_with(tmp_path)
     job = stop_after(monkeypatch, path, step=4)
     damage(job / "checkpoint_best.pth", loss)
-    assert doors.train(path, flags=AUTO) == 0
+    assert cli_helpers.train(path, flags=AUTO) == 0
     assert "checkpoint_best.pth" in caplog.text
     assert "is forgotten" in caplog.text
     assert checkpoint.load(job / "checkpoint_best.pth")["best"]["epoch"] == 1
     damage(job / "checkpoint_best.pth", loss)
-    assert doors.train(path, flags=AUTO) == 0
-    doors.assert_same_state(doors.weights(job / "checkpoint_best.pth"), doors.weights(job / "checkpoint_last.pth"))
+    assert cli_helpers.train(path, flags=AUTO) == 0
+    cli_helpers.assert_same_state(
+        cli_helpers.weights(job / "checkpoint_best.pth"), cli_helpers.weights(job / "checkpoint_last.pth")
+    )
 
 
 def damage(path: Path, how: str) -> None:
@@ -298,10 +301,10 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint(
         (tmp_path / name).mkdir()
     options = {"checkpoint_every": 1, "keep_checkpoints": 2}
     whole, path = (project_with(tmp_path / name, options=options) for name in ("whole", "damaged"))
-    assert doors.train(whole) == 0
+    assert cli_helpers.train(whole) == 0
     job = stop_after(monkeypatch, path, step=5)
     assert {file.name for file in job.glob("checkpoint_[0-9]*")} == {"checkpoint_4.pth", "checkpoint_5.pth"}
     damage(job / "checkpoint_last.pth", how)  # which is checkpoint_5.pth, too
-    assert doors.train(path, flags=AUTO) == 0
+    assert cli_helpers.train(path, flags=AUTO) == 0
     assert f"resuming {job / 'checkpoint_4.pth'} instead" in caplog.text
-    doors.assert_same_state(saved(whole.parent / "output" / "job"), saved(job))
+    cli_helpers.assert_same_state(saved(whole.parent / "output" / "job"), saved(job))

@@ -5,6 +5,7 @@ start under torchrun's environment.
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -15,7 +16,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,11 +29,12 @@ from lavis_lite.common.config.run import RunConfig
 from lavis_lite.common.errors import NonFiniteLoss, UnreadableSample
 from lavis_lite.common.logger import JsonLog
 from lavis_lite.common.optim import parameter_groups
+from lavis_lite.common.precision import resolve_precision
 from lavis_lite.common.registry import registry
-from lavis_lite.runners.plan import Plan, resolve_precision
+from lavis_lite.common.rng import seed_everything
+from lavis_lite.runners.plan import make_plan
 from lavis_lite.runners.runner import Runner
-from lavis_lite.runners.sampling import seed_everything
-from lavis_lite.runners.state import FiniteGuard
+from lavis_lite.runners.train_loop import FiniteGuard
 
 RUN: dict[str, Any] = {
     "task": "toy",
@@ -179,16 +180,19 @@ def last(job_dir: Path) -> dict[str, Any]:
     return checkpoint.load(job_dir / "checkpoint_last.pth")
 
 
-def script(job_dir: Path, *options: str, rank: int = 0, world: int = 1, port: int = 0) -> subprocess.Popen[bytes]:
+def script(
+    *argv: object, rank: int = 0, world: int = 1, port: int = 0, file: str = __file__
+) -> subprocess.Popen[bytes]:
+    """A process of the test file, as a rank of a world."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(Path(__file__).parents[1])}
-    return subprocess.Popen([sys.executable, __file__, str(job_dir), *options], env=env)
+    return subprocess.Popen([sys.executable, file, *map(str, argv)], env=env)
 
 
-def two_ranks(job_dir: Path, *options: str) -> list[subprocess.Popen[bytes]]:
+def two_ranks(*argv: object, file: str = __file__) -> list[subprocess.Popen[bytes]]:
     """`script` as a world of two."""
     port = free_port()
-    return [script(job_dir, *options, rank=rank, world=2, port=port) for rank in range(2)]
+    return [script(*argv, rank=rank, world=2, port=port, file=file) for rank in range(2)]
 
 
 def script_main(job_dir: str, *options: str) -> None:
@@ -232,7 +236,8 @@ def assert_equal(found: Any, expected: Any) -> None:
 @pytest.mark.parametrize(("die_at", "accumulate"), [(4, 1), (8, 2)])
 def test_killed_and_resumed_equals_not_killed(tmp_path: Path, die_at: int, accumulate: int) -> None:
     """Dropout on, shuffling on, two workers, clipping, accumulation; killed in the first and in the second epoch."""
-    changes = {"num_workers": 2, "checkpoint_every": 3, "grad_clip_norm": 1.0, "accum_grad_iters": accumulate}
+    changes = {"num_workers": 2, "checkpoint_every": 3, "grad_clip_norm": 1.0}
+    changes |= {"batch_size_train": 4 // accumulate, "accum_grad_iters": accumulate}
     make(tmp_path / "straight", **changes).train()
     options = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
     assert script(tmp_path / "killed", *options, f"die_at={die_at}").wait(60) == -signal.SIGKILL
@@ -252,8 +257,8 @@ def test_killed_and_resumed_equals_not_killed(tmp_path: Path, die_at: int, accum
 
 def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
     """Without dropout, at the same global batch; the evaluation sets (5 and 1 samples) don't divide by the ranks."""
-    ranks = two_ranks(tmp_path / "two", "batch_size_train=2", "dropout=0", "accum_grad_iters=2", "max_epoch=1")
-    make(tmp_path / "one", dropout=0, accum_grad_iters=2, max_epoch=1).train()
+    ranks = two_ranks(tmp_path / "two", "batch_size_train=1", "dropout=0", "accum_grad_iters=2", "max_epoch=1")
+    make(tmp_path / "one", dropout=0, max_epoch=1).train()
     assert [process.wait(60) for process in ranks] == [0, 0]
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert list(two) == list(one) == [1, 2, 3, 4, 5]
@@ -266,26 +271,70 @@ def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
     assert len(last(tmp_path / "two")["ranks"]) == 2
 
 
-def test_accumulation_equals_a_larger_batch(tmp_path: Path) -> None:
-    """Five batches of 4 accumulated by 2: updates after batches 2, 4 and 5; by hand from the same batches."""
-    runner = make(tmp_path, dropout=0, accum_grad_iters=2, max_epoch=1, valid_splits=[], test_splits=[])
-    seed_everything(runner.run.seed)
-    twin = Toy(dropout=0)
-    optimizer = torch.optim.AdamW(twin.optimizer_groups(0.05), betas=(0.9, 0.999))
+class Recorder(ToyTask):
+    """A task that records the samples of each training batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: list[list[str]] = []
+
+    def train_step(self, model: nn.Module, samples: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """The model's losses."""
+        self.ids.append(samples["instance_id"])
+        return super().train_step(model, samples)
+
+
+def test_accumulated_batches_are_one_larger_batch(tmp_path: Path) -> None:
+    """Two epochs of batches of 8, and of 2 accumulated by 4: the same samples, steps, schedule, log and weights."""
+    tasks = {"large": Recorder(), "accumulated": Recorder()}
+    division = {
+        "large": {"batch_size_train": 8},
+        "accumulated": {"batch_size_train": 2, "accum_grad_iters": 4, "num_workers": 1},
+    }
+    changes = {"dropout": 0, "data": toy_data(train=45, val=5, test=7), "grad_clip_norm": 1.0, "checkpoint_every": 2}
+    for job, task in tasks.items():
+        runner = make(tmp_path / job, task=task, **changes, **division[job])
+        runner.train()
+        assert runner.training.plan.total == 10
+    large, accumulated = tasks.values()
+    assert list(itertools.chain(*accumulated.ids)) == list(itertools.chain(*large.ids))
+    one, other = ([row for row in rows(tmp_path / job) if "loss" in row] for job in tasks)
+    assert [row["step"] for row in other] == list(range(1, 11))
+    for key in ("step", "epoch", "lr"):
+        assert [row[key] for row in other] == [row[key] for row in one]
+    for key in ("loss", "grad_norm"):
+        assert [row[key] for row in other] == pytest.approx([row[key] for row in one], rel=1e-5)
+    first, second = (last(tmp_path / job) for job in tasks)
+    for key, value in first["model"].items():
+        torch.testing.assert_close(second["model"][key], value, rtol=1e-4, atol=1e-6)
+    assert [int(state["step"]) for state in second["optimizer"]["state"].values()] == [10] * 4
+
+
+def test_a_run_continues_with_its_global_batch_divided_otherwise(tmp_path: Path) -> None:
+    """From batches of 4 to batches of 2 accumulated by 2, within an epoch."""
+    changes = {"dropout": 0, "checkpoint_every": 3, "keep_checkpoints": 9}
+    make(tmp_path / "whole", **changes).train()
+    path = str(tmp_path / "whole" / "checkpoint_3.pth")
+    make(tmp_path / "divided", resume_ckpt_path=path, batch_size_train=2, accum_grad_iters=2, **changes).train()
+    one, two = losses(tmp_path / "whole"), losses(tmp_path / "divided")
+    assert list(two) == list(range(4, 11))
+    assert list(two.values()) == pytest.approx([one[step] for step in two], rel=1e-5)
+
+
+def test_counts_are_of_steps_not_of_batches(tmp_path: Path) -> None:
+    """`max_iters`, `iters_per_inner_epoch`, `log_freq`, `checkpoint_every` and the ramps' position."""
+    changes = {"runner": "runner_iter", "max_iters": 8, "iters_per_inner_epoch": 3, "checkpoint_every": 2}
+    division = {"batch_size_train": 2, "accum_grad_iters": 2}
+    runner = make(tmp_path, log_freq=4, keep_checkpoints=9, **changes, **division)
     runner.train()
-    runner.loader.seek(0)
-    batches = [batch for _, batch in zip(range(5), runner.loader, strict=False)]
-    for end, window in ((2, batches[:2]), (4, batches[2:4]), (5, batches[4:])):
-        optimizer.zero_grad()
-        joined = {key: torch.cat([batch[key] for batch in window]) for key in ("x", "y")}
-        twin({**joined, "epoch": 0, "iters": 0, "num_iters_per_epoch": 1})["loss"].backward()
-        for group in optimizer.param_groups:
-            group["lr"] = runner.schedule.lr_at(end - 1)
-        optimizer.step()
-    torch.testing.assert_close(dict(twin.named_parameters()), dict(runner.model.named_parameters()))
+    positions = [(0, 0, 3), (0, 1, 3), (0, 2, 3), (1, 0, 3), (1, 1, 3), (1, 2, 3), (2, 0, 3), (2, 1, 3)]
+    assert runner.model.seen == [position for position in positions for _ in range(2)]
+    assert list(losses(tmp_path)) == [3, 4, 6, 8]
+    kept = sorted(int(path.stem[11:]) for path in tmp_path.glob("checkpoint_[0-9]*.pth"))
+    assert kept == [2, 3, 4, 6, 8]
 
 
-def test_gradients_travel_once_a_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_travel_once_per_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     local: list[int] = []
 
     @contextlib.contextmanager
@@ -293,10 +342,10 @@ def test_gradients_travel_once_a_window(tmp_path: Path, monkeypatch: pytest.Monk
         local.append(len(runner.model.seen))
         yield
 
-    runner = make(tmp_path, accum_grad_iters=3, max_epoch=1)
+    runner = make(tmp_path, batch_size_train=2, accum_grad_iters=3, max_epoch=1)
     monkeypatch.setattr(dist, "data_parallel", lambda model, **options: (model, no_sync))
     runner.train()
-    assert local == [0, 1, 3]  # windows of 3 and 2 batches, all but the last of each
+    assert local == [0, 1, 3, 4, 6, 7]  # of the three batches of each step, all but the last
 
 
 def test_samples_know_the_epoch_and_schedule_is_per_step(tmp_path: Path) -> None:
@@ -306,9 +355,9 @@ def test_samples_know_the_epoch_and_schedule_is_per_step(tmp_path: Path) -> None
     lrs = [row["lr"] for row in rows(tmp_path) if "lr" in row]
     cosine = [0.025 * (1 + math.cos(math.pi * k / 7)) for k in range(7)]
     assert lrs == pytest.approx([0.01, 0.01 + 0.04 / 3, 0.01 + 0.08 / 3, *cosine])
-    rates = {group["lr"] / group["lr_scale"] for group in runner.optimizer.param_groups}
+    rates = {group["lr"] / group["lr_scale"] for group in runner.training.state.optimizer.param_groups}
     assert list(rates) == pytest.approx([cosine[-1]])
-    assert {group["lr_scale"] for group in runner.optimizer.param_groups} == {0.5, 1.0}
+    assert {group["lr_scale"] for group in runner.training.state.optimizer.param_groups} == {0.5, 1.0}
 
 
 def test_what_a_run_leaves(tmp_path: Path) -> None:
@@ -340,7 +389,8 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
 def test_events_outlive_a_process_that_does_not_close_them(tmp_path: Path) -> None:
     """As an evaluation's, and those of a training that fails."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    code = "import sys; from lavis_lite.logger import TensorBoardLog as Log; Log(sys.argv[1]).write({'a': 1.0}, step=1)"
+    code = "import sys; from lavis_lite.common.logger import TensorBoardLog\n"
+    code += "TensorBoardLog(sys.argv[1]).write({'a': 1.0}, step=1)"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
     events = accumulator.EventAccumulator(str(tmp_path))
     events.Reload()
@@ -414,7 +464,7 @@ def test_nothing_to_resume_starts_afresh(tmp_path: Path) -> None:
 def test_resuming_what_does_not_fit(tmp_path: Path) -> None:
     make(tmp_path, max_epoch=1).train()
     path = str(tmp_path / "checkpoint_last.pth")
-    with pytest.raises(ValueError, match=r"5 iterations per .*this run has 11"):
+    with pytest.raises(ValueError, match=r"5 steps per .*this run has 11"):
         make(tmp_path / "b", batch_size_train=2, resume_ckpt_path=path).train()
     with pytest.raises(ValueError, match=r"with \{'line': '22 samples, share 1'\} as training sets, .*'21 samples"):
         make(tmp_path / "f", data=toy_data(train=21, val=5, test=7), resume_ckpt_path=path).train()
@@ -444,7 +494,7 @@ def test_a_bad_gradient_before_a_checkpoint_keeps_the_last_one(tmp_path: Path) -
                 losses["loss"] = losses["loss"] + (losses["prediction"].sum() * 0).sqrt()
             return losses
 
-    with pytest.raises(NonFiniteLoss, match=r"weights are not finite after step 10.*Checkpoints are from before"):
+    with pytest.raises(NonFiniteLoss, match=r"weights are not finite after step 10.*run\.init_lr"):
         make(tmp_path, task=Root()).train()
     saved = last(tmp_path)
     assert saved["step"] == 5
@@ -504,15 +554,15 @@ def test_precision(tmp_path: Path, changes: dict[str, Any], dtype: torch.dtype) 
 def test_wrong_precision() -> None:
     for precision, text in (("fp16", "needs a GPU"), ("half", "'half' is unknown")):
         with pytest.raises(ValueError, match=text):
-            resolve_precision(SimpleNamespace(precision=precision, amp=None), torch.device("cpu"))
+            resolve_precision(precision, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"valid_splits": ["dev"]}, r"run\.valid_splits names the split 'dev'"),
-        ({"test_splits": ["tset"]}, r"run\.test_splits names the split 'tset'.*'test'"),
-        ({"train_splits": ["training"]}, r"run\.train_splits names the split 'training'"),
+        ({"valid_splits": ["dev"]}, r"valid_splits.*'dev'|'dev'.*valid_splits"),
+        ({"test_splits": ["tset"]}, r"'tset'.*'test'"),
+        ({"train_splits": ["training"]}, r"'training'"),
         ({"batch_size_train": 64}, "22 training samples"),
         ({"iters_per_inner_epoch": 3}, "runner_iter"),
         ({"runner": "runner_iter"}, "max_iters"),
@@ -589,12 +639,26 @@ def test_unreadable_samples_are_in_the_log(tmp_path: Path) -> None:
 
 
 def test_plan() -> None:
-    plan = Plan(inner=5, total=12, global_batch=4, mixture={"line": "22 samples, share 1"})
+    run = RunConfig(task="toy", batch_size_train=2, max_iters=12, max_epoch=9)
+    plan = make_plan(run, {"line": 22}, 2)
+    assert (plan.steps_per_epoch, plan.inner, plan.total, plan.global_batch) == (5, 5, 12, 4)
     assert plan.num_epochs == 3
     assert [plan.bounds(epoch) for epoch in range(3)] == [(0, 5), (5, 10), (10, 12)]
-    windows = [plan.window(step, accumulate=3) for step in range(12)]
-    full = [(3, False), (3, False), (3, True), (2, False), (2, True)]
-    assert windows == [*full, *full, (2, False), (2, True)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"max_epoch": 3}, (5, 5, 15, 4)),
+        ({"accum_grad_iters": 2, "max_epoch": 3}, (2, 2, 6, 8)),
+        ({"runner": "runner_iter", "max_iters": 40}, (5, 5, 40, 4)),
+        ({"runner": "runner_iter", "max_iters": 40, "iters_per_inner_epoch": 7}, (5, 7, 40, 4)),
+        ({"runner": "runner_iter", "max_iters": 40, "accum_grad_iters": 5}, (1, 1, 40, 20)),
+    ],
+)
+def test_plans_count_updates(changes: dict[str, Any], expected: tuple[int, ...]) -> None:
+    plan = make_plan(RunConfig(task="toy", batch_size_train=4, **changes), {"line": 22}, 1)
+    assert (plan.steps_per_epoch, plan.inner, plan.total, plan.global_batch) == expected
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import doors
+import cli_helpers
 import pytest
 import torch
 
@@ -46,7 +46,9 @@ def pair(folder: Path) -> tuple[Path, Path]:
     """The same recipe twice, for a run that is not disturbed and one that is."""
     for name in ("whole", "stopped"):
         (folder / name).mkdir()
-    return doors.project(folder / "whole", "caption", CHANGES), doors.project(folder / "stopped", "caption", CHANGES)
+    return cli_helpers.project(folder / "whole", "caption", CHANGES), cli_helpers.project(
+        folder / "stopped", "caption", CHANGES
+    )
 
 
 def signal_in(monkeypatch: pytest.MonkeyPatch, method: str, *, call: int, signum: int) -> None:
@@ -66,44 +68,46 @@ def signal_in(monkeypatch: pytest.MonkeyPatch, method: str, *, call: int, signum
 def test_a_signal_finishes_the_update_saves_and_says_how_to_resume(
     signum: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In the third step, which opens an accumulation window of two: the fourth is done, too."""
+    """In the first of the two batches of the second step, which is finished."""
     whole, path = pair(tmp_path)
-    assert doors.train(whole) == 0
+    assert cli_helpers.train(whole) == 0
     before = {number: signal.getsignal(number) for number in SIGNALS}
     with pytest.MonkeyPatch.context() as patch:
         signal_in(patch, "train_step", call=3, signum=signum)
-        assert doors.train(path, flags=["--resume", "auto"]) == code
+        assert cli_helpers.train(path, flags=["--resume", "auto"]) == code
     assert {number: signal.getsignal(number) for number in SIGNALS} == before
-    assert last(path)["step"] == 4
+    assert last(path)["step"] == 2
     err = capsys.readouterr().err
     name = signal.Signals(signum).name
-    assert f"stopped at step 4 by {name}; resume with: " in err
+    assert f"stopped at step 2 by {name}; resume with: " in err
     assert err.rstrip().endswith(f"--cfg-path {path} --resume auto --job-id job")
     assert "Traceback" not in err
-    assert doors.train(path, flags=["--resume", "auto"]) == 0
+    assert cli_helpers.train(path, flags=["--resume", "auto"]) == 0
     for key in last(whole).keys() - {"config"}:
-        doors.assert_same_state(last(whole)[key], last(path)[key], where=key)
+        cli_helpers.assert_same_state(last(whole)[key], last(path)[key], where=key)
 
 
 def test_a_signal_in_the_last_step_of_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Validation is still to come: the resumed run makes up for it."""
     whole, path = pair(tmp_path)
-    assert doors.train(whole) == 0
+    assert cli_helpers.train(whole) == 0
     with pytest.MonkeyPatch.context() as patch:
-        signal_in(patch, "train_step", call=6, signum=signal.SIGTERM)
-        assert doors.train(path) == 143
+        signal_in(patch, "train_step", call=12, signum=signal.SIGTERM)
+        assert cli_helpers.train(path) == 143
     assert (last(path)["step"], last(path)["epoch"]) == (6, 0)
-    assert doors.train(path, flags=["--resume", "auto"]) == 0
-    assert doors.metrics(path.parent / "output" / "job", "val") == doors.metrics(whole.parent / "output" / "job", "val")
-    doors.assert_same_state(last(whole)["ranks"], last(path)["ranks"])
+    assert cli_helpers.train(path, flags=["--resume", "auto"]) == 0
+    assert cli_helpers.metrics(path.parent / "output" / "job", "val") == cli_helpers.metrics(
+        whole.parent / "output" / "job", "val"
+    )
+    cli_helpers.assert_same_state(last(whole)["ranks"], last(path)["ranks"])
 
 
 def test_a_signal_in_validation_ends_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = doors.project(tmp_path, "caption", CHANGES)
+    path = cli_helpers.project(tmp_path, "caption", CHANGES)
     signal_in(monkeypatch, "valid_step", call=1, signum=signal.SIGTERM)
-    assert doors.train(path) == 143
+    assert cli_helpers.train(path) == 143
     assert "stopped at step 6 by SIGTERM; resume with: " in capsys.readouterr().err
     assert "stopped at step 6 by SIGTERM" in (tmp_path / "output" / "job" / "console.txt").read_text()
 
@@ -111,22 +115,22 @@ def test_a_signal_in_validation_ends_at_once(
 def test_a_signal_in_preparation_or_evaluation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = doors.project(tmp_path, "caption", CHANGES, {"run": {"test_splits": ["test"]}})
+    path = cli_helpers.project(tmp_path, "caption", CHANGES, {"run": {"test_splits": ["test"]}})
     with pytest.MonkeyPatch.context() as patch:
         signal_in(patch, "build_model", call=1, signum=signal.SIGINT)
-        assert doors.train(path) == 130
+        assert cli_helpers.train(path) == 130
     assert "stopped by SIGINT: nothing was saved; start it again with: " in capsys.readouterr().err
     assert not (tmp_path / "output" / "job").exists()
     with pytest.MonkeyPatch.context() as patch:
         signal_in(patch, "evaluate", call=1, signum=signal.SIGTERM)
-        assert doors.evaluate(path) == 143
+        assert cli_helpers.evaluate(path) == 143
     assert "stopped by SIGTERM: nothing was saved" in capsys.readouterr().err
 
 
 def test_in_another_than_the_main_thread_no_signal_is_caught(tmp_path: Path) -> None:
-    path, codes = doors.project(tmp_path, "caption", CHANGES, {"run": {"max_iters": 2}}), []
+    path, codes = cli_helpers.project(tmp_path, "caption", CHANGES, {"run": {"max_iters": 2}}), []
     before = signal.getsignal(signal.SIGTERM)
-    thread = threading.Thread(target=lambda: codes.append(doors.train(path)))
+    thread = threading.Thread(target=lambda: codes.append(cli_helpers.train(path)))
     thread.start()
     thread.join()
     assert codes == [0]
@@ -153,8 +157,8 @@ def test_a_signal_raises_where_nothing_is_deferred() -> None:
 
 def python(code: str) -> subprocess.Popen[str]:
     """A process that catches signals as `stop`, and says `ready`."""
-    head = "import os, signal, time\nimport lavis_lite.stopping as stopping\n"
-    environment = {**os.environ, "PYTHONPATH": str(doors.ROOT)}
+    head = "import os, signal, time\nimport lavis_lite.runners.stopping as stopping\n"
+    environment = {**os.environ, "PYTHONPATH": str(cli_helpers.ROOT)}
     process = subprocess.Popen(
         [sys.executable, "-c", head + code], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -238,7 +242,7 @@ def test_a_signal_that_the_main_thread_does_not_see_ends_the_process_after_the_g
 
 def started(path: Path, *, world: int = 0, log: str = '"loss"', flags: tuple[str, ...] = ()) -> subprocess.Popen[str]:
     """train.py in a session of its own, once its log has a training step."""
-    process = doors.process("train.py", "--cfg-path", str(path), "--job-id", "job", *flags, world=world)
+    process = cli_helpers.process("train.py", "--cfg-path", str(path), "--job-id", "job", *flags, world=world)
     text = path.parent / "output" / "job" / "log.txt"
     deadline = time.monotonic() + 120
     while not text.exists() or log not in text.read_text():
@@ -256,7 +260,7 @@ def test_ctrl_c_reaches_the_workers_too_and_they_live_on(tmp_path: Path, monkeyp
     """A terminal signals the whole process group."""
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: popen(*a, start_new_session=True, **k))
-    path = doors.project(tmp_path, "caption", LONG)
+    path = cli_helpers.project(tmp_path, "caption", LONG)
     process = started(path)
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=60)
@@ -267,7 +271,7 @@ def test_ctrl_c_reaches_the_workers_too_and_they_live_on(tmp_path: Path, monkeyp
 
 @pytest.mark.slow
 def test_torchrun_forwards_sigterm_and_both_ranks_stop_after_the_same_step(tmp_path: Path) -> None:
-    path = doors.project(tmp_path, "caption", LONG, {"run": {"batch_size_train": 2}})
+    path = cli_helpers.project(tmp_path, "caption", LONG, {"run": {"batch_size_train": 2}})
     process = started(path, world=2)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=90)
@@ -285,7 +289,7 @@ def two_ranks(path: Path, *options: str) -> list[subprocess.Popen[str]]:
     port = free_port()
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     flags = ["--cfg-path", str(path), "--job-id", "job", *(["--options", *options] if options else [])]
-    return [doors.process("train.py", *flags, RANK=str(r), LOCAL_RANK=str(r), **common) for r in (0, 1)]
+    return [cli_helpers.process("train.py", *flags, RANK=str(r), LOCAL_RANK=str(r), **common) for r in (0, 1)]
 
 
 def wait_for_step(path: Path, ranks: list[subprocess.Popen[str]]) -> None:
@@ -299,7 +303,7 @@ def wait_for_step(path: Path, ranks: list[subprocess.Popen[str]]) -> None:
 
 @pytest.mark.slow
 def test_one_signalled_rank_stops_both_after_the_same_step(tmp_path: Path) -> None:
-    path = doors.project(tmp_path, "caption", LONG, {"run": {"batch_size_train": 2}})
+    path = cli_helpers.project(tmp_path, "caption", LONG, {"run": {"batch_size_train": 2}})
     ranks = two_ranks(path)
     wait_for_step(path, ranks)
     ranks[1].send_signal(signal.SIGUSR1)
@@ -310,7 +314,7 @@ def test_one_signalled_rank_stops_both_after_the_same_step(tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_a_hung_rank_is_noticed(tmp_path: Path) -> None:
-    path = doors.project(tmp_path, "caption", LONG, {"run": {"batch_size_train": 2}})
+    path = cli_helpers.project(tmp_path, "caption", LONG, {"run": {"batch_size_train": 2}})
     ranks = two_ranks(path, "run.step_timeout=4")
     wait_for_step(path, ranks)
     ranks[1].send_signal(signal.SIGSTOP)
@@ -356,9 +360,9 @@ def test_out_of_memory_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    path = doors.project(tmp_path, "caption", CHANGES)
+    path = cli_helpers.project(tmp_path, "caption", CHANGES)
     fails(monkeypatch, action)
-    assert doors.train(path) == 1
+    assert cli_helpers.train(path) == 1
     err = capsys.readouterr().err
     (told,) = [text for text in err.splitlines() if text.startswith("error: ")]
     assert re.match(line, told)
@@ -382,7 +386,7 @@ def test_limits_of_the_machine_are_one_line(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fails(monkeypatch, lambda: throw(error))
-    assert doors.train(doors.project(tmp_path, "caption", CHANGES)) == 1
+    assert cli_helpers.train(cli_helpers.project(tmp_path, "caption", CHANGES)) == 1
     err = capsys.readouterr().err
     (told,) = [text for text in err.splitlines() if text.startswith("error: ")]
     for part in ("run.num_workers", "ulimit -n", "ulimit -u"):
@@ -426,8 +430,8 @@ def test_a_dead_loader_worker_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     read_in_workers(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGKILL))
-    path = doors.project(tmp_path, "caption", CHANGES, {"run": {"num_workers": 1}})
-    assert doors.train(path) == 1
+    path = cli_helpers.project(tmp_path, "caption", CHANGES, {"run": {"num_workers": 1}})
+    assert cli_helpers.train(path) == 1
     (told,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error: ")]
     for part in ("loader worker", "run.num_workers", "/dev/shm"):
         assert part in told
@@ -442,8 +446,8 @@ def test_a_mistake_that_a_loader_worker_finds_is_one_line(
         raise InputError("record 3: caption: expected text, got 5")
 
     read_in_workers(monkeypatch, refuse)
-    path = doors.project(tmp_path, "caption", CHANGES, {"run": {"num_workers": 1}})
-    assert doors.train(path) == 2
+    path = cli_helpers.project(tmp_path, "caption", CHANGES, {"run": {"num_workers": 1}})
+    assert cli_helpers.train(path) == 2
     err = capsys.readouterr().err
     assert "error: record 3: caption: expected text, got 5\n" in err
     assert "Traceback" not in err
@@ -453,15 +457,15 @@ def test_what_the_system_refuses_a_loader_worker_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     read_in_workers(monkeypatch, lambda: throw(PermissionError(errno.EACCES, "Permission denied", "/data/a.bin")))
-    path = doors.project(tmp_path, "caption", CHANGES, {"run": {"num_workers": 1}})
-    assert doors.train(path) == 2
+    path = cli_helpers.project(tmp_path, "caption", CHANGES, {"run": {"num_workers": 1}})
+    assert cli_helpers.train(path) == 2
     err = capsys.readouterr().err
     assert "error: [Errno 13] Permission denied: '/data/a.bin': check the permissions of the file" in err
     assert "Traceback" not in err
 
 
 def test_a_bug_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = doors.project(tmp_path, "caption", CHANGES)
+    path = cli_helpers.project(tmp_path, "caption", CHANGES)
     fails(monkeypatch, lambda: {}["a bug"])
     with pytest.raises(KeyError, match="a bug"):
-        doors.train(path)
+        cli_helpers.train(path)

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import doors
+import cli_helpers
 import pytest
 import torch
 from transformers import AutoTokenizer, BertTokenizer
@@ -53,7 +53,7 @@ def test_any_of_its_files_makes_the_tokenizer(tmp_path: Path, names: tuple[str, 
 def test_models_write_with_it(tmp_path: Path, names: tuple[str, ...]) -> None:
     """Training is no proof: generation needs [SEP] and [CLS]."""
     folder = folder_with(tmp_path / "t", *names)
-    model = doors.build("blip_caption", tokenizer=str(folder)).eval()
+    model = cli_helpers.build("blip_caption", tokenizer=str(folder)).eval()
     image = torch.randn(2, 3, 48, 48)
     assert len(model.generate({"image": image}, num_beams=1, max_length=8, min_length=1)) == 2
 

@@ -5,13 +5,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import doors
+import cli_helpers
 import pytest
 import torch
 from full_size import TINY_HF
 from PIL import Image
 
-from lavis_lite.cli import main as cli
+from lavis_lite.cli import dry_run
 from lavis_lite.common import checkpoint
 from lavis_lite.common.config.config import Config
 from lavis_lite.common.config.zoo import model_layers
@@ -35,8 +35,8 @@ CHANGES = {"model": {"image_size": 64, "prompt": "a drawing of ", "max_txt_len":
 def caption_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The YAML and the best checkpoint of a run with sizes, prompt and processors of its own."""
     folder = tmp_path_factory.mktemp("caption")
-    path = doors.project(folder, "caption", CHANGES, {"datasets": {"shapes_caption": OWN_PROCESSORS}})
-    assert doors.train(path) == 0
+    path = cli_helpers.project(folder, "caption", CHANGES, {"datasets": {"shapes_caption": OWN_PROCESSORS}})
+    assert cli_helpers.train(path) == 0
     return path, folder / "output" / "job" / "checkpoint_best.pth"
 
 
@@ -63,7 +63,7 @@ def test_the_model_and_its_processors_are_those_of_the_training(
     assert images["eval"](IMAGE).shape == images["train"](IMAGE).shape == (3, 64, 64)
     assert texts["train"]("A dog. And a cat!") == "a drawing of a dog and"
     assert texts["eval"]("A dog. And a cat!") == "a dog and a cat"
-    assert all(torch.equal(model.state_dict()[key], value) for key, value in doors.weights(source).items())
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in cli_helpers.weights(source).items())
     assert model.generate({"image": images["eval"](IMAGE)[None]})
     logged = lines(caplog)
     assert f"{source}: model.image_size=64, as it was trained; the type has 48" in logged
@@ -117,7 +117,7 @@ def test_no_warning_of_random_weights_for_a_language_model_in_the_checkpoint(
     source = saved(tmp_path, model, model=tiny("blip2_opt") | {"model_type": "tiny"})
     caplog.clear()
     again = load_model("blip2_opt", "tiny", checkpoint=source)
-    doors.assert_same_state(again.state_dict(), model.state_dict())
+    cli_helpers.assert_same_state(again.state_dict(), model.state_dict())
     assert not lines(caplog)
 
 
@@ -175,7 +175,7 @@ def test_an_empty_name_of_weights_is_an_error(source: Any, tmp_path: Path) -> No
             load()
     if isinstance(source, str):
         with pytest.raises(ValueError, match=f"--checkpoint: {words}"):
-            Config.from_file(doors.project(tmp_path, "caption"), checkpoint=source)
+            Config.from_file(cli_helpers.project(tmp_path, "caption"), checkpoint=source)
 
 
 def test_a_file_without_config_is_loaded_as_the_type_says(
@@ -198,7 +198,7 @@ def test_evaluation_takes_what_its_yaml_does_not_state(caption_run: tuple[Path, 
     path = tmp_path / "evaluate.yaml"
     path.write_text(text + "datasets: {shapes_caption: {num_train: 4}, caption: {}}\n")
     cfg = Config.from_file(path, ["model.prompt='it is '"], checkpoint=str(source))
-    assert cfg.model["vit"] == doors.SIZES["vit"]
+    assert cfg.model["vit"] == cli_helpers.SIZES["vit"]
     assert (cfg.model["image_size"], cfg.model["prompt"], cfg.model["max_txt_len"]) == (64, "it is ", 20)
     assert cfg.model["checkpoint"] == str(source)
     assert cfg.datasets["caption"]["vis_processor"]["eval"] == {"name": "blip_image_eval", "image_size": 64}
@@ -212,16 +212,16 @@ def test_evaluation_takes_what_its_yaml_does_not_state(caption_run: tuple[Path, 
 
 def test_evaluate_runs_with_a_yaml_that_says_little(caption_run: tuple[Path, Path], tmp_path: Path) -> None:
     _, source = caption_run
-    shapes = {**doors.SHAPES, "vis_processor": {"eval": OWN_PROCESSORS["vis_processor"]["eval"]}}
+    shapes = {**cli_helpers.SHAPES, "vis_processor": {"eval": OWN_PROCESSORS["vis_processor"]["eval"]}}
     recipe = {
         "model": {"arch": "blip_caption", "model_type": "tiny"},
         "datasets": {"shapes_caption": shapes},
-        "run": {**doors.RUN, **doors.CAPTIONING, "output_dir": str(tmp_path / "output")},
+        "run": {**cli_helpers.RUN, **cli_helpers.CAPTIONING, "output_dir": str(tmp_path / "output")},
     }
     path = tmp_path / "evaluate.yaml"
-    path.write_text(doors.yaml.safe_dump(recipe))
-    assert doors.evaluate(path, weights=source) == 0
-    assert doors.log(tmp_path / "output" / "evaluation")
+    path.write_text(cli_helpers.yaml.safe_dump(recipe))
+    assert cli_helpers.evaluate(path, weights=source) == 0
+    assert cli_helpers.log(tmp_path / "output" / "evaluation")
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,9 @@ def test_the_converter_writes_what_was_trained(caption_run: tuple[Path, Path], t
     model, images, _ = from_pretrained(folder, processors=True, image_size=32)
     assert images["eval"](IMAGE).shape == (3, 32, 32)
     # the folder as the checkpoint of a type: its prompt too
-    again = load_model("blip_caption", "tiny", checkpoint=folder, vit=doors.SIZES["vit"], med=doors.SIZES["med"])
+    again = load_model(
+        "blip_caption", "tiny", checkpoint=folder, vit=cli_helpers.SIZES["vit"], med=cli_helpers.SIZES["med"]
+    )
     assert again.prompt == "a drawing of "
 
 
@@ -259,8 +261,8 @@ def test_from_pretraining_to_a_task_without_warning(
     arch: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Sizes and tokenizer are the file's; what belongs to the task (prompt, lengths) is the type's."""
-    section = doors.section("pretrain", image_size=64, prompt="x ", max_txt_len=9)
-    path = saved(tmp_path, doors.build("pretrain", image_size=64, prompt="x ", max_txt_len=9), model=section)
+    section = cli_helpers.section("pretrain", image_size=64, prompt="x ", max_txt_len=9)
+    path = saved(tmp_path, cli_helpers.build("pretrain", image_size=64, prompt="x ", max_txt_len=9), model=section)
     caplog.set_level(logging.INFO)
     caplog.clear()
     model = load_model(arch, "tiny", checkpoint=path)
@@ -268,7 +270,7 @@ def test_from_pretraining_to_a_task_without_warning(
     assert model.visual_encoder.width == 32
     assert model.max_txt_len == {"blip_caption": 40}.get(arch, 35)
     assert getattr(model, "prompt", "a picture of ") == "a picture of "
-    state = doors.weights(path)
+    state = cli_helpers.weights(path)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items() if "queue" not in key)
     logged = lines(caplog)
     assert f"{path}: model.image_size=64, as it was trained; the type has 48" in logged
@@ -277,7 +279,7 @@ def test_from_pretraining_to_a_task_without_warning(
 
 
 def test_parts_of_another_task_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = saved(tmp_path, doors.build("vqa_rank"), model=doors.section("vqa_rank"))
+    path = saved(tmp_path, cli_helpers.build("vqa_rank"), model=cli_helpers.section("vqa_rank"))
     load_model("blip_caption", "tiny", checkpoint=path)
     assert any("text_encoder" in line and "BlipCaption" in line for line in lines(caplog))
 
@@ -292,8 +294,8 @@ def test_defaults_of_the_file_s_architecture_count(tmp_path: Path) -> None:
 
 
 def test_trained_parts_without_a_place_are_an_error(tmp_path: Path) -> None:
-    section = doors.section("caption")
-    model = doors.build("caption")
+    section = cli_helpers.section("caption")
+    model = cli_helpers.build("caption")
     state = model.checkpoint_state_dict() | {"new_head.weight": torch.ones(2), "visual_encoder_m.x": torch.ones(1)}
     path = checkpoint.save({"model": state, "config": {"model": section}}, tmp_path / "weights.pth")
     with pytest.raises(ValueError, match=r"1 tensors that were trained have no place in the model: new_head\.weight"):
@@ -305,7 +307,7 @@ def test_weights_are_the_file_s_and_no_other(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("LAVIS_LITE_OFFLINE", "1")
     sources = {"pretrained": "https://nowhere.example/a.pth", "init_vit": "no_such", "init_text": "/no/such/bert"}
     sources |= {"finetuned": "/no/such.pth", "load_finetuned": True, "checkpoint": "gone.pth"}
-    path = saved(tmp_path, doors.build("caption"), model={**doors.section("caption"), **sources})
+    path = saved(tmp_path, cli_helpers.build("caption"), model={**cli_helpers.section("caption"), **sources})
     assert load_model("blip_caption", "tiny", checkpoint=path).prompt == "a picture of "
     assert from_pretrained(path).prompt == "a picture of "
 
@@ -345,9 +347,9 @@ def test_adapters_of_another_language_model_are_an_error(
 def test_a_dry_run_refuses_adapters_of_another_language_model(tmp_path: Path) -> None:
     path = with_adapters("blip2_llm", tmp_path)
     section = {**tiny("blip2_llm"), "checkpoint": str(path), "llm_lora": LORA}
-    assert cli.build_without_weights(section)
+    assert dry_run.build_without_weights(section)
     with pytest.raises(AdapterError, match=r"trained as blip2_llm \(llm_model=tiny_opt\) .* \(llm_model=tiny_t5\)"):
-        cli.build_without_weights({**section, "llm_model": "tiny_t5"})
+        dry_run.build_without_weights({**section, "llm_model": "tiny_t5"})
 
 
 def test_adapters_without_their_settings_are_an_error(tmp_path: Path) -> None:
@@ -361,8 +363,8 @@ def test_processors_of_mixtures(tmp_path: Path, caplog: pytest.LogCaptureFixture
     """Where training sets had different ones, the model type's are taken."""
     one, other = ({"text_processor": {"train": {"name": name}}} for name in ("blip_caption", "blip_question"))
     preprocess = {"text_processor": {"train": {"name": "blip_caption", "max_words": 7}}}
-    config = {"model": doors.section("caption"), "preprocess": preprocess, "datasets": {"a": one, "b": other}}
-    path = saved(tmp_path, doors.build("caption"), **config)
+    config = {"model": cli_helpers.section("caption"), "preprocess": preprocess, "datasets": {"a": one, "b": other}}
+    path = saved(tmp_path, cli_helpers.build("caption"), **config)
     _, _, texts = load_model_and_preprocess("blip_caption", "tiny", checkpoint=path)
     assert texts["train"].max_words == 7
     assert any("its training sets had different text_processors" in line for line in lines(caplog))
@@ -383,7 +385,9 @@ def test_processors_of_mixtures(tmp_path: Path, caplog: pytest.LogCaptureFixture
     ],
 )
 def test_a_foreign_config_is_data_and_is_checked(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
-    path = saved(tmp_path, doors.build("caption"), **doors.merged({"model": doors.section("caption")}, changes))
+    path = saved(
+        tmp_path, cli_helpers.build("caption"), **cli_helpers.merged({"model": cli_helpers.section("caption")}, changes)
+    )
     with pytest.raises(ValueError, match=message):
         load_model("blip_caption", "tiny", checkpoint=path)
 
@@ -392,8 +396,12 @@ def test_a_foreign_config_imports_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "evil_module.py").write_text("raise SystemExit('imported')")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    config = {"model": doors.section("caption"), "imports": ["evil_module"], "datasets": {"x": {"builder": "evil"}}}
-    path = saved(tmp_path, doors.build("caption"), **config)
+    config = {
+        "model": cli_helpers.section("caption"),
+        "imports": ["evil_module"],
+        "datasets": {"x": {"builder": "evil"}},
+    }
+    path = saved(tmp_path, cli_helpers.build("caption"), **config)
     assert from_pretrained(path).prompt == "a picture of "
     recipe = tmp_path / "x.yaml"
     recipe.write_text(
@@ -401,13 +409,13 @@ def test_a_foreign_config_imports_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     )
     assert Config.from_file(recipe).imports == []
     config["preprocess"] = {"vis_processor": {"eval": {"name": "evil_processor"}}}
-    path = saved(tmp_path, doors.build("caption"), **config)
+    path = saved(tmp_path, cli_helpers.build("caption"), **config)
     with pytest.raises(ValueError, match=r"preprocess.vis_processor.eval.name: .*evil_processor"):
         load_model_and_preprocess("blip_caption", "tiny", checkpoint=path)
 
 
 def test_keys_of_another_version_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = saved(tmp_path, doors.build("caption"), model={**doors.section("caption"), "old_key": 3})
+    path = saved(tmp_path, cli_helpers.build("caption"), model={**cli_helpers.section("caption"), "old_key": 3})
     load_model("blip_caption", "tiny", checkpoint=path)
     assert f"{path}: its config has model.old_key=3, which is unknown here: left out" in lines(caplog)
 
@@ -427,6 +435,6 @@ def test_frozen_parts_come_from_the_sources_of_the_training(tmp_path: Path) -> N
     sources = {"opt_model": str(TINY_HF / "opt"), "vit_weights": str(tmp_path / "vit.pth")}
     model = load_model("blip2_opt", "tiny", **sources)
     path = saved(tmp_path, model, model={**tiny("blip2_opt"), **sources})
-    assert not any(key.startswith(("visual_encoder.", "opt_model.")) for key in doors.weights(path))
+    assert not any(key.startswith(("visual_encoder.", "opt_model.")) for key in cli_helpers.weights(path))
     for again in (load_model("blip2_opt", "tiny", checkpoint=path), from_pretrained(path)):
-        doors.assert_same_state(again.state_dict(), model.state_dict())
+        cli_helpers.assert_same_state(again.state_dict(), model.state_dict())

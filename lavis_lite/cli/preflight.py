@@ -1,4 +1,4 @@
-"""What a run will need, checked before weights are loaded: files, samples, sizes, and that task and model fit.
+"""Checks before weights are loaded: files, samples, sizes, and that model, task and data fit together.
 
 A dry run and the start of every run do the same checks. What needs the model's own sizes is checked before the first
 step. Files are looked up on rank 0 only.
@@ -9,8 +9,7 @@ import os
 import stat
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +19,34 @@ from lavis_lite.common import dist
 from lavis_lite.common.config.agreement import model_setting
 from lavis_lite.common.config.config import Config, ConfigError
 from lavis_lite.common.errors import InputError, MissingFileError, UnreadableSample
+from lavis_lite.common.precision import resolve_precision
 from lavis_lite.common.registry import registry
+from lavis_lite.common.rng import preserve_rng_state
 from lavis_lite.common.sources import download
-from lavis_lite.runners.loaders import train_loader, train_sets
-from lavis_lite.runners.plan import resolve_precision
-from lavis_lite.runners.sampling import kept_rng
+from lavis_lite.datasets.base import BaseDataset
+from lavis_lite.models.base import BaseModel
+from lavis_lite.models.tokenizers import unknown_share
+from lavis_lite.runners.loaders import Datasets, SampleDataset, first_samples_missing, train_sets
+from lavis_lite.runners.plan import Plan, make_plan
+from lavis_lite.tasks.base import BaseTask
 
 logger = logging.getLogger(__name__)
 
 NUM_THREADS = 32  # a network drive answers many at once
-CHUNK = 2000  # files of one thread's turn
+CHUNK = 2000  # files that a thread looks up at a time
 MANY_FILES = 500_000  # worth a line in the log
-UNKNOWN_SHARE = 0.2  # of the tokens: more than the rare names and symbols that texts of a known language have
+UNKNOWN_SHARE = 0.2  # of the tokens: more than the rare names and symbols in texts of a known language
 SHOWN = 60  # characters of a text in a message
-NUM_READ = {"image": 32, "video": 4}  # samples of a split that are read, by what they show
+NUM_READ = {"image": 32, "video": 4}  # samples read of a split of images or videos
 
 IDS = ("instance_id", "image_id", "img_id", "question_id", "id")
-
-Datasets = Mapping[str, Mapping[str, Any]]
+NEVER_SKIPPED = "Evaluation never skips samples."
+MAY_BE_SKIPPED = "To skip such samples, set run.max_unreadable_share to a small share."
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitReport:
-    """What was found of one split."""
+    """Findings about one split."""
 
     where: str
     """`<dataset>/<split>`"""
@@ -51,15 +55,15 @@ class SplitReport:
     files: set[str]
     num_read: int
     shape: tuple[int, ...] | None
-    """of one sample's image, (3, H, W) or (3, F, H, W)"""
+    """Shape of one sample's image, (3, H, W) or (3, F, H, W)."""
     batches: list[dict[str, Any]]
-    """The samples that were read, a batch of each, without pixels: tensors are on the meta device."""
+    """The samples that were read, a batch of each, with tensors on the meta device."""
 
     def line(self, trained_on: set[str], *, num_repeated: int) -> str:
         """Return the dry run's line; `trained_on` are the files of the training splits, for the others."""
         parts = [f"{len(self.files):,} {self.kind} files found"] if self.files else []
         if num_repeated:
-            parts.append(f"{num_repeated:,} records say the same as an earlier one")
+            parts.append(f"{num_repeated:,} records repeat an earlier one")
         if shared := len(self.files & trained_on):
             parts.append(f"{shared:,} of them also trained on")
         if self.shape is not None:
@@ -67,117 +71,108 @@ class SplitReport:
         return f"files       {self.where}: {'; '.join(parts) or 'not checked'}"
 
 
-def check_task(cfg: Config, task: Any) -> None:
-    """Raise ConfigError if the model lacks what the task evaluates with."""
-    if cfg.run.valid_splits or cfg.run.test_splits:
-        _check_methods(cfg, task)
+@dataclass(kw_only=True)
+class DataReport:
+    """Findings about a run's data: of each split (on rank 0), and of the training."""
+
+    splits: list[SplitReport] = field(default_factory=list)
+    plan: Plan | None = None
+    """The plan of the training; None for an evaluation."""
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    """Keys of samples that mixed batches do without, and the datasets that lack them."""
+
+
+def check_task(cfg: Config, task: BaseTask) -> None:
+    """Raise ConfigError if the model lacks what the task evaluates with, or what a setting of the training needs."""
+    arch = cfg.model["arch"]
+    model_class = registry.get_model_class(arch)
+    if not cfg.run.evaluate and cfg.run.loss_average == "tokens" and not model_class.reports_num_labels:
+        raise ConfigError(
+            f"{cfg.source}: run.loss_average: tokens needs a model whose loss is a language model's alone and that "
+            f"reports its num_labels; {model_class.__name__} (model.arch: {arch}) does not; set it to batches"
+        )
+    missing = _missing_methods(type(task), model_class)
+    if not missing or not (cfg.run.valid_splits or cfg.run.test_splits):
+        return
+    others: dict[str, type[BaseTask]] = {name: registry.get_task_class(name) for name in registry.list_tasks()}
+    fitting = [
+        name for name, other in others.items() if other.model_methods and not _missing_methods(other, model_class)
+    ]
+    advice = f"tasks that fit: {', '.join(sorted(fitting))}" if fitting else "no task evaluates this model"
+    raise ConfigError(
+        f"{cfg.source}: run.task: {cfg.run.task} evaluates by `{missing[0]}`, which {model_class.__name__} "
+        f"(model.arch: {arch}) does not have; {advice}"
+    )
+
+
+def _missing_methods(task_class: type[BaseTask], model_class: type) -> list[str]:
+    return [name for name in task_class.model_methods if not callable(getattr(model_class, name, None))]
 
 
 def check_device(cfg: Config) -> None:
     """Raise InputError if this machine lacks the device, or the device the precision."""
-    resolve_precision(cfg.run, dist.resolve_device(cfg.run.device))
+    resolve_precision(cfg.run.precision, dist.resolve_device(cfg.run.device))
 
 
-def check_data(cfg: Config, task: Any, datasets: Datasets) -> list[SplitReport]:
-    """Check every split's files and some of its samples, on rank 0 for all ranks; return there what was found.
+def check_data(cfg: Config, task: BaseTask, datasets: Datasets) -> DataReport:
+    """Check every split's files and some of its samples, on rank 0 for all ranks, and make the plan of a training.
 
     Raises:
-        MissingFileError: files are not there; of training data, more than `run.max_unreadable_share` of the samples'.
+        MissingFileError: files do not exist; of training data, more than `run.max_unreadable_share` of the samples'.
         UnreadableSample: a sample cannot be read.
         InputError: a sample does not fit the model or the task, or the training sets do not fit the run.
     """
-    found: list[SplitReport] = []
-    dist.on_main(lambda: found.extend(_check_splits(cfg, task, datasets)))  # names of millions of files stay here
+    report = DataReport()
+    dist.on_main(lambda: report.splits.extend(_check_splits(cfg, task, datasets)))  # millions of names stay here
     if not cfg.run.evaluate:
-        train_loader(train_sets(datasets, cfg.run.train_splits), cfg.run, world=dist.world_size())
-    return found
+        sets = train_sets(datasets, cfg.run.train_splits)
+        report.plan = plan = make_plan(
+            cfg.run, {name: len(dataset) for name, dataset in sets.items()}, dist.world_size()
+        )
+        if plan.is_concat:
+            report.left_out = {key: names for key, names in first_samples_missing(sets).items() if names}
+    return report
 
 
-def check_model(cfg: Config, task: Any, model: Any, datasets: Datasets, found: Sequence[SplitReport]) -> None:
-    """Check that the model has room for what it is asked, on rank 0 for all ranks, and warn of training texts that its
-    tokenizers do not know; `found` is `check_data`'s.
+def check_model(cfg: Config, task: BaseTask, model: BaseModel, datasets: Datasets, found: "DataReport") -> None:
+    """Check lengths against the model's sizes, and warn of training texts with many unknown tokens; on rank 0 for all.
 
     Raises:
         InputError: a setting does not fit the model's sizes, or a text cannot be read.
     """
-    dist.on_main(lambda: _check_model(cfg, task, model, datasets, found))
+    dist.on_main(lambda: _check_model(cfg, task, model, datasets, found.splits))
 
 
-def _check_model(cfg: Config, task: Any, model: Any, datasets: Datasets, found: Sequence[SplitReport]) -> None:
+def _check_model(
+    cfg: Config, task: BaseTask, model: BaseModel, datasets: Datasets, splits: Sequence[SplitReport]
+) -> None:
     evaluated = {*cfg.run.valid_splits, *cfg.run.test_splits}
-    for report in found:
+    for report in splits:
         name, _, split = report.where.rpartition("/")
         if split in cfg.run.train_splits and not cfg.run.evaluate:
             _warn_of_unknown_tokens(cfg, model, report)
-        if split in evaluated and hasattr(task, "check_model"):
+        if split in evaluated:
             try:
                 task.check_model(model, datasets[name][split], report.batches, split=split)
             except InputError as error:
                 raise InputError(f"{report.where}: {error}") from error
 
 
-def _warn_of_unknown_tokens(cfg: Config, model: Any, report: SplitReport) -> None:
-    """Warn if much of the texts that were read is no token of a tokenizer that reads them."""
-    from lavis_lite.models.tokenizers import unknown_share
-
-    readers = model.text_readers(report.batches[0]) if report.batches and hasattr(model, "text_readers") else []
-    for key, setting, tokenizer in readers:
+def _warn_of_unknown_tokens(cfg: Config, model: BaseModel, report: SplitReport) -> None:
+    for key, setting, tokenizer in model.text_readers(report.batches[0]) if report.batches else []:
         texts = [text for batch in report.batches for text in batch.get(key, ())]
-        share, text, read = unknown_share(tokenizer, texts)
+        share, text, decoded = unknown_share(tokenizer, texts)
         if share > UNKNOWN_SHARE:
             logger.warning(
                 f"{report.where}: {share:.0%} of the tokens of {key} are unknown to the tokenizer of "
                 f"model.{setting}={model_setting(cfg.model, setting)}, and nothing is learned from them: "
-                f"{text[:SHOWN]!r} is read as {read[:SHOWN]!r}. Choose a model.{setting} whose vocabulary has the "
+                f"{text[:SHOWN]!r} is read as {decoded[:SHOWN]!r}. Choose a model.{setting} whose vocabulary has the "
                 "language of the texts, or translate the texts"
             )
 
 
-def opening(cfg: Config, runner: Any) -> str:
-    """Return what a run says of itself at its start."""
-    parameters = list(runner.model.parameters())
-    trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    name = f"{cfg.model['arch']} {cfg.model.get('model_type') or ''}".strip()
-    precision = str(runner.dtype).removeprefix("torch.")
-    return (
-        f"{name}: {sum(p.numel() for p in parameters):,} parameters, {trainable:,} trainable; task {cfg.run.task}\n"
-        f"device {runner.device}{f' x {dist.world_size()} processes' if dist.world_size() > 1 else ''}, {precision}; "
-        f"seed {cfg.run.seed}\n"
-        f"folder {runner.job_dir}"
-    )
-
-
-def closing(result: Mapping[str, Any], job_dir: Path, *, seconds: float) -> str:
-    """Return the lines that end a training: its time, and its best weights."""
-    best = result.get("best") or {}
-    chosen = "the last weights: nothing chose better ones"
-    if best.get("metric") is not None:
-        chosen = f"agg_metrics {best['metric']:.4g} after epoch {best['epoch'] + 1}"
-    return f"done in {timedelta(seconds=round(seconds))}; {job_dir / 'checkpoint_best.pth'}: {chosen}"
-
-
-def report(cfg: Config, found: Sequence[SplitReport], datasets: Datasets) -> list[str]:
-    """Return the dry run's lines about files, repeated records and the device."""
-    trained = {f"{name}/{split}" for name in cfg.datasets for split in cfg.run.train_splits}
-    trained_on = set().union(*(split.files for split in found if split.where in trained))
-    lines = []
-    for split in found:
-        name, _, key = split.where.rpartition("/")
-        repeated = num_repeated(getattr(datasets[name][key], "annotation", ()))
-        lines.append(split.line(set() if split.where in trained else trained_on, num_repeated=repeated))
-    lines += [
-        f"weights     not found: {path} ({key}); without it the run ends at its start"
-        for key, path in lost_weights(cfg)
-    ]
-    try:
-        check_device(cfg)
-        return [*lines, f"device      {dist.resolve_device(cfg.run.device)}"]
-    except InputError as error:
-        return [*lines, f"device      not checked on this machine: {error}"]
-
-
-def lost_weights(cfg: Config) -> list[tuple[str, str]]:
-    """Return the keys of weights and checkpoints that name a file which is not there, and that file."""
+def missing_weights(cfg: Config) -> list[tuple[str, str]]:
+    """Return the keys of weights and checkpoints that name a file which does not exist, and that file."""
     model, run = cfg.model, cfg.run
     own = {key: model.get(key) for key in ("pretrained", "finetuned") if model.get(f"load_{key}", True)}
     own = {"checkpoint": model["checkpoint"]} if model.get("checkpoint") else own
@@ -189,45 +184,22 @@ def lost_weights(cfg: Config) -> list[tuple[str, str]]:
     ]
 
 
-def _check_methods(cfg: Config, task: Any) -> None:
-    arch = cfg.model["arch"]
-    model_class = registry.get_model_class(arch)
-    lacking = _lacking(type(task), model_class)
-    if not lacking:
-        return
-    others = {name: registry.get_task_class(name) for name in registry.list_tasks()}
-    fitting = [name for name, other in others.items() if _methods(other) and not _lacking(other, model_class)]
-    advice = f"tasks that fit: {', '.join(sorted(fitting))}" if fitting else "no task evaluates this model"
-    raise ConfigError(
-        f"{cfg.source}: run.task: {cfg.run.task} evaluates by `{lacking[0]}`, which {model_class.__name__} "
-        f"(model.arch: {arch}) does not have; {advice}"
-    )
-
-
-def _methods(task_class: type) -> Sequence[str]:
-    return getattr(task_class, "model_methods", ())
-
-
-def _lacking(task_class: type, model_class: type) -> list[str]:
-    return [name for name in _methods(task_class) if not callable(getattr(model_class, name, None))]
-
-
-def _check_splits(cfg: Config, task: Any, datasets: Datasets) -> list[SplitReport]:
+def _check_splits(cfg: Config, task: BaseTask, datasets: Datasets) -> list[SplitReport]:
     evaluated = {*cfg.run.valid_splits, *cfg.run.test_splits}
-    share = cfg.run.max_unreadable_share
     reports = []
     for name, splits in datasets.items():
         for split, dataset in splits.items():
             where, is_evaluated = f"{name}/{split}", split in evaluated
-            files = _check_files(dataset, where, share=None if is_evaluated else share)
+            share = None if is_evaluated else cfg.run.max_unreadable_share
+            files = check_files(dataset, where, share=share) if isinstance(dataset, BaseDataset) else set()
             kind = _kind(dataset)
-            samples = _read_some(dataset, where, count=NUM_READ[kind], share=None if is_evaluated else share)
+            samples = read_some(dataset, where, count=NUM_READ[kind], share=share)
             batches = _batches_of_one(dataset, samples)
             batch = batches[0] if batches else {}
-            shape = _check_size(cfg.model, batch, where)
+            shape = check_size(cfg.model, batch, where)
             if split in cfg.run.train_splits and not cfg.run.evaluate:
                 _check_answers(cfg.model, batch, where)
-            if is_evaluated and hasattr(task, "check"):
+            if is_evaluated:
                 _check_keys(task, batch, where)
                 _check_prompt(cfg, task, batch, where)
                 task.check(registry.get_model_class(cfg.model["arch"]), dataset, batch, split=split)
@@ -236,53 +208,53 @@ def _check_splits(cfg: Config, task: Any, datasets: Datasets) -> list[SplitRepor
     return reports
 
 
-def _check_files(dataset: Any, where: str, *, share: float | None) -> set[str]:
-    """Return the files of a split after looking each of them up. `share` of the samples may lack theirs; None: none."""
-    if not hasattr(dataset, "files_of"):
-        return set()
+def check_files(dataset: BaseDataset, where: str, *, share: float | None) -> set[str]:
+    """Look up each file of a split and return them. `share` of the samples may lack theirs; None: none may."""
     root = os.fspath(dataset.vis_root)
     files = {os.path.join(root, file) for record in dataset.annotation for file in dataset.files_of(record)}
     wrong = wrong_files(files, where)
-    if not wrong or _opens_others(dataset, wrong, root):
+    if not wrong:
+        return files
+    affected = [i for i, record in enumerate(dataset.annotation) if _has(dataset, record, wrong, root)]
+    if not affected or _is_readable(dataset, affected[0]):
         return files - wrong.keys()
     path, reason = next(iter(wrong.items()))
     kind = _kind(dataset)
     others = f", and {len(wrong) - 1:,} more of {len(files):,} files" if len(wrong) > 1 else ""
     text = f"{kind} file {reason}: {path} ({where}{others})"
     if share:
-        lost = sum(
-            any(os.path.join(root, file) in wrong for file in dataset.files_of(record)) for record in dataset.annotation
-        )
-        if lost <= share * len(dataset.annotation):
-            logger.warning(f"{text}: {lost:,} samples will be skipped, as run.max_unreadable_share={share} allows")
+        if len(affected) <= share * len(dataset.annotation):
+            logger.warning(
+                f"{text}: {len(affected):,} samples will be skipped, as run.max_unreadable_share={share} allows"
+            )
             return files - wrong.keys()
-        text += f": {lost:,} samples, more than run.max_unreadable_share={share} allows"
-    way_out = "To skip such samples, set run.max_unreadable_share to a small share."
+        text += f": {len(affected):,} samples, more than run.max_unreadable_share={share} allows"
     raise MissingFileError(
         f"{text}. Check the dataset's build_info.{kind}s.storage{' or images.storage' if kind == 'video' else ''} "
         "(relative paths are below the data root, environment variable LAVIS_LITE_DATA) or remove the records from "
-        f"the annotations. ({'Evaluation never skips samples.' if share is None else way_out})"
+        f"the annotations. ({NEVER_SKIPPED if share is None else MAY_BE_SKIPPED})"
     )
 
 
-def _opens_others(dataset: Any, wrong: Mapping[str, str], root: str) -> bool:
-    """Whether a sample is read although its file is wrong: a user's class may look elsewhere than `files_of` says."""
-    for index, record in enumerate(dataset.annotation):
-        if any(os.path.join(root, file) in wrong for file in dataset.files_of(record)):
-            try:
-                with kept_rng():
-                    dataset[index]
-            except (UnreadableSample, OSError):
-                return False
-            return True
-    return False
+def _has(dataset: BaseDataset, record: dict[str, Any], wrong: Mapping[str, str], root: str) -> bool:
+    return any(os.path.join(root, file) in wrong for file in dataset.files_of(record))
+
+
+def _is_readable(dataset: BaseDataset, index: int) -> bool:
+    """Whether a sample is read although its file is wrong: a user's class may open others than `files_of` says."""
+    try:
+        with preserve_rng_state():
+            dataset[index]
+    except (UnreadableSample, OSError):
+        return False
+    return True
 
 
 def wrong_files(files: Iterable[str], where: str = "") -> dict[str, str]:
-    """Return those of `files` that are not regular files with something in them, and why, in alphabetical order."""
+    """Return, in alphabetical order, those of `files` that are not regular files with content, and why."""
     paths = sorted(files)
     if len(paths) > MANY_FILES:
-        logger.info("%s: looking for %s files", where, f"{len(paths):,}")
+        logger.info("%s: looking up %s files", where, f"{len(paths):,}")
     chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
     with ThreadPoolExecutor(max(1, min(NUM_THREADS, len(chunks)))) as pool:
         found = pool.map(lambda chunk: [(path, reason) for path in chunk if (reason := _wrong(path))], chunks)
@@ -312,27 +284,23 @@ def num_repeated(records: Iterable[Mapping[str, Any]]) -> int:
     return count
 
 
-def _kind(dataset: Any) -> str:
-    first = next(iter(getattr(dataset, "annotation", ())), {})
-    return "video" if first.get("video") is not None else "image"
+def _kind(dataset: SampleDataset) -> str:
+    records = dataset.annotation[:1] if isinstance(dataset, BaseDataset) else []
+    return "video" if any(record.get("video") is not None for record in records) else "image"
 
 
-def _read_some(dataset: Any, where: str, *, count: int, share: float | None) -> list[dict[str, Any]]:
-    """Return `count` samples spread over the split; unreadable ones are passed over only where `share` allows some."""
+def read_some(dataset: SampleDataset, where: str, *, count: int, share: float | None) -> list[dict[str, Any]]:
+    """Return `count` samples spread over the split; skip unreadable ones only where `share` allows some."""
     samples, error, length = [], None, len(dataset)
     count = min(count, length)
-    with kept_rng():
+    with preserve_rng_state():
         for index in (number * length // count for number in range(count)):
             try:
                 samples.append(dataset[index])
             except UnreadableSample as caught:
                 error = caught
                 if not share:
-                    rule = (
-                        "Evaluation never skips samples."
-                        if share is None
-                        else ("To skip such samples, set run.max_unreadable_share to a small share.")
-                    )
+                    rule = NEVER_SKIPPED if share is None else MAY_BE_SKIPPED
                     raise UnreadableSample(f"{caught} ({rule})") from caught
                 logger.warning(f"{where}: {caught}")
     if error is not None and not samples:
@@ -340,11 +308,9 @@ def _read_some(dataset: Any, where: str, *, count: int, share: float | None) -> 
     return samples
 
 
-def _batches_of_one(dataset: Any, samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _batches_of_one(dataset: BaseDataset, samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return a batch of each sample, its tensors on the meta device."""
-    if not hasattr(dataset, "collater"):
-        return []
-    with kept_rng():
+    with preserve_rng_state():
         batches = [dataset.collater([sample]) for sample in samples]
     return [
         {key: value.to("meta") if torch.is_tensor(value) else value for key, value in batch.items()}
@@ -352,19 +318,19 @@ def _batches_of_one(dataset: Any, samples: Sequence[dict[str, Any]]) -> list[dic
     ]
 
 
-def _check_keys(task: Any, batch: Mapping[str, Any], where: str) -> None:
+def _check_keys(task: BaseTask, batch: Mapping[str, Any], where: str) -> None:
     """Raise InputError if the samples lack a key that the task evaluates with."""
-    lacking = [key for key in getattr(task, "sample_keys", ()) if batch and key not in batch]
-    if lacking:
+    missing = [key for key in task.sample_keys if batch and key not in batch]
+    if missing:
         raise InputError(
-            f"{where}: {type(task).__name__} evaluates samples by {lacking[0]!r}, which these lack (they have "
+            f"{where}: {type(task).__name__} evaluates samples by {missing[0]!r}, which these lack (they have "
             f"{', '.join(batch)}): choose a dataset that fits the task, or another run.task"
         )
 
 
-def _check_prompt(cfg: Config, task: Any, batch: Mapping[str, Any], where: str) -> None:
+def _check_prompt(cfg: Config, task: BaseTask, batch: Mapping[str, Any], where: str) -> None:
     """Raise InputError for a prompt around a question where the task generates from images alone."""
-    if "generate" not in _methods(type(task)) or not batch or batch.keys() & {"prompt", "text_input"}:
+    if "generate" not in task.model_methods or not batch or batch.keys() & {"prompt", "text_input"}:
         return
     given = {"run.prompt": cfg.task.get("prompt"), "model.prompt": model_setting(cfg.model, "prompt")}
     key, prompt = next(((key, prompt) for key, prompt in given.items() if prompt), ("", ""))
@@ -375,12 +341,12 @@ def _check_prompt(cfg: Config, task: Any, batch: Mapping[str, Any], where: str) 
         )
 
 
-def _check_size(model: Mapping[str, Any], batch: Mapping[str, Any], where: str) -> tuple[int, ...] | None:
+def check_size(model: Mapping[str, Any], batch: Mapping[str, Any], where: str) -> tuple[int, ...] | None:
     """Return the shape of a sample's image. Raises InputError if the model takes another height or width."""
     image = next((batch[key] for key in ("image", "image0") if torch.is_tensor(batch.get(key))), None)
     if image is None:
         return None
-    if image.dim() == 5 and not getattr(registry.get_model_class(model["arch"]), "takes_video", True):
+    if image.dim() == 5 and not registry.get_model_class(model["arch"]).takes_video:
         raise InputError(
             f"{where}: samples show videos, {tuple(image.shape[1:])}, and {model['arch']} takes images only: choose an "
             "architecture of BLIP-2 with a language model, or other data"
@@ -395,12 +361,12 @@ def _check_size(model: Mapping[str, Any], batch: Mapping[str, Any], where: str) 
 
 
 def _check_answers(model: Mapping[str, Any], batch: Mapping[str, Any], where: str) -> None:
-    """Raise InputError if the samples tell what to write about a question or an instruction, and the model would learn
-    that instead.
+    """Raise InputError if the samples are questions or instructions with a target text, and the model would learn the
+    former.
     """
-    if "text_output" in batch and not getattr(registry.get_model_class(model["arch"]), "learns_answers", True):
+    if "text_output" in batch and not registry.get_model_class(model["arch"]).learns_answers:
         raise InputError(
-            f"{where}: samples have a question or an instruction (text_input: {batch['text_input'][0]!r}) and what "
-            f"to write (text_output: {batch['text_output'][0]!r}); {model['arch']} reads text_input alone, and "
-            "would learn that: choose a dataset of captions, or an architecture of BLIP-2 with a language model"
+            f"{where}: samples have a question or an instruction (text_input: {batch['text_input'][0]!r}) and a target "
+            f"(text_output: {batch['text_output'][0]!r}); {model['arch']} reads text_input alone, and would learn "
+            "that; choose a dataset of captions, or an architecture of BLIP-2 with a language model"
         )

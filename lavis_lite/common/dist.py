@@ -1,16 +1,16 @@
-"""Processes and collectives; the only file that asks whether there is a process group.
+"""Processes and collectives; the only file that knows whether there is a process group.
 
-torchrun's environment (RANK, LOCAL_RANK, WORLD_SIZE) says who we are. A world of one has no process group and every
-collective is then the identity, so callers never branch. All collectives must be entered by every rank; tensors must
-have the same shape on all ranks (unchecked, for speed: run with `TORCH_DISTRIBUTED_DEBUG=DETAIL` to have torch check),
-but for `fetch_rows`. Where ranks cannot keep step, `alone()` makes each of them a world of one.
+Ranks come from torchrun's environment (RANK, LOCAL_RANK, WORLD_SIZE). A world of one has no process group and every
+collective is then the identity, so callers never branch. All collectives must be entered by every rank; except in
+`fetch_rows`, tensors must have the same shape on all ranks (unchecked, for speed: run with
+`TORCH_DISTRIBUTED_DEBUG=DETAIL` to have torch check). Where ranks take different numbers of steps, `alone()` makes each
+of them a world of one.
 """
 
 import contextlib
 import contextvars
 import datetime
 import gc
-import inspect
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +23,7 @@ import torch.distributed as torch_dist
 # late, and the group would outlive `shutdown`, with threads that abort a Python which ends while they free a tensor.
 import torch.distributed.nn.functional
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from lavis_lite.common.errors import InputError, RankZeroFailed
 
@@ -33,12 +34,12 @@ _is_alone = contextvars.ContextVar("is_alone", default=False)
 
 
 def init(device: str = "auto") -> torch.device:
-    """Joins torchrun's process group (nccl on CUDA, gloo on CPU) and returns this rank's device.
+    """Join torchrun's process group (nccl on CUDA, gloo on CPU) and return this rank's device.
 
     `device` is `auto`, `cpu`, `cuda` or `cuda:N`. Nothing is initialised in a world of one or when called again.
 
     Raises:
-        ValueError: CUDA is asked for but absent, or has fewer devices than this node has ranks.
+        InputError: CUDA is requested but absent, or has fewer devices than this node has ranks.
     """
     target = resolve_device(device)
     if target.type == "cuda":
@@ -49,7 +50,7 @@ def init(device: str = "auto") -> torch.device:
 
 
 def resolve_device(device: str = "auto") -> torch.device:
-    """This rank's device for a setting `auto`, `cpu`, `cuda` or `cuda:N`; under torchrun, `cuda` is LOCAL_RANK's."""
+    """Return the device for a setting `auto`, `cpu`, `cuda` or `cuda:N`; under torchrun, `cuda` is LOCAL_RANK's."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -68,27 +69,27 @@ def resolve_device(device: str = "auto") -> torch.device:
 
 
 def shutdown() -> None:
-    """Leaves the process group, if there is one, and waits for its threads; no model in DDP may be in use any more."""
+    """Leave the process group, if there is one, and wait for its threads; no model may be in use in DDP."""
     if _active():
         torch_dist.destroy_process_group()
         gc.collect()  # a model in DDP refers to its group and is often part of a cycle
 
 
 def rank() -> int:
-    """This process's number in the world, 0 without a process group."""
+    """Return this process's number in the world, 0 without a process group."""
     return torch_dist.get_rank() if _active() else 0
 
 
 def world_size() -> int:
-    """Number of processes, 1 without a process group."""
+    """Return the number of processes, 1 without a process group."""
     return torch_dist.get_world_size() if _active() else 1
 
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """In the body this rank is a world of one: nothing is exchanged, so nobody waits.
+    """Make this rank a world of one in the body: nothing is exchanged, so no rank waits.
 
-    For computations in which ranks do not keep step, as in evaluation, where one may have more batches than another.
+    For computations in which ranks take different numbers of steps, as in evaluation, where one may have more batches.
     Only for computing without gradients: `is_main()` is true on every rank there.
     """
     token = _is_alone.set(True)
@@ -99,21 +100,22 @@ def alone() -> Iterator[None]:
 
 
 def is_main() -> bool:
-    """Whether this is rank 0, the one that writes files and talks."""
+    """Whether this is rank 0, the one that writes files and logs."""
     return rank() == 0
 
 
 def barrier() -> None:
-    """Waits until every rank is here."""
+    """Wait for every rank."""
     if _active():
         on_gpu = torch_dist.get_backend() == "nccl"
         torch_dist.barrier(device_ids=[torch.cuda.current_device()] if on_gpu else None)
 
 
-class Steps:
-    """Ranks in step: while entered, a collective waits at most `timeout` seconds for the other ranks, not hours.
+class Lockstep:
+    """While entered, a collective waits at most `timeout` seconds for the other ranks, not hours.
 
-    Made by every rank at the same time. `largest` exchanges numbers on the CPU, so that no rank waits for its GPU.
+    Every rank must construct it at the same time. `largest` exchanges numbers on the CPU, so that no rank waits for its
+    GPU.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -133,14 +135,14 @@ class Steps:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """In the body, which is part of a step, ranks may wait for hours, as for rank 0 writing a file."""
+        """Within a step: let ranks wait for hours in the body, as for rank 0 writing a file."""
         self._set(TIMEOUT)
         yield
         self._wait()
         self._set(self.timeout)
 
     def largest(self, number: int) -> int:
-        """The largest of all ranks' numbers."""
+        """Return the largest of all ranks' numbers."""
         if not self.groups:
             return number
         tensor = torch.tensor(number)
@@ -159,7 +161,7 @@ class Steps:
 
 
 def lost_rank(error: BaseException) -> str | None:
-    """Whether an error of a collective says that another rank hangs or has ended, in words; None for other errors."""
+    """Return in words that another rank hangs or has ended, if an error of a collective says so; else None."""
     if not isinstance(error, RuntimeError):
         return None
     text = str(error)
@@ -172,7 +174,7 @@ def lost_rank(error: BaseException) -> str | None:
 
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
-    """Rank 0 runs the body first, then all others; if rank 0 fails, the others fail too instead of waiting for ever."""
+    """Run the body on rank 0 first, then on all others; if rank 0 fails, the others fail too instead of waiting."""
     if not is_main():
         failure = broadcast_object(None)
         if failure is not None:
@@ -188,7 +190,7 @@ def main_first() -> Iterator[None]:
 
 
 def on_main(function: Callable[[], Any]) -> Any:
-    """Call `function` on rank 0 and return its value on every rank; if it fails, every rank fails, none waits."""
+    """Call `function` on rank 0 and return its value on every rank; if it fails, every rank fails."""
     value, failure, error = None, None, None
     if is_main():
         try:
@@ -220,12 +222,12 @@ def all_gather_with_grad(tensor: torch.Tensor) -> torch.Tensor:
 def fetch_rows(local: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Rows `index` (M,) of all ranks' `local` (B, ...), counted as if joined in rank order -> (M, ...), differentiable.
 
-    Only these rows travel. B and M may differ between ranks, the rest of the shape may not. As with
+    Only these rows are exchanged. B and M may differ between ranks, the rest of the shape may not. As with
     `all_gather_with_grad`, the backward pass sums over ranks the gradients that reach this rank's rows; it exchanges
     nothing if `local` needs no gradient, which must hold on all ranks or on none.
 
     Raises:
-        IndexError: on every rank, if any rank asks for a row that does not exist.
+        IndexError: on every rank, if any rank's `index` has a row that does not exist.
     """
     if world_size() == 1:
         return local[index]
@@ -233,7 +235,7 @@ def fetch_rows(local: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
-    """The mean over ranks of a floating-point tensor of any shape, detached; the input is left alone."""
+    """Return the mean over ranks of a floating-point tensor of any shape, detached; the input is not changed."""
     result = tensor.detach().clone()
     if world_size() > 1:
         torch_dist.all_reduce(result)
@@ -242,14 +244,14 @@ def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def broadcast_tensors(tensors: Iterable[torch.Tensor]) -> None:
-    """Overwrites each tensor with rank 0's."""
+    """Overwrite each tensor with rank 0's."""
     if world_size() > 1:
         for tensor in tensors:
             torch_dist.broadcast(tensor.detach(), src=0)
 
 
 def gather_objects(items: list[Any]) -> list[Any]:
-    """Every rank's list of picklable items (which may be empty), concatenated in rank order, on every rank."""
+    """Return, on every rank, all ranks' lists of picklable items (perhaps empty), concatenated in rank order."""
     if world_size() == 1:
         return list(items)
     shards: list[list[Any]] = [[] for _ in range(world_size())]
@@ -258,7 +260,7 @@ def gather_objects(items: list[Any]) -> list[Any]:
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's `value` (picklable), on every rank."""
+    """Return rank 0's `value` (picklable) on every rank."""
     if world_size() == 1:
         return value
     box = [value]
@@ -269,18 +271,18 @@ def broadcast_object(value: Any) -> Any:
 def data_parallel(
     model: nn.Module, *, find_unused_parameters: bool = False
 ) -> tuple[nn.Module, Callable[[], contextlib.AbstractContextManager[None]]]:
-    """The model as training calls it (under DDP if there are others), and the context in which gradients stay local.
+    """Return the model as training calls it (in DDP if ranks are several), and the context that keeps gradients local.
 
-    Every rank starts from rank 0's parameters and buffers. Buffers are not sent again: feature queues take up gathered
-    features, so they stay equal by themselves.
+    Every rank starts from rank 0's parameters and buffers. Buffers are not sent again: feature queues are filled with
+    gathered features, so they stay equal.
     """
     if world_size() == 1:
         return model, contextlib.nullcontext
     broadcast_tensors(model.buffers())
-    ddp = nn.parallel.DistributedDataParallel
-    renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters  # torch 2.15 deprecates the old name
-    buffers = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-    parallel = ddp(model, find_unused_parameters=find_unused_parameters, gradient_as_bucket_view=True, **buffers)
+    is_renamed = TorchVersion(torch.__version__) >= TorchVersion("2.15")  # which deprecates the old name
+    options: dict[str, Any] = {"forward_sync_buffers" if is_renamed else "broadcast_buffers": False}
+    options |= {"find_unused_parameters": find_unused_parameters, "gradient_as_bucket_view": True}
+    parallel = nn.parallel.DistributedDataParallel(model, **options)
     return parallel, parallel.no_sync
 
 
@@ -314,7 +316,7 @@ class _GatherWithGrad(torch.autograd.Function):
 
 
 class _Route(NamedTuple):
-    """How rows travel: which of this rank's rows go out (ordered by receiver), and how many to and from each rank."""
+    """Exchange of rows: those that this rank sends (ordered by receiver), and their numbers to and from each rank."""
 
     rows_out: torch.Tensor
     num_out: list[int]
@@ -344,7 +346,7 @@ def _route(num_rows: int, index: torch.Tensor) -> _Route:
 
 
 def _all_to_all(rows: torch.Tensor, num_out: list[int], num_in: list[int]) -> torch.Tensor:
-    """As bytes, because gloo does not know every type."""
+    """Exchange rows as bytes, because gloo does not support every type."""
     width = math.prod(rows.shape[1:])
     packed = rows.reshape(len(rows), width).contiguous()
     received = packed.new_empty((sum(num_in), width))

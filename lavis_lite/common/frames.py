@@ -9,7 +9,6 @@ open groups of pictures and HEVC. Because it reads ahead, damage after the last 
 depending on timing. Decoding to the end takes seconds only for videos of an hour.
 """
 
-import random
 import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor
 from lavis_lite.common.bounds import check_number, one_of
 from lavis_lite.common.errors import InputError, MissingFileError, MissingPackageError, UnreadableSample
 from lavis_lite.common.pixels import BROKEN, open_file, to_rgb
+from lavis_lite.common.rng import CpuState
 
 ShortClips = Literal["repeat", "error"]
 """Whether a clip with fewer frames than requested repeats frames, or is an error."""
@@ -153,12 +153,9 @@ def processed(frames: Sequence[Image.Image], processor: Callable[[Image.Image], 
 
     Raises InputError if the processor does not return tensors.
     """
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    tensors = []
+    state, tensors = CpuState.now(), []
     for frame in frames:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
+        state.restore()
         tensors.append(processor(frame))
     if not torch.is_tensor(tensors[0]):
         raise InputError(

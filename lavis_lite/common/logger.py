@@ -1,6 +1,6 @@
-"""What a run says: console logging, log.txt (one JSON object a line), TensorBoard, and running averages.
+"""Logs of a run: console, log.txt (one JSON object per line), TensorBoard, and running means.
 
-Averages stay on the device as tensors; nothing waits for the accelerator until a value is read at log time.
+Means stay on the device as tensors; nothing waits for the accelerator until a value is read at log time.
 """
 
 import json
@@ -18,41 +18,50 @@ from lavis_lite.common import dist
 logger = logging.getLogger(__name__)
 
 
+_handlers: list[logging.Handler] = []  # those that `setup` installed
+
+
 def setup(job_dir: str | Path | None = None) -> None:
-    """Sends log messages to stderr and to `job_dir/console.txt`; from ranks other than 0 only warnings, to stderr.
+    """Send log messages to stderr and to `job_dir/console.txt`; from ranks other than 0 only warnings, to stderr.
 
     Call it after `dist.init`. A second call replaces the first one's handlers.
     """
-    root = logging.getLogger()
-    for handler in [h for h in root.handlers if getattr(h, "from_lavis_lite", False)]:
-        root.removeHandler(handler)
-        handler.close()
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    remove_handlers()
+    _handlers.append(logging.StreamHandler(sys.stderr))
     if job_dir is not None and dist.is_main():
-        Path(job_dir).mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(Path(job_dir) / "console.txt", encoding="utf-8", errors="backslashreplace"))
+        path = Path(job_dir) / "console.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _handlers.append(logging.FileHandler(path, encoding="utf-8", errors="backslashreplace"))
     who = "" if dist.world_size() == 1 else f"rank {dist.rank()} "
-    for handler in handlers:
+    root = logging.getLogger()
+    for handler in _handlers:
         handler.setFormatter(logging.Formatter(f"%(asctime)s {who}%(levelname)s %(message)s", "%H:%M:%S"))
-        handler.from_lavis_lite = True
         root.addHandler(handler)
     root.setLevel(logging.INFO if dist.is_main() else logging.WARNING)
 
 
+def remove_handlers() -> None:
+    """Undo `setup`, and close console.txt."""
+    while _handlers:
+        handler = _handlers.pop()
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
 def keep_line(line: str, error: BaseException | None = None) -> None:
-    """Write what the terminal shows at the end, and an error's traceback, to console.txt, if there is one."""
+    """Write a line that the terminal shows at the end, and an error's traceback, to console.txt, if there is one."""
     found = (type(error), error, error.__traceback__) if error is not None else None
     level = logging.INFO if error is None else logging.ERROR
     record = logger.makeRecord(logger.name, level, __file__, 0, line, (), found)
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler, logging.FileHandler) and getattr(handler, "from_lavis_lite", False):
+    for handler in _handlers:
+        if isinstance(handler, logging.FileHandler):
             handler.handle(record)
 
 
 class JsonLog:
-    """Appends one JSON object a line to `path`; a line cut short by a kill is ended first, so later ones are readable.
+    """Appends one JSON object per line to `path`, after ending a line that a kill cut short.
 
-    A resumed run appends too: rows of steps it repeats come twice, the later one counts.
+    A resumed run appends too: rows of steps that it repeats occur twice, the later one counts.
     """
 
     def __init__(self, path: str | Path, *, enabled: bool = True) -> None:
@@ -64,7 +73,7 @@ class JsonLog:
                 self._append("\n")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Appends `row`; tensors and arrays become plain numbers and lists, anything else unknown its text."""
+        """Append `row`; tensors and arrays become plain numbers and lists, other objects their text."""
         if self.enabled:
             self._append(json.dumps(row, default=_plain, ensure_ascii=False) + "\n")
 
@@ -78,7 +87,7 @@ def _plain(value: Any) -> Any:
 
 
 class TensorBoardLog:
-    """TensorBoard events in `folder`; where tensorboard is not installed it says so once and writes nothing."""
+    """TensorBoard events in `folder`; without tensorboard installed, writes nothing and warns once."""
 
     def __init__(self, folder: str | Path, *, enabled: bool = True) -> None:
         self.writer = None
@@ -92,14 +101,14 @@ class TensorBoardLog:
         self.writer = SummaryWriter(str(folder))
 
     def write(self, scalars: Mapping[str, float], *, step: int) -> None:
-        """Records each number of `scalars` at `step`, on disk at once: what waits is lost if Python ends unclosed."""
+        """Record each number of `scalars` at `step`, and flush: a kill would lose pending events."""
         if self.writer is not None:
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, step)
             self.writer.flush()
 
     def close(self) -> None:
-        """Flushes and closes the event file."""
+        """Flush and close the event file."""
         if self.writer is not None:
             self.writer.close()
 
@@ -112,28 +121,28 @@ class MetricLogger:
         self.counts: Counter[str] = Counter()
 
     def update(self, **values: torch.Tensor | float) -> None:
-        """Adds one scalar to each named series; no synchronisation with the device."""
+        """Add one scalar to each named series; no synchronisation with the device."""
         for name, value in values.items():
             value = torch.as_tensor(value).detach().double().reshape(())
             self.totals[name] = self.totals[name] + value if name in self.totals else value
             self.counts[name] += 1
 
     def drain(self) -> dict[str, float]:
-        """The mean of each series; empties them. Every rank must call it, with the same names."""
+        """Return the mean of each series, and empty them. Every rank must call it, with the same names."""
         means = {name: total / count for name, (total, count) in self.state_dict().items()}
         self.totals.clear()
         self.counts.clear()
         return means
 
     def state_dict(self) -> dict[str, tuple[float, int]]:
-        """Total and count of each series, the total as a mean over the ranks; called by every rank, as `drain`."""
+        """Return total and count of each series, the total as a mean over the ranks; every rank must call it."""
         if not self.totals:
             return {}
         totals = dist.all_reduce_mean(torch.stack(list(self.totals.values()))).tolist()
         return {name: (total, self.counts[name]) for name, total in zip(self.totals, totals, strict=True)}
 
     def load_state_dict(self, state: Mapping[str, tuple[float, int]], *, device: torch.device) -> None:
-        """Goes on from what `state_dict` returned, on every rank, whatever their number was then."""
+        """Continue from what `state_dict` returned, on every rank, whatever their number was then."""
         self.totals = {
             name: torch.tensor(total, dtype=torch.float64, device=device) for name, (total, _) in state.items()
         }

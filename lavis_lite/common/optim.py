@@ -1,7 +1,7 @@
 """AdamW parameter groups and learning-rate schedules.
 
-A schedule is a pure function of the step (`lr_at(step)`), so resuming needs no state. Steps count iterations from 0.
-By default the rate moves every step; `per_epoch=True` is LAVIS's variant: warm-up only inside epoch 0 (cut off where
+A schedule is a pure function of the step (`lr_at(step)`), so resuming needs no state. Steps are updates, from 0.
+By default the rate changes every step; `per_epoch=True` is LAVIS's variant: warm-up only inside epoch 0 (cut off where
 that epoch ends), afterwards one rate per epoch, whose cosine starts at epoch 0 and not at the end of warm-up.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lavis_lite.common.config.run import RunConfig
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.registry import registry
 
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 class Schedule:
     """Linear warm-up from `warmup_start_lr` (None: `init_lr`, i.e. none) in `warmup_steps`, then `_decayed`.
 
-    Units: `warmup_steps`, `iters_per_epoch` and `total_steps` are iterations; `decay_rate` is per epoch.
+    Units: `warmup_steps`, `iters_per_epoch` and `total_steps` are steps; `decay_rate` is per epoch.
     """
 
     init_lr: float
@@ -45,7 +46,7 @@ class Schedule:
             )
 
     def lr_at(self, step: int) -> float:
-        """The learning rate of iteration `step` (0-based), before any group's `lr_scale`."""
+        """Return the learning rate of `step` (0-based), before any group's `lr_scale`."""
         warming = step < self.iters_per_epoch if self.per_epoch else step < self.warmup_steps
         if not warming:
             return self._decayed(step)
@@ -53,7 +54,7 @@ class Schedule:
         return min(self.init_lr, start + (self.init_lr - start) * step / max(self.warmup_steps, 1))
 
     def _decayed(self, step: int) -> float:
-        raise NotImplementedError(f"{type(self).__name__} must say how the rate decays after warm-up")
+        raise NotImplementedError(f"{type(self).__name__} does not define how the rate decays after warm-up")
 
 
 @registry.register_lr_scheduler("linear_warmup_cosine_lr")
@@ -75,9 +76,10 @@ class LinearWarmupStep(Schedule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.decay_rate is None:
-            raise InputError("lr_sched linear_warmup_step_lr needs run.lr_decay_rate, e.g. 0.9 (factor per epoch)")
+            raise InputError("run.lr_decay_rate: linear_warmup_step_lr needs a factor per epoch, e.g. 0.9")
 
     def _decayed(self, step: int) -> float:
+        assert self.decay_rate is not None, "checked in __post_init__"
         epoch = step // self.iters_per_epoch if self.per_epoch else (step - self.warmup_steps) / self.iters_per_epoch
         return max(self.min_lr, self.init_lr * self.decay_rate**epoch)
 
@@ -90,8 +92,8 @@ class Constant(Schedule):
         return self.init_lr
 
 
-def build_schedule(run: Any, *, max_epoch: int, iters_per_epoch: int, total_steps: int) -> Schedule:
-    """The schedule that `run` (a RunConfig) names, for a run of `total_steps` iterations."""
+def build_schedule(run: RunConfig, *, max_epoch: int, iters_per_epoch: int, total_steps: int) -> Schedule:
+    """Return the schedule that `run` names, for `total_steps` steps; warn of a warm-up without effect or end."""
     if run.warmup_steps > 0 and run.warmup_lr is None:
         logger.warning(
             f"run.warmup_steps={run.warmup_steps} has no effect, as in LAVIS, because run.warmup_lr is not set: "
@@ -122,7 +124,7 @@ def build_schedule(run: Any, *, max_epoch: int, iters_per_epoch: int, total_step
 def parameter_groups(
     model: nn.Module, weight_decay: float, layer_scale: Callable[[str], float] = lambda name: 1.0
 ) -> list[dict[str, Any]]:
-    """Groups trainable parameters by weight decay and by `layer_scale(name)`, a factor on the learning rate.
+    """Group trainable parameters by weight decay and by `layer_scale(name)`, a factor on the learning rate.
 
     Scalars, vectors (so every LayerNorm) and biases of any shape are not decayed. Groups come in the order in which
     their scale first appears in the model, decayed before not decayed. Each is `{"params", "names", "weight_decay",
@@ -141,11 +143,11 @@ def parameter_groups(
     return [by_decay[decays] for by_decay in groups.values() for decays in (True, False) if decays in by_decay]
 
 
-def build_optimizer(groups: Iterable[dict[str, Any]], run: Any) -> torch.optim.AdamW:
-    """AdamW over a model's `optimizer_groups`, each at `run.init_lr` times its `lr_scale`; fused where possible.
+def build_optimizer(groups: Iterable[dict[str, Any]], run: RunConfig) -> torch.optim.AdamW:
+    """Return AdamW over a model's `optimizer_groups`, each at `run.init_lr` times its `lr_scale`; fused where possible.
 
     Raises:
-        ValueError: nothing is trainable.
+        InputError: nothing is trainable.
     """
     groups = [{**group, "lr": run.init_lr * group.get("lr_scale", 1.0)} for group in groups if group["params"]]
     if not groups:
@@ -155,6 +157,6 @@ def build_optimizer(groups: Iterable[dict[str, Any]], run: Any) -> torch.optim.A
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets every group's rate to `lr` times the group's `lr_scale`."""
+    """Set every group's rate to `lr` times the group's `lr_scale`."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(argv: Sequence[str]) -> int:
     """Parse, convert, and return the exit code."""
-    from lavis_lite.cli.main import exit_code
+    from lavis_lite.cli.failures import exit_code
     from lavis_lite.common import logger as run_logger
 
     args = parser().parse_args(argv)

@@ -65,6 +65,8 @@ class BaseModel(nn.Module):
     """Training reads the text to generate for `text_input`, a question or instruction: `text_output` or `answer`."""
     takes_video: ClassVar[bool] = True
     """`image` may be a video (B,3,F,H,W)."""
+    reports_num_labels: ClassVar[bool] = False
+    """The loss is a language model's, a mean over labels whose number the output has as `num_labels`."""
     has_warned_of_cut_texts: bool = False
     """Whether the warning about cut texts was logged; it is logged once per model."""
 

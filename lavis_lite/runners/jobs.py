@@ -1,9 +1,9 @@
-"""Job folders: which one a run writes to, what it resumes there, and that it is the only one who writes."""
+"""Job folders: the one that a run writes to, its checkpoints, and the lock that keeps other runs out."""
 
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,21 +17,21 @@ logger = logging.getLogger(__name__)
 
 LAST, BEST = "checkpoint_last.pth", "checkpoint_best.pth"
 STARTED = {"console.txt", "config.yaml", "config_evaluate.yaml", "tensorboard", LOCK_FILE}
-"""What a run leaves in its folder before its first step."""
+"""Files that a run makes in its folder before its first step."""
 
 
 def start_job(run: RunConfig) -> tuple[RunConfig, Path]:
-    """Return the run with its job and checkpoint settled (by rank 0, for all ranks), and the job's folder."""
+    """Return the run with its job and checkpoint chosen (by rank 0, for all ranks), and the job's folder."""
     from lavis_lite.common import dist
 
-    changes = dist.on_main(lambda: _settle_job(run))
+    changes = dist.on_main(lambda: _choose_job(run))
     run = dataclasses.replace(run, **changes)
     return run, Path(run.output_dir) / str(run.job_id)
 
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a job's folder, and delete what a killed run left half written there.
+    """Keep other runs out of a job's folder, and delete files that a killed run left incomplete there.
 
     Must be entered by every rank; rank 0 holds the lock.
 
@@ -49,7 +49,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def new_job_id(output: Path) -> str:
-    """Return a name made of the time, and make its folder, so that two runs started in one second don't share it."""
+    """Return a name made of the time, and make its folder, so that runs started in the same second do not share it."""
     stamp, number = datetime.now().strftime("%Y%m%d_%H%M%S"), 1
     while True:
         name = stamp if number == 1 else f"{stamp}_{number}"
@@ -123,11 +123,6 @@ def whole_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def own_checkpoint(folder: Path) -> Path | None:
-    """`newest_checkpoint` of one job's folder."""
-    return newest_checkpoint(folder.parent, job_id=folder.name)
-
-
 def discard_if_unused(folder: Path) -> None:
     """Delete the folder of a run that failed before its first step, unless it holds more than such a run leaves."""
     import shutil
@@ -136,18 +131,29 @@ def discard_if_unused(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def step_of(path: Path) -> int | None:
-    """Return N of checkpoint_<N>.pth, None of other names."""
-    number = path.stem.removeprefix("checkpoint_")
-    return int(number) if number.isdecimal() and path.suffix == ".pth" else None
+def write_last(saved: Mapping[str, Any], folder: Path, *, step: int, keep: int) -> None:
+    """Write checkpoint_last.pth; of checkpoint_<step>.pth, the same file under another name, keep the `keep` newest."""
+    from lavis_lite.common import checkpoint
+
+    checkpoint.save(saved, folder / LAST)
+    if keep > 0:
+        checkpoint.link_or_copy(folder / LAST, folder / f"checkpoint_{step}.pth")
+        by_age = sorted(_step_checkpoints(folder), key=lambda path: path.stat().st_mtime_ns)
+        for old in by_age[:-keep]:  # by age: a resumed run may count lower
+            old.unlink()
+
+
+def _step_checkpoints(folder: Path) -> dict[Path, int]:
+    """Return the step of each checkpoint_<step>.pth."""
+    steps = {path: path.stem.removeprefix("checkpoint_") for path in folder.glob("checkpoint_*.pth")}
+    return {path: int(step) for path, step in steps.items() if step.isdecimal()}
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """A job's checkpoints: the last, then those of steps, the newest first, then the best."""
-    steps = {path: step_of(path) for path in folder.glob("checkpoint_*.pth")}
-    by_step = sorted((path for path, step in steps.items() if step is not None), key=lambda p: steps[p], reverse=True)
-    named = [path for path in (folder / LAST, folder / BEST) if path in steps]
-    return [*(path for path in named if path.name == LAST), *by_step, *(path for path in named if path.name == BEST)]
+    """Return a job's checkpoints: the last, then those of steps, the newest first, then the best."""
+    steps = _step_checkpoints(folder)
+    by_step = sorted(steps, key=lambda path: steps[path], reverse=True)
+    return [path for path in (folder / LAST, *by_step, folder / BEST) if path.is_file()]
 
 
 def _take(lock: FolderLock) -> None:
@@ -156,10 +162,10 @@ def _take(lock: FolderLock) -> None:
     lock.take()
     left = [path for part in (lock.folder, lock.folder / "result") for path in checkpoint.sweep_temporaries(part)]
     if left:
-        logger.info("%d files that a killed run left half written in %s were deleted", len(left), lock.folder)
+        logger.info("deleted %d files that a killed run left incomplete in %s", len(left), lock.folder)
 
 
-def _settle_job(run: RunConfig) -> dict[str, Any]:
+def _choose_job(run: RunConfig) -> dict[str, Any]:
     output = Path(run.output_dir)
     if run.resume == "auto" and not run.evaluate:
         found = _newest(run)
@@ -180,6 +186,6 @@ def _settle_job(run: RunConfig) -> dict[str, Any]:
 def _nothing_whole(paths: list[Path]) -> InputError:
     names = ", ".join(map(str, paths[:5])) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
     return InputError(
-        f"--resume auto: none of the checkpoints can be resumed: {names}. Put back a whole {LAST} or "
+        f"--resume auto: none of the checkpoints can be resumed: {names}. Restore an intact {LAST} or "
         "checkpoint_<step>.pth, start anew from weights with model.pretrained, or begin afresh with another --job-id"
     )

@@ -1,6 +1,6 @@
-"""Does a contrastive run learn? Warnings about what a falling loss hides, from the means that are logged.
+"""Warnings that a contrastive run does not learn although its loss falls, from the means that are logged.
 
-Each warning is given once in a run, says over how many steps the value was seen, and what to change.
+Each warning is given once per run; it says over how many steps the value was observed, and what to change.
 """
 
 import logging
@@ -18,31 +18,31 @@ logger = logging.getLogger(__name__)
 Means = Mapping[str, float]
 
 COLLAPSED = 0.99
-"""Mean cosine above which features count as all alike."""
+"""Mean cosine above which features count as collapsed."""
 ALWAYS_NO_MATCH = 0.6365
 """`loss_itm` of a head that has learned only that two of three pairs do not match: the entropy of 1/3 and 2/3."""
 
 
 def learning_metrics(output: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The entries of a training step's output that are logged beside its losses: `METRICS` that are one number."""
+    """Return the entries of a training step's output that are logged beside its losses: `METRICS` of one number."""
     values = {name: output[name] for name in METRICS if torch.is_tensor(output.get(name))}
     return {name: value for name, value in values.items() if value.numel() == 1}
 
 
 @dataclass
 class Check:
-    """A symptom that is looked for in the means over at least `window` steps of the values `names`."""
+    """Looks for a symptom in the means of the values `names` over at least `window` steps."""
 
     names: tuple[str, ...]
     window: int
     find: Callable[[Means], str | None]
-    """The means -> what is wrong and what to do, or None."""
+    """Means in; what is wrong and what to do, or None."""
     steps: int = 0
     totals: dict[str, float] = field(default_factory=dict)
     has_warned: bool = False
 
     def update(self, row: Means, steps: int) -> str | None:
-        """Add the means over `steps` more steps; the symptom, if a window is full and has it."""
+        """Add the means over `steps` more steps; return the symptom, if a window is full and shows it."""
         if self.has_warned or not all(name in row for name in self.names):
             return None
         self.totals = {name: self.totals.get(name, 0.0) + steps * row[name] for name in self.names}
@@ -57,7 +57,7 @@ class Check:
 
 
 class LearningWatch:
-    """Reads each logged row of a run, and warns on rank 0.
+    """Checks each logged row of a run, and warns on rank 0.
 
     Steps of the warm-up do not count: features of random weights are alike, and heads start at their priors.
     """
@@ -73,14 +73,14 @@ class LearningWatch:
         ]
 
     def update(self, row: Means) -> None:
-        """Look at a row's means, which are over the steps since the last row."""
-        since, self.step = self.step, row["step"]
+        """Check a row's means, which are over the steps since the last row."""
+        since, self.step = self.step, int(row["step"])
         if since < self.warmup_steps:
             return
         for check in self.checks:
-            text = check.update(row, row["step"] - since)
+            text = check.update(row, self.step - since)
             if text and dist.is_main():
-                logger.warning(f"step {row['step']}: {text}. See 'Does it learn?' in docs/training.md")
+                logger.warning(f"step {self.step}: {text}. See 'Does it learn?' in docs/training.md")
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to continue the windows, and not to warn again."""
@@ -95,7 +95,7 @@ class LearningWatch:
 
 
 def collapsed(kind: str, cosine: float) -> str | None:
-    """All images or texts have one feature."""
+    """Return the symptom that all images or texts have nearly the same feature."""
     if cosine <= COLLAPSED:
         return None
     return (
@@ -106,36 +106,36 @@ def collapsed(kind: str, cosine: float) -> str | None:
 
 
 def at_limit(means: Means) -> str | None:
-    """The temperature cannot move where it wants to."""
+    """Return the symptom that the temperature is held at one of its limits."""
     low, high = TEMPERATURE_LIMITS
     temp = means["temp"]
     if low * 1.02 < temp < high * 0.98:
         return None
     return (
         f"the temperature of the contrast was at its limit (temp {temp:.4g}, limits {low} and {high}), which is a sign "
-        "of features that do not tell pairs apart: lower run.init_lr, and with a feature queue shorten it or set "
+        "of features that do not separate pairs: lower run.init_lr, and with a feature queue shorten it or set "
         "model.queue_size=0"
     )
 
 
 def guessing(means: Means) -> str | None:
-    """Contrast is at chance within the batch, whatever its loss."""
+    """Return the symptom that contrast is at chance within the batch, whatever its loss."""
     accuracy, chance = means["acc_itc"], means["chance_itc"]
     if accuracy >= 1.5 * chance or chance > 0.5:
         return None
     return (
         f"contrast within the batch was at chance (acc_itc {accuracy:.4f}, by guessing {chance:.4f}, with loss_itc "
-        f"{means['loss_itc']:.3g}): images and texts are not told apart, even if loss_itc falls. For short runs set "
+        f"{means['loss_itc']:.3g}): images and texts are not matched, even if loss_itc falls. For short runs set "
         "model.queue_size=0 and a lower model.momentum; check that texts belong to their images"
     )
 
 
 def never_matching(means: Means) -> str | None:
-    """The matching head gives every pair the prior."""
+    """Return the symptom that the matching head gives every pair the prior."""
     if abs(means["acc_itm"] - 0.5) > 0.02 or abs(means["loss_itm"] - ALWAYS_NO_MATCH) > 0.01:
         return None
     return (
-        f"the matching head said the same of every pair (loss_itm {means['loss_itm']:.4f}, where always saying 'no "
-        f"match' gives {ALWAYS_NO_MATCH}; acc_itm {means['acc_itm']:.3f}): its scores mean nothing yet. Train longer, "
-        "first until acc_itc is well above chance; until then evaluate with run.k_test=0"
+        f"the matching head gave the same score to every pair (loss_itm {means['loss_itm']:.4f}, where always "
+        f"answering 'no match' gives {ALWAYS_NO_MATCH}; acc_itm {means['acc_itm']:.3f}): its scores mean nothing yet. "
+        "Train longer, first until acc_itc is well above chance; until then evaluate with run.k_test=0"
     )

@@ -1,141 +1,152 @@
-"""Loaders: training batches from several datasets, evaluation batches in order, and their way to the device.
+"""Loaders: training batches from several datasets, evaluation batches in order, and their transfer to the device.
 
 A training sample is read under its own seed (see sampling.py), so results do not depend on the number of workers. An
-unreadable sample travels to the main process as data, since an exception out of a worker loses its plain message.
+unreadable sample is passed to the main process as data, since an exception raised in a worker loses its plain message.
 """
 
 import bisect
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset
 
+from lavis_lite.common.config.run import RunConfig
 from lavis_lite.common.errors import InputError, UnreadableSample
+from lavis_lite.common.rng import preserve_rng_state, seed_sample
+from lavis_lite.datasets.base import BaseDataset
 from lavis_lite.runners.mixing import (
-    batch_of_runs,
     check_mixable,
-    lacking_sets,
+    join_batches,
+    missing_keys,
     with_own_image_id,
 )
-from lavis_lite.runners.sampling import (
-    ConcatSampler,
-    Key,
-    TrainSampler,
-    dataset_shares,
-    kept_rng,
-    seed_sample,
-)
-from lavis_lite.runners.stopping import held_back, outlive_signals
+from lavis_lite.runners.sampling import Key, make_sampler
+from lavis_lite.runners.stopping import ignore_stop_signals, signals_blocked
+from lavis_lite.tasks.base import check_splits
 
 logger = logging.getLogger(__name__)
 
 SHARE_WINDOW = 1000
 """The share of unreadable samples is judged over at least this many samples (or the data's length, if that is less)."""
 
+T = TypeVar("T")
+Sample = dict[str, Any]
+
+
+class SampleDataset(Protocol):
+    """A dataset that a run trains on or evaluates: sample dicts by index, and batches of them."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Sample: ...
+
+    def collater(self, samples: list[Sample], /) -> Sample: ...
+
+
+Datasets = Mapping[str, Mapping[str, SampleDataset]]
+"""{dataset name: {split: dataset}}"""
+
 
 class Batch(NamedTuple):
     """A collated batch (None if an unreadable sample had no replacement) and the errors of unreadable samples."""
 
-    samples: dict[str, Any] | None
+    samples: Sample | None
     errors: list[str]
 
 
-class SeededDatasets(Dataset):
+class SeededDatasets(Dataset[Batch]):
     """The training datasets of one loader: a list of `Key`s in, one `Batch` out.
 
     Keys of several datasets make one batch in their order, with those `keys` of the sample dict that all of them have.
     """
 
     def __init__(
-        self, datasets: Mapping[str, Dataset], *, skip_unreadable: bool, keys: Sequence[str] | None = None
+        self, datasets: Mapping[str, SampleDataset], *, skip_unreadable: bool, keys: Sequence[str] | None = None
     ) -> None:
         self.datasets, self.skip_unreadable, self.keys = dict(datasets), skip_unreadable, keys
         self.positions = {name: position for position, name in enumerate(self.datasets)}
 
     def __len__(self) -> int:
-        return sum(len(dataset) for dataset in self.datasets.values())
+        return sum(map(len, self.datasets.values()))
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         errors: list[str] = []
-        with kept_rng():
-            samples = [self._read(key, errors) for key in keys]
-            if any(sample is None for sample in samples):
+        with preserve_rng_state():
+            samples = [sample for key in keys if (sample := self.read(key, errors)) is not None]
+            if len(samples) < len(keys):
                 return Batch(None, errors)
             return Batch(self._collate([key.dataset for key in keys], samples), errors)
 
-    def _collate(self, names: Sequence[str], samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def _collate(self, names: Sequence[str], samples: Sequence[Sample]) -> Sample:
         """Collate each run of samples of one dataset by its own collater, and join the runs."""
-        runs = []
+        parts = []
         for name, run in itertools.groupby(zip(names, samples, strict=True), key=lambda pair: pair[0]):
-            runs.append((name, self.datasets[name].collater([sample for _, sample in run])))
-        return batch_of_runs(runs, keys=self.keys)
+            parts.append((name, self.datasets[name].collater([sample for _, sample in run])))
+        return join_batches(parts, keys=self.keys)
 
-    def _read(self, key: Key, errors: list[str]) -> dict[str, Any] | None:
-        """The sample of `key`, or the next readable one after it if skipping is allowed; adds its error to `errors`."""
+    def read(self, key: Key, errors: list[str]) -> Sample | None:
+        """Return the sample of `key`, or the next readable one if skipping is allowed; add its error to `errors`."""
         dataset = self.datasets[key.dataset]
         for offset in range(min(len(dataset), SHARE_WINDOW) if self.skip_unreadable else 1):
             seed_sample(key.seed)
             try:
-                sample = dataset[(key.index + offset) % len(dataset)]
+                sample = dataset[(key.position + offset) % len(dataset)]
                 return with_own_image_id(sample, self.positions[key.dataset])
             except UnreadableSample as error:
-                if offset == 0:  # what is met while looking for a replacement was not drawn
+                if offset == 0:  # only what was drawn counts, not what is skipped while looking for a replacement
                     errors.append(str(error))
         return None
 
 
 class TrainLoader:
-    """Endless training batches of this rank, on the CPU; `seek` sets where the next `iter()` starts.
+    """Endless training batches of this rank, on the CPU: `run.accum_grad_iters` of them for each step.
 
-    `steps_per_epoch` is the sum of the datasets' lengths over the global batch, rounded down. `seen` and `unreadable`
-    count this rank's samples. `left_out` has the keys that mixed batches do without, and the datasets that lack them.
+    `seen` and `unreadable` count this rank's samples. `left_out` has the keys that mixed batches do without, and the
+    datasets that lack them. `pin` puts batches into pinned memory.
+
+    Raises:
+        InputError: as `make_sampler`; or datasets that are mixed within batches do not fit.
     """
 
     def __init__(
-        self, datasets: Mapping[str, Dataset], run: Any, *, rank: int = 0, world: int = 1, pin: bool = False
+        self,
+        datasets: Mapping[str, SampleDataset],
+        run: RunConfig,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        pin: bool = False,
     ) -> None:
-        if not datasets:
-            raise InputError(
-                "no dataset to train on: run.train_splits and the datasets section have no split in common"
-            )
-        lengths = {name: len(dataset) for name, dataset in datasets.items()}
-        self.is_concat = len(lengths) > 1 and run.mixing == "concat"
-        placed = {"batch_size": run.batch_size_train, "seed": run.seed, "rank": rank, "world": world}
-        self.sampler = ConcatSampler(lengths, **placed) if self.is_concat else _drawing_sampler(lengths, run, placed)
-        self.steps_per_epoch = sum(lengths.values()) // self.sampler.global_batch
-        self.max_share, self.window = run.max_unreadable_share, min(SHARE_WINDOW, sum(lengths.values()) // world)
+        self.sampler = make_sampler(
+            run, {name: len(dataset) for name, dataset in datasets.items()}, rank=rank, world=world
+        )
+        missing = first_samples_missing(datasets) if self.sampler.is_concat else {}
+        self.left_out = {key: names for key, names in missing.items() if names}
+        keys = [key for key, names in missing.items() if not names] if self.sampler.is_concat else None
+        self.max_share = run.max_unreadable_share
+        self.window = min(SHARE_WINDOW, sum(self.sampler.lengths.values()) // world)
         self.seen = self.unreadable = 0
-        lacking = _lacking_sets(datasets) if self.is_concat else None
-        self.left_out = {key: names for key, names in (lacking or {}).items() if names}
-        keys = None if lacking is None else [key for key, names in lacking.items() if not names]
-        self.loader = DataLoader(
-            SeededDatasets(datasets, skip_unreadable=self.max_share > 0, keys=keys),
-            batch_sampler=self.sampler,
-            collate_fn=_as_is,
-            num_workers=run.num_workers,
-            pin_memory=pin,
-            worker_init_fn=outlive_signals,
-            generator=torch.Generator().manual_seed(run.seed),
+        reader = SeededDatasets(datasets, skip_unreadable=self.max_share > 0, keys=keys)
+        self.loader = _data_loader(
+            reader, seed=run.seed, num_workers=run.num_workers, pin_memory=pin, batch_sampler=self.sampler
         )
 
-    def seek(self, epoch: int, step: int = 0) -> None:
-        """Makes the next `iter()` start at iteration `step` of `epoch` (both 0-based), loading nothing before it."""
-        self.sampler.start_step = epoch * self.steps_per_epoch + step
+    def seek(self, step: int) -> None:
+        """Make the next `iter()` start at `step` (0-based), without loading the batches before it."""
+        self.sampler.start_step = step
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        with held_back():
-            batches = iter(self.loader)
-        for batch in batches:
+    def __iter__(self) -> Generator[Sample]:
+        for batch in _started(self.loader):
             self.seen += self.sampler.batch_size
             if batch.errors:
                 self._count(batch)
             yield batch.samples
 
     def _count(self, batch: Batch) -> None:
-        """Counts a batch's unreadable samples and raises UnreadableSample if they are more than allowed."""
+        """Count a batch's unreadable samples; raise UnreadableSample if they are more than allowed."""
         self.unreadable += len(batch.errors)
         example = batch.errors[-1]
         if self.max_share == 0:
@@ -148,55 +159,37 @@ class TrainLoader:
         logger.warning(f"{self.unreadable} of {self.seen} training samples so far are unreadable; skipped: {example}")
 
 
-def _drawing_sampler(lengths: Mapping[str, int], run: Any, placed: Mapping[str, int]) -> TrainSampler:
-    shares = dataset_shares(
-        lengths,
-        sampling=run.train_dataset_sampling,
-        factors=run.train_dataset_factors,
-        ratios=run.train_dataset_ratios,
-    )
-    return TrainSampler(lengths, shares, **placed)
+def first_samples_missing(datasets: Mapping[str, SampleDataset]) -> dict[str, list[str]]:
+    """Return `missing_keys` of the datasets' first readable samples.
 
-
-def _lacking_sets(datasets: Mapping[str, Dataset]) -> dict[str, list[str]]:
-    """`lacking_sets` of the datasets' first samples. Raises InputError for datasets that cannot share a batch."""
-    firsts = {name: first_batch(dataset, name) for name, dataset in datasets.items()}
+    Raises:
+        InputError: the datasets cannot share a batch.
+        UnreadableSample: a dataset has no readable sample.
+    """
+    firsts = {name: _first_batch(dataset, name) for name, dataset in datasets.items()}
     check_mixable(firsts)
-    return lacking_sets(firsts)
+    return missing_keys(firsts)
 
 
-def first_batch(dataset: Dataset, name: str) -> dict[str, Any]:
-    """Return the batch of the first readable sample of a training set. Raises UnreadableSample if there is none."""
+def _first_batch(dataset: SampleDataset, name: str) -> Sample:
     errors: list[str] = []
-    read = SeededDatasets({name: dataset}, skip_unreadable=True)
-    with kept_rng():
-        sample = read._read(Key(name, 0, 0), errors)
+    with preserve_rng_state():
+        sample = SeededDatasets({name: dataset}, skip_unreadable=True).read(Key(name, 0, 0), errors)
         if sample is None:
             raise UnreadableSample(f"dataset {name!r}: none of its first samples is readable: {errors[0]}")
         return dataset.collater([sample])
 
 
-def train_loader(
-    datasets: Mapping[str, Dataset], run: Any, *, rank: int = 0, world: int = 1, pin: bool = False
-) -> TrainLoader:
-    """The loader of `run` (a RunConfig) over the training datasets by name; `pin` puts batches into pinned memory.
-
-    Raises:
-        ValueError: there is no dataset, one is smaller than the global batch, or the ratios or factors name others.
-    """
-    return TrainLoader(datasets, run, rank=rank, world=world, pin=pin)
-
-
-class _Collated(Dataset):
+class _Collated(Dataset[Any]):
     """A dataset whose items are whole batches, or the UnreadableSample that prevented one."""
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: SampleDataset) -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, Any] | UnreadableSample:
+    def __getitems__(self, indices: Sequence[int]) -> Sample | UnreadableSample:
         try:
             return self.dataset.collater([self.dataset[index] for index in indices])
         except UnreadableSample as error:
@@ -204,42 +197,47 @@ class _Collated(Dataset):
 
 
 class EvalLoader:
-    """One rank's share (`indices`) of `dataset`, in order, not padded and perhaps empty; batches arrive on `device`."""
+    """Evaluation batches of one rank, on `device`: samples rank, rank + world, ... of `dataset`, each exactly once."""
 
-    def __init__(self, dataset: Dataset, run: Any, *, indices: range, device: torch.device) -> None:
-        self.dataset, self.batch_size, self.indices, self.device = dataset, run.batch_size_eval, indices, device
-        self.loader = DataLoader(
-            _Collated(dataset),
-            batch_size=self.batch_size,
-            sampler=indices,
-            collate_fn=_as_is,
-            num_workers=min(run.num_workers, len(indices)),
-            pin_memory=device.type == "cuda",
-            worker_init_fn=outlive_signals,
-            generator=torch.Generator().manual_seed(0),
+    def __init__(
+        self,
+        dataset: SampleDataset,
+        run: RunConfig,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.dataset, self.batch_size, self.device = dataset, run.batch_size_eval, torch.device(device)
+        self.indices = range(rank, len(dataset), world)
+        workers = {"num_workers": min(run.num_workers, len(self.indices)), "pin_memory": self.device.type == "cuda"}
+        self.loader = _data_loader(
+            _Collated(dataset), seed=0, **workers, batch_size=self.batch_size, sampler=self.indices
         )
 
     def __len__(self) -> int:
         return len(self.loader)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        with held_back():
-            batches = iter(self.loader)
-        for batch in batches:
+    def __iter__(self) -> Iterator[Sample]:
+        for batch in _started(self.loader):
             if isinstance(batch, UnreadableSample):
                 raise UnreadableSample(f"{batch} (Evaluation never skips samples.)")
             yield to_device(batch, self.device)
 
 
-def eval_loader(
-    dataset: Dataset, run: Any, *, rank: int = 0, world: int = 1, device: torch.device | str = "cpu"
-) -> EvalLoader:
-    """The evaluation loader of `run` (a RunConfig): samples rank, rank + world, ... of `dataset`, each exactly once."""
-    return EvalLoader(dataset, run, indices=range(rank, len(dataset), world), device=torch.device(device))
+def _data_loader(dataset: Dataset[Any], *, seed: int, **options: Any) -> DataLoader[Any]:
+    """Return a loader of batches that `dataset` makes itself; `seed` keeps it from drawing from torch's generator."""
+    generator = torch.Generator().manual_seed(seed)
+    return DataLoader(dataset, collate_fn=_identity, worker_init_fn=ignore_stop_signals, generator=generator, **options)
+
+
+def _started(loader: DataLoader[Any]) -> Iterator[Any]:
+    with signals_blocked():
+        return iter(loader)
 
 
 def to_device(batch: Any, device: torch.device | str) -> Any:
-    """`batch` with every tensor in its dicts, lists and tuples moved to `device`; asynchronous from pinned memory."""
+    """Return `batch` with every tensor in its dicts, lists and tuples on `device`; asynchronous from pinned memory."""
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, Mapping):
@@ -251,62 +249,61 @@ def to_device(batch: Any, device: torch.device | str) -> Any:
     return batch
 
 
-def train_sets(datasets: Mapping[str, Mapping[str, Dataset]], splits: Sequence[str]) -> dict[str, Dataset]:
-    """Of each dataset that has any of `splits`, those splits, concatenated where there are several.
+def train_sets(datasets: Datasets, splits: Sequence[str]) -> dict[str, SampleDataset]:
+    """Return, for each dataset that has any of `splits`, those splits, concatenated where there are several.
 
     Raises:
-        ValueError: a split is in none of the datasets, or is laid out for evaluation.
+        InputError: a split is in none of the datasets, or is laid out for evaluation.
     """
-    check_splits(datasets, splits, setting="train_splits")
+    check_splits(splits, split_names(datasets))
     parts = {name: {s: by_split[s] for s in splits if s in by_split} for name, by_split in datasets.items()}
     for name, found in parts.items():
-        check_layout(name, found)
-    return {name: _concatenated(list(found.values())) for name, found in parts.items() if found}
+        _check_layout(name, found)
+    found_parts = {name: list(found.values()) for name, found in parts.items() if found}
+    return {name: JoinedSplits(found) if len(found) > 1 else found[0] for name, found in found_parts.items()}
 
 
-def check_layout(name: str, found: Mapping[str, Dataset]) -> None:
-    """Raises ValueError if a dataset's split to train on is laid out for evaluation, without what is learned."""
+def _check_layout(name: str, found: Mapping[str, SampleDataset]) -> None:
+    """Raise InputError if a split to train on is laid out for evaluation, so that it lacks the training target."""
     differ = len(set(map(type, found.values()))) > 1
     for split, dataset in found.items():
-        if not getattr(dataset, "training", True) or (differ and split != "train"):
+        is_for_evaluation = isinstance(dataset, BaseDataset) and not dataset.training
+        if is_for_evaluation or (differ and split != "train"):
             raise InputError(
-                f"run.train_splits names {split!r}, which {name!r} lays out for evaluation, as all splits but 'train': "
-                "name its files under build_info.annotations.train, whose storage may be a list"
+                f"run.train_splits: {name!r} lays out {split!r} for evaluation, as all splits but 'train'; name its "
+                "files under build_info.annotations.train, whose storage may be a list"
             )
 
 
-def eval_sets(datasets: Mapping[str, Mapping[str, Dataset]], splits: Sequence[str]) -> dict[str, Dataset]:
-    """The datasets of `splits` by the key of their results: the split, or `<dataset>_<split>` if several have it."""
-    found: dict[str, Dataset] = {}
+def eval_sets(datasets: Datasets, splits: Sequence[str]) -> dict[str, SampleDataset]:
+    """Return the datasets of `splits` by the name of their results: the split, or `<dataset>_<split>` of several."""
+    found: dict[str, SampleDataset] = {}
     for split in splits:
         have = {name: by_split[split] for name, by_split in datasets.items() if split in by_split}
         found.update({split if len(have) == 1 else f"{name}_{split}": dataset for name, dataset in have.items()})
     return found
 
 
-def check_splits(datasets: Mapping[str, Mapping[str, Dataset]], splits: Sequence[str], *, setting: str) -> None:
-    """Raises ValueError naming `run.<setting>` if one of `splits` is in none of the datasets."""
-    have = {name: sorted(by_split) for name, by_split in datasets.items()}
-    for split in splits:
-        if not any(split in by_split for by_split in datasets.values()):
-            raise InputError(f"run.{setting} names the split {split!r}, which no dataset has; there are {have}")
+def split_names(datasets: Datasets) -> dict[str, list[str]]:
+    """Return the names of each dataset's splits."""
+    return {name: sorted(by_split) for name, by_split in datasets.items()}
 
 
-class JoinedSplits(ConcatDataset):
-    """Several splits of one dataset as one, whose image ids do not coincide."""
+class JoinedSplits(Dataset[Sample]):
+    """Several splits of one dataset as one, collated as the first is; their image ids do not coincide."""
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        part = bisect.bisect_right(self.cumulative_sizes, index)
-        return with_own_image_id(super().__getitem__(index), part, kind="split")
+    def __init__(self, splits: Sequence[SampleDataset]) -> None:
+        self.splits, self.collater = splits, splits[0].collater
+        self.ends = list(itertools.accumulate(map(len, splits)))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: int) -> Sample:
+        number = bisect.bisect_right(self.ends, index)
+        split = self.splits[number]
+        return with_own_image_id(split[index - self.ends[number] + len(split)], number, kind="split")
 
 
-def _concatenated(parts: Sequence[Dataset]) -> Dataset:
-    if len(parts) == 1:
-        return parts[0]
-    joined = JoinedSplits(parts)
-    joined.collater = parts[0].collater
-    return joined
-
-
-def _as_is(batch: Any) -> Any:
+def _identity(batch: T) -> T:
     return batch

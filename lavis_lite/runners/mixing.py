@@ -1,7 +1,7 @@
-"""How samples of several datasets share a batch: their keys, their image ids, and whether they fit at all.
+"""How samples of several datasets share a batch: its keys, image ids, and whether they fit at all.
 
-As in LAVIS, a mixed batch has the keys that all datasets have. LAVIS decided so for each batch; here it is decided
-once, so that no batch means something else because it happens to come from one dataset.
+As in LAVIS, a mixed batch has the keys that all datasets have. LAVIS decides so for each batch; here it is decided
+once, so that no batch means something else because its samples happen to come from one dataset.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ import torch
 from lavis_lite.common.errors import InputError
 
 IDS_PER = {"split": 2**40, "dataset": 2**48}
-"""Datasets number their images from 0. The second one's ids begin here, so that no two pictures have the same."""
+"""Datasets number their images from 0. The second one's ids begin here, so that no two images have the same."""
 
 Batch = dict[str, Any]
 
@@ -25,7 +25,7 @@ def with_own_image_id(sample: Batch, position: int, *, kind: str = "dataset") ->
     return {**sample, "image_id": image_id + position * IDS_PER[kind]}
 
 
-def lacking_sets(batches: Mapping[str, Batch]) -> dict[str, list[str]]:
+def missing_keys(batches: Mapping[str, Batch]) -> dict[str, list[str]]:
     """Return, for each key of any dataset's batch, one of each by name, the datasets that lack it."""
     keys = dict.fromkeys(key for batch in batches.values() for key in batch)
     return {key: [name for name, batch in batches.items() if key not in batch] for key in keys}
@@ -38,22 +38,22 @@ def check_mixable(batches: Mapping[str, Batch]) -> None:
         if ("prompt" in example) != ("prompt" in other):
             whole, bare = (first, name) if "prompt" in example else (name, first)
             raise InputError(
-                f"datasets {whole!r} and {bare!r} cannot share a batch: the texts of the first are complete "
-                "instructions, those of the second are not. Set run.train_dataset_mixing: per_step"
+                f"datasets {whole!r} and {bare!r} cannot share a batch: texts of the first are complete instructions, "
+                "those of the second are not; set run.train_dataset_mixing: per_step"
             )
         for key in (key for key in example if key in other):
             _check_alike(key, first, example[key], name, other[key])
 
 
-def batch_of_runs(runs: Sequence[tuple[str, Batch]], *, keys: Sequence[str] | None) -> Batch:
-    """Join batches, each with its dataset's name, in order. `keys`: those of the result; None keeps a single run's."""
+def join_batches(parts: Sequence[tuple[str, Batch]], *, keys: Sequence[str] | None) -> Batch:
+    """Join batches, each with its dataset's name, in order. `keys`: those of the result; None keeps a single part's."""
     if keys is None:
-        ((_, batch),) = runs
+        ((_, batch),) = parts
         return batch
-    for name, batch in runs:
+    for name, batch in parts:
         if missing := [key for key in keys if key not in batch]:
             raise InputError(f"a sample of {name} has no {missing[0]!r}, which its first sample has: it has {[*batch]}")
-    return {key: _joined(key, [(name, batch[key]) for name, batch in runs]) for key in keys}
+    return {key: _joined(key, [(name, batch[key]) for name, batch in parts]) for key in keys}
 
 
 def _joined(key: str, parts: Sequence[tuple[str, Any]]) -> Any:
@@ -71,7 +71,7 @@ def _check_alike(key: str, first: str, one: Any, second: str, other: Any) -> Non
     if _form(one) != _form(other):
         raise InputError(
             f"datasets {first!r} and {second!r} cannot share a batch: {key!r} is {_form(one)} in the first, "
-            f"{_form(other)} in the second. Give them the same processors, or set run.train_dataset_mixing: per_step"
+            f"{_form(other)} in the second; give them the same processors, or set run.train_dataset_mixing: per_step"
         )
 
 

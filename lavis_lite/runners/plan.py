@@ -1,27 +1,33 @@
-"""What is decided before the first step: how long the run is, and in which precision."""
+"""The length of a run in steps, decided before the first one.
+
+A step is an update of the weights by one global batch: `batch_size_train` x processes x `accum_grad_iters` samples.
+"""
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from lavis_lite.common.errors import InputError
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from lavis_lite.common.config.run import RunConfig
+from lavis_lite.runners.sampling import make_sampler
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How long a run is, in iterations of `global_batch` samples: `inner` between two validations, `total` in all.
+    """The length of a run, in steps of `global_batch` samples: `inner` between two validations, `total` in all.
 
-    `mixture` has the training sets, each with its number of samples and its share of the iterations in words.
+    `mixture` has the training sets, each with its number of samples and its share in words.
     """
 
+    steps_per_epoch: int
     inner: int
     total: int
     global_batch: int
     mixture: dict[str, str]
+    shares: dict[str, float]
+    """Of each training set in the steps or, with `is_concat`, in the samples."""
+    is_concat: bool
+    """Whether the samples of several training sets are mixed within each batch."""
 
     @property
     def num_epochs(self) -> int:
@@ -29,37 +35,36 @@ class Plan:
         return math.ceil(self.total / self.inner)
 
     def bounds(self, epoch: int) -> tuple[int, int]:
-        """First iteration of (inner) epoch `epoch`, and the one after its last."""
+        """Return the first step of (inner) epoch `epoch`, and the one after its last."""
         return epoch * self.inner, min((epoch + 1) * self.inner, self.total)
 
-    def window(self, step: int, *, accumulate: int) -> tuple[int, bool]:
-        """Size of the accumulation window that iteration `step` is in, and whether `step` closes it.
-
-        Windows start anew with each (inner) epoch; its last one may be shorter, so no gradient crosses an epoch's end.
-        """
-        first, end = self.bounds(step // self.inner)
-        start = step - (step - first) % accumulate
-        size = min(accumulate, end - start)
-        return size, step == start + size - 1
-
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for the checkpoint."""
-        return asdict(self)
+        """Return what a resumed run must not change, for the checkpoint."""
+        return {"inner": self.inner, "global_batch": self.global_batch, "mixture": self.mixture, "total": self.total}
 
 
-def resolve_precision(run: Any, device: torch.device) -> torch.dtype:
-    """The autocast type of `run`. `auto`: fp32 on CPU; on a GPU bf16 where it has it, else fp16. `amp: False` is fp32.
+def make_plan(run: RunConfig, lengths: Mapping[str, int], world: int) -> Plan:
+    """Return the plan of a run on `world` processes over training datasets of these lengths, by name.
+
+    `runner_iter` takes `max_iters` steps, of which `iters_per_inner_epoch` are between two validations; any other
+    runner takes `max_epoch` epochs, at most `max_iters` steps.
 
     Raises:
-        ValueError: an unknown name, or fp16 on CPU.
+        InputError: as `make_sampler`.
     """
-    name = "fp32" if run.amp is False else run.precision
-    if name == "auto" and device.type == "cuda":
-        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    elif name == "auto":
-        name = "fp32"
-    if name not in DTYPES:
-        raise InputError(f"run.precision={name!r} is unknown: use auto, {', '.join(DTYPES)}")
-    if name == "fp16" and device.type == "cpu":
-        raise InputError("run.precision=fp16 needs a GPU: use bf16 or fp32 (or auto) on CPU")
-    return DTYPES[name]
+    sampler = make_sampler(run, lengths, world=world)
+    per_epoch = sampler.steps_per_epoch
+    inner, total = per_epoch, per_epoch * run.max_epoch
+    if run.max_iters is not None:
+        counts_steps = run.runner == "runner_iter"
+        inner = (run.iters_per_inner_epoch if counts_steps else None) or per_epoch
+        total = run.max_iters if counts_steps else min(total, run.max_iters)
+    return Plan(
+        steps_per_epoch=per_epoch,
+        inner=inner,
+        total=total,
+        global_batch=sampler.global_batch,
+        mixture=sampler.mixture,
+        shares=sampler.shares,
+        is_concat=sampler.is_concat,
+    )

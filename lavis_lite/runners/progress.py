@@ -1,72 +1,75 @@
-"""Where a run tells how it goes: log.txt, TensorBoard, and a live line on a terminal or plain lines elsewhere."""
+"""A run's log lines: log.txt, TensorBoard, and a live line on a terminal or plain lines elsewhere."""
 
+import contextlib
 import datetime
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lavis_lite.common import dist
 from lavis_lite.common.logger import JsonLog, TensorBoardLog
+from lavis_lite.runners.plan import Plan
+from lavis_lite.runners.sampling import TrainSampler
 
 logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """Rank 0's account of a run in `job_dir`; on other ranks everything is a no-op but the arithmetic.
-
-    `samples_per_step` is the global batch; rates count training time only.
-    """
+    """Writes rank 0's log of a run in `job_dir`; other ranks write nothing. Rates count training time only."""
 
     def __init__(self, job_dir: Path, *, tensorboard: bool = True) -> None:
-        main = dist.is_main()
-        self.log = JsonLog(job_dir / "log.txt", enabled=main)
-        self.events = TensorBoardLog(job_dir / "tensorboard", enabled=main and tensorboard)
-        self.live = main and sys.stderr.isatty()
+        is_main = dist.is_main()
+        self.log = JsonLog(job_dir / "log.txt", enabled=is_main)
+        self.events = TensorBoardLog(job_dir / "tensorboard", enabled=is_main and tensorboard)
+        self.is_live = is_main and sys.stderr.isatty()
         self.bar: Any = None
-        self.started, self.steps = time.perf_counter(), 0
+        self.started, self.num_steps = time.perf_counter(), 0
 
-    def start_epoch(self, *, epoch: int, num_epochs: int, step: int, end: int) -> None:
-        """Begins to time, and on a terminal opens the bar of, the iterations `step` to `end` of `epoch` (0-based)."""
-        self.started, self.steps = time.perf_counter(), 0
-        if self.live:
+    @contextlib.contextmanager
+    def epoch(self, epoch: int, plan: Plan, *, step: int) -> Iterator[None]:
+        """Time the steps of (inner) epoch `epoch` (0-based) from `step` on, with a bar on a terminal."""
+        self.started, self.num_steps = time.perf_counter(), 0
+        if self.is_live:
             from tqdm import tqdm
 
-            self.bar = tqdm(total=end, initial=step, desc=f"epoch {epoch + 1}/{num_epochs}", unit="step", leave=False)
+            first, end = plan.bounds(epoch)
+            name = f"epoch {epoch + 1}/{plan.num_epochs}"
+            self.bar = tqdm(total=end - first, initial=step - first, desc=name, unit="step", leave=False)
+        try:
+            yield
+        finally:
+            if self.bar is not None:
+                self.bar.close()
+                self.bar = None
 
     def advance(self) -> None:
-        """Counts one iteration."""
-        self.steps += 1
+        """Count one step."""
+        self.num_steps += 1
         if self.bar is not None:
             self.bar.update()
 
-    def report(self, row: Mapping[str, Any], *, samples_per_step: int, total: int) -> None:
-        """Writes a training row (`step`, `epoch`, `lr`, losses ...) with the rate since the last one."""
-        seconds = max(time.perf_counter() - self.started, 1e-9)
-        steps_per_s = max(self.steps, 1) / seconds
-        row = {**row, "samples_per_s": round(steps_per_s * samples_per_step, 2)}
+    def report(self, step: int, epoch: int, values: Mapping[str, float], *, plan: Plan) -> dict[str, float]:
+        """Write and return the row of a training step: `values`, and the rate since the last row."""
+        steps_per_s = max(self.num_steps, 1) / max(time.perf_counter() - self.started, 1e-9)
+        values = {**values, "samples_per_s": round(steps_per_s * plan.global_batch, 2)}
+        row = {"step": step, "epoch": epoch, **values}
         self.log.write(row)
-        scalars = {f"train/{name}": value for name, value in row.items() if name not in ("step", "epoch")}
-        self.events.write(scalars, step=row["step"])
-        left = datetime.timedelta(seconds=round((total - row["step"]) / steps_per_s))
-        parts = {name: f"{value:.4g}" for name, value in row.items() if isinstance(value, float)}
+        self.events.write({f"train/{name}": value for name, value in values.items()}, step=step)
+        left = datetime.timedelta(seconds=round((plan.total - step) / steps_per_s))
+        parts = {name: f"{value:.4g}" for name, value in values.items() if isinstance(value, float)}
         if self.bar is not None:
             self.bar.set_postfix({**parts, "left": str(left)})
         else:
             text = "  ".join(f"{name} {value}" for name, value in parts.items())
-            logger.info(f"epoch {row['epoch'] + 1}  step {row['step']}/{total}  {text}  time left {left}")
-        self.started, self.steps = time.perf_counter(), 0
-
-    def end_epoch(self) -> None:
-        """Closes the bar."""
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+            logger.info(f"epoch {epoch + 1}  step {step}/{plan.total}  {text}  time left {left}")
+        self.started, self.num_steps = time.perf_counter(), 0
+        return row
 
     def report_metrics(self, split: str, metrics: Mapping[str, Any], *, step: int, epoch: int) -> None:
-        """Writes what an evaluation found."""
+        """Write the metrics of an evaluation."""
         self.log.write({"split": split, "step": step, "epoch": epoch, "metrics": dict(metrics)})
         numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
         self.events.write({f"{split}/{name}": value for name, value in numbers.items()}, step=step)
@@ -74,30 +77,30 @@ class Progress:
         parts += [f"({metrics['note']})"] if "note" in metrics else []
         logger.info(f"{split}: " + "  ".join(parts))
 
-    def report_mixture(self, samples: Mapping[str, int], shares: Mapping[str, float], *, is_concat: bool) -> None:
-        """Writes, before the first step, each training dataset's number of samples and its share of the batches, or
-        with `is_concat` of the samples.
+    def report_mixture(self, sampler: TrainSampler) -> None:
+        """Write, before the first step, each training set's number of samples, and its share of the steps or, where
+        they are mixed within batches, of the samples.
         """
-        datasets = {name: {"samples": samples[name], "share": share} for name, share in shares.items()}
+        shares = sampler.shares.items()
+        datasets = {name: {"samples": sampler.lengths[name], "share": share} for name, share in shares}
         self.log.write({"mixture": datasets})
-        how = "each batch mixes the samples of" if is_concat else "each step draws its batch from one of"
+        how = "each batch mixes the samples of" if sampler.is_concat else "each step draws its batch from one of"
         logger.info(f"{how} {len(datasets)} datasets:\n{_table(datasets)}")
 
     def report_datasets(self, datasets: Mapping[str, Mapping[str, float | None]], *, step: int, epoch: int) -> None:
-        """Writes each dataset's part in `epoch`: its batches and their mean loss (None without any), or its samples."""
+        """Write each dataset's part in `epoch`: its batches and their mean loss (None without any), or its samples."""
         self.log.write({"step": step, "epoch": epoch, "datasets": datasets})
         numbers = {f"datasets_{key}/{name}": v for name, row in datasets.items() for key, v in row.items()}
         self.events.write({name: value for name, value in numbers.items() if value is not None}, step=step)
         logger.info(f"epoch {epoch + 1} by dataset:\n{_table(datasets)}")
 
     def close(self) -> None:
-        """Closes bar and event file."""
-        self.end_epoch()
+        """Close the event file."""
         self.events.close()
 
 
 def _table(datasets: Mapping[str, Mapping[str, float | None]]) -> str:
-    """The rows by name as lines of aligned columns below their heads."""
+    """Return the rows by name as lines of aligned columns below their headers."""
     head = ["dataset", *next(iter(datasets.values()))]
     lines = [head, *([name, *map(_cell, row.values())] for name, row in datasets.items())]
     width, *widths = (max(map(len, column)) for column in zip(*lines, strict=True))

@@ -1,65 +1,77 @@
-"""Resuming: which checkpoint, whether this run can continue it, and what differs from the run that wrote it."""
+"""Resuming: the checkpoint, whether this run can continue it exactly, and what differs from the run that wrote it."""
 
+import functools
 import hashlib
 import logging
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.data import ConcatDataset, Dataset
 
 from lavis_lite.common import checkpoint, dist, integrity
+from lavis_lite.common.config.config import Config
+from lavis_lite.common.config.run import RunConfig
 from lavis_lite.common.errors import DamagedFileError, InputError
 from lavis_lite.common.optim import build_optimizer
-from lavis_lite.common.registry import registry
+from lavis_lite.datasets.base import BaseDataset
+from lavis_lite.models.base import BaseModel
 from lavis_lite.runners import jobs
-from lavis_lite.runners.loaders import train_loader, train_sets
+from lavis_lite.runners.loaders import Datasets, JoinedSplits, SampleDataset, train_sets
 from lavis_lite.runners.plan import Plan
-from lavis_lite.runners.state import RunState
+from lavis_lite.runners.train_state import TrainState
 
 logger = logging.getLogger(__name__)
 
 TRAINING_STATE = ("model", "optimizer", "scaler", "step", "epoch", "best", "plan", "metrics", "ranks")
-_PLACES = ("run.output_dir", "run.job_id", "run.resume", "run.resume_ckpt_path", "run.evaluate", "run.device")
-"""Settings that say where a run is, not what it computes."""
-_WEIGHTS = ("pretrained", "finetuned", "load_pretrained", "load_finetuned", "checkpoint", "init_vit", "init_text")
-_FROM_HERE = {"run.seed": "the order of the data and its augmentation differ from here on"}
-_NOT_SET = "not set"
+MUST_STAY = {
+    "inner": "steps per (inner) epoch",
+    "global_batch": "samples per step",
+    "mixture": "as training sets",
+}
+"""Fields of the plan that a resumed run must not change, with their unit."""
+PLACES = ("run.output_dir", "run.job_id", "run.resume", "run.resume_ckpt_path", "run.evaluate", "run.device")
+"""Settings of the place that a run is in, which change nothing that it computes."""
+WEIGHTS = ("pretrained", "finetuned", "load_pretrained", "load_finetuned", "checkpoint", "init_vit", "init_text")
+NOT_SET = "not set"
+
+Differences = list[tuple[str, Any, Any]]
+"""Settings: key, value in the checkpoint, value now."""
 
 
-def resume_path(run: Any, job_dir: Path) -> Path | None:
-    """The checkpoint to resume, verified: `run.resume_ckpt_path`, or with `run.resume=auto` the job's newest whole one.
+def resume(
+    state: TrainState,
+    run: RunConfig,
+    plan: Plan,
+    *,
+    job_dir: Path,
+    data: Mapping[str, str | None],
+    config: Mapping[str, Any],
+) -> None:
+    """Restore the state from the run's checkpoint, if there is one to resume; must be entered by every rank.
 
-    Must be entered by every rank.
+    `data` are the digests of the training sets' annotations, `config` is the run's configuration.
 
     Raises:
         DamagedFileError: the file named by `run.resume_ckpt_path` fails its checksums.
-        InputError: `run.resume=auto`, and the job's checkpoints are all damaged.
+        InputError: `run.resume=auto` and the job's checkpoints are all damaged, or this run cannot continue the
+            checkpoint exactly.
     """
-    return dist.on_main(lambda: _verified(run, job_dir))
-
-
-def _verified(run: Any, job_dir: Path) -> Path | None:
-    if run.resume_ckpt_path:
-        return _verify(Path(run.resume_ckpt_path))
-    if run.resume != "auto":
-        return None
-    found = jobs.own_checkpoint(job_dir)
-    if found is None:
-        logger.info(f"nothing to resume in {job_dir}: starting from the beginning")
-    return found
-
-
-def _verify(path: Path) -> Path:
-    if path.is_file():  # else loading it says what is there
-        integrity.verify(path)
-    return path
+    path = dist.on_main(lambda: _verified_checkpoint(run, job_dir))
+    if path is None:
+        return
+    saved = checkpoint.load(path, verify=False)
+    changed = _differences(saved.get("config", {}), config)
+    dist.on_main(lambda: _check_resumable(saved, changed, path, plan=plan, optimizer=state.optimizer, data=data))
+    _report_differences(changed, path)
+    state.restore(saved, seed=run.seed, source=path)
+    _carry_over_best(state, path.with_name(jobs.BEST), job_dir / jobs.BEST)
+    logger.info(f"resumed {path} at step {state.step} of {plan.total}")
 
 
 def load_verified(path: Path) -> dict[str, Any]:
-    """`checkpoint.load` on every rank, of which one verifies the file.
+    """Load a checkpoint on every rank, of which one verifies the file.
 
     Raises:
         DamagedFileError: the file fails its checksums (on rank 0; RankZeroFailed on the others).
@@ -68,7 +80,7 @@ def load_verified(path: Path) -> dict[str, Any]:
     return checkpoint.load(path, verify=False)
 
 
-def resume_line(cfg: Any, model: nn.Module, datasets: Mapping[str, Mapping[str, Dataset]]) -> str:
+def resume_line(cfg: Config, model: BaseModel, datasets: Datasets, plan: Plan) -> str:
     """Return where the training would resume, for a dry run; `model` may be on the meta device and is left as it is.
 
     Must be entered by every rank.
@@ -79,63 +91,94 @@ def resume_line(cfg: Any, model: nn.Module, datasets: Mapping[str, Mapping[str, 
     path = dist.on_main(lambda: jobs.checkpoint_to_resume(cfg.run))
     if path is None:
         return f"resume      nothing to resume below {cfg.run.output_dir}: the run starts from the beginning"
-    sets = train_sets(datasets, cfg.run.train_splits)
-    loader, data = train_loader(sets, cfg.run, world=dist.world_size()), annotation_digests(sets)
-    plan = registry.get_runner_class(cfg.run.runner).plan_of(cfg.run, loader)
-    state = dist.on_main(lambda: _checked_state(cfg, model, path=path, plan=plan, data=data))
-    done = f"step {state.step:,} of {plan.total:,}, {state.epoch} of {plan.num_epochs} epochs done"
-    return f"resume      {path}: {done}"
+    data = annotation_digests(train_sets(datasets, cfg.run.train_splits))
+    step, epoch = dist.on_main(lambda: _checked_position(cfg, model, path, plan=plan, data=data))
+    return f"resume      {path}: step {step:,} of {plan.total:,}, {epoch} of {plan.num_epochs} epochs done"
 
 
-def _checked_state(cfg: Any, model: nn.Module, *, path: Path, plan: Plan, data: Mapping[str, str | None]) -> RunState:
-    """Return the position of a checkpoint after checking that this run can continue it."""
-    saved, config = checkpoint.load(path), cfg.to_dict()
+def _checked_position(
+    cfg: Config, model: BaseModel, path: Path, *, plan: Plan, data: Mapping[str, str | None]
+) -> tuple[int, int]:
+    """Return step and epoch of a checkpoint, after checking that this run can continue it."""
+    saved = checkpoint.load(path)
+    changed = _differences(saved.get("config", {}), cfg.to_dict())
     optimizer = build_optimizer(model.optimizer_groups(cfg.run.weight_decay, cfg.run.lr_layer_decay), cfg.run)
-    check_resumable(saved, path=path, plan=plan, optimizer=optimizer, data=data, config=config)
-    report_differences(saved, config, path=path)
+    _check_resumable(saved, changed, path, plan=plan, optimizer=optimizer, data=data)
+    _report_differences(changed, path)
     checkpoint.load_into(model, checkpoint.find_state_dict(saved, source=str(path)), source=path)
-    return RunState.from_dict(saved)
+    return saved["step"], saved["epoch"]
 
 
-def check_resumable(
+def _report_differences(changed: Differences, path: Path) -> None:
+    if changed:
+        logger.info(f"settings that differ from those that {path} was written with:")
+    for key, was, now in changed:
+        logger.info(f"{key}: {was} in the checkpoint, {now} now: {_consequence(key)}")
+
+
+def annotation_digests(sets: Mapping[str, SampleDataset]) -> dict[str, str | None]:
+    """Return a digest of each training set's annotation files, on every rank; None for a set that has no files.
+
+    Rank 0 reads the files, about a second per gigabyte.
+    """
+    return dist.on_main(lambda: {name: _digest(dataset) for name, dataset in sets.items()})
+
+
+def _verified_checkpoint(run: RunConfig, job_dir: Path) -> Path | None:
+    """Return the checkpoint to resume: `run.resume_ckpt_path`, or with `run.resume=auto` the job's newest whole one."""
+    if run.resume_ckpt_path:
+        return _verify(Path(run.resume_ckpt_path))
+    if run.resume != "auto":
+        return None
+    found = jobs.newest_checkpoint(job_dir.parent, job_id=job_dir.name)
+    if found is None:
+        logger.info(f"nothing to resume in {job_dir}: starting from the beginning")
+    return found
+
+
+def _verify(path: Path) -> Path:
+    if path.is_file():  # otherwise loading reports which files there are
+        integrity.verify(path)
+    return path
+
+
+def _check_resumable(
     saved: Mapping[str, Any],
-    *,
+    changed: Differences,
     path: Path,
+    *,
     plan: Plan,
     optimizer: torch.optim.Optimizer,
     data: Mapping[str, str | None],
-    config: Mapping[str, Any],
 ) -> None:
-    """Raise InputError, naming each reason and the way out, if this run cannot continue the checkpoint exactly."""
-    lost = [key for key in TRAINING_STATE if key not in saved]
-    if lost:
+    """Raise InputError, naming each reason and what to do, if this run cannot continue the checkpoint exactly."""
+    missing = [key for key in TRAINING_STATE if key not in saved]
+    if missing:
         raise InputError(
-            f"{path} holds no training state ({', '.join(lost)} missing): resume from a checkpoint_last.pth, "
+            f"{path} holds no training state ({', '.join(missing)} missing): resume from a checkpoint_last.pth, "
             "or start anew from these weights with model.pretrained or model.finetuned"
         )
-    differs = [*_plan_differences(saved, plan), *_data_differences(saved, data, path=path)]
+    differs = [*_plan_differences(saved["plan"], plan), *_data_differences(saved, data, path=path)]
     if differs:
         raise InputError(
-            f"{path} was written with {'; with '.join(differs)}: resume with the same data, sampling and "
-            "global batch (processes x run.batch_size_train), or start anew from its weights with model.pretrained"
+            f"{path} was written with {'; with '.join(differs)}: resume with the same data, sampling and global batch "
+            "(run.batch_size_train x processes x run.accum_grad_iters), or start anew from its weights with "
+            "model.pretrained"
         )
-    reasons = _model_differences(saved["optimizer"], optimizer)
-    if reasons:
-        changed = [f"{key}: {was} in the checkpoint, {now} now" for key, was, now in differences(saved, config)]
-        keys = [text for text in changed if text.startswith(("model.", "run.lr_layer_decay"))]
+    reason = _model_difference(saved["optimizer"], optimizer)
+    if reason:
+        keys = [f"{key}: {was} in the checkpoint, {now} now" for key, was, now in changed]
+        keys = [text for text in keys if text.startswith(("model.", "run.lr_layer_decay"))]
         hint = f" ({'; '.join(keys)})" if keys else ""
-        raise InputError(f"{path}: {'; '.join(reasons)}: resume with the same model{hint}")
+        raise InputError(f"{path}: {reason}: resume with the same model{hint}")
 
 
 def _plan_differences(saved: Mapping[str, Any], plan: Plan) -> Iterator[str]:
-    for key, what in (
-        ("inner", "iterations per (inner) epoch"),
-        ("global_batch", "samples an iteration"),
-        ("mixture", "as training sets"),
-    ):
-        was, now = saved["plan"].get(key), getattr(plan, key)
+    own = plan.to_dict()
+    for key, unit in MUST_STAY.items():
+        was, now = saved.get(key), own[key]
         if str(was) != str(now):  # as text, in which the order of the training sets counts too
-            yield f"{was} {what}, this run has {now}"
+            yield f"{was} {unit}, this run has {now}"
 
 
 def _data_differences(saved: Mapping[str, Any], data: Mapping[str, str | None], *, path: Path) -> Iterator[str]:
@@ -148,11 +191,11 @@ def _data_differences(saved: Mapping[str, Any], data: Mapping[str, str | None], 
             yield f"other annotations of {name!r} (digest {was}), this run's have the digest {digest}"
 
 
-def _model_differences(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> list[str]:
-    """Whether the optimizer's states fit the parameters: their names, group by group, and their shapes."""
+def _model_difference(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> str | None:
+    """Return how the optimizer's saved state does not fit the parameters: their names per group, and their shapes."""
     before, groups = saved["param_groups"], optimizer.param_groups
     if [group.get("names") for group in before] != [group.get("names") for group in groups]:
-        return ["the optimizer's parameter groups differ from this run's"]
+        return "the optimizer's parameter groups differ from this run's"
     wrong = []
     for was, now in zip(before, groups, strict=True):
         for index, name, parameter in zip(was["params"], now["names"], now["params"], strict=True):
@@ -160,37 +203,28 @@ def _model_differences(saved: Mapping[str, Any], optimizer: torch.optim.Optimize
             if moment is not None and moment.shape != parameter.shape:
                 wrong.append(f"{name} {tuple(moment.shape)} (now {tuple(parameter.shape)})")
     more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-    return [f"{len(wrong)} parameters have other shapes: {', '.join(wrong[:3])}{more}"] if wrong else []
+    return f"{len(wrong)} parameters have other shapes: {', '.join(wrong[:3])}{more}" if wrong else None
 
 
-def differences(saved: Mapping[str, Any], config: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Each setting that differs between the checkpoint's configuration and this run's: its key, what it was and is."""
-    before, now = dict(_flat(saved.get("config", {}))), dict(_flat(config))
+def _differences(saved: Mapping[str, Any], config: Mapping[str, Any]) -> Differences:
+    """Return the settings that differ between the checkpoint's configuration and this run's."""
+    before, now = dict(_flat(saved)), dict(_flat(config))
     keys = [*before, *(key for key in now if key not in before)]
-    pairs = [(key, before.get(key, _NOT_SET), now.get(key, _NOT_SET)) for key in keys if key not in _PLACES]
-    return [(key, was, is_) for key, was, is_ in pairs if was != is_ and {was, is_} != {_NOT_SET, "None"}]
-
-
-def report_differences(saved: Mapping[str, Any], config: Mapping[str, Any], *, path: Path) -> None:
-    """Log each setting that differs from the checkpoint's, one line each, and what becomes of it."""
-    found = differences(saved, config)
-    if found:
-        logger.info(f"settings that differ from those that {path} was written with:")
-    for key, was, now in found:
-        logger.info(f"{key}: {was} in the checkpoint, {now} now: {_consequence(key)}")
+    pairs = [(key, before.get(key, NOT_SET), now.get(key, NOT_SET)) for key in keys if key not in PLACES]
+    return [(key, was, is_) for key, was, is_ in pairs if was != is_ and {was, is_} != {NOT_SET, "None"}]
 
 
 def _consequence(key: str) -> str:
-    section, name = key.split(".")[:2] if "." in key else (key, "")
-    if section == "model" and name in _WEIGHTS:
+    section, _, rest = key.partition(".")
+    if section == "model" and rest.split(".")[0] in WEIGHTS:
         return "no effect, the weights are the checkpoint's"
     if section in ("imports", "expected"):
         return "no effect on the training"
-    return f"applied, {_FROM_HERE[key]}" if key in _FROM_HERE else "applied"
+    return "applied, the order of the data and its augmentation differ from here on" if key == "run.seed" else "applied"
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted keys and the text of their values, through nested mappings."""
+    """Yield dotted keys and the text of their values, through nested mappings."""
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
             yield from _flat(value, f"{prefix}{key}.")
@@ -198,26 +232,9 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]
             yield f"{prefix}{key}", str(value)
 
 
-def apply_hyperparameters(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Load an optimizer's state and keep this run's hyperparameters (betas, weight decay ...) instead of the saved."""
-    kept = ("params", "lr")  # the rate is set at each step
-    own = [{key: value for key, value in group.items() if key not in kept} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, settings in zip(optimizer.param_groups, own, strict=True):
-        group.update(settings)
-
-
-def annotation_digests(sets: Mapping[str, Dataset]) -> dict[str, str | None]:
-    """A digest of each training set's annotation files, on every rank; None for a set that has no files.
-
-    Rank 0 reads the files, about a second per gigabyte.
-    """
-    return dist.on_main(lambda: {name: _digest(dataset) for name, dataset in sets.items()})
-
-
-def _digest(dataset: Dataset) -> str | None:
-    parts = dataset.datasets if isinstance(dataset, ConcatDataset) else [dataset]
-    files = [Path(path) for part in parts for path in getattr(part, "annotation_paths", ())]
+def _digest(dataset: SampleDataset) -> str | None:
+    parts = dataset.splits if isinstance(dataset, JoinedSplits) else [dataset]
+    files = [path for part in parts if isinstance(part, BaseDataset) for path in part.annotation_paths]
     if not files or not all(path.is_file() for path in files):
         return None
     digest = hashlib.blake2b(digest_size=8)
@@ -227,21 +244,25 @@ def _digest(dataset: Dataset) -> str | None:
     return digest.hexdigest()
 
 
-def check_best(state: RunState, source: Path) -> None:
-    """Forget the best validation, with a warning, if its weights beside the resumed checkpoint are lost or damaged.
-
-    Must be entered by every rank; `source` is the checkpoint that is resumed.
+def _carry_over_best(state: TrainState, source: Path, target: Path) -> None:
+    """Copy the best weights beside the resumed checkpoint into the job's folder, or forget the best validation, with a
+    warning, if they are lost or damaged.
     """
     if state.best_metric is None:
         return
-    best = source.with_name(jobs.BEST)
-    reason = dist.on_main(lambda: _why_lost(best))
+    reason = dist.on_main(lambda: _why_lost(source))
     if reason is not None:
         logger.warning(
             f"{reason}: the best validation so far ({state.best_metric:.4g}) is forgotten, and the best weights are "
-            f"looked for anew from step {state.step} on; without a further validation the last weights are the best"
+            f"chosen anew from step {state.step} on; without a further validation the last weights are the best"
         )
         state.best_metric = state.best_epoch = None
+    elif source.resolve() != target.resolve():
+        if dist.is_main():
+            size = source.stat().st_size
+            with source.open("rb") as file:
+                checkpoint.atomic_write(target, functools.partial(shutil.copyfileobj, file), num_bytes=size)
+        dist.barrier()
 
 
 def _why_lost(path: Path) -> str | None:

@@ -1,72 +1,32 @@
-"""Which sample is in which batch: seeds, permutations, and how several datasets are mixed.
+"""Which sample is in which batch: permutations, and how several datasets are mixed.
 
-Everything is a pure function of (run.seed, step): the batch of a step depends neither on the number of workers, nor on
-the number of ranks (at the same global batch), nor on whether the run was stopped before. Nothing here draws from the
-global generators.
+Everything is a pure function of (run.seed, step), a step being an update by one global batch. A step's samples depend
+neither on the number of workers, nor on how its global batch is divided into ranks and accumulated batches, nor on
+whether the run was stopped before. Nothing here draws from the global generators.
 """
 
-import contextlib
-import hashlib
 import itertools
-import random
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from lavis_lite.common import dist
+from lavis_lite.common.config.run import RunConfig
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.registry import did_you_mean
+from lavis_lite.common.rng import hash_seed
 
 POWERS = {"size": 1.0, "sqrt": 0.5, "uniform": 0.0}
 """`run.train_dataset_sampling`: the power of a dataset's length to which its share is proportional."""
 
 
 class Key(NamedTuple):
-    """One draw: which dataset, which of its samples, and the seed of that sample's transforms."""
+    """One draw: a dataset, the position of a sample in it, and the seed of that sample's transforms."""
 
     dataset: str
-    index: int
+    position: int
     seed: int
-
-
-def hash_seed(*parts: object) -> int:
-    """63 bits from the text of `parts`; the same on every machine and in every process."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-def seed_everything(seed: int) -> None:
-    """Seeds the global generators of python, numpy and torch (CPU and CUDA)."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def seed_rank(seed: int, *, step: int = 0) -> None:
-    """Gives each rank its own stream (dropout must differ between ranks), from the run's seed and the step."""
-    seed_everything(hash_seed(seed, "rank", dist.rank(), step))
-
-
-def seed_sample(seed: int) -> None:
-    """Seeds the global CPU generators, cheaply: torch.manual_seed would also queue a call for CUDA each time."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)
-
-
-@contextlib.contextmanager
-def kept_rng() -> Iterator[None]:
-    """Gives the body the global CPU generators to seed as it likes and puts their states back afterwards."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
 
 
 def dataset_shares(
@@ -76,170 +36,168 @@ def dataset_shares(
     factors: Mapping[str, float] | None = None,
     ratios: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
-    """The probability that a step's batch comes from each dataset; they sum to 1.
+    """Return the probability that a step's batch comes from each dataset; they sum to 1.
 
     `ratios`, or else a power of the lengths (`POWERS`; the square root in InstructBLIP, section 2.4) times `factors`.
 
     Raises:
-        ValueError: `ratios` or `factors` do not fit the datasets, or leave none.
+        InputError: `ratios` or `factors` do not fit the datasets, or leave none.
     """
     for name in factors or {}:
         if name not in lengths:
-            text = f"run.train_dataset_factors names {name!r}, which is no training dataset"
-            raise InputError(f"{text}. {did_you_mean(name, lengths)}")
+            raise InputError(
+                f"run.train_dataset_factors: {name!r} is not a training dataset. {did_you_mean(name, lengths)}"
+            )
     if ratios and set(ratios) != set(lengths):
         raise InputError(
-            f"run.train_dataset_ratios names {sorted(ratios)}, but the training datasets are {sorted(lengths)}"
+            f"run.train_dataset_ratios: names {sorted(ratios)}, but the training datasets are {sorted(lengths)}"
         )
     own = ratios or {
-        name: max(length, 1) ** POWERS[sampling] * (factors or {}).get(name, 1.0)  # TrainSampler refuses an empty one
+        name: max(length, 1) ** POWERS[sampling] * (factors or {}).get(name, 1.0)  # the sampler refuses an empty one
         for name, length in lengths.items()
     }
     weights = np.array([own[name] for name in lengths], dtype=np.float64)
     if weights.min() < 0 or weights.sum() <= 0:
         setting = "ratios" if ratios else "factors"
         raise InputError(
-            f"run.train_dataset_{setting} must not be negative and not all 0: {dict(ratios or factors or {})}"
+            f"run.train_dataset_{setting}: must not be negative and not all 0, got {dict(ratios or factors or {})}"
         )
     return dict(zip(lengths, (weights / weights.sum()).tolist(), strict=True))
 
 
 class TrainSampler:
-    """An endless series of batches of `Key`s for one rank, from `start_step` on; each batch is from one dataset.
+    """An endless series of one rank's batches of `Key`s from `start_step` on.
 
-    One dataset is drawn per step by `shares`, the same on all ranks, from the hash of (seed, step).
-    A dataset's own epoch is a fresh permutation cut into global batches (the rest is dropped); rank r takes the r-th
-    slice of a global batch, so that W ranks with batch B gather, in this order, what one process with batch W*B sees.
+    A step is a global batch of `accumulate` batches on each of `world` ranks. Its samples are of one dataset, drawn by
+    `shares` from the hash of (seed, step), the same on all ranks; or, without shares, of all datasets as if they were
+    one, each by its length. A dataset's own epoch (or that of all) is a fresh permutation cut into global batches; the
+    rest, smaller than one, is dropped. Ranks and batches divide a global batch in order, so that all of them together
+    hold what one process without accumulation has in its batch.
 
     Raises:
-        ValueError: a dataset is smaller than the global batch.
+        InputError: a dataset (or all together) is smaller than the global batch.
     """
 
     def __init__(
         self,
         lengths: Mapping[str, int],
-        shares: Mapping[str, float],
+        shares: Mapping[str, float] | None,
         *,
         batch_size: int,
         seed: int,
         rank: int = 0,
         world: int = 1,
+        accumulate: int = 1,
     ) -> None:
-        self.lengths, self.shares = dict(lengths), {name: shares[name] for name in lengths}
-        self.batch_size, self.seed, self.rank = batch_size, seed, rank
-        self.global_batch = batch_size * world
-        self._check_lengths(world)
-        self.names = list(self.lengths)
+        self.lengths, self.names, self.is_concat = dict(lengths), list(lengths), shares is None
+        total = sum(self.lengths.values())
+        shares = shares or {name: length / max(total, 1) for name, length in lengths.items()}
+        self.shares = {name: shares[name] for name in self.names}
+        self.seed, self.rank, self.start_step = seed, rank, 0
+        self.division = (accumulate, world, batch_size)
+        self.batch_size, self.global_batch = batch_size, batch_size * world * accumulate
+        self.steps_per_epoch = total // self.global_batch
+        self.groups = {"": self.names} if self.is_concat else {name: [name] for name in self.names}
+        """What is permuted as a whole: one dataset, or all (no dataset has an empty name)."""
+        self._check_lengths()
+        self.ends = {group: np.cumsum([self.lengths[name] for name in names]) for group, names in self.groups.items()}
         self.bounds = np.cumsum(list(self.shares.values()))
-        self.start_step = 0
-        self._orders: dict[str, tuple[int, np.ndarray]] = {}  # each dataset's present epoch and its order
+        self._orders: dict[str, tuple[int, np.ndarray]] = {}  # each group's present epoch and its order
 
     def __iter__(self) -> Iterator[list[Key]]:
-        draws = dict.fromkeys(self.names, 0)
-        step = 0
-        while True:
-            name = self.dataset_at(step)
+        draws = dict.fromkeys(self.groups, 0)
+        for step in itertools.count():
+            group = self._group_at(step)
             if step >= self.start_step:
-                yield self._keys(name, draws[name])
-            draws[name] += 1
-            step += 1
+                epoch, position = divmod(draws[group], int(self.ends[group][-1]) // self.global_batch)
+                start = position * self.global_batch
+                numbers = self._order(group, epoch)[start : start + self.global_batch]
+                for batch in numbers.reshape(self.division)[:, self.rank]:
+                    yield self._keys(group, epoch, batch)
+            draws[group] += 1
+
+    @property
+    def draws_datasets(self) -> bool:
+        """Whether each step's samples are of one dataset out of several."""
+        return len(self.names) > 1 and not self.is_concat
 
     def dataset_at(self, step: int) -> str:
-        """The name of the dataset that the batch of `step` comes from."""
-        if len(self.names) == 1:
-            return self.names[0]
+        """Return the name of the dataset that is drawn for `step`."""
         uniform = hash_seed(self.seed, "mix", step) / 2**63
         return self.names[min(int(np.searchsorted(self.bounds, uniform, side="right")), len(self.names) - 1)]
 
-    def describe(self) -> dict[str, Any]:
-        """What must stay for a resumed run to see the same data, under the names of `Plan`."""
-        mixture = {name: f"{length} samples, share {self.shares[name]:.6g}" for name, length in self.lengths.items()}
-        return {"global_batch": self.global_batch, "mixture": mixture}
-
-    def _check_lengths(self, world: int) -> None:
-        for name, length in self.lengths.items():
-            if length < self.global_batch:
-                others = ", or set run.train_dataset_mixing: concat" if len(self.lengths) > 1 else ""
-                raise InputError(
-                    f"dataset {name!r} has {length} training samples, fewer than a global batch of {self.global_batch} "
-                    f"({self.batch_size} on each of {world} processes): lower run.batch_size_train{others}"
-                )
-
-    def _keys(self, name: str, draw: int) -> list[Key]:
-        epoch, position = divmod(draw, self.lengths[name] // self.global_batch)
-        chosen = self._share(self._order(name, epoch, self.lengths[name]), position).tolist()
-        return [Key(name, index, hash_seed(self.seed, epoch, name, index)) for index in chosen]
-
-    def _share(self, order: np.ndarray, position: int) -> np.ndarray:
-        """Return this rank's slice of the global batch at `position` of an epoch's order."""
-        first = position * self.global_batch + self.rank * self.batch_size
-        return order[first : first + self.batch_size]
-
-    def _order(self, name: str, epoch: int, length: int) -> np.ndarray:
-        known = self._orders.get(name)
-        if known is None or known[0] != epoch:
-            generator = np.random.Generator(np.random.PCG64(hash_seed(self.seed, "order", name, epoch)))
-            known = self._orders[name] = (epoch, generator.permutation(length))
-        return known[1]
-
-
-class ConcatSampler(TrainSampler):
-    """An endless series of batches of `Key`s for one rank, in which the samples of all datasets are mixed.
-
-    An epoch is one permutation of all datasets' samples, cut into global batches (the rest is dropped). A dataset may
-    be smaller than a global batch, all together may not.
-    """
-
-    def __init__(
-        self, lengths: Mapping[str, int], *, batch_size: int, seed: int, rank: int = 0, world: int = 1
-    ) -> None:
-        total = max(sum(lengths.values()), 1)
-        shares = {name: length / total for name, length in lengths.items()}
-        super().__init__(lengths, shares, batch_size=batch_size, seed=seed, rank=rank, world=world)
-        self.ends = np.cumsum(list(self.lengths.values()))  # of each dataset among all samples
-        self.steps_per_epoch = int(self.ends[-1]) // self.global_batch
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        for step in itertools.count(self.start_step):
-            epoch, position = divmod(step, self.steps_per_epoch)
-            numbers = self._share(self._epoch_order(epoch), position)
-            owners = self._owners(numbers)
-            indices = numbers - (self.ends - list(self.lengths.values()))[owners]
-            named = zip((self.names[owner] for owner in owners), indices.tolist(), strict=True)
-            yield [Key(name, index, hash_seed(self.seed, epoch, name, index)) for name, index in named]
-
-    def samples_between(self, first: int, end: int) -> dict[str, int]:
-        """Return how many samples of each dataset all ranks together see in the steps from `first` to before `end`."""
+    def counts_between(self, first: int, end: int) -> dict[str, int]:
+        """Return what each dataset gives in the steps from `first` to before `end`: global batches, or samples where
+        all are mixed.
+        """
         found: Counter[str] = Counter(dict.fromkeys(self.names, 0))
-        while first < end:
+        if not self.is_concat:
+            found.update(map(self.dataset_at, range(first, end)))
+        while self.is_concat and first < end:
             epoch, position = divmod(first, self.steps_per_epoch)
             num_steps = min(end - first, self.steps_per_epoch - position)
             start = position * self.global_batch
-            numbers = self._epoch_order(epoch)[start : start + num_steps * self.global_batch]
-            counts = np.bincount(self._owners(numbers), minlength=len(self.names))
+            numbers = self._order("", epoch)[start : start + num_steps * self.global_batch]
+            counts = np.bincount(self._owners("", numbers), minlength=len(self.names))
             found.update(dict(zip(self.names, counts.tolist(), strict=True)))
             first += num_steps
         return dict(found)
 
-    def describe(self) -> dict[str, Any]:
-        """What must stay for a resumed run to see the same data, under the names of `Plan`."""
-        mixture = {name: f"{length} samples, concat" for name, length in self.lengths.items()}
-        return {"global_batch": self.global_batch, "mixture": mixture}
+    @property
+    def mixture(self) -> dict[str, str]:
+        """Each dataset's length and share, in words; both must stay for a resumed run to draw the same samples."""
+        shares = {name: "concat" if self.is_concat else f"share {share:.6g}" for name, share in self.shares.items()}
+        return {name: f"{length} samples, {shares[name]}" for name, length in self.lengths.items()}
 
-    def _check_lengths(self, world: int) -> None:
-        for name, length in self.lengths.items():
-            if not length:
-                raise InputError(f"dataset {name!r} has no training samples: leave it out, or check its annotations")
-        total = sum(self.lengths.values())
-        if total < self.global_batch:
-            raise InputError(
-                f"the {len(self.lengths)} datasets have {total} training samples together, fewer than a global batch "
-                f"of {self.global_batch} ({self.batch_size} on each of {world} processes): lower run.batch_size_train"
-            )
+    def _check_lengths(self) -> None:
+        accumulate, world, batch_size = self.division
+        for group, names in self.groups.items():
+            total = sum(self.lengths[name] for name in names)
+            if empty := [name for name in names if not self.lengths[name]]:
+                raise InputError(f"dataset {empty[0]!r} has no training samples; leave it out or check its annotations")
+            if total < self.global_batch:
+                owner = f"dataset {group!r} has" if group else f"the {len(names)} datasets together have"
+                accumulated = f" x {accumulate} accumulated batches" if accumulate > 1 else ""
+                mixed = ", or set run.train_dataset_mixing: concat" if len(self.groups) > 1 else ""
+                raise InputError(
+                    f"{owner} {total} training samples, fewer than a global batch of {self.global_batch} ({batch_size} "
+                    f"on each of {world} processes{accumulated}); lower run.batch_size_train{mixed}"
+                )
 
-    def _epoch_order(self, epoch: int) -> np.ndarray:
-        return self._order("", epoch, int(self.ends[-1]))  # no dataset has an empty name
+    def _group_at(self, step: int) -> str:
+        return next(iter(self.groups)) if len(self.groups) == 1 else self.dataset_at(step)
 
-    def _owners(self, numbers: np.ndarray) -> np.ndarray:
-        """Return the position of the dataset that each of all samples' numbers belongs to."""
-        return np.searchsorted(self.ends, numbers, side="right")
+    def _order(self, group: str, epoch: int) -> np.ndarray:
+        known = self._orders.get(group)
+        if known is None or known[0] != epoch:
+            generator = np.random.Generator(np.random.PCG64(hash_seed(self.seed, "order", group, epoch)))
+            known = self._orders[group] = (epoch, generator.permutation(int(self.ends[group][-1])))
+        return known[1]
+
+    def _owners(self, group: str, numbers: np.ndarray) -> np.ndarray:
+        """Return the position in the group of the dataset that each of all its samples' numbers belongs to."""
+        return np.searchsorted(self.ends[group], numbers, side="right")
+
+    def _keys(self, group: str, epoch: int, numbers: np.ndarray) -> list[Key]:
+        keys, ends = [], self.ends[group]
+        for owner, number in zip(self._owners(group, numbers).tolist(), numbers.tolist(), strict=True):
+            name = self.groups[group][owner]
+            index = number - (int(ends[owner]) - self.lengths[name])
+            keys.append(Key(name, index, hash_seed(self.seed, epoch, name, index)))
+        return keys
+
+
+def make_sampler(run: RunConfig, lengths: Mapping[str, int], *, rank: int = 0, world: int = 1) -> TrainSampler:
+    """Return the sampler of a run over training datasets of these lengths, by name.
+
+    Raises:
+        InputError: there is no dataset, one is smaller than a global batch, or shares do not fit the datasets.
+    """
+    if not lengths:
+        raise InputError("no dataset to train on: run.train_splits and the datasets section have no split in common")
+    shares = None
+    if len(lengths) == 1 or run.mixing == "per_step":
+        sampling, factors, ratios = run.train_dataset_sampling, run.train_dataset_factors, run.train_dataset_ratios
+        shares = dataset_shares(lengths, sampling=sampling, factors=factors, ratios=ratios)
+    sizes = {"batch_size": run.batch_size_train, "accumulate": run.accum_grad_iters, "seed": run.seed}
+    return TrainSampler(lengths, shares, **sizes, rank=rank, world=world)

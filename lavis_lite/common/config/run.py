@@ -52,14 +52,14 @@ def is_plain_name(name: str) -> bool:
 class RunConfig:
     """Settings of one run, for every task.
 
-    A step is an iteration, one batch on every process, as in LAVIS: with accumulation the optimizer moves every
-    `accum_grad_iters` of them. An epoch is a pass over the training sets.
+    A step is an update of the weights by one global batch: `batch_size_train` x processes x `accum_grad_iters` samples.
+    An epoch is one pass over the training sets.
     """
 
     task: str
     """Registered name of the task."""
     runner: str = "runner_base"
-    """`runner_base` counts epochs, `runner_iter` iterations."""
+    """`runner_base` counts epochs, `runner_iter` steps."""
 
     lr_sched: str = "linear_warmup_cosine_lr"
     lr_sched_per_epoch: bool = False
@@ -79,7 +79,10 @@ class RunConfig:
     beta2: float = 0.999
     grad_clip_norm: float | None = None
     accum_grad_iters: int = 1
-    """Batches summed up into one optimizer step."""
+    """Batches on each process whose gradients make up one step."""
+    loss_average: Literal["batches", "tokens"] = "batches"
+    """Over all batches of a step, on all processes: the mean of their losses, or of a language model's loss over all
+    their labels."""
 
     max_epoch: int = 1
     max_iters: int | None = None

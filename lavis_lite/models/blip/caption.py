@@ -36,6 +36,7 @@ class BlipCaption(BlipBase):
 
     prompt_begins_captions = True
     generation: ClassVar[GenerationConfig] = GenerationConfig(num_beams=3, max_length=30, min_length=10)
+    reports_num_labels = True
 
     def __init__(self, *, prompt: str | None = "a picture of ", max_txt_len: int = 40, **parts: Any) -> None:
         super().__init__(max_txt_len=max_txt_len, **parts)
@@ -53,7 +54,9 @@ class BlipCaption(BlipBase):
         labels = self.caption_labels(ids, texts).to(self.device)
         context = self.text_decoder.bert.project_kv(self.visual_encoder(image))
         logits, _ = self.text_decoder(ids.to(self.device), mask.to(self.device), context=context)
-        return training_output(lm=language_modeling_loss(logits, labels))
+        output = training_output(lm=language_modeling_loss(logits, labels))
+        output["num_labels"] = (labels[:, 1:] != IGNORED).sum()
+        return output
 
     def caption_labels(self, ids: Tensor, texts: Sequence[str]) -> Tensor:
         """Return labels of the texts' ids (B,T), both on the CPU: `[DEC]` and, where a text begins with it, the prompt

@@ -21,6 +21,7 @@ from lavis_lite.common.bounds import (
     check_numbers,
 )
 from lavis_lite.common.errors import InputError
+from lavis_lite.common.precision import PRECISIONS
 from lavis_lite.common.sources import weights
 from lavis_lite.common.sources.download import is_weight_file
 from lavis_lite.common.sources.weights import LazyState
@@ -48,7 +49,6 @@ from lavis_lite.nn.encoders import (
 from lavis_lite.nn.qformer import QFormer, QFormerConfig
 from lavis_lite.nn.vision import encoder_scale
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RANDOM = "random"
 DEFAULT_VIT = "eva_clip_g"
 TEXT_PARTS = (

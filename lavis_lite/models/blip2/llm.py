@@ -55,6 +55,7 @@ from lavis_lite.nn.decoding import Decoded, DecodingConfig, GenerationConfig, Sc
 from lavis_lite.nn.llm import LLMAdapter
 from lavis_lite.nn.llm_loading import check_language_model, load_language_model
 from lavis_lite.nn.llm_sources import has_weights, language_model_config
+from lavis_lite.nn.losses import IGNORED
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ class Blip2LLM(Blip2Base):
 
     hf = Blip2LLMAdapter()
     prompt_begins_captions = True
+    reports_num_labels = True
     takes_video: ClassVar[bool] = True
     family: ClassVar[LLMFamily]
     generation: ClassVar[GenerationConfig]
@@ -244,6 +246,8 @@ class Blip2LLM(Blip2Base):
 
     # Training
 
+    reports_num_labels = True
+
     def forward(self, samples: dict[str, Any]) -> Output:
         """Return the language-model loss of `text_output` given `image` and `text_input`, or of `text_input`, a
         caption.
@@ -259,10 +263,11 @@ class Blip2LLM(Blip2Base):
         else:
             prompts = [self.prompt] * count
             batch = self.llm_tokenizer.caption_batch(texts_of(samples, count), self.prompt)
+        num_labels = (batch.labels != IGNORED).sum()
         ids, mask, labels = (tensor.to(self.device) for tensor in batch)
         inputs = self.concat_embeds(self.image_embeds(samples, prompts), ids, mask)
         loss = self.lm.loss(*inputs, labels)
-        return Output({"loss": loss, "loss_lm": loss.detach()})
+        return Output({"loss": loss, "loss_lm": loss.detach(), "num_labels": num_labels.to(self.device)})
 
     # Generation
 

@@ -202,7 +202,7 @@ def _enter(main: Any, argv: list[str], options: Sequence[str]) -> int:
         main([*argv, "--options", *options] if options else argv)
     except SystemExit as end:
         return int(end.code or 0)
-    raise AssertionError("the door did not end the process")
+    raise AssertionError("the entry point did not end the process")
 
 
 def process(script: str, *argv: str, world: int = 0, **environment: str) -> subprocess.Popen[str]:

@@ -1,0 +1,105 @@
+"""The dry run: all checks of a run and its figures, without a step."""
+
+from typing import Any
+
+import torch
+
+from lavis_lite.cli import preflight
+from lavis_lite.common import dist
+from lavis_lite.common.config import trained as trained_config
+from lavis_lite.common.config.config import Config
+from lavis_lite.common.config.sections import MODEL_KEYS
+from lavis_lite.common.errors import InputError
+from lavis_lite.common.optim import build_schedule
+from lavis_lite.common.registry import registry
+from lavis_lite.datasets.base import BaseDataset
+from lavis_lite.models.base import BaseModel, starting_points
+from lavis_lite.runners.loaders import Datasets
+from lavis_lite.runners.plan import Plan
+from lavis_lite.runners.resume import resume_line
+
+
+def dry_run(cfg: Config) -> None:
+    """Print the merged configuration, parameter and sample counts, and where the run would resume; the model is built
+    on the meta device.
+    """
+    dist.init("cpu")  # nothing is computed, so this machine need not have the run's device
+    try:
+        task = registry.get_task_class(cfg.run.task)(**cfg.task)
+        preflight.check_task(cfg, task)
+        model = build_without_weights(cfg.model)
+        if start := starting_points(cfg.model):
+            model.check_start(**start)
+        datasets = task.build_datasets(cfg)
+        found = preflight.check_data(cfg, task, datasets)
+        preflight.check_model(cfg, task, model, datasets, found)
+        is_there = cfg.run.resume_ckpt_path and "run.resume_ckpt_path" not in dict(preflight.missing_weights(cfg))
+        resumed = []
+        if found.plan is not None and (cfg.run.resume or is_there):
+            resumed.append(resume_line(cfg, model, datasets, found.plan))
+        if dist.is_main():
+            print("\n".join([*report(cfg, model, datasets, found), *resumed]))
+    finally:
+        dist.shutdown()
+
+
+def build_without_weights(section: dict[str, Any]) -> BaseModel:
+    """Return the model of a `model` section on the meta device: shapes and names, no memory, no weight file read."""
+    arguments = {key: value for key, value in section.items() if key not in MODEL_KEYS}
+    with torch.device("meta"), trained_config.fitting_adapters(section, section.get("checkpoint")):
+        return registry.get_model_class(section["arch"])(**arguments)
+
+
+def report(cfg: Config, model: BaseModel, datasets: Datasets, found: preflight.DataReport) -> list[str]:
+    """Return the dry run's lines."""
+    lines = ["# the merged configuration", cfg.to_yaml().rstrip(), ""]
+    lines += ["# dry run: no step was run, no weights were read"]
+    lines += [f"model       {cfg.model['arch']} {cfg.model['model_type'] or ''}".rstrip()]
+    lines += [f"parameters  {parameter_counts(model)}"]
+    for name, splits in datasets.items():
+        lines += [f"samples     {name}/{split}: {len(dataset):,}" for split, dataset in splits.items()]
+    if found.plan is not None:
+        lines += plan_lines(cfg, found.plan, found.left_out)
+    lines += file_lines(cfg, found.splits, datasets)
+    for key, path in preflight.missing_weights(cfg):
+        lines.append(f"weights     not found: {path} ({key}); without it the run ends at its start")
+    try:
+        preflight.check_device(cfg)
+        return [*lines, f"device      {dist.resolve_device(cfg.run.device)}"]
+    except InputError as error:
+        return [*lines, f"device      not checked on this machine: {error}"]
+
+
+def parameter_counts(model: BaseModel) -> str:
+    """Return in words how many parameters a model has, and how many are trainable."""
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    trainable = sum(count for count, is_trainable in counts if is_trainable)
+    return f"{sum(count for count, _ in counts):,} in all, {trainable:,} trainable"
+
+
+def plan_lines(cfg: Config, plan: Plan, left_out: dict[str, list[str]]) -> list[str]:
+    """Return each training set's share, if there are several, and how many steps the run takes."""
+    build_schedule(cfg.run, max_epoch=plan.num_epochs, iters_per_epoch=plan.inner, total_steps=plan.total)  # may warn
+    lines = []
+    if len(plan.shares) > 1:
+        of = "samples" if plan.is_concat else "steps"
+        lines += [f"share       {name}: {share:.2%} of the {of}" for name, share in plan.shares.items()]
+    lines += [f"left out    {key}, which {', '.join(names)} lacks" for key, names in left_out.items()]
+    batch = f"{plan.global_batch:,} samples per step"
+    if cfg.run.accum_grad_iters > 1:
+        batch += f", accumulated from {cfg.run.accum_grad_iters} batches on each process"
+    return [*lines, f"steps       {plan.steps_per_epoch:,} per epoch, {plan.total:,} in all ({batch})"]
+
+
+def file_lines(cfg: Config, splits: list[preflight.SplitReport], datasets: Datasets) -> list[str]:
+    """Return for each split the files that were found, and how many records repeat an earlier one."""
+    trained = {f"{name}/{split}" for name in cfg.datasets for split in cfg.run.train_splits}
+    trained_on = set().union(*(split.files for split in splits if split.where in trained))
+    lines = []
+    for split in splits:
+        name, _, key = split.where.rpartition("/")
+        dataset = datasets[name][key]
+        records = dataset.annotation if isinstance(dataset, BaseDataset) else []
+        others = set() if split.where in trained else trained_on
+        lines.append(split.line(others, num_repeated=preflight.num_repeated(records)))
+    return lines

@@ -1,0 +1,30 @@
+"""Precisions by name, and the autocast that a run computes in."""
+
+import torch
+
+from lavis_lite.common.errors import InputError
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_precision(name: str, device: torch.device) -> torch.dtype:
+    """Return the autocast type that `run.precision` names. `auto`: fp32 on a CPU; on a GPU bf16 where it has it, else
+    fp16.
+
+    Raises:
+        InputError: an unknown name, or fp16 on a CPU.
+    """
+    if name == "auto":
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "fp32" if device.type != "cuda" else "bf16" if has_bf16 else "fp16"
+    if name not in PRECISIONS:
+        raise InputError(f"run.precision: {name!r} is unknown; use auto, {', '.join(PRECISIONS)}")
+    if name == "fp16" and device.type == "cpu":
+        raise InputError("run.precision: fp16 needs a GPU; use bf16 or fp32 (or auto) on a CPU")
+    return PRECISIONS[name]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Return the context in which a forward pass computes in `dtype`; that of float32 does nothing."""
+    enabled = dtype != torch.float32
+    return torch.autocast(device.type, dtype=dtype if enabled else torch.bfloat16, enabled=enabled)

@@ -1,0 +1,226 @@
+"""The training loop: steps, log lines, checkpoints and validations in the order in which they happen.
+
+A step is an update of the weights by one global batch, which `run.accum_grad_iters` batches on each rank make up.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from lavis_lite.common import dist
+from lavis_lite.common.config.run import RunConfig
+from lavis_lite.common.errors import InputError, NonFiniteLoss, UnknownNameError
+from lavis_lite.common.optim import Schedule, set_lr
+from lavis_lite.common.precision import autocast
+from lavis_lite.runners.learning import learning_metrics
+from lavis_lite.runners.loaders import to_device
+from lavis_lite.runners.plan import Plan
+from lavis_lite.runners.progress import Progress
+from lavis_lite.runners.stopping import Stopped, StopSignals
+from lavis_lite.runners.train_state import TrainState
+from lavis_lite.tasks.base import BaseTask
+
+REMEDY = (
+    "The checkpoints on disk predate it. "
+    "Try a lower run.init_lr, run.grad_clip_norm=1.0, a longer run.warmup_steps, or run.precision=bf16 or fp32"
+)
+
+
+class FiniteGuard:
+    """Stops a run at its first loss that is nan or infinite.
+
+    On an accelerator the first such step is noted on the device and read only in `check`, so that nothing waits between
+    two log lines. On a CPU every `update` checks.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.first_bad: torch.Tensor | None = None  # [step, learning rate, *losses] of the first such step, else zeros
+
+    def update(self, step: int, lr: float, losses: Mapping[str, torch.Tensor]) -> None:
+        """Note the losses of `step` (0-based) if they are the first that are not finite."""
+        values = torch.stack([loss.detach().double().reshape(()) for loss in losses.values()])
+        self.names = list(losses)
+        row = torch.cat([values.new_tensor([step + 1, lr]), values])
+        known = row.new_zeros(row.shape) if self.first_bad is None else self.first_bad
+        is_new = (known[0] == 0) & ~torch.isfinite(losses["loss"].detach())
+        self.first_bad = torch.where(is_new, row, known)
+        if row.device.type == "cpu":
+            self.check()
+
+    def check(self) -> None:
+        """Raise NonFiniteLoss if any loss so far was not finite; it names step, losses and learning rate."""
+        if self.first_bad is None:
+            return
+        step, lr, *values = self.first_bad.tolist()
+        if step == 0:
+            return
+        losses = ", ".join(f"{name} {value:g}" for name, value in zip(self.names, values, strict=True))
+        raise NonFiniteLoss(f"the loss is not finite at step {int(step)}: {losses}; learning rate {lr:g}. {REMEDY}")
+
+    def check_weights(self, parameters: Iterable[torch.Tensor], *, step: int) -> None:
+        """Raise NonFiniteLoss if a weight is not finite after `step` steps: a gradient may be nan at a finite loss."""
+        if not torch.stack([torch.isfinite(parameter.detach()).all() for parameter in parameters]).all():
+            raise NonFiniteLoss(
+                f"weights are not finite after step {step}: at a finite loss, a gradient was not. {REMEDY}"
+            )
+
+
+class MeanOfBatches:
+    """`run.loss_average: batches`: a step's loss is the mean of its batches' losses, over all ranks."""
+
+    def __init__(self, accumulate: int) -> None:
+        self.accumulate = accumulate
+
+    def weigh(self, loss: torch.Tensor, output: Mapping[str, Any]) -> torch.Tensor:
+        """Return a batch's part of the step's loss; the gradients of the parts add up."""
+        return loss / self.accumulate
+
+    def rescale(self, state: TrainState) -> None:
+        """Divide the summed gradients by what was known only after the last batch: nothing here."""
+
+
+class MeanOfTokens(MeanOfBatches):
+    """`run.loss_average: tokens`: a step's loss is the mean over all labels of its batches, over all ranks."""
+
+    def __init__(self, accumulate: int) -> None:
+        super().__init__(accumulate)
+        self.num_labels: torch.Tensor | float = 0.0
+
+    def weigh(self, loss: torch.Tensor, output: Mapping[str, Any]) -> torch.Tensor:
+        if "num_labels" not in output:
+            raise InputError("run.loss_average: the model reports no num_labels for tokens; set it to batches")
+        self.num_labels = self.num_labels + output["num_labels"].double()
+        return loss * output["num_labels"]
+
+    def rescale(self, state: TrainState) -> None:
+        per_rank = dist.all_reduce_mean(torch.as_tensor(self.num_labels))  # gradients are means over the ranks
+        gradients = [parameter.grad for parameter in state.parameters if parameter.grad is not None]
+        torch._foreach_mul_(gradients, per_rank.reciprocal().float())
+        self.num_labels = 0.0
+
+
+LOSS_AVERAGES = {"batches": MeanOfBatches, "tokens": MeanOfTokens}
+
+
+@dataclass(kw_only=True)
+class Training:
+    """The parts of a training, built before its first step."""
+
+    run: RunConfig
+    task: BaseTask
+    plan: Plan
+    state: TrainState
+    schedule: Schedule
+    dtype: torch.dtype
+    parallel: nn.Module
+    """The model as training calls it: in DistributedDataParallel where there are several ranks."""
+    no_sync: Callable[[], contextlib.AbstractContextManager[None]]
+    """The context in which gradients stay on their rank."""
+    ranks: dist.Lockstep
+    progress: Progress
+    stop: StopSignals
+    guard: FiniteGuard = field(default_factory=FiniteGuard)
+
+
+def train_loop(training: Training, *, save: Callable[[], None], validate: Callable[[int], None]) -> None:
+    """Train from the state's position to the plan's end.
+
+    `save` writes a checkpoint, `validate` evaluates after an (inner) epoch, which it is given.
+
+    Raises:
+        Stopped: any rank was asked to stop; all have finished the same step, and it is saved.
+        NonFiniteLoss: a loss or a weight is not finite.
+    """
+    run, plan, state, ranks = training.run, training.plan, training.state, training.ranks
+    average = LOSS_AVERAGES[run.loss_average](run.accum_grad_iters)
+    with contextlib.closing(iter(state.loader)) as batches, training.stop.deferred():
+        for epoch in range(state.epoch, plan.num_epochs):
+            first, end = plan.bounds(epoch)
+            start = state.step
+            state.model.train()
+            with training.progress.epoch(epoch, plan, step=state.step), ranks:
+                for step in range(start, end):
+                    lr = training.schedule.lr_at(step)
+                    set_lr(state.optimizer, lr)
+                    for remaining in reversed(range(run.accum_grad_iters)):
+                        samples = to_device(next(batches), state.device)
+                        samples.update(epoch=epoch, iters=step - first, num_iters_per_epoch=plan.inner)
+                        with training.no_sync() if remaining else contextlib.nullcontext():
+                            with autocast(state.device, training.dtype):
+                                output = training.task.train_step(training.parallel, samples)
+                            losses = _losses(output)
+                            training.guard.update(step, lr, losses)
+                            state.scaler.scale(average.weigh(losses["loss"], output)).backward()
+                        state.metrics.update(**losses, **learning_metrics(output))
+                        if state.loader.sampler.draws_datasets:
+                            state.by_dataset.update(**{state.loader.sampler.dataset_at(step): losses["loss"]})
+                    average.rescale(state)
+                    _update_weights(state, clip=run.grad_clip_norm)
+                    state.step = step + 1
+                    training.progress.advance()
+                    if state.step % run.log_freq == 0 or state.step == end:
+                        _log(training, epoch, lr)
+                    signum = ranks.largest(training.stop.signum or 0)
+                    is_due = run.checkpoint_every and state.step % run.checkpoint_every == 0 and state.step < end
+                    if is_due or signum:
+                        with ranks.paused():
+                            save()
+                    if signum:
+                        raise Stopped(signum)
+            if start < end:  # else a resumed run only validates
+                _log_datasets(training, first, end, epoch=epoch)
+            if run.valid_splits:
+                save()  # validation may be long, and the epoch should not be lost with it
+                with training.stop.at_once():
+                    validate(epoch)
+            state.epoch = epoch + 1
+            save()
+
+
+def _losses(output: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    if "loss" not in output:
+        raise UnknownNameError(f"train_step returned no 'loss': found {sorted(output)}")
+    return {name: value for name, value in output.items() if name.startswith("loss") and torch.is_tensor(value)}
+
+
+def _update_weights(state: TrainState, *, clip: float | None) -> None:
+    if clip is not None:
+        state.scaler.unscale_(state.optimizer)
+        norm = nn.utils.clip_grad_norm_(state.parameters, clip)
+        if not state.scaler.is_enabled():  # the scaler's overflow steps have infinite norms
+            state.metrics.update(grad_norm=norm)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+
+
+def _log(training: Training, epoch: int, lr: float) -> None:
+    state = training.state
+    training.guard.check()
+    values: dict[str, float] = {"lr": lr, **state.metrics.drain()}
+    if training.run.max_unreadable_share > 0:
+        values["unreadable"] = state.loader.unreadable
+    if state.device.type == "cuda":
+        values["max_memory_gb"] = torch.cuda.max_memory_allocated(state.device) / 2**30
+    state.watch.update(training.progress.report(state.step, epoch, values, plan=training.plan))
+
+
+def _log_datasets(training: Training, first: int, end: int, *, epoch: int) -> None:
+    """Report each training set's part in an epoch: its batches and their mean loss, or its samples where batches mix
+    several sets and have one loss.
+    """
+    state, sampler = training.state, training.state.loader.sampler
+    if len(sampler.names) == 1:
+        return
+    counts = sampler.counts_between(first, end)
+    means = state.by_dataset.drain()
+    parts: dict[str, dict[str, float | None]] = {
+        name: {"samples": count} if sampler.is_concat else {"batches": count, "loss": means.get(name)}
+        for name, count in counts.items()
+    }
+    training.progress.report_datasets(parts, step=state.step, epoch=epoch)

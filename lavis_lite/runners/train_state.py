@@ -1,0 +1,99 @@
+"""Everything that a training changes, as it is saved and restored, so that a resumed run continues exactly."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lavis_lite.common import checkpoint, dist
+from lavis_lite.common.logger import MetricLogger
+from lavis_lite.common.rng import restore_rng_state, rng_state, seed_rank
+from lavis_lite.models.base import BaseModel
+from lavis_lite.runners.learning import LearningWatch
+from lavis_lite.runners.loaders import TrainLoader
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """Model, optimizer, position and running means of a training. `step` and `epoch` count what is done: updates, and
+    (inner) epochs with their validation.
+    """
+
+    model: BaseModel
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    loader: TrainLoader
+    watch: LearningWatch
+    device: torch.device
+    metrics: MetricLogger = field(default_factory=MetricLogger)
+    by_dataset: MetricLogger = field(default_factory=MetricLogger)
+    """The mean loss of each training set, where each step's samples are of one."""
+    step: int = 0
+    epoch: int = 0
+    best_metric: float | None = None
+    best_epoch: int | None = None
+
+    @property
+    def position(self) -> dict[str, Any]:
+        """What a checkpoint says of the progress: `step`, `epoch`, and the best validation so far."""
+        return {"step": self.step, "epoch": self.epoch, "best": {"metric": self.best_metric, "epoch": self.best_epoch}}
+
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        """The parameters that the optimizer updates."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def save(self) -> dict[str, Any]:
+        """Return the state in types that a `weights_only` load accepts; every rank must call it."""
+        rank = {"rng": rng_state(self.device), "seen": self.loader.seen, "unreadable": self.loader.unreadable}
+        return {
+            "model": self.model.checkpoint_state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            **self.position,
+            "metrics": [self.metrics.state_dict(), self.by_dataset.state_dict()],
+            "learning": self.watch.state_dict(),
+            "ranks": dist.gather_objects([rank]),
+        }
+
+    def restore(self, saved: Mapping[str, Any], *, seed: int, source: Path) -> None:
+        """Take up what `save` returned and `source` holds; hyperparameters stay this run's."""
+        checkpoint.load_into(self.model, checkpoint.find_state_dict(saved, source=str(source)), source=source)
+        apply_hyperparameters(self.optimizer, saved["optimizer"])
+        if saved["scaler"]:  # empty if the checkpoint's precision needed none
+            self.scaler.load_state_dict(saved["scaler"])
+        self.step, self.epoch = saved["step"], saved["epoch"]
+        self.best_metric, self.best_epoch = saved["best"]["metric"], saved["best"]["epoch"]
+        for metrics, means in zip((self.metrics, self.by_dataset), saved["metrics"], strict=True):
+            metrics.load_state_dict(means, device=self.device)
+        self.watch.step = self.step
+        if "learning" in saved:  # not in older checkpoints
+            self.watch.load_state_dict(saved["learning"])
+        self._restore_rank(saved["ranks"], seed=seed, source=source)
+
+    def _restore_rank(self, ranks: Sequence[Mapping[str, Any]], *, seed: int, source: Path) -> None:
+        """Restore this rank's generators and counts; with another number of ranks, seed anew and say so."""
+        if len(ranks) == dist.world_size():
+            mine = ranks[dist.rank()]
+            restore_rng_state(mine["rng"], self.device)
+            self.loader.seen, self.loader.unreadable = mine["seen"], mine["unreadable"]
+            return
+        logger.warning(
+            f"{source} was written by {len(ranks)} processes, this run has {dist.world_size()}: "
+            "the data's order is the same at the same global batch, but random numbers (dropout) will differ"
+        )
+        seed_rank(seed, step=self.step)
+
+
+def apply_hyperparameters(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Load an optimizer's state and keep this run's hyperparameters (betas, weight decay ...) instead of the saved."""
+    kept = ("params", "lr")  # the rate is set at each step
+    own = [{key: value for key, value in group.items() if key not in kept} for group in optimizer.param_groups]
+    optimizer.load_state_dict(dict(state))
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)
