@@ -33,7 +33,7 @@ from lavis_lite.datasets.shapes.scene import (
     Scene,
     SceneMaker,
     ShapesConfig,
-    Thing,
+    SceneObject,
 )
 from lavis_lite.datasets.shapes.tokenizer import FOLDER, train_tokenizer
 from lavis_lite.datasets.shapes.truth import is_true, parse_caption, true_rate
@@ -77,8 +77,8 @@ def digest(folder: Path) -> str:
     return total.hexdigest()
 
 
-def thing(shape: str, color: str, size: str, x: int, y: int) -> Thing:
-    return Thing(shape=shape, color=color, size=size, x=x, y=y, diameter=18 if size == "large" else 10)
+def thing(shape: str, color: str, size: str, x: int, y: int) -> SceneObject:
+    return SceneObject(shape=shape, color=color, size=size, x=x, y=y, diameter=18 if size == "large" else 10)
 
 
 PAIR = Scene(

@@ -7,50 +7,28 @@ Evaluation ids come from the annotation (`image_id`, `img_id`), else from the fi
 from __future__ import annotations
 
 import os.path
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
 from lavis_lite.common.errors import InputError
-from lavis_lite.common.records import (
-    ID,
-    PATH,
-    TEXT,
-    TEXTS,
-    Record,
-    RecordCheck,
-)
+from lavis_lite.common.records import Record
 from lavis_lite.common.registry import registry
-from lavis_lite.datasets.annotations import (
-    as_list,
-    as_records,
-    check_records,
-    check_unique,
-    place_of,
-    read_json,
-    read_records,
-    section,
-)
+from lavis_lite.datasets.annotations import as_list
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset
-
-CAPTION_FIELDS = {
-    **{"image": PATH, "file_name": PATH, "caption": TEXTS},
-    **{"image_id": ID, "img_id": ID, "instance_id": ID},
-}
+from lavis_lite.datasets.readers.captions import CAPTION_FIELDS
 
 MAX_ID_DIGITS = 19
 """More digits at the end of a file name are no id: no 64-bit integer holds them."""
 
 
 class CaptionDataset(BaseDataset):
-    """What reads caption files."""
+    """What the layouts of captions share."""
 
-    required = ("image|file_name", "caption")
+    required: tuple[str, ...] = ("image|file_name", "caption")
     fields = CAPTION_FIELDS
-
-    def read(self, path: Path) -> Iterator[tuple[str | Path, list[Record]]]:
-        yield caption_records(path, self.record_check)
+    reader = "captions"
 
 
 class CaptionTrainDataset(CaptionDataset):
@@ -93,42 +71,13 @@ class CaptionEvalDataset(CaptionDataset):
         }
 
     def references(self) -> dict[Any, list[str]]:
-        """The captions of each image id; images without any (nocaps) are left out."""
-        return {record["image_id"]: record["caption"] for record in self.annotation if record["caption"]}
+        """Return the captions of each image id; images without any (nocaps) are left out."""
+        return references_of(self.annotation)
 
 
-def caption_records(path: Path, check: RecordCheck) -> tuple[str | Path, list[Record]]:
-    """The records of LAVIS's or the user's file, or the images of a COCO file (`images` + `annotations`), after what
-    `place_of` takes.
-    """
-    content = read_json(path) if path.suffix.lower() == ".json" else read_records(path)
-    if isinstance(content, dict) and {"images", "annotations"} <= content.keys():
-        where: str | Path = f"{path} (images)"
-        part = records_of_coco(content, path, check)
-    else:
-        where, part = path, as_records(content, path)
-    check_records(part, check, where)
-    return where, [r if r.get("image") is not None else {**r, "image": r["file_name"]} for r in part]
-
-
-def records_of_coco(content: dict[str, Any], path: Any, check: RecordCheck) -> list[Record]:
-    """A COCO caption file's images, each with the list of its captions."""
-    images = section(
-        content, "images", path, RecordCheck(required=("id", "file_name"), fields={"id": ID, "file_name": PATH})
-    )
-    check_unique(images, "id", lambda number: place_of(f"{path} (images)", number))
-    told = replace(check, required=("image_id", "caption"), fields={"image_id": ID, "caption": TEXT})
-    captions: dict[Any, list[str]] = {image["id"]: [] for image in images}
-    for number, annotation in enumerate(section(content, "annotations", path, told)):
-        if annotation["image_id"] not in captions:
-            raise InputError(
-                f"{path} (annotations): record {number} has image_id {annotation['image_id']}, not in images"
-            )
-        captions[annotation["image_id"]].append(annotation["caption"])
-    return [
-        {**image, "image": image["file_name"], "image_id": image["id"], "caption": captions[image["id"]]}
-        for image in images
-    ]
+def references_of(annotation: Iterable[Record]) -> dict[Any, list[str]]:
+    """Return the captions of each image id; images without any are left out."""
+    return {record["image_id"]: record["caption"] for record in annotation if record["caption"]}
 
 
 def expand_captions(records: list[Record]) -> list[Record]:
@@ -192,9 +141,6 @@ def evaluation_ids(records: list[Record]) -> list[Any]:
     return found if len(set(found)) == len(set(paths)) else paths
 
 
-@registry.register_builder("coco_caption")
-@registry.register_builder("nocaps")
-@registry.register_builder("flickr30k_caption")
 @registry.register_builder("caption")
 @dataclass(kw_only=True)
 class CaptionBuilder(BaseBuilder):

@@ -86,7 +86,6 @@ def sentence_of(record: Record) -> str:
     return next((record[name] for name in ("sentence", "text") if record.get(name) is not None), "")
 
 
-@registry.register_builder("snli_ve")
 @registry.register_builder("classification")
 @dataclass(kw_only=True)
 class ClassificationBuilder(BaseBuilder):

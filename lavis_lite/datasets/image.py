@@ -7,6 +7,7 @@ measured so). Unlike there, transparency is composited on a background, and 16-b
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from PIL import Image, UnidentifiedImageError
 
@@ -18,6 +19,14 @@ from lavis_lite.common.pixels import (
     open_file,
     to_rgb,
 )
+
+
+@runtime_checkable
+class OpensImages(Protocol):
+    """An image processor whose settings hold for the files, too, that a dataset opens for it."""
+
+    background: str
+    max_pixels: int
 
 
 def open_image(path: str | Path, *, background: str = "white", max_pixels: int = MAX_PIXELS) -> Image.Image:

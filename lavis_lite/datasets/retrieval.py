@@ -43,8 +43,6 @@ class RetrievalEvalDataset(CaptionDataset):
         }
 
 
-@registry.register_builder("coco_retrieval")
-@registry.register_builder("flickr30k")
 @registry.register_builder("retrieval")
 @dataclass(kw_only=True)
 class RetrievalBuilder(BaseBuilder):

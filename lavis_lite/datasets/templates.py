@@ -18,7 +18,7 @@ from lavis_lite.common.config.zoo import CONFIGS
 from lavis_lite.common.errors import InputError, MissingFileError, UnknownNameError
 from lavis_lite.common.registry import did_you_mean
 
-GAP = re.compile(r"\{(\w+)\}")
+PLACEHOLDER = re.compile(r"\{(\w+)\}")
 KEYS = ("source", "base", "output", "train", "eval")
 PROMPTS = CONFIGS / "prompts"
 ASKED = ("question", "instruction", "statement", "text", "caption")
@@ -55,7 +55,7 @@ def fill(template: str, fields: Mapping[str, Any]) -> str:
             raise UnknownNameError(f"the template {template!r} needs the field {gap[1]!r}; the record has {there}")
         return str(fields[gap[1]])
 
-    return GAP.sub(value, template)
+    return PLACEHOLDER.sub(value, template)
 
 
 def load_templates(name: str | Path | Mapping[str, Any]) -> Templates:
@@ -83,7 +83,7 @@ def with_prompt(instructions: str | Path | Mapping[str, Any], prompt: str) -> di
     `{}` it replaces the templates of captions. Raises ValueError for more placeholders than there are fields.
     """
     templates = load_templates(instructions)
-    gaps = {gap for template in (*templates.train, templates.eval) for gap in GAP.findall(template)}
+    gaps = {gap for template in (*templates.train, templates.eval) for gap in PLACEHOLDER.findall(template)}
     asked = next((field for field in ASKED if field in gaps - {templates.output}), None)
     count = prompt.count("{}")
     if count == 0:
@@ -132,6 +132,6 @@ def _templates(content: Mapping[str, Any], where: str) -> Templates:
     output = content.get("output", "answer")
     if not isinstance(output, str) or not output:
         raise InputError(f"{where}: `output` must be the name of a record's field, got {output!r}")
-    if any(output in GAP.findall(template) for template in (*train, default)):
+    if any(output in PLACEHOLDER.findall(template) for template in (*train, default)):
         raise InputError(f"{where}: the field {output!r} is what is learned, so no template may hold it")
     return Templates(train=tuple(train), eval=default, output=output, source=str(content.get("source", "")))

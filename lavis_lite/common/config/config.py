@@ -25,10 +25,8 @@ from lavis_lite.common.config.files import (
     ConfigError,
     Layer,
     load_with_bases,
-    load_yaml,
     merge,
     merge_layers,
-    normalise,
     origin,
     parse_options,
     resolve,
@@ -42,6 +40,7 @@ from lavis_lite.common.config.sections import (
     check_dataset,
     check_processors,
     check_run,
+    dataset_layers,
     model_arguments,
     model_layer,
 )
@@ -266,16 +265,12 @@ def _dataset_types(tree: dict[str, Any], layers: Sequence[Layer], builders: Mapp
 
 
 def _dataset_layers(types: Mapping[str, str], builders: Mapping[str, str]) -> list[Layer]:
-    result = []
+    found = []
     for name, builder in builders.items():
-        if builder not in zoo.dataset_zoo:
-            continue  # a user's own dataset: its builder has the defaults
-        path = zoo.dataset_config_path(builder, types[name])
-        tree = normalise(load_yaml(path), source=str(path))
-        if builder not in tree.get("datasets", {}):
-            raise ConfigError(f"{path}: expected the section datasets.{builder}")
-        result.append(Layer(str(path), {"datasets": {name: tree["datasets"][builder]}}))
-    return result
+        if builder in zoo.dataset_zoo:  # else a user's own dataset: its builder has the defaults
+            layers = dataset_layers(builder, types[name])
+            found += [Layer(layer.source, {"datasets": {name: layer.tree["datasets"][builder]}}) for layer in layers]
+    return found
 
 
 def _plain(value: Any) -> Any:

@@ -12,9 +12,9 @@ from typing import Any
 
 from lavis_lite.common.config import zoo
 from lavis_lite.common.config.agreement import model_setting
-from lavis_lite.common.config.files import load_yaml, origin
+from lavis_lite.common.config.files import origin
 from lavis_lite.common.config.schema import Checker
-from lavis_lite.common.config.sections import model_layer
+from lavis_lite.common.config.sections import builder_name, model_layer, packaged_dataset
 from lavis_lite.common.config.trained import CHECKPOINT_ORIGIN
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.registry import registry
@@ -37,7 +37,7 @@ def replaced_instructions(
     replaced = {}
     for name, section in datasets.items():
         builder = section.get("builder", name)
-        builder_class = registry.get_builder_class(builder)
+        builder_class = registry.get_builder_class(builder_name(name, section))
         if not prompts or not hasattr(builder_class, "with_prompt"):
             continue
         default = _packaged_instructions(builder_class, builder, types.get(name, "default"))
@@ -89,7 +89,7 @@ def _packaged_instructions(builder_class: type, builder: str, kind: str) -> Any:
     """Return the `instructions` of a dataset's type; the builder's default where the type names none."""
     section: Mapping[str, Any] = {}
     if kind in zoo.dataset_zoo.types(builder):
-        section = load_yaml(zoo.dataset_config_path(builder, kind))["datasets"][builder] or {}
+        section = packaged_dataset(builder, kind)
     default = next(field.default for field in fields(builder_class) if field.name == "instructions")
     return section.get("instructions", default)
 

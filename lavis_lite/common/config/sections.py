@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from lavis_lite.common.config import zoo
-from lavis_lite.common.config.files import Layer, load_yaml, normalise
+from lavis_lite.common.config.files import (
+    ConfigError,
+    Layer,
+    load_with_bases,
+    load_yaml,
+    merge_layers,
+    normalise,
+    resolve,
+)
 from lavis_lite.common.config.run import DEAD_RUN_KEYS, RunConfig, RunConfigError
 from lavis_lite.common.config.schema import (
     Checker,
@@ -52,6 +60,31 @@ def model_layer(arch: str, model_type: str) -> Layer:
     layer = Layer(str(path), normalise(load_yaml(path), source=str(path)))
     layer.tree.setdefault("model", {}).update(arch=arch, model_type=model_type)
     return layer
+
+
+def dataset_layers(name: str, kind: str) -> list[Layer]:
+    """Return a dataset type's packaged YAML as layers, its `_base_` files first; the one section of each is `name`'s.
+
+    Raises KeyError with the nearest names for an unknown name or type.
+    """
+    layers = []
+    for layer in load_with_bases(zoo.dataset_config_path(name, kind)):
+        sections = list(layer.tree.get("datasets", {}).values())
+        if len(sections) != 1:
+            raise ConfigError(f"{layer.source}: expected the section datasets.{name}, and no other")
+        layers.append(Layer(layer.source, {"datasets": {name: sections[0]}}))
+    return layers
+
+
+def packaged_dataset(name: str, kind: str = "default") -> dict[str, Any]:
+    """Return the section of a packaged dataset, its bases merged and its values resolved."""
+    layers = dataset_layers(name, kind)
+    return resolve(merge_layers(layers), layers)["datasets"][name]
+
+
+def builder_name(name: str, section: Mapping[str, Any]) -> str:
+    """Return the name of a dataset's builder: its `layout`, else its `builder`, else its own name."""
+    return section.get("layout") or section.get("builder") or name
 
 
 def model_arguments(section: Mapping[str, Any], checker: Checker) -> dict[str, Any]:
@@ -117,13 +150,14 @@ def check_run(section: Mapping[str, Any], checker: Checker) -> tuple[RunConfig, 
 def check_dataset(
     name: str, body: Mapping[str, Any], preprocess: Mapping[str, Any], checker: Checker
 ) -> dict[str, Any]:
-    """Check a dataset's section against its builder: that called `builder`, else as the dataset; return its arguments
-    and, if it is given, `builder`.
+    """Check a dataset's section against its builder: its `layout`, its `builder`, or that of its own name; return its
+    arguments and, if it is given, `builder`.
     """
     path = ("datasets", name)
     chosen = {"builder": body["builder"]} if body.get("builder") is not None else {}
-    where, advice = ((*path, "builder"), "") if chosen else (path, " A name of your own needs the key builder.")
-    builder = _looked_up(registry.get_builder_class, chosen.get("builder", name), checker, where, advice=advice)
+    key = next((key for key in ("layout", "builder") if body.get(key)), None)
+    where, advice = ((*path, key), "") if key else (path, " A name of your own needs the key builder.")
+    builder = _looked_up(registry.get_builder_class, builder_name(name, body), checker, where, advice=advice)
     schema, open_ended = schema_of(builder)
     dead = {"type", "builder", "dataset_card"} - schema.keys()
     body = {key: value for key, value in body.items() if key not in dead}

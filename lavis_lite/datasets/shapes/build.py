@@ -21,7 +21,7 @@ from typing import Any
 from lavis_lite.common.errors import MissingFileError, WriteError
 from lavis_lite.common.locks import Lock
 from lavis_lite.datasets.shapes.language import MEANINGLESS_TEXTS, captions, full_captions
-from lavis_lite.datasets.shapes.questions import Asker, Question, statement
+from lavis_lite.datasets.shapes.questions import QuestionGenerator, Question, statement
 from lavis_lite.datasets.shapes.render import save_jpeg
 from lavis_lite.datasets.shapes.scene import (
     SPLITS,
@@ -128,7 +128,7 @@ def build(config: ShapesConfig, folder: Path) -> None:
     """Write `images/<split>/*.jpg`, `annotations/*.json` and `scenes_<split>.json` into an empty folder."""
     (folder / "annotations").mkdir()
     _write(folder / "config.json", {"format": FORMAT, **config.resolved()})
-    _write(folder / "annotations" / "answer_list.json", Asker(config).answer_list())
+    _write(folder / "annotations" / "answer_list.json", QuestionGenerator(config).answer_list())
     maker = SceneMaker(config)
     for split in SPLITS:
         _Split(config, maker, split).write(folder)
@@ -236,11 +236,11 @@ class _Split:
 
     def write_questions(self, notes: Path) -> None:
         """Train in LAVIS's form; val and test in its evaluation form and as the official pair of files."""
-        asker = Asker(self.config)
+        generator = QuestionGenerator(self.config)
         asked: list[tuple[int, int, Question, list[str]]] = []
         for index, scene in enumerate(self.scenes):
             rng = self.rng("vqa", index)
-            for number, question in enumerate(asker.ask(scene, self.config.questions_per_image, rng)):
+            for number, question in enumerate(generator.make(scene, self.config.questions_per_image, rng)):
                 question_id = image_id(self.split, index) * 100 + number
                 asked.append((index, question_id, question, question.ten_answers(rng)))
         records = [

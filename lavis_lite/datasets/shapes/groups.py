@@ -1,4 +1,4 @@
-"""What the task groups of `shapes` ask about one scene; shapes_instruct chooses among it.
+"""The instructions of `shapes` about one scene, by task group; instructions.py chooses among them.
 
 Every word is one that captions and questions have too, so the small tokenizers know it: a dialogue speaks of "its
 color", for instance, because "it" is none of them. Wrong options are drawn so that nothing but the picture sets the
@@ -25,7 +25,7 @@ from lavis_lite.datasets.shapes.language import (
 from lavis_lite.datasets.shapes.questions import (
     AXES,
     YES_NO,
-    Asker,
+    QuestionGenerator,
     Question,
     refer,
 )
@@ -36,19 +36,20 @@ from lavis_lite.datasets.shapes.scene import (
     SIZES,
     Scene,
     ShapesConfig,
-    Thing,
+    SceneObject,
 )
 
 TRUE_FALSE = ("true", "false")
 TRIES = 8
 """How often one scene is asked about at random."""
 
+GROUPS = ("color", "count", "relation", "yesno", "options", "statement", "dialogue")
 Kind = tuple[str, str]  # colour and shape
 Round = tuple[str, str]  # question and answer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ask:
+class Instruction:
     """One instruction without its image: the record's fields, the answers to choose from, the index of the right one.
 
     Among all of the same kind, the answers whose indices are `balanced` (None: all) should be equally frequent.
@@ -70,70 +71,70 @@ class Ask:
         return f"{_PATTERN.sub(lambda word: _CLASSES.get(word[0], 'side'), self.text)} ({len(self.candidates)})"
 
 
-class GroupAsker:
+class InstructionGenerator:
     """Makes the instructions of one config; `makers` has one method a group."""
 
     def __init__(self, config: ShapesConfig) -> None:
         self.config = config
-        self.asker = Asker(config)
-        self.attributes = {"color": self.asker.colors, "shape": self.asker.shapes, "size": self.asker.sizes}
-        self.makers: dict[str, Callable[[Scene, random.Random], list[Ask]]] = {
-            "color": lambda scene, rng: self.questions(self.asker.color, scene, rng),
+        self.questions = QuestionGenerator(config)
+        self.attributes = {"color": self.questions.colors, "shape": self.questions.shapes, "size": self.questions.sizes}
+        self.makers: dict[str, Callable[[Scene, random.Random], list[Instruction]]] = {
+            "color": lambda scene, rng: self.drawn(self.questions.color, scene, rng),
             "count": self.count,
-            "relation": lambda scene, rng: self.questions(self.asker.relation, scene, rng),
-            "yesno": lambda scene, rng: self.questions(self.asker.exists, scene, rng),
+            "relation": lambda scene, rng: self.drawn(self.questions.relation, scene, rng),
+            "yesno": lambda scene, rng: self.drawn(self.questions.exists, scene, rng),
             "options": self.options,
             "statement": self.statements,
             "dialogue": self.dialogues,
         }
 
-    def ask(self, group: str, scene: Scene, rng: random.Random) -> list[Ask]:
+    def make(self, group: str, scene: Scene, rng: random.Random) -> list[Instruction]:
         """Different instructions about the scene, in random order; perhaps none."""
-        made = {repr(ask.fields): ask for ask in self.makers[group](scene, rng)}
+        made = {repr(instruction.fields): instruction for instruction in self.makers[group](scene, rng)}
         return rng.sample(list(made.values()), len(made))
 
-    def questions(
+    def drawn(
         self, make: Callable[[Scene, random.Random], Question | None], scene: Scene, rng: random.Random
-    ) -> list[Ask]:
+    ) -> list[Instruction]:
         """Questions that `make` draws."""
         drawn = [make(scene, rng) for _ in range(TRIES)]
         return [_question(q.text.lower(), q.answer, q.choices) for q in drawn if q is not None]
 
-    def count(self, scene: Scene, rng: random.Random) -> list[Ask]:
+    def count(self, scene: Scene, rng: random.Random) -> list[Instruction]:
         """Of a colour or a shape none, one or two are balanced; three are too rare."""
         low, high = self.config.min_objects, self.config.max_objects
         return [
-            replace(ask, balanced=range(low, high + 1) if "many shapes" in ask.text else range(min(2, high) + 1))
-            for ask in self.questions(self.asker.number, scene, rng)
+            replace(instruction, balanced=range(low, high + 1) if "many shapes" in instruction.text else range(min(2, high) + 1))
+            for instruction in self.drawn(self.questions.number, scene, rng)
         ]
 
-    def statements(self, scene: Scene, rng: random.Random) -> list[Ask]:
+    def statements(self, scene: Scene, rng: random.Random) -> list[Instruction]:
         """Yes/no questions and numbers as statements."""
         made = []
-        for make in (self.asker.exists, self.asker.relation):
-            for ask in self.questions(make, scene, rng):
-                if ask.candidates == YES_NO:
-                    text = _SUBJECT.sub(r"\1 is", ask.text.removesuffix("?"))
-                    made.append(_statement(text, is_true=ask.label == YES_NO.index("yes")))
-        for ask in self.questions(self.asker.number, scene, rng):
-            counted = ask.text.removeprefix("how many ").removesuffix(" are there?")
+        for make in (self.questions.exists, self.questions.relation):
+            for instruction in self.drawn(make, scene, rng):
+                if instruction.candidates == YES_NO:
+                    text = _SUBJECT.sub(r"\1 is", instruction.text.removesuffix("?"))
+                    made.append(_statement(text, is_true=instruction.label == YES_NO.index("yes")))
+        for instruction in self.drawn(self.questions.number, scene, rng):
+            counted = instruction.text.removeprefix("how many ").removesuffix(" are there?")
             low, high = (self.config.min_objects, self.config.max_objects) if counted == "shapes" else (0, 2)
-            number = rng.choice((ask.label, rng.randint(low, high)))
+            number = rng.choice((instruction.label, rng.randint(low, high)))
             if number <= high:
-                made.append(_statement(_numbered(number, counted), is_true=ask.label == number))
+                made.append(_statement(_numbered(number, counted), is_true=instruction.label == number))
         return made
 
-    def options(self, scene: Scene, rng: random.Random) -> list[Ask]:
+    def options(self, scene: Scene, rng: random.Random) -> list[Instruction]:
         """What is in the picture, on one side of an object, or of a size, with three or four options.
 
         All are kinds that the scene could hold as well as the right one: those of its other objects, and absent ones
         at random; or the absent ones of two colours times two shapes.
         """
         there = {(t.color, t.shape) for t in scene.things}
-        absent = [kind for kind in product(self.asker.colors, self.asker.shapes) if kind not in there]
+        absent = [kind for kind in product(self.questions.colors, self.questions.shapes) if kind not in there]
         rng.shuffle(absent)
         thing = rng.choice(scene.things)
-        asked: list[tuple[str, Thing, list[Kind]]] = [("what is in the picture?", thing, [])]
+        asked: list[tuple[str, SceneObject, list[Kind]]] = [("what is in the picture?", thing, [])]
         asked += [("what is in the picture?", thing, grid) for grid in _grids(thing, absent)[:1]]
         asked += [(text, right, [(t.color, t.shape) for t in others]) for text, right, others in self._pointed(scene)]
         made = []
@@ -144,9 +145,9 @@ class GroupAsker:
                 made.append(_question(text, phrase(right, sized=False), options, options=options))
         return made
 
-    def _pointed(self, scene: Scene) -> Iterator[tuple[str, Thing, list[Thing]]]:
+    def _pointed(self, scene: Scene) -> Iterator[tuple[str, SceneObject, list[SceneObject]]]:
         """Questions that mean one object, and the other objects that could be meant."""
-        for size in self.asker.sizes if len(self.asker.sizes) > 1 else ():
+        for size in self.questions.sizes if len(self.questions.sizes) > 1 else ():
             right = [t for t in scene.things if t.size == size]
             if len(right) == 1:
                 yield f"what is the {size} shape?", right[0], [t for t in scene.things if t is not right[0]]
@@ -157,7 +158,7 @@ class GroupAsker:
                 for words in RELATION_WORDS[relation]:
                     yield f"what is {words} the {phrase(other, sized=False)}?", right[0], others
 
-    def dialogues(self, scene: Scene, rng: random.Random) -> list[Ask]:
+    def dialogues(self, scene: Scene, rng: random.Random) -> list[Instruction]:
         """Later rounds of dialogues: what is asked about the object that the first round has named."""
         made = []
         for _ in range(TRIES):
@@ -171,7 +172,7 @@ class GroupAsker:
                 rounds.append((text, answer))
         return made
 
-    def _openings(self, scene: Scene, thing: Thing, rng: random.Random) -> Iterator[tuple[Round, set[str]]]:
+    def _openings(self, scene: Scene, thing: SceneObject, rng: random.Random) -> Iterator[tuple[Round, set[str]]]:
         """First rounds that name the object, with what they tell of it."""
         yield (with_articles(f"is there a {thing.color} {thing.shape}?"), "yes"), {"color", "shape"}
         if refer(scene, thing) == thing.shape:
@@ -187,7 +188,7 @@ class GroupAsker:
                 yield (f"what color is the shape {place}?", thing.color), {"color"}
 
     def _follow_ups(
-        self, scene: Scene, thing: Thing, opening: str, known: set[str]
+        self, scene: Scene, thing: SceneObject, opening: str, known: set[str]
     ) -> Iterator[tuple[str, str, tuple[str, ...]]]:
         """Questions about the object that need the first round to be understood, with their answers to choose from."""
         for name, values in self.attributes.items():
@@ -203,12 +204,12 @@ class GroupAsker:
                     yield f"is the shape {words} the {said}?", side, axis
 
 
-def _question(text: str, answer: str, choices: Sequence[str], **fields: Any) -> Ask:
-    return Ask(fields={**fields, "question": text}, candidates=tuple(choices), label=list(choices).index(answer))
+def _question(text: str, answer: str, choices: Sequence[str], **fields: Any) -> Instruction:
+    return Instruction(fields={**fields, "question": text}, candidates=tuple(choices), label=list(choices).index(answer))
 
 
-def _statement(text: str, *, is_true: bool) -> Ask:
-    return Ask(fields={"statement": text}, candidates=TRUE_FALSE, label=0 if is_true else 1)
+def _statement(text: str, *, is_true: bool) -> Instruction:
+    return Instruction(fields={"statement": text}, candidates=TRUE_FALSE, label=0 if is_true else 1)
 
 
 def _numbered(number: int, counted: str) -> str:
@@ -220,7 +221,7 @@ def _numbered(number: int, counted: str) -> str:
     return f"there is exactly one {_SINGULARS.get(counted, counted.removesuffix('s'))}"
 
 
-def _grids(thing: Thing, absent: list[Kind]) -> list[list[Kind]]:
+def _grids(thing: SceneObject, absent: list[Kind]) -> list[list[Kind]]:
     """Three absent kinds that make two colours times two shapes with the object's own: none is the odd one out."""
     grids = [
         [(thing.color, shape), (color, thing.shape), (color, shape)]

@@ -15,7 +15,7 @@ from lavis_lite.datasets.shapes.scene import (
     SHAPES,
     SIZES,
     Scene,
-    Thing,
+    SceneObject,
 )
 
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
@@ -74,7 +74,7 @@ STATEMENTS = (  # NLVR2: no relations, because training swaps the words left and
 )
 
 
-def phrase(thing: Thing, *, sized: bool) -> str:
+def phrase(thing: SceneObject, *, sized: bool) -> str:
     """An object as words without article: "small red circle"."""
     return f"{thing.size} {thing.color} {thing.shape}" if sized else f"{thing.color} {thing.shape}"
 
@@ -171,5 +171,5 @@ def _full_caption(scene: Scene, rng: random.Random, *, sized: bool) -> str:
     )
 
 
-def _relation(scene: Scene, a: Thing, b: Thing, rng: random.Random) -> str:
+def _relation(scene: Scene, a: SceneObject, b: SceneObject, rng: random.Random) -> str:
     return rng.choice(RELATION_WORDS[rng.choice(scene.relations(a, b))])

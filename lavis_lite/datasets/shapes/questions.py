@@ -24,7 +24,7 @@ from lavis_lite.datasets.shapes.scene import (
     RELATIONS,
     Scene,
     ShapesConfig,
-    Thing,
+    SceneObject,
 )
 
 YES_NO = ("yes", "no")
@@ -65,7 +65,7 @@ class Question:
         return answers
 
 
-class Asker:
+class QuestionGenerator:
     """Makes the questions of one config."""
 
     def __init__(self, config: ShapesConfig) -> None:
@@ -79,7 +79,7 @@ class Asker:
         sides = [word for axis in AXES for word in axis]
         return [*YES_NO, *self.numbers, *self.colors, *self.shapes, *self.sizes, *sides]
 
-    def ask(self, scene: Scene, count: int, rng: random.Random) -> list[Question]:
+    def make(self, scene: Scene, count: int, rng: random.Random) -> list[Question]:
         """`count` different questions, going round the kinds: colour, shape, number, yes/no, relation."""
         rounds = [self.color, self.shape, self.number, self.exists, self.relation]
         found: dict[str, Question] = {}
@@ -169,7 +169,7 @@ def _question(text: str, answer: str, choices: Sequence[str], question_type: str
     )
 
 
-def refer(scene: Scene, thing: Thing) -> str | None:
+def refer(scene: Scene, thing: SceneObject) -> str | None:
     """The shortest words that mean this object only ("circle", "small circle"), without its colour; None if none do."""
     same = [t for t in scene.things if t.shape == thing.shape]
     if len(same) == 1:
@@ -219,7 +219,7 @@ def _state(template: str, pair: tuple[Scene, Scene], config: ShapesConfig, rng: 
     return with_articles(template.format(kind=kind)), truth[template.split()[0]]
 
 
-def _kind(pair: tuple[Scene, Scene], config: ShapesConfig, rng: random.Random) -> tuple[str, Callable[[Thing], bool]]:
+def _kind(pair: tuple[Scene, Scene], config: ShapesConfig, rng: random.Random) -> tuple[str, Callable[[SceneObject], bool]]:
     """A kind of object, one of the scenes' or any, and the test for it."""
     if rng.random() < 0.7:
         thing = rng.choice(rng.choice(pair).things)

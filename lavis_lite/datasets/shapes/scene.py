@@ -36,7 +36,7 @@ _MAX_TRIES = 20_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Thing:
+class SceneObject:
     """One object: `x`, `y` its centre and `diameter`, in pixels."""
 
     shape: str
@@ -51,16 +51,16 @@ class Thing:
 class Scene:
     """`things` in the order of drawing; `margin` is the least distance in pixels that makes a relation true."""
 
-    things: tuple[Thing, ...]
+    things: tuple[SceneObject, ...]
     background: tuple[int, int, int]
     margin: int
 
-    def holds(self, a: Thing, relation: str, b: Thing) -> bool:
+    def holds(self, a: SceneObject, relation: str, b: SceneObject) -> bool:
         """Whether a is left of (right of, above, below) b by at least the margin."""
         ahead = {"left of": b.x - a.x, "right of": a.x - b.x, "above": b.y - a.y, "below": a.y - b.y}
         return ahead[relation] >= self.margin
 
-    def relations(self, a: Thing, b: Thing) -> list[str]:
+    def relations(self, a: SceneObject, b: SceneObject) -> list[str]:
         """All relations that hold from a to b: one or two, never none."""
         return [relation for relation in RELATIONS if self.holds(a, relation, b)]
 
@@ -71,7 +71,7 @@ class Scene:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Scene:
         """The reverse of `to_dict`, also after a round through JSON."""
-        things = tuple(Thing(**thing) for thing in data["things"])
+        things = tuple(SceneObject(**thing) for thing in data["things"])
         return cls(things=things, background=tuple(data["background"]), margin=data["margin"])
 
 
@@ -166,12 +166,12 @@ class SceneMaker:
                 return Scene(things=tuple(things), background=self._background(rng), margin=self.margin)
         raise InputError(f"shapes: {count} objects don't fit into {self.config.image_size} pixels; lower max_objects")
 
-    def key(self, things: list[Thing]) -> str:
+    def key(self, things: list[SceneObject]) -> str:
         """The scene as a string: objects, attributes and cells of 4 pixels (at 48 x 48), in no order."""
         cell = 4 * self.scale
         return ";".join(sorted(f"{t.size} {t.color} {t.shape} {int(t.x / cell)} {int(t.y / cell)}" for t in things))
 
-    def split_of(self, things: list[Thing]) -> str:
+    def split_of(self, things: list[SceneObject]) -> str:
         """The only split that may hold the scene."""
         bucket = int.from_bytes(hashlib.sha256(self.key(things).encode()).digest()[:4], "big") % 100
         for split, share in _SPLIT_SHARES.items():
@@ -180,7 +180,7 @@ class SceneMaker:
             bucket -= share
         raise AssertionError(bucket)
 
-    def _things(self, count: int, rng: random.Random) -> list[Thing]:
+    def _things(self, count: int, rng: random.Random) -> list[SceneObject]:
         config = self.config
         kinds = [(color, shape) for color in config.color_names for shape in config.shape_names]
         things = []
@@ -190,7 +190,7 @@ class SceneMaker:
             low = diameter // 2 + 2
             high = config.image_size - low
             things.append(
-                Thing(
+                SceneObject(
                     shape=shape,
                     color=color,
                     size=size,
@@ -201,7 +201,7 @@ class SceneMaker:
             )
         return things
 
-    def _valid(self, things: list[Thing]) -> bool:
+    def _valid(self, things: list[SceneObject]) -> bool:
         level = round(3 * self.scale)
         for i, a in enumerate(things):
             for b in things[:i]:

@@ -20,7 +20,7 @@ from lavis_lite.datasets.shapes.scene import (
     SHAPES,
     SIZES,
     Scene,
-    Thing,
+    SceneObject,
 )
 
 
@@ -32,7 +32,7 @@ class Phrase:
     color: str | None = None
     shape: str | None = None
 
-    def fits(self, thing: Thing) -> bool:
+    def fits(self, thing: SceneObject) -> bool:
         """Whether the object is so."""
         return all(
             said in (None, real) for said, real in zip(self, (thing.size, thing.color, thing.shape), strict=True)
@@ -112,7 +112,7 @@ def true_rate(captions: Mapping[Any, str], scenes: Mapping[Any, Scene | dict[str
     return 100.0 * sum(is_true(text, by_id[str(key)]) for key, text in captions.items()) / len(captions)
 
 
-def _fits(chosen: tuple[Thing, ...], phrases: list[Phrase], relations: list[Relation], scene: Scene) -> bool:
+def _fits(chosen: tuple[SceneObject, ...], phrases: list[Phrase], relations: list[Relation], scene: Scene) -> bool:
     return all(phrase.fits(thing) for phrase, thing in zip(phrases, chosen, strict=True)) and all(
         scene.holds(chosen[claim.a], claim.relation, chosen[claim.b]) for claim in relations
     )
