@@ -18,7 +18,7 @@ from lavis_lite.common.wording import joined_words, lettered
 from lavis_lite.datasets import instruct, load_dataset
 from lavis_lite.datasets.instruct import InstructBuilder, InstructDataset
 from lavis_lite.datasets.templates import (
-    GAP,
+    PLACEHOLDER,
     PROMPTS,
     Templates,
     fill,
@@ -68,10 +68,10 @@ def asked(number: int = 0, **fields: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_packaged_file_holds_templates(name: str) -> None:
     templates = load_templates(name)
-    needed = set(GAP.findall(templates.eval))
+    needed = set(PLACEHOLDER.findall(templates.eval))
     for template in templates.train:
         assert template.strip()
-        assert set(GAP.findall(template)) == needed, template
+        assert set(PLACEHOLDER.findall(template)) == needed, template
     if not name.startswith("shapes_"):
         assert templates.source
 
@@ -469,7 +469,7 @@ def test_a_gap_that_a_record_cannot_fill_is_told_at_loading(root: Path) -> None:
 
 def test_a_reader_of_another_format_needs_no_lines(root: Path) -> None:
     builder = InstructBuilder(instructions="caption")
-    options = builder.dataset_options("train") | {"reader": lambda paths: records}
+    options = builder.dataset_options("train") | {"reader": lambda files: records}
     records = [{"image": "a.jpg", "caption": "x"}, {"image": "b.jpg"}]
     with pytest.raises(ValueError, match=r"some\.json: record 1 has no field 'caption'.*there: 'image'"):
         InstructDataset([root / "some.json"], root, split="train", **options)

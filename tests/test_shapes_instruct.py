@@ -11,18 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
-from lavis_lite.common.config.zoo import dataset_config_path
+from lavis_lite.common.config.sections import packaged_dataset
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.shapes.build import ensure_built
-from lavis_lite.datasets.shapes.instructions import TEMPLATES, ensure_instructions, as_plain_text
-from lavis_lite.datasets.shapes.scene import Scene, ShapesConfig, SceneObject
+from lavis_lite.datasets.shapes.groups import GROUPS
+from lavis_lite.datasets.shapes.instructions import as_plain_text, ensure_instructions
+from lavis_lite.datasets.shapes.scene import Scene, SceneObject, ShapesConfig
 from lavis_lite.datasets.shapes.tokenizer import FOLDER
 from lavis_lite.datasets.templates import fill, load_templates
 
-GROUPS = tuple(group for group in TEMPLATES if group != "caption")
+TEMPLATES = {name: packaged_dataset(f"shapes_instruct_{name}")["instructions"] for name in ("caption", *GROUPS)}
 LLMS = FOLDER.parents[1] / "llms"
 SIZES = {"num_train": 300, "num_val": 5, "num_test": 200}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -258,7 +258,7 @@ def small(root: Path, monkeypatch: pytest.MonkeyPatch, group: str, **fields: Any
     """A group's builder with the packaged YAML, and few scenes."""
     monkeypatch.setenv("LAVIS_LITE_DATA", str(root))
     name = f"shapes_instruct_{group}"
-    section = OmegaConf.to_container(OmegaConf.load(dataset_config_path(name)), resolve=True)["datasets"][name]
+    section = packaged_dataset(name)
     return registry.get_builder_class(name)(**{**section, "num_train": 30, "num_val": 8, "num_test": 8, **fields})
 
 

@@ -52,13 +52,31 @@ class Registry:
         self._packages = PACKAGES if packages is None else packages
         self._tables: dict[str, dict[str, Any]] = {kind: {} for kind in self._packages}
         self._imported: set[str] = set()
+        self._finders: dict[str, tuple[Callable[[], Iterable[str]], Callable[[str], Any]]] = {}
+
+    def add_finder(self, kind: str, names: Callable[[], Iterable[str]], find: Callable[[str], Any]) -> None:
+        """Let `find` make the classes of further names at their first look-up, such as those of packaged datasets.
+
+        It may return None for a name that is registered in the usual way.
+        """
+        self._finders[kind] = names, find
+
+    def _found(self, kind: str, name: str) -> Any:
+        """Return the class of a name, perhaps made by the finder; None if there is none."""
+        table = self._tables[kind]
+        if name not in table and kind in self._finders:
+            names, find = self._finders[kind]
+            found = find(name) if name in names() else None
+            if found is not None:
+                table[name] = found
+        return table.get(name)
 
     def _register(self, kind: str, name: str) -> Callable[[T], T]:
         if not isinstance(name, str) or not name:
             raise InputTypeError(f"register_{kind} needs a name, as in @registry.register_{kind}('name')")
 
         def decorate(item: T) -> T:
-            other = self._tables[kind].get(name)
+            other = self._found(kind, name)
             if other is not None and _full_name(other) != _full_name(item):
                 raise RegistryError(
                     f"{kind} name {name!r} is taken by {_full_name(other)}: register {_full_name(item)} under another"
@@ -82,13 +100,15 @@ class Registry:
 
     def _get(self, kind: str, name: str) -> Any:
         self._import_package(kind)
-        if name not in self._tables[kind]:
-            raise RegistryError(f"unknown {kind} {name!r}. {did_you_mean(name, self._tables[kind])}")
-        return self._tables[kind][name]
+        found = self._found(kind, name)
+        if found is None:
+            raise RegistryError(f"unknown {kind} {name!r}. {did_you_mean(name, self._list(kind))}")
+        return found
 
     def _list(self, kind: str) -> list[str]:
         self._import_package(kind)
-        return sorted(self._tables[kind])
+        names = self._finders[kind][0]() if kind in self._finders else ()
+        return sorted({*self._tables[kind], *names})
 
     def register_model(self, name: str) -> Callable[[T], T]:
         """Class decorator: registers a model (an architecture) under `name`."""

@@ -15,8 +15,8 @@ from torch import nn
 
 from lavis_lite.common import dist
 from lavis_lite.common.bounds import check_number
-from lavis_lite.common.errors import InputError, MissingInputError
 from lavis_lite.common.config.sections import builder_name
+from lavis_lite.common.errors import InputError, MissingInputError
 from lavis_lite.common.registry import did_you_mean, registry
 from lavis_lite.tasks.results import Result, gather
 

@@ -50,7 +50,7 @@ def coco_images(content: dict[str, Any], path: Path, files: SplitFiles) -> list[
 
 
 def read_textcaps(files: SplitFiles) -> Iterator[Record]:
-    """Yield TextCaps's records {image, image_id[, caption, ocr_tokens]}; images are named by their ids, in one folder."""
+    """Yield TextCaps's records {image, image_id[, caption, ocr_tokens]}; the images are in one folder, named by ids."""
     required = ("image_id", "caption_str") if files.split == "train" else ("image_id",)
     check = files.needs(*required, image_id=NAME, caption_str=TEXTS, ocr_tokens=WORDS)
     ours = {"image_id": "image_id", "caption_str": "caption", "ocr_tokens": "ocr_tokens"}

@@ -30,7 +30,7 @@ from lavis_lite.common.records import (
     RecordCheck,
     shown,
 )
-from lavis_lite.datasets.annotations import as_list, as_records, check_records, place_of, read_json
+from lavis_lite.datasets.annotations import as_list, as_records, place_of, read_json
 from lavis_lite.datasets.readers.captions import rows_with_words
 from lavis_lite.datasets.readers.files import PLACE, SplitFiles, derived, read_content
 from lavis_lite.datasets.templates import fill
@@ -148,9 +148,7 @@ def read_question_choices(files: SplitFiles) -> list[Record]:
     """Return questions {image, question, choices[, correct_choice_idx]}, of which the right choice is learned."""
     fields = {**question_fields(TRUTHS), "choices": WORDS, "correct_choice_idx": INDEX}
     records = read_questions(files, files.needs("image", "question", "choices", **fields))
-    return [
-        record | {"candidates": record["choices"], "label": record.get("correct_choice_idx")} for record in records
-    ]
+    return [record | {"candidates": record["choices"], "label": record.get("correct_choice_idx")} for record in records]
 
 
 def read_ocr_vqa(files: SplitFiles) -> list[Record]:

@@ -21,7 +21,7 @@ from typing import Any
 from lavis_lite.common.errors import MissingFileError, WriteError
 from lavis_lite.common.locks import Lock
 from lavis_lite.datasets.shapes.language import MEANINGLESS_TEXTS, captions, full_captions
-from lavis_lite.datasets.shapes.questions import QuestionGenerator, Question, statement
+from lavis_lite.datasets.shapes.questions import Question, QuestionGenerator, statement
 from lavis_lite.datasets.shapes.render import save_jpeg
 from lavis_lite.datasets.shapes.scene import (
     SPLITS,

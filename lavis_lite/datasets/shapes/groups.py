@@ -25,8 +25,8 @@ from lavis_lite.datasets.shapes.language import (
 from lavis_lite.datasets.shapes.questions import (
     AXES,
     YES_NO,
-    QuestionGenerator,
     Question,
+    QuestionGenerator,
     refer,
 )
 from lavis_lite.datasets.shapes.scene import (
@@ -35,8 +35,8 @@ from lavis_lite.datasets.shapes.scene import (
     SHAPES,
     SIZES,
     Scene,
-    ShapesConfig,
     SceneObject,
+    ShapesConfig,
 )
 
 TRUE_FALSE = ("true", "false")
@@ -103,19 +103,20 @@ class InstructionGenerator:
     def count(self, scene: Scene, rng: random.Random) -> list[Instruction]:
         """Of a colour or a shape none, one or two are balanced; three are too rare."""
         low, high = self.config.min_objects, self.config.max_objects
-        return [
-            replace(instruction, balanced=range(low, high + 1) if "many shapes" in instruction.text else range(min(2, high) + 1))
-            for instruction in self.drawn(self.questions.number, scene, rng)
-        ]
+        made = []
+        for counting in self.drawn(self.questions.number, scene, rng):
+            numbers = range(low, high + 1) if "many shapes" in counting.text else range(min(2, high) + 1)
+            made.append(replace(counting, balanced=numbers))
+        return made
 
     def statements(self, scene: Scene, rng: random.Random) -> list[Instruction]:
         """Yes/no questions and numbers as statements."""
         made = []
         for make in (self.questions.exists, self.questions.relation):
-            for instruction in self.drawn(make, scene, rng):
-                if instruction.candidates == YES_NO:
-                    text = _SUBJECT.sub(r"\1 is", instruction.text.removesuffix("?"))
-                    made.append(_statement(text, is_true=instruction.label == YES_NO.index("yes")))
+            for question in self.drawn(make, scene, rng):
+                if question.candidates == YES_NO:
+                    text = _SUBJECT.sub(r"\1 is", question.text.removesuffix("?"))
+                    made.append(_statement(text, is_true=question.label == YES_NO.index("yes")))
         for instruction in self.drawn(self.questions.number, scene, rng):
             counted = instruction.text.removeprefix("how many ").removesuffix(" are there?")
             low, high = (self.config.min_objects, self.config.max_objects) if counted == "shapes" else (0, 2)
@@ -205,7 +206,9 @@ class InstructionGenerator:
 
 
 def _question(text: str, answer: str, choices: Sequence[str], **fields: Any) -> Instruction:
-    return Instruction(fields={**fields, "question": text}, candidates=tuple(choices), label=list(choices).index(answer))
+    return Instruction(
+        fields={**fields, "question": text}, candidates=tuple(choices), label=list(choices).index(answer)
+    )
 
 
 def _statement(text: str, *, is_true: bool) -> Instruction:

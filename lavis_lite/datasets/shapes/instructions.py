@@ -47,15 +47,15 @@ def ensure_instructions(config: ShapesConfig, folder: Path, group: str, split: s
 
 
 def make_records(config: ShapesConfig, scenes: dict[int, Scene], group: str, split: str) -> list[Record]:
-    """The group's records, up to PER_IMAGE for each scene (by image id)."""
-    maker, balance = InstructionGenerator(config), Balance()
-    records = []
+    """Return the group's records, up to PER_IMAGE for each scene (by image id)."""
+    generator, balance = InstructionGenerator(config), Balance()
+    records: list[Record] = []
     for index, (image_id, scene) in enumerate(scenes.items()):
         rng = random.Random(f"{config.seed}/instruct {group}/{split}/{index}")
-        for number, instruction in enumerate(balance.choose(maker.make(group, scene, rng))):
-            shared = {"image": image_name(split, index), "question_id": image_id * 100 + number, **instruction.fields}
-            chosen = {"answer": instruction.candidates[instruction.label], "candidates": list(instruction.candidates), "label": instruction.label}
-            records.append(shared | chosen)
+        for number, made in enumerate(balance.choose(generator.make(group, scene, rng))):
+            shared = {"image": image_name(split, index), "question_id": image_id * 100 + number, **made.fields}
+            answer = {"answer": made.candidates[made.label], "candidates": list(made.candidates), "label": made.label}
+            records.append(shared | answer)
     return records
 
 
@@ -65,22 +65,22 @@ class Balance:
     def __init__(self) -> None:
         self.chosen: defaultdict[str, Counter[int]] = defaultdict(Counter)
 
-    def choose(self, asks: list[Instruction]) -> list[Instruction]:
-        """Up to PER_IMAGE of them, those with the rarest answers so far; none that would tip the balance."""
+    def choose(self, made: list[Instruction]) -> list[Instruction]:
+        """Return up to PER_IMAGE of them, those with the rarest answers so far, as far as the balance allows."""
         found: list[Instruction] = []
-        while asks and len(found) < PER_IMAGE:
-            instruction = min(asks, key=lambda instruction: self.chosen[instruction.kind][instruction.label])
-            asks.remove(instruction)
-            if self.allows(instruction):
-                self.chosen[instruction.kind][instruction.label] += 1
-                found.append(instruction)
+        while made and len(found) < PER_IMAGE:
+            rarest = min(made, key=lambda one: self.chosen[one.kind][one.label])
+            made.remove(rarest)
+            if self.allows(rarest):
+                self.chosen[rarest.kind][rarest.label] += 1
+                found.append(rarest)
         return found
 
-    def allows(self, instruction: Instruction) -> bool:
-        """Whether one more would leave the answer at most a tenth (and three) ahead of the rarest of its kind."""
-        balanced = range(len(instruction.candidates)) if instruction.balanced is None else instruction.balanced
-        counts = self.chosen[instruction.kind]
-        return instruction.label in balanced and counts[instruction.label] <= 1.1 * min(counts[label] for label in balanced) + 2
+    def allows(self, one: Instruction) -> bool:
+        """Return whether one more leaves its answer at most a tenth (and three) ahead of the rarest of its kind."""
+        balanced = range(len(one.candidates)) if one.balanced is None else one.balanced
+        counts = self.chosen[one.kind]
+        return one.label in balanced and counts[one.label] <= 1.1 * min(counts[label] for label in balanced) + 2
 
 
 def as_plain_text(record: Record) -> tuple[str, str | None]:

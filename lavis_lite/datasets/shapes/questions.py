@@ -23,8 +23,8 @@ from lavis_lite.datasets.shapes.scene import (
     OPPOSITE,
     RELATIONS,
     Scene,
-    ShapesConfig,
     SceneObject,
+    ShapesConfig,
 )
 
 YES_NO = ("yes", "no")
@@ -219,7 +219,9 @@ def _state(template: str, pair: tuple[Scene, Scene], config: ShapesConfig, rng: 
     return with_articles(template.format(kind=kind)), truth[template.split()[0]]
 
 
-def _kind(pair: tuple[Scene, Scene], config: ShapesConfig, rng: random.Random) -> tuple[str, Callable[[SceneObject], bool]]:
+def _kind(
+    pair: tuple[Scene, Scene], config: ShapesConfig, rng: random.Random
+) -> tuple[str, Callable[[SceneObject], bool]]:
     """A kind of object, one of the scenes' or any, and the test for it."""
     if rng.random() < 0.7:
         thing = rng.choice(rng.choice(pair).things)
