@@ -65,7 +65,9 @@ def place_of(path: str | Path, number: int) -> str:
 
     `path` is the file that has the record as its `number`th (from 0), or, as a text, words for where it's from.
     """
-    suffix = path.suffix.lower() if isinstance(path, Path) else ""
+    if isinstance(path, str):
+        return f"{path}: record {number}"
+    suffix = path.suffix.lower()
     if suffix == ".jsonl":
         lines = [at for at, line in enumerate(_read_text(path).split("\n"), start=1) if line.strip()]
     elif suffix in TABLES:

@@ -83,7 +83,8 @@ class BaseDataset(Dataset):
         self.blank_texts = blank_texts
         check = RecordCheck(clean=text_processor, allow_blank=blank_texts == "skip")
         self.record_check = replace(check, required=self.required, fields=self.fields)
-        self.places, self.kept = Places(), None
+        self.places = Places()
+        self.kept: list[int] | None = None
         files = SplitFiles(
             paths=self.annotation_paths, split=split, root=self.vis_root, columns=columns or {}, check=check
         )
@@ -288,9 +289,8 @@ class BaseBuilder:
         return find_reader(self.reader) if self.reader else None
 
     def _build_split(self, split: str) -> BaseDataset:
-        reading = {"reader": self.make_reader(), "columns": self.columns}
-        dataset_class = self.dataset_class(split)
-        dataset = dataset_class(
+        reading: dict[str, Any] = {"reader": self.make_reader(), "columns": self.columns}
+        dataset = self.dataset_class(split)(
             self.annotation_paths(split),
             self.image_root(),
             split=split,

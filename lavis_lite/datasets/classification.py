@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Any, ClassVar
+from typing import Any
 
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.records import (
     ANY_TEXT,
     ID,
     NAME,
-    Kind,
     Record,
 )
 from lavis_lite.common.registry import did_you_mean, registry
@@ -25,6 +24,9 @@ MAX_DIGITS = 9
 """Digits of a label, so that it fits an index."""
 
 
+CLASSIFICATION_FIELDS = {"image": NAME, "sentence": ANY_TEXT, "text": ANY_TEXT, "label": ID, "instance_id": ID}
+
+
 class ClassificationDataset(BaseDataset):
     """Samples {image, text_input, label (position in `classes`), instance_id}.
 
@@ -32,13 +34,7 @@ class ClassificationDataset(BaseDataset):
     """
 
     required = ("image", "label")
-    fields: ClassVar[dict[str, Kind]] = {
-        "image": NAME,
-        "sentence": ANY_TEXT,
-        "text": ANY_TEXT,
-        "label": ID,
-        "instance_id": ID,
-    }
+    fields = CLASSIFICATION_FIELDS
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ Samples of videos have frames (3,F,H,W) where those of images have an image; `nu
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -35,6 +35,11 @@ class CaptionInstructDataset(InstructDataset):
     """
 
     reader = "captions"
+
+    def load(self, files: SplitFiles, reader: Reader) -> list[Record]:
+        required = ("image|file_name|video", *self.record_check.required)
+        self.record_check = replace(self.record_check, required=required)
+        return super().load(files, reader)
 
     def arrange(self, records: list[Record]) -> list[Record]:
         if self.training:
@@ -142,7 +147,8 @@ class ClassificationInstructBuilder(InstructBuilder):
         """Yield the records with all words as `candidates`, `label` the index of the right one, and the `classes` of
         the words. Raises InputError for a label that has no words.
         """
-        words = {label: [word] for label, word in self.classes.items()} or dict(enumerate(self.verbalizers))
+        words: dict[Any, list[str]] = {label: [word] for label, word in self.classes.items()}
+        words = words or dict(enumerate(self.verbalizers))
         labels = tuple(label for label, texts in words.items() for _ in texts)
         choice: Record = {"candidates": [word for texts in words.values() for word in texts]}
         choice |= {} if self.classes else {"classes": labels}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -17,13 +17,13 @@ from lavis_lite.common.records import (
     ID,
     PATHS,
     TEXT,
-    Kind,
     Record,
     shown,
 )
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset
 
+NLVR_FIELDS = {"images": PATHS, "sentence": TEXT, "instance_id": ID}
 _LABELS = {"true": 1, "false": 0, "1": 1, "0": 0}
 _SIDE = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
@@ -32,7 +32,7 @@ class NLVREvalDataset(BaseDataset):
     """Samples {image0, image1, text_input, label (1: true), instance_id}."""
 
     required = ("images", "sentence", "label")
-    fields: ClassVar[dict[str, Kind]] = {"images": PATHS, "sentence": TEXT, "instance_id": ID}
+    fields = NLVR_FIELDS
 
     def arrange(self, records: list[Record]) -> list[Record]:
         for index, record in enumerate(records):

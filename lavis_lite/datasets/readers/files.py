@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,7 @@ class SplitFiles:
     columns: Mapping[str, str] = field(default_factory=dict)
     """Our name of a field to the file's: `{caption: text}`."""
     check: RecordCheck = field(default_factory=RecordCheck)
-    """The dataset's text processor and its rule for blank texts."""
-
-    def needs(self, *required: str, **fields: Kind) -> RecordCheck:
-        """Return the check of records that must have the required fields, and whose fields are of these kinds."""
-        return replace(self.check, required=required, fields=fields)
+    """The dataset's rule for blank texts, without fields."""
 
     def records(self, check: RecordCheck | None = None) -> Iterator[Record]:
         """Yield the records of all files, their columns renamed, checked, with their places."""
@@ -54,6 +50,11 @@ class SplitFiles:
 
 
 Reader = Callable[[SplitFiles], Iterable[Record]]
+
+
+def needs(*required: str, **fields: Kind) -> RecordCheck:
+    """Return the check of records that must have the required fields, and whose fields are of these kinds."""
+    return RecordCheck(required=required, fields=fields)
 
 
 def with_places(records: Iterable[Record], where: str | Path) -> Iterator[Record]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from lavis_lite.common.records import (
 )
 from lavis_lite.datasets.annotations import as_list, as_records, place_of, read_json
 from lavis_lite.datasets.readers.captions import rows_with_words
-from lavis_lite.datasets.readers.files import PLACE, SplitFiles, derived, read_content
+from lavis_lite.datasets.readers.files import PLACE, SplitFiles, derived, needs, read_content
 from lavis_lite.datasets.templates import fill
 
 logger = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ def read_questions(files: SplitFiles, check: RecordCheck | None = None) -> list[
         if isinstance(content, dict) and "questions" in content:
             official += official_questions(content, path, files)
         elif isinstance(content, dict) and "annotations" in content:
-            needed = files.needs("question_id", "answers", **question_fields(TRUTHS))
+            needed = replace(files.check, required=("question_id", "answers"), fields=question_fields(TRUTHS))
             truths |= {truth["question_id"]: truth for truth in files.section(content, "annotations", path, needed)}
         else:
             records += files.located(as_records(content, path), path, check)
@@ -128,7 +129,7 @@ def read_questions(files: SplitFiles, check: RecordCheck | None = None) -> list[
 
 def official_questions(content: dict[str, Any], path: Path, files: SplitFiles) -> Iterator[Record]:
     """Yield the official file's questions, with COCO's path of the image where a question has none."""
-    check = files.needs("question_id", "question", "image_id|image", question_id=ID, image_id=ID)
+    check = needs("question_id", "question", "image_id|image", question_id=ID, image_id=ID)
     subset = content.get("data_subtype")
     for question in files.section(content, "questions", path, check):
         number = question.get("image_id") or 0
@@ -140,14 +141,15 @@ def official_questions(content: dict[str, Any], path: Path, files: SplitFiles) -
 
 def read_answered_questions(files: SplitFiles) -> list[Record]:
     """Return the questions with `answer`, the list of all answers."""
-    check = files.needs("image", "question", **question_fields(TRUTHS))
+    check = replace(files.check, required=("image", "question"), fields=question_fields(TRUTHS))
     return [record | {"answer": answers_of(record)} for record in read_questions(files, check)]
 
 
 def read_question_choices(files: SplitFiles) -> list[Record]:
     """Return questions {image, question, choices[, correct_choice_idx]}, of which the right choice is learned."""
     fields = {**question_fields(TRUTHS), "choices": WORDS, "correct_choice_idx": INDEX}
-    records = read_questions(files, files.needs("image", "question", "choices", **fields))
+    check = replace(files.check, required=("image", "question", "choices"), fields=fields)
+    records = read_questions(files, check)
     return [record | {"candidates": record["choices"], "label": record.get("correct_choice_idx")} for record in records]
 
 
@@ -170,7 +172,7 @@ def read_ocr_vqa(files: SplitFiles) -> list[Record]:
 
 def ocr_vqa_books(files: SplitFiles) -> Iterator[Record]:
     """Yield the books of the split; all are in a file that names none."""
-    check = files.needs("sample_id", "questions", "answers", sample_id=NAME, questions=WORDS, answers=VALUES, split=ID)
+    check = needs("sample_id", "questions", "answers", sample_id=NAME, questions=WORDS, answers=VALUES, split=ID)
     for book in files.records(check):
         if "split" in book and files.split not in OCR_VQA_SPLITS:
             raise InputError(f"{files} has the splits {', '.join(OCR_VQA_SPLITS)}, but no {files.split!r}")
@@ -195,7 +197,7 @@ def read_vizwiz(files: SplitFiles) -> Iterator[Record]:
 
     An image `VizWiz_<split>_<number>.jpg` is in the folder `<split>`, as its archives unpack.
     """
-    for row in files.records(files.needs("image", "question", **question_fields(TRUTHS))):
+    for row in files.records(needs("image", "question", **question_fields(TRUTHS))):
         yield derived(
             row,
             image=re.sub(r"^VizWiz_([a-z]+)_", r"\1/\g<0>", row["image"]),
@@ -212,7 +214,7 @@ def read_textvqa(files: SplitFiles) -> Iterator[Record]:
     The validation images are in the folder of the training images.
     """
     fields = {**question_fields(TRUTHS), "image_id": NAME, "ocr_tokens": WORDS}
-    for row in rows_with_words(files, files.needs("image_id", "question", "question_id", **fields)):
+    for row in rows_with_words(files, needs("image_id", "question", "question_id", **fields)):
         folder = "test_images" if row.get("set_name") == "test" else "train_images"
         kept = {key: row[key] for key in ("question", "question_id", "ocr_tokens") if key in row}
         yield derived(row, image=f"{folder}/{row['image_id']}.jpg", answer=answers_of(row), **kept)
@@ -232,11 +234,11 @@ def read_visdial(files: SplitFiles) -> Iterator[Record]:
         if not isinstance(data, dict) or not {"questions", "answers", "dialogs"} <= data.keys():
             raise InputError(f'{path}: expected Visual Dialog\'s {{"data": {{"questions", "answers", "dialogs"}}}}')
         for name in ("questions", "answers"):
-            problem = files.needs(name, **{name: WORDS}).problem(data)
+            problem = needs(name, **{name: WORDS}).problem(data)
             if problem or not isinstance(data[name], list):
                 raise InputError(f"{path}{problem or f': {name} must be a list of texts'}")
         split = str(content.get("split", "val")).removesuffix("2018")
-        check = files.needs("image_id", "dialog", image_id=INDEX, caption=ANY_TEXT)
+        check = needs("image_id", "dialog", image_id=INDEX, caption=ANY_TEXT)
         for dialog in files.section(data, "dialogs", path, check):
             try:
                 yield from list(visdial_rounds(dialog, data, split))
@@ -277,13 +279,13 @@ def visdial_rounds(dialog: Record, data: Record, split: str) -> Iterator[Record]
 
 def read_video_questions(files: SplitFiles) -> Iterator[Record]:
     """Yield records {video, question[, answer, question_id]}."""
-    return files.records(files.needs("video", "question", **{**question_fields(TRUTHS), "video": PATH}))
+    return files.records(needs("video", "question", **{**question_fields(TRUTHS), "video": PATH}))
 
 
 def read_ivqa(files: SplitFiles, *, video_name: str) -> Iterator[Record]:
     """Yield iVQA's questions, with the list of the answers that were given; `video_name` may name columns."""
     fields = {"video_id": ID, **question_fields(TRUTHS), **dict.fromkeys(IVQA_ANSWERS, GROUP)}
-    for row in files.records(files.needs("video_id", "question", **fields)):
+    for row in files.records(needs("video_id", "question", **fields)):
         try:
             video = fill(video_name, row)
         except UnknownNameError as error:

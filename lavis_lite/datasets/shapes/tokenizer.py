@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import string
+from collections.abc import Mapping
 from pathlib import Path
 
 from lavis_lite.datasets.shapes.language import vocabulary
@@ -48,5 +49,5 @@ def train_tokenizer(folder: str | Path) -> None:
     _write(folder / "tokenizer_config.json", settings)
 
 
-def _write(path: Path, content: dict[str, object]) -> None:
+def _write(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
