@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from lavis_lite.common.wording import joined_words, lettered
@@ -23,6 +25,7 @@ from lavis_lite.datasets.templates import (
     Templates,
     fill,
     load_templates,
+    with_prompt,
 )
 from lavis_lite.processors import load_processor
 
@@ -178,6 +181,79 @@ def test_lists_are_worded() -> None:
     with pytest.raises(ValueError, match="at most 26"):
         lettered(["x"] * 27)
     assert joined_words([str(i) for i in range(40)]) == ", ".join(str(i) for i in range(30))
+
+
+# Properties of filling templates
+
+FIELDS = st.dictionaries(
+    st.from_regex(r"[a-z_]{1,8}", fullmatch=True), st.text(min_size=1, max_size=30), min_size=1, max_size=4
+)
+TEXTS = st.text(max_size=20).filter(lambda text: not PLACEHOLDER.search(text))
+quick = settings(max_examples=200, derandomize=True, database=None, deadline=None)
+
+
+@st.composite
+def filled_templates(draw: st.DrawFn) -> tuple[list[str], list[str], dict[str, str]]:
+    """Fixed texts, the names of the placeholders between them, and the fields."""
+    fields = draw(FIELDS)
+    names = draw(st.lists(st.sampled_from(sorted(fields)), min_size=1, max_size=5))
+    return [draw(TEXTS) for _ in range(len(names) + 1)], names, fields
+
+
+def template_of(texts: list[str], names: list[str]) -> str:
+    return texts[0] + "".join(f"{{{name}}}{text}" for name, text in zip(names, texts[1:], strict=True))
+
+
+@quick
+@given(filled_templates())
+def test_a_filled_template_is_its_texts_and_its_fields(case: tuple[list[str], list[str], dict[str, str]]) -> None:
+    """Fields with braces, other placeholders or any script stay as they are."""
+    texts, names, fields = case
+    template = template_of(texts, names)
+    assume(PLACEHOLDER.findall(template) == names)  # texts around a placeholder can make another one: "{" + "a}"
+    filled = fill(template, fields)
+    assert filled == texts[0] + "".join(fields[name] + text for name, text in zip(names, texts[1:], strict=True))
+
+
+@quick
+@given(filled_templates())
+def test_a_filled_template_can_be_read_back(case: tuple[list[str], list[str], dict[str, str]]) -> None:
+    """Marks that no field has show which field is at which place, and that no placeholder is left."""
+    texts, names, _ = case
+    template = template_of(texts, names)
+    assume(PLACEHOLDER.findall(template) == names)
+    assume("\ue000" not in template and "\ue001" not in template)
+    filled = fill(template, {name: f"\ue000{name}\ue001" for name in names})
+    assert re.sub("\ue000(.*?)\ue001", r"{\1}", filled) == template
+    assert not PLACEHOLDER.search(fill(template, dict.fromkeys(names, "")).replace("{", ""))
+
+
+@quick
+@given(filled_templates(), st.sampled_from(["train", "eval"]), st.integers(0, 9))
+def test_templates_fill_what_they_name(
+    case: tuple[list[str], list[str], dict[str, str]], split: str, seed: int
+) -> None:
+    """The drawn instruction needs the fields that its templates name, and no other."""
+    texts, names, fields = case
+    template = template_of(texts, names)
+    assume(PLACEHOLDER.findall(template) == names and "{}" not in template and "learned" not in names)
+    templates = load_templates({"output": "learned", "train": [template, template], "eval": template})
+    random.seed(seed)
+    own = {name: fields[name] for name in names}
+    assert templates.instruction(own, training=split == "train") == fill(template, own)
+    own.pop(names[0])
+    with pytest.raises(KeyError, match=re.escape(repr(names[0]))):
+        templates.instruction(own, training=split == "train")
+
+
+@quick
+@given(st.text(max_size=40).filter(lambda text: "{}" not in text), st.text(min_size=1, max_size=40))
+def test_an_explicit_prompt_is_filled_with_the_raw_question(text: str, question: str) -> None:
+    assume(not PLACEHOLDER.search(text) and not text.endswith("{"))
+    instructions = with_prompt("vqa", f"{text}{{}} Answer:")
+    assert instructions is not None
+    templates = load_templates(instructions)
+    assert templates.instruction({"question": question}, training=False) == f"{text}{question} Answer:"
 
 
 # LAVIS's text processor

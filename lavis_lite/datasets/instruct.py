@@ -66,7 +66,8 @@ class InstructDataset(BaseDataset):
                 raise InputError(f"no {name} {value!r}. {did_you_mean(value, known)}")
         self.templates, self.training = templates, training
         self.num_frames: int = check_num_frames(num_frames)
-        self.short_clips: ShortClips = check_short_clips(short_clips)
+        check_short_clips(short_clips)
+        self.short_clips: ShortClips = short_clips
         self.answer_choice, self.candidate_format = answer_choice, candidate_format
         self.answer_list = answer_list
         used = templates.used(training=training)

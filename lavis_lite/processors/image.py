@@ -7,6 +7,7 @@ antialiasing. CMYK, palette, grey, transparent and 16-bit images become 8-bit RG
 import math
 from collections.abc import Sequence
 from numbers import Real
+from typing import Any
 
 import torch
 from PIL import Image
@@ -40,10 +41,10 @@ class ImageProcessor(BaseProcessor):
         self,
         geometry: Sequence[object],
         *,
-        mean: Sequence[float] | None,
-        std: Sequence[float] | None,
-        background: str,
-        max_pixels: int,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        background: str = "white",
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.mean = tuple(CLIP_MEAN if mean is None else mean)
         self.std = tuple(CLIP_STD if std is None else std)
@@ -90,10 +91,6 @@ class BlipImageTrainProcessor(ImageProcessor):
         self,
         *,
         image_size: int = 384,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        background: str = "white",
-        max_pixels: int = MAX_PIXELS,
         min_scale: float = 0.5,
         max_scale: float = 1.0,
         hflip: bool = True,
@@ -101,11 +98,12 @@ class BlipImageTrainProcessor(ImageProcessor):
         num_ops: int = 2,
         magnitude: float = 5,
         legacy_autocontrast: bool = False,
+        **pixels: Any,
     ) -> None:
         geometry = random_crop(image_size, min_scale=min_scale, max_scale=max_scale, hflip=hflip)
         if randaugment:
             geometry.append(RandomAugment(num_ops, magnitude, legacy_autocontrast=legacy_autocontrast))
-        super().__init__(geometry, mean=mean, std=std, background=background, max_pixels=max_pixels)
+        super().__init__(geometry, **pixels)
 
 
 @registry.register_processor("blip2_image_train")
@@ -116,31 +114,20 @@ class Blip2ImageTrainProcessor(ImageProcessor):
         self,
         *,
         image_size: int = 364,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        background: str = "white",
-        max_pixels: int = MAX_PIXELS,
         min_scale: float = 0.5,
         max_scale: float = 1.0,
         hflip: bool = True,
+        **pixels: Any,
     ) -> None:
         geometry = random_crop(image_size, min_scale=min_scale, max_scale=max_scale, hflip=hflip)
-        super().__init__(geometry, mean=mean, std=std, background=background, max_pixels=max_pixels)
+        super().__init__(geometry, **pixels)
 
 
 @registry.register_processor("blip_image_eval")
 class BlipImageEvalProcessor(ImageProcessor):
     """Squash to (image_size, image_size) and normalise; deterministic."""
 
-    def __init__(
-        self,
-        *,
-        image_size: int = 384,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        background: str = "white",
-        max_pixels: int = MAX_PIXELS,
-    ) -> None:
+    def __init__(self, *, image_size: int = 384, **pixels: Any) -> None:
         size = check_size(image_size)
         resize = transforms.Resize((size, size), interpolation=InterpolationMode.BICUBIC)
-        super().__init__([resize], mean=mean, std=std, background=background, max_pixels=max_pixels)
+        super().__init__([resize], **pixels)
