@@ -135,25 +135,31 @@ def test_templates_from_a_file_a_mapping_and_a_base(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "words"),
     [
-        ("trian: [a]", r"own\.yaml: unknown key 'trian'. Did you mean 'train'"),
-        ("train: []", "own.yaml: `train` must be a list of at least one template"),
-        ("train: what?", "must be a list"),
-        ("output: answer", "must be a list of at least one template, got None"),
-        ("train: [{question}]", "put it into quotes"),
-        ("train: [Question: {question}]", "put it into quotes"),
-        ("train: [a]\neval: 3", "must be a text"),
-        ('train: ["Question: {}"]', "gaps are named"),
-        ('train: ["{answer}?"]', "'answer' is what is learned"),
-        ('output: ""\ntrain: [a]', "`output` must be the name"),
-        ("train: [a", r"own\.yaml, line \d: not valid YAML"),
-        ("base: vqaa", "no instruction templates 'vqaa'. Did you mean 'vqa'"),
+        ("trian: [a]", ["'trian'", "'train'"]),
+        ("train: []", ["`train`", "[]"]),
+        ("train: what?", ["`train`", "'what?'"]),
+        ("output: answer", ["`train`", "None"]),
+        ("train: [{question}]", ["{'question': None}"]),
+        ("train: [Question: {question}]", ["{'Question': {'question': None}}"]),
+        ("train: [a]\neval: 3", ["3"]),
+        ('train: ["Question: {}"]', ["'Question: {}'", "{question}"]),
+        ('train: ["{answer}?"]', ["'answer'"]),
+        ('output: ""\ntrain: [a]', ["`output`", "''"]),
+        ("train: [a", ["line 2"]),
     ],
 )
-def test_mistakes_in_templates_are_named(tmp_path: Path, content: str, message: str) -> None:
+def test_mistakes_in_templates_are_named(tmp_path: Path, content: str, words: list[str]) -> None:
     (tmp_path / "own.yaml").write_text(content)
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "own.yaml"))) as error:
+        load_templates(tmp_path / "own.yaml")
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_base_that_is_not_there_is_named(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("base: vqaa")
+    with pytest.raises(FileNotFoundError, match=r"'vqaa'.*'vqa'"):
         load_templates(tmp_path / "own.yaml")
 
 
@@ -396,13 +402,13 @@ def test_a_missing_field_is_named_with_its_line(root: Path, file: str, place: st
         ({"candidates": "yes"}, "a list of texts in 'candidates'"),
         ({"candidates": ["yes", ""]}, "none empty"),
         ({"candidates": ["yes", 2]}, "a list of texts"),
-        ({"candidates": ["a", "b"], "label": 2, "output": None}, "label 2, which is no index into its 2 candidates"),
+        ({"candidates": ["a", "b"], "label": 2, "output": None}, "label 2.* 2 candidates"),
         ({"candidates": ["a", "b"], "label": -1, "output": None}, "label -1"),
         ({"candidates": ["a", "b"], "label": "a", "output": None}, "label 'a'"),
         ({"candidates": ["o1", "b"], "classes": [0]}, r"for each of its 2 candidates in 'classes'; got \[0\]"),
         ({"candidates": ["o1", "b"], "classes": 2}, "in 'classes'; got 2"),
         ({"candidates": ["o1", "b"], "classes": [0, "no"]}, r"in 'classes'; got \[0, 'no'\]"),
-        ({"candidates": ["a", "b"], "output": "c"}, "'c' in its field 'output', which is none of the candidates"),
+        ({"candidates": ["a", "b"], "output": "c"}, "'c' in its field 'output'.*candidates"),
         (
             {"candidates": ["a", "b"], "output": "b", "label": 0},
             "label 0, but 'b' in its field 'output' is candidate 1",

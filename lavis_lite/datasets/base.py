@@ -130,19 +130,19 @@ class BaseDataset(Dataset):
         return [record for record in found if record is not None]
 
     def arrange(self, records: list[Record]) -> list[Record]:
-        """The file's records as one record a sample; subclasses expand or merge here."""
+        """Return one record per sample; subclasses expand or merge records here."""
         return records
 
     def __len__(self) -> int:
         return len(self.annotation)
 
     def files_of(self, record: Record) -> list[str]:
-        """The image or video files that a record's sample is made of, as `image` takes them."""
+        """Return the image or video files of a record's sample, as `image` takes them."""
         file = record.get("image")
         return [file] if isinstance(file, str) else []
 
     def image(self, file: str) -> Any:
-        """The processed image of a path as the annotation gives it: absolute, or below `vis_root`."""
+        """Return the processed image of a path as the annotation gives it: absolute, or below `vis_root`."""
         path = self.vis_root / file
         if isinstance(self.vis_processor, OpensImages):
             processor = self.vis_processor
@@ -160,7 +160,7 @@ class BaseDataset(Dataset):
         return self.vis_processor(image)
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """A batch: tensors stacked, `long_keys` as LongTensor (B), everything else as lists."""
+        """Return a batch: tensors stacked, `long_keys` as LongTensor (B), everything else as lists."""
         return {key: self._collate(key, [sample[key] for sample in samples]) for key in samples[0]}
 
     def _collate(self, key: str, values: list[Any]) -> Any:
@@ -170,7 +170,7 @@ class BaseDataset(Dataset):
             return torch.tensor(values, dtype=torch.long)
         if key.startswith("image") and isinstance(values[0], Image.Image):
             raise InputError(
-                f"the {self.split} images of {self.annotation_paths[0]} are no tensors: name a vis_processor in the "
+                f"the {self.split} images of {self.annotation_paths[0]} are not tensors: name a vis_processor in the "
                 f"dataset's YAML, e.g. vis_processor: {{{'train' if self.split == 'train' else 'eval'}: "
                 "{name: blip_image_eval, image_size: 224}}"
             )
@@ -179,7 +179,7 @@ class BaseDataset(Dataset):
 
 @dataclass(kw_only=True)
 class BaseBuilder:
-    """What a dataset's YAML may say.
+    """The keys of a dataset's YAML, and the datasets that are built from them.
 
     `build_info`: `{annotations: {<split>: {url, md5, storage}}, images: {storage}}`; `url` and `storage` may be lists
     of equal length. Relative storages are below the data root (environment variable LAVIS_LITE_DATA). `videos` is
@@ -204,17 +204,17 @@ class BaseBuilder:
     eval_dataset: ClassVar[type[BaseDataset] | None] = None
 
     def prepare(self, splits: Iterable[str] | None = None) -> None:
-        """Fetch what these splits (default: all) lack; rank 0 first, so that the others find it there."""
+        """Fetch the missing files of these splits (default: all); rank 0 first, so that the others find them."""
         with dist.main_first():
             for split in self.splits() if splits is None else splits:
                 self.annotation_paths(split)
 
     def splits(self) -> list[str]:
-        """The names of the splits there are."""
+        """Return the names of all splits."""
         return [name for name, entry in self._section("annotations").items() if entry is not None]
 
     def build(self, splits: Iterable[str] | None = None) -> dict[str, BaseDataset]:
-        """One dataset a split (all splits by default). Raises KeyError for a split that isn't configured."""
+        """Return one dataset per split (all splits by default). Raises KeyError for a split that is not configured."""
         there = self.splits()
         if not there:
             raise InputError(
@@ -232,11 +232,11 @@ class BaseBuilder:
         return built
 
     def dataset_options(self, split: str) -> dict[str, Any]:
-        """Further keyword arguments of the split's dataset; subclasses override."""
+        """Return further keyword arguments of the split's dataset; subclasses override this."""
         return {}
 
     def annotation_paths(self, split: str) -> list[Path]:
-        """The split's annotation files on disk, fetched if need be."""
+        """Return the split's annotation files on disk, fetched if need be."""
         entry = self._section("annotations")[split]
         where = f"build_info.annotations.{split}"
         check_keys(entry, ("url", "md5", "storage"), where)
@@ -253,9 +253,9 @@ class BaseBuilder:
         ]
 
     def image_root(self) -> Path:
-        """The folder that the annotations' paths of images or videos start from.
+        """Return the folder that the annotations' paths of images or videos start from.
 
-        Raises FileNotFoundError if it's missing, ValueError if there are two.
+        Raises FileNotFoundError if it is missing, InputError if there are two.
         """
         sections = {kind: self._section(kind) for kind in VISUAL_FOLDERS}
         for kind, section in sections.items():
@@ -310,7 +310,7 @@ class BaseBuilder:
 
 
 def make_processor(blocks: dict[str, Any], split: str) -> Callable[[Any], Any]:
-    """The processor of the split's block (`train` for the split named so, else `eval`); identity without a block."""
+    """Return the processor of the split's block (`train` for the split of that name, else `eval`), or `identity`."""
     check_keys(blocks, ("train", "eval"), "processor")
     block = blocks.get("train" if split == "train" else "eval")
     if not block:
@@ -322,19 +322,19 @@ def make_processor(blocks: dict[str, Any], split: str) -> Callable[[Any], Any]:
 
 
 def check_keys(given: dict[str, Any], known: Sequence[str], where: str) -> None:
-    """Raise ValueError for a key that isn't known, with the nearest one."""
+    """Raise InputError for an unknown key, with the nearest one."""
     for key in given:
         if key not in known:
             raise InputError(f"{where}: unknown key {key!r}. {did_you_mean(key, known)}")
 
 
 def resolve_storage(storage: str) -> Path:
-    """An absolute path as it is, a relative one below the data root."""
+    """Return an absolute path as it is, a relative one below the data root."""
     return download.data_root() / Path(storage).expanduser()
 
 
 def locate(url: str | None, storage: str | None, md5: str | None, *, where: str = "") -> Path:
-    """The file on disk: the storage if it's there, else a local `url` as it is, else fetched to the storage."""
+    """Return the file on disk: the storage if it exists, else a local `url` as it is, else fetched to the storage."""
     target = resolve_storage(storage) if storage else None
     if target is not None and target.is_file():
         return target
@@ -357,7 +357,7 @@ def locate(url: str | None, storage: str | None, md5: str | None, *, where: str 
 
 
 def _copy_aside(source: Path, target: Path) -> Path:
-    """Copy so that `target` is never seen half written."""
+    """Copy so that `target` is never half written."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
         aside = Path(folder) / target.name

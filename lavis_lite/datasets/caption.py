@@ -1,7 +1,7 @@
-"""Captioning: one caption a sample in training; one image a sample, with its references, in evaluation.
+"""Captioning: one caption per sample in training; one image per sample, with its references, in evaluation.
 
 Evaluation ids come from the annotation (`image_id`, `img_id`), else from the file name as for COCO
-(`COCO_val2014_000000391895.jpg` -> 391895), else they are the image paths; so any user's files can be scored.
+(`COCO_val2014_000000391895.jpg` -> 391895), else they are the image paths; so any files can be scored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lavis_lite.datasets.base import BaseBuilder, BaseDataset
 from lavis_lite.datasets.readers.captions import CAPTION_FIELDS
 
 MAX_ID_DIGITS = 19
-"""More digits at the end of a file name are no id: no 64-bit integer holds them."""
+"""More digits at the end of a file name are not taken as an id: they do not fit a 64-bit integer."""
 
 
 class CaptionDataset(BaseDataset):
@@ -55,7 +55,7 @@ class CaptionTrainDataset(CaptionDataset):
 
 
 class CaptionEvalDataset(CaptionDataset):
-    """Samples {image, image_id, instance_id}, one an image; `references()` has the captions."""
+    """Samples {image, image_id, instance_id}, one per image; `references()` has the captions."""
 
     required = ("image|file_name",)
 
@@ -81,7 +81,7 @@ def references_of(annotation: Iterable[Record]) -> dict[Any, list[str]]:
 
 
 def expand_captions(records: list[Record]) -> list[Record]:
-    """One record a caption, where a record may hold a list of them."""
+    """Return one record per caption, where a record may hold a list of them."""
     return [
         {**r, "caption": caption} if isinstance(r["caption"], list) else r
         for r in records
@@ -90,17 +90,17 @@ def expand_captions(records: list[Record]) -> list[Record]:
 
 
 def image_key(record: Record) -> str:
-    """What makes two records the same image: ids are compared as texts, as result files and scores have them."""
+    """Return what identifies a record's image: ids are compared as texts, as result files and scores have them."""
     return str(record["image"] if record.get("image_id") is None else record["image_id"])
 
 
 def check_images(
     records: Iterable[Record], ids: Iterable[Any], place: Callable[[int], str], *, root: Path = Path()
 ) -> None:
-    """Raise InputError, with both records and paths, if two different pictures have the same id."""
+    """Raise InputError, with both records and paths, if two different images have the same id."""
     first: dict[str, tuple[int, Any]] = {}
     for number, (record, image_id) in enumerate(zip(records, ids, strict=True)):
-        file = picture_of(record)
+        file = visual_path(record)
         other, its_file = first.setdefault(str(image_id), (number, file))
         if file != its_file and os.path.normpath(root / file) != os.path.normpath(root / its_file):
             raise InputError(
@@ -109,13 +109,13 @@ def check_images(
             )
 
 
-def picture_of(record: Record) -> Any:
-    """The path of the image, or of the video, where there is one."""
+def visual_path(record: Record) -> Any:
+    """Return the path of the record's video, or else of its image."""
     return record["image"] if record.get("video") is None else record["video"]
 
 
 def merge_images(records: list[Record], place: Callable[[int], str], *, root: Path = Path()) -> list[Record]:
-    """One record an image, in first-seen order, with `image_id` and the list `caption` (maybe empty)."""
+    """Return one record per image, in first-seen order, with `image_id` and the list `caption` (maybe empty)."""
     merged: dict[str, Record] = {}
     ids = evaluation_ids(records)
     check_images(records, ids, place, root=root)
@@ -129,11 +129,11 @@ def merge_images(records: list[Record], place: Callable[[int], str], *, root: Pa
 
 
 def evaluation_ids(records: list[Record]) -> list[Any]:
-    """Each record's image id; never the same for two image files."""
+    """Return each record's image id; never the same for two image files."""
     for key in ("image_id", "img_id"):
         if records and all(record.get(key) is not None for record in records):
             return [record[key] for record in records]
-    paths = [picture_of(record) for record in records]
+    paths = [visual_path(record) for record in records]
     numbers = [PurePath(path).stem.split("_")[-1] for path in paths]
     if not all(n.isascii() and n.isdigit() and len(n) < MAX_ID_DIGITS for n in numbers):
         return paths

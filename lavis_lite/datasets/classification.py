@@ -21,7 +21,7 @@ from lavis_lite.common.registry import did_you_mean, registry
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset
 
 MAX_DIGITS = 9
-"""Digits of a label, so that it fits an index."""
+"""Digits of a label that fits an index."""
 
 
 CLASSIFICATION_FIELDS = {"image": NAME, "sentence": ANY_TEXT, "text": ANY_TEXT, "label": ID, "instance_id": ID}
@@ -52,7 +52,7 @@ class ClassificationDataset(BaseDataset):
         return records
 
     def label(self, record: Record, index: int) -> int:
-        """The class index of a record. Raises ValueError for a label that is none of the classes."""
+        """Return the class index of a record. Raises InputError for a label that is not one of the classes."""
         label = str(record["label"])
         if label in self.classes:
             return self.classes.index(label)
@@ -61,7 +61,7 @@ class ClassificationDataset(BaseDataset):
         where = f"{self.place(index)} has label {label!r}"
         if not self.classes:
             raise InputError(f"{where}: labels must be integers from 0, or name them with `classes: [...]`")
-        raise InputError(f"{where}, which is no class. {did_you_mean(label, self.classes)}")
+        raise InputError(f"{where}, which is not a class. {did_you_mean(label, self.classes)}")
 
     def files_of(self, record: Record) -> list[str]:
         file = str(record["image"])
@@ -78,7 +78,7 @@ class ClassificationDataset(BaseDataset):
 
 
 def sentence_of(record: Record) -> str:
-    """The record's text; empty where it has none, or null."""
+    """Return the record's text; empty where it has none, or null."""
     return next((record[name] for name in ("sentence", "text") if record.get(name) is not None), "")
 
 

@@ -32,7 +32,7 @@ class OpensImages(Protocol):
 def open_image(path: str | Path, *, background: str = "white", max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Return the image as RGB, fully decoded; `background` and `max_pixels` are `to_rgb`'s.
 
-    Raises UnreadableSample, naming the file, when it's missing, broken, too large, or not a regular file of a format
+    Raises UnreadableSample, naming the file, when it is missing, broken, too large, or not a regular file of a format
     that is read.
     """
     try:
@@ -47,7 +47,7 @@ def open_image(path: str | Path, *, background: str = "white", max_pixels: int =
         raise UnreadableSample(f"image file {path}: {error}") from None
     except UnidentifiedImageError:
         raise UnreadableSample(
-            f"image file broken or of another kind: {path} is none of {', '.join(formats())}. Convert it, fetch it "
+            f"image file broken or of another kind: {path} is not one of {', '.join(formats())}. Convert it, fetch it "
             "again, or remove the record from the annotations."
         ) from None
     except BROKEN as error:

@@ -95,13 +95,13 @@ class InstructDataset(BaseDataset):
         return records
 
     def check(self, record: Record, first: Record) -> None:
-        """Raise ValueError for what the record lacks, and for what no batch can hold beside the first one."""
+        """Raise InputError for a missing field, and for a record that cannot be in a batch with the first one."""
         kind, its_kind = visual_field(record), visual_field(first)
         if record.get(kind) is None:
             raise missing_field(record, kind, " or 'video'")
         if kind != its_kind:
             raise InputError(
-                f"has a field {kind!r}, the first record {its_kind!r}: no batch holds both, make two datasets"
+                f"has a field {kind!r}, the first record {its_kind!r}: a batch cannot hold both, make two datasets"
             )
         if self.training and not record["answers"]:
             raise missing_field(record, self.templates.output, ", which is what is learned")
@@ -129,14 +129,14 @@ class InstructDataset(BaseDataset):
         return [record[visual_field(record)]]
 
     def visual(self, record: Record) -> Any:
-        """The record's image, or its video's frames."""
+        """Return the record's image, or its video's frames."""
         if visual_field(record) == "image":
             return self.image(record["image"])
         path = self.vis_root / record["video"]
         return read_frames(path, self.num_frames, self.vis_processor, short_clips=self.short_clips)
 
     def values(self, record: Record) -> dict[str, Any]:
-        """What the templates' gaps take and what is learned: one of several texts, cleaned if it's to be."""
+        """Return the placeholders' fields and the learned one: one of several texts, cleaned if it is in CLEANED."""
         fields = {name: self.value(record, name) for name in self.placeholders}
         if self.training:
             fields[self.templates.output] = record["answers"]
@@ -146,7 +146,7 @@ class InstructDataset(BaseDataset):
         return fields
 
     def value(self, record: Record, key: str) -> Any:
-        """A record's field as it stands in a template: options (or candidates) lettered, words joined."""
+        """Return a record's field as a template takes it: options (or candidates) lettered, words joined."""
         value = record.get(key)
         if key == "options" and not value:
             value = record.get("candidates")
@@ -155,13 +155,13 @@ class InstructDataset(BaseDataset):
         return {"options": lettered, "ocr_tokens": joined_words}.get(key, list)(value)
 
     def choose(self, texts: list[Any]) -> Any:
-        """One of several texts: in training drawn by its share, in evaluation the one that most gave."""
+        """Return one of several texts: in training drawn by its share, in evaluation the most frequent one."""
         drawn = self.training and self.answer_choice == "drawn"
         return random.choice(texts) if drawn else Counter(texts).most_common(1)[0][0]
 
 
 def instruct_fields(placeholders: Iterable[str], output: str, *, training: bool) -> dict[str, Kind]:
-    """The kinds of the fields that templates name, of the one that is learned, and of those that samples keep."""
+    """Return the kinds of the fields that templates name, of the learned one, and of those that samples keep."""
     return {
         **dict.fromkeys(placeholders, VALUES),
         **{"image": PATH, "video": PATH, "question_id": ID, "image_id": ID, "instance_id": ID},
@@ -173,12 +173,12 @@ def instruct_fields(placeholders: Iterable[str], output: str, *, training: bool)
 
 
 def visual_field(record: Record) -> str:
-    """Which of the record's fields is looked at: "video" if it has one, else "image"."""
+    """Return the field with the path of the image or video: "video" if the record has one, else "image"."""
     return "image" if record.get("video") is None else "video"
 
 
 def missing_field(record: Record, field: str, why: str) -> InputError:
-    """The error about a field that is missing or has nothing in it, with those that are there."""
+    """Return the error about a field that is missing or empty, with the fields that are there."""
     given = {key: value for key, value in record.items() if key != "answers"}
     if field not in given:
         there = ", ".join(map(repr, given))
@@ -187,10 +187,10 @@ def missing_field(record: Record, field: str, why: str) -> InputError:
 
 
 def fill_answers_and_label(record: Record, output: str) -> None:
-    """Give the record `answers`, the texts of its field `output`, and, if it's a choice, each of label and answers that
-    follows from the other.
+    """Give the record `answers`, the texts of its field `output`; of a choice, also the label that follows from the
+    answers, or the answers that follow from the label.
 
-    Raises ValueError for candidates that leave nothing to choose, and for a label or an answer that is none of them.
+    Raises InputError for invalid candidates, and for a label or an answer that is not one of them.
     """
     answers = [str(text) for text in as_list(record.get(output)) if text is not None and str(text).strip()]
     if any(isinstance(text, dict | list) for text in as_list(record.get(output))):
@@ -201,11 +201,13 @@ def fill_answers_and_label(record: Record, output: str) -> None:
     check_candidates(candidates, record.get("classes"))
     right = [candidates.index(text) for text in answers if text in candidates]
     if answers and not right:
-        raise InputError(f"has {answers[0]!r} in its field {output!r}, which is none of the candidates {candidates!r}")
+        raise InputError(
+            f"has {answers[0]!r} in its field {output!r}, which is not one of the candidates {candidates!r}"
+        )
     if label is None:
         record["label"] = right[0] if right else None
     elif type(label) is not int or not 0 <= label < len(candidates):
-        raise InputError(f"has the label {label!r}, which is no index into its {len(candidates)} candidates")
+        raise InputError(f"has the label {label!r}, which is not an index into its {len(candidates)} candidates")
     elif answers and candidates[label] not in answers:
         raise InputError(f"has the label {label}, but {answers[0]!r} in its field {output!r} is candidate {right[0]}")
     else:
@@ -213,7 +215,7 @@ def fill_answers_and_label(record: Record, output: str) -> None:
 
 
 def check_candidates(candidates: Any, classes: Any) -> None:
-    """Raise ValueError for what is no list of texts, and for classes that do not sort them."""
+    """Raise InputError unless candidates are a list of texts, with one class for each if there are classes."""
     if not isinstance(candidates, list) or not candidates or not all(isinstance(c, str) and c for c in candidates):
         raise InputError(f"must have a list of texts in 'candidates', at least one, none empty; got {candidates!r}")
     if classes is None:
@@ -227,7 +229,7 @@ def check_candidates(candidates: Any, classes: Any) -> None:
 
 def letter_candidates(record: Record, *, with_text: bool) -> None:
     """Make the record's candidates "(a) red", or "(a)", and its answers the right one of them; `options` keep the
-    texts. ValueError for more than there are letters.
+    texts. Raises InputError for more candidates than letters.
     """
     texts, marks = record["candidates"], letters(len(record["candidates"]))
     record["options"] = record.get("options") or texts
@@ -245,11 +247,11 @@ class InstructBuilder(BaseBuilder):
     num_frames: int = 4
     """Frames of a video, sampled uniformly."""
     short_clips: ShortClips = "repeat"
-    """What becomes of a video with fewer frames: they are repeated, or it is an unreadable sample."""
+    """For a video with fewer frames: repeat them, or treat it as an unreadable sample."""
     answer_choice: AnswerChoice = "drawn"
     """Which of several right answers is learned."""
     candidate_format: CandidateFormat = "text"
-    """What is learned and ranked of a candidate: "red", "(a) red" or "(a)". InstructBLIP's is not published."""
+    """The form of candidates that is learned and ranked: "red", "(a) red" or "(a)". InstructBLIP's is not published."""
 
     with_prompt = staticmethod(with_prompt)
     train_dataset = InstructDataset

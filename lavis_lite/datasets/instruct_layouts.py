@@ -156,10 +156,8 @@ class ClassificationInstructBuilder(InstructBuilder):
             label = record.pop("label", None)
             if label is not None and label not in labels:
                 where = place_of(*record[PLACE]) if PLACE in record else "a record"
-                known = (
-                    did_you_mean(label, self.classes) if self.classes else f"Labels are {', '.join(map(str, words))}."
-                )
-                raise InputError(f"{where} has label {label!r}. {known}")
+                near = f" {did_you_mean(label, self.classes)}" if self.classes else ""
+                raise InputError(f"{where} has label {label!r}; labels are {', '.join(map(str, words))}.{near}")
             yield record | choice | ({} if label is None else {"label": labels.index(label)})
 
 

@@ -1,7 +1,7 @@
 """NLVR2: is a statement about two images true?
 
 In training a pair is swapped half of the time, and the words left and right with it (whole words only: LAVIS's
-substring replacement also hits "bright" and "leftmost"). Evaluation never swaps, so that it's repeatable.
+substring replacement also hits "bright" and "leftmost"). Evaluation never swaps, so it is repeatable.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class NLVREvalDataset(BaseDataset):
         return self.sample(index, record["images"], record["sentence"])
 
     def sample(self, index: int, images: list[str], sentence: str) -> dict[str, Any]:
-        """The sample of two image paths and a raw sentence."""
+        """Return the sample of two image paths and a raw sentence."""
         return {
             "image0": self.image(images[0]),
             "image1": self.image(images[1]),
@@ -62,7 +62,7 @@ class NLVREvalDataset(BaseDataset):
 
 
 class NLVRTrainDataset(NLVREvalDataset):
-    """As in evaluation, but with images and sides swapped at random."""
+    """As NLVREvalDataset, with images and sides swapped at random."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.annotation[index]
@@ -72,7 +72,7 @@ class NLVRTrainDataset(NLVREvalDataset):
 
 
 def swap_sides(sentence: str) -> str:
-    """The words left and right exchanged; a capital is kept."""
+    """Return the sentence with the words left and right exchanged; capitals are kept."""
     return _SIDE.sub(lambda match: _other_side(match.group()), sentence)
 
 

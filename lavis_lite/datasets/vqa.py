@@ -20,7 +20,7 @@ from lavis_lite.datasets.readers.questions import ANSWER_FIELDS, answers_of, que
 
 
 class VQADataset(BaseDataset):
-    """What training and evaluation share: `annotation`, and `answer_list` (None without such a file)."""
+    """Questions in training and evaluation, with `answer_list`; None without such a file."""
 
     required = ("image", "question")
     reader = "questions"
@@ -53,7 +53,7 @@ class VQATrainDataset(VQADataset):
         self.answer_weight = answer_weight
 
     def without_blank(self, records: list[Record]) -> list[Record]:
-        """As BaseDataset's. Raises ValueError for a record without any answer to train on."""
+        """As BaseDataset's. Raises InputError for a record without any answer to train on."""
         for number, record in enumerate(records):
             given = [record[name] for name in ANSWER_FIELDS if record.get(name) is not None]
             if not given or (given[0] == [] and self.blank_texts == "error"):
@@ -79,7 +79,7 @@ class VQATrainDataset(VQADataset):
         }
 
     def weighted_answers(self, record: Record) -> tuple[list[str], list[float]]:
-        """The distinct answers in first-seen order, and their weights."""
+        """Return the distinct answers in first-seen order, and their weights."""
         answers = answers_of(record)
         if isinstance(record.get("answer"), str | int | float):
             return answers, [self.answer_weight]
@@ -87,7 +87,7 @@ class VQATrainDataset(VQADataset):
         return list(counts), [count / len(answers) for count in counts.values()]
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """`answer` (list) and `weight` (tensor) are flat over the batch; `n_answers` (B) says how many each has."""
+        """Return a batch with `answer` (list) and `weight` (tensor) flat, and how many each has, `n_answers` (B)."""
         batch = super().collater(samples)
         batch["answer"] = [answer for answers in batch["answer"] for answer in answers]
         batch["weight"] = torch.tensor([weight for weights in batch["weight"] for weight in weights])

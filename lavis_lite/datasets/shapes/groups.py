@@ -1,8 +1,8 @@
 """The instructions of `shapes` about one scene, by task group; instructions.py chooses among them.
 
 Every word is one that captions and questions have too, so the small tokenizers know it: a dialogue speaks of "its
-color", for instance, because "it" is none of them. Wrong options are drawn so that nothing but the picture sets the
-right one apart from them.
+color", for instance, because "it" is not one of them. Wrong options are drawn so that only the picture shows which
+one is right.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from lavis_lite.datasets.shapes.scene import (
 
 TRUE_FALSE = ("true", "false")
 TRIES = 8
-"""How often one scene is asked about at random."""
+"""Random draws of instructions per scene."""
 
 GROUPS = ("color", "count", "relation", "yesno", "options", "statement", "dialogue")
 Kind = tuple[str, str]  # colour and shape
@@ -67,12 +67,12 @@ class Instruction:
 
     @cached_property
     def kind(self) -> str:
-        """What is asked, whatever the colours, shapes, sizes and directions, and among how many answers."""
+        """The text with classes for its colours, shapes, sizes and directions, and the number of candidates."""
         return f"{_PATTERN.sub(lambda word: _CLASSES.get(word[0], 'side'), self.text)} ({len(self.candidates)})"
 
 
 class InstructionGenerator:
-    """Makes the instructions of one config; `makers` has one method a group."""
+    """Makes the instructions of one config; `makers` has one method per group."""
 
     def __init__(self, config: ShapesConfig) -> None:
         self.config = config
@@ -89,19 +89,19 @@ class InstructionGenerator:
         }
 
     def make(self, group: str, scene: Scene, rng: random.Random) -> list[Instruction]:
-        """Different instructions about the scene, in random order; perhaps none."""
+        """Return different instructions about the scene, in random order; perhaps none."""
         made = {repr(instruction.fields): instruction for instruction in self.makers[group](scene, rng)}
         return rng.sample(list(made.values()), len(made))
 
     def drawn(
         self, make: Callable[[Scene, random.Random], Question | None], scene: Scene, rng: random.Random
     ) -> list[Instruction]:
-        """Questions that `make` draws."""
+        """Return questions that `make` draws."""
         drawn = [make(scene, rng) for _ in range(TRIES)]
         return [_question(q.text.lower(), q.answer, q.choices) for q in drawn if q is not None]
 
     def count(self, scene: Scene, rng: random.Random) -> list[Instruction]:
-        """Of a colour or a shape none, one or two are balanced; three are too rare."""
+        """Return questions about numbers: of a colour or a shape none, one or two are balanced; three are too rare."""
         low, high = self.config.min_objects, self.config.max_objects
         made = []
         for counting in self.drawn(self.questions.number, scene, rng):
@@ -110,7 +110,7 @@ class InstructionGenerator:
         return made
 
     def statements(self, scene: Scene, rng: random.Random) -> list[Instruction]:
-        """Yes/no questions and numbers as statements."""
+        """Return yes/no questions and numbers as statements."""
         made = []
         for make in (self.questions.exists, self.questions.relation):
             for question in self.drawn(make, scene, rng):
@@ -126,7 +126,7 @@ class InstructionGenerator:
         return made
 
     def options(self, scene: Scene, rng: random.Random) -> list[Instruction]:
-        """What is in the picture, on one side of an object, or of a size, with three or four options.
+        """Return questions with three or four options: what is in the picture, on one side of an object, or of a size.
 
         All are kinds that the scene could hold as well as the right one: those of its other objects, and absent ones
         at random; or the absent ones of two colours times two shapes.
@@ -135,11 +135,13 @@ class InstructionGenerator:
         absent = [kind for kind in product(self.questions.colors, self.questions.shapes) if kind not in there]
         rng.shuffle(absent)
         thing = rng.choice(scene.things)
-        asked: list[tuple[str, SceneObject, list[Kind]]] = [("what is in the picture?", thing, [])]
-        asked += [("what is in the picture?", thing, grid) for grid in _grids(thing, absent)[:1]]
-        asked += [(text, right, [(t.color, t.shape) for t in others]) for text, right, others in self._pointed(scene)]
+        questions: list[tuple[str, SceneObject, list[Kind]]] = [("what is in the picture?", thing, [])]
+        questions += [("what is in the picture?", thing, grid) for grid in _grids(thing, absent)[:1]]
+        questions += [
+            (text, right, [(t.color, t.shape) for t in others]) for text, right, others in self._pointed(scene)
+        ]
         made = []
-        for text, right, wrong in asked:
+        for text, right, wrong in questions:
             wrong = (wrong + absent)[: max(len(wrong), rng.choice((2, 3)))]
             if len(wrong) > 1:
                 options = [" ".join(kind) for kind in rng.sample([(right.color, right.shape), *wrong], len(wrong) + 1)]
@@ -147,7 +149,7 @@ class InstructionGenerator:
         return made
 
     def _pointed(self, scene: Scene) -> Iterator[tuple[str, SceneObject, list[SceneObject]]]:
-        """Questions that mean one object, and the other objects that could be meant."""
+        """Yield questions that mean one object, with the other objects that could be meant."""
         for size in self.questions.sizes if len(self.questions.sizes) > 1 else ():
             right = [t for t in scene.things if t.size == size]
             if len(right) == 1:
@@ -160,21 +162,21 @@ class InstructionGenerator:
                     yield f"what is {words} the {phrase(other, sized=False)}?", right[0], others
 
     def dialogues(self, scene: Scene, rng: random.Random) -> list[Instruction]:
-        """Later rounds of dialogues: what is asked about the object that the first round has named."""
+        """Return later rounds of dialogues: questions about the object that the first round has named."""
         made = []
         for _ in range(TRIES):
             thing = rng.choice(scene.things)
-            opening, known = rng.choice(list(self._openings(scene, thing, rng)))
+            opening, revealed = rng.choice(list(self._openings(scene, thing, rng)))
             rounds = [opening]
-            follow_ups = list(self._follow_ups(scene, thing, opening[0], known))
+            follow_ups = list(self._follow_ups(scene, thing, opening[0], revealed))
             for text, answer, choices in rng.sample(follow_ups, min(2, len(follow_ups))):
-                history = " ".join(f"{asked} {said}." for asked, said in rounds)
+                history = " ".join(f"{question} {reply}." for question, reply in rounds)
                 made.append(_question(text, answer, choices, history=history))
                 rounds.append((text, answer))
         return made
 
     def _openings(self, scene: Scene, thing: SceneObject, rng: random.Random) -> Iterator[tuple[Round, set[str]]]:
-        """First rounds that name the object, with what they tell of it."""
+        """Yield first rounds that name the object, with the attributes that they reveal."""
         yield (with_articles(f"is there a {thing.color} {thing.shape}?"), "yes"), {"color", "shape"}
         if refer(scene, thing) == thing.shape:
             yield (f"is there a {thing.shape}?", "yes"), {"shape"}
@@ -189,20 +191,21 @@ class InstructionGenerator:
                 yield (f"what color is the shape {place}?", thing.color), {"color"}
 
     def _follow_ups(
-        self, scene: Scene, thing: SceneObject, opening: str, known: set[str]
+        self, scene: Scene, thing: SceneObject, opening: str, revealed: set[str]
     ) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-        """Questions about the object that need the first round to be understood, with their answers to choose from."""
-        for name, values in self.attributes.items():
-            if name not in known and len(values) > 1:
-                yield f"what is its {name}?", getattr(thing, name), values
+        """Yield questions about the object that need the first round to be understood, with their candidates."""
+        values_of = {"color": thing.color, "shape": thing.shape, "size": thing.size}
+        for attribute, value in values_of.items():
+            if attribute not in revealed and len(self.attributes[attribute]) > 1:
+                yield f"what is its {attribute}?", value, self.attributes[attribute]
         for other in scene.things:
-            said = phrase(other, sized=False)
-            if other is not thing and said not in opening:
+            name = phrase(other, sized=False)
+            if other is not thing and name not in opening:
                 for relation in scene.relations(thing, other):
                     side = relation.split()[0]
                     axis = AXES[0] if side in AXES[0] else AXES[1]
                     words = "left or right of" if axis == AXES[0] else "above or below"
-                    yield f"is the shape {words} the {said}?", side, axis
+                    yield f"is the shape {words} the {name}?", side, axis
 
 
 def _question(text: str, answer: str, choices: Sequence[str], **fields: Any) -> Instruction:
@@ -225,7 +228,7 @@ def _numbered(number: int, counted: str) -> str:
 
 
 def _grids(thing: SceneObject, absent: list[Kind]) -> list[list[Kind]]:
-    """Three absent kinds that make two colours times two shapes with the object's own: none is the odd one out."""
+    """Return sets of three absent kinds that make two colours times two shapes with the object's own kind."""
     grids = [
         [(thing.color, shape), (color, thing.shape), (color, shape)]
         for color, shape in absent

@@ -26,9 +26,9 @@ PER_IMAGE = 2
 
 
 def ensure_instructions(config: ShapesConfig, folder: Path, group: str, split: str) -> Path:
-    """The group's annotation file in the built folder of the config, written if it isn't there.
+    """Return the group's annotation file in the built folder of the config; write it if it is missing.
 
-    Raises ValueError if the config's scenes allow no such instruction.
+    Raises InputError if the config's scenes allow no such instruction.
     """
     path = folder / "annotations" / f"instruct_{group}_{split}_{FORMAT}.json"
     if path.is_file():
@@ -84,9 +84,9 @@ class Balance:
 
 
 def as_plain_text(record: Record) -> tuple[str, str | None]:
-    """A record of any `shapes` dataset as text alone: (caption, None), or (everything that is asked, its answer).
+    """Return a record of any `shapes` dataset as text alone: (caption, None), or (question with its context, answer).
 
-    Of several captions or answers it's the most frequent one.
+    Of several captions or answers it is the most frequent one.
     """
     if record.get("caption") is not None:
         return _most_frequent(record["caption"]), None

@@ -1,4 +1,4 @@
-"""Scenes of `shapes` as pictures: drawn at four times the size and averaged down, so that edges are smooth."""
+"""Render scenes of `shapes`: drawn at four times the size and averaged down, so that edges are smooth."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Points = list[tuple[float, float]]
 
 
 def render(scene: Scene, image_size: int) -> Image.Image:
-    """The scene as an RGB image of `image_size` pixels a side."""
+    """Return the scene as an RGB image of `image_size` x `image_size` pixels."""
     side = image_size * _OVERSAMPLING
     image = Image.new("RGB", (side, side), scene.background)
     draw = ImageDraw.Draw(image)
@@ -46,7 +46,7 @@ def _circle(draw: ImageDraw.ImageDraw, thing: SceneObject) -> None:
 
 
 def _polygon(corners: Points) -> Callable[[ImageDraw.ImageDraw, SceneObject], None]:
-    """A drawer of the polygon whose corners are given in units of the radius, y downwards."""
+    """Return the function that draws a polygon with these corners, in units of the radius, y downwards."""
 
     def draw_polygon(draw: ImageDraw.ImageDraw, thing: SceneObject) -> None:
         x, y, r = _place(thing)

@@ -1,7 +1,7 @@
 """The small BERT WordPiece tokenizer of `shapes`, shipped in `configs/tokenizers/shapes`.
 
-The language is closed, so there is nothing to estimate: each of its words is one token, and letters, digits and
-punctuation as single pieces spell anything else. Same code, same bytes.
+The language is closed, so nothing is estimated: each of its words is one token, and letters, digits and punctuation
+are pieces that spell anything else. The same code gives the same bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parents[2] / "configs" / "tokenizers" / "shapes"
 
 
 def token_list() -> list[str]:
-    """All tokens in the order of their ids."""
+    """Return all tokens in the order of their ids."""
     characters = [*string.digits, *string.ascii_lowercase]
     pieces = [*string.punctuation, *characters, *(f"##{character}" for character in characters)]
     words = sorted({*vocabulary(), *question_words(), *COUNT_WORDS, *PROMPT_WORDS})
