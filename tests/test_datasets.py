@@ -19,16 +19,15 @@ from lavis_lite.common.config.files import load_yaml
 from lavis_lite.common.config.sections import packaged_dataset
 from lavis_lite.common.config.zoo import dataset_zoo
 from lavis_lite.common.errors import InputError, UserError
-from lavis_lite.common.records import RecordCheck
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets import load_dataset
-from lavis_lite.datasets.annotations import add_instance_ids, load_annotations, read_records
+from lavis_lite.datasets.annotations import add_instance_ids, read_records
 from lavis_lite.datasets.caption import CaptionBuilder, CaptionEvalDataset, CaptionTrainDataset
 from lavis_lite.datasets.classification import ClassificationBuilder, ClassificationDataset
 from lavis_lite.datasets.nlvr import NLVREvalDataset, NLVRTrainDataset, swap_sides
 from lavis_lite.datasets.pairs import PairsDataset
 from lavis_lite.datasets.readers import READERS
-from lavis_lite.datasets.readers.files import rename_columns
+from lavis_lite.datasets.readers.files import SplitFiles, needs, rename_columns
 from lavis_lite.datasets.retrieval import RetrievalEvalDataset, RetrievalTrainDataset
 from lavis_lite.datasets.vqa import VQABuilder, VQAEvalDataset, VQATrainDataset
 from lavis_lite.runners.sampling import seed_sample
@@ -77,7 +76,7 @@ def test_all_kinds_of_files_give_the_same_records(tmp_path: Path) -> None:
 def test_objects_become_records_with_sample_id_and_files_are_joined(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"x": {"title": 1}, "y": [2]}')
     (tmp_path / "b.json").write_text('[{"title": 3, "instance_id": "own"}]')
-    records = add_instance_ids(load_annotations([tmp_path / "a.json", tmp_path / "b.json"]))
+    records = add_instance_ids([r for name in "ab" for r in read_records(tmp_path / f"{name}.json")])
     assert records == [
         {"sample_id": "x", "title": 1, "instance_id": "0"},
         {"sample_id": "y", "data": [2], "instance_id": "1"},
@@ -103,7 +102,7 @@ def test_objects_become_records_with_sample_id_and_files_are_joined(tmp_path: Pa
 def test_bad_annotation_files_are_named(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
-        load_annotations([tmp_path / name], RecordCheck(required=("a",)))
+        list(SplitFiles(paths=[tmp_path / name], split="val").records(needs("a")))
 
 
 def test_missing_annotation_file_is_named(tmp_path: Path) -> None:

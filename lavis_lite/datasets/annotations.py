@@ -110,12 +110,6 @@ def check_unique(records: Sequence[Record], name: str, place: Callable[[int], st
             )
 
 
-def load_annotations(paths: Sequence[str | Path], check: RecordCheck | None = None) -> list[Record]:
-    """All files' records one after another, checked; without instance ids."""
-    check = check or RecordCheck()
-    return [record for path in map(Path, paths) for record in check_records(read_records(path), check, path)]
-
-
 def as_list(value: Any) -> list[Any]:
     """Return a list as it is, anything else as a list of one."""
     return value if isinstance(value, list) else [value]

@@ -118,7 +118,7 @@ def words_of(templates: Iterable[str]) -> set[str]:
 
 
 def counted_kinds(scene: Scene) -> list[tuple[int, str]]:
-    """Return colours and shapes that two or more objects share, with their exact number: (2, "red shapes"), (2, "circles")."""
+    """Return colours and shapes that several objects share, with their number: (2, "red shapes"), (2, "circles")."""
     kinds = []
     for values, name in (([t.color for t in scene.things], "{} shapes"), ([t.shape for t in scene.things], "{}")):
         for value in dict.fromkeys(values):

@@ -102,7 +102,7 @@ def is_true(text: str, scene: Scene | dict[str, Any]) -> bool:
 
 
 def true_rate(captions: Mapping[Any, str], scenes: Mapping[Any, Scene | dict[str, Any]]) -> float:
-    """Return the percentage of captions that are true of the scene with the same id (ids compare as strings, as in JSON)."""
+    """Return the percentage of captions that are true of the scene with the same id; ids are compared as strings."""
     if not captions:
         raise InputError("true_rate needs at least one caption")
     by_id = {str(key): scene for key, scene in scenes.items()}
