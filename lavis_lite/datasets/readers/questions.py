@@ -120,6 +120,9 @@ def read_questions(files: SplitFiles, check: RecordCheck | None = None) -> list[
             records += files.located(as_records(content, path), path, check)
     if not (records or official):
         raise InputError(f"{files}: no file has questions; add the one that does")
+    if check is not None and not records:
+        plain = ({key: value for key, value in record.items() if key != PLACE} for record in official)
+        check(plain, lambda number: place_of(*official[number][PLACE]))
     for record in records or official:
         key = record.get("question_id")
         truth = truths.get(key, {}) if isinstance(key, str | int | float) else {}

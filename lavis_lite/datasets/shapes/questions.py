@@ -170,7 +170,7 @@ def _question(text: str, answer: str, choices: Sequence[str], question_type: str
 
 
 def refer(scene: Scene, thing: SceneObject) -> str | None:
-    """Return the shortest words for this object only ("circle", "small circle"), without its colour; None if none do."""
+    """Return the shortest words for one object only ("circle", "small circle"), without its colour; None if none."""
     same = [t for t in scene.things if t.shape == thing.shape]
     if len(same) == 1:
         return thing.shape
