@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import Adafactor, PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
 from lavis_lite.common.registry import registry
-from lavis_lite.datasets.shapes.instruct import spoken
+from lavis_lite.datasets.shapes.instructions import as_plain_text
 from lavis_lite.nn.llm_loading import load_language_model
 
 QUESTION = "Question: {} Answer: {}"
@@ -33,7 +33,7 @@ def documents(sections: dict[str, Any]) -> list[list[tuple[str, str | None]]]:
     for name, section in sections.items():
         dataset = registry.get_builder_class(name)(**section).build(["train"])["train"]
         for record in dataset.annotation:
-            text, answer = spoken(record)
+            text, answer = as_plain_text(record)
             said.setdefault(record["image"], []).append((text.lower(), answer))
     return list(said.values())
 

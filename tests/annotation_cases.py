@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 
-from lavis_lite.common.config.zoo import dataset_zoo
+from lavis_lite.common.config.zoo import packaged_dataset
 from lavis_lite.common.registry import registry
 
 CAPTIONS = [
@@ -62,9 +61,9 @@ BY_READER: dict[str, Any] = {
     "caption coco_caption nocaps flickr30k_caption retrieval coco_retrieval flickr30k pairs vg_caption sbu_caption "
     "conceptual_caption_3m conceptual_caption_12m capfilt14m coco_caption_instruct flickr30k_caption_instruct "
     "vg_caption_instruct sbu_caption_instruct conceptual_caption_3m_instruct conceptual_caption_12m_instruct "
-    "capfilt14m_instruct": CAPTIONS,
+    "capfilt14m_instruct caption_instruct": CAPTIONS,
     "vqa coco_vqa vg_vqa ok_vqa aok_vqa gqa coco_vqa_instruct vg_vqa_instruct ok_vqa_instruct aok_vqa_instruct "
-    "gqa_instruct vqg_coco_vqa vqg_ok_vqa vqg_aok_vqa": QUESTIONS,
+    "gqa_instruct vqg_coco_vqa vqg_ok_vqa vqg_aok_vqa vqa_instruct": QUESTIONS,
     "nlvr": [{"images": ["a.png", "b.png"], "sentence": "one is left", "label": "True"}],
     "classification": [{"image": "a.png", "sentence": "a dog", "label": 1}, {"image": "b.png", "label": "0"}],
     "snli_ve snli_ve_instruct": [{"image": "a", "sentence": "a dog", "label": "neutral"}],
@@ -75,6 +74,7 @@ BY_READER: dict[str, Any] = {
     "vsr_classification vsr_classification_instruct": [
         {"image": "a.png", "caption": "It is on it.", "label": 1, "relation": "on"}
     ],
+    "classification_instruct": [{"image": "a.png", "instruction": "Is it red?", "label": 1}],
     "vsr_caption vsr_caption_instruct": [{"image": "a.png", "caption": "It is on it.", "label": 1}],
     "hateful_memes": [{"id": 42953, "img": "a.png", "label": 0, "text": "hi"}],
     "iconqa iconqa_instruct": [{"image": "a.png", "question": "which?", "choices": ["x", "y"], "answer": 1}],
@@ -100,7 +100,7 @@ OPTIONS = {"textvqa": {"instructions": "vqa"}}
 @cache
 def section_of(name: str) -> dict[str, Any]:
     """The section of the builder's default YAML."""
-    return OmegaConf.to_container(OmegaConf.load(dataset_zoo.path(name, "default")))["datasets"][name]  # type: ignore
+    return packaged_dataset(name)
 
 
 def pictures(folder: Path) -> None:

@@ -213,7 +213,7 @@ def test_truncated_files_are_named(tmp_path: Path, suffix: str, share: float) ->
 
 def test_other_files_and_folders_are_named(tmp_path: Path) -> None:
     (tmp_path / "page.jpg").write_text("<html>404</html>")
-    with pytest.raises(UnreadableSample, match=r"page\.jpg is none of .*JPEG.*PNG"):
+    with pytest.raises(UnreadableSample, match=r"page\.jpg .*JPEG.*PNG"):
         open_image(tmp_path / "page.jpg")
     with pytest.raises(UnreadableSample, match="not a regular file"):
         open_image(tmp_path)

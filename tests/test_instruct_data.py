@@ -12,17 +12,20 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from lavis_lite.common.wording import joined_words, lettered
 from lavis_lite.datasets import instruct, load_dataset
 from lavis_lite.datasets.instruct import InstructBuilder, InstructDataset
 from lavis_lite.datasets.templates import (
-    GAP,
+    PLACEHOLDER,
     PROMPTS,
     Templates,
     fill,
     load_templates,
+    with_prompt,
 )
 from lavis_lite.processors import load_processor
 
@@ -68,10 +71,10 @@ def asked(number: int = 0, **fields: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_packaged_file_holds_templates(name: str) -> None:
     templates = load_templates(name)
-    needed = set(GAP.findall(templates.eval))
+    needed = set(PLACEHOLDER.findall(templates.eval))
     for template in templates.train:
         assert template.strip()
-        assert set(GAP.findall(template)) == needed, template
+        assert set(PLACEHOLDER.findall(template)) == needed, template
     if not name.startswith("shapes_"):
         assert templates.source
 
@@ -132,25 +135,31 @@ def test_templates_from_a_file_a_mapping_and_a_base(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "words"),
     [
-        ("trian: [a]", r"own\.yaml: unknown key 'trian'. Did you mean 'train'"),
-        ("train: []", "own.yaml: `train` must be a list of at least one template"),
-        ("train: what?", "must be a list"),
-        ("output: answer", "must be a list of at least one template, got None"),
-        ("train: [{question}]", "put it into quotes"),
-        ("train: [Question: {question}]", "put it into quotes"),
-        ("train: [a]\neval: 3", "must be a text"),
-        ('train: ["Question: {}"]', "gaps are named"),
-        ('train: ["{answer}?"]', "'answer' is what is learned"),
-        ('output: ""\ntrain: [a]', "`output` must be the name"),
-        ("train: [a", r"own\.yaml, line \d: not valid YAML"),
-        ("base: vqaa", "no instruction templates 'vqaa'. Did you mean 'vqa'"),
+        ("trian: [a]", ["'trian'", "'train'"]),
+        ("train: []", ["`train`", "[]"]),
+        ("train: what?", ["`train`", "'what?'"]),
+        ("output: answer", ["`train`", "None"]),
+        ("train: [{question}]", ["{'question': None}"]),
+        ("train: [Question: {question}]", ["{'Question': {'question': None}}"]),
+        ("train: [a]\neval: 3", ["3"]),
+        ('train: ["Question: {}"]', ["'Question: {}'", "{question}"]),
+        ('train: ["{answer}?"]', ["'answer'"]),
+        ('output: ""\ntrain: [a]', ["`output`", "''"]),
+        ("train: [a", ["line 2"]),
     ],
 )
-def test_mistakes_in_templates_are_named(tmp_path: Path, content: str, message: str) -> None:
+def test_mistakes_in_templates_are_named(tmp_path: Path, content: str, words: list[str]) -> None:
     (tmp_path / "own.yaml").write_text(content)
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "own.yaml"))) as error:
+        load_templates(tmp_path / "own.yaml")
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_base_that_is_not_there_is_named(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("base: vqaa")
+    with pytest.raises(FileNotFoundError, match=r"'vqaa'.*'vqa'"):
         load_templates(tmp_path / "own.yaml")
 
 
@@ -178,6 +187,79 @@ def test_lists_are_worded() -> None:
     with pytest.raises(ValueError, match="at most 26"):
         lettered(["x"] * 27)
     assert joined_words([str(i) for i in range(40)]) == ", ".join(str(i) for i in range(30))
+
+
+# Properties of filling templates
+
+FIELDS = st.dictionaries(
+    st.from_regex(r"[a-z_]{1,8}", fullmatch=True), st.text(min_size=1, max_size=30), min_size=1, max_size=4
+)
+TEXTS = st.text(max_size=20).filter(lambda text: not PLACEHOLDER.search(text))
+quick = settings(max_examples=200, derandomize=True, database=None, deadline=None)
+
+
+@st.composite
+def filled_templates(draw: st.DrawFn) -> tuple[list[str], list[str], dict[str, str]]:
+    """Fixed texts, the names of the placeholders between them, and the fields."""
+    fields = draw(FIELDS)
+    names = draw(st.lists(st.sampled_from(sorted(fields)), min_size=1, max_size=5))
+    return [draw(TEXTS) for _ in range(len(names) + 1)], names, fields
+
+
+def template_of(texts: list[str], names: list[str]) -> str:
+    return texts[0] + "".join(f"{{{name}}}{text}" for name, text in zip(names, texts[1:], strict=True))
+
+
+@quick
+@given(filled_templates())
+def test_a_filled_template_is_its_texts_and_its_fields(case: tuple[list[str], list[str], dict[str, str]]) -> None:
+    """Fields with braces, other placeholders or any script stay as they are."""
+    texts, names, fields = case
+    template = template_of(texts, names)
+    assume(PLACEHOLDER.findall(template) == names)  # texts around a placeholder can make another one: "{" + "a}"
+    filled = fill(template, fields)
+    assert filled == texts[0] + "".join(fields[name] + text for name, text in zip(names, texts[1:], strict=True))
+
+
+@quick
+@given(filled_templates())
+def test_a_filled_template_can_be_read_back(case: tuple[list[str], list[str], dict[str, str]]) -> None:
+    """Marks that no field has show which field is at which place, and that no placeholder is left."""
+    texts, names, _ = case
+    template = template_of(texts, names)
+    assume(PLACEHOLDER.findall(template) == names)
+    assume("\ue000" not in template and "\ue001" not in template)
+    filled = fill(template, {name: f"\ue000{name}\ue001" for name in names})
+    assert re.sub("\ue000(.*?)\ue001", r"{\1}", filled) == template
+    assert not PLACEHOLDER.search(fill(template, dict.fromkeys(names, "")).replace("{", ""))
+
+
+@quick
+@given(filled_templates(), st.sampled_from(["train", "eval"]), st.integers(0, 9))
+def test_templates_fill_what_they_name(
+    case: tuple[list[str], list[str], dict[str, str]], split: str, seed: int
+) -> None:
+    """The drawn instruction needs the fields that its templates name, and no other."""
+    texts, names, fields = case
+    template = template_of(texts, names)
+    assume(PLACEHOLDER.findall(template) == names and "{}" not in template and "learned" not in names)
+    templates = load_templates({"output": "learned", "train": [template, template], "eval": template})
+    random.seed(seed)
+    own = {name: fields[name] for name in names}
+    assert templates.instruction(own, training=split == "train") == fill(template, own)
+    own.pop(names[0])
+    with pytest.raises(KeyError, match=re.escape(repr(names[0]))):
+        templates.instruction(own, training=split == "train")
+
+
+@quick
+@given(st.text(max_size=40).filter(lambda text: "{}" not in text), st.text(min_size=1, max_size=40))
+def test_an_explicit_prompt_is_filled_with_the_raw_question(text: str, question: str) -> None:
+    assume(not PLACEHOLDER.search(text) and not text.endswith("{"))
+    instructions = with_prompt("vqa", f"{text}{{}} Answer:")
+    assert instructions is not None
+    templates = load_templates(instructions)
+    assert templates.instruction({"question": question}, training=False) == f"{text}{question} Answer:"
 
 
 # LAVIS's text processor
@@ -320,13 +402,13 @@ def test_a_missing_field_is_named_with_its_line(root: Path, file: str, place: st
         ({"candidates": "yes"}, "a list of texts in 'candidates'"),
         ({"candidates": ["yes", ""]}, "none empty"),
         ({"candidates": ["yes", 2]}, "a list of texts"),
-        ({"candidates": ["a", "b"], "label": 2, "output": None}, "label 2, which is no index into its 2 candidates"),
+        ({"candidates": ["a", "b"], "label": 2, "output": None}, "label 2.* 2 candidates"),
         ({"candidates": ["a", "b"], "label": -1, "output": None}, "label -1"),
         ({"candidates": ["a", "b"], "label": "a", "output": None}, "label 'a'"),
         ({"candidates": ["o1", "b"], "classes": [0]}, r"for each of its 2 candidates in 'classes'; got \[0\]"),
         ({"candidates": ["o1", "b"], "classes": 2}, "in 'classes'; got 2"),
         ({"candidates": ["o1", "b"], "classes": [0, "no"]}, r"in 'classes'; got \[0, 'no'\]"),
-        ({"candidates": ["a", "b"], "output": "c"}, "'c' in its field 'output', which is none of the candidates"),
+        ({"candidates": ["a", "b"], "output": "c"}, "'c' in its field 'output'.*candidates"),
         (
             {"candidates": ["a", "b"], "output": "b", "label": 0},
             "label 0, but 'b' in its field 'output' is candidate 1",
@@ -469,7 +551,7 @@ def test_a_gap_that_a_record_cannot_fill_is_told_at_loading(root: Path) -> None:
 
 def test_a_reader_of_another_format_needs_no_lines(root: Path) -> None:
     builder = InstructBuilder(instructions="caption")
-    options = builder.dataset_options("train") | {"reader": lambda paths: records}
+    options = builder.dataset_options("train") | {"reader": lambda files: records}
     records = [{"image": "a.jpg", "caption": "x"}, {"image": "b.jpg"}]
     with pytest.raises(ValueError, match=r"some\.json: record 1 has no field 'caption'.*there: 'image'"):
         InstructDataset([root / "some.json"], root, split="train", **options)

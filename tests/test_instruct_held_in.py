@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 
-from lavis_lite.common.config.zoo import dataset_zoo
+from lavis_lite.common.config.zoo import packaged_dataset
 from lavis_lite.common.registry import registry
 from lavis_lite.tasks.captioning import CaptionTask
 from lavis_lite.tasks.vqa import AOKVQATask, GQATask, VQATask
@@ -38,7 +37,7 @@ class Data:
 
     def build(self, name: str, split: str, *files: Any, kind: str = "default", **fields: Any) -> Any:
         """The split of `configs/datasets/<name>/<kind>.yaml`, whose files hold this content."""
-        own = OmegaConf.to_container(OmegaConf.load(dataset_zoo.path(name, kind)))["datasets"][name]  # type: ignore[index,call-overload]
+        own = packaged_dataset(name, kind)
         assert split in own["build_info"]["annotations"]
         paths = []
         for number, content in enumerate(files):
@@ -367,7 +366,7 @@ def test_snli_ve_is_a_choice_of_words(data: Data) -> None:
         "instance_id": "0",
     }
     assert [record["label"] for record in val.annotation] == [2, 1, 0]
-    with pytest.raises(ValueError, match=r"val0\.json: record 1 has label 'neutrall'. Did you mean 'neutral'"):
+    with pytest.raises(ValueError, match=r"val0\.json: record 1 .*'neutrall'.*'neutral'"):
         data.build("snli_ve_instruct", "val", [rows[0], {**rows[0], "label": "neutrall"}])
 
 

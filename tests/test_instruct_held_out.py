@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from lavis_lite.common.config.zoo import dataset_zoo
+from lavis_lite.common.config.zoo import dataset_zoo, packaged_dataset
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets import instruct
 from lavis_lite.tasks.captioning import CaptionTask
@@ -77,7 +76,7 @@ IVQA = (
 
 def make(name: str, tmp_path: Path, files: dict[str, Any], *, cleaned: bool = False, **options: Any) -> dict[str, Any]:
     """The datasets of a builder as its YAML has it, given its files' content by split (a tuple: several files)."""
-    own = OmegaConf.to_container(OmegaConf.load(dataset_zoo.path(name, "default")))["datasets"][name]
+    own = packaged_dataset(name)
     info: dict[str, Any] = {"annotations": {}, "images": {"storage": str(tmp_path)}}
     for split, contents in files.items():
         paths = []
@@ -167,7 +166,7 @@ def test_iconqa_ranks_two_to_five_choices(tmp_path: Path) -> None:
     assert data["train"][1]["text_output"] == "a, b"
     for wrong, message in (
         ({"choices": "certain,unlikely"}, r"record 0 must have a list of texts in 'candidates'.*'certain,unlikely'"),
-        ({"answer": 3}, r"test0\.json: record 0 has the label 3, which is no index into its 3 candidates"),
+        ({"answer": 3}, r"test0\.json: record 0 .*3.* 3 candidates"),
     ):
         with pytest.raises(ValueError, match=message):
             make("iconqa", tmp_path, {"test": [{**ICONS[0], **wrong}]})
@@ -340,9 +339,4 @@ def test_the_captioning_and_question_tasks_score_videos(
 )
 def test_instruct_names_are_the_same_sets(name: str) -> None:
     for kind in dataset_zoo.types(name):
-        first, second = (
-            OmegaConf.to_container(OmegaConf.load(dataset_zoo.path(n, kind)))["datasets"][n]
-            for n in (name, f"{name}_instruct")
-        )
-        assert first == second
-    assert registry.get_builder_class(name) is registry.get_builder_class(f"{name}_instruct")
+        assert packaged_dataset(name, kind) == packaged_dataset(f"{name}_instruct", kind)

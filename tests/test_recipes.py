@@ -44,6 +44,7 @@ WITHOUT_RESULT = {"blip/train/snli_ve_ft", "blip/eval/vqav2"} | {f"blip2/train/p
 WITHOUT_RESULT |= {f"instructblip/{name}" for name in ("train/lora", "train/own_data")}
 WITHOUT_RESULT |= {f"instructblip/eval/{name}" for name in ("aokvqa", "aokvqa_mc", "ocr_vqa")}
 OWN_FILES = {"caption", "classification", "instruct", "pairs", "retrieval", "vqa"}
+OWN_FILES |= {f"{name}_instruct" for name in ("caption", "classification", "vqa")}
 
 
 def name_of(path: Path) -> str:

@@ -17,13 +17,7 @@ from PIL import Image
 from lavis_lite.common.errors import MissingFileError, WriteError
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.shapes.build import ensure_built
-from lavis_lite.datasets.shapes.builders import (
-    ShapesCaptionBuilder,
-    ShapesNLVRBuilder,
-    ShapesPairsBuilder,
-    ShapesRetrievalBuilder,
-    ShapesVQABuilder,
-)
+from lavis_lite.datasets.shapes.builders import ShapesBuilder
 from lavis_lite.datasets.shapes.language import plural
 from lavis_lite.datasets.shapes.render import RGB, render
 from lavis_lite.datasets.shapes.scene import (
@@ -32,8 +26,8 @@ from lavis_lite.datasets.shapes.scene import (
     SPLITS,
     Scene,
     SceneMaker,
+    SceneObject,
     ShapesConfig,
-    Thing,
 )
 from lavis_lite.datasets.shapes.tokenizer import FOLDER, train_tokenizer
 from lavis_lite.datasets.shapes.truth import is_true, parse_caption, true_rate
@@ -77,8 +71,8 @@ def digest(folder: Path) -> str:
     return total.hexdigest()
 
 
-def thing(shape: str, color: str, size: str, x: int, y: int) -> Thing:
-    return Thing(shape=shape, color=color, size=size, x=x, y=y, diameter=18 if size == "large" else 10)
+def thing(shape: str, color: str, size: str, x: int, y: int) -> SceneObject:
+    return SceneObject(shape=shape, color=color, size=size, x=x, y=y, diameter=18 if size == "large" else 10)
 
 
 PAIR = Scene(
@@ -428,11 +422,11 @@ def test_losing_a_race_takes_the_winners_folder(tmp_path: Path, monkeypatch: pyt
 )
 def test_impossible_configs_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ShapesCaptionBuilder(**fields)
+        ShapesBuilder(**fields)
 
 
 def test_builders_give_the_datasets(data: Path) -> None:
-    caption = ShapesCaptionBuilder(**SMALL).build()
+    caption = ShapesBuilder(kind="caption", **SMALL).build()
     assert {split: len(dataset) for split, dataset in caption.items()} == {"train": 1500, "val": 120, "test": 120}
     test = caption["test"]
     references = test.references()
@@ -440,16 +434,16 @@ def test_builders_give_the_datasets(data: Path) -> None:
     assert test.extra_metrics({key: texts[0] for key, texts in references.items()}) == {"true_rate": 100.0}
     first, *rest = references
     assert test.extra_metrics({key: "nonsense" for key in rest} | {first: references[first][0]})["true_rate"] < 1
-    retrieval = ShapesRetrievalBuilder(**SMALL).build(["test"])["test"]
+    retrieval = ShapesBuilder(kind="retrieval", **SMALL).build(["test"])["test"]
     assert (len(retrieval), len(retrieval.text)) == (60, 300)
-    vqa = ShapesVQABuilder(**SMALL).build()
+    vqa = ShapesBuilder(kind="vqa", **SMALL).build()
     assert vqa["val"].answer_list == vqa["train"].answer_list
     assert len(vqa["val"].annotation[0]["answers"]) == 10
     assert vqa["val"].annotation[0]["answer_type"] in ("yes/no", "number", "other")
     assert len({record["question_id"] for record in vqa["test"].annotation}) == len(vqa["test"])
     assert sum(vqa["train"][0]["weight"]) == pytest.approx(1)
-    assert len(ShapesNLVRBuilder(**SMALL).build(["val"])["val"]) == 120
-    assert "is_noisy" in ShapesPairsBuilder(**SMALL).build(["train"])["train"].annotation[0]
+    assert len(ShapesBuilder(kind="nlvr", **SMALL).build(["val"])["val"]) == 120
+    assert "is_noisy" in ShapesBuilder(kind="pairs", **SMALL).build(["train"])["train"].annotation[0]
     assert len(list((data / "shapes").iterdir())) == 1  # one folder serves all
 
 

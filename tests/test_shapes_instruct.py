@@ -11,18 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
-from lavis_lite.common.config.zoo import dataset_config_path
+from lavis_lite.common.config.zoo import packaged_dataset
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.shapes.build import ensure_built
-from lavis_lite.datasets.shapes.instruct import TEMPLATES, ensure_instructions, spoken
-from lavis_lite.datasets.shapes.scene import Scene, ShapesConfig, Thing
+from lavis_lite.datasets.shapes.groups import GROUPS
+from lavis_lite.datasets.shapes.instructions import as_plain_text, ensure_instructions
+from lavis_lite.datasets.shapes.scene import Scene, SceneObject, ShapesConfig
 from lavis_lite.datasets.shapes.tokenizer import FOLDER
 from lavis_lite.datasets.templates import fill, load_templates
 
-GROUPS = tuple(group for group in TEMPLATES if group != "caption")
+TEMPLATES = {name: packaged_dataset(f"shapes_instruct_{name}")["instructions"] for name in ("caption", *GROUPS)}
 LLMS = FOLDER.parents[1] / "llms"
 SIZES = {"num_train": 300, "num_val": 5, "num_test": 200}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -52,7 +52,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 # A second reading of the texts: what they say, looked up in the scene's coordinates.
 
 
-def fitting(scene: Scene, words: str) -> list[Thing]:
+def fitting(scene: Scene, words: str) -> list[SceneObject]:
     """The objects that "large red circle", "red shapes" or "crosses" may mean."""
     said = words.split()
     return [
@@ -62,12 +62,12 @@ def fitting(scene: Scene, words: str) -> list[Thing]:
     ]
 
 
-def one(things: list[Thing]) -> Thing:
+def one(things: list[SceneObject]) -> SceneObject:
     (thing,) = things
     return thing
 
 
-def beside(scene: Scene, relation: str, other: Thing) -> list[Thing]:
+def beside(scene: Scene, relation: str, other: SceneObject) -> list[SceneObject]:
     """The objects on that side of another, by at least the margin."""
     ahead = {
         "left of": lambda t: other.x - t.x,
@@ -94,7 +94,7 @@ def claim(text: str, scene: Scene) -> bool | None:
     return None
 
 
-def meant(text: str, scene: Scene) -> tuple[Thing, str] | None:
+def meant(text: str, scene: Scene) -> tuple[SceneObject, str] | None:
     """The one object that a question of a property is about, and the property; None for other texts."""
     if found := re.fullmatch(rf"what color is the shape {SIDE} the (\w+ \w+)\?", text):
         return one(beside(scene, found[1], one(fitting(scene, found[2])))), "color"
@@ -110,7 +110,7 @@ def meant(text: str, scene: Scene) -> tuple[Thing, str] | None:
     return None
 
 
-def answered(text: str, scene: Scene, focus: Thing | None = None) -> str:
+def answered(text: str, scene: Scene, focus: SceneObject | None = None) -> str:
     """The answer to a question; `focus` is what an earlier round was about."""
     if found := re.fullmatch(r"how many (.+) are there\?", text):
         return str(len(fitting(scene, found[1])))
@@ -242,7 +242,7 @@ def test_every_word_is_one_token(made: Callable[..., Any], name: str) -> None:
     texts = {re.sub(r"\{\w+\}", " ", text) for text in texts}
     for group in GROUPS:
         for record, _ in made(group):
-            texts |= {spoken({**record, "options": None})[0], *record["candidates"]}
+            texts |= {as_plain_text({**record, "options": None})[0], *record["candidates"]}
     words = {word for text in texts for word in re.sub(r"[?:.]", " ", text).split()}
     assert len(words) > 50
     for word in words | {"(", ")", ".", "?", ":"}:
@@ -258,7 +258,7 @@ def small(root: Path, monkeypatch: pytest.MonkeyPatch, group: str, **fields: Any
     """A group's builder with the packaged YAML, and few scenes."""
     monkeypatch.setenv("LAVIS_LITE_DATA", str(root))
     name = f"shapes_instruct_{group}"
-    section = OmegaConf.to_container(OmegaConf.load(dataset_config_path(name)), resolve=True)["datasets"][name]
+    section = packaged_dataset(name)
     return registry.get_builder_class(name)(**{**section, "num_train": 30, "num_val": 8, "num_test": 8, **fields})
 
 
@@ -281,7 +281,7 @@ def test_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: str) ->
     if group in GROUPS:
         assert sample["candidates"][val.annotation[1]["label"]] == val.annotation[1]["answers"][0]
         # What the tiny language models learn to answer is what is asked in evaluation.
-        said, answer = spoken(val.annotation[1])
+        said, answer = as_plain_text(val.annotation[1])
         assert sample["text_input"] == f"Question: {said} Short answer:"
         assert [answer] == val.annotation[1]["answers"]
 
@@ -320,13 +320,13 @@ def test_other_templates_can_be_named(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_records_as_text_alone() -> None:
-    assert spoken({"caption": ["a", "b", "b"]}) == ("b", None)
-    assert spoken({"question": "what?", "answer": ["red", "blue", "blue"]}) == ("what?", "blue")
+    assert as_plain_text({"caption": ["a", "b", "b"]}) == ("b", None)
+    assert as_plain_text({"question": "what?", "answer": ["red", "blue", "blue"]}) == ("what?", "blue")
     record = {"history": "is there a circle? yes.", "question": "what is its color?", "answer": "red"}
-    assert spoken(record) == ("is there a circle? yes. what is its color?", "red")
+    assert as_plain_text(record) == ("is there a circle? yes. what is its color?", "red")
     record = {"question": "what is it?", "options": ["red cross", "blue star"], "answer": "blue star"}
-    assert spoken(record) == ("what is it? (a) red cross (b) blue star", "blue star")
-    assert spoken({"statement": "there are no stars", "answer": "true"}) == (
+    assert as_plain_text(record) == ("what is it? (a) red cross (b) blue star", "blue star")
+    assert as_plain_text({"statement": "there are no stars", "answer": "true"}) == (
         "true or false? there are no stars",
         "true",
     )

@@ -1,7 +1,7 @@
 """Annotation files (JSON, JSONL, CSV, TSV) as one list of records.
 
 The kind of a file follows from its suffix. A JSON object of records becomes records with `sample_id` (its key), as in
-LAVIS; a `.tsv` is split at tabs, which LAVIS doesn't do. Every error names the file and the place in it.
+LAVIS; a `.tsv` is split at tabs, unlike there. Every error names the file and the place in it.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from lavis_lite.common.records import Record, RecordCheck, shown
 
 DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
 TABLES = {".csv": ",", ".tsv": "\t"}
-"""The suffixes of tables, and what separates their columns."""
+"""The suffixes of tables, and the separators of their columns."""
 
 
 def read_json(path: str | Path) -> Any:
-    """The content of a JSON file. Raises FileNotFoundError, or ValueError with file, line and column."""
+    """Return the content of a JSON file. Raises FileNotFoundError, or InputError with file, line and column."""
     return _parsed(_read_text(Path(path)), path)
 
 
 def read_records(path: str | Path) -> list[Record]:
-    """The records of one annotation file, in file order. ValueError if there are none."""
+    """Return the records of one annotation file, in file order. Raises InputError if there are none."""
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix in TABLES:
@@ -42,7 +42,7 @@ def read_records(path: str | Path) -> list[Record]:
 
 
 def as_records(content: Any, path: str | Path) -> list[Record]:
-    """JSON content as records: a list as it is, an object's values with their key as `sample_id`."""
+    """Return JSON content as records: a list as it is, an object's values with their key as `sample_id`."""
     if isinstance(content, dict):
         content = [{"sample_id": key, **(v if isinstance(v, dict) else {"data": v})} for key, v in content.items()]
     if not isinstance(content, list):
@@ -61,11 +61,13 @@ def _some(records: list[Record], path: str | Path) -> list[Record]:
 
 
 def place_of(path: str | Path, number: int) -> str:
-    """Where a record is: the line, counted from 1, of a JSONL file or a table; else its number, from 0.
+    """Return where a record is: the line, counted from 1, of a JSONL file or a table; else its number, from 0.
 
-    `path` is the file that has the record as its `number`th (from 0), or, as a text, words for where it's from.
+    `path` is the file that has the record as its `number`th (from 0), or a text that describes its source.
     """
-    suffix = path.suffix.lower() if isinstance(path, Path) else ""
+    if isinstance(path, str):
+        return f"{path}: record {number}"
+    suffix = path.suffix.lower()
     if suffix == ".jsonl":
         lines = [at for at, line in enumerate(_read_text(path).split("\n"), start=1) if line.strip()]
     elif suffix in TABLES:
@@ -76,13 +78,13 @@ def place_of(path: str | Path, number: int) -> str:
 
 
 def check_records(records: list[Record], check: RecordCheck, path: str | Path) -> list[Record]:
-    """The records, checked; `path` is what `place_of` takes."""
+    """Check the records and return them; `path` is as for `place_of`."""
     check(records, partial(place_of, path))
     return records
 
 
 def section(content: dict[str, Any], name: str, path: str | Path, check: RecordCheck) -> list[Record]:
-    """The records under one key of a JSON file, such as the `annotations` of a COCO file, checked."""
+    """Return the records under one key of a JSON file, such as the `annotations` of a COCO file, checked."""
     found = content.get(name)
     if not isinstance(found, list):
         raise InputError(f"{path}: expected a list of records under {name!r}, found {shown(found)}")
@@ -98,7 +100,7 @@ def add_instance_ids(records: list[Record]) -> list[Record]:
 
 
 def check_unique(records: Sequence[Record], name: str, place: Callable[[int], str]) -> None:
-    """Raise InputError, with both places, if two records have the same `name`; compared as texts, null is none."""
+    """Raise InputError, with both places, if two records have the same `name`; compared as texts, without null."""
     first: dict[str, int] = {}
     for number, record in enumerate(records):
         value = record.get(name)
@@ -108,14 +110,8 @@ def check_unique(records: Sequence[Record], name: str, place: Callable[[int], st
             )
 
 
-def load_annotations(paths: Sequence[str | Path], check: RecordCheck | None = None) -> list[Record]:
-    """All files' records one after another, checked; without instance ids."""
-    check = check or RecordCheck()
-    return [record for path in map(Path, paths) for record in check_records(read_records(path), check, path)]
-
-
 def as_list(value: Any) -> list[Any]:
-    """A list as it is, anything else as a list of one."""
+    """Return a list as it is, anything else as a list of one."""
     return value if isinstance(value, list) else [value]
 
 
@@ -134,7 +130,7 @@ def _read_text(path: Path) -> str:
 
 
 def _parsed(text: str, path: str | Path, line: int | None = None) -> Any:
-    """The value of a JSON text: a file, or one line of it."""
+    """Return the value of a JSON text: a file, or one line of it."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -151,13 +147,13 @@ def _parsed(text: str, path: str | Path, line: int | None = None) -> Any:
 
 
 def _read_json_lines(path: Path) -> list[Any]:
-    # Not splitlines(): JSON may hold U+2028 unescaped, which is no end of line here.
+    # Not splitlines(): JSON may hold U+2028 unescaped, which does not end a line here.
     lines = enumerate(_read_text(path).split("\n"), start=1)
     return [_parsed(line, path, number) for number, line in lines if line.strip()]
 
 
 def _table_rows(path: Path) -> Iterator[tuple[int, Record]]:
-    """Each row of a table as a record, after the line that it begins in."""
+    """Yield each row of a table as (number of its first line, record)."""
     reader = csv.reader(_read_text(path).splitlines(keepends=True), delimiter=TABLES[path.suffix.lower()], strict=True)
     header: list[str] = []
     end = 0

@@ -1,4 +1,4 @@
-"""Dataset and builder that all others derive from, and `load_dataset`.
+"""The dataset and the builder that all others derive from, and `load_dataset`.
 
 A builder is the dataset's YAML as a dataclass: `prepare()` fetches the annotations, `build()` makes the
 datasets. The split named `train` gets the `train` processors and the training class, every other split the `eval` ones.
@@ -10,13 +10,15 @@ import logging
 import mmap
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 
 from lavis_lite.common import dist
@@ -26,43 +28,37 @@ from lavis_lite.common.pixels import is_constant
 from lavis_lite.common.records import Kind, Record, RecordCheck
 from lavis_lite.common.registry import did_you_mean, registry
 from lavis_lite.common.sources import download
-from lavis_lite.datasets.annotations import (
-    add_instance_ids,
-    as_list,
-    check_records,
-    check_unique,
-    place_of,
-    read_records,
-)
-from lavis_lite.datasets.image import open_image
+from lavis_lite.datasets.annotations import add_instance_ids, as_list, check_unique
+from lavis_lite.datasets.image import OpensImages, open_image
+from lavis_lite.datasets.readers import Reader, find_reader
+from lavis_lite.datasets.readers.files import PLACE, Places, SplitFiles
 
 logger = logging.getLogger(__name__)
 
-SEEN = ("images", "videos")
-"""What `build_info` calls the folder of what is looked at."""
+VISUAL_FOLDERS = ("images", "videos")
+"""The keys of `build_info` that name the folder of images or videos."""
 BlankTexts = Literal["error", "skip"]
-
-OPENING = ("background", "max_pixels")
-"""The settings of an image processor that hold for the files, too, that a dataset opens for it."""
 
 
 def identity(value: Any) -> Any:
-    """The processor of a dataset that names none."""
+    """Return the value: the processor of a dataset that names none."""
     return value
 
 
 class BaseDataset(Dataset):
     """Records of one split, their images below `vis_root`, and the processors that make samples of them.
 
-    `annotation` holds one record a sample. The sample's `instance_id` is its index as a string. `required` names the
-    fields that every record of the files must have, `fields` says of what kind those are that are read.
+    `annotation` has one record per sample. The sample's `instance_id` is its index as a string. `required` names the
+    fields that every record must have, `fields` the kinds of those that are read. `reader` makes records of the files
+    (`readers/`), and `columns` maps fields of ours to those of the files.
     """
 
-    required: ClassVar[tuple[str, ...]] = ()
-    fields: ClassVar[Mapping[str, Kind]] = {}
-    long_keys: ClassVar[tuple[str, ...]] = ("label",)
+    required: tuple[str, ...] = ()
+    fields: Mapping[str, Kind] = MappingProxyType({})
+    long_keys: tuple[str, ...] = ("label",)
+    reader: ClassVar[str] = "records"
     training: bool = True
-    """Whether a sample has what is learned; else it is laid out for evaluation."""
+    """Whether samples hold what is learned; else they are made for evaluation."""
 
     def __init__(
         self,
@@ -73,6 +69,8 @@ class BaseDataset(Dataset):
         vis_processor: Callable[[Any], Any] = identity,
         text_processor: Callable[[str], str] = identity,
         blank_texts: BlankTexts = "error",
+        reader: Reader | None = None,
+        columns: Mapping[str, str] | None = None,
     ) -> None:
         if blank_texts not in get_args(BlankTexts):
             raise InputError(f"no blank_texts {blank_texts!r}. {did_you_mean(blank_texts, get_args(BlankTexts))}")
@@ -83,39 +81,38 @@ class BaseDataset(Dataset):
         self.text_processor = text_processor
         self.warned_of_constant = np.frombuffer(mmap.mmap(-1, 1), dtype=np.bool_)  # of all loader workers together
         self.blank_texts = blank_texts
-        self.record_check = RecordCheck(
-            required=self.required, fields=self.fields, clean=text_processor, allow_blank=blank_texts == "skip"
-        )
-        self.sources: list[tuple[str | Path, int]] = []
+        check = RecordCheck(clean=text_processor, allow_blank=blank_texts == "skip")
+        self.record_check = replace(check, required=self.required, fields=self.fields)
+        self.places = Places()
         self.kept: list[int] | None = None
-        records = self.load()
-        check_unique(records, "instance_id", self.place)
-        self.annotation = add_instance_ids(self.arrange(self.without_blank(records)))
+        files = SplitFiles(
+            paths=self.annotation_paths, split=split, root=self.vis_root, columns=columns or {}, check=check
+        )
+        records = self.load(files, reader or find_reader(self.reader))
+        self.annotation = add_instance_ids(self.arrange(records))
+        self.places.forget(str(files))
 
-    def load(self) -> list[Record]:
-        """The checked records of the files, one after another; `sources` notes how many each file has."""
-        records: list[Record] = []
-        for path in self.annotation_paths:
-            for where, part in self.read(path):
-                self.sources.append((where, len(part)))
-                records += part
+    def load(self, files: SplitFiles, reader: Reader) -> list[Record]:
+        """Return the reader's records, checked, without blank texts; `places` notes where each is from."""
+        records = []
+        for number, record in enumerate(reader(files)):
+            if not isinstance(record, dict):
+                raise InputError(f"{files}: the reader's record {number} is a {type(record).__name__}, expected a dict")
+            self.places.add(number, *record.pop(PLACE, (str(files), number)))
+            records.append(record)
+        if not records:
+            raise InputError(f"{files}: the reader found no records")
+        self.record_check(records, self.place)
+        records = self.without_blank(records)
+        check_unique(records, "instance_id", self.place)
         return records
 
-    def read(self, path: Path) -> Iterator[tuple[str | Path, list[Record]]]:
-        """The checked records of one file after what `place_of` takes; subclasses read other forms here."""
-        yield path, check_records(read_records(path), self.record_check, path)
-
     def place(self, number: int) -> str:
-        """Where the `number`th record is that `arrange` gets, for errors: file and line, or file and number."""
-        number = self.kept[number] if self.kept is not None else number
-        for where, count in self.sources:
-            if number < count:
-                return place_of(where, number)
-            number -= count
-        return f"{', '.join(map(str, self.annotation_paths))}: record {number}"
+        """Return where the record is that `arrange` gets as its `number`th: file and line, or file and number."""
+        return self.places(number if self.kept is None else self.kept[number])
 
     def without_blank(self, records: list[Record]) -> list[Record]:
-        """With `blank_texts: skip` the records without their blank texts, and without those that then lack a field."""
+        """With `blank_texts: skip`, leave out blank texts, and the records that then lack a required field."""
         if self.blank_texts == "error" or not self.fields:
             return records
         found = [self.record_check.without_blank(record) for record in records]
@@ -133,22 +130,25 @@ class BaseDataset(Dataset):
         return [record for record in found if record is not None]
 
     def arrange(self, records: list[Record]) -> list[Record]:
-        """The file's records as one record a sample; subclasses expand or merge here."""
+        """Return one record per sample; subclasses expand or merge records here."""
         return records
 
     def __len__(self) -> int:
         return len(self.annotation)
 
     def files_of(self, record: Record) -> list[str]:
-        """The image or video files that a record's sample is made of, as `image` takes them."""
+        """Return the image or video files of a record's sample, as `image` takes them."""
         file = record.get("image")
         return [file] if isinstance(file, str) else []
 
     def image(self, file: str) -> Any:
-        """The processed image of a path as the annotation gives it: absolute, or below `vis_root`."""
+        """Return the processed image of a path as the annotation gives it: absolute, or below `vis_root`."""
         path = self.vis_root / file
-        given = {key: getattr(self.vis_processor, key) for key in OPENING if hasattr(self.vis_processor, key)}
-        image = open_image(path, **given)
+        if isinstance(self.vis_processor, OpensImages):
+            processor = self.vis_processor
+            image = open_image(path, background=processor.background, max_pixels=processor.max_pixels)
+        else:
+            image = open_image(path)
         if self.split == "train" and not self.warned_of_constant and is_constant(image):
             self.warned_of_constant.fill(True)
             logger.warning(
@@ -160,7 +160,7 @@ class BaseDataset(Dataset):
         return self.vis_processor(image)
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """A batch: tensors stacked, `long_keys` as LongTensor (B), everything else as lists."""
+        """Return a batch: tensors stacked, `long_keys` as LongTensor (B), everything else as lists."""
         return {key: self._collate(key, [sample[key] for sample in samples]) for key in samples[0]}
 
     def _collate(self, key: str, values: list[Any]) -> Any:
@@ -168,9 +168,9 @@ class BaseDataset(Dataset):
             return torch.stack(values)
         if key in self.long_keys:
             return torch.tensor(values, dtype=torch.long)
-        if key.startswith("image") and hasattr(values[0], "convert"):
+        if key.startswith("image") and isinstance(values[0], Image.Image):
             raise InputError(
-                f"the {self.split} images of {self.annotation_paths[0]} are no tensors: name a vis_processor in the "
+                f"the {self.split} images of {self.annotation_paths[0]} are not tensors: name a vis_processor in the "
                 f"dataset's YAML, e.g. vis_processor: {{{'train' if self.split == 'train' else 'eval'}: "
                 "{name: blip_image_eval, image_size: 224}}"
             )
@@ -179,7 +179,7 @@ class BaseDataset(Dataset):
 
 @dataclass(kw_only=True)
 class BaseBuilder:
-    """What a dataset's YAML may say.
+    """The keys of a dataset's YAML, and the datasets that are built from them.
 
     `build_info`: `{annotations: {<split>: {url, md5, storage}}, images: {storage}}`; `url` and `storage` may be lists
     of equal length. Relative storages are below the data root (environment variable LAVIS_LITE_DATA). `videos` is
@@ -187,7 +187,13 @@ class BaseBuilder:
     """
 
     data_type: str = "images"
-    """LAVIS's key, which nothing reads: the records say what there is to look at."""
+    """LAVIS's key, which nothing reads: the records say whether they have images or videos."""
+    layout: str = ""
+    """The builder that lays out the samples of a dataset that is a YAML alone; it is chosen before this is read."""
+    reader: str = ""
+    """What makes records of the annotation files, another than the layout's: see `find_reader`."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Our name of a field to the file's: `{caption: text}`."""
     build_info: dict[str, Any] = field(default_factory=dict)
     vis_processor: dict[str, Any] = field(default_factory=dict)
     text_processor: dict[str, Any] = field(default_factory=dict)
@@ -198,17 +204,17 @@ class BaseBuilder:
     eval_dataset: ClassVar[type[BaseDataset] | None] = None
 
     def prepare(self, splits: Iterable[str] | None = None) -> None:
-        """Fetch what these splits (default: all) lack; rank 0 first, so that the others find it there."""
+        """Fetch the missing files of these splits (default: all); rank 0 first, so that the others find them."""
         with dist.main_first():
             for split in self.splits() if splits is None else splits:
                 self.annotation_paths(split)
 
     def splits(self) -> list[str]:
-        """The names of the splits there are."""
-        return list(self._section("annotations"))
+        """Return the names of all splits."""
+        return [name for name, entry in self._section("annotations").items() if entry is not None]
 
     def build(self, splits: Iterable[str] | None = None) -> dict[str, BaseDataset]:
-        """One dataset a split (all splits by default). Raises KeyError for a split that isn't configured."""
+        """Return one dataset per split (all splits by default). Raises KeyError for a split that is not configured."""
         there = self.splits()
         if not there:
             raise InputError(
@@ -226,11 +232,11 @@ class BaseBuilder:
         return built
 
     def dataset_options(self, split: str) -> dict[str, Any]:
-        """Further keyword arguments of the split's dataset; subclasses override."""
+        """Return further keyword arguments of the split's dataset; subclasses override this."""
         return {}
 
     def annotation_paths(self, split: str) -> list[Path]:
-        """The split's annotation files on disk, fetched if need be."""
+        """Return the split's annotation files on disk, fetched if need be."""
         entry = self._section("annotations")[split]
         where = f"build_info.annotations.{split}"
         check_keys(entry, ("url", "md5", "storage"), where)
@@ -247,11 +253,11 @@ class BaseBuilder:
         ]
 
     def image_root(self) -> Path:
-        """The folder that the annotations' paths of images or videos start from.
+        """Return the folder that the annotations' paths of images or videos start from.
 
-        Raises FileNotFoundError if it's missing, ValueError if there are two.
+        Raises FileNotFoundError if it is missing, InputError if there are two.
         """
-        sections = {kind: self._section(kind) for kind in SEEN}
+        sections = {kind: self._section(kind) for kind in VISUAL_FOLDERS}
         for kind, section in sections.items():
             check_keys(section, ("storage",), f"build_info.{kind}")
         given = {kind: section["storage"] for kind, section in sections.items() if section.get("storage")}
@@ -272,29 +278,39 @@ class BaseBuilder:
             )
         return root
 
+    def dataset_class(self, split: str) -> type[BaseDataset]:
+        """Return the class of the split's dataset."""
+        found = self.train_dataset if split == "train" else self.eval_dataset
+        assert found is not None, f"{type(self).__name__} has no dataset class for {split}"
+        return found
+
+    def make_reader(self) -> Reader | None:
+        """Return the reader of the annotation files; None for that of the dataset class."""
+        return find_reader(self.reader) if self.reader else None
+
     def _build_split(self, split: str) -> BaseDataset:
-        dataset_class = self.train_dataset if split == "train" else self.eval_dataset
-        assert dataset_class is not None, f"{type(self).__name__} has no dataset class for {split}"
-        dataset = dataset_class(
+        reading: dict[str, Any] = {"reader": self.make_reader(), "columns": self.columns}
+        dataset = self.dataset_class(split)(
             self.annotation_paths(split),
             self.image_root(),
             split=split,
             vis_processor=make_processor(self.vis_processor, split),
             text_processor=make_processor(self.text_processor, split),
             blank_texts=self.blank_texts,
+            **{key: value for key, value in reading.items() if value},
             **self.dataset_options(split),
         )
-        if self.train_dataset is not self.eval_dataset:
+        if self.dataset_class("train") is not self.dataset_class("val"):
             dataset.training = split == "train"
         return dataset
 
     def _section(self, key: str) -> dict[str, Any]:
-        check_keys(self.build_info, ("annotations", *SEEN), "build_info")
+        check_keys(self.build_info, ("annotations", *VISUAL_FOLDERS), "build_info")
         return self.build_info.get(key) or {}
 
 
 def make_processor(blocks: dict[str, Any], split: str) -> Callable[[Any], Any]:
-    """The processor of the split's block (`train` for the split named so, else `eval`); identity without a block."""
+    """Return the processor of the split's block (`train` for the split of that name, else `eval`), or `identity`."""
     check_keys(blocks, ("train", "eval"), "processor")
     block = blocks.get("train" if split == "train" else "eval")
     if not block:
@@ -306,19 +322,19 @@ def make_processor(blocks: dict[str, Any], split: str) -> Callable[[Any], Any]:
 
 
 def check_keys(given: dict[str, Any], known: Sequence[str], where: str) -> None:
-    """Raise ValueError for a key that isn't known, with the nearest one."""
+    """Raise InputError for an unknown key, with the nearest one."""
     for key in given:
         if key not in known:
             raise InputError(f"{where}: unknown key {key!r}. {did_you_mean(key, known)}")
 
 
 def resolve_storage(storage: str) -> Path:
-    """An absolute path as it is, a relative one below the data root."""
+    """Return an absolute path as it is, a relative one below the data root."""
     return download.data_root() / Path(storage).expanduser()
 
 
 def locate(url: str | None, storage: str | None, md5: str | None, *, where: str = "") -> Path:
-    """The file on disk: the storage if it's there, else a local `url` as it is, else fetched to the storage."""
+    """Return the file on disk: the storage if it exists, else a local `url` as it is, else fetched to the storage."""
     target = resolve_storage(storage) if storage else None
     if target is not None and target.is_file():
         return target
@@ -341,7 +357,7 @@ def locate(url: str | None, storage: str | None, md5: str | None, *, where: str 
 
 
 def _copy_aside(source: Path, target: Path) -> Path:
-    """Copy so that `target` is never seen half written."""
+    """Copy so that `target` is never half written."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
         aside = Path(folder) / target.name
@@ -351,5 +367,5 @@ def _copy_aside(source: Path, target: Path) -> Path:
 
 
 def load_dataset(name: str, type: str = "default", splits: Iterable[str] | None = None) -> dict[str, BaseDataset]:
-    """The datasets of `configs/datasets/<name>/<type>.yaml`, by split; all splits unless some are named."""
+    """Return the datasets of `configs/datasets/<name>/<type>.yaml` by split: all splits unless some are named."""
     return registry.get_builder_class(name)(**packaged_dataset(name, type)).build(splits)

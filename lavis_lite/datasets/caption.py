@@ -1,56 +1,34 @@
-"""Captioning: one caption a sample in training; one image a sample, with its references, in evaluation.
+"""Captioning: one caption per sample in training; one image per sample, with its references, in evaluation.
 
 Evaluation ids come from the annotation (`image_id`, `img_id`), else from the file name as for COCO
-(`COCO_val2014_000000391895.jpg` -> 391895), else they are the image paths; so any user's files can be scored.
+(`COCO_val2014_000000391895.jpg` -> 391895), else they are the image paths; so any files can be scored.
 """
 
 from __future__ import annotations
 
 import os.path
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
 from lavis_lite.common.errors import InputError
-from lavis_lite.common.records import (
-    ID,
-    PATH,
-    TEXT,
-    TEXTS,
-    Record,
-    RecordCheck,
-)
+from lavis_lite.common.records import Record
 from lavis_lite.common.registry import registry
-from lavis_lite.datasets.annotations import (
-    as_list,
-    as_records,
-    check_records,
-    check_unique,
-    place_of,
-    read_json,
-    read_records,
-    section,
-)
+from lavis_lite.datasets.annotations import as_list
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset
-
-CAPTION_FIELDS = {
-    **{"image": PATH, "file_name": PATH, "caption": TEXTS},
-    **{"image_id": ID, "img_id": ID, "instance_id": ID},
-}
+from lavis_lite.datasets.readers.captions import CAPTION_FIELDS
 
 MAX_ID_DIGITS = 19
-"""More digits at the end of a file name are no id: no 64-bit integer holds them."""
+"""More digits at the end of a file name are not taken as an id: they do not fit a 64-bit integer."""
 
 
 class CaptionDataset(BaseDataset):
-    """What reads caption files."""
+    """What the layouts of captions share."""
 
-    required = ("image|file_name", "caption")
+    required: tuple[str, ...] = ("image|file_name", "caption")
     fields = CAPTION_FIELDS
-
-    def read(self, path: Path) -> Iterator[tuple[str | Path, list[Record]]]:
-        yield caption_records(path, self.record_check)
+    reader = "captions"
 
 
 class CaptionTrainDataset(CaptionDataset):
@@ -77,7 +55,7 @@ class CaptionTrainDataset(CaptionDataset):
 
 
 class CaptionEvalDataset(CaptionDataset):
-    """Samples {image, image_id, instance_id}, one an image; `references()` has the captions."""
+    """Samples {image, image_id, instance_id}, one per image; `references()` has the captions."""
 
     required = ("image|file_name",)
 
@@ -93,46 +71,17 @@ class CaptionEvalDataset(CaptionDataset):
         }
 
     def references(self) -> dict[Any, list[str]]:
-        """The captions of each image id; images without any (nocaps) are left out."""
-        return {record["image_id"]: record["caption"] for record in self.annotation if record["caption"]}
+        """Return the captions of each image id; images without any (nocaps) are left out."""
+        return references_of(self.annotation)
 
 
-def caption_records(path: Path, check: RecordCheck) -> tuple[str | Path, list[Record]]:
-    """The records of LAVIS's or the user's file, or the images of a COCO file (`images` + `annotations`), after what
-    `place_of` takes.
-    """
-    content = read_json(path) if path.suffix.lower() == ".json" else read_records(path)
-    if isinstance(content, dict) and {"images", "annotations"} <= content.keys():
-        where: str | Path = f"{path} (images)"
-        part = records_of_coco(content, path, check)
-    else:
-        where, part = path, as_records(content, path)
-    check_records(part, check, where)
-    return where, [r if r.get("image") is not None else {**r, "image": r["file_name"]} for r in part]
-
-
-def records_of_coco(content: dict[str, Any], path: Any, check: RecordCheck) -> list[Record]:
-    """A COCO caption file's images, each with the list of its captions."""
-    images = section(
-        content, "images", path, RecordCheck(required=("id", "file_name"), fields={"id": ID, "file_name": PATH})
-    )
-    check_unique(images, "id", lambda number: place_of(f"{path} (images)", number))
-    told = replace(check, required=("image_id", "caption"), fields={"image_id": ID, "caption": TEXT})
-    captions: dict[Any, list[str]] = {image["id"]: [] for image in images}
-    for number, annotation in enumerate(section(content, "annotations", path, told)):
-        if annotation["image_id"] not in captions:
-            raise InputError(
-                f"{path} (annotations): record {number} has image_id {annotation['image_id']}, not in images"
-            )
-        captions[annotation["image_id"]].append(annotation["caption"])
-    return [
-        {**image, "image": image["file_name"], "image_id": image["id"], "caption": captions[image["id"]]}
-        for image in images
-    ]
+def references_of(annotation: Iterable[Record]) -> dict[Any, list[str]]:
+    """Return the captions of each image id; images without any are left out."""
+    return {record["image_id"]: record["caption"] for record in annotation if record["caption"]}
 
 
 def expand_captions(records: list[Record]) -> list[Record]:
-    """One record a caption, where a record may hold a list of them."""
+    """Return one record per caption, where a record may hold a list of them."""
     return [
         {**r, "caption": caption} if isinstance(r["caption"], list) else r
         for r in records
@@ -141,17 +90,17 @@ def expand_captions(records: list[Record]) -> list[Record]:
 
 
 def image_key(record: Record) -> str:
-    """What makes two records the same image: ids are compared as texts, as result files and scores have them."""
+    """Return what identifies a record's image: ids are compared as texts, as result files and scores have them."""
     return str(record["image"] if record.get("image_id") is None else record["image_id"])
 
 
 def check_images(
     records: Iterable[Record], ids: Iterable[Any], place: Callable[[int], str], *, root: Path = Path()
 ) -> None:
-    """Raise InputError, with both records and paths, if two different pictures have the same id."""
+    """Raise InputError, with both records and paths, if two different images have the same id."""
     first: dict[str, tuple[int, Any]] = {}
     for number, (record, image_id) in enumerate(zip(records, ids, strict=True)):
-        file = picture_of(record)
+        file = visual_path(record)
         other, its_file = first.setdefault(str(image_id), (number, file))
         if file != its_file and os.path.normpath(root / file) != os.path.normpath(root / its_file):
             raise InputError(
@@ -160,13 +109,13 @@ def check_images(
             )
 
 
-def picture_of(record: Record) -> Any:
-    """The path of the image, or of the video, where there is one."""
+def visual_path(record: Record) -> Any:
+    """Return the path of the record's video, or else of its image."""
     return record["image"] if record.get("video") is None else record["video"]
 
 
 def merge_images(records: list[Record], place: Callable[[int], str], *, root: Path = Path()) -> list[Record]:
-    """One record an image, in first-seen order, with `image_id` and the list `caption` (maybe empty)."""
+    """Return one record per image, in first-seen order, with `image_id` and the list `caption` (maybe empty)."""
     merged: dict[str, Record] = {}
     ids = evaluation_ids(records)
     check_images(records, ids, place, root=root)
@@ -180,11 +129,11 @@ def merge_images(records: list[Record], place: Callable[[int], str], *, root: Pa
 
 
 def evaluation_ids(records: list[Record]) -> list[Any]:
-    """Each record's image id; never the same for two image files."""
+    """Return each record's image id; never the same for two image files."""
     for key in ("image_id", "img_id"):
         if records and all(record.get(key) is not None for record in records):
             return [record[key] for record in records]
-    paths = [picture_of(record) for record in records]
+    paths = [visual_path(record) for record in records]
     numbers = [PurePath(path).stem.split("_")[-1] for path in paths]
     if not all(n.isascii() and n.isdigit() and len(n) < MAX_ID_DIGITS for n in numbers):
         return paths
@@ -192,9 +141,6 @@ def evaluation_ids(records: list[Record]) -> list[Any]:
     return found if len(set(found)) == len(set(paths)) else paths
 
 
-@registry.register_builder("coco_caption")
-@registry.register_builder("nocaps")
-@registry.register_builder("flickr30k_caption")
 @registry.register_builder("caption")
 @dataclass(kw_only=True)
 class CaptionBuilder(BaseBuilder):

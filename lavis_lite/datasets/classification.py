@@ -8,21 +8,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Any, ClassVar
+from typing import Any
 
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.records import (
     ANY_TEXT,
     ID,
     NAME,
-    Kind,
     Record,
 )
 from lavis_lite.common.registry import did_you_mean, registry
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset
 
 MAX_DIGITS = 9
-"""Digits of a label, so that it fits an index."""
+"""Digits of a label that fits an index."""
+
+
+CLASSIFICATION_FIELDS = {"image": NAME, "sentence": ANY_TEXT, "text": ANY_TEXT, "label": ID, "instance_id": ID}
 
 
 class ClassificationDataset(BaseDataset):
@@ -32,13 +34,7 @@ class ClassificationDataset(BaseDataset):
     """
 
     required = ("image", "label")
-    fields: ClassVar[dict[str, Kind]] = {
-        "image": NAME,
-        "sentence": ANY_TEXT,
-        "text": ANY_TEXT,
-        "label": ID,
-        "instance_id": ID,
-    }
+    fields = CLASSIFICATION_FIELDS
 
     def __init__(
         self,
@@ -56,7 +52,7 @@ class ClassificationDataset(BaseDataset):
         return records
 
     def label(self, record: Record, index: int) -> int:
-        """The class index of a record. Raises ValueError for a label that is none of the classes."""
+        """Return the class index of a record. Raises InputError for a label that is not one of the classes."""
         label = str(record["label"])
         if label in self.classes:
             return self.classes.index(label)
@@ -65,7 +61,7 @@ class ClassificationDataset(BaseDataset):
         where = f"{self.place(index)} has label {label!r}"
         if not self.classes:
             raise InputError(f"{where}: labels must be integers from 0, or name them with `classes: [...]`")
-        raise InputError(f"{where}, which is no class. {did_you_mean(label, self.classes)}")
+        raise InputError(f"{where}, which is not a class. {did_you_mean(label, self.classes)}")
 
     def files_of(self, record: Record) -> list[str]:
         file = str(record["image"])
@@ -82,11 +78,10 @@ class ClassificationDataset(BaseDataset):
 
 
 def sentence_of(record: Record) -> str:
-    """The record's text; empty where it has none, or null."""
+    """Return the record's text; empty where it has none, or null."""
     return next((record[name] for name in ("sentence", "text") if record.get(name) is not None), "")
 
 
-@registry.register_builder("snli_ve")
 @registry.register_builder("classification")
 @dataclass(kw_only=True)
 class ClassificationBuilder(BaseBuilder):

@@ -7,6 +7,7 @@ measured so). Unlike there, transparency is composited on a background, and 16-b
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from PIL import Image, UnidentifiedImageError
 
@@ -20,10 +21,18 @@ from lavis_lite.common.pixels import (
 )
 
 
+@runtime_checkable
+class OpensImages(Protocol):
+    """An image processor whose settings hold for the files, too, that a dataset opens for it."""
+
+    background: str
+    max_pixels: int
+
+
 def open_image(path: str | Path, *, background: str = "white", max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Return the image as RGB, fully decoded; `background` and `max_pixels` are `to_rgb`'s.
 
-    Raises UnreadableSample, naming the file, when it's missing, broken, too large, or not a regular file of a format
+    Raises UnreadableSample, naming the file, when it is missing, broken, too large, or not a regular file of a format
     that is read.
     """
     try:
@@ -38,7 +47,7 @@ def open_image(path: str | Path, *, background: str = "white", max_pixels: int =
         raise UnreadableSample(f"image file {path}: {error}") from None
     except UnidentifiedImageError:
         raise UnreadableSample(
-            f"image file broken or of another kind: {path} is none of {', '.join(formats())}. Convert it, fetch it "
+            f"image file broken or of another kind: {path} is not one of {', '.join(formats())}. Convert it, fetch it "
             "again, or remove the record from the annotations."
         ) from None
     except BROKEN as error:

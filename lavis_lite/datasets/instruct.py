@@ -1,18 +1,18 @@
-"""Instruction data: an image or a video, an instruction, and what to answer.
+"""Instruction data: an image or a video, an instruction, and the text to answer with.
 
-Every annotation format becomes the same records (see `InstructDataset`); what makes an instruction of a record is a
-file of templates. So a dataset of the paper is a reader and a name of templates, and question generation is visual
-question answering with other templates. A record that cannot become a sample is an error at loading.
+A reader turns every annotation format into the same records (see `InstructDataset`); templates turn a record into an
+instruction. So question generation is visual question answering with other templates. A record that cannot become a
+sample is an error at loading.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.frames import ShortClips, check_num_frames, check_short_clips
@@ -31,47 +31,43 @@ from lavis_lite.common.records import (
 )
 from lavis_lite.common.registry import did_you_mean, registry
 from lavis_lite.common.wording import joined_words, lettered, letters
-from lavis_lite.datasets.annotations import as_list, place_of
+from lavis_lite.datasets.annotations import as_list
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset
-from lavis_lite.datasets.instruct_jsonl import PLACE, read_instructions
-from lavis_lite.datasets.templates import (
-    GAP,
-    Templates,
-    load_templates,
-    with_prompt,
-)
+from lavis_lite.datasets.templates import PLACEHOLDER, Templates, load_templates, with_prompt
 from lavis_lite.datasets.video import read_frames
 
-Reader = Callable[[Sequence[Path]], list[Record]]
 AnswerChoice = Literal["drawn", "most_frequent"]
 CandidateFormat = Literal["text", "letter_text", "letter"]
 CLEANED = ("question", "caption")
-"""Fields that the text processor cleans, whether they are asked or learned; all others are taken as they are."""
+"""Fields that the text processor cleans, whether they are in the instruction or learned; no others are."""
 
 
 class InstructDataset(BaseDataset):
     """Samples {image (3,H,W) or (3,F,H,W), text_input (the instruction), prompt, text_output, instance_id}.
 
-    `prompt` is "{}": the instruction is complete, and no other prompt goes around it.
-    A record has `image` or `video` (a path), the fields that the templates' gaps name, and in `templates.output` what
-    is learned: a text, or a list of which one is; without it, the candidate that `label` points to. In evaluation a
-    sample has no text_output, but `question_id`, and, if the records have them, `candidates` (list[str]). The truth
-    stays in `annotation[i]`: `answers` (list[str]), `label` (index into candidates), perhaps `classes` (one
-    for each candidate, equal where they mean the same).
+    `prompt` is "{}": the instruction is complete, and no other prompt is put around it.
+    A record has `image` or `video` (a path), the fields that the templates' placeholders name, and in
+    `templates.output` what is learned: a text, or a list of which one is; without it, the candidate that `label` points
+    to. In evaluation a sample has no text_output, but `question_id`, and, if the records have them, `candidates`
+    (list[str]). The truth is in `annotation[i]`: `answers` (list[str]), `label` (index into candidates), perhaps
+    `classes` (one per candidate, equal where they mean the same).
     """
+
+    reader = "instructions"
+    answer_list: list[str] | None
 
     def __init__(
         self,
         annotation_paths: Sequence[str | Path],
         vis_root: str | Path,
         *,
-        reader: Reader,
         templates: Templates,
         training: bool,
         num_frames: int,
         short_clips: ShortClips = "repeat",
         answer_choice: AnswerChoice,
         candidate_format: CandidateFormat,
+        answer_list: list[str] | None = None,
         **options: Any,
     ) -> None:
         for name, value, known in (
@@ -80,70 +76,58 @@ class InstructDataset(BaseDataset):
         ):
             if value not in known:
                 raise InputError(f"no {name} {value!r}. {did_you_mean(value, known)}")
-        self.reader, self.templates, self.training = reader, templates, training
-        self.num_frames, self.short_clips = check_num_frames(num_frames), check_short_clips(short_clips)
+        self.templates, self.training = templates, training
+        self.num_frames: int = check_num_frames(num_frames)
+        check_short_clips(short_clips)
+        self.short_clips: ShortClips = short_clips
         self.answer_choice, self.candidate_format = answer_choice, candidate_format
-        self.gaps = {gap: text for text in templates.used(training=training) for gap in GAP.findall(text)}
+        self.answer_list = answer_list
+        used = templates.used(training=training)
+        self.placeholders = {name: text for text in used for name in PLACEHOLDER.findall(text)}
         learned = templates.output if templates.output in CLEANED else f"{templates.output}|candidates"
         self.required = (learned,) if training else ()
-        self.fields = instruct_fields(self.gaps, templates.output, training=training)
-        self.loaded: list[Record] = []
+        self.fields = instruct_fields(self.placeholders, templates.output, training=training)
         super().__init__(annotation_paths, vis_root, **options)
 
-    def load(self) -> list[Record]:
-        self.loaded = self.reader(self.annotation_paths)
-        self.record_check(self.loaded, self.place)
-        return self.loaded
-
-    def place(self, number: int) -> str:
-        number = self.kept[number] if self.kept is not None else number
-        place = self.loaded[number].get(PLACE)
-        return place_of(*place) if place else f"{', '.join(map(str, self.annotation_paths))}: record {number}"
-
     def arrange(self, records: list[Record]) -> list[Record]:
-        """Each record with `answers` (list[str], perhaps empty in evaluation) and `question_id`.
+        """Give each record `answers` (list[str], perhaps empty in evaluation) and `question_id`.
 
-        Raises ValueError, naming the file and the record, for one that cannot become a sample.
+        Raises InputError, naming the file and the record, for one that cannot become a sample.
         """
-        self.loaded = []
-        arranged: list[Record] = []
         for index, record in enumerate(records):
             if record.get("question_id") is None:
                 record["question_id"] = index
-            place = record.pop(PLACE, None)
             try:
-                settle(record, self.templates.output)
-                self.check(record, arranged[0] if arranged else record)
+                fill_answers_and_label(record, self.templates.output)
+                self.check(record, records[0])
                 if self.candidate_format != "text" and record.get("candidates"):
-                    put_letters(record, with_text=self.candidate_format == "letter_text")
+                    letter_candidates(record, with_text=self.candidate_format == "letter_text")
             except ValueError as error:
-                paths = ", ".join(map(str, self.annotation_paths))
-                raise InputError(f"{place_of(*place) if place else f'{paths}: record {index}'} {error}") from None
-            arranged.append(record)
-        return arranged
+                raise InputError(f"{self.place(index)} {error}") from None
+        return records
 
     def check(self, record: Record, first: Record) -> None:
-        """Raise ValueError for what the record lacks, and for what no batch can hold beside the first one."""
-        kind, its_kind = seen_as(record), seen_as(first)
+        """Raise InputError for a missing field, and for a record that cannot be in a batch with the first one."""
+        kind, its_kind = visual_field(record), visual_field(first)
         if record.get(kind) is None:
-            raise lacking(record, kind, " or 'video'")
+            raise missing_field(record, kind, " or 'video'")
         if kind != its_kind:
             raise InputError(
-                f"has a field {kind!r}, the first record {its_kind!r}: no batch holds both, make two datasets"
+                f"has a field {kind!r}, the first record {its_kind!r}: a batch cannot hold both, make two datasets"
             )
         if self.training and not record["answers"]:
-            raise lacking(record, self.templates.output, ", which is what is learned")
+            raise missing_field(record, self.templates.output, ", which is what is learned")
         if not self.training and (record.get("candidates") is None) != (first.get("candidates") is None):
             raise InputError("and the first record differ in having 'candidates': in a split all have them, or none")
-        for gap, template in self.gaps.items():
-            if self.value(record, gap) in (None, []):
-                raise lacking(record, gap, f" for the template {template!r}")
+        for name, template in self.placeholders.items():
+            if self.value(record, name) in (None, []):
+                raise missing_field(record, name, f" for the template {template!r}")
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.annotation[index]
         fields = self.values(record)
         sample = {
-            "image": self.seen(record),
+            "image": self.visual(record),
             "text_input": self.templates.instruction(fields, training=self.training),
             "prompt": "{}",
             "instance_id": str(index),
@@ -154,18 +138,18 @@ class InstructDataset(BaseDataset):
         return sample | {"question_id": record["question_id"]} | chosen
 
     def files_of(self, record: Record) -> list[str]:
-        return [record[seen_as(record)]]
+        return [record[visual_field(record)]]
 
-    def seen(self, record: Record) -> Any:
-        """The record's image, or its video's frames."""
-        if seen_as(record) == "image":
+    def visual(self, record: Record) -> Any:
+        """Return the record's image, or its video's frames."""
+        if visual_field(record) == "image":
             return self.image(record["image"])
         path = self.vis_root / record["video"]
         return read_frames(path, self.num_frames, self.vis_processor, short_clips=self.short_clips)
 
     def values(self, record: Record) -> dict[str, Any]:
-        """What the templates' gaps take and what is learned: one of several texts, cleaned if it's to be."""
-        fields = {gap: self.value(record, gap) for gap in self.gaps}
+        """Return the placeholders' fields and the learned one: one of several texts, cleaned if it is in CLEANED."""
+        fields = {name: self.value(record, name) for name in self.placeholders}
         if self.training:
             fields[self.templates.output] = record["answers"]
         for key, value in fields.items():
@@ -174,7 +158,7 @@ class InstructDataset(BaseDataset):
         return fields
 
     def value(self, record: Record, key: str) -> Any:
-        """A record's field as it stands in a template: options (or candidates) lettered, words joined."""
+        """Return a record's field as a template takes it: options (or candidates) lettered, words joined."""
         value = record.get(key)
         if key == "options" and not value:
             value = record.get("candidates")
@@ -183,15 +167,15 @@ class InstructDataset(BaseDataset):
         return {"options": lettered, "ocr_tokens": joined_words}.get(key, list)(value)
 
     def choose(self, texts: list[Any]) -> Any:
-        """One of several texts: in training drawn by its share, in evaluation the one that most gave."""
+        """Return one of several texts: in training drawn by its share, in evaluation the most frequent one."""
         drawn = self.training and self.answer_choice == "drawn"
         return random.choice(texts) if drawn else Counter(texts).most_common(1)[0][0]
 
 
-def instruct_fields(gaps: Iterable[str], output: str, *, training: bool) -> dict[str, Kind]:
-    """The kinds of the fields that templates name, of the one that is learned, and of those that samples keep."""
+def instruct_fields(placeholders: Iterable[str], output: str, *, training: bool) -> dict[str, Kind]:
+    """Return the kinds of the fields that templates name, of the learned one, and of those that samples keep."""
     return {
-        **dict.fromkeys(gaps, VALUES),
+        **dict.fromkeys(placeholders, VALUES),
         **{"image": PATH, "video": PATH, "question_id": ID, "image_id": ID, "instance_id": ID},
         **dict.fromkeys(("group", "question_type", "answer_type"), GROUP),
         **{"candidates": VALUES, "options": VALUES, "ocr_tokens": WORDS},
@@ -200,13 +184,13 @@ def instruct_fields(gaps: Iterable[str], output: str, *, training: bool) -> dict
     }
 
 
-def seen_as(record: Record) -> str:
-    """Which of the record's fields is looked at: "video" if it has one, else "image"."""
+def visual_field(record: Record) -> str:
+    """Return the field with the path of the image or video: "video" if the record has one, else "image"."""
     return "image" if record.get("video") is None else "video"
 
 
-def lacking(record: Record, field: str, why: str) -> InputError:
-    """The error about a field that is missing or has nothing in it, with those that are there."""
+def missing_field(record: Record, field: str, why: str) -> InputError:
+    """Return the error about a field that is missing or empty, with the fields that are there."""
     given = {key: value for key, value in record.items() if key != "answers"}
     if field not in given:
         there = ", ".join(map(repr, given))
@@ -214,11 +198,11 @@ def lacking(record: Record, field: str, why: str) -> InputError:
     return InputError(f"has {'null' if record[field] is None else 'nothing'} in its field {field!r}{why}")
 
 
-def settle(record: Record, output: str) -> None:
-    """Give the record `answers`, the texts of its field `output`, and, if it's a choice, each of label and answers that
-    follows from the other.
+def fill_answers_and_label(record: Record, output: str) -> None:
+    """Give the record `answers`, the texts of its field `output`; of a choice, also the label that follows from the
+    answers, or the answers that follow from the label.
 
-    Raises ValueError for candidates that leave nothing to choose, and for a label or an answer that is none of them.
+    Raises InputError for invalid candidates, and for a label or an answer that is not one of them.
     """
     answers = [str(text) for text in as_list(record.get(output)) if text is not None and str(text).strip()]
     if any(isinstance(text, dict | list) for text in as_list(record.get(output))):
@@ -229,11 +213,13 @@ def settle(record: Record, output: str) -> None:
     check_candidates(candidates, record.get("classes"))
     right = [candidates.index(text) for text in answers if text in candidates]
     if answers and not right:
-        raise InputError(f"has {answers[0]!r} in its field {output!r}, which is none of the candidates {candidates!r}")
+        raise InputError(
+            f"has {answers[0]!r} in its field {output!r}, which is not one of the candidates {candidates!r}"
+        )
     if label is None:
         record["label"] = right[0] if right else None
     elif type(label) is not int or not 0 <= label < len(candidates):
-        raise InputError(f"has the label {label!r}, which is no index into its {len(candidates)} candidates")
+        raise InputError(f"has the label {label!r}, which is not an index into its {len(candidates)} candidates")
     elif answers and candidates[label] not in answers:
         raise InputError(f"has the label {label}, but {answers[0]!r} in its field {output!r} is candidate {right[0]}")
     else:
@@ -241,7 +227,7 @@ def settle(record: Record, output: str) -> None:
 
 
 def check_candidates(candidates: Any, classes: Any) -> None:
-    """Raise ValueError for what is no list of texts, and for classes that do not sort them."""
+    """Raise InputError unless candidates are a list of texts, with one class for each if there are classes."""
     if not isinstance(candidates, list) or not candidates or not all(isinstance(c, str) and c for c in candidates):
         raise InputError(f"must have a list of texts in 'candidates', at least one, none empty; got {candidates!r}")
     if classes is None:
@@ -253,9 +239,9 @@ def check_candidates(candidates: Any, classes: Any) -> None:
         )
 
 
-def put_letters(record: Record, *, with_text: bool) -> None:
+def letter_candidates(record: Record, *, with_text: bool) -> None:
     """Make the record's candidates "(a) red", or "(a)", and its answers the right one of them; `options` keep the
-    texts. ValueError for more than there are letters.
+    texts. Raises InputError for more candidates than letters.
     """
     texts, marks = record["candidates"], letters(len(record["candidates"]))
     record["options"] = record.get("options") or texts
@@ -266,27 +252,25 @@ def put_letters(record: Record, *, with_text: bool) -> None:
 @registry.register_builder("instruct")
 @dataclass(kw_only=True)
 class InstructBuilder(BaseBuilder):
-    """The user's own instruction data: see `read_instructions`. Subclasses read other formats."""
+    """Records of images or videos with instructions; the default reader is of the user's own, `read_instructions`."""
 
     instructions: str | dict[str, Any] = "plain"
     """Packaged templates, a YAML file, or a mapping such as `{output: answer, train: [...], eval: ...}`."""
     num_frames: int = 4
     """Frames of a video, sampled uniformly."""
     short_clips: ShortClips = "repeat"
-    """What becomes of a video with fewer frames: they are repeated, or it is an unreadable sample."""
+    """For a video with fewer frames: repeat them, or treat it as an unreadable sample."""
     answer_choice: AnswerChoice = "drawn"
     """Which of several right answers is learned."""
     candidate_format: CandidateFormat = "text"
-    """What is learned and ranked of a candidate: "red", "(a) red" or "(a)". InstructBLIP's is not published."""
+    """The form of candidates that is learned and ranked: "red", "(a) red" or "(a)". InstructBLIP's is not published."""
 
-    reader: ClassVar[Reader] = staticmethod(read_instructions)
     with_prompt = staticmethod(with_prompt)
     train_dataset = InstructDataset
     eval_dataset = InstructDataset
 
     def dataset_options(self, split: str) -> dict[str, Any]:
         return {
-            "reader": self.reader,
             "templates": load_templates(self.instructions),
             "training": split == "train",
             "num_frames": self.num_frames,

@@ -1,14 +1,14 @@
 """NLVR2: is a statement about two images true?
 
 In training a pair is swapped half of the time, and the words left and right with it (whole words only: LAVIS's
-substring replacement also hits "bright" and "leftmost"). Evaluation never swaps, so that it's repeatable.
+substring replacement also hits "bright" and "leftmost"). Evaluation never swaps, so it is repeatable.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -17,13 +17,13 @@ from lavis_lite.common.records import (
     ID,
     PATHS,
     TEXT,
-    Kind,
     Record,
     shown,
 )
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset
 
+NLVR_FIELDS = {"images": PATHS, "sentence": TEXT, "instance_id": ID}
 _LABELS = {"true": 1, "false": 0, "1": 1, "0": 0}
 _SIDE = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
@@ -32,7 +32,7 @@ class NLVREvalDataset(BaseDataset):
     """Samples {image0, image1, text_input, label (1: true), instance_id}."""
 
     required = ("images", "sentence", "label")
-    fields: ClassVar[dict[str, Kind]] = {"images": PATHS, "sentence": TEXT, "instance_id": ID}
+    fields = NLVR_FIELDS
 
     def arrange(self, records: list[Record]) -> list[Record]:
         for index, record in enumerate(records):
@@ -51,7 +51,7 @@ class NLVREvalDataset(BaseDataset):
         return self.sample(index, record["images"], record["sentence"])
 
     def sample(self, index: int, images: list[str], sentence: str) -> dict[str, Any]:
-        """The sample of two image paths and a raw sentence."""
+        """Return the sample of two image paths and a raw sentence."""
         return {
             "image0": self.image(images[0]),
             "image1": self.image(images[1]),
@@ -62,7 +62,7 @@ class NLVREvalDataset(BaseDataset):
 
 
 class NLVRTrainDataset(NLVREvalDataset):
-    """As in evaluation, but with images and sides swapped at random."""
+    """As NLVREvalDataset, with images and sides swapped at random."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.annotation[index]
@@ -72,7 +72,7 @@ class NLVRTrainDataset(NLVREvalDataset):
 
 
 def swap_sides(sentence: str) -> str:
-    """The words left and right exchanged; a capital is kept."""
+    """Return the sentence with the words left and right exchanged; capitals are kept."""
     return _SIDE.sub(lambda match: _other_side(match.group()), sentence)
 
 

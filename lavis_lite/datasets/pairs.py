@@ -26,10 +26,6 @@ class PairsDataset(CaptionDataset):
         }
 
 
-@registry.register_builder("vg_caption")
-@registry.register_builder("sbu_caption")
-@registry.register_builder("conceptual_caption_3m")
-@registry.register_builder("conceptual_caption_12m")
 @registry.register_builder("pairs")
 @dataclass(kw_only=True)
 class PairsBuilder(BaseBuilder):

@@ -1,4 +1,4 @@
-"""Image-text retrieval: training pairs with image ids, and evaluation sets that hold a gallery of both sides."""
+"""Image-text retrieval: training pairs with image ids; evaluation sets, a gallery of all images and all texts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class RetrievalTrainDataset(CaptionTrainDataset):
 
 
 class RetrievalEvalDataset(CaptionDataset):
-    """Items {image, index, image_id, instance_id}, one an image; all texts are in `text` (processed), in order.
+    """Items {image, index, image_id, instance_id}, one per image; all texts are in `text` (processed), in order.
 
     `img2txt[i]` lists the texts of image i, `txt2img[t]` is the image of text t.
     """
@@ -43,12 +43,10 @@ class RetrievalEvalDataset(CaptionDataset):
         }
 
 
-@registry.register_builder("coco_retrieval")
-@registry.register_builder("flickr30k")
 @registry.register_builder("retrieval")
 @dataclass(kw_only=True)
 class RetrievalBuilder(BaseBuilder):
-    """Records {image, caption[, image_id]}; one a caption, or one an image with a list of captions."""
+    """Records {image, caption[, image_id]}; one per caption, or one per image with a list of captions."""
 
     train_dataset = RetrievalTrainDataset
     eval_dataset = RetrievalEvalDataset

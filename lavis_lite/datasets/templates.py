@@ -1,7 +1,7 @@
-"""Instruction templates as data: `configs/prompts/<name>.yaml`, or a file of the user's in the same form.
+"""Instruction templates as data: `configs/prompts/<name>.yaml`, or a user's file in the same form.
 
-A template's gaps are names of a record's fields: "Question: {question} Short answer:". In training one template is
-drawn at random for each sample (InstructBLIP, section 2.2); in evaluation there is one fixed template.
+A template's placeholders are names of a record's fields: "Question: {question} Short answer:". In training one template
+is drawn at random for each sample (InstructBLIP, section 2.2); in evaluation there is one fixed template.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from lavis_lite.common.config.zoo import CONFIGS
 from lavis_lite.common.errors import InputError, MissingFileError, UnknownNameError
 from lavis_lite.common.registry import did_you_mean
 
-GAP = re.compile(r"\{(\w+)\}")
+PLACEHOLDER = re.compile(r"\{(\w+)\}")
 KEYS = ("source", "base", "output", "train", "eval")
 PROMPTS = CONFIGS / "prompts"
-ASKED = ("question", "instruction", "statement", "text", "caption")
-"""The fields that an instruction may be about; the first that a template names fills the `{}` of an explicit prompt."""
+SUBJECTS = ("question", "instruction", "statement", "text", "caption")
+"""The fields that instructions are about; the first that a template names fills the `{}` of an explicit prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Templates:
-    """The instructions of one kind of task, and the record's field that is the answer (`output`)."""
+    """The instructions of one kind of task, and the field of a record that is learned (`output`)."""
 
     train: tuple[str, ...]
     eval: str
@@ -35,35 +35,35 @@ class Templates:
     source: str = ""
 
     def used(self, *, training: bool) -> tuple[str, ...]:
-        """The templates that are filled in training, or the one of evaluation."""
+        """Return the templates that are filled in training, or the one of evaluation."""
         return self.train if training else (self.eval,)
 
     def instruction(self, fields: Mapping[str, Any], *, training: bool) -> str:
-        """One instruction, its gaps filled with the record's fields; drawn with `random` in training."""
+        """Return one instruction, filled with the record's fields; drawn with `random` in training."""
         return fill(random.choice(self.train) if training else self.eval, fields)
 
 
 def fill(template: str, fields: Mapping[str, Any]) -> str:
-    """The template with every `{name}` replaced by that field; other braces, also in the fields, are text.
+    """Return the template with every `{name}` replaced by that field; other braces, also in the fields, are text.
 
-    A field that is None or missing raises KeyError with the fields there are.
+    Raises KeyError, with the fields that are there, for a field that is None or missing.
     """
 
-    def value(gap: re.Match[str]) -> str:
-        if fields.get(gap[1]) is None:
+    def value(found: re.Match[str]) -> str:
+        if fields.get(found[1]) is None:
             there = ", ".join(key for key, value in fields.items() if value is not None)
-            raise UnknownNameError(f"the template {template!r} needs the field {gap[1]!r}; the record has {there}")
-        return str(fields[gap[1]])
+            raise UnknownNameError(f"the template {template!r} needs the field {found[1]!r}; the record has {there}")
+        return str(fields[found[1]])
 
-    return GAP.sub(value, template)
+    return PLACEHOLDER.sub(value, template)
 
 
 def load_templates(name: str | Path | Mapping[str, Any]) -> Templates:
-    """Templates by their packaged name, from a YAML file, or given as a mapping.
+    """Return templates by their packaged name, from a YAML file, or given as a mapping.
 
-    Keys: `train` (a list) and `eval`, of which either may stand for both; `output`, the field that is learned;
-    `source`, where they are from; `base`, a name or file whose keys hold where these say nothing.
-    Raises FileNotFoundError for an unknown name, ValueError for another form.
+    Keys: `train` (a list) and `eval`, of which one alone is used for both; `output`, the field that is learned;
+    `source`, where they are from; `base`, a name or file whose keys are the defaults.
+    Raises FileNotFoundError for an unknown name, InputError for another form.
     """
     content = dict(name) if isinstance(name, Mapping) else load_yaml(_file(name))
     where = "instructions" if isinstance(name, Mapping) else str(name)
@@ -83,19 +83,19 @@ def with_prompt(instructions: str | Path | Mapping[str, Any], prompt: str) -> di
     `{}` it replaces the templates of captions. Raises ValueError for more placeholders than there are fields.
     """
     templates = load_templates(instructions)
-    gaps = {gap for template in (*templates.train, templates.eval) for gap in GAP.findall(template)}
-    asked = next((field for field in ASKED if field in gaps - {templates.output}), None)
+    names = {name for template in (*templates.train, templates.eval) for name in PLACEHOLDER.findall(template)}
+    subject = next((field for field in SUBJECTS if field in names - {templates.output}), None)
     count = prompt.count("{}")
     if count == 0:
         return one_template(instructions, prompt) if templates.output == "caption" else None
-    if asked is None:
+    if subject is None:
         return None
-    for names in ((asked,), ("ocr_tokens", asked), (asked, "options")):
-        if len(names) == count and gaps >= set(names):
+    for wanted in ((subject,), ("ocr_tokens", subject), (subject, "options")):
+        if len(wanted) == count and names >= set(wanted):
             head, *rest = prompt.split("{}")
-            parts = (f"{{{name}}}{part}" for name, part in zip(names, rest, strict=True))
+            parts = (f"{{{name}}}{part}" for name, part in zip(wanted, rest, strict=True))
             return one_template(instructions, head + "".join(parts))
-    raise InputError(f"{prompt!r} has {count} '{{}}', and instructions with {', '.join(sorted(gaps))} fill only some")
+    raise InputError(f"{prompt!r} has {count} '{{}}', and instructions with {', '.join(sorted(names))} fill only some")
 
 
 def one_template(base: str | Path | Mapping[str, Any], template: str) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def one_template(base: str | Path | Mapping[str, Any], template: str) -> dict[st
 
 
 def _file(name: str | Path) -> Path:
-    """The YAML of that packaged name, or the file itself."""
+    """Return the YAML of that packaged name, or the file itself."""
     path = Path(name)
     known = sorted(p.stem for p in PROMPTS.glob("*.yaml"))
     if str(name) in known:
@@ -118,7 +118,7 @@ def _file(name: str | Path) -> Path:
 
 
 def _templates(content: Mapping[str, Any], where: str) -> Templates:
-    """The keys of one file as Templates. ValueError for what is no template."""
+    """Return the keys of one file as Templates. Raises InputError for an invalid template."""
     train, default = content.get("train"), content.get("eval")
     train = [default] if train is None and default is not None else train
     if not isinstance(train, list | tuple) or not train:
@@ -128,10 +128,10 @@ def _templates(content: Mapping[str, Any], where: str) -> Templates:
         if not isinstance(template, str):
             raise InputError(f'{where}: a template must be a text; put it into quotes, as "{{question}}": {template!r}')
         if "{}" in template:
-            raise InputError(f"{where}: gaps are named, as {{question}}, not '{{}}': {template!r}")
+            raise InputError(f"{where}: placeholders are named, as {{question}}, not '{{}}': {template!r}")
     output = content.get("output", "answer")
     if not isinstance(output, str) or not output:
         raise InputError(f"{where}: `output` must be the name of a record's field, got {output!r}")
-    if any(output in GAP.findall(template) for template in (*train, default)):
-        raise InputError(f"{where}: the field {output!r} is what is learned, so no template may hold it")
+    if any(output in PLACEHOLDER.findall(template) for template in (*train, default)):
+        raise InputError(f"{where}: the field {output!r} is learned, so no template may contain it")
     return Templates(train=tuple(train), eval=default, output=output, source=str(content.get("source", "")))

@@ -1,4 +1,4 @@
-"""The video of a sample; which frames of it are taken says `lavis_lite/frames.py`."""
+"""The video of a sample; `lavis_lite/common/frames.py` chooses its frames."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +17,9 @@ def read_frames(
     *,
     short_clips: ShortClips = "repeat",
 ) -> Tensor:
-    """`num_frames` frames (3,F,H,W) spread over the video, in time order, with one random crop for all of them.
+    """Return `num_frames` frames (3,F,H,W) spread over the video, in time order, with one random crop for all of them.
 
-    `processor` takes one frame, as an image processor does. Raises UnreadableSample, naming the file, when it's
+    `processor` takes one frame, as an image processor does. Raises UnreadableSample, naming the file, when it is
     missing or broken, or with `short_clips="error"` too short; ImportError without decord; ValueError for a processor
     that makes no tensors.
     """

@@ -1,4 +1,4 @@
-"""Processors turn a raw image or text into what a model eats. This face imports nothing until it is called."""
+"""Processors turn a raw image or text into a model's input. Importing this package imports no processor."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 
 def load_processor(name: str, cfg: Mapping[str, Any] | None = None) -> "BaseProcessor":
-    """The registered processor `name`, built from the arguments in `cfg` (its defaults when None).
+    """Return the registered processor `name`, built from the arguments in `cfg` (its defaults when None).
 
     Raises KeyError for an unknown name and ValueError for an unknown argument, both with the nearest one.
     """

@@ -1,4 +1,4 @@
-"""What every processor is: a callable built from keyword arguments, whose constructor signature is its YAML schema."""
+"""The base of processors: callables built from keyword arguments; the constructor's signature is the YAML's schema."""
 
 from collections.abc import Mapping
 from typing import Any, Self
@@ -16,9 +16,9 @@ class BaseProcessor:
 
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any] | None = None) -> Self:
-        """Build from a YAML block such as `{name: blip_caption, prompt: "a picture of "}`; `name` is passed over.
+        """Build from a YAML block such as `{name: blip_caption, prompt: "a picture of "}`; `name` is ignored.
 
-        Raises ValueError for an argument that the constructor does not have.
+        Raises InputError for an unknown argument.
         """
         arguments = {key: value for key, value in (cfg or {}).items() if key != "name"}
         allowed, open_ended = schema_of(cls)

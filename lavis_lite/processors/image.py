@@ -1,12 +1,13 @@
 """Image processors of BLIP and BLIP-2: a PIL image of any mode in, a normalised float (3,S,S) tensor out.
 
-Surprising: evaluation squashes the image to a square (no centre crop), and all resizing is Pillow's bicubic with
+Note: evaluation squashes the image to a square (no centre crop), and all resizing is Pillow's bicubic with
 antialiasing. CMYK, palette, grey, transparent and 16-bit images become 8-bit RGB first (`common.pixels.to_rgb`).
 """
 
 import math
 from collections.abc import Sequence
 from numbers import Real
+from typing import Any
 
 import torch
 from PIL import Image
@@ -32,7 +33,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 class ImageProcessor(BaseProcessor):
     """Convert to RGB, then `geometry` (PIL to PIL), then to a normalised tensor.
 
-    `background` is what transparent pixels show, and more than `max_pixels` are refused; both hold for the files too
+    Transparent pixels show `background`; images of more than `max_pixels` are refused. Both hold for the files, too,
     that a dataset opens for this processor.
     """
 
@@ -40,10 +41,10 @@ class ImageProcessor(BaseProcessor):
         self,
         geometry: Sequence[object],
         *,
-        mean: Sequence[float] | None,
-        std: Sequence[float] | None,
-        background: str,
-        max_pixels: int,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        background: str = "white",
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.mean = tuple(CLIP_MEAN if mean is None else mean)
         self.std = tuple(CLIP_STD if std is None else std)
@@ -57,7 +58,7 @@ class ImageProcessor(BaseProcessor):
         )
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        """PIL image of any mode -> float32 (3, image_size, image_size)."""
+        """Return float32 (3, image_size, image_size) of a PIL image of any mode."""
         return self.transform(image)
 
     def to_rgb(self, image: Image.Image) -> Image.Image:
@@ -66,12 +67,12 @@ class ImageProcessor(BaseProcessor):
 
 
 def check_size(image_size: int) -> int:
-    """`image_size` itself, the square's side in pixels; raises ValueError if it is not 1 to `MAX_IMAGE_SIZE`."""
+    """Return `image_size`, the square's side in pixels; raise InputError if it is not 1 to `MAX_IMAGE_SIZE`."""
     return check_number("image_size", image_size, 1, MAX_IMAGE_SIZE)
 
 
 def random_crop(image_size: int, *, min_scale: float, max_scale: float, hflip: bool) -> list[object]:
-    """Random resized crop of `min_scale`..`max_scale` of the area, then a mirror image half the time if `hflip`."""
+    """Return a random resized crop of `min_scale`..`max_scale` of the area, mirrored half the time if `hflip`."""
     for name, scale in (("min_scale", min_scale), ("max_scale", max_scale)):
         check_number(name, scale, 1e-6, 1.0)
     if not 0 < min_scale <= max_scale <= 1:
@@ -90,10 +91,6 @@ class BlipImageTrainProcessor(ImageProcessor):
         self,
         *,
         image_size: int = 384,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        background: str = "white",
-        max_pixels: int = MAX_PIXELS,
         min_scale: float = 0.5,
         max_scale: float = 1.0,
         hflip: bool = True,
@@ -101,11 +98,12 @@ class BlipImageTrainProcessor(ImageProcessor):
         num_ops: int = 2,
         magnitude: float = 5,
         legacy_autocontrast: bool = False,
+        **pixels: Any,
     ) -> None:
         geometry = random_crop(image_size, min_scale=min_scale, max_scale=max_scale, hflip=hflip)
         if randaugment:
             geometry.append(RandomAugment(num_ops, magnitude, legacy_autocontrast=legacy_autocontrast))
-        super().__init__(geometry, mean=mean, std=std, background=background, max_pixels=max_pixels)
+        super().__init__(geometry, **pixels)
 
 
 @registry.register_processor("blip2_image_train")
@@ -116,31 +114,20 @@ class Blip2ImageTrainProcessor(ImageProcessor):
         self,
         *,
         image_size: int = 364,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        background: str = "white",
-        max_pixels: int = MAX_PIXELS,
         min_scale: float = 0.5,
         max_scale: float = 1.0,
         hflip: bool = True,
+        **pixels: Any,
     ) -> None:
         geometry = random_crop(image_size, min_scale=min_scale, max_scale=max_scale, hflip=hflip)
-        super().__init__(geometry, mean=mean, std=std, background=background, max_pixels=max_pixels)
+        super().__init__(geometry, **pixels)
 
 
 @registry.register_processor("blip_image_eval")
 class BlipImageEvalProcessor(ImageProcessor):
     """Squash to (image_size, image_size) and normalise; deterministic."""
 
-    def __init__(
-        self,
-        *,
-        image_size: int = 384,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        background: str = "white",
-        max_pixels: int = MAX_PIXELS,
-    ) -> None:
+    def __init__(self, *, image_size: int = 384, **pixels: Any) -> None:
         size = check_size(image_size)
         resize = transforms.Resize((size, size), interpolation=InterpolationMode.BICUBIC)
-        super().__init__([resize], mean=mean, std=std, background=background, max_pixels=max_pixels)
+        super().__init__([resize], **pixels)

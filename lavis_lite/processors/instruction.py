@@ -1,6 +1,6 @@
 """LAVIS's instruction templates as a text processor, draw for draw and string for string.
 
-Surprising: only questions and empty texts become instructions, captions are cleaned as `blip_caption` does, and all is
+Note: only questions and empty texts become instructions, captions are cleaned as `blip_caption` does, and all is
 in lower case. The templates (configs/prompts/lavis_*.yaml) are X-InstructBLIP's; InstructBLIP's own are filled by the
 datasets, whose YAMLs name them under `instructions`.
 """
@@ -17,7 +17,7 @@ from lavis_lite.processors.text import BlipCaptionProcessor, TextProcessor
 TASKS = ("caption", "qa", "classification", "eval")
 MODALITIES = ("image", "video")
 VOWEL_SOUND = re.compile(r"[aeiou]|heir|hono|hour|honest|x-ray", re.IGNORECASE)
-"""Beginnings of names that take "an". LAVIS goes by the letter, and by CMU's pronouncing dictionary if there is one."""
+"""Beginnings of names that take "an". LAVIS goes by the letter, and by CMU's pronouncing dictionary where installed."""
 
 
 @registry.register_processor("blip_instruction")
@@ -49,5 +49,5 @@ class BlipInstructionProcessor(TextProcessor):
         if text and self.task == "classification":
             article = "an" if VOWEL_SOUND.match(text) else "a"
             return f"{random.choice(('', 'this is ', 'it is '))}{article} {text}".lower().strip()
-        asked = random.choice(self.templates).replace("{question}", text).replace("??", "?")
-        return (self.prompt + asked).lower().strip()
+        question = random.choice(self.templates).replace("{question}", text).replace("??", "?")
+        return (self.prompt + question).lower().strip()

@@ -2,8 +2,8 @@
 
 Warps give the bytes of OpenCV's bilinear `warpAffine` (4.11 and later: float32 with fused multiply-add) without OpenCV.
 All randomness comes from torch's generator, so one seed fixes a sample.
-AutoContrast differs from LAVIS knowingly: LAVIS negates an unsigned byte and turns every image without a black pixel
-white; `legacy_autocontrast=True` brings that back.
+Note: AutoContrast differs from LAVIS on purpose: LAVIS negates an unsigned byte and turns every image without a black
+pixel white; `legacy_autocontrast=True` reproduces that.
 """
 
 import math
@@ -64,12 +64,12 @@ def sharpness(image: np.ndarray, factor: float) -> np.ndarray:
 
 
 def fused(weight: np.ndarray, factor: np.ndarray, addend: np.ndarray) -> np.ndarray:
-    """weight * factor + addend of float32 arrays, rounded once, like a processor's fused multiply-add."""
+    """Return weight * factor + addend of float32 arrays, rounded once, like a processor's fused multiply-add."""
     return (weight.astype(np.float64) * factor + addend).astype(np.float32)
 
 
 def pixel_reader(image: np.ndarray) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """A function (x, y) -> float32 (H,W,3) pixels of a (H,W,3) byte image, grey where x or y lie outside."""
+    """Return a function (x, y) -> float32 (H,W,3) pixels of a (H,W,3) byte image, grey where x or y lie outside."""
     height, width = image.shape[:2]
     framed = np.full((height + 2, width + 2, 4), GREY, dtype=np.uint8)
     framed[1:-1, 1:-1, :3] = image
@@ -127,7 +127,7 @@ def rotate(image: np.ndarray, degrees: float) -> np.ndarray:
 
 
 def identity(image: np.ndarray) -> np.ndarray:
-    """The image as it is."""
+    """Return the image as it is."""
     return image
 
 
@@ -146,7 +146,7 @@ OPERATIONS = (*PLAIN, *ENHANCING, *MOVING)
 def apply_operation(
     image: np.ndarray, name: str, *, magnitude: float = 5, negative: bool = False, legacy_autocontrast: bool = False
 ) -> np.ndarray:
-    """One operation of OPERATIONS at `magnitude` (0..10) on a (H,W,3) byte image; `negative` turns a move round."""
+    """Apply one of OPERATIONS at `magnitude` (0..10) to a (H,W,3) byte image; `negative` reverses a move."""
     if name == "AutoContrast":
         return autocontrast(image, legacy=legacy_autocontrast)
     if name in PLAIN:

@@ -1,6 +1,6 @@
 """Text clean-up of BLIP for captions and questions (answers are never touched).
 
-Surprising: captions replace the listed punctuation by a space and questions delete it; both keep "?" and ",",
+Note: captions replace the listed punctuation by a space and questions delete it; both keep "?" and ",",
 newlines and tabs. Equal to LAVIS's processors of the same names, string for string.
 """
 
@@ -15,7 +15,7 @@ PUNCTUATION = re.compile(r"[.!\"()*#:;~]")
 
 
 def first_words(text: str, max_words: int) -> str:
-    """`text` cut after `max_words` words; words are separated by single spaces, as BLIP counts them."""
+    """Return `text` cut after `max_words` words; words are separated by single spaces, as BLIP counts them."""
     words = text.split(" ")
     return text if len(words) <= max_words else " ".join(words[:max_words])
 
@@ -27,7 +27,7 @@ class TextProcessor(BaseProcessor):
         self.max_words = check_number("max_words", max_words, 1, MAX_TOKENS)
 
     def check(self, text: str) -> str:
-        """`text` itself; raises TypeError if it is not a string (a missing caption, a number)."""
+        """Return `text`; raise TypeError if it is not a string (a missing caption, a number)."""
         if not isinstance(text, str):
             raise InputTypeError(f"{type(self).__name__} takes one string, got {type(text).__name__}: {text!r}")
         return text

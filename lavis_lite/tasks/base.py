@@ -15,6 +15,7 @@ from torch import nn
 
 from lavis_lite.common import dist
 from lavis_lite.common.bounds import check_number
+from lavis_lite.common.config.sections import builder_name
 from lavis_lite.common.errors import InputError, MissingInputError
 from lavis_lite.common.registry import did_you_mean, registry
 from lavis_lite.tasks.results import Result, gather
@@ -95,7 +96,7 @@ class BaseTask:
             arguments = {key: value for key, value in section.items() if key not in ("type", "builder")}
             if name in prompts:
                 arguments["instructions"] = prompts[name]
-            builder = registry.get_builder_class(section.get("builder", name))(**arguments)
+            builder = registry.get_builder_class(builder_name(name, section))(**arguments)
             existing[name] = list(builder.splits())
             splits = builder.build([split for split in wanted if split in existing[name]])
             if splits:

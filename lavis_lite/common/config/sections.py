@@ -101,7 +101,9 @@ def builder_name(name: str, section: Mapping[str, Any]) -> str:
 def check_dataset(
     name: str, body: Mapping[str, Any], preprocess: Mapping[str, Any], checker: Checker
 ) -> dict[str, Any]:
-    """Return a dataset's section checked against its builder: the builder's arguments, and `builder` if given."""
+    """Check a dataset's section against its builder: its `layout`, its `builder`, or that of its own name; return its
+    arguments and, if it is given, `builder`.
+    """
     path = ("datasets", name)
     chosen = {"builder": body["builder"]} if body.get("builder") is not None else {}
     key = next((key for key in ("layout", "builder") if body.get(key)), None)

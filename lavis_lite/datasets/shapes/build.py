@@ -1,7 +1,7 @@
-"""Writes the dataset `shapes` to disk: JPEG images, annotations in the benchmarks' own formats, and the true scenes.
+"""Write the dataset `shapes` to disk: JPEG images, annotations in the benchmarks' own formats, and the true scenes.
 
 The same config gives the same bytes: every random draw comes from a generator seeded by (seed, purpose, split, image).
-The folder is written aside and renamed as a whole, so one that has its name is complete.
+The folder is written under another name and renamed as a whole, so a folder with the right name is complete.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from lavis_lite.common.errors import MissingFileError, WriteError
 from lavis_lite.common.locks import Lock
 from lavis_lite.datasets.shapes.language import MEANINGLESS_TEXTS, captions, full_captions
-from lavis_lite.datasets.shapes.questions import Asker, Question, statement
+from lavis_lite.datasets.shapes.questions import Question, QuestionGenerator, statement
 from lavis_lite.datasets.shapes.render import save_jpeg
 from lavis_lite.datasets.shapes.scene import (
     SPLITS,
@@ -41,9 +41,9 @@ _ID_STEP = 1_000_000  # image ids of train start at 0, of val and test at one an
 
 
 def ensure_built(config: ShapesConfig, root: Path) -> Path:
-    """The dataset's folder below `root`, built if need be; safe against several processes and against killing.
+    """Return the dataset's folder below `root`, built if need be; safe with several processes, and when killed.
 
-    Raises MissingFileError if something was deleted from it, WriteError if the disk is full.
+    Raises MissingFileError if files were deleted from it, WriteError if the disk is full.
     """
     config.check()
     content = json.dumps({"format": FORMAT, **config.resolved()}, sort_keys=True)
@@ -61,7 +61,7 @@ def ensure_built(config: ShapesConfig, root: Path) -> Path:
 
 
 def _build_aside(config: ShapesConfig, target: Path) -> None:
-    """Build in a locked folder beside the target, and rename it when it is whole."""
+    """Build in a locked folder beside the target, and rename it when it is complete."""
     logger.info("building the dataset shapes in %s", target)
     _sweep(target.parent, prefix=f".{target.name}-")
     aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
@@ -79,7 +79,7 @@ def _build_aside(config: ShapesConfig, target: Path) -> None:
 
 
 def not_written(path: Path, error: OSError) -> WriteError:
-    """The error about a file or folder of the dataset that could not be written."""
+    """Return the error about a file or folder of the dataset that could not be written."""
     return WriteError(
         error.errno,
         f"the dataset shapes could not be written to {path} ({error.strerror}): free some space there, or set the "
@@ -88,7 +88,7 @@ def not_written(path: Path, error: OSError) -> WriteError:
 
 
 def check_complete(config: ShapesConfig, folder: Path) -> None:
-    """Raise MissingFileError if files of a built dataset are gone."""
+    """Raise MissingFileError if files of a built dataset were deleted."""
     notes = [folder / "annotations" / f"{kind}_{split}.json" for kind in ANNOTATIONS for split in SPLITS]
     notes += [folder / "annotations" / questions_name(split) for split in SPLITS]
     wanted = [folder / "annotations" / "answer_list.json", *notes]
@@ -107,7 +107,7 @@ def check_complete(config: ShapesConfig, folder: Path) -> None:
 
 
 def _sweep(root: Path, *, prefix: str) -> None:
-    """Delete what killed builds left: folders that nobody has locked, older than the time it takes to lock one."""
+    """Delete the folders of killed builds: without a lock, and older than the time it takes to lock one."""
     for left in root.glob(f"{prefix}*"):
         lock = Lock(left)
         if time.time() - left.stat().st_mtime > ABANDONED and _lock(lock):
@@ -116,7 +116,7 @@ def _sweep(root: Path, *, prefix: str) -> None:
 
 
 def _lock(lock: Lock) -> bool:
-    """Whether the lock is held now; not where the file system has none, so that nothing is swept there."""
+    """Return whether the lock is held now; False where the file system has no locks, so nothing is swept there."""
     try:
         return lock.take()
     except (OSError, ImportError) as error:
@@ -128,19 +128,19 @@ def build(config: ShapesConfig, folder: Path) -> None:
     """Write `images/<split>/*.jpg`, `annotations/*.json` and `scenes_<split>.json` into an empty folder."""
     (folder / "annotations").mkdir()
     _write(folder / "config.json", {"format": FORMAT, **config.resolved()})
-    _write(folder / "annotations" / "answer_list.json", Asker(config).answer_list())
+    _write(folder / "annotations" / "answer_list.json", QuestionGenerator(config).answer_list())
     maker = SceneMaker(config)
     for split in SPLITS:
         _Split(config, maker, split).write(folder)
 
 
 def image_id(split: str, index: int) -> int:
-    """The id of an image, unique over the splits."""
+    """Return the id of an image, unique over the splits."""
     return SPLITS.index(split) * _ID_STEP + index
 
 
 def image_name(split: str, index: int) -> str:
-    """The image's path below `images/`; it ends in the id, as COCO's do."""
+    """Return the image's path below `images/`; it ends in the id, as in COCO."""
     return f"{split}/SHAPES_{split}_{image_id(split, index):012d}.jpg"
 
 
@@ -156,7 +156,7 @@ class _Split:
         return random.Random(f"{self.config.seed}/{purpose}/{self.split}/{index}")
 
     def write(self, folder: Path) -> None:
-        """All files of the split."""
+        """Write all files of the split."""
         (folder / "images" / self.split).mkdir(parents=True)
         for index, scene in enumerate(self.scenes):
             path = folder / "images" / image_name(self.split, index)
@@ -171,7 +171,7 @@ class _Split:
         self.write_questions(notes)
 
     def caption_records(self, purpose: str, indices: Any) -> list[dict[str, Any]]:
-        """COCO's Karpathy form: one record a caption in train, one an image with five captions elsewhere."""
+        """Return COCO's Karpathy form: one record per caption in train, one per image with five captions elsewhere."""
         write_captions = full_captions
         if purpose == "caption":
             write_captions = functools.partial(captions, relations=self.config.relations)
@@ -187,20 +187,20 @@ class _Split:
         return records
 
     def gallery(self) -> list[int]:
-        """All of train; elsewhere `gallery_size` images, as far as possible each with other objects than the rest."""
+        """Return all of train; elsewhere `gallery_size` images, with different objects as far as possible."""
         if self.split == "train":
             return list(range(len(self.scenes)))
         chosen: dict[int, None] = {}
         for key in (_objects_of, _relations_of, id):
-            seen = {key(self.scenes[index]) for index in chosen}
+            known = {key(self.scenes[index]) for index in chosen}
             for index, scene in enumerate(self.scenes):
-                if len(chosen) < self.config.gallery_size and index not in chosen and key(scene) not in seen:
-                    seen.add(key(scene))
+                if len(chosen) < self.config.gallery_size and index not in chosen and key(scene) not in known:
+                    known.add(key(scene))
                     chosen[index] = None
         return sorted(chosen)
 
     def nlvr_records(self) -> list[dict[str, Any]]:
-        """Two images and a statement; every second one is true."""
+        """Return records of two images and a statement; every second one is true."""
         records = []
         for index in range(len(self.scenes)):
             label = index % 2 == 0
@@ -210,7 +210,7 @@ class _Split:
         return records
 
     def pair_records(self) -> list[dict[str, Any]]:
-        """One text an image; a share of them is of another image and false of this one, or means nothing."""
+        """Return one text per image; a share of them is of another image and false of this one, or means nothing."""
         records = []
         for index, scene in enumerate(self.scenes):
             rng = self.rng("pairs", index)
@@ -235,14 +235,14 @@ class _Split:
         return text
 
     def write_questions(self, notes: Path) -> None:
-        """Train in LAVIS's form; val and test in its evaluation form and as the official pair of files."""
-        asker = Asker(self.config)
-        asked: list[tuple[int, int, Question, list[str]]] = []
+        """Write train in LAVIS's form, val and test in its evaluation form and as the official pair of files."""
+        generator = QuestionGenerator(self.config)
+        questions: list[tuple[int, int, Question, list[str]]] = []
         for index, scene in enumerate(self.scenes):
             rng = self.rng("vqa", index)
-            for number, question in enumerate(asker.ask(scene, self.config.questions_per_image, rng)):
+            for number, question in enumerate(generator.make(scene, self.config.questions_per_image, rng)):
                 question_id = image_id(self.split, index) * 100 + number
-                asked.append((index, question_id, question, question.ten_answers(rng)))
+                questions.append((index, question_id, question, question.ten_answers(rng)))
         records = [
             {
                 "question_id": question_id,
@@ -251,29 +251,29 @@ class _Split:
                 "image": image_name(self.split, index),
                 "dataset": "shapes",
             }
-            for index, question_id, question, answers in asked
+            for index, question_id, question, answers in questions
         ]
         _write(notes / questions_name(self.split), records)
         if self.split == "train":
             return
         head = {"info": {"description": "shapes"}, "license": {}, "data_type": "shapes", "data_subtype": self.split}
-        questions = [
+        official = [
             {"image_id": image_id(self.split, index), "question": question.text, "question_id": question_id}
-            for index, question_id, question, _ in asked
+            for index, question_id, question, _ in questions
         ]
-        truths = [_official_truth(self.split, *item) for item in asked]
+        truths = [_official_truth(self.split, *item) for item in questions]
         paths = official_paths(self.split)
-        _write(notes / paths[0], {**head, "task_type": "Open-Ended", "questions": questions})
+        _write(notes / paths[0], {**head, "task_type": "Open-Ended", "questions": official})
         _write(notes / paths[1], {**head, "annotations": truths})
 
 
 def questions_name(split: str) -> str:
-    """The name of the split's questions in LAVIS's form."""
+    """Return the name of the split's questions in LAVIS's form."""
     return "vqa_train.json" if split == "train" else f"vqa_{split}_eval.json"
 
 
 def official_paths(split: str) -> tuple[str, str]:
-    """The names of the official questions file and the official annotations file."""
+    """Return the names of the official questions file and the official annotations file."""
     return f"v2_OpenEnded_shapes_{split}_questions.json", f"v2_shapes_{split}_annotations.json"
 
 

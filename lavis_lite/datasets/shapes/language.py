@@ -1,7 +1,7 @@
 """The captions, pair texts and statements of `shapes`: about a hundred words, true of their scene by construction.
 
-All wording stands in the tables at the head, from which the tokenizer's vocabulary is read too.
-`shapes_truth.parse_caption` understands every caption made here.
+All wording is in the tables at the top, from which the tokenizer's vocabulary is read too.
+`truth.parse_caption` parses every caption that is made here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lavis_lite.datasets.shapes.scene import (
     SHAPES,
     SIZES,
     Scene,
-    Thing,
+    SceneObject,
 )
 
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
@@ -74,36 +74,36 @@ STATEMENTS = (  # NLVR2: no relations, because training swaps the words left and
 )
 
 
-def phrase(thing: Thing, *, sized: bool) -> str:
-    """An object as words without article: "small red circle"."""
+def phrase(thing: SceneObject, *, sized: bool) -> str:
+    """Return an object as words without article: "small red circle"."""
     return f"{thing.size} {thing.color} {thing.shape}" if sized else f"{thing.color} {thing.shape}"
 
 
 def with_articles(text: str) -> str:
-    """The text with "an" where a vowel follows: "an orange circle"."""
+    """Return the text with "an" where a vowel follows: "an orange circle"."""
     return re.sub(r"\ba (?=[aeiou])", "an ", text)
 
 
 def plural(noun: str) -> str:
-    """The plural of a shape's name."""
+    """Return the plural of a shape's name."""
     return f"{noun}es" if noun.endswith("s") else f"{noun}s"
 
 
 def captions(
     scene: Scene, rng: random.Random, *, sizes: Sequence[str], relations: bool = True, count: int = 5
 ) -> list[str]:
-    """`count` captions of the scene, all true, in random wording; different ones as far as there are enough."""
+    """Return `count` captions of the scene, all true, in random wording; different ones as far as there are enough."""
     sized = len(sizes) > 1
     return _different(lambda: _caption(scene, rng, sized=sized and rng.random() < 0.5, relations=relations), count)
 
 
 def full_captions(scene: Scene, rng: random.Random, *, sizes: Sequence[str], count: int = 5) -> list[str]:
-    """`count` true captions that each name every object with all its attributes, for retrieval."""
+    """Return `count` true captions that each name every object with all its attributes, for retrieval."""
     return _different(lambda: _full_caption(scene, rng, sized=len(sizes) > 1), count)
 
 
 def vocabulary() -> list[str]:
-    """Every word that captions, texts and statements can hold, sorted."""
+    """Return every word that captions, texts and statements can hold, sorted."""
     tables = (
         SINGLE_CAPTIONS, SIZED_SINGLE_CAPTIONS, PAIR_CAPTIONS, LIST_CAPTIONS, COUNT_CAPTIONS, FULL_SINGLE_CAPTIONS,
         FULL_PAIR_CAPTIONS, MEANINGLESS_TEXTS, STATEMENTS, *RELATION_WORDS.values(),
@@ -113,12 +113,12 @@ def vocabulary() -> list[str]:
 
 
 def words_of(templates: Iterable[str]) -> set[str]:
-    """The fixed words of templates, placeholders left out."""
+    """Return the fixed words of templates, placeholders left out."""
     return {word for text in templates for word in re.sub(r"\{\w+\}", " ", text).replace("?", " ").split()}
 
 
 def counted_kinds(scene: Scene) -> list[tuple[int, str]]:
-    """Colours and shapes that two or more objects share, with their exact number: (2, "red shapes"), (2, "circles")."""
+    """Return colours and shapes that several objects share, with their number: (2, "red shapes"), (2, "circles")."""
     kinds = []
     for values, name in (([t.color for t in scene.things], "{} shapes"), ([t.shape for t in scene.things], "{}")):
         for value in dict.fromkeys(values):
@@ -128,7 +128,7 @@ def counted_kinds(scene: Scene) -> list[tuple[int, str]]:
 
 
 def _different(make: Callable[[], str], count: int) -> list[str]:
-    """`count` texts, repeated only when several more tries bring no new one."""
+    """Return `count` texts, repeated only when several more tries bring no new one."""
     found: dict[str, None] = {}
     for _ in range(4 * count):
         found[with_articles(make())] = None
@@ -171,5 +171,5 @@ def _full_caption(scene: Scene, rng: random.Random, *, sized: bool) -> str:
     )
 
 
-def _relation(scene: Scene, a: Thing, b: Thing, rng: random.Random) -> str:
+def _relation(scene: Scene, a: SceneObject, b: SceneObject, rng: random.Random) -> str:
     return rng.choice(RELATION_WORDS[rng.choice(scene.relations(a, b))])

@@ -1,7 +1,7 @@
 """The questions of `shapes`, with ten answers each as in VQAv2, and its NLVR2 statements.
 
 Yes/no questions are balanced, and a statement's label is drawn before the statement, per kind of statement: the text
-alone tells next to nothing.
+alone says next to nothing.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from lavis_lite.datasets.shapes.scene import (
     OPPOSITE,
     RELATIONS,
     Scene,
+    SceneObject,
     ShapesConfig,
-    Thing,
 )
 
 YES_NO = ("yes", "no")
@@ -48,7 +48,7 @@ QUESTIONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A question, its one right answer, and what else an annotator might say."""
+    """A question, its one right answer, and the answers that an annotator might give."""
 
     text: str
     answer: str
@@ -57,7 +57,7 @@ class Question:
     answer_type: str
 
     def ten_answers(self, rng: random.Random) -> list[str]:
-        """Ten annotators' answers in random order; up to two of them are wrong."""
+        """Return ten annotators' answers in random order; up to two of them are wrong."""
         wrong = [choice for choice in self.choices if choice != self.answer]
         num_wrong = rng.choice((0, 0, 0, 1, 2)) if wrong else 0
         answers = [self.answer] * (10 - num_wrong) + [rng.choice(wrong) for _ in range(num_wrong)]
@@ -65,7 +65,7 @@ class Question:
         return answers
 
 
-class Asker:
+class QuestionGenerator:
     """Makes the questions of one config."""
 
     def __init__(self, config: ShapesConfig) -> None:
@@ -75,12 +75,12 @@ class Asker:
         self.numbers = tuple(str(n) for n in range(config.max_objects + 1))
 
     def answer_list(self) -> list[str]:
-        """Every answer that a question can have."""
+        """Return every answer that a question can have."""
         sides = [word for axis in AXES for word in axis]
         return [*YES_NO, *self.numbers, *self.colors, *self.shapes, *self.sizes, *sides]
 
-    def ask(self, scene: Scene, count: int, rng: random.Random) -> list[Question]:
-        """`count` different questions, going round the kinds: colour, shape, number, yes/no, relation."""
+    def make(self, scene: Scene, count: int, rng: random.Random) -> list[Question]:
+        """Return `count` different questions, of each kind in turn: colour, shape, number, yes/no, relation."""
         rounds = [self.color, self.shape, self.number, self.exists, self.relation]
         found: dict[str, Question] = {}
         for turn in range(20 * count):
@@ -91,25 +91,25 @@ class Asker:
         return list(found.values())
 
     def color(self, scene: Scene, rng: random.Random) -> Question | None:
-        """The colour of an object; None for one that can't be named without it."""
+        """Ask for the colour of an object; None for one that cannot be named without it."""
         thing = rng.choice(scene.things)
-        said = refer(scene, thing)
-        if said is None:
+        name = refer(scene, thing)
+        if name is None:
             return None
-        return _question(f"What color is the {said}?", thing.color, self.colors, "what color is the", "other")
+        return _question(f"What color is the {name}?", thing.color, self.colors, "what color is the", "other")
 
     def shape(self, scene: Scene, rng: random.Random) -> Question | None:
-        """The shape or the size of an object; None for one whose colour others have too."""
+        """Ask for the shape or the size of an object; None for one whose colour others have too."""
         thing = rng.choice(scene.things)
         if len(self.sizes) > 1 and rng.random() < 0.3:
-            said = f"{thing.color} {thing.shape}"
-            return _question(f"What size is the {said}?", thing.size, self.sizes, "what size is the", "other")
+            name = f"{thing.color} {thing.shape}"
+            return _question(f"What size is the {name}?", thing.size, self.sizes, "what size is the", "other")
         if sum(t.color == thing.color for t in scene.things) > 1:
             return None
         return _question(f"What is the {thing.color} shape?", thing.shape, self.shapes, "what is the", "other")
 
     def number(self, scene: Scene, rng: random.Random) -> Question:
-        """How many shapes there are, or how many of a colour or a shape."""
+        """Ask for the number of shapes, of all or of a colour or a shape."""
         draw = rng.random()
         if draw < 0.35:
             kind, number = "shapes", len(scene.things)
@@ -122,7 +122,7 @@ class Asker:
         return _question(f"How many {kind} are there?", str(number), self.numbers, "how many", "number")
 
     def exists(self, scene: Scene, rng: random.Random) -> Question:
-        """Whether there is such an object: yes or no."""
+        """Ask whether there is such an object: yes or no."""
         thing = rng.choice(scene.things)
         color, shape = thing.color, thing.shape
         answer = rng.choice(YES_NO)
@@ -136,27 +136,27 @@ class Asker:
         return _question(f"Is there a {color} {shape}?", answer, YES_NO, "is there a", "yes/no")
 
     def relation(self, scene: Scene, rng: random.Random) -> Question | None:
-        """Where objects are to one another; None for a single one."""
+        """Ask for the relative position of two objects; None for a single one."""
         if len(scene.things) == 1:
             return None
         a, b = rng.sample(scene.things, 2)
         relation = rng.choice(scene.relations(a, b))
-        said_a, said_b = f"{a.color} {a.shape}", f"{b.color} {b.shape}"
+        name_a, name_b = f"{a.color} {a.shape}", f"{b.color} {b.shape}"
         if rng.random() < 0.5:
             answer = rng.choice(YES_NO)
             words = rng.choice(RELATION_WORDS[relation if answer == "yes" else OPPOSITE[relation]])
-            return _question(f"Is the {said_a} {words} the {said_b}?", answer, YES_NO, "is the", "yes/no")
+            return _question(f"Is the {name_a} {words} the {name_b}?", answer, YES_NO, "is the", "yes/no")
         alone = sum(scene.holds(t, relation, b) for t in scene.things) == 1
         words = rng.choice(RELATION_WORDS[relation])
         draw = rng.random()
         if alone and draw < 0.35:
-            return _question(f"What is {words} the {said_b}?", a.shape, self.shapes, "what is", "other")
+            return _question(f"What is {words} the {name_b}?", a.shape, self.shapes, "what is", "other")
         if alone and draw < 0.7:
-            text = f"What color is the shape {words} the {said_b}?"
+            text = f"What color is the shape {words} the {name_b}?"
             return _question(text, a.color, self.colors, "what color is the", "other")
         axis = AXES[RELATIONS.index(relation) // 2]
-        asked = "left or right of" if axis == AXES[0] else "above or below"
-        return _question(f"Is the {said_a} {asked} the {said_b}?", relation.split()[0], axis, "is the", "other")
+        sides = "left or right of" if axis == AXES[0] else "above or below"
+        return _question(f"Is the {name_a} {sides} the {name_b}?", relation.split()[0], axis, "is the", "other")
 
 
 def _question(text: str, answer: str, choices: Sequence[str], question_type: str, answer_type: str) -> Question:
@@ -169,8 +169,8 @@ def _question(text: str, answer: str, choices: Sequence[str], question_type: str
     )
 
 
-def refer(scene: Scene, thing: Thing) -> str | None:
-    """The shortest words that mean this object only ("circle", "small circle"), without its colour; None if none do."""
+def refer(scene: Scene, thing: SceneObject) -> str | None:
+    """Return the shortest words for one object only ("circle", "small circle"), without its colour; None if none."""
     same = [t for t in scene.things if t.shape == thing.shape]
     if len(same) == 1:
         return thing.shape
@@ -178,7 +178,7 @@ def refer(scene: Scene, thing: Thing) -> str | None:
 
 
 def question_words() -> list[str]:
-    """Every fixed word of questions and answers, sorted and in lower case."""
+    """Return every fixed word of questions and answers, sorted and in lower case."""
     sides = [word for axis in AXES for word in axis]
     return sorted({word.lower() for word in words_of(QUESTIONS)} | {*YES_NO, *sides})
 
@@ -189,7 +189,7 @@ Statement = tuple[str, bool]
 def statement(
     scenes: Sequence[Scene], first: int, wanted: bool, config: ShapesConfig, rng: random.Random
 ) -> tuple[str, int]:
-    """A statement about scene `first` and another one with the wanted truth, and the other one's index."""
+    """Return a statement about scene `first` and another one with the wanted truth, and the other one's index."""
     for _ in range(1000):
         template = rng.choice(STATEMENTS)
         for _ in range(30):
@@ -219,7 +219,9 @@ def _state(template: str, pair: tuple[Scene, Scene], config: ShapesConfig, rng: 
     return with_articles(template.format(kind=kind)), truth[template.split()[0]]
 
 
-def _kind(pair: tuple[Scene, Scene], config: ShapesConfig, rng: random.Random) -> tuple[str, Callable[[Thing], bool]]:
+def _kind(
+    pair: tuple[Scene, Scene], config: ShapesConfig, rng: random.Random
+) -> tuple[str, Callable[[SceneObject], bool]]:
     """A kind of object, one of the scenes' or any, and the test for it."""
     if rng.random() < 0.7:
         thing = rng.choice(rng.choice(pair).things)

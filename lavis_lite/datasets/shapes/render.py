@@ -1,4 +1,4 @@
-"""Scenes of `shapes` as pictures: drawn at four times the size and averaged down, so that edges are smooth."""
+"""Render scenes of `shapes`: drawn at four times the size and averaged down, so that edges are smooth."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from lavis_lite.datasets.shapes.scene import Scene, Thing
+from lavis_lite.datasets.shapes.scene import Scene, SceneObject
 
 RGB = {
     "red": (214, 38, 38),
@@ -26,7 +26,7 @@ Points = list[tuple[float, float]]
 
 
 def render(scene: Scene, image_size: int) -> Image.Image:
-    """The scene as an RGB image of `image_size` pixels a side."""
+    """Return the scene as an RGB image of `image_size` x `image_size` pixels."""
     side = image_size * _OVERSAMPLING
     image = Image.new("RGB", (side, side), scene.background)
     draw = ImageDraw.Draw(image)
@@ -40,22 +40,22 @@ def save_jpeg(scene: Scene, path: Path, *, image_size: int, quality: int) -> Non
     render(scene, image_size).save(path, "JPEG", quality=quality, subsampling=0)
 
 
-def _circle(draw: ImageDraw.ImageDraw, thing: Thing) -> None:
+def _circle(draw: ImageDraw.ImageDraw, thing: SceneObject) -> None:
     x, y, r = _place(thing)
     draw.ellipse((x - r, y - r, x + r, y + r), fill=RGB[thing.color])
 
 
-def _polygon(corners: Points) -> Callable[[ImageDraw.ImageDraw, Thing], None]:
-    """A drawer of the polygon whose corners are given in units of the radius, y downwards."""
+def _polygon(corners: Points) -> Callable[[ImageDraw.ImageDraw, SceneObject], None]:
+    """Return the function that draws a polygon with these corners, in units of the radius, y downwards."""
 
-    def draw_polygon(draw: ImageDraw.ImageDraw, thing: Thing) -> None:
+    def draw_polygon(draw: ImageDraw.ImageDraw, thing: SceneObject) -> None:
         x, y, r = _place(thing)
         draw.polygon([(round(x + dx * r), round(y + dy * r)) for dx, dy in corners], fill=RGB[thing.color])
 
     return draw_polygon
 
 
-def _place(thing: Thing) -> tuple[float, float, float]:
+def _place(thing: SceneObject) -> tuple[float, float, float]:
     return thing.x * _OVERSAMPLING, thing.y * _OVERSAMPLING, thing.diameter * _OVERSAMPLING / 2
 
 
@@ -69,7 +69,7 @@ def _cross_corners() -> Points:
     return [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a), (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)]
 
 
-_DRAW: dict[str, Callable[[ImageDraw.ImageDraw, Thing], None]] = {
+_DRAW: dict[str, Callable[[ImageDraw.ImageDraw, SceneObject], None]] = {
     "circle": _circle,
     "square": _polygon([(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)]),
     "triangle": _polygon([(0, -1), (1, 0.9), (-1, 0.9)]),

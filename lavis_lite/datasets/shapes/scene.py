@@ -1,7 +1,7 @@
 """Scenes of the generated dataset `shapes`: coloured shapes on a plain background, and what is true of them.
 
 Two objects of a scene never overlap and differ in colour or shape. On each axis two centres are either about level or
-clearly apart (`margin`), so every relation is plainly true or plainly false. The split of a scene follows from a hash
+clearly apart (`margin`), so every relation is clearly true or clearly false. The split of a scene follows from a hash
 of its objects on a coarse grid, so train, val and test share no scene, whatever their sizes.
 """
 
@@ -36,7 +36,7 @@ _MAX_TRIES = 20_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Thing:
+class SceneObject:
     """One object: `x`, `y` its centre and `diameter`, in pixels."""
 
     shape: str
@@ -51,33 +51,33 @@ class Thing:
 class Scene:
     """`things` in the order of drawing; `margin` is the least distance in pixels that makes a relation true."""
 
-    things: tuple[Thing, ...]
+    things: tuple[SceneObject, ...]
     background: tuple[int, int, int]
     margin: int
 
-    def holds(self, a: Thing, relation: str, b: Thing) -> bool:
-        """Whether a is left of (right of, above, below) b by at least the margin."""
+    def holds(self, a: SceneObject, relation: str, b: SceneObject) -> bool:
+        """Return whether a is left of (right of, above, below) b by at least the margin."""
         ahead = {"left of": b.x - a.x, "right of": a.x - b.x, "above": b.y - a.y, "below": a.y - b.y}
         return ahead[relation] >= self.margin
 
-    def relations(self, a: Thing, b: Thing) -> list[str]:
-        """All relations that hold from a to b: one or two, never none."""
+    def relations(self, a: SceneObject, b: SceneObject) -> list[str]:
+        """Return all relations that hold from a to b: one or two, at least one."""
         return [relation for relation in RELATIONS if self.holds(a, relation, b)]
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON data."""
+        """Return plain JSON data."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Scene:
-        """The reverse of `to_dict`, also after a round through JSON."""
-        things = tuple(Thing(**thing) for thing in data["things"])
+        """Return the scene of `to_dict`'s data, also after it was JSON."""
+        things = tuple(SceneObject(**thing) for thing in data["things"])
         return cls(things=things, background=tuple(data["background"]), margin=data["margin"])
 
 
 @dataclass(kw_only=True)
 class ShapesConfig:
-    """What the dataset looks like. `shapes`, `colors`, `sizes`: how many of the known ones, or a list of names.
+    """The settings of the dataset. `shapes`, `colors`, `sizes`: how many of the known ones, or a list of names.
 
     `noise_share`: share of wrong texts among the web-style pairs. `gallery_size`: images of the retrieval test.
     `relations`: whether captions also say which object is left of or above which, or list and count them only.
@@ -100,7 +100,7 @@ class ShapesConfig:
     relations: bool = True
 
     def check(self) -> None:
-        """Raise ValueError for values that no dataset can be made of."""
+        """Raise InputError for values that no dataset can be made of."""
         for name, most in MOST.items():
             check_number(f"shapes: {name}", getattr(self, name), 1, most)
         if not 1 <= self.min_objects <= self.max_objects <= 4:
@@ -126,13 +126,13 @@ class ShapesConfig:
         return choose("sizes", self.sizes, tuple(SIZES), 1)
 
     def resolved(self) -> dict[str, Any]:
-        """The fields with names instead of counts: what the dataset's content depends on."""
+        """Return the fields with names instead of counts: all that the dataset's content depends on."""
         names = {"shapes": self.shape_names, "colors": self.color_names, "sizes": self.size_names}
         return {f.name: names.get(f.name, getattr(self, f.name)) for f in fields(ShapesConfig)}
 
 
 def choose(name: str, wanted: int | list[str], known: tuple[str, ...], least: int) -> list[str]:
-    """The first `wanted` of the known names, or the named ones. Raises ValueError."""
+    """Return the first `wanted` of the known names, or the named ones. Raises InputError."""
     if isinstance(wanted, int):
         if not least <= wanted <= len(known):
             raise InputError(f"shapes: {name} must be {least} to {len(known)} or a list of names, found {wanted}")
@@ -156,7 +156,7 @@ class SceneMaker:
         self.margin = round(8 * self.scale)
 
     def make(self, split: str, rng: random.Random) -> Scene:
-        """A random scene of the split; all draws come from `rng`."""
+        """Return a random scene of the split; all draws come from `rng`."""
         low, high = self.config.min_objects, self.config.max_objects
         # Weighted by the number of objects: there are far fewer different scenes of one object than of several.
         count = rng.choices(range(low, high + 1), weights=range(low, high + 1))[0]
@@ -164,15 +164,15 @@ class SceneMaker:
             things = self._things(count, rng)
             if self._valid(things) and self.split_of(things) == split:
                 return Scene(things=tuple(things), background=self._background(rng), margin=self.margin)
-        raise InputError(f"shapes: {count} objects don't fit into {self.config.image_size} pixels; lower max_objects")
+        raise InputError(f"shapes: {count} objects do not fit into {self.config.image_size} pixels; lower max_objects")
 
-    def key(self, things: list[Thing]) -> str:
-        """The scene as a string: objects, attributes and cells of 4 pixels (at 48 x 48), in no order."""
+    def key(self, things: list[SceneObject]) -> str:
+        """Return the scene as a string: objects, attributes and cells of 4 pixels (at 48 x 48), in no order."""
         cell = 4 * self.scale
         return ";".join(sorted(f"{t.size} {t.color} {t.shape} {int(t.x / cell)} {int(t.y / cell)}" for t in things))
 
-    def split_of(self, things: list[Thing]) -> str:
-        """The only split that may hold the scene."""
+    def split_of(self, things: list[SceneObject]) -> str:
+        """Return the only split that may have the scene."""
         bucket = int.from_bytes(hashlib.sha256(self.key(things).encode()).digest()[:4], "big") % 100
         for split, share in _SPLIT_SHARES.items():
             if bucket < share:
@@ -180,7 +180,7 @@ class SceneMaker:
             bucket -= share
         raise AssertionError(bucket)
 
-    def _things(self, count: int, rng: random.Random) -> list[Thing]:
+    def _things(self, count: int, rng: random.Random) -> list[SceneObject]:
         config = self.config
         kinds = [(color, shape) for color in config.color_names for shape in config.shape_names]
         things = []
@@ -190,7 +190,7 @@ class SceneMaker:
             low = diameter // 2 + 2
             high = config.image_size - low
             things.append(
-                Thing(
+                SceneObject(
                     shape=shape,
                     color=color,
                     size=size,
@@ -201,7 +201,7 @@ class SceneMaker:
             )
         return things
 
-    def _valid(self, things: list[Thing]) -> bool:
+    def _valid(self, things: list[SceneObject]) -> bool:
         level = round(3 * self.scale)
         for i, a in enumerate(things):
             for b in things[:i]:

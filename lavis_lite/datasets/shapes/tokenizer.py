@@ -1,13 +1,14 @@
 """The small BERT WordPiece tokenizer of `shapes`, shipped in `configs/tokenizers/shapes`.
 
-The language is closed, so there is nothing to estimate: each of its words is one token, and letters, digits and
-punctuation as single pieces spell anything else. Same code, same bytes.
+The language is closed, so nothing is estimated: each of its words is one token, and letters, digits and punctuation
+are pieces that spell anything else. The same code gives the same bytes.
 """
 
 from __future__ import annotations
 
 import json
 import string
+from collections.abc import Mapping
 from pathlib import Path
 
 from lavis_lite.datasets.shapes.language import vocabulary
@@ -19,7 +20,7 @@ FOLDER = Path(__file__).parents[2] / "configs" / "tokenizers" / "shapes"
 
 
 def token_list() -> list[str]:
-    """All tokens in the order of their ids."""
+    """Return all tokens in the order of their ids."""
     characters = [*string.digits, *string.ascii_lowercase]
     pieces = [*string.punctuation, *characters, *(f"##{character}" for character in characters)]
     words = sorted({*vocabulary(), *question_words(), *COUNT_WORDS, *PROMPT_WORDS})
@@ -48,5 +49,5 @@ def train_tokenizer(folder: str | Path) -> None:
     _write(folder / "tokenizer_config.json", settings)
 
 
-def _write(path: Path, content: dict[str, object]) -> None:
+def _write(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,8 +1,8 @@
 """Is a caption true of a `shapes` scene? A parser of the dataset's language, and the metric `true_rate`.
 
 A caption is true if it can be read and every claim in it holds, with different objects for the different ones it lists
-("a red circle and a red circle" needs two). It need not be complete; but one that says nothing (no colour, shape or
-size) counts as false, and so does one that can't be read.
+("a red circle and a red circle" needs two). It need not be complete; but a caption without colour, shape and size
+counts as false, and so does one that cannot be parsed.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from lavis_lite.datasets.shapes.scene import (
     SHAPES,
     SIZES,
     Scene,
-    Thing,
+    SceneObject,
 )
 
 
 @dataclass(frozen=True)
 class Phrase:
-    """What a noun phrase says of an object; None where it doesn't."""
+    """The attributes that a noun phrase names; None for the others."""
 
     size: str | None = None
     color: str | None = None
     shape: str | None = None
 
-    def fits(self, thing: Thing) -> bool:
-        """Whether the object is so."""
+    def fits(self, thing: SceneObject) -> bool:
+        """Return whether the object has these attributes."""
         return all(
-            said in (None, real) for said, real in zip(self, (thing.size, thing.color, thing.shape), strict=True)
+            named in (None, actual) for named, actual in zip(self, (thing.size, thing.color, thing.shape), strict=True)
         )
 
     def __iter__(self) -> Any:
@@ -51,7 +51,7 @@ class Exists:
 
 @dataclass(frozen=True)
 class Count:
-    """Exactly `number` objects are so."""
+    """Exactly `number` objects fit the phrase."""
 
     number: int
     phrase: Phrase
@@ -59,7 +59,7 @@ class Count:
 
 @dataclass(frozen=True)
 class Relation:
-    """The object of the caption's `Exists` claim number `a` (from 0) is so related to that of number `b`."""
+    """The object of the caption's `Exists` claim number `a` (from 0) has this relation to that of number `b`."""
 
     a: int
     relation: str
@@ -80,7 +80,7 @@ _OPENINGS = (["there", "is"], ["there", "are"], ["a", "picture", "of"], ["a", "p
 
 
 def parse_caption(text: str) -> list[Claim] | None:
-    """The claims of a caption, or None if it isn't in the language. Case and punctuation don't matter."""
+    """Return the claims of a caption, or None if it is not in the language. Case and punctuation are ignored."""
     words = re.sub(r"[^a-z ]+", " ", text.lower()).split()
     try:
         return _Parser(words).caption()
@@ -89,7 +89,7 @@ def parse_caption(text: str) -> list[Claim] | None:
 
 
 def is_true(text: str, scene: Scene | dict[str, Any]) -> bool:
-    """Whether the caption can be read, says something, and holds for the scene (a Scene or its JSON form)."""
+    """Return whether the caption can be parsed, names an attribute, and is true of the scene (or its JSON form)."""
     scene = scene if isinstance(scene, Scene) else Scene.from_dict(scene)
     claims = parse_caption(text)
     if claims is None or not any(any(c.phrase) for c in claims if not isinstance(c, Relation)):
@@ -102,7 +102,7 @@ def is_true(text: str, scene: Scene | dict[str, Any]) -> bool:
 
 
 def true_rate(captions: Mapping[Any, str], scenes: Mapping[Any, Scene | dict[str, Any]]) -> float:
-    """Percent of the captions that are true of the scene with the same id (ids compare as strings, as in JSON)."""
+    """Return the percentage of captions that are true of the scene with the same id; ids are compared as strings."""
     if not captions:
         raise InputError("true_rate needs at least one caption")
     by_id = {str(key): scene for key, scene in scenes.items()}
@@ -112,7 +112,7 @@ def true_rate(captions: Mapping[Any, str], scenes: Mapping[Any, Scene | dict[str
     return 100.0 * sum(is_true(text, by_id[str(key)]) for key, text in captions.items()) / len(captions)
 
 
-def _fits(chosen: tuple[Thing, ...], phrases: list[Phrase], relations: list[Relation], scene: Scene) -> bool:
+def _fits(chosen: tuple[SceneObject, ...], phrases: list[Phrase], relations: list[Relation], scene: Scene) -> bool:
     return all(phrase.fits(thing) for phrase, thing in zip(phrases, chosen, strict=True)) and all(
         scene.holds(chosen[claim.a], claim.relation, chosen[claim.b]) for claim in relations
     )
@@ -177,16 +177,16 @@ class _Parser:
         return Phrase(size, color, nouns[self.words.pop(0)])
 
     def _attribute(self, subject: int) -> None:
-        """ "the circle is red": the last object's phrase gets what is said of it, unless that was said already."""
-        said = self.words.pop(0) if self.words else ""
+        """ "the circle is red": add the attribute to the last object's phrase, unless it has one."""
+        word = self.words.pop(0) if self.words else ""
         claim = self.claims[-1]
         assert isinstance(claim, Exists), claim
         assert subject == self.num_objects - 1, subject
         size, color, shape = claim.phrase
-        if said in SIZES and size in (None, said):
-            size = said
-        elif said in COLORS and color in (None, said):
-            color = said
+        if word in SIZES and size in (None, word):
+            size = word
+        elif word in COLORS and color in (None, word):
+            color = word
         else:
             raise _UnreadableCaption
         self.claims[-1] = Exists(Phrase(size, color, shape))

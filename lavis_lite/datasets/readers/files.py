@@ -1,0 +1,111 @@
+"""The annotation files of one split, as readers see them, and where each record is from."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lavis_lite.common.errors import InputError
+from lavis_lite.common.records import Kind, Record, RecordCheck
+from lavis_lite.common.registry import did_you_mean
+from lavis_lite.datasets.annotations import check_records, place_of, read_json, read_records, section
+
+PLACE = "_place"
+"""The key under which a reader notes (file, number of the record in it); the dataset removes it, and errors name it."""
+MAX_RUNS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitFiles:
+    """The annotation files of one split: what a reader turns into records."""
+
+    paths: Sequence[Path]
+    split: str
+    root: Path = Path()
+    """The folder that the records' paths of images or videos start from."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Our name of a field to the file's: `{caption: text}`."""
+    check: RecordCheck = field(default_factory=RecordCheck)
+    """The dataset's rule for blank texts, without fields."""
+
+    def records(self, check: RecordCheck | None = None) -> Iterator[Record]:
+        """Yield the records of all files, their columns renamed, checked, with their places."""
+        for path in self.paths:
+            yield from self.located(read_records(path), path, check)
+
+    def located(self, records: list[Record], path: Path, check: RecordCheck | None = None) -> Iterator[Record]:
+        """Yield the records of one file, their columns renamed, checked, with their places."""
+        records = rename_columns(records, self.columns, path) if self.columns else records
+        return with_places(records if check is None else check_records(records, check, path), path)
+
+    def section(self, content: dict[str, Any], name: str, path: Path, check: RecordCheck) -> Iterator[Record]:
+        """Yield the records under one key of a JSON file, checked, with their places."""
+        return with_places(section(content, name, path, check), f"{path} ({name})")
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.paths))
+
+
+Reader = Callable[[SplitFiles], Iterable[Record]]
+
+
+def needs(*required: str, **fields: Kind) -> RecordCheck:
+    """Return the check of records that must have the required fields, and whose fields are of these kinds."""
+    return RecordCheck(required=required, fields=fields)
+
+
+def with_places(records: Iterable[Record], where: str | Path) -> Iterator[Record]:
+    """Yield the records with their places: `where` and their number from 0."""
+    for number, record in enumerate(records):
+        record[PLACE] = (where, number)
+        yield record
+
+
+def derived(row: Record, **fields: Any) -> Record:
+    """Return a record of these fields at the place of the row that it is made of."""
+    return {**fields, PLACE: row[PLACE]}
+
+
+def read_content(path: Path) -> Any:
+    """Return the content of a JSON file, or the list of records of another annotation file."""
+    return read_json(path) if path.suffix.lower() == ".json" else read_records(path)
+
+
+def rename_columns(records: list[Record], columns: Mapping[str, str], path: Path) -> list[Record]:
+    """Return the records with our names of fields for the file's. Raises InputError if no record has such a field."""
+    for ours, theirs in columns.items():
+        if not any(theirs in record for record in records):
+            there = dict.fromkeys(str(key) for record in records[:100] for key in record)
+            raise InputError(f"{path}: columns.{ours}: no record has a field {theirs!r}. {did_you_mean(theirs, there)}")
+    renamed = set(columns.values())
+    return [
+        {key: value for key, value in record.items() if key not in renamed}
+        | {ours: record[theirs] for ours, theirs in columns.items() if theirs in record}
+        for record in records
+    ]
+
+
+class Places:
+    """Where each record of a list is from, as runs of records that follow one another in one file."""
+
+    def __init__(self) -> None:
+        self.runs: list[tuple[int, str | Path, int]] = []
+
+    def add(self, index: int, where: str | Path, number: int) -> None:
+        """Note that the record `index` is the `number`th of a file (or of what a text describes)."""
+        start, last, first = self.runs[-1] if self.runs else (0, None, 0)
+        if last is not where or number - first != index - start:
+            self.runs.append((index, where, number))
+
+    def forget(self, where: str) -> None:
+        """Keep only `where` if there are so many runs that they would take memory in every loader process."""
+        if len(self.runs) > MAX_RUNS:
+            self.runs = [(0, where, 0)]
+
+    def __call__(self, index: int) -> str:
+        """Return file and line, or file and number, of the record `index`."""
+        start, where, first = self.runs[bisect_right(self.runs, index, key=lambda run: run[0]) - 1]
+        return place_of(where, first + index - start)
