@@ -76,6 +76,16 @@ class BaseTask:
         `batch` holds the split's first sample; it is empty if none could be read.
         """
 
+    def decoding_settings(self) -> dict[str, Any]:
+        """Return the fields that set how a model decodes, without those left to the model (None)."""
+        names = {*DECODING_BOUNDS, "use_nucleus_sampling"}
+        return {name: value for name, value in vars(self).items() if name in names and value is not None}
+
+    def generation_settings(self) -> dict[str, Any]:
+        """Return `decoding_settings` by the names that `generate` gives them."""
+        names = {"max_len": "max_length", "min_len": "min_length"}
+        return {names.get(name, name): value for name, value in self.decoding_settings().items()}
+
     def build_datasets(self, cfg: Config) -> dict[str, dict[str, Any]]:
         """Return `{dataset name: {split: dataset}}` for the splits that the run uses and the dataset has.
 

@@ -82,24 +82,16 @@ class CaptionTask(BaseTask):
                 f"images of the {split} split, e.g. image id {unknown[0]!r}: name the file of this split"
             )
 
+    def inside_prompt(self, samples: Samples) -> Samples:
+        """Return the batch with `prompt`, unless it has its own, which is a complete instruction."""
+        return samples if self.prompt is None else {"prompt": self.prompt, **samples}
+
     def valid_step(self, model: Generates, samples: Samples) -> list[Result]:
         """Return `image_id` and `caption` of each sample, and `captions`, all of them, if there are several."""
-        if self.prompt is not None:
-            samples = {"prompt": self.prompt, **samples}  # a prompt of the samples holds a complete instruction
+        samples = self.inside_prompt(samples)
         if self.shuffle_images:
             samples = {**samples, "image": self._next_images(samples["image"])}
-        texts = model.generate(
-            samples,
-            use_nucleus_sampling=self.use_nucleus_sampling,
-            num_beams=self.num_beams,
-            max_length=self.max_len,
-            min_length=self.min_len,
-            top_p=self.top_p,
-            temperature=self.temperature,
-            repetition_penalty=self.repetition_penalty,
-            length_penalty=self.length_penalty,
-            num_captions=self.num_captions,
-        )
+        texts = model.generate(samples, **self.generation_settings())
         ids = as_list(samples["image_id"])
         if len(texts) != len(ids) * self.num_captions:
             raise InputError(f"{type(model).__name__}.generate returned {len(texts)} captions for {len(ids)} images")

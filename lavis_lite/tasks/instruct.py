@@ -74,14 +74,7 @@ class InstructTask(BaseTask):
         samples = {**samples, "prompt": "{}"}
         ids = as_list(samples["question_id"])
         if "candidates" not in samples:
-            penalties = {"length_penalty": self.length_penalty, "repetition_penalty": self.repetition_penalty}
-            texts = model.generate(
-                samples,
-                num_beams=self.num_beams,
-                max_length=self.max_len,
-                min_length=self.min_len,
-                **{name: value for name, value in penalties.items() if value is not None},
-            )
+            texts = model.generate(samples, **self.generation_settings())
             return per_sample(samples, question_id=ids, prediction=texts)
         candidates = samples["candidates"]
         rows = model.class_losses(samples, candidates, divided=False)

@@ -102,24 +102,22 @@ class VQATask(BaseTask):
             )
         return {"answer_list": list(answer_list)}
 
+    def arguments(self, samples: Samples) -> tuple[Samples, dict[str, Any]]:
+        """Return the batch and the settings that a model's `predict_answers` gets."""
+        settings = self.decoding_settings()
+        settings |= {"inference_method": self.inference_method, "num_ans_candidates": self.num_ans_candidates}
+        if samples.get("answer_list") is not None:
+            settings["answer_list"] = samples["answer_list"]
+        if self.prompt.count("{}") < 2 or "prompt" in samples:
+            return self.inside_prompt(samples), settings
+        return samples, {**settings, "prompt": self.prompt}  # the model fills the other placeholder, by OCR tokens say
+
     def valid_step(self, model: AnswersQuestions, samples: Samples) -> list[Result]:
         """Return `question_id` and `answer` of each sample."""
         if self.blank_images:
             samples = blanked(samples)
-        optional = {"answer_list": samples.get("answer_list"), "length_penalty": self.length_penalty}
-        if self.prompt.count("{}") > 1 and "prompt" not in samples:
-            optional["prompt"] = self.prompt  # the model fills the other placeholder, with the samples' OCR tokens, say
-        else:
-            samples = self.inside_prompt(samples)
-        answers = model.predict_answers(
-            samples,
-            num_beams=self.num_beams,
-            max_len=self.max_len,
-            min_len=self.min_len,
-            inference_method=self.inference_method,
-            num_ans_candidates=self.num_ans_candidates,
-            **{name: value for name, value in optional.items() if value is not None},
-        )
+        samples, settings = self.arguments(samples)
+        answers = model.predict_answers(samples, **settings)
         return per_sample(samples, question_id=as_list(samples["question_id"]), answer=answers)
 
     def score(self, results: list[Result], *, dataset: EvalDataset, split: str, result_dir: Path) -> Metrics:
