@@ -19,7 +19,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from lavis_lite.cli.main import main as cli
+from lavis_lite.cli import main as cli
 from lavis_lite.common.config.config import Config, parser
 from lavis_lite.common.config.run import DEAD_RUN_KEYS, RunConfig
 from lavis_lite.common.config.sections import MODEL_KEYS
