@@ -3,8 +3,8 @@
 #   bash run_scripts/quickstart.sh                          BLIP
 #   bash run_scripts/quickstart.sh --family blip2           BLIP-2, with the image encoder of the former
 #   bash run_scripts/quickstart.sh --family instructblip    InstructBLIP, from the latter
-# What a family starts from is trained first if it isn't there, and completed if it was interrupted.
-# Leaves <output>/{results.json,report.html} and one folder a step with its log, checkpoints and results.
+# The weights that a family starts from are trained first if they are missing, and completed if that was interrupted.
+# Writes <output>/{results.json,report.html} and one folder per step with its log, checkpoints and results.
 set -euo pipefail
 family=blip
 while [ $# -gt 0 ]; do
@@ -25,8 +25,8 @@ encoder=output/quickstart/pretrain/checkpoint_last.pth
 blip2=output/quickstart_blip2
 started=$SECONDS
 
-# train NAME...: recipes of this family, or of another one as FAMILY/NAME, which go on where they were interrupted; one that
-# is complete is tested once more at most
+# train NAME...: recipes of this family, or of another one as FAMILY/NAME, which resume where they were interrupted; a
+# complete one is only tested again
 train() {
     for name in "$@"; do
         local recipe=$recipes/$name.yaml
@@ -35,15 +35,15 @@ train() {
         "$python" train.py --cfg-path "$recipe" --resume auto
     done
 }
-# evaluate RECIPE STEP NAME OPTIONS...: a recipe's test once more, with a step's weights, under other conditions
+# evaluate RECIPE STEP NAME OPTIONS...: a recipe's test with a step's weights and other settings
 evaluate() {
     local recipe=$1 step=$2 name=$3 && shift 3
     echo "== $name"
     "$python" evaluate.py --cfg-path "$recipes/$recipe.yaml" --checkpoint "$step/checkpoint_best.pth" \
         --options "run.job_id=$name" "$@"
 }
-# begin CHAIN..., finish CHAIN...: functions below that run in the background, two at a time and a core each, every one with
-# a file of its own. Their process groups end with this script, whatever ends it.
+# begin CHAIN..., finish CHAIN...: functions below that run in the background, two at a time on one core each, each with a
+# file for its output. Their process groups end with this script.
 end_chains() {
     for group in $(jobs -p); do kill -- "-$group" 2>/dev/null || true; done
 }
@@ -66,7 +66,7 @@ finish() {
         pid="pid_$chain"
         if ! wait "${!pid}"; then
             tail -n 20 "$out/$chain.txt" >&2
-            echo "error: $chain failed; all it said is in $out/$chain.txt" >&2
+            echo "error: $chain failed; its output is in $out/$chain.txt" >&2
             exit 1
         fi
         echo "== $chain done, $(((SECONDS - started) / 60)) min so far"
@@ -86,16 +86,16 @@ image_encoder() {
 
 quickstart_blip() {
     train pretrain caption vqa retrieval
-    evaluate vqa "$out/vqa" vqa_blank run.blank_images=True # what the questions give away by themselves
+    evaluate vqa "$out/vqa" vqa_blank run.blank_images=True # the accuracy that the questions alone earn
 }
 
 texts_opt() { language_model opt _texts_opt.yaml 16; }
 texts_t5() { language_model t5 _texts_t5.yaml 24; }
 stage1() { train blip2/stage1; }
-# with the queries of other images, a caption says what the language model knows by itself
+# with the queries of other images, captions show what the language model knows without the image
 stage2_opt() { train blip2/stage2_opt && evaluate stage2_opt "$out/stage2_opt" stage2_opt_shuffled run.shuffle_images=True; }
 stage2_t5() { train blip2/stage2_t5 && evaluate stage2_t5 "$out/stage2_t5" stage2_t5_shuffled run.shuffle_images=True; }
-# from T5's stage 2; captioning goes on from OPT's, retrieval from stage 1
+# from T5's stage 2; captioning starts from OPT's, retrieval from stage 1
 finetune_vqa() { train vqa && evaluate vqa "$out/vqa" vqa_blank run.blank_images=True; }
 finetune_others() { train caption retrieval; }
 quickstart_blip2() {

@@ -1,6 +1,6 @@
-"""Gather the quickstart's figures: one table on the terminal, results.json, and report.html with curves and pictures.
+"""Collect the quickstart's figures: a table on the terminal, results.json, and report.html with curves and pictures.
 
-The page is self-contained (pictures inline, no scripts), so that it can be sent to someone.
+The page is one file, with its pictures inline and without scripts.
 """
 
 import argparse
@@ -43,7 +43,7 @@ svg text { font: 11px system-ui, sans-serif; fill: #5b6579 }
 
 
 class Figure(NamedTuple):
-    """One number of the table: where it stands in results.json, which job measured it, and how it is called there."""
+    """A number of the table: its key in results.json, the job that measured it, and the metric's name there."""
 
     key: str
     job: str
@@ -139,21 +139,21 @@ FAMILIES = {
 
 
 class Card(NamedTuple):
-    """One test image with what the model said of it."""
+    """A test image with the model's text."""
 
     image: Path
-    said: str
+    text: str
     right: bool
     note: str
 
 
 def rows(job: Path) -> list[dict[str, Any]]:
-    """The rows of a job's log.txt."""
+    """Return the rows of a job's log.txt."""
     return [json.loads(line) for line in (job / "log.txt").read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def last_metrics(job: Path, split: str) -> dict[str, Any]:
-    """The last metrics of a job on a split."""
+    """Return the last metrics of a job on a split."""
     found = [row for row in rows(job) if row.get("split") == split]
     if not found:
         raise SystemExit(f"error: {job / 'log.txt'} holds no {split} metrics; did that step finish?")
@@ -161,7 +161,7 @@ def last_metrics(job: Path, split: str) -> dict[str, Any]:
 
 
 def collect(out: Path, family: Family, seconds: float) -> dict[str, Any]:
-    """The quickstart's figures, in percent, nested as their keys say."""
+    """Return the quickstart's figures, in percent, nested by their keys."""
     results: dict[str, Any] = {}
     for figure in family.figures:
         group, name = figure.key.split(".")
@@ -172,7 +172,7 @@ def collect(out: Path, family: Family, seconds: float) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any], family: Family) -> list[tuple[str, str]]:
-    """Rows of the table: what was measured on the test split, and the figure."""
+    """Return the rows of the table: the name of each figure and its value on the test split."""
     rows = []
     for figure in family.figures:
         group, name = figure.key.split(".")
@@ -181,7 +181,7 @@ def table(results: dict[str, Any], family: Family) -> list[tuple[str, str]]:
 
 
 def test_set(job: Path) -> Any:
-    """The test dataset that a job used, one that trained or one that only evaluated."""
+    """Return the test dataset of a job."""
     (config,) = job.glob("config*.yaml")
     ((name, section),) = OmegaConf.to_container(OmegaConf.load(config))["datasets"].items()
     builder = section.pop("builder", name)
@@ -190,12 +190,12 @@ def test_set(job: Path) -> Any:
 
 
 def result(job: Path, name: str) -> Any:
-    """A result file of a job."""
+    """Return the content of a job's result file."""
     return json.loads((job / "result" / f"test_{name}.json").read_text(encoding="utf-8"))
 
 
 def caption_cards(job: Path) -> Iterator[Card]:
-    """Every test image's caption, judged against its scene."""
+    """Yield every test image's caption, compared with its scene."""
     dataset = test_set(job)
     images = {str(record["image_id"]): record["image"] for record in dataset.annotation}
     scenes = {str(key): scene for key, scene in dataset.scenes.items()}
@@ -209,7 +209,7 @@ def caption_cards(job: Path) -> Iterator[Card]:
 
 
 def vqa_cards(job: Path) -> Iterator[Card]:
-    """Every test question's answer; right when at least two people gave it."""
+    """Yield every test question's answer; right if at least two people gave it."""
     dataset = test_set(job)
     answers = {entry["question_id"]: entry["answer"] for entry in result(job, "vqa")}
     for record in dataset.annotation:
@@ -219,7 +219,7 @@ def vqa_cards(job: Path) -> Iterator[Card]:
 
 
 def retrieval_cards(job: Path) -> Iterator[Card]:
-    """Every gallery image's best text."""
+    """Yield every gallery image's best text."""
     dataset = test_set(job)
     found = result(job, "retrieval")
     for i, best in enumerate(found["top_texts_of_image"]):
@@ -229,16 +229,16 @@ def retrieval_cards(job: Path) -> Iterator[Card]:
 
 
 def instruct_cards(job: Path) -> Iterator[Card]:
-    """Every test instruction's answer; right when it's the record's."""
+    """Yield every test instruction's answer; right if it is one of the record's."""
     dataset = test_set(job)
-    said = {entry["instance_id"]: entry["prediction"] for entry in result(job, "predictions")}
+    predictions = {entry["instance_id"]: entry["prediction"] for entry in result(job, "predictions")}
     for index, record in enumerate(dataset.annotation):
-        answer, asked = said[str(index)], dataset[index]["text_input"]
-        yield Card(Path(dataset.vis_root) / record["image"], answer, answer in record["answers"], asked)
+        answer, instruction = predictions[str(index)], dataset[index]["text_input"]
+        yield Card(Path(dataset.vis_root) / record["image"], answer, answer in record["answers"], instruction)
 
 
 def shown(cards: Iterable[Card]) -> list[Card]:
-    """Evenly spread cards, with up to a third of the wrong ones among them, so that mistakes are seen."""
+    """Return evenly spread cards, up to a third of them wrong ones."""
     cards = list(cards)
     wrong = [card for card in cards if not card.right][: NUM_SHOWN // 3]
     right = [card for card in cards if card.right]
@@ -247,18 +247,18 @@ def shown(cards: Iterable[Card]) -> list[Card]:
 
 
 def card_html(card: Card) -> str:
-    """One picture with what was said."""
+    """Return a picture with the model's text."""
     data = base64.b64encode(card.image.read_bytes()).decode()
     verdict = "right" if card.right else "wrong"
     return (
         f'<div class="card {verdict}"><img alt="{html.escape(card.image.name)}" src="data:image/jpeg;base64,{data}">'
-        f'<div>{html.escape(card.said)}<div class="verdict">{verdict}</div>'
+        f'<div>{html.escape(card.text)}<div class="verdict">{verdict}</div>'
         f"<small>{html.escape(card.note)}</small></div></div>"
     )
 
 
 def curve(points: list[tuple[float, float]], title: str) -> str:
-    """A loss curve as an inline SVG."""
+    """Return a loss curve as an inline SVG."""
     width, height, left, bottom = 330, 200, 42, 26
     xs, ys = [x for x, _ in points], [y for _, y in points]
     top, low = max(ys), min(0.0, min(ys))
@@ -280,13 +280,13 @@ def curve(points: list[tuple[float, float]], title: str) -> str:
 
 
 def curves(out: Path, family: Family) -> str:
-    """The training loss of every job of the quickstart."""
+    """Return the training loss of every job of the quickstart."""
     losses = {job: [(row["step"], row["loss"]) for row in rows(out / job) if "loss" in row] for job in family.jobs}
     return " ".join(curve(points, family.jobs[job]) for job, points in losses.items())
 
 
 def section(title: str, text: str, cards: Iterable[Card]) -> str:
-    """A heading and its pictures."""
+    """Return a heading and its pictures."""
     return f'<h2>{title}</h2><p>{text}</p><div class="grid">{"".join(card_html(card) for card in shown(cards))}</div>'
 
 
@@ -299,7 +299,7 @@ KINDS = {
 
 
 def page(out: Path, family: Family, results: dict[str, Any]) -> str:
-    """The whole report."""
+    """Return the whole report."""
     figures = "".join(
         f'<tr><td>{html.escape(name).replace("  ", "&emsp;")}</td><td class="number">{value}</td></tr>'
         for name, value in table(results, family)

@@ -1,10 +1,9 @@
-"""Train a tiny language model on text alone, for BLIP-2's quickstart: what people write about scenes, never a picture.
+"""Train a tiny language model on the texts of `shapes` alone, without pictures, for BLIP-2's quickstart.
 
-A document is what was said of one scene: a few of its captions and of its questions with their answers, each perhaps
-several times. A model that has learned to go on with such a document can use what stands before, and that is all BLIP-2
-asks of a frozen one. The repetitions matter: without them a model this small does not learn to copy (of a caption of
-two objects in its context it keeps the relation no better than by chance). Leaves a folder that `opt_model`, `t5_model`
-and `llm_model` take.
+A document holds a few captions of one scene and questions about it with their answers, some of them repeated. A model
+that has learned to continue such documents can use its context, and BLIP-2 needs no more of a frozen one. The
+repetitions matter: without them a model this small does not learn to copy (of a caption of two objects in its context
+it keeps the relation no better than by chance). Writes a folder that `opt_model`, `t5_model` and `llm_model` take.
 """
 
 import argparse
@@ -28,24 +27,24 @@ SHORT_QUESTION = "Question: {} Short answer:"
 
 
 def documents(sections: dict[str, Any]) -> list[list[tuple[str, str | None]]]:
-    """For each training image what was said of it: (caption, None) and (question, answer)."""
-    said: dict[str, list[tuple[str, str | None]]] = {}
+    """Return the texts of each training image: (caption, None) and (question, answer)."""
+    texts: dict[str, list[tuple[str, str | None]]] = {}
     for name, section in sections.items():
         dataset = registry.get_builder_class(name)(**section).build(["train"])["train"]
         for record in dataset.annotation:
             text, answer = as_plain_text(record)
-            said.setdefault(record["image"], []).append((text.lower(), answer))
-    return list(said.values())
+            texts.setdefault(record["image"], []).append((text.lower(), answer))
+    return list(texts.values())
 
 
 def write(entry: tuple[str, str | None], end: str = "") -> str:
-    """A caption, or a question with its answer, as text."""
+    """Return a caption, or a question with its answer, as text."""
     text, answer = entry
     return (text if answer is None else QUESTION.format(text, answer)) + end
 
 
-def retold(entries: list[tuple[str, str | None]], rng: random.Random) -> list[tuple[str, str | None]]:
-    """Eight lines drawn from two captions and two questions, with repetitions."""
+def draw_lines(entries: list[tuple[str, str | None]], rng: random.Random) -> list[tuple[str, str | None]]:
+    """Draw eight lines from two captions and two questions, with repetitions."""
     captions = [entry for entry in entries if entry[1] is None]
     questions = [entry for entry in entries if entry[1] is not None]
     kinds = [rng.sample(kind, min(2, len(kind))) for kind in (captions, questions) if kind]
@@ -53,8 +52,8 @@ def retold(entries: list[tuple[str, str | None]], rng: random.Random) -> list[tu
 
 
 def decoder_batch(tokenizer: PreTrainedTokenizerBase, chosen: list[Any], rng: random.Random) -> dict[str, Tensor]:
-    """Whole documents, one entry a line; every token is predicted."""
-    texts = ["".join(write(entry, "\n") for entry in retold(entries, rng)) for entries in chosen]
+    """Return whole documents, one entry per line; every token is predicted."""
+    texts = ["".join(write(entry, "\n") for entry in draw_lines(entries, rng)) for entries in chosen]
     batch = dict(tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt"))
     batch.pop("token_type_ids", None)
     return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
@@ -63,17 +62,17 @@ def decoder_batch(tokenizer: PreTrainedTokenizerBase, chosen: list[Any], rng: ra
 def encoder_decoder_batch(
     tokenizer: PreTrainedTokenizerBase, chosen: list[Any], rng: random.Random
 ) -> dict[str, Tensor]:
-    """Some lines of a document, then a question or the beginning of a caption (perhaps nothing); its answer or rest is
-    predicted.
+    """Return some lines of a document, then a question or the beginning of a caption (perhaps empty); its answer, or
+    the rest of the caption, is predicted.
     """
     inputs, outputs = [], []
     for entries in chosen:
-        (text, answer), *others = retold(entries, rng)
+        (text, answer), *others = draw_lines(entries, rng)
         context = "".join(write(entry, "\n") for entry in others[: rng.randint(1, 4)])
         words = text.split()
         cut = rng.randint(0, len(words) // 2)
-        asked = " ".join(words[:cut]) if answer is None else SHORT_QUESTION.format(text)
-        inputs.append(context + asked)
+        prompt = " ".join(words[:cut]) if answer is None else SHORT_QUESTION.format(text)
+        inputs.append(context + prompt)
         outputs.append(" ".join(words[cut:]) if answer is None else answer)
     settings = {"padding": True, "truncation": True, "return_tensors": "pt"}
     batch = tokenizer(inputs, max_length=128, **settings)
@@ -86,14 +85,14 @@ def encoder_decoder_batch(
 
 
 def batches(all_documents: list[Any], size: int, rng: random.Random) -> Iterator[list[Any]]:
-    """Endless random batches of documents."""
+    """Yield random batches of documents without end."""
     while True:
         yield rng.sample(all_documents, size)
 
 
 def optimizer_of(model: PreTrainedModel, lr: float | None) -> torch.optim.Optimizer:
-    """AdamW; for T5 Adafactor, whose steps are relative to the weights, as T5 was trained: its embeddings are large and
-    its position biases are small, and with AdamW it needs many times as many steps to learn to copy.
+    """Return AdamW, or for T5 Adafactor, whose steps are relative to the weights, as T5 was trained: its embeddings are
+    large and its position biases small, and with AdamW it needs many times as many steps to learn to copy.
     """
     if model.config.is_encoder_decoder:
         return Adafactor(model.parameters(), lr=lr or 3e-2, scale_parameter=True, relative_step=False)
@@ -101,7 +100,7 @@ def optimizer_of(model: PreTrainedModel, lr: float | None) -> torch.optim.Optimi
 
 
 def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[Any], args: Any) -> None:
-    """Warm-up and cosine decay; one line of progress a hundred steps."""
+    """Train with warm-up and cosine decay; print the loss every 100 steps."""
     rng = random.Random(args.seed)
     make = encoder_decoder_batch if model.config.is_encoder_decoder else decoder_batch
     tokenizer.padding_side = "right"
@@ -128,7 +127,7 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: lis
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a packaged tiny model (tiny_opt, tiny_t5, tiny_vicuna) or a folder")
-    parser.add_argument("--texts", required=True, metavar="YAML", help="its section `datasets` names where texts are")
+    parser.add_argument("--texts", required=True, metavar="YAML", help="its section `datasets` names the texts")
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch-size", type=int, default=16)

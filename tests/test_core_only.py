@@ -1,4 +1,4 @@
-"""Training and generating need torch, torchvision, timm, transformers and omegaconf alone."""
+"""Training and generating need no package that only reads videos, scores captions or draws curves."""
 
 import os
 import subprocess
@@ -7,19 +7,11 @@ from pathlib import Path
 
 import cli_helpers
 
-OPTIONAL = (
-    "fairscale",
-    "decord",
-    "pycocotools",
-    "pycocoevalcap",
-    "webdataset",
-    "tensorboard",
-    "torch.utils.tensorboard",
-)
+OPTIONAL = ("decord", "pycocotools", "pycocoevalcap", "tensorboard", "torch.utils.tensorboard")
 DRIVER = """
 import sys
 for name in {optional!r}:
-    sys.modules[name] = None  # importing it raises ImportError, as if it were not installed
+    sys.modules[name] = None  # importing it then raises ImportError
 from lavis_lite.cli.main import main, parser
 sys.exit(main(parser(), sys.argv[1:]))
 """

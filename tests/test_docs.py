@@ -29,7 +29,7 @@ from lavis_lite.common.sources import download
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, *sorted(ROOT.glob("C*.md")), ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 PLACES = ("lavis_lite/", "projects/", "run_scripts/", "tests/", "docs/", "benchmarks/")
 RECORDS = re.compile(r"^### (\w+)\n(.*?)```json\n(.*?)```", re.MULTILINE | re.DOTALL)
 

@@ -100,7 +100,7 @@ def test_caption_task_asks_with_the_dataset_s_instruction(data: Data, tmp_path: 
     picture(data.root / "images/flickr30k-images/7.jpg")
 
     class Captioner:
-        def generate(self, samples: dict[str, Any], num_beams: int = 1) -> list[str]:
+        def generate(self, samples: dict[str, Any], **settings: Any) -> list[str]:
             assert samples["prompt"] == ["A short image description:"]
             return ["a dog"]
 

@@ -300,13 +300,11 @@ class Seer(torch.nn.Module):
         self.says = says
         self.given: dict[str, Any] = {}
 
-    def generate(self, samples: dict[str, Any], num_beams: int = 3) -> list[str]:
+    def generate(self, samples: dict[str, Any], **settings: Any) -> list[str]:
         self.given = {"prompt": samples["prompt"]}
         return [self.says[float(clip[0, 0, 0, 0])] for clip in samples["image"]]
 
-    def predict_answers(
-        self, samples: dict[str, Any], inference_method: str = "rank", answer_list: list[str] | None = None
-    ) -> list[str]:
+    def predict_answers(self, samples: dict[str, Any], *, answer_list: list[str], **settings: Any) -> list[str]:
         self.given = {"answer_list": answer_list, "asked": samples["text_input"]}
         return [self.says[float(clip[0, 0, 0, 0])] for clip in samples["image"]]
 

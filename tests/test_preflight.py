@@ -310,20 +310,6 @@ def test_every_task_s_methods_are_some_model_s() -> None:
         assert bool(task.model_methods) == (name != "image_text_pretrain")
 
 
-def test_settings_that_a_model_does_not_take_are_refused_before_training() -> None:
-    class Plain:
-        def generate(self, samples: Any, num_beams: int = 3) -> list[str]:
-            """As a captioner's."""
-            raise AssertionError(samples)
-
-        predict_answers = generate
-
-    nothing = SimpleNamespace(annotation=[], answer_list=["a"])
-    for task in (CaptionTask(top_p=0.5), InstructTask(max_len=9), VQATask(min_len=2)):
-        with pytest.raises(ValueError, match=r"has no effect: .*Plain\.generate takes no '\w+', only num_beams\."):
-            task.check(Plain, nothing, {}, split="test")
-
-
 def test_ranking_needs_something_to_rank() -> None:
     class Model:
         def generate(self, samples: Any, **arguments: Any) -> list[str]:

@@ -109,7 +109,7 @@ def test_a_chain_that_fails_ends_the_others(tmp_path: Path) -> None:
     bad = f"bad() {{ until [ -s {tmp_path}/pid ]; do sleep 0.05; done; echo what went wrong; false; echo on; }}"
     done = chains(tmp_path, f"{slow}\n{bad}\nbegin slow bad\nfinish bad slow")
     assert done.returncode == 1
-    assert f"what went wrong\nerror: bad failed; all it said is in {tmp_path}/bad.txt\n" in done.stderr
+    assert f"what went wrong\nerror: bad failed; its output is in {tmp_path}/bad.txt\n" in done.stderr
     pid = (tmp_path / "pid").read_text().strip()
     for _ in range(100):
         state = Path(f"/proc/{pid}/stat")

@@ -150,7 +150,7 @@ def candidate_texts(candidates: Any, owner: str = "") -> list[str]:
     return list(candidates)
 
 
-def ranked_answers(answer_list: Any, num_ans_candidates: Any = 1) -> list[str]:
+def ranked_answers(answer_list: Any, num_ans_candidates: Any) -> list[str]:
     """Return the answers that `inference_method: rank` ranks. InputError as `candidate_texts`, and for a
     `num_ans_candidates` below 1.
     """

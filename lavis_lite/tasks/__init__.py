@@ -1,1 +1,1 @@
-"""Tasks say what a result means: what is computed for each sample, how it is scored, which files are left."""
+"""Tasks: what is computed for each sample, how it is scored, and which files are written."""

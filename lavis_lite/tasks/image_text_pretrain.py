@@ -1,16 +1,13 @@
-"""Pretraining: losses only. Evaluation is the mean of the loss, its parts and the accuracies of contrast and matching
-within a batch over the split, sample by sample.
+"""Pretraining: losses only. Evaluation averages the loss, its parts, and the accuracies of contrast and matching within
+a batch over the samples of the split.
 
-Surprising: hard negatives are drawn at random, so evaluation uses a generator of its own with a fixed seed; the same
-weights give the same losses, and training goes on as if there had been no evaluation. Contrast and
-negatives are with the rank's own batch, also in models that train with all ranks': the ranks' shares are uneven, and
-waiting for one another they would hang.
+Note: hard negatives are drawn at random. Evaluation draws with a fixed seed and restores torch's generators, so the
+same weights give the same losses and training is not affected. Contrast and negatives stay within the rank's own batch,
+also in models that train with all ranks': ranks have different numbers of batches and would wait for one another.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,8 +15,9 @@ from torch import nn
 from lavis_lite.common import dist
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.registry import registry
+from lavis_lite.datasets.protocols import EvalDataset, Samples
 from lavis_lite.nn.learning import ACCURACIES
-from lavis_lite.tasks.base import BaseTask, Metrics, Samples
+from lavis_lite.tasks.base import BaseTask, EvalLoader, Metrics
 from lavis_lite.tasks.results import Result, per_sample
 
 EVALUATION_SEED = 0
@@ -30,36 +28,36 @@ EVALUATION_SEED = 0
 class ImageTextPretrainTask(BaseTask):
     """Image-text pretraining. `agg_metrics` is minus the mean loss."""
 
-    def check(self, model_class: type, dataset: Any, batch: Samples, *, split: str) -> None:
-        """Raise for a split without image-text pairs."""
+    def check(self, model_class: type, dataset: EvalDataset, batch: Samples, *, split: str) -> None:
+        """Raise InputError for a split without image-text pairs."""
         if batch:
             check_pairs(batch)
 
-    def evaluate(self, model: nn.Module, loader: Iterable[Samples], *, split: str, result_dir: Path) -> Metrics:
-        """Mean losses over the split; torch's generators are left as they were."""
+    def evaluate(self, model: nn.Module, loader: EvalLoader, *, split: str, result_dir: Path) -> Metrics:
+        """Return the mean losses over the split."""
         devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
         with torch.random.fork_rng(devices=list(devices)):
             torch.manual_seed(EVALUATION_SEED)
             return super().evaluate(model, loader, split=split, result_dir=result_dir)
 
     def valid_step(self, model: nn.Module, samples: Samples) -> list[Result]:
-        """The batch's mean losses and accuracies for each of its samples, so that batches count by their size."""
+        """Return the batch's mean losses and accuracies for each of its samples, so batches count by their size."""
         check_pairs(samples)
         with dist.alone():
             output = model(samples)
         size = len(samples["text_input"])
-        wanted = [name for name in output if name.startswith("loss") or name in ACCURACIES]
-        return per_sample(samples, **{name: [float(output[name])] * size for name in wanted})
+        names = [name for name in output if name.startswith("loss") or name in ACCURACIES]
+        return per_sample(samples, **{name: [float(output[name])] * size for name in names})
 
-    def score(self, results: list[Result], *, dataset: Any, split: str, result_dir: Path) -> Metrics:
-        """`loss`, each `loss_*` and the accuracies, averaged over the samples; `agg_metrics` is `-loss`."""
-        names = [name for name in results[0] if name.startswith("loss") or name in ACCURACIES]
+    def score(self, results: list[Result], *, dataset: EvalDataset, split: str, result_dir: Path) -> Metrics:
+        """Return each loss and accuracy averaged over the samples."""
+        names = [name for name in results[0] if name != "instance_id"]
         means = {name: sum(result[name] for result in results) / len(results) for name in names}
         return {**means, "agg_metrics": -means["loss"]}
 
 
 def check_pairs(batch: Samples) -> None:
-    """Raise ValueError if the batch has no texts."""
+    """Raise InputError if the batch has no texts."""
     if "text_input" not in batch:
         raise InputError(
             "the batch has no 'text_input': losses need image-text pairs, and this split is laid out for "

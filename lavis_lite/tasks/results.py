@@ -12,6 +12,7 @@ from lavis_lite.common import dist
 from lavis_lite.common.checkpoint import write_text
 from lavis_lite.common.errors import UnknownNameError
 from lavis_lite.common.records import printable
+from lavis_lite.datasets.protocols import EvalDataset, Samples
 
 logger = logging.getLogger(__name__)
 
@@ -19,40 +20,44 @@ Result = dict[str, Any]
 
 
 def write_json(path: str | Path, value: Any) -> Path:
-    r"""Write `value` as UTF-8 JSON, aside first and then renamed, so that no half file is ever seen.
-
-    What UTF-8 cannot hold, lone surrogates, is written as JSON's own `\udXXX`.
-    """
+    r"""Write `value` as UTF-8 JSON, atomically. Lone surrogates, which UTF-8 cannot hold, become `\udXXX`."""
     path = write_text(path, printable(json.dumps(value, ensure_ascii=False)))
     logger.info("wrote %s", path)
     return path
 
 
+def unscored(reason: str) -> dict[str, Any]:
+    """Return the metrics of a split that only leaves its result file."""
+    return {"agg_metrics": None, "note": f"{reason}: only the result file was written"}
+
+
 def as_list(value: Any) -> list[Any]:
-    """A batch's column, tensor (B) or list, as a plain list."""
+    """Return a batch's column, a tensor (B) or a list, as a plain list."""
     return value.tolist() if isinstance(value, torch.Tensor) else list(value)
 
 
-def per_sample(samples: dict[str, Any], **columns: Sequence[Any]) -> list[Result]:
-    """One dict a sample of the batch: its `instance_id` and its entry of each column (each of length B)."""
+def per_sample(samples: Samples, **columns: Sequence[Any]) -> list[Result]:
+    """Return one dict per sample: its `instance_id` and its entry of each column (each of length B)."""
     if "instance_id" not in samples:
         raise UnknownNameError(
             "the batch has no 'instance_id': the dataset's samples need one, unique within the split"
         )
     names = ["instance_id", *columns]
-    return [
-        dict(zip(names, row, strict=True))
-        for row in zip(as_list(samples["instance_id"]), *map(as_list, columns.values()), strict=True)
-    ]
+    rows = zip(*map(as_list, [samples["instance_id"], *columns.values()]), strict=True)
+    return [dict(zip(names, row, strict=True)) for row in rows]
 
 
-def gather(results: Iterable[Result], dataset: Any) -> list[Result]:
-    """All ranks' results, on every rank, each `instance_id` once, in the dataset's order.
+def positions(dataset: EvalDataset) -> dict[str, int]:
+    """Return the index of each `instance_id`: the index itself, as a string, or the annotation's `instance_id`."""
+    own = {record["instance_id"]: i for i, record in enumerate(dataset.annotation) if "instance_id" in record}
+    return own | {str(i): i for i in range(len(dataset))}
 
-    An `instance_id` is a sample's index, as in all datasets here, or the field of this name in `dataset.annotation`.
 
-    A sampler that pads the shards to one length makes some samples appear twice; the first one counts. A sample without
-    a result is warned about, by number.
+def gather(results: Iterable[Result], dataset: EvalDataset) -> list[Result]:
+    """Return all ranks' results on every rank, each `instance_id` once (the first one), in the dataset's order.
+
+    A sampler that pads the shards to one length makes some samples appear twice. A warning counts samples without a
+    result.
     """
     unique: dict[str, Result] = {}
     for result in dist.gather_objects(list(results)):
@@ -60,6 +65,5 @@ def gather(results: Iterable[Result], dataset: Any) -> list[Result]:
     missing = len(dataset) - len(unique)
     if missing > 0 and dist.is_main():
         logger.warning("%d of %d samples have no result and do not count in the metrics", missing, len(dataset))
-    order = {record.get("instance_id"): i for i, record in enumerate(getattr(dataset, "annotation", []))}
-    order |= {str(i): i for i in range(len(dataset))}
+    order = positions(dataset)
     return sorted(unique.values(), key=lambda result: order.get(result["instance_id"], len(order)))

@@ -111,6 +111,7 @@ class BlipVQA(BlipBase):
         samples: dict[str, Any],
         *,
         inference_method: str = "rank",
+        num_ans_candidates: int = 128,
         answer_list: list[str] | None = None,
         prompt: str = "",
         **changes: Any,
@@ -119,7 +120,7 @@ class BlipVQA(BlipBase):
         if inference_method == "generate":
             check_prompt(1, self.decoding(self.answer_generation.changed(**changes)).resolved(1))
         else:
-            ranked_answers(answer_list)
+            ranked_answers(answer_list, num_ans_candidates)
 
     def generate_answers(self, states: Tensor, mask: Tensor | None, config: DecodingConfig) -> list[str]:
         """Generate answers given the questions' states (B,T,E); `mask` (B,T) is 1 where one counts, None for all."""

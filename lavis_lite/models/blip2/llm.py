@@ -331,6 +331,7 @@ class Blip2LLM(Blip2Base):
         samples: dict[str, Any],
         *,
         inference_method: str = "generate",
+        num_ans_candidates: int = 128,
         answer_list: list[str] | None = None,
         prompt: str = "",
         **changes: Any,
@@ -342,7 +343,7 @@ class Blip2LLM(Blip2Base):
             self._check_room(samples, prompts, decoding)
         else:
             end = not self.family.score_without_eos
-            answers = self.llm_tokenizer.continuations(ranked_answers(answer_list), end=end)
+            answers = self.llm_tokenizer.continuations(ranked_answers(answer_list, num_ans_candidates), end=end)
             self._check_context(samples, prompts, max(map(len, answers)) - (not self.lm.is_encoder_decoder))
 
     def _check_room(self, samples: dict[str, Any], prompts: list[str], decoding: DecodingConfig) -> None:

@@ -1,8 +1,8 @@
-"""Tokens of captions beside Java's: a stand-in for Stanford's PTB tokenizer, and characters for texts without spaces.
+"""Tokens of captions without Java: an approximation of Stanford's PTB tokenizer, and characters for texts without
+spaces.
 
-The stand-in is for machines without Java. Lower case; punctuation off, as the COCO caption code drops it; contractions
-split ("isn't" -> "is n't"). It knows no abbreviations, fractions or URLs, so scores of such captions differ a little
-from the real tokenizer's.
+The approximation lowers the case, drops punctuation as the COCO caption code does, and splits contractions ("isn't" ->
+"is n't"). It does not handle abbreviations, fractions and URLs, so scores of such captions differ a little.
 """
 
 import re
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from lavis_lite.common.wording import IDEOGRAPHS, KANA
 
-# A number, a word that may hold apostrophes, dots, slashes and hyphens, or a symbol that counts as a word
+# A number, a word (perhaps with apostrophes, dots, slashes and hyphens), or a symbol that counts as a word
 WORD = re.compile(r"\d+(?:[.,:]\d+)*|[^\W_]+(?:['./&_-][^\W_]+)*|[$£€%#&+=*@<>()\[\]{}]")
 ENDING = re.compile(r"^(.+?)(n't|'(?:s|m|d|re|ve|ll))$")
 SPECIAL = {
@@ -20,11 +20,11 @@ SPECIAL = {
 }
 UNSPACED = re.compile(f"[{IDEOGRAPHS}{KANA}\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
 """A character of Chinese, Japanese, Thai, Lao, Burmese or Khmer, which put no spaces between words."""
-TOGETHER = re.compile(r"\w+(?:[-'’]\w+)+")
+COMPOUND = re.compile(r"\w+(?:[-'’]\w+)+")
 
 
 def ptb_like_tokens(text: str) -> list[str]:
-    """The caption's words in the tokenizer's manner, punctuation left out."""
+    """Return the caption's words as the PTB tokenizer splits them, without punctuation."""
     tokens: list[str] = []
     for word in WORD.findall(text.lower().replace("’", "'")):
         ending = ENDING.match(word)
@@ -33,8 +33,8 @@ def ptb_like_tokens(text: str) -> list[str]:
 
 
 def character_tokens(text: str) -> list[str]:
-    """Each character of a language without spaces, with its combining marks, and each word of the others; lower case,
-    punctuation and symbols left out.
+    """Return each character of a language without spaces, with its combining marks, and each word of the others, in
+    lower case, without punctuation and symbols.
     """
     tokens: list[str] = []
     in_word = False
@@ -53,16 +53,16 @@ def character_tokens(text: str) -> list[str]:
 
 
 def are_unspaced(texts: Iterable[str]) -> bool:
-    """Whether most letters of the texts are of languages without spaces."""
+    """Return whether most letters of the texts are of languages without spaces."""
     letters = [char for text in texts for char in text if char.isalpha()]
     return 2 * sum(UNSPACED.match(char) is not None for char in letters) > len(letters)
 
 
 def joined_as(caption: str, references: Sequence[str]) -> str:
-    """The caption with the hyphens and apostrophes of a reference written as there: "well - known" as "well-known"
-    where a reference has that word.
+    """Return the caption with hyphens and apostrophes written as in a reference: "well - known" as "well-known" where a
+    reference has that word.
     """
-    words = {word for text in references for word in TOGETHER.findall(text)}
+    words = {word for text in references for word in COMPOUND.findall(text)}
     for word in sorted(words, key=len, reverse=True):
         apart = r"\s*".join(map(re.escape, re.split(r"([-'’])", word)))
         caption = re.sub(rf"(?<!\w){apart}(?!\w)", lambda match: re.sub(r"\s+", "", match[0]), caption, flags=re.I)

@@ -13,21 +13,21 @@ from lavis_lite.common.errors import InputError
 
 
 def rank_of(losses: Sequence[float], right: int) -> int:
-    """The place, from 1, of the candidate `right`, the lowest loss first. ValueError if a loss is not a number."""
+    """Return the rank, from 1, of the candidate `right`, lowest loss first. InputError if a loss is not a number."""
     if any(math.isnan(loss) for loss in losses):
         raise InputError(f"the losses {list(losses)} are not all numbers: they have no order")
     return 1 + sum((loss, index) < (losses[right], right) for index, loss in enumerate(losses))
 
 
 def mean_reciprocal_rank(ranks: Sequence[int]) -> float:
-    """100 times the mean of 1/rank; ranks count from 1 (Visual Dialog's MRR)."""
+    """Return 100 times the mean of 1/rank; ranks count from 1 (Visual Dialog's MRR)."""
     return 100 * sum(1 / rank for rank in ranks) / len(ranks)
 
 
 def roc_auc(scores: Sequence[float], is_positive: Sequence[bool]) -> float:
-    """100 times the share of pairs (a positive and a negative sample) in which the positive one scores higher.
+    """Return 100 times the share of pairs of a positive and a negative sample whose positive one scores higher.
 
-    Raises ValueError if there are only positive or only negative samples, or a score is not a number.
+    Raises InputError if there are only positive or only negative samples, or a score is not a number.
     """
     values, positive = np.asarray(scores, dtype=np.float64), np.asarray(is_positive, dtype=bool)
     if np.isnan(values).any():

@@ -1,7 +1,7 @@
 """Recall at k of a retrieval score matrix, in both directions, in percent.
 
-Equal scores keep the order of numpy's default sort, as in LAVIS; it differs between processors. Scores of -100, which
-are those outside the `k_test` candidates, are such; recalls that depend on them are left out.
+Note: equal scores keep the order of numpy's default sort, as in LAVIS; it differs between processors. Scores of -100,
+those outside of the `k_test` candidates, are equal; recalls that depend on them are left out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ RANKS = (1, 5, 10)
 
 
 def best_first(scores: np.ndarray) -> np.ndarray:
-    """Indices of one query's candidates, best first."""
+    """Return the indices of one query's candidates, best first."""
     return np.argsort(scores)[::-1]
 
 
@@ -26,19 +26,17 @@ def recall_metrics(
     *,
     k_test: int = 0,
 ) -> dict[str, float]:
-    """`txt_r1/5/10` and `img_r1/5/10` in percent, their means, and `agg_metrics` (= `txt_r_mean`, as in LAVIS).
+    """Return `txt_r1/5/10` and `img_r1/5/10` in percent, their means, and `agg_metrics` (`txt_r_mean`, as in LAVIS).
 
     `score_i2t` is (images, texts), `score_t2i` (texts, images). An image counts as found at the rank of its best text.
-    With `k_test` only each query's first so many candidates were ranked (0: all): a recall at more is left out, and a
-    mean is that of the recalls that are there. Raises ValueError for matrices of other shapes, with NaNs, and for
-    queries without a right answer.
+    With `k_test` only the first `k_test` candidates of each query were ranked (0: all): recalls at more are left out,
+    and the means are those of the others. Raises InputError for matrices of other shapes, with NaNs, and for queries
+    without a right answer.
     """
     texts_of = [list(img2txt[i]) for i in range(len(img2txt))]
     images_of = [[txt2img[t]] for t in range(len(txt2img))]
-    txt = _recalls(score_i2t, texts_of, num_candidates=len(images_of), name="score_i2t")
-    img = _recalls(score_t2i, images_of, num_candidates=len(texts_of), name="score_t2i")
-    txt = {k: txt[k] for k in known_ranks(k_test, len(images_of))}
-    img = {k: img[k] for k in known_ranks(k_test, len(texts_of))}
+    txt = _recalls(score_i2t, texts_of, num_candidates=len(images_of), k_test=k_test, name="score_i2t")
+    img = _recalls(score_t2i, images_of, num_candidates=len(texts_of), k_test=k_test, name="score_t2i")
     txt_mean, img_mean = float(np.mean(list(txt.values()))), float(np.mean(list(img.values())))
     return {
         **{f"txt_r{k}": value for k, value in txt.items()},
@@ -50,12 +48,10 @@ def recall_metrics(
     }
 
 
-def known_ranks(k_test: int, num_candidates: int) -> list[int]:
-    """The k of which recall is known when `k_test` of so many candidates were ranked (0: all of them)."""
-    return [k for k in RANKS if k_test == 0 or k <= k_test or k_test >= num_candidates]
-
-
-def _recalls(scores: np.ndarray, right: Sequence[Sequence[int]], *, num_candidates: int, name: str) -> dict[int, float]:
+def _recalls(
+    scores: np.ndarray, right: Sequence[Sequence[int]], *, num_candidates: int, k_test: int, name: str
+) -> dict[int, float]:
+    """Return recall at each of `RANKS` that is known when `k_test` of the candidates were ranked (0: all)."""
     scores = np.asarray(scores)
     if scores.shape != (len(right), num_candidates):
         raise InputError(
@@ -64,16 +60,12 @@ def _recalls(scores: np.ndarray, right: Sequence[Sequence[int]], *, num_candidat
     if not len(right):
         raise InputError(f"{name} is empty: there are no queries to rank for")
     if np.isnan(scores).any():
-        raise InputError(
-            f"{name} has NaNs in row {int(np.isnan(scores).any(axis=1).argmax())}: ranks would be meaningless"
-        )
-    ranks = np.array(
-        [_first_hit(row, answers, query) for query, (row, answers) in enumerate(zip(scores, right, strict=True))]
-    )
-    return {k: float(100 * np.mean(ranks < k)) for k in RANKS}
-
-
-def _first_hit(row: np.ndarray, answers: Sequence[int], query: int) -> int:
-    if not len(answers):
+        raise InputError(f"{name} has NaNs in row {int(np.isnan(scores).any(axis=1).argmax())}: they have no rank")
+    if not all(map(len, right)):
+        query = [len(answers) for answers in right].index(0)
         raise InputError(f"query {query} has no right answer: leave images without texts out of the gallery")
-    return int(np.flatnonzero(np.isin(best_first(row), answers))[0])
+    ranks = np.array(
+        [np.flatnonzero(np.isin(best_first(row), answers))[0] for row, answers in zip(scores, right, strict=True)]
+    )
+    known = [k for k in RANKS if k_test == 0 or k <= k_test or k_test >= num_candidates]
+    return {k: float(100 * np.mean(ranks < k)) for k in known}

@@ -1,14 +1,14 @@
 """VQA accuracy (Antol et al. 2015): an answer counts min(1, matches/3), averaged over leaving each human answer out.
 
-Two variants, in percent. `official` is what the evaluation servers do: human answers and prediction are both cleaned
+Two variants of it. `official` is what the evaluation servers do: human answers and prediction are both cleaned
 (punctuation, number words, articles, contractions), but neither if all humans agree. `lavis` is an older script: the
 prediction is always cleaned, human answers lose only punctuation, and only if they differ. The clean-up's oddities
 (a "." stays before a digit; at most 32 are removed; "none" is 0) are the official script's.
 
-Other sets score in other ways: `normalised` (GQA) asks the cleaned prediction to equal one of the answers cleaned alike
-("t-shirt" is right where the answer is "t-shirt"), `direct` (A-OKVQA) counts min(1, matches/3) of the raw strings,
-`contains` looks for an answer inside the cleaned prediction, `ivqa` (five annotators) counts min(1, matches/2) of
-cleaned texts.
+Other datasets have other rules: `normalised` (GQA) asks the cleaned prediction to equal one of the answers cleaned
+alike ("t-shirt" is right where the answer is "t-shirt"), `direct` (A-OKVQA) counts min(1, matches/3) of the raw
+strings, `contains` looks for an answer inside the cleaned prediction, `ivqa` (five annotators) counts min(1, matches/2)
+of cleaned texts.
 """
 
 import re
@@ -26,8 +26,8 @@ NUMBER_WORDS = {"none": "0"} | {word: str(i) for i, word in enumerate(_DIGITS)}
 ARTICLES = frozenset(("a", "an", "the"))
 MAX_PERIODS = 32
 
-# Spelled as they should be; the script's table maps each without one of its apostrophes to it. Two entries of that
-# table are odd and kept: "somebody'd" loses its apostrophe, and forms with a capital I never match lower-cased words.
+# In their right spelling; the script's table maps each without one of its apostrophes to it. Two oddities of that table
+# are kept: "somebody'd" loses its apostrophe, and forms with a capital I never match lower-cased words.
 _CONTRACTIONS = """
 ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's isn't it'd
 it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've shouldn't somebody'll
@@ -39,19 +39,15 @@ there'd've they'd've we'd've who'd've wouldn't've y'all'll y'all'd've you'd've '
 """
 
 
-def _without_one(word: str) -> list[str]:
-    return [word[:i] + word[i + 1 :] for i, letter in enumerate(word) if letter == "'"]
-
-
-CONTRACTIONS = {short: word for word in _CONTRACTIONS.split() for short in _without_one(word)} | {
-    "somebody'd": "somebodyd"
-}
+CONTRACTIONS = {
+    word[:i] + word[i + 1 :]: word for word in _CONTRACTIONS.split() for i, letter in enumerate(word) if letter == "'"
+} | {"somebody'd": "somebodyd"}
 
 
 def strip_punctuation(text: str) -> str:
     """Delete or blank punctuation as the official script does.
 
-    A mark is deleted wherever it stands if the text has it beside a space, or has a comma between digits; else it
+    A mark is deleted wherever it occurs if the text has it beside a space, or has a comma between digits; otherwise it
     becomes a space.
     """
     has_number_comma = re.search(r"\d,\d", text) is not None
@@ -63,13 +59,13 @@ def strip_punctuation(text: str) -> str:
 
 
 def normalise_words(text: str) -> str:
-    """Lower case, number words to digits, articles off, apostrophes put back."""
+    """Lower the case, turn number words into digits, drop articles, restore apostrophes."""
     words = [NUMBER_WORDS.get(word, word) for word in text.lower().split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
 def clean_answer(text: str) -> str:
-    """The script's whole clean-up of a predicted answer."""
+    """Clean a predicted answer as the script does."""
     return normalise_words(strip_punctuation(_one_line(text)))
 
 
@@ -80,28 +76,27 @@ def _one_line(text: str) -> str:
 def vqa_accuracy(
     prediction: str, answers: Sequence[str | Mapping[str, Any]], *, variant: Variant = "official"
 ) -> float:
-    """Accuracy in 0..1 of one prediction against the human answers (ten, as strings or `{"answer": ...}`).
+    """Return the accuracy (0 to 1) of a prediction against the human answers (ten, strings or `{"answer": ...}`).
 
-    The human answers are told apart by their place. LAVIS told them apart by content, so that equal answers without an
-    `answer_id` left one another out.
+    Each human answer is left out by its position. LAVIS left out by content, so that equal answers without an
+    `answer_id` excluded one another.
     """
-    humans = [answer["answer"] if isinstance(answer, Mapping) else answer for answer in answers]
+    humans: list[str] = [answer["answer"] if isinstance(answer, Mapping) else answer for answer in answers]
     if variant == "direct":
         return min(1.0, humans.count(prediction) / 3)
     if variant == "contains":
         cleaned = clean_answer(prediction)
         return float(any(human in cleaned for human in humans))
     if variant in ("normalised", "ivqa"):
-        matches = [clean_answer(human) for human in humans].count(clean_answer(prediction))
-        return float(min(1, matches if variant == "normalised" else matches / 2))
+        num_matches = list(map(clean_answer, humans)).count(clean_answer(prediction))
+        return min(1.0, num_matches if variant == "normalised" else num_matches / 2)
     if variant == "official":
         humans, prediction = [_one_line(human) for human in humans], _one_line(prediction)
     differ = len(set(humans)) > 1
-    if variant == "lavis":
+    if variant == "lavis" or differ:
         prediction = clean_answer(prediction)
-        humans = [strip_punctuation(human) for human in humans] if differ else humans
-    elif differ:
-        prediction, humans = clean_answer(prediction), [clean_answer(human) for human in humans]
+    if differ:
+        humans = [strip_punctuation(human) if variant == "lavis" else clean_answer(human) for human in humans]
     matches = [human == prediction for human in humans]
     return sum(min(1.0, (sum(matches) - match) / 3) for match in matches) / len(matches)
 
@@ -109,34 +104,35 @@ def vqa_accuracy(
 def vqa_metrics(
     truths: Mapping[Any, Mapping[str, Any]], predictions: Mapping[Any, str], *, variant: Variant = "official"
 ) -> dict[str, Any]:
-    """Accuracy in percent, to two digits: `overall` (= `agg_metrics`), `per_question_type`, `per_answer_type`.
+    """Return the accuracy in percent, to two digits: `overall` (= `agg_metrics`) and by question and answer type.
 
     `truths` maps question ids to `{"answers": [...], "question_type": ..., "answer_type": ...}`, types optional.
-    Raises ValueError if a question has no prediction, or there are no questions.
+    Raises InputError if a question has no prediction, or there are no questions.
     """
     missing = [key for key in truths if key not in predictions]
     if missing or not truths:
         example = f", e.g. {missing[0]!r}" if missing else ""
         raise InputError(f"{len(missing)} of {len(truths)} questions have no predicted answer{example}")
-    scores = {key: vqa_accuracy(predictions[key], truth["answers"], variant=variant) for key, truth in truths.items()}
-    overall = _percent(list(scores.values()))
-    return {"overall": overall, "agg_metrics": overall, **by_kind(truths, scores)}
+    scores = [vqa_accuracy(predictions[key], truth["answers"], variant=variant) for key, truth in truths.items()]
+    overall = _percent(scores)
+    return {"overall": overall, "agg_metrics": overall, **by_kind(list(truths.values()), scores)}
 
 
 def by_kind(
-    truths: Mapping[Any, Mapping[str, Any]],
-    scores: Mapping[Any, float],
+    records: Sequence[Mapping[str, Any]],
+    scores: Sequence[float],
     kinds: Sequence[str] = ("question_type", "answer_type"),
 ) -> dict[str, dict[str, float]]:
-    """`per_<kind>` for each field that some truth has: the mean score in percent of each of its values."""
+    """Return `per_<kind>` for each field that some record has: the mean score, in percent, by the field's value."""
     tables = {}
     for kind in kinds:
         groups: dict[str, list[float]] = defaultdict(list)
-        for key, truth in truths.items():
-            if truth.get(kind) is not None:
-                groups[truth[kind]].append(scores[key])
-        tables[f"per_{kind}"] = {name: _percent(groups[name]) for name in sorted(groups, key=str)}
-    return {name: table for name, table in tables.items() if table}
+        for record, score in zip(records, scores, strict=True):
+            if record.get(kind) is not None:
+                groups[record[kind]].append(score)
+        if groups:
+            tables[f"per_{kind}"] = {name: _percent(groups[name]) for name in sorted(groups, key=str)}
+    return tables
 
 
 def _percent(values: Sequence[float]) -> float:

@@ -1,0 +1,73 @@
+"""What a task may ask of a model beside `model(samples)`, which returns a dict with `loss` and its parts `loss_*`.
+
+A model need not derive from anything here: it conforms by having the method. Samples are batches as in
+`datasets/protocols.py`.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from torch import Tensor
+
+
+class Generates(Protocol):
+    """A model that writes texts about images (task `captioning`, and `instruct` without candidates)."""
+
+    def generate(self, samples: dict[str, Any], /, **settings: Any) -> list[str]:
+        """Return `num_captions` texts per image, those of one image in a row, without the prompt.
+
+        `settings` replace the model's own: `num_beams`, `max_length` and `min_length` (tokens), `length_penalty`,
+        `repetition_penalty`, `num_captions`, `use_nucleus_sampling`, `top_p`, `temperature`.
+        """
+        ...
+
+
+class AnswersQuestions(Protocol):
+    """A model that answers questions (task `vqa` and those derived from it)."""
+
+    def predict_answers(self, samples: dict[str, Any], /, *, inference_method: str, **settings: Any) -> list[str]:
+        """Return one answer per question.
+
+        `rank` picks from the setting `answer_list` the likeliest of the `num_ans_candidates` answers with the likeliest
+        first tokens; `generate` writes. Further settings: `num_beams`, `max_len` and `min_len` (tokens),
+        `length_penalty`; and `prompt`, with a placeholder for `text_input` and one for another key of the samples.
+        """
+        ...
+
+
+class ScoresCandidates(Protocol):
+    """A model that tells how likely given texts are (task `instruct` with candidates)."""
+
+    def class_losses(self, samples: dict[str, Any], candidates: Any, /, *, divided: bool) -> Tensor:
+        """Return the loss of each candidate, (B,C): inf where a sample has fewer than C.
+
+        `candidates` are one list for all samples, or one per sample. `divided`: by the number of tokens.
+        """
+        ...
+
+
+class Classifies(Protocol):
+    """A model that classifies images, pairs, or images with texts (task `multimodal_classification`)."""
+
+    def predict(self, samples: dict[str, Any], /) -> Mapping[str, Tensor]:
+        """Return `predictions`, the logits (B,C), and `targets`, the labels (B), if the samples have them."""
+        ...
+
+
+@runtime_checkable
+class Retrieves(Protocol):
+    """A model that compares all images of a gallery with all its texts (task `retrieval`)."""
+
+    def compute_sim_matrix(self, loader: Iterable[dict[str, Any]], /, k_test: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the scores (images, texts) and (texts, images), float32, whole on every rank.
+
+        The matching head re-ranks the `k_test` most similar candidates of each query (at most all); the others score
+        -100. 0 returns the similarities of all pairs.
+        """
+        ...
+
+
+def method_names(*protocols: type) -> tuple[str, ...]:
+    """Return the methods that the protocols ask for."""
+    return tuple(name for protocol in protocols for name in vars(protocol) if not name.startswith("_"))
