@@ -24,6 +24,7 @@ from lavis_lite.common.errors import SettingError
 from lavis_lite.common.optim import build_schedule
 from lavis_lite.common.registry import registry
 from lavis_lite.common.sources import download
+from lavis_lite.models.base import BaseModel
 from lavis_lite.tasks.base import BaseTask
 from lavis_lite.tasks.captioning import CaptionTask
 from lavis_lite.tasks.instruct import InstructTask
@@ -424,7 +425,7 @@ def test_every_model_that_writes_says_what_it_has_room_for() -> None:
 def test_a_model_that_does_not_say_what_it_has_room_for_is_not_asked() -> None:
     """A user's own."""
 
-    class Plain:
+    class Plain(BaseModel):
         def predict_answers(self, samples: Any, **arguments: Any) -> list[str]:
             """As a BLIP's."""
             raise AssertionError(samples)

@@ -24,9 +24,10 @@ from lavis_lite.common.registry import registry
 from lavis_lite.common.rng import preserve_rng_state
 from lavis_lite.common.sources import download
 from lavis_lite.datasets.base import BaseDataset
+from lavis_lite.datasets.protocols import SampleDataset
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.tokenizers import unknown_share
-from lavis_lite.runners.loaders import Datasets, SampleDataset, first_samples_missing, train_sets
+from lavis_lite.runners.loaders import Datasets, first_samples_missing, train_sets
 from lavis_lite.runners.plan import Plan, make_plan
 from lavis_lite.tasks.base import BaseTask
 
@@ -140,7 +141,8 @@ def check_model(cfg: Config, task: BaseTask, model: BaseModel, datasets: Dataset
     Raises:
         InputError: a setting does not fit the model's sizes, or a text cannot be read.
     """
-    dist.on_main(lambda: _check_model(cfg, task, model, datasets, found.splits))
+    if isinstance(model, BaseModel):  # another module has its methods only
+        dist.on_main(lambda: _check_model(cfg, task, model, datasets, found.splits))
 
 
 def _check_model(
@@ -203,8 +205,10 @@ def _check_splits(cfg: Config, task: BaseTask, datasets: Datasets) -> list[Split
                 _check_keys(task, batch, where)
                 _check_prompt(cfg, task, batch, where)
                 task.check(registry.get_model_class(cfg.model["arch"]), dataset, batch, split=split)
-            read = {"num_read": len(samples), "shape": shape, "batches": batches}
-            reports.append(SplitReport(where=where, kind=kind, files=files, **read))
+            found = SplitReport(
+                where=where, kind=kind, files=files, num_read=len(samples), shape=shape, batches=batches
+            )
+            reports.append(found)
     return reports
 
 
@@ -308,7 +312,7 @@ def read_some(dataset: SampleDataset, where: str, *, count: int, share: float | 
     return samples
 
 
-def _batches_of_one(dataset: BaseDataset, samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _batches_of_one(dataset: SampleDataset, samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return a batch of each sample, its tensors on the meta device."""
     with preserve_rng_state():
         batches = [dataset.collater([sample]) for sample in samples]

@@ -67,16 +67,8 @@ class SampleDict(TypedDict, total=False):
     num_iters_per_epoch: int
 
 
-class EvalDataset(Protocol):
-    """A split that a task evaluates."""
-
-    @property
-    def annotation(self) -> Sequence[Record]:
-        """One record per sample, with the ground truth: `answers` (strings; VQAv2 has ten), `question_type` and
-        `answer_type` of questions; `label` (index of the right candidate), `classes` (one per candidate, equal where
-        they mean the same) and `group` of instructions with candidates.
-        """
-        ...
+class SampleDataset(Protocol):
+    """A dataset that a run trains on."""
 
     def __len__(self) -> int: ...
 
@@ -86,6 +78,18 @@ class EvalDataset(Protocol):
 
     def collater(self, samples: list[dict[str, Any]], /) -> Samples:
         """Return the batch of these samples."""
+        ...
+
+
+class EvalDataset(SampleDataset, Protocol):
+    """A split that a task evaluates."""
+
+    @property
+    def annotation(self) -> Sequence[Record]:
+        """One record per sample, with the ground truth: `answers` (strings; VQAv2 has ten), `question_type` and
+        `answer_type` of questions; `label` (index of the right candidate), `classes` (one per candidate, equal where
+        they mean the same) and `group` of instructions with candidates.
+        """
         ...
 
 

@@ -157,7 +157,7 @@ def unknown_share(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> t
     rows = tokenizer(checked_texts(texts), add_special_tokens=False, verbose=False).input_ids
     counts = [row.count(tokenizer.unk_token_id) for row in rows]
     worst = max(range(len(rows)), key=lambda i: counts[i] / max(len(rows[i]), 1))
-    return sum(counts) / max(sum(map(len, rows)), 1), texts[worst], tokenizer.decode(rows[worst])
+    return sum(counts) / max(sum(map(len, rows)), 1), texts[worst], tokenizer.batch_decode([rows[worst]])[0]
 
 
 def tokenize(

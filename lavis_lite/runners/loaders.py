@@ -8,7 +8,7 @@ import bisect
 import itertools
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -17,6 +17,7 @@ from lavis_lite.common.config.run import RunConfig
 from lavis_lite.common.errors import InputError, UnreadableSample
 from lavis_lite.common.rng import preserve_rng_state, seed_sample
 from lavis_lite.datasets.base import BaseDataset
+from lavis_lite.datasets.protocols import EvalDataset, SampleDataset
 from lavis_lite.runners.mixing import (
     check_mixable,
     join_batches,
@@ -36,17 +37,7 @@ T = TypeVar("T")
 Sample = dict[str, Any]
 
 
-class SampleDataset(Protocol):
-    """A dataset that a run trains on or evaluates: sample dicts by index, and batches of them."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Sample: ...
-
-    def collater(self, samples: list[Sample], /) -> Sample: ...
-
-
-Datasets = Mapping[str, Mapping[str, SampleDataset]]
+Datasets = Mapping[str, Mapping[str, EvalDataset]]
 """{dataset name: {split: dataset}}"""
 
 
@@ -201,7 +192,7 @@ class EvalLoader:
 
     def __init__(
         self,
-        dataset: SampleDataset,
+        dataset: EvalDataset,
         run: RunConfig,
         *,
         rank: int = 0,
@@ -275,9 +266,9 @@ def _check_layout(name: str, found: Mapping[str, SampleDataset]) -> None:
             )
 
 
-def eval_sets(datasets: Datasets, splits: Sequence[str]) -> dict[str, SampleDataset]:
+def eval_sets(datasets: Datasets, splits: Sequence[str]) -> dict[str, EvalDataset]:
     """Return the datasets of `splits` by the name of their results: the split, or `<dataset>_<split>` of several."""
-    found: dict[str, SampleDataset] = {}
+    found: dict[str, EvalDataset] = {}
     for split in splits:
         have = {name: by_split[split] for name, by_split in datasets.items() if split in by_split}
         found.update({split if len(have) == 1 else f"{name}_{split}": dataset for name, dataset in have.items()})

@@ -16,9 +16,10 @@ from lavis_lite.common.config.run import RunConfig
 from lavis_lite.common.errors import DamagedFileError, InputError
 from lavis_lite.common.optim import build_optimizer
 from lavis_lite.datasets.base import BaseDataset
+from lavis_lite.datasets.protocols import SampleDataset
 from lavis_lite.models.base import BaseModel
 from lavis_lite.runners import jobs
-from lavis_lite.runners.loaders import Datasets, JoinedSplits, SampleDataset, train_sets
+from lavis_lite.runners.loaders import Datasets, JoinedSplits, train_sets
 from lavis_lite.runners.plan import Plan
 from lavis_lite.runners.train_state import TrainState
 

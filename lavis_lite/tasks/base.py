@@ -20,6 +20,7 @@ from lavis_lite.common.config.sections import builder_name
 from lavis_lite.common.errors import InputError, MissingInputError
 from lavis_lite.common.registry import did_you_mean, registry
 from lavis_lite.datasets.protocols import EvalDataset, SampleDict, Samples
+from lavis_lite.models.base import BaseModel
 from lavis_lite.tasks.results import Result, gather
 
 Metrics = dict[str, Any]
@@ -77,7 +78,7 @@ class BaseTask:
         `batch` holds the split's first sample; it is empty if none could be read.
         """
 
-    def check_model(self, model: nn.Module, dataset: EvalDataset, batches: Sequence[Samples], *, split: str) -> None:
+    def check_model(self, model: BaseModel, dataset: EvalDataset, batches: Sequence[Samples], *, split: str) -> None:
         """Raise InputError, before the first step, if the model has no room for this split's texts. Subclasses override
         it.
 
@@ -112,10 +113,11 @@ class BaseTask:
         check_splits(wanted, existing)
         return built
 
-    def build_model(self, cfg: Config) -> nn.Module:
+    def build_model(self, cfg: Config) -> BaseModel:
         """Return the model of `cfg.model`, with its weights."""
         device = dist.resolve_device(cfg.run.device)
-        return registry.get_model_class(cfg.model["arch"]).from_config(cfg.model, device=device)
+        model: BaseModel = registry.get_model_class(cfg.model["arch"]).from_config(cfg.model, device=device)
+        return model
 
     def train_step(self, model: nn.Module, samples: Samples) -> dict[str, Any]:
         """Return the model's output for a batch: `loss`, which is differentiated, and its parts `loss_*`."""

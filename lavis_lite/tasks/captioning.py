@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, ClassVar, get_args
 
 import torch
-from torch import nn
 
 from lavis_lite.common.errors import InputError, MissingFileError
 from lavis_lite.common.records import ID, TEXT, RecordCheck
@@ -85,12 +84,11 @@ class CaptionTask(BaseTask):
                 f"images of the {split} split, e.g. image id {unknown[0]!r}: name the file of this split"
             )
 
-    def check_model(self, model: nn.Module, dataset: EvalDataset, batches: Sequence[Samples], *, split: str) -> None:
+    def check_model(self, model: BaseModel, dataset: EvalDataset, batches: Sequence[Samples], *, split: str) -> None:
         """Raise InputError for lengths that the model has no room for."""
-        if isinstance(model, BaseModel):
-            for samples in map(self.inside_prompt, batches):
-                with naming_setting(f"run.max_len={self.max_len}", samples, model):
-                    model.check_generate(samples, **self.generation_settings())
+        for samples in map(self.inside_prompt, batches):
+            with naming_setting(f"run.max_len={self.max_len}", samples, model):
+                model.check_generate(samples, **self.generation_settings())
 
     def inside_prompt(self, samples: Samples) -> Samples:
         """Return the batch with `prompt`, unless it has its own, which is a complete instruction."""

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
-from torch import nn
-
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.records import Record
 from lavis_lite.common.registry import registry
@@ -70,14 +68,13 @@ class InstructTask(BaseTask):
                 "accuracy"
             )
 
-    def check_model(self, model: nn.Module, dataset: EvalDataset, batches: Sequence[Samples], *, split: str) -> None:
+    def check_model(self, model: BaseModel, dataset: EvalDataset, batches: Sequence[Samples], *, split: str) -> None:
         """Raise InputError for lengths that the model has no room for."""
-        if isinstance(model, BaseModel):
-            for batch in batches:
-                if "candidates" not in batch:
-                    samples = {**batch, "prompt": "{}"}
-                    with naming_setting(f"run.max_len={self.max_len}", samples, model):
-                        model.check_generate(samples, **self.generation_settings())
+        for batch in batches:
+            if "candidates" not in batch:
+                samples = {**batch, "prompt": "{}"}
+                with naming_setting(f"run.max_len={self.max_len}", samples, model):
+                    model.check_generate(samples, **self.generation_settings())
 
     def valid_step(self, model: FollowsInstructions, samples: Samples) -> list[Result]:
         """Return `question_id` and `prediction` of each sample, and the `losses` of its candidates if it has any."""

@@ -76,10 +76,8 @@ class VQATask(BaseTask):
         """Raise InputError for ranking without an answer list."""
         self.batch_context(dataset)
 
-    def check_model(self, model: nn.Module, dataset: EvalDataset, batches: Sequence[Samples], *, split: str) -> None:
+    def check_model(self, model: BaseModel, dataset: EvalDataset, batches: Sequence[Samples], *, split: str) -> None:
         """Raise InputError for lengths and answers that the model has no room for."""
-        if not isinstance(model, BaseModel):
-            return
         ranks = self.inference_method == "rank"
         setting = "run.inference_method=rank" if ranks else f"run.max_len={self.max_len}"
         for batch in batches:
