@@ -69,6 +69,7 @@ def jobs(throughput: ModuleType, *argv: str) -> Iterator[Any]:
     return throughput.all_jobs(throughput.parse(["--device", "cpu", "--tiny", "--tokens", "6", *argv]))
 
 
+@pytest.mark.slow
 def test_every_row_is_measured_and_reported(throughput: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     file = tmp_path / "rows.json"
     command = ["--device", "cpu", "--tiny", "--repeats", "1", "--tokens", "4", "--peak-tflops", "1", "--dtype", "bf16"]

@@ -164,6 +164,7 @@ def assert_same_step(folder: Path, name: str, expected: dict[str, torch.Tensor])
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_two_ranks_do_what_one_does_with_the_joined_batch(folder: Path, name: str) -> None:
     model = stage1(name)

@@ -162,6 +162,7 @@ def test_added_parts_are_checked_by_their_signatures(examples: Path):
             Config.from_file("signs.yaml", [option])
 
 
+@pytest.mark.slow
 def test_added_parts_are_found_inside_the_package(examples: Path):
     package = examples / "lavis_lite"
     shutil.copytree(ROOT / "lavis_lite", package, ignore=shutil.ignore_patterns("__pycache__"))

@@ -233,6 +233,7 @@ def test_vizwiz_writes_its_servers_file(tmp_path: Path) -> None:
 # A real model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["blip2_t5_instruct", "blip2_vicuna_instruct", "blip2_opt"])
 def test_a_tiny_model_ranks_and_writes(arch: str, tmp_path: Path, shapes_data: Path) -> None:
     torch.manual_seed(0)

@@ -653,6 +653,7 @@ def test_the_mean_is_of_what_was_scored(tmp_path: Path) -> None:
     assert runner.train()["best"] == {"metric": 0.9, "epoch": 0}
 
 
+@pytest.mark.slow
 def test_evaluation_takes_valid_and_test_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As LAVIS does with `evaluate: True`; a split of both lists once."""
     path = cli_helpers.project(tmp_path, "caption", {"run": {"valid_splits": ["val"], "test_splits": ["test", "val"]}})

@@ -40,6 +40,7 @@ def texts(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("llm", "arch", "key"), [("tiny_opt", "blip2_opt", "opt_model"), ("tiny_t5", "blip2_t5", "t5_model")]
 )

@@ -64,6 +64,7 @@ def signal_in(monkeypatch: pytest.MonkeyPatch, method: str, *, call: int, signum
     monkeypatch.setattr(CaptionTask, method, wrapped)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("signum", "code"), SIGNALS.items(), ids=lambda value: str(value))
 def test_a_signal_finishes_the_update_saves_and_says_how_to_resume(
     signum: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -87,6 +88,7 @@ def test_a_signal_finishes_the_update_saves_and_says_how_to_resume(
         cli_helpers.assert_same_state(last(whole)[key], last(path)[key], where=key)
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_last_step_of_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Validation is still to come: the resumed run makes up for it."""
     whole, path = pair(tmp_path)
