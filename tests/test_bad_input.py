@@ -254,7 +254,7 @@ def test_disk_full_while_saving(
         tmp_path, "caption", {"run": {"checkpoint_every": 2, "valid_splits": [], "test_splits": []}}
     )
     written = {"files": 0, "bytes": 0}
-    write = checkpoint._Recorder.write
+    write = checkpoint._ErrorRecorder.write
 
     def limited(self: Any, data: Any) -> int:
         if ".pth." in self.file.name and self.file.name.endswith(".tmp") and written["files"] >= 1:
@@ -271,7 +271,7 @@ def test_disk_full_while_saving(
 
     save = checkpoint.save
     with monkeypatch.context() as full:
-        full.setattr(checkpoint._Recorder, "write", limited)
+        full.setattr(checkpoint._ErrorRecorder, "write", limited)
         full.setattr(checkpoint, "save", counted)
         code = cli_helpers.train(path)
     last = tmp_path / "output" / "job" / "checkpoint_last.pth"

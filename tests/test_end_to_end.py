@@ -208,7 +208,7 @@ def test_momentum_twins_of_checkpointed_models_are_their_own(name: str) -> None:
     with torch.no_grad():
         before = model.visual_encoder_m(IMAGES)
         assert torch.equal(before, model.visual_encoder(IMAGES))
-        for parameter in model.visual_encoder.blocks.parameters():
+        for parameter in (p for block in model.visual_encoder.blocks for p in block.parameters()):
             parameter.add_(torch.randn_like(parameter))
         assert torch.equal(model.visual_encoder_m(IMAGES), before)
         assert not torch.equal(model.visual_encoder(IMAGES), before)

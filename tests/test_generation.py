@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.registry import registry
+from lavis_lite.nn.attention import KeyValueCache
 from lavis_lite.nn.decoding import Decoded, DecodingConfig, GenerationConfig, decode
 
 END, PAD, START, WORDS = 0, 4, 3, (1, 2, 3)
@@ -34,9 +35,11 @@ class RandomText:
 
     def __call__(self, new_ids: Tensor, cache: Any, length: int) -> tuple[Tensor, Any]:
         """A decoding step whose cache holds the texts in place of keys and values."""
-        texts = new_ids[:, None, :, None] if cache is None else torch.cat([cache[0][0], new_ids[:, None, :, None]], 2)
+        texts = new_ids[:, None, :, None]
+        if cache is not None:
+            texts = torch.cat([cache.layers[0][0], texts], 2)
         logits = torch.stack([self.logits(tuple(row)) for row in texts[:, 0, :, 0].tolist()])
-        return logits, [(texts, texts)]
+        return logits, KeyValueCache(((texts, texts),))
 
 
 def log_probs(step: RandomText, text: tuple[int, ...], config: DecodingConfig) -> float:

@@ -30,6 +30,7 @@ from transformers import (
 
 from lavis_lite.datasets.shapes.language import vocabulary
 from lavis_lite.datasets.shapes.questions import question_words
+from lavis_lite.nn.attention import KeyValueCache
 from lavis_lite.nn.decoding import DecodingConfig, GenerationConfig, decode
 from lavis_lite.nn.llm import LLMAdapter
 from lavis_lite.nn.llm_loading import load_language_model
@@ -236,7 +237,7 @@ def test_texts_of_padding_alone_do_not_fail() -> None:
 
     def step(new_ids: Tensor, cache: Any, length: int) -> tuple[Tensor, Any]:
         state = torch.zeros(len(new_ids), 1, 1, 1)
-        return logits.expand(len(new_ids), -1), [(state, state)]
+        return logits.expand(len(new_ids), -1), KeyValueCache(((state, state),))
 
     config = DecodingConfig(eos_id=1, pad_id=0, max_length=4, num_beams=2)
     assert decode(step, torch.zeros(1, 1, dtype=torch.long), config).ids.tolist() == [[0]]

@@ -393,7 +393,8 @@ def test_a_checkpoint_with_foreign_parts_warns(tmp_path: Path, caplog: pytest.Lo
     build("blip_caption", pretrained=str(tmp_path / "vqa.pth"))
     assert "make sure" not in caplog.text
     build("blip_caption", checkpoint=str(tmp_path / "vqa.pth"))
-    assert "also has text_encoder, which BlipCaption has not" in caplog.text
+    assert "text_encoder" in caplog.text
+    assert "make sure" in caplog.text
 
 
 class Gallery:

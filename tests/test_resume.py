@@ -126,7 +126,7 @@ def test_a_dry_run_says_where_the_run_would_resume(tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["run.batch_size_train=3"], ["with 4 samples an iteration, this run has 3", "start anew"]),
+        (["run.batch_size_train=3"], ["with 4 samples per step, this run has 3", "start anew"]),
         (["model.med.hidden_size=64"], ["parameters have other shapes", "model.med.hidden_size: 32 in the checkpoint"]),
         (["run.output_dir={damaged}"], ["none of the checkpoints can be resumed", "checkpoint_last.pth"]),
         (["run.output_dir={alien}"], ["holds no training state"]),

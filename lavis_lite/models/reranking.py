@@ -84,8 +84,8 @@ def similarity_matrices(model: RerankInterface, loader: GalleryLoader, k_test: i
     Pairs that are not among the `k_test` most similar have -100. With `k_test` 0 nothing is re-ranked: the scores are
     the similarities of all pairs.
     """
-    warn_of_cut_texts(model, loader.dataset.text)
     check_number("k_test", k_test, 0, MAX_CANDIDATES)
+    warn_of_cut_texts(model, loader.dataset.text)
     num_images, num_texts = len(loader.dataset), len(loader.dataset.text)
     texts = [
         model.tokenize(chunk, max_length=model.max_txt_len) for chunk in chunks(loader.dataset.text, TEXTS_PER_STEP)

@@ -90,10 +90,10 @@ def meteor(references: Mapping[str, Sequence[str]], captions: Mapping[str, Seque
                 _send(process.stdin, ["SCORE", *texts])
                 statistics.append(process.stdout.readline().strip())
                 if not statistics[-1]:
-                    raise ValueError("no statistics")
+                    raise EOFError("METEOR ended without statistics")
             _send(process.stdin, ["EVAL", *statistics])
             return [float(process.stdout.readline()) for _ in range(len(statistics) + 1)][-1]
-        except (OSError, ValueError) as error:
+        except (EOFError, OSError, ValueError) as error:
             process.kill()
             process.wait()
             stderr.seek(0)
