@@ -5,12 +5,7 @@ Note: importing this module binds `lavis_lite.registry` to it, so its attributes
 
 from typing import Any
 
-from lavis_lite.common.registry import (
-    Registry,
-    RegistryError,
-    did_you_mean,
-    registry,
-)
+from lavis_lite.common.registry import Registry, RegistryError, did_you_mean, registry
 
 __all__ = ["Registry", "RegistryError", "did_you_mean", "registry"]
 

@@ -30,12 +30,7 @@ from lavis_lite.models.blip2.families import ANY as ANY_FAMILY
 from lavis_lite.models.blip2.families import OPT
 from lavis_lite.models.blip2.llm_checks import llm_dtype
 from lavis_lite.models.blip2.llm_tokenizer import LLMTokenizer
-from lavis_lite.models.blip2.prompts import (
-    class_prompts,
-    generation_prompts,
-    question_prompts,
-    split_caption,
-)
+from lavis_lite.models.blip2.prompts import class_prompts, generation_prompts, question_prompts, split_caption
 from lavis_lite.nn.decoding import Decoded
 
 TINY = REFERENCE / "tiny_hf"

@@ -11,12 +11,7 @@ import pytest
 import yaml
 
 from lavis_lite.common.config.config import Config, ConfigError, RunConfig
-from lavis_lite.common.config.files import (
-    load_with_bases,
-    merge,
-    merge_layers,
-    parse_options,
-)
+from lavis_lite.common.config.files import load_with_bases, merge, merge_layers, parse_options
 from lavis_lite.common.config.schema import Checker, describe, schema_of
 
 PROJECTS = Path(__file__).parents[1] / "projects"

@@ -16,12 +16,7 @@ from torch import Tensor
 
 from lavis_lite.common.config.zoo import model_config_path
 from lavis_lite.common.sources.weights import LazyState
-from lavis_lite.convert import (
-    blip2_from_hf,
-    blip2_to_hf,
-    blip_from_hf,
-    blip_to_hf,
-)
+from lavis_lite.convert import blip2_from_hf, blip2_to_hf, blip_from_hf, blip_to_hf
 from lavis_lite.convert.folders import hf_config, hf_model
 from lavis_lite.models.blip2.hf import fit_vocabularies
 

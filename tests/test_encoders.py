@@ -16,11 +16,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from lavis_lite.common.sources.weights import open_state
-from lavis_lite.nn.encoders import (
-    ENCODERS,
-    PUBLISHED,
-    build_encoder,
-)
+from lavis_lite.nn.encoders import ENCODERS, PUBLISHED, build_encoder
 from lavis_lite.nn.vision import BlipViT
 
 REFERENCE = Path(os.environ.get("LAVIS_LITE_REFERENCE_DIR", Path(__file__).parent / "reference"))

@@ -19,14 +19,7 @@ from PIL import Image
 from lavis_lite.common.wording import joined_words, lettered
 from lavis_lite.datasets import instruct, load_dataset
 from lavis_lite.datasets.instruct import InstructBuilder, InstructDataset
-from lavis_lite.datasets.templates import (
-    PLACEHOLDER,
-    PROMPTS,
-    Templates,
-    fill,
-    load_templates,
-    with_prompt,
-)
+from lavis_lite.datasets.templates import PLACEHOLDER, PROMPTS, Templates, fill, load_templates, with_prompt
 from lavis_lite.processors import load_processor
 
 REFERENCE = Path(os.environ.get("LAVIS_LITE_REFERENCE_DIR", Path(__file__).parent / "reference"))

@@ -12,12 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lavis_lite.common.registry import registry
-from lavis_lite.nn.learning import (
-    METRICS,
-    matching_accuracy,
-    mean_cosine,
-    top1_accuracy,
-)
+from lavis_lite.nn.learning import METRICS, matching_accuracy, mean_cosine, top1_accuracy
 from lavis_lite.runners.learning import LearningWatch, learning_metrics
 
 TEXTS = ["a red circle", "a blue star", "yes", "a green square"]

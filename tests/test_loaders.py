@@ -14,13 +14,7 @@ from torch.utils.data import Dataset
 
 from lavis_lite.common.errors import UnreadableSample
 from lavis_lite.datasets.base import BaseDataset
-from lavis_lite.runners.loaders import (
-    EvalLoader,
-    TrainLoader,
-    eval_sets,
-    to_device,
-    train_sets,
-)
+from lavis_lite.runners.loaders import EvalLoader, TrainLoader, eval_sets, to_device, train_sets
 from lavis_lite.runners.sampling import TrainSampler
 
 

@@ -17,11 +17,7 @@ from lavis_lite.nn.losses import (
     soft_cross_entropy,
 )
 from lavis_lite.nn.momentum import enqueue, update_momentum
-from lavis_lite.nn.vision import (
-    BlipViT,
-    interpolate_pos_embed,
-    vit_config,
-)
+from lavis_lite.nn.vision import BlipViT, interpolate_pos_embed, vit_config
 
 SIZES = {"vocab_size": 11, "hidden_size": 8, "num_layers": 2, "num_heads": 2, "intermediate_size": 16}
 

@@ -11,12 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from lavis_lite.common.optim import (
-    build_optimizer,
-    build_schedule,
-    parameter_groups,
-    set_lr,
-)
+from lavis_lite.common.optim import build_optimizer, build_schedule, parameter_groups, set_lr
 from lavis_lite.common.registry import registry
 
 TABLES = Path(os.environ.get("LAVIS_LITE_REFERENCE_DIR", Path(__file__).parent / "reference")) / "tables"

@@ -6,12 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lavis_lite.common.registry import (
-    Registry,
-    RegistryError,
-    did_you_mean,
-    registry,
-)
+from lavis_lite.common.registry import Registry, RegistryError, did_you_mean, registry
 
 KINDS = ("model", "processor", "builder", "task", "runner", "lr_scheduler")
 

@@ -20,15 +20,7 @@ from lavis_lite.datasets.shapes.build import ensure_built
 from lavis_lite.datasets.shapes.builders import ShapesBuilder
 from lavis_lite.datasets.shapes.language import plural
 from lavis_lite.datasets.shapes.render import RGB, render
-from lavis_lite.datasets.shapes.scene import (
-    COLORS,
-    SHAPES,
-    SPLITS,
-    Scene,
-    SceneMaker,
-    SceneObject,
-    ShapesConfig,
-)
+from lavis_lite.datasets.shapes.scene import COLORS, SHAPES, SPLITS, Scene, SceneMaker, SceneObject, ShapesConfig
 from lavis_lite.datasets.shapes.tokenizer import FOLDER, train_tokenizer
 from lavis_lite.datasets.shapes.truth import is_true, parse_caption, true_rate
 

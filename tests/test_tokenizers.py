@@ -11,13 +11,7 @@ import torch
 from transformers import AutoTokenizer, BertTokenizer
 
 from lavis_lite.common.sources import download
-from lavis_lite.models.tokenizers import (
-    PACKAGED,
-    blip2_tokenizer,
-    blip_tokenizer,
-    load_tokenizer,
-    tokenize,
-)
+from lavis_lite.models.tokenizers import PACKAGED, blip2_tokenizer, blip_tokenizer, load_tokenizer, tokenize
 from lavis_lite.nn.llm_sources import PACKAGED as LLMS
 from lavis_lite.nn.llm_sources import load_llm_tokenizer, locate
 

@@ -13,12 +13,7 @@ from lavis_lite.common.config.files import resolve
 from lavis_lite.common.config.schema import Checker
 from lavis_lite.common.config.sections import model_arguments
 from lavis_lite.common.config.zoo import Zoo, dataset_zoo, model_config_path, model_layers
-from lavis_lite.models import (
-    load_model,
-    load_model_and_preprocess,
-    load_preprocess,
-    model_zoo,
-)
+from lavis_lite.models import load_model, load_model_and_preprocess, load_preprocess, model_zoo
 
 REFERENCE = Path(os.environ.get("LAVIS_LITE_REFERENCE_DIR", Path(__file__).parent / "reference"))
 MANIFESTS = sorted(REFERENCE.glob("manifests/blip*.json.gz"))

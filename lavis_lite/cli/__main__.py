@@ -23,7 +23,7 @@ def main() -> None:
         sys.exit(2)
     module, function, _ = COMMANDS[name]
     sys.argv = [f"{sys.argv[0]} {name}", *sys.argv[2:]]
-    getattr(import_module(module), function)()
+    vars(import_module(module))[function]()
 
 
 def _version() -> str:

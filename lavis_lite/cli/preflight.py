@@ -107,7 +107,8 @@ def check_task(cfg: Config, task: BaseTask) -> None:
 
 
 def _missing_methods(task_class: type[BaseTask], model_class: type) -> list[str]:
-    return [name for name in task_class.model_methods if not callable(getattr(model_class, name, None))]
+    methods = {name for parent in model_class.__mro__ for name, value in vars(parent).items() if callable(value)}
+    return [name for name in task_class.model_methods if name not in methods]
 
 
 def check_device(cfg: Config) -> None:

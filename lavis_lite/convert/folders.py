@@ -22,7 +22,7 @@ from lavis_lite.common import checkpoint, integrity
 from lavis_lite.common.errors import ExistingFileError, InputError
 from lavis_lite.common.sources.folders import EXTRA_FILE, SETTINGS_FILE
 from lavis_lite.models.base import BaseModel
-from lavis_lite.models.hf import HFAdapter
+from lavis_lite.models.hf import HFAdapter, transformers_class
 from lavis_lite.nn import lora
 
 logger = logging.getLogger(__name__)
@@ -155,12 +155,10 @@ def hf_model(model: BaseModel, config: Any, own: Mapping[str, Tensor], *, arch: 
     """Return transformers' model of this configuration with our tensors, shared and not copied. ValueError if it has
     other sizes.
     """
-    import transformers
-
     hf = adapter_of(model, arch=arch)
     name = hf.hf_class(arch, model)
     with torch.device("meta"):
-        theirs = getattr(transformers, name)(config)
+        theirs = transformers_class(name)(config)
     given = dict(hf.to_hf(own, model, config))
     wanted = {key: tensor.shape for key, tensor in theirs.state_dict().items()}
     wrong = [key for key, shape in wanted.items() if key not in given or given[key].shape != shape]

@@ -11,12 +11,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from lavis_lite.common.errors import InputError
-from lavis_lite.common.records import (
-    ANY_TEXT,
-    ID,
-    NAME,
-    Record,
-)
+from lavis_lite.common.records import ANY_TEXT, ID, NAME, Record
 from lavis_lite.common.registry import did_you_mean, registry
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset
 

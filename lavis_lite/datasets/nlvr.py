@@ -13,13 +13,7 @@ from typing import Any
 import torch
 
 from lavis_lite.common.errors import InputError
-from lavis_lite.common.records import (
-    ID,
-    PATHS,
-    TEXT,
-    Record,
-    shown,
-)
+from lavis_lite.common.records import ID, PATHS, TEXT, Record, shown
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset
 

@@ -163,9 +163,14 @@ class HFAdapter(ABC, Generic[M]):
 
 def config_class(hf_class: str) -> Any:
     """Return the configuration class of one of transformers' models."""
+    return transformers_class(hf_class).config_class
+
+
+def transformers_class(name: str) -> Any:
+    """Return a class of transformers by name, imported on first use."""
     import transformers
 
-    return getattr(transformers, hf_class).config_class
+    return getattr(transformers, name)
 
 
 def read_sizes(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
@@ -175,7 +180,7 @@ def read_sizes(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str,
 
 def write_sizes(config: Any, names: Mapping[str, str]) -> dict[str, Any]:
     """Return the sizes of one of our configurations under transformers' names."""
-    return {theirs: getattr(config, ours) for theirs, ours in names.items()}
+    return {theirs: vars(config)[ours] for theirs, ours in names.items()}
 
 
 def image_processor(encoder: ImageEncoder) -> Any:

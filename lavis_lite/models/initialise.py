@@ -150,8 +150,7 @@ def _checked_config(folder: Path, model: TextModel, *, source: str) -> dict[str,
     ]
     for theirs in SAME_SIZES:
         ours = BERT_TO_MED[theirs]
-        if config[theirs] != getattr(model.sizes, ours):
-            size = getattr(model.sizes, ours)
+        if config[theirs] != (size := vars(model.sizes)[ours]):
             wrong.append(f"{theirs} is {config[theirs]}, model.{model.section}.{ours} is {size}")
     if config["vocab_size"] not in range(model.num_tokens, model.num_tokens + PADDED_ROWS + 1):
         wrong.append(f"vocab_size is {config['vocab_size']}, the tokenizer has {model.num_tokens} tokens")

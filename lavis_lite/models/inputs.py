@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,7 +68,7 @@ def described(image: Any) -> str:
     """Return the type of a wrong image, and for a list also the shapes or types of its first entries."""
     if not isinstance(image, list | tuple):
         return type(image).__name__
-    shapes = [tuple(getattr(one, "shape", ())) or type(one).__name__ for one in image[:4]]
+    shapes = [tuple(one.shape) if isinstance(one, Tensor | np.ndarray) else type(one).__name__ for one in image[:4]]
     return f"{type(image).__name__} of shapes {shapes}"
 
 

@@ -19,13 +19,7 @@ from torch import Tensor
 
 from lavis_lite.common import dist
 from lavis_lite.common.bounds import check_number
-from lavis_lite.models.batches import (
-    TextReader,
-    in_compute_type,
-    stack_texts,
-    trimmed,
-    warn_of_cut_texts,
-)
+from lavis_lite.models.batches import TextReader, in_compute_type, stack_texts, trimmed, warn_of_cut_texts
 from lavis_lite.models.inputs import image_of
 from lavis_lite.nn.attention import CrossAttentionKV
 

@@ -108,11 +108,15 @@ def complete_special_tokens(tokenizer: PreTrainedTokenizerBase, source: str | Pa
     Raises:
         ValueError: the files lack one, or a text does not begin with [CLS] and end with [SEP].
     """
-    named = {role: getattr(tokenizer, role) for role in SPECIAL_TOKENS}
+    named = {role: tokenizer.special_tokens_map.get(role) for role in SPECIAL_TOKENS}
     for role, usual in SPECIAL_TOKENS.items():
         if named[role] is None and usual in known:
             tokenizer.add_special_tokens({role: usual})
-    missing = [named[role] or usual for role, usual in SPECIAL_TOKENS.items() if getattr(tokenizer, role) not in known]
+    missing = [
+        named[role] or usual
+        for role, usual in SPECIAL_TOKENS.items()
+        if tokenizer.special_tokens_map.get(role) not in known
+    ]
     if missing:
         raise InputError(
             f"the tokenizer of {source} has no {', '.join(missing)}: add them to its vocab.txt or tokenizer.json, or "

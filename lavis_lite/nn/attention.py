@@ -12,13 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lavis_lite.common.bounds import (
-    MAX_LAYERS,
-    MAX_TOKENS,
-    MAX_WIDTH,
-    check_divides,
-    check_numbers,
-)
+from lavis_lite.common.bounds import MAX_LAYERS, MAX_TOKENS, MAX_WIDTH, check_divides, check_numbers
 from lavis_lite.common.errors import InputError
 
 KeyValue = tuple[Tensor, Tensor]

@@ -68,8 +68,8 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         for name, (least, most) in BOUNDS.items():
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), least, most)
+            if (value := vars(self)[name]) is not None:
+                check_number(name, value, least, most)
         if not self.use_nucleus_sampling and self.num_captions > self.num_beams:
             raise InputError(
                 f"num_captions: {self.num_captions} texts per image need as many beams, got num_beams "

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from lavis_lite.common.errors import InputError
-from lavis_lite.nn.decoding import Decoded, DecodingConfig, GenerationConfig, decode
+from lavis_lite.nn.decoding import Decoded, DecodingConfig, GenerationConfig, check_prompt, decode
 from lavis_lite.nn.llm_cache import LLMCache
 from lavis_lite.nn.llm_sources import forward_parameters
 from lavis_lite.nn.lora import embedding_weight
@@ -109,8 +109,7 @@ class LLMAdapter:
 
         Raises InputError if inputs and text do not fit the model's context.
         """
-        config = config.resolved(1)
-        self.check_length(embeds_BSE.shape[1], config.max_length - 1)  # the last token is not read
+        config = self.check_room(embeds_BSE.shape[1], config)
         prefix = self.prefix(embeds_BSE, mask_BS)
 
         def step(new_ids: Tensor, cache: LLMCache | None, length: int) -> tuple[Tensor, LLMCache]:
@@ -210,6 +209,15 @@ class LLMAdapter:
         """Return a context without autocast for a frozen model."""
         is_trained = all(parameter.requires_grad for parameter in self.model.parameters())
         return contextlib.nullcontext() if is_trained else torch.autocast(device.type, enabled=False)
+
+    def check_room(self, num_inputs: int, config: DecodingConfig) -> DecodingConfig:
+        """Return the settings with all lengths; raise InputError if they leave no token to write, or inputs and text do
+        not fit the context.
+        """
+        config = config.resolved(1)
+        check_prompt(1, config)
+        self.check_length(num_inputs, config.max_length - 1)  # the last token is not read
+        return config
 
     def check_length(self, num_inputs: int, num_written: int = 0) -> None:
         """Raise InputError for more tokens than positions; an encoder-decoder's text has positions of its own."""

@@ -25,14 +25,7 @@ from transformers.utils import logging as hf_logging
 from lavis_lite.common.config.adapters import lora_config
 from lavis_lite.common.errors import InputError, MissingFileError, MissingPackageError
 from lavis_lite.common.sources.hub import from_hub
-from lavis_lite.nn.llm_sources import (
-    has_weights,
-    is_composite,
-    load_llm_tokenizer,
-    locate,
-    naming,
-    read_config,
-)
+from lavis_lite.nn.llm_sources import has_weights, is_composite, load_llm_tokenizer, locate, naming, read_config
 from lavis_lite.nn.lora import add_lora, embedding_weight
 
 INSIDE_COMPOSITE = {r"^language_model\.": ""}

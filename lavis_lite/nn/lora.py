@@ -17,12 +17,9 @@ from transformers.pytorch_utils import Conv1D
 
 from lavis_lite.common import checkpoint
 from lavis_lite.common.config.adapters import lora_config
-from lavis_lite.common.errors import (
-    AdapterError,
-    InputError,
-    MissingFileError,
-)
+from lavis_lite.common.errors import AdapterError, InputError, MissingFileError
 from lavis_lite.common.sources import download, weights
+from lavis_lite.common.sources.weights import LazyState, Reader
 
 logger = logging.getLogger(__name__)
 
@@ -83,14 +80,18 @@ def _check_found(wanted: Any, found: list[str], *, key: str, known: list[str]) -
             raise AdapterError(f"model.llm_lora.{key}: the language model has no {name}; it has {', '.join(known)}")
 
 
-def targets(own: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """Return, by the name that a tensor has in a model without adapters, its names in `own`, a model with them."""
-    found: dict[str, list[str]] = {}
+def into_wrapped(state: LazyState, own: Mapping[str, Tensor]) -> LazyState:
+    """Return the state of a model without adapters under the names of its tensors in `own`, a model with them."""
+    wrapped: dict[str, list[str]] = {}
     for name in own:
         plain = WRAPPED.sub("", name)
         if plain != name:
-            found.setdefault(plain, []).append(name)
-    return found
+            wrapped.setdefault(plain, []).append(name)
+    readers: dict[str, Reader] = {}
+    for name, read in state.readers.items():
+        names = [name] if name in own else wrapped.get(name, [name])
+        readers |= {inner: read for inner in names if inner == name or inner not in state}
+    return LazyState(readers)
 
 
 def _wrapped(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -140,9 +141,10 @@ def _merged(layer: Any) -> nn.Module:
 
 def _without(layer: Any) -> nn.Module:
     """Return the layer as it was before peft wrapped it."""
-    if hasattr(layer, "original_module"):
-        return layer.original_module
-    return layer.token_adapter.get_base_layer() if hasattr(layer, "token_adapter") else layer.get_base_layer()
+    children = dict(layer.named_children())
+    if "original_module" in children:
+        return children["original_module"]
+    return children.get("token_adapter", layer).get_base_layer()
 
 
 def unties(model: nn.Module, plain: Mapping[str, Tensor]) -> bool:

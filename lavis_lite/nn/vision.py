@@ -18,14 +18,7 @@ from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from lavis_lite.common.bounds import (
-    MAX_IMAGE_SIZE,
-    MAX_LAYERS,
-    MAX_WIDTH,
-    Bounds,
-    check_divides,
-    check_numbers,
-)
+from lavis_lite.common.bounds import MAX_IMAGE_SIZE, MAX_LAYERS, MAX_WIDTH, Bounds, check_divides, check_numbers
 from lavis_lite.common.errors import InputError
 from lavis_lite.nn.activation_checkpointing import checkpoint_blocks
 

@@ -17,13 +17,7 @@ from timm.layers import DropPath, QuickGELU
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
-from lavis_lite.nn.vision import (
-    ImageEncoder,
-    TimmBased,
-    ViTConfig,
-    interpolate_pos_embed,
-    timm_arguments,
-)
+from lavis_lite.nn.vision import ImageEncoder, TimmBased, ViTConfig, interpolate_pos_embed, timm_arguments
 
 EVA_SIZES: dict[str, ViTConfig] = {
     "eva_tiny": ViTConfig(image_size=48, patch_size=12, width=64, depth=2, num_heads=4),

@@ -29,9 +29,8 @@ class TimmEncoder(TimmBased):
     """A model of timm without its heads; tokens (B,S,E) are all of its last layer."""
 
     def __init__(self, model: Any, *, image_size: int) -> None:
-        for part in HEADS:
-            if isinstance(getattr(model, part, None), nn.Module):
-                setattr(model, part, nn.Identity())
+        for part in dict(model.named_children()).keys() & set(HEADS):
+            model.add_module(part, nn.Identity())
         matcher = getattr(model, "group_matcher", None)
         numbers: dict[str, int] = group_parameters(model, matcher(), reverse=True) if matcher else {}
         blocks = [number for name, number in numbers.items() if name.startswith(self.block_names)]

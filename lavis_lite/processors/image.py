@@ -16,12 +16,7 @@ from torchvision.transforms import InterpolationMode
 
 from lavis_lite.common.bounds import MAX_IMAGE_SIZE, check_number
 from lavis_lite.common.errors import InputError
-from lavis_lite.common.pixels import (
-    MAX_PIXELS,
-    check_background,
-    check_max_pixels,
-    to_rgb,
-)
+from lavis_lite.common.pixels import MAX_PIXELS, check_background, check_max_pixels, to_rgb
 from lavis_lite.common.registry import registry
 from lavis_lite.processors.base import BaseProcessor
 from lavis_lite.processors.randaugment import RandomAugment

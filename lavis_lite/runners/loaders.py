@@ -18,12 +18,7 @@ from lavis_lite.common.errors import InputError, UnreadableSample
 from lavis_lite.common.rng import preserve_rng_state, seed_sample
 from lavis_lite.datasets.base import BaseDataset
 from lavis_lite.datasets.protocols import EvalDataset, SampleDataset
-from lavis_lite.runners.mixing import (
-    check_mixable,
-    join_batches,
-    missing_keys,
-    with_own_image_id,
-)
+from lavis_lite.runners.mixing import check_mixable, join_batches, missing_keys, with_own_image_id
 from lavis_lite.runners.sampling import Key, make_sampler
 from lavis_lite.runners.stopping import ignore_stop_signals, signals_blocked
 from lavis_lite.tasks.base import check_splits
@@ -233,8 +228,8 @@ def to_device(batch: Any, device: torch.device | str) -> Any:
         return batch.to(device, non_blocking=True)
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, tuple) and type(batch) is not tuple:
+        return type(batch)(*(to_device(value, device) for value in batch))  # a named tuple
     if isinstance(batch, (list, tuple)):
         return type(batch)(to_device(value, device) for value in batch)
     return batch

@@ -23,12 +23,7 @@ from lavis_lite.common.locks import Lock
 from lavis_lite.datasets.shapes.language import MEANINGLESS_TEXTS, captions, full_captions
 from lavis_lite.datasets.shapes.questions import Question, QuestionGenerator, statement
 from lavis_lite.datasets.shapes.render import save_jpeg
-from lavis_lite.datasets.shapes.scene import (
-    SPLITS,
-    Scene,
-    SceneMaker,
-    ShapesConfig,
-)
+from lavis_lite.datasets.shapes.scene import SPLITS, Scene, SceneMaker, ShapesConfig
 from lavis_lite.datasets.shapes.truth import is_true
 
 logger = logging.getLogger(__name__)
@@ -97,7 +92,7 @@ def check_complete(config: ShapesConfig, folder: Path) -> None:
     for split in SPLITS:
         images = folder / "images" / split
         there = set(os.listdir(images)) if images.is_dir() else set()
-        names = (Path(image_name(split, index)).name for index in range(getattr(config, f"num_{split}")))
+        names = (Path(image_name(split, index)).name for index in range(vars(config)[f"num_{split}"]))
         missing += [images / name for name in names if name not in there]
     if missing:
         raise MissingFileError(
@@ -150,7 +145,7 @@ class _Split:
     def __init__(self, config: ShapesConfig, maker: SceneMaker, split: str) -> None:
         self.config = config
         self.split = split
-        self.scenes = [maker.make(split, self.rng("scene", i)) for i in range(getattr(config, f"num_{split}"))]
+        self.scenes = [maker.make(split, self.rng("scene", i)) for i in range(vars(config)[f"num_{split}"])]
 
     def rng(self, purpose: str, index: int) -> random.Random:
         return random.Random(f"{self.config.seed}/{purpose}/{self.split}/{index}")

@@ -15,29 +15,9 @@ from functools import cached_property
 from itertools import product
 from typing import Any
 
-from lavis_lite.datasets.shapes.language import (
-    NUMBERS,
-    RELATION_WORDS,
-    phrase,
-    plural,
-    with_articles,
-)
-from lavis_lite.datasets.shapes.questions import (
-    AXES,
-    YES_NO,
-    Question,
-    QuestionGenerator,
-    refer,
-)
-from lavis_lite.datasets.shapes.scene import (
-    COLORS,
-    RELATIONS,
-    SHAPES,
-    SIZES,
-    Scene,
-    SceneObject,
-    ShapesConfig,
-)
+from lavis_lite.datasets.shapes.language import NUMBERS, RELATION_WORDS, phrase, plural, with_articles
+from lavis_lite.datasets.shapes.questions import AXES, YES_NO, Question, QuestionGenerator, refer
+from lavis_lite.datasets.shapes.scene import COLORS, RELATIONS, SHAPES, SIZES, Scene, SceneObject, ShapesConfig
 
 TRUE_FALSE = ("true", "false")
 TRIES = 8

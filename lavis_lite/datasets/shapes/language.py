@@ -10,13 +10,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Sequence
 
-from lavis_lite.datasets.shapes.scene import (
-    COLORS,
-    SHAPES,
-    SIZES,
-    Scene,
-    SceneObject,
-)
+from lavis_lite.datasets.shapes.scene import COLORS, SHAPES, SIZES, Scene, SceneObject
 
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 RELATION_WORDS = {

@@ -11,21 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lavis_lite.common.errors import InputError
-from lavis_lite.datasets.shapes.language import (
-    NUMBERS,
-    RELATION_WORDS,
-    STATEMENTS,
-    plural,
-    with_articles,
-    words_of,
-)
-from lavis_lite.datasets.shapes.scene import (
-    OPPOSITE,
-    RELATIONS,
-    Scene,
-    SceneObject,
-    ShapesConfig,
-)
+from lavis_lite.datasets.shapes.language import NUMBERS, RELATION_WORDS, STATEMENTS, plural, with_articles, words_of
+from lavis_lite.datasets.shapes.scene import OPPOSITE, RELATIONS, Scene, SceneObject, ShapesConfig
 
 YES_NO = ("yes", "no")
 AXES = (("left", "right"), ("above", "below"))

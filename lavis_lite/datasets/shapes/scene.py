@@ -102,7 +102,7 @@ class ShapesConfig:
     def check(self) -> None:
         """Raise InputError for values that no dataset can be made of."""
         for name, most in MOST.items():
-            check_number(f"shapes: {name}", getattr(self, name), 1, most)
+            check_number(f"shapes: {name}", vars(self)[name], 1, most)
         if not 1 <= self.min_objects <= self.max_objects <= 4:
             raise InputError(
                 f"shapes: need 1 <= min_objects <= max_objects <= 4, found {self.min_objects}, {self.max_objects}"
@@ -111,7 +111,7 @@ class ShapesConfig:
         check_number("shapes: noise_share", self.noise_share, 0.0, 1.0)
         check_number("shapes: jpeg_quality", self.jpeg_quality, 1, 100)
         for name, known, least in (("shapes", SHAPES, 2), ("colors", COLORS, 2), ("sizes", tuple(SIZES), 1)):
-            choose(name, getattr(self, name), known, least)
+            choose(name, vars(self)[name], known, least)
 
     @property
     def shape_names(self) -> list[str]:
@@ -128,7 +128,7 @@ class ShapesConfig:
     def resolved(self) -> dict[str, Any]:
         """Return the fields with names instead of counts: all that the dataset's content depends on."""
         names = {"shapes": self.shape_names, "colors": self.color_names, "sizes": self.size_names}
-        return {f.name: names.get(f.name, getattr(self, f.name)) for f in fields(ShapesConfig)}
+        return {f.name: names.get(f.name, vars(self)[f.name]) for f in fields(ShapesConfig)}
 
 
 def choose(name: str, wanted: int | list[str], known: tuple[str, ...], least: int) -> list[str]:

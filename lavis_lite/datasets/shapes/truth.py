@@ -15,13 +15,7 @@ from typing import Any
 
 from lavis_lite.common.errors import InputError, UnknownNameError
 from lavis_lite.datasets.shapes.language import NUMBERS, RELATION_WORDS, plural
-from lavis_lite.datasets.shapes.scene import (
-    COLORS,
-    SHAPES,
-    SIZES,
-    Scene,
-    SceneObject,
-)
+from lavis_lite.datasets.shapes.scene import COLORS, SHAPES, SIZES, Scene, SceneObject
 
 
 @dataclass(frozen=True)

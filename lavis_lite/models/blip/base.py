@@ -7,13 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lavis_lite.common.bounds import (
-    MAX_IMAGE_SIZE,
-    MAX_LAYERS,
-    MAX_TOKENS,
-    check_number,
-    check_numbers,
-)
+from lavis_lite.common.bounds import MAX_IMAGE_SIZE, MAX_LAYERS, MAX_TOKENS, check_number, check_numbers
 from lavis_lite.common.errors import InputError
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.blip.hf import BlipAdapter, blip_from_hf, is_hf_blip
@@ -111,7 +105,7 @@ class BlipBase(BaseModel):
             init_from_state_dict(self, vit_weights(vit, self.visual_encoder), source=vit, parts=("visual_encoder.",))
         if text is not None:
             bert = bert_weights(text, self.text_model(), add_token_type=add_token_type)
-            parts = [f"{name}." for name in ("text_encoder", "text_decoder") if hasattr(self, name)]
+            parts = [f"{name}." for name in ("text_encoder", "text_decoder") if name in dict(self.named_children())]
             init_from_state_dict(self, blip_text_weights(bert), source=text, parts=parts)
         self.after_loading({})
 

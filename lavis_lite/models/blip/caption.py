@@ -13,12 +13,7 @@ from lavis_lite.models.base import Output
 from lavis_lite.models.batches import check_prompts, generate_continuations
 from lavis_lite.models.blip.base import BlipBase
 from lavis_lite.models.image_text import training_output
-from lavis_lite.models.inputs import (
-    image_of,
-    require_labels,
-    text_list,
-    texts_of,
-)
+from lavis_lite.models.inputs import image_of, require_labels, text_list, texts_of
 from lavis_lite.models.tokenizers import tokenize
 from lavis_lite.nn.attention import CrossAttentionKV, KeyValueCache
 from lavis_lite.nn.bert import BertLMHeadModel

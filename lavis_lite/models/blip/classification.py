@@ -20,13 +20,7 @@ from lavis_lite.models.blip.nlvr import class_targets, classification_head
 from lavis_lite.models.inputs import image_of, texts_of
 from lavis_lite.nn.bert import BertModel
 from lavis_lite.nn.losses import soft_cross_entropy
-from lavis_lite.nn.momentum import (
-    ModulePair,
-    add_momentum_encoders,
-    copy_parameters,
-    momentum_pairs,
-    update_momentum,
-)
+from lavis_lite.nn.momentum import ModulePair, add_momentum_encoders, copy_parameters, momentum_pairs, update_momentum
 from lavis_lite.nn.vision import BlipViT
 
 logger = logging.getLogger(__name__)

@@ -16,14 +16,7 @@ from lavis_lite.models.base import Output
 from lavis_lite.models.blip.base import BlipBase
 from lavis_lite.models.blip.caption import decoding_step
 from lavis_lite.models.image_text import training_output
-from lavis_lite.models.inputs import (
-    image_of,
-    integers,
-    ranked_answers,
-    required,
-    text_list,
-    texts_of,
-)
+from lavis_lite.models.inputs import image_of, integers, ranked_answers, required, text_list, texts_of
 from lavis_lite.nn.attention import CrossAttentionKV
 from lavis_lite.nn.bert import BertLMHeadModel, BertModel
 from lavis_lite.nn.decoding import DecodingConfig, GenerationConfig, check_prompt, decode

@@ -14,12 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lavis_lite.common import checkpoint
-from lavis_lite.common.bounds import (
-    MAX_IMAGE_SIZE,
-    MAX_TOKENS,
-    check_number,
-    check_numbers,
-)
+from lavis_lite.common.bounds import MAX_IMAGE_SIZE, MAX_TOKENS, check_number, check_numbers
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.precision import PRECISIONS
 from lavis_lite.common.sources import weights
@@ -40,12 +35,7 @@ from lavis_lite.models.initialise import (
 from lavis_lite.models.tokenizers import blip2_tokenizer
 from lavis_lite.nn.attention import MAX_VOCABULARY, CrossAttentionKV
 from lavis_lite.nn.decoding import DecodingConfig, GenerationConfig
-from lavis_lite.nn.encoders import (
-    ENCODERS,
-    PUBLISHED,
-    build_encoder,
-    encoder_statistics,
-)
+from lavis_lite.nn.encoders import ENCODERS, PUBLISHED, build_encoder, encoder_statistics
 from lavis_lite.nn.qformer import QFormer, QFormerConfig
 from lavis_lite.nn.vision import encoder_scale
 

@@ -262,7 +262,7 @@ class Blip2LLMAdapter(_QFormerAdapter["Blip2LLM"]):
     def config(self, model: "Blip2LLM", *, arch: str) -> Any:
         text = copy.deepcopy(model.lm.model.config)
         text.eos_token_id, text.pad_token_id = model.lm.end_id, model.lm.pad_id
-        if getattr(text, "bos_token_id", None) is None:
+        if text.to_dict().get("bos_token_id") is None:
             text.bos_token_id = text.eos_token_id
         config = config_class(self.hf_class(arch, model))(text_config=text, **self.sizes(model))
         if config.use_decoder_only_language_model == model.lm.is_encoder_decoder:

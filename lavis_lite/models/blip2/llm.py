@@ -11,50 +11,30 @@ tokens, C candidates of a sample, E width.
 
 import logging
 from collections.abc import Mapping, MutableMapping
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
 from lavis_lite.common.bounds import MAX_TOKENS, check_number
 from lavis_lite.common.config.adapters import ADAPTER, lora_settings
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.sources import weights
-from lavis_lite.common.sources.weights import LazyState, Reader
+from lavis_lite.common.sources.weights import LazyState
 from lavis_lite.models.base import Output, chosen_weights
 from lavis_lite.models.blip2.base import TEXT_PARTS, Blip2Base, refuse_fp16_on_cpu
 from lavis_lite.models.blip2.families import LLMFamily
 from lavis_lite.models.blip2.hf import Blip2LLMAdapter
-from lavis_lite.models.blip2.llm_checks import check_fit, llm_dtype, start_id
+from lavis_lite.models.blip2.llm_checks import check_fit, family_config, llm_dtype, start_id
 from lavis_lite.models.blip2.llm_tokenizer import LLMTokenizer
-from lavis_lite.models.blip2.prompts import (
-    class_prompts,
-    generation_prompts,
-    lemmatize,
-    question_prompts,
-)
-from lavis_lite.models.blip2.ranking import (
-    Candidates,
-    candidate_lists,
-    candidate_rows,
-    segment_lengths,
-    stacked,
-)
-from lavis_lite.models.inputs import (
-    image_of,
-    ranked_answers,
-    required,
-    text_list,
-    texts_of,
-    whole_number,
-)
+from lavis_lite.models.blip2.prompts import class_prompts, generation_prompts, lemmatize, question_prompts
+from lavis_lite.models.blip2.ranking import Candidates, candidate_lists, candidate_rows, segment_lengths, stacked
+from lavis_lite.models.inputs import image_of, ranked_answers, required, text_list, texts_of, whole_number
 from lavis_lite.nn import lora
-from lavis_lite.nn.decoding import Decoded, DecodingConfig, GenerationConfig, ScoredText, check_prompt
+from lavis_lite.nn.decoding import Decoded, DecodingConfig, GenerationConfig, ScoredText
 from lavis_lite.nn.llm import LLMAdapter
 from lavis_lite.nn.llm_loading import check_language_model, load_language_model
-from lavis_lite.nn.llm_sources import has_weights, language_model_config
+from lavis_lite.nn.llm_sources import has_weights
 from lavis_lite.nn.losses import IGNORED
 
 logger = logging.getLogger(__name__)
@@ -104,7 +84,7 @@ class Blip2LLM(Blip2Base):
     ) -> None:
         if max_output_txt_len is not None:
             check_number("model.max_output_txt_len", max_output_txt_len, 1, MAX_TOKENS)
-        family, config, adapters = self.family, self.llm_config(source, llm), lora_settings(llm_lora)
+        family, config, adapters = self.family, family_config(self.family, source, llm), lora_settings(llm_lora)
         dtype = llm_dtype(llm_precision, config, frozen=freeze_llm, lora=adapters)
         tokenizer = check_language_model(source, config, quantization=llm_quantization, lora=adapters, overrides=llm)
         super().__init__(qformer_text_input, **parts)
@@ -146,25 +126,11 @@ class Blip2LLM(Blip2Base):
         return self.get_submodule(f"{self.family.prefix}_proj")
 
     @classmethod
-    def llm_config(cls, source: str, overrides: dict[str, Any] | None) -> PreTrainedConfig:
-        """Return the language model's config. InputError if this architecture does not take its type."""
-        key, model_types = f"model.{cls.family.prefix}_model", cls.family.model_types
-        if not isinstance(source, str | Path) or not source:
-            raise InputError(f"{key}: missing; give a folder, a hub id or a packaged tiny language model")
-        config = language_model_config(source, overrides)
-        if model_types and config.model_type not in model_types:
-            raise InputError(
-                f"{key}: {source} is a {config.model_type}, and {cls.__name__} takes {' or '.join(model_types)} only: "
-                "use arch blip2_llm (llm_model) for any language model"
-            )
-        return config
-
-    @classmethod
     def from_config(cls, cfg: dict[str, Any], *, device: str | torch.device = "cpu") -> Self:
         """Build the model as `BaseModel` does; sizes that do not fit are found before the language model is loaded."""
         refuse_fp16_on_cpu("llm_precision", cfg.get("llm_precision"), device)
         source = cfg.get(f"{cls.family.prefix}_model", cls.family.source)
-        config, chosen = cls.llm_config(source, cfg.get("llm")), chosen_weights(cfg)
+        config, chosen = family_config(cls.family, source, cfg.get("llm")), chosen_weights(cfg)
         if chosen is not None:
             place = chosen[1]
             check_fit(weights.open_state(place), config, prefix=cls.family.prefix, source=place, llm=source)
@@ -172,13 +138,7 @@ class Blip2LLM(Blip2Base):
 
     def adapt_state_dict(self, state: MutableMapping[str, Tensor]) -> MutableMapping[str, Tensor]:
         """Adapt as `Blip2Base` does; tensors of layers without LoRA go into the layers that LoRA wraps or copies."""
-        state, own = LazyState.of(super().adapt_state_dict(state)), self.state_dict()
-        wrapped = lora.targets(own)
-        readers: dict[str, Reader] = {}
-        for name, read in state.readers.items():
-            names = [name] if name in own else wrapped.get(name, [name])
-            readers |= {inner: read for inner in names if inner == name or inner not in state}
-        return LazyState(readers)
+        return lora.into_wrapped(LazyState.of(super().adapt_state_dict(state)), self.state_dict())
 
     def text_readers(self, samples: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
         """Return them as `BaseModel` does; the Q-Former reads questions, and of captions the prompt only."""
@@ -288,7 +248,8 @@ class Blip2LLM(Blip2Base):
 
     def check_generate(self, samples: dict[str, Any], **changes: Any) -> None:
         prompts = generation_prompts(samples, self.prompt, len(image_of(samples, video=True)))
-        self._check_room(samples, prompts, self._caption_decoding(changes))
+        num_inputs = self._num_inputs(samples, prompts, limit=self.prompt_limit)
+        self.lm.check_room(num_inputs, self._caption_decoding(changes))
 
     def _caption_decoding(self, changes: dict[str, Any], *, return_scores: bool = False) -> DecodingConfig:
         num_uncounted = int(self.lm.is_encoder_decoder)
@@ -340,26 +301,18 @@ class Blip2LLM(Blip2Base):
         prompts = question_prompts(samples, prompt or self.question_template(samples), count)
         if inference_method == "generate":
             decoding = self.lm.decoding(self.answer_generation.changed(**changes), num_uncounted=1)
-            self._check_room(samples, prompts, decoding)
+            self.lm.check_room(self._num_inputs(samples, prompts, limit=self.prompt_limit), decoding)
         else:
             end = not self.family.score_without_eos
             answers = self.llm_tokenizer.continuations(ranked_answers(answer_list, num_ans_candidates), end=end)
-            self._check_context(samples, prompts, max(map(len, answers)) - (not self.lm.is_encoder_decoder))
+            num_new = max(map(len, answers)) - (not self.lm.is_encoder_decoder)
+            self.lm.check_length(self._num_inputs(samples, prompts), num_new)
 
-    def _check_room(self, samples: dict[str, Any], prompts: list[str], decoding: DecodingConfig) -> None:
-        """Raise InputError if the settings leave no token to write, or more than the language model's context."""
-        decoding = decoding.resolved(1)
-        check_prompt(1, decoding)
-        self._check_context(samples, prompts, decoding.max_length - 1, prompt_limit=self.prompt_limit)
-
-    def _check_context(
-        self, samples: dict[str, Any], prompts: list[str], num_new: int, *, prompt_limit: int | None = None
-    ) -> None:
-        """Raise InputError if image, prompt and `num_new` tokens do not fit the language model's context."""
+    def _num_inputs(self, samples: dict[str, Any], prompts: list[str], *, limit: int | None = None) -> int:
+        """Return the number of tokens of the longest input: queries and prompt, cut to `limit` tokens."""
         image = samples["image"]
         num_queries = self.query_tokens.shape[1] * (image.shape[2] if image.dim() == 5 else 1)
-        rows = self.llm_tokenizer.inputs(prompts, max_length=prompt_limit)
-        self.lm.check_length(num_queries + max(map(len, rows)), num_new)
+        return num_queries + max(map(len, self.llm_tokenizer.inputs(prompts, max_length=limit)))
 
     def _write(self, samples: dict[str, Any], prompts: list[str], config: DecodingConfig) -> Decoded:
         return self.lm.generate(*self.prompt_embeds(samples, prompts, max_length=self.prompt_limit), config)

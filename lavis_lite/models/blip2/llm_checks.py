@@ -1,6 +1,7 @@
 """Checks of settings and checkpoints against the language model, made before its weights are read."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,12 +10,27 @@ from transformers import PreTrainedConfig
 
 from lavis_lite.common.errors import InputError
 from lavis_lite.models.blip2.base import weight_dtype
+from lavis_lite.models.blip2.families import LLMFamily
 from lavis_lite.models.blip2.llm_tokenizer import LLMTokenizer
-from lavis_lite.nn.llm_sources import embedding_width
+from lavis_lite.nn.llm_sources import embedding_width, language_model_config
 from lavis_lite.nn.lora import trains_whole_parts
 
 TINY_WIDTH = 512
 """Below it `llm_precision: auto` follows the config file; at and above it, it is bf16."""
+
+
+def family_config(family: LLMFamily, source: str, overrides: dict[str, Any] | None) -> PreTrainedConfig:
+    """Return the language model's config. InputError if the family does not have its type."""
+    key = f"model.{family.prefix}_model"
+    if not isinstance(source, str | Path) or not source:
+        raise InputError(f"{key}: missing; give a folder, a hub id or a packaged tiny language model")
+    config = language_model_config(source, overrides)
+    if family.model_types and config.model_type not in family.model_types:
+        raise InputError(
+            f"{key}: {source} is a {config.model_type}, and this architecture takes {' or '.join(family.model_types)} "
+            "only: use arch blip2_llm (llm_model) for any language model"
+        )
+    return config
 
 
 def llm_dtype(

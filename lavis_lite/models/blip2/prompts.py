@@ -8,13 +8,7 @@ import torch
 
 from lavis_lite.common.errors import InputError, MissingPackageError
 from lavis_lite.common.wording import fill_placeholders, joined_words, lettered
-from lavis_lite.models.inputs import (
-    optional_texts,
-    required,
-    text_list,
-    texts_of,
-    word_lists,
-)
+from lavis_lite.models.inputs import optional_texts, required, text_list, texts_of, word_lists
 
 FRAMES = {
     "context": "context: {}. {}",

@@ -31,12 +31,7 @@ from lavis_lite.models.batches import (
 )
 from lavis_lite.models.blip2.matching import Blip2Matching
 from lavis_lite.models.image_text import project, training_output
-from lavis_lite.models.inputs import (
-    image_of,
-    integers,
-    optional_texts,
-    texts_of,
-)
+from lavis_lite.models.inputs import image_of, integers, optional_texts, texts_of
 from lavis_lite.models.reranking import GalleryLoader, similarity_matrices
 from lavis_lite.nn.attention import CrossAttentionKV, KeyValueCache
 from lavis_lite.nn.decoding import GenerationConfig, ScoredText, Step
