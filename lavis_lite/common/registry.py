@@ -103,7 +103,7 @@ class Table:
         self._is_imported = True
         try:
             package = import_module(self.package)
-            for module in pkgutil.walk_packages(vars(package).get("__path__"), f"{package.__name__}."):
+            for module in pkgutil.walk_packages(vars(package).get("__path__", []), f"{package.__name__}."):
                 import_module(module.name)
         except BaseException:
             self._is_imported = False  # the next look-up reports the failed import again
