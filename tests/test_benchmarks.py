@@ -28,6 +28,7 @@ def throughput() -> Iterator[ModuleType]:
         yield importlib.import_module("throughput")
 
 
+@pytest.mark.slow
 def test_blip_is_measured(throughput: ModuleType, capsys: pytest.CaptureFixture[str]):
     """One layer deep, at the base model's widths: each row has its name and what it is compared with."""
     importlib.import_module("blip").main(["--depth", "1", "--image-size", "32", "--batch", "2", "--repeats", "1"])

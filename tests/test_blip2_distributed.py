@@ -16,6 +16,7 @@ from lavis_lite.common import dist
 from lavis_lite.common.registry import registry
 from lavis_lite.nn.losses import matching_loss
 
+pytestmark = pytest.mark.slow  # every test waits for a job of two processes
 TEXTS = ["a red square", "the black cat is sitting", "a red circle is", "a red circle is"]
 NEGATIVES = torch.tensor([2, 3, 3, 0]), torch.tensor([3, 2, 0, 1])
 IDS = torch.tensor([5, 6, 5, 7])
@@ -164,7 +165,6 @@ def assert_same_step(folder: Path, name: str, expected: dict[str, torch.Tensor])
             )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_two_ranks_do_what_one_does_with_the_joined_batch(folder: Path, name: str) -> None:
     model = stage1(name)

@@ -280,6 +280,7 @@ def test_killed_anywhere_and_resumed_ends_the_same(tmp_path: Path, die_at: int) 
         assert_equal(last(tmp_path / "killed")[key], last(tmp_path / "straight")[key])
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one_process(tmp_path: Path) -> None:
     changes = {**concat, "max_epoch": 1, "dropout": 0, "log_freq": 1}
     options = [f"{key}={json.dumps(value)}" for key, value in changes.items()]

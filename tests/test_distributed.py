@@ -20,6 +20,7 @@ import cli_helpers
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow  # every test waits for a job of two processes
 LIMIT = 150  # seconds until a hanging launch fails
 STEPS = 3
 SAME_LOSSES = ("equal_captions", "vqa_rank", "nlvr", "classification")
@@ -100,7 +101,6 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, output
 
 
-@pytest.mark.slow
 def test_every_task_ran_on_both_ranks(launch: Launch) -> None:
     assert "Traceback" not in launch.output, launch.output
     for codes in launch.codes():
@@ -118,7 +118,6 @@ def test_ranks_end_with_the_same_model(launch: Launch, name: str) -> None:
     cli_helpers.assert_same_state(first, cli_helpers.weights(launch.job(name) / "checkpoint_last.pth"))
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("shapes_data")
 @pytest.mark.parametrize("name", SAME_LOSSES)
 def test_losses_and_weights_equal_one_process(launch: Launch, name: str, tmp_path: Path) -> None:
@@ -187,7 +186,6 @@ def test_one_sample_on_two_ranks(launch: Launch, name: str) -> None:
         assert metrics["txt_r1"] == metrics["img_r1"] == 100.0
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("shapes_data")
 def test_an_error_on_one_rank_ends_all(tmp_path: Path) -> None:
     """Of two training pictures one is missing, so just one rank fails while the other waits for its gradients."""
@@ -205,7 +203,6 @@ def test_an_error_on_one_rank_ends_all(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("checkpoint*"))
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("shapes_data")
 def test_a_missing_file_is_told_without_traceback(tmp_path: Path) -> None:
     """Rank 0 looks for files first; the others wait for it, and end when it fails."""

@@ -131,6 +131,7 @@ def test_python_runs_from_top_to_bottom(page: Path, capsys: pytest.CaptureFixtur
         assert float(names["image_feature"].norm(dim=-1)) == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_own_data_by_one_yaml_trains(examples: Path):
     for split, count in (("train", 4), ("val", 2)):
         rows = [{"image": f"{split}{i}.png", "caption": "a red flower"} for i in range(count)]

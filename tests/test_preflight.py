@@ -381,6 +381,7 @@ def test_lengths_that_do_not_fit_the_model_are_refused_before_the_first_step(
     assert not (tmp_path / "output" / "job").exists()
 
 
+@pytest.mark.slow
 def test_the_largest_lengths_that_fit_are_taken(tmp_path: Path) -> None:
     """What the check refuses is what would fail, and nothing else."""
     few = ["run.max_iters=1", "run.test_splits=[]", "run.min_len=1"]

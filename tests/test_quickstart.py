@@ -160,6 +160,7 @@ class Quickstart:
         script("quickstart_report").main()
 
 
+@pytest.mark.slow
 def test_the_blip2_and_instructblip_quickstarts_run_from_end_to_end(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

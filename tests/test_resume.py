@@ -99,6 +99,7 @@ def test_resume_takes_what_a_run_needs_and_no_less(tmp_path: Path, capsys: pytes
     assert "checkpoint_last.pth" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_where_the_run_would_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = cli_helpers.project(
         tmp_path, "caption", {"run": {"keep_checkpoints": 9, "checkpoint_every": 2, "test_splits": []}}
@@ -123,6 +124,7 @@ def test_a_dry_run_says_where_the_run_would_resume(tmp_path: Path, capsys: pytes
     assert [folder.name for folder in (tmp_path / "output").iterdir()] == ["job"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -241,6 +243,7 @@ def test_another_model_is_refused_key_by_key(
     assert "4 samples per step, this run has 5" in told
 
 
+@pytest.mark.slow
 def test_other_annotations_of_the_same_length_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

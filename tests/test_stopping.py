@@ -205,6 +205,7 @@ except stopping.Stopped as stop:
 """
 
 
+@pytest.mark.slow
 def test_a_signal_in_a_destructor_is_raised_after_it() -> None:
     """Python ignores exceptions there."""
     process = python(PUT_OFF)
@@ -455,6 +456,7 @@ def test_a_mistake_that_a_loader_worker_finds_is_one_line(
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_what_the_system_refuses_a_loader_worker_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -466,6 +468,7 @@ def test_what_the_system_refuses_a_loader_worker_is_one_line(
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_a_bug_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = cli_helpers.project(tmp_path, "caption", CHANGES)
     fails(monkeypatch, lambda: {}["a bug"])
