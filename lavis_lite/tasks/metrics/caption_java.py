@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from lavis_lite.common.errors import InputError, MissingPackageError
+from lavis_lite.common.errors import MissingPackageError
 
 TIMEOUT_S = 3600
 DROPPED = frozenset(
