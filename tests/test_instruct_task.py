@@ -175,7 +175,7 @@ def test_texts_are_scored_by_any_right_answer(tmp_path: Path) -> None:
     model = Fake(texts=["Cat.", "a cat", "?"])
     metrics = run(InstructTask(max_len=7, repetition_penalty=1.2), model, records, tmp_path)
     assert metrics == {"accuracy": 50.0, "agg_metrics": 50.0, "per_answer_type": {"other": 0.0}}
-    assert model.given == {"num_beams": 5, "max_length": 7, "min_length": 1, "repetition_penalty": 1.2}
+    assert model.given == {"num_beams": 5, "max_len": 7, "min_len": 1, "repetition_penalty": 1.2}
     with pytest.raises(ValueError, match="'mrr' ranks candidates, and samples of the val split have none"):
         run(InstructTask(metric="mrr"), model, records, tmp_path)
 
@@ -233,6 +233,7 @@ def test_vizwiz_writes_its_servers_file(tmp_path: Path) -> None:
 # A real model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["blip2_t5_instruct", "blip2_vicuna_instruct", "blip2_opt"])
 def test_a_tiny_model_ranks_and_writes(arch: str, tmp_path: Path, shapes_data: Path) -> None:
     torch.manual_seed(0)

@@ -107,10 +107,10 @@ def test_an_epoch_has_every_sample_at_most_once(lengths: dict[str, int], seed: i
     for epoch in range(2):
         first = epoch * sampler.steps_per_epoch
         batches = list(itertools.islice(sampler, first, first + sampler.steps_per_epoch))
-        keys = [(key.dataset, key.index) for keys in batches for key in keys]
+        keys = [(key.dataset, key.position) for keys in batches for key in keys]
         assert len(set(keys)) == len(keys) == total // batch * batch
         assert all(0 <= index < lengths[name] for name, index in keys)
-        counts = sampler.samples_between(first, first + sampler.steps_per_epoch)
+        counts = sampler.counts_between(first, first + sampler.steps_per_epoch)
         assert {name: count for name, count in counts.items() if count} == Counter(name for name, _ in keys)
 
 
@@ -122,7 +122,7 @@ def test_an_epoch_of_one_dataset_of_several_has_every_sample(lengths: dict[str, 
     seen: dict[str, Counter[int]] = {name: Counter() for name in lengths}
     for keys in itertools.islice(sampler, 60):
         (name,) = {key.dataset for key in keys}
-        seen[name].update(key.index for key in keys)
+        seen[name].update(key.position for key in keys)
     for name, counts in seen.items():
         repeats = [counts[index] for index in range(lengths[name])]
         assert max(repeats) - min(repeats) <= 1

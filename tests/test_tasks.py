@@ -144,7 +144,7 @@ def test_captioning_scores_with_its_own_references(tmp_path: Path) -> None:
     assert metrics["agg_metrics"] == pytest.approx(metrics["CIDEr"] + metrics["Bleu_4"])
     assert metrics["true_rate"] == 500.0
     assert list(metrics["left_out"]) == ["METEOR"]
-    decoding = {"num_beams": 3, "max_length": 12, "min_length": 5, "repetition_penalty": 1.0, "length_penalty": 1.0}
+    decoding = {"num_beams": 3, "max_len": 12, "min_len": 5, "repetition_penalty": 1.0, "length_penalty": 1.0}
     sampling = {"use_nucleus_sampling": False, "top_p": 0.9, "temperature": 1.0}
     assert model.given == {**decoding, **sampling, "prompt": None}
     assert model.training, "evaluation leaves the model in the mode it found"
@@ -258,14 +258,15 @@ def test_vqa_trains_inside_the_prompt_it_asks_with() -> None:
 
 def test_vqa_passes_its_settings_but_those_left_to_the_model(tmp_path: Path) -> None:
     model = Toy()
-    settings = {"num_beams": 4, "max_len": 7, "min_len": 2, "inference_method": "generate", "num_ans_candidates": 9}
-    task = VQATask(**settings, length_penalty=-0.5, prompt="Q: {} A:")
+    settings = {"num_beams": 4, "max_len": 7, "min_len": 2, "inference_method": "generate"}
+    task = VQATask(**settings, num_ans_candidates=9, length_penalty=-0.5, prompt="Q: {} A:")
     task.evaluate(model, loader(questions()), split="val", result_dir=tmp_path)
     expected = {**settings, "length_penalty": -0.5, "answer_list": None}
     assert model.given == {**expected, "questions": ["Q: is it? A:"]}
-    VQATask().evaluate(model, loader(questions()), split="val", result_dir=tmp_path)
+    VQATask(num_ans_candidates=9).evaluate(model, loader(questions()), split="val", result_dir=tmp_path)
     assert "length_penalty" not in model.given
     assert model.given["answer_list"] == ["cat", "dog", "yes"]
+    assert model.given["num_ans_candidates"] == 9
     assert model.given["questions"] == ["is it?"]
 
 
@@ -527,6 +528,7 @@ def two_ranks(rank: int, port: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_agree_with_one(tmp_path: Path) -> None:
     mp.spawn(two_ranks, args=(free_port(), str(tmp_path)), nprocs=2)
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))

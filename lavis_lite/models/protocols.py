@@ -17,8 +17,7 @@ class Generates(Protocol):
     def generate(self, samples: dict[str, Any], /, **settings: Any) -> list[str]:
         """Return `num_captions` texts per image, those of one image in a row, without the prompt.
 
-        `settings` replace the model's own: `num_beams`, `max_length` and `min_length` (tokens), `length_penalty`,
-        `repetition_penalty`, `num_captions`, `use_nucleus_sampling`, `top_p`, `temperature`.
+        `settings` replace the model's own; they are those of `GenerationConfig`, also by other names (`max_len`).
         """
         ...
 
@@ -30,8 +29,8 @@ class AnswersQuestions(Protocol):
         """Return one answer per question.
 
         `rank` picks from the setting `answer_list` the likeliest of the `num_ans_candidates` answers with the likeliest
-        first tokens; `generate` writes. Further settings: `num_beams`, `max_len` and `min_len` (tokens),
-        `length_penalty`; and `prompt`, with a placeholder for `text_input` and one for another key of the samples.
+        first tokens; `generate` writes. `prompt` is a template with a placeholder for `text_input` and one for another
+        key of the samples. Further settings are those of `GenerationConfig`.
         """
         ...
 

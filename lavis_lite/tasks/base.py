@@ -21,20 +21,12 @@ from lavis_lite.common.errors import InputError, MissingInputError
 from lavis_lite.common.registry import did_you_mean, registry
 from lavis_lite.datasets.protocols import EvalDataset, SampleDict, Samples
 from lavis_lite.models.base import BaseModel
+from lavis_lite.nn.decoding import BOUNDS
 from lavis_lite.tasks.results import Result, gather
 
 Metrics = dict[str, Any]
 
-DECODING_BOUNDS: Mapping[str, Bounds] = {  # wide: beyond them, memory would end
-    "num_beams": (1, 1000),
-    "num_captions": (1, 1000),
-    "max_len": (1, 100_000),
-    "min_len": (0, 100_000),
-    "temperature": (1e-3, 1000.0),
-    "top_p": (1e-6, 1.0),
-    "length_penalty": (-1000.0, 1000.0),
-    "repetition_penalty": (1e-3, 1000.0),
-}
+DECODING_BOUNDS: Mapping[str, Bounds] = BOUNDS | {"max_len": BOUNDS["max_length"], "min_len": BOUNDS["min_length"]}
 
 
 class EvalLoader(Protocol):
@@ -89,11 +81,6 @@ class BaseTask:
         """Return the fields that set how a model decodes, without those left to the model (None)."""
         names = {*DECODING_BOUNDS, "use_nucleus_sampling"}
         return {name: value for name, value in vars(self).items() if name in names and value is not None}
-
-    def generation_settings(self) -> dict[str, Any]:
-        """Return `decoding_settings` by the names that `generate` gives them."""
-        names = {"max_len": "max_length", "min_len": "min_length"}
-        return {names.get(name, name): value for name, value in self.decoding_settings().items()}
 
     def build_datasets(self, cfg: Config) -> dict[str, dict[str, Any]]:
         """Return `{dataset name: {split: dataset}}` for the splits that the run uses and the dataset has.

@@ -88,7 +88,7 @@ class CaptionTask(BaseTask):
         """Raise InputError for lengths that the model has no room for."""
         for samples in map(self.inside_prompt, batches):
             with naming_setting(f"run.max_len={self.max_len}", samples, model):
-                model.check_generate(samples, **self.generation_settings())
+                model.check_generate(samples, **self.decoding_settings())
 
     def inside_prompt(self, samples: Samples) -> Samples:
         """Return the batch with `prompt`, unless it has its own, which is a complete instruction."""
@@ -99,7 +99,7 @@ class CaptionTask(BaseTask):
         samples = self.inside_prompt(samples)
         if self.shuffle_images:
             samples = {**samples, "image": self._next_images(samples["image"])}
-        texts = model.generate(samples, **self.generation_settings())
+        texts = model.generate(samples, **self.decoding_settings())
         ids = as_list(samples["image_id"])
         if len(texts) != len(ids) * self.num_captions:
             raise InputError(f"{type(model).__name__}.generate returned {len(texts)} captions for {len(ids)} images")

@@ -74,7 +74,7 @@ class InstructTask(BaseTask):
             if "candidates" not in batch:
                 samples = {**batch, "prompt": "{}"}
                 with naming_setting(f"run.max_len={self.max_len}", samples, model):
-                    model.check_generate(samples, **self.generation_settings())
+                    model.check_generate(samples, **self.decoding_settings())
 
     def valid_step(self, model: FollowsInstructions, samples: Samples) -> list[Result]:
         """Return `question_id` and `prediction` of each sample, and the `losses` of its candidates if it has any."""
@@ -83,7 +83,7 @@ class InstructTask(BaseTask):
         samples = {**samples, "prompt": "{}"}
         ids = as_list(samples["question_id"])
         if "candidates" not in samples:
-            texts = model.generate(samples, **self.generation_settings())
+            texts = model.generate(samples, **self.decoding_settings())
             return per_sample(samples, question_id=ids, prediction=texts)
         candidates = samples["candidates"]
         rows = model.class_losses(samples, candidates, divided=False)

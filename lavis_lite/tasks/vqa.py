@@ -114,10 +114,9 @@ class VQATask(BaseTask):
 
     def arguments(self, samples: Samples) -> tuple[Samples, dict[str, Any]]:
         """Return the batch and the settings that a model's `predict_answers` gets."""
-        settings = self.decoding_settings()
-        settings |= {"inference_method": self.inference_method, "num_ans_candidates": self.num_ans_candidates}
+        settings = self.decoding_settings() | {"inference_method": self.inference_method}
         if samples.get("answer_list") is not None:
-            settings["answer_list"] = samples["answer_list"]
+            settings |= {"answer_list": samples["answer_list"], "num_ans_candidates": self.num_ans_candidates}
         if self.prompt.count("{}") < 2 or "prompt" in samples:
             return self.inside_prompt(samples), settings
         return samples, {**settings, "prompt": self.prompt}  # the model fills the other placeholder, by OCR tokens say

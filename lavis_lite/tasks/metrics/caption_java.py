@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from lavis_lite.common.errors import MissingPackageError
+from lavis_lite.common.errors import InputError, MissingPackageError
 
 TIMEOUT_S = 3600
 DROPPED = frozenset(
@@ -90,7 +90,7 @@ def meteor(references: Mapping[str, Sequence[str]], captions: Mapping[str, Seque
                 _send(process.stdin, ["SCORE", *texts])
                 statistics.append(process.stdout.readline().strip())
                 if not statistics[-1]:
-                    raise ValueError("no statistics")
+                    raise InputError("no statistics")
             _send(process.stdin, ["EVAL", *statistics])
             return [float(process.stdout.readline()) for _ in range(len(statistics) + 1)][-1]
         except (OSError, ValueError) as error:
