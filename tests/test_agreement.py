@@ -76,12 +76,14 @@ def test_a_model_of_another_size_answers_about_its_processors_images(arch: str) 
         assert len(model.generate({"image": image}, num_beams=1, max_length=6, min_length=1)) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.relative_to(PROJECTS).with_suffix("").as_posix())
 def test_every_recipe_follows_another_size(path: Path) -> None:
     cfg = Config.from_file(path, ["model.image_size=252"])
     assert {size for section in [cfg.preprocess, *cfg.datasets.values()] for size in sizes_of(section)} == {252}
 
 
+@pytest.mark.slow
 def test_every_packaged_dataset_follows_the_model(tmp_path: Path) -> None:
     for name, kinds in dataset_zoo:
         for kind in kinds:

@@ -253,6 +253,7 @@ def test_a_named_pipe_or_device_is_not_waited_for(tmp_path: Path) -> None:
     assert open_image(tmp_path / "b.png").size == (1, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_large_images_are_refused_before_they_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.png"
@@ -299,6 +300,7 @@ class TestDataset:
             image.save(folder / f"{i}.png")
         Image.linear_gradient("L").save(folder / "2.png")
 
+    @pytest.mark.slow
     def test_black_drawings_are_seen(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         self.draw(tmp_path)
         dataset = self.build(tmp_path)

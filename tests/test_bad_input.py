@@ -291,6 +291,7 @@ def test_output_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFix
 # Odd but fine
 
 
+@pytest.mark.slow
 def test_odd_images_and_texts_train_and_evaluate(tmp_path: Path) -> None:
     """One pixel, CMYK, palette, 16 bits, animated, alpha, one pixel high; short, long, non-ASCII texts; such names."""
     folder = tmp_path / "bilder für ß 図"
@@ -354,6 +355,7 @@ def test_odd_questions(tmp_path: Path) -> None:
         assert [entry["question_id"] for entry in answers] == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cli_helpers.RECIPES)
 def test_batch_of_one(name: str, tmp_path: Path) -> None:
     """Training and evaluation with single samples, on an evaluation split of one."""

@@ -28,6 +28,7 @@ def throughput() -> Iterator[ModuleType]:
         yield importlib.import_module("throughput")
 
 
+@pytest.mark.slow
 def test_blip_is_measured(throughput: ModuleType, capsys: pytest.CaptureFixture[str]):
     """One layer deep, at the base model's widths: each row has its name and what it is compared with."""
     importlib.import_module("blip").main(["--depth", "1", "--image-size", "32", "--batch", "2", "--repeats", "1"])
@@ -69,6 +70,7 @@ def jobs(throughput: ModuleType, *argv: str) -> Iterator[Any]:
     return throughput.all_jobs(throughput.parse(["--device", "cpu", "--tiny", "--tokens", "6", *argv]))
 
 
+@pytest.mark.slow
 def test_every_row_is_measured_and_reported(throughput: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     file = tmp_path / "rows.json"
     command = ["--device", "cpu", "--tiny", "--repeats", "1", "--tokens", "4", "--peak-tflops", "1", "--dtype", "bf16"]

@@ -16,6 +16,7 @@ from lavis_lite.common import dist
 from lavis_lite.common.registry import registry
 from lavis_lite.nn.losses import matching_loss
 
+pytestmark = pytest.mark.slow  # every test waits for a job of two processes
 TEXTS = ["a red square", "the black cat is sitting", "a red circle is", "a red circle is"]
 NEGATIVES = torch.tensor([2, 3, 3, 0]), torch.tensor([3, 2, 0, 1])
 IDS = torch.tensor([5, 6, 5, 7])

@@ -466,6 +466,7 @@ def test_any_language_model(name: str, tmp_path: Path) -> None:
     assert set(ranked) <= {"yes", "no"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["blip2_opt", "blip2_vicuna_instruct", "blip2_t5_instruct"])
 def test_lora_is_what_is_trained_and_saved(arch: str, tmp_path: Path) -> None:
     model = build(arch, llm_lora={"r": 2})

@@ -77,6 +77,7 @@ def finetunes(name: str) -> bool:
     return "_ft" in name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHAIN)
 def test_recipe_trains_from_what_the_one_before_it_left(name: str, folder: Path) -> None:
     assert cli_helpers.train(RECIPES / f"{name}.yaml", *options(name, folder)) == 0

@@ -93,6 +93,7 @@ def says(message: str, expected: str) -> bool:
     return re.search(".*".join(map(re.escape, expected.split(" ... "))), message) is not None
 
 
+@pytest.mark.slow
 def test_every_key_of_every_tiny_type_takes_nonsense_or_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """A key that several architectures inherit gets all values in one of them, and one value in each of the others; a
     size of their common parts gets its values in one of them.

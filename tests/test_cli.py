@@ -131,6 +131,7 @@ def test_jobs_started_in_one_second_do_not_share_a_folder(tmp_path: Path):
     assert all((tmp_path / name).is_dir() for name in names)
 
 
+@pytest.mark.slow
 def test_train_then_evaluate_its_checkpoint(project: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     output = f"run.output_dir={tmp_path / 'output'}"
     argv = ["--cfg-path", project, "--options", output, "run.max_iters=2", "run.metrics=[cider]"]

@@ -213,6 +213,7 @@ def test_image_five_of_two_sets_is_not_the_same_picture(mixing: str) -> None:
     assert all(int(i) % 2**48 == v for i, v in zip(ids, values, strict=True))
 
 
+@pytest.mark.slow
 def test_a_queue_of_two_sets_takes_no_image_for_another() -> None:
     """blip_retrieval counts a queued text as true of an image with the same id."""
     model = cli_helpers.build("retrieval", alpha=0.0, queue_size=8).train()
@@ -265,6 +266,7 @@ def test_the_log_and_the_dry_run_tell_what_is_left_out(tmp_path: Path, capsys: p
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("die_at", [1, 5, 8, 14])
 def test_killed_anywhere_and_resumed_ends_the_same(tmp_path: Path, die_at: int) -> None:
     options = [f"{key}={json.dumps(value)}" for key, value in concat.items()]
@@ -278,6 +280,7 @@ def test_killed_anywhere_and_resumed_ends_the_same(tmp_path: Path, die_at: int) 
         assert_equal(last(tmp_path / "killed")[key], last(tmp_path / "straight")[key])
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one_process(tmp_path: Path) -> None:
     changes = {**concat, "max_epoch": 1, "dropout": 0, "log_freq": 1}
     options = [f"{key}={json.dumps(value)}" for key, value in changes.items()]

@@ -468,6 +468,7 @@ def project_files() -> list[Path]:
     return sorted(path for path in PROJECTS.glob("**/*.yaml") if not path.name.startswith("_"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", project_files(), ids=lambda path: str(path.relative_to(PROJECTS)))
 def test_every_project_is_valid(path: Path):
     cfg = Config.from_file(path)

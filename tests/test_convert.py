@@ -54,6 +54,7 @@ def run(*argv: str | Path) -> int:
     return ended.value.code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch != "blip2_feature_extractor"])
 def test_nothing_is_lost(arch: str, tmp_path: Path) -> None:
     """File -> folder -> file: the same tensors, bit by bit, and transformers loads the folder without complaint."""

@@ -99,6 +99,7 @@ def averaged(model: nn.Module) -> Any:
 COPIES = [copy.deepcopy, pickled, saved]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_copies_answer_alike_and_are_independent(arch: str) -> None:
     model = build(arch)
@@ -121,6 +122,7 @@ def test_copies_answer_alike_and_are_independent(arch: str) -> None:
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copied", COPIES)
 @pytest.mark.parametrize(
     ("arch", "settings"),
@@ -173,6 +175,7 @@ def test_timm_encoders_can_be_pickled(name: str, sizes: dict[str, Any]) -> None:
         assert torch.equal(twin(image), encoder(image))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "dtype"),
     [(arch, torch.bfloat16) for arch in ARCHITECTURES]

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import cli_helpers
+import pytest
 
 OPTIONAL = ("decord", "pycocotools", "pycocoevalcap", "tensorboard", "torch.utils.tensorboard")
 DRIVER = """
@@ -17,6 +18,7 @@ sys.exit(main(parser(), sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_task_trains_without_the_optional_packages(shapes_data: Path, tmp_path: Path) -> None:
     cfg = cli_helpers.project(tmp_path, "retrieval")
     command = [sys.executable, "-c", DRIVER.format(optional=OPTIONAL), "--cfg-path", str(cfg)]

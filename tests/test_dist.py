@@ -71,6 +71,7 @@ def body_gradients(folder: Path) -> None:
     torch.save([p.grad for p in model.parameters()], folder / f"grad{dist.rank()}.pt")
 
 
+@pytest.mark.slow
 def test_gathered_gradient_equals_one_process(tmp_path: Path) -> None:
     torch.manual_seed(1)
     inputs = torch.randn(6, 4)
@@ -120,6 +121,7 @@ def fail_on_main() -> None:
         raise OSError("no space")
 
 
+@pytest.mark.slow
 def test_objects_and_main_first(tmp_path: Path) -> None:
     launch(body_objects, tmp_path, world=2)
 
@@ -141,6 +143,7 @@ def _train_and_leave(rank: int, folder: Path, port: int) -> None:
     assert not any("gloo" in name for name in own_threads()), own_threads()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's list of threads")
 def test_shutdown_ends_the_groups_threads(tmp_path: Path) -> None:
     """A thread of gloo that frees a tensor while Python ends aborts the process, although the job is done."""

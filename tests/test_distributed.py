@@ -20,6 +20,7 @@ import cli_helpers
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow  # every test waits for a job of two processes
 LIMIT = 150  # seconds until a hanging launch fails
 STEPS = 3
 SAME_LOSSES = ("equal_captions", "vqa_rank", "nlvr", "classification")

@@ -131,6 +131,7 @@ def test_python_runs_from_top_to_bottom(page: Path, capsys: pytest.CaptureFixtur
         assert float(names["image_feature"].norm(dim=-1)) == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_own_data_by_one_yaml_trains(examples: Path):
     for split, count in (("train", 4), ("val", 2)):
         rows = [{"image": f"{split}{i}.png", "caption": "a red flower"} for i in range(count)]
@@ -162,6 +163,7 @@ def test_added_parts_are_checked_by_their_signatures(examples: Path):
             Config.from_file("signs.yaml", [option])
 
 
+@pytest.mark.slow
 def test_added_parts_are_found_inside_the_package(examples: Path):
     package = examples / "lavis_lite"
     shutil.copytree(ROOT / "lavis_lite", package, ignore=shutil.ignore_patterns("__pycache__"))

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.usefixtures("shapes_data")
 OWN_FILES = {".lock", "config.yaml", "console.txt", "log.txt", "checkpoint_last.pth", "checkpoint_best.pth"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cli_helpers.RECIPES)
 def test_train_then_evaluate(name: str, tmp_path: Path) -> None:
     path = cli_helpers.project(tmp_path, name)
@@ -62,6 +63,7 @@ def check_files(job: Path, name: str) -> None:
         assert json.loads((job / file).read_text())
 
 
+@pytest.mark.slow
 def test_written_config_is_a_recipe(tmp_path: Path) -> None:
     """config.yaml of a job, run again, does the same again."""
     path = cli_helpers.project(tmp_path, "caption", {"run": {"max_iters": 2, "test_splits": []}})
@@ -91,6 +93,7 @@ def test_dry_run_says_what_there_is_and_leaves_nothing(
     assert not (tmp_path / "output").exists()
 
 
+@pytest.mark.slow
 def test_runner_iter_mixes_datasets_by_ratio(tmp_path: Path) -> None:
     changes = {
         "datasets": {"shapes_caption": cli_helpers.SHAPES},
@@ -139,6 +142,7 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path: Path) -> None:
     assert [row["loss"] for row in accumulated] == pytest.approx([row["loss"] for row in large], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cli_helpers.RECIPES)
 def test_bf16_on_cpu_stays_near_fp32(name: str, tmp_path: Path) -> None:
     path = cli_helpers.project(tmp_path, name, cli_helpers.NO_DROPOUT, {"run": {"max_iters": 2, "valid_splits": []}})

@@ -180,6 +180,7 @@ def with_value(path: tuple[str, ...], value: Any) -> dict[str, Any]:
     return tree
 
 
+@pytest.mark.slow
 @cases(400)
 @given(path=st.sampled_from(KEYS), value=VALUES)
 def test_nonsense_under_any_key(tmp_path: Path, path: tuple[str, ...], value: Any) -> None:
@@ -193,6 +194,7 @@ def test_nonsense_under_any_key(tmp_path: Path, path: tuple[str, ...], value: An
         assert outcome(lambda: Config.from_file(again)) is not None, "what was accepted is written as it can be read"
 
 
+@pytest.mark.slow
 @cases(500)
 @given(
     edits=st.lists(st.tuples(st.integers(0, len(BASE)), st.integers(0, 12), st.text(max_size=3) | SCALARS), max_size=4)
@@ -226,6 +228,7 @@ OPTIONS = st.one_of(
 )
 
 
+@pytest.mark.slow
 @cases(300)
 @given(options=st.lists(OPTIONS, min_size=1, max_size=3))
 @example(options=["run.seed=\ud800"])
@@ -307,6 +310,7 @@ def edited(content: bytes, edits: list[tuple[float, str, int]]) -> bytes:
     return content
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @cases(1200)
 @given(name=st.sampled_from(sorted(PICTURES)), edits=EDITS)
@@ -355,6 +359,7 @@ def test_any_text_in_text_processors(text: str) -> None:
         assert isinstance(processor(text), str)
 
 
+@pytest.mark.slow
 @cases(400)
 @given(texts=st.lists(TEXTS, min_size=1, max_size=3), max_length=st.none() | st.integers(3, 40))
 def test_any_text_in_tokenizers(texts: list[str], max_length: int | None) -> None:

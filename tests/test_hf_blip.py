@@ -64,6 +64,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0.0, atol=1e-4 * float(expected.abs().max()))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_captioning(image: Tensor) -> None:
     model = ours("blip_caption")
@@ -89,6 +90,7 @@ def test_captioning(image: Tensor) -> None:
     assert ids[0].tolist() != ids[1].tolist()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_matching(image: Tensor) -> None:
     model = ours("blip_image_text_matching")
@@ -100,6 +102,7 @@ def test_matching(image: Tensor) -> None:
     close(itc, twin(input_ids=ids, attention_mask=mask, pixel_values=image, use_itm_head=False).itm_score)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_question_answering(image: Tensor) -> None:
     model = ours("blip_vqa")

@@ -120,6 +120,7 @@ def test_language_models_small(arch: str, tmp_path: Path) -> None:
     compare_language_model(language_model(Case(f"{arch}__a"), prompt=""), arch, tmp_path / "hf")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", LANGUAGE_MODELS)
 def test_language_models_full_width(arch: str, tmp_path: Path) -> None:
     compare_language_model(full_width(arch), arch, tmp_path / "hf")
@@ -145,6 +146,7 @@ def test_matching_small(tmp_path: Path) -> None:
     compare_matching(model, arch, tmp_path / "hf")
 
 
+@pytest.mark.slow
 def test_matching_full_width(tmp_path: Path) -> None:
     arch = "blip2_image_text_matching"
     compare_matching(full_width(arch), arch, tmp_path / "hf")

@@ -146,6 +146,7 @@ def test_bad_texts(arch: str, method: str) -> None:
         refused(lambda: call(model, method, samples, settings), "'text_input'] is missing")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arch", "method"), PAIRS, ids=lambda value: value)
 def test_good_samples_are_answered(arch: str, method: str) -> None:
     """In other types too, with one text for all, in any script, and where values are odd but possible."""

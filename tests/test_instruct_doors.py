@@ -42,6 +42,7 @@ def project(folder: Path, datasets: dict[str, Any], **run: Any) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_several_sets_of_ones_own_are_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = garden(tmp_path / "few", [asked(i, candidates=["red", "blue"]) for i in range(4)])
     many = garden(tmp_path / "many", [asked(i) for i in range(16)], num_frames=2)

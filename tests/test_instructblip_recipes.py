@@ -201,6 +201,7 @@ def trained(name: str, folder: Path, *options: str, **run: Any) -> Path:
     return job
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["instruct_flant5xl", "instruct_flant5xxl", "instruct_vicuna7b", "instruct_vicuna13b"])
 def test_instruction_tuning_trains_the_q_former_from_blip2(name: str, folder: Path) -> None:
     job = trained(name, folder)
@@ -216,6 +217,7 @@ def test_instruction_tuning_trains_the_q_former_from_blip2(name: str, folder: Pa
     assert best["agg_metrics"] == cli_helpers.metrics(job, "validation")["accuracy"]
 
 
+@pytest.mark.slow
 def test_the_mixture_draws_every_set_by_the_square_root_of_its_size(folder: Path) -> None:
     options = start_of("instruct_flant5xl", folder)
     output = folder / "mixture"
@@ -242,6 +244,7 @@ def test_the_factors_are_a_key() -> None:
     assert run.train_dataset_sampling == "sqrt"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CHAIN if name.endswith("_ft")])
 def test_finetuning_goes_on_from_instructblip_and_is_tested(name: str, folder: Path) -> None:
     job = trained(name, folder, *short_answers(recipe(name)))
@@ -257,6 +260,7 @@ def test_finetuning_goes_on_from_instructblip_and_is_tested(name: str, folder: P
     assert 0 < max(float((saved[key] - start[key]).abs().max()) for key in saved) < 1e-5
 
 
+@pytest.mark.slow
 def test_lora_trains_adapters_of_the_language_model_too(folder: Path) -> None:
     saved = cli_helpers.weights(trained("lora", folder) / "checkpoint_last.pth")
     adapters = [key for key in saved if key.startswith("llm_model.")]
@@ -283,6 +287,7 @@ def own_record(image: str, number: int) -> dict[str, Any]:
     return {"image": image, "instruction": "what color is it?", "output": "red" if number % 2 else "blue"}
 
 
+@pytest.mark.slow
 def test_own_data_trains_validates_and_mixes(folder: Path, tmp_path: Path, root: Path) -> None:
     images = [str(root / "coco/images" / name) for name in COCO] * 4
     written = own_files(tmp_path / "written", [own_record(image, i) for i, image in enumerate(images)])
@@ -340,6 +345,7 @@ OTHERS = [("nocaps", VICUNA), ("gqa", VICUNA), ("visdial", VICUNA), ("msvd_qa", 
 OTHERS += [(name, BLIP2) for name in ("nocaps", "gqa", "scienceqa", "msvd_qa")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "arch"), [*((path.stem, T5) for path in EVAL), *OTHERS])
 def test_evaluation_recipe_evaluates(name: str, arch: str, tmp_path: Path) -> None:
     """Also where BLIP-2's rows of the paper's table come from."""
@@ -410,6 +416,7 @@ def test_the_paper_s_prompt_is_asked_and_decoding_is_explicit(path: Path, tmp_pa
 # What the sources say
 
 
+@pytest.mark.slow
 def test_settings_of_the_paper() -> None:
     """Section 2.6: 60,000 steps at most, validation every 3,000, batches of 192, 128 and 64 on 16 GPUs."""
     batches = {"instruct_flant5xl": 192, "instruct_vicuna7b": 128, "instruct_flant5xxl": 64, "instruct_vicuna13b": 64}

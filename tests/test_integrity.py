@@ -132,6 +132,7 @@ def test_files_without_checksums_are_loaded_and_it_is_said(tmp_path: Path, caplo
         assert f"{name} holds no checksums" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_written_folder_has_checksums(tmp_path: Path) -> None:
     from lavis_lite.common.sources.weights import open_state
     from lavis_lite.convert.folders import write_folder

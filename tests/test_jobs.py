@@ -123,6 +123,7 @@ def test_a_folder_has_one_writer(tmp_path: Path, holder: tuple[subprocess.Popen[
         assert str(os.getpid()) in (tmp_path / ".lock").read_text()
 
 
+@pytest.mark.slow
 def test_a_second_run_in_a_folder_is_refused(
     tmp_path: Path, shapes_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -193,6 +194,7 @@ def test_a_failed_resume_leaves_the_job(tmp_path: Path, shapes_data: Path) -> No
     assert sorted(files) == sorted(entry for entry in (tmp_path / "output" / "job").rglob("*") if entry.is_file())
 
 
+@pytest.mark.slow
 def test_the_configuration_of_a_resumed_job_resumes_nothing(
     tmp_path: Path, shapes_data: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

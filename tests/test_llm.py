@@ -567,6 +567,7 @@ def test_a_model_without_weights_is_not_quantized(monkeypatch: pytest.MonkeyPatc
         load_language_model("tiny_opt", dtype=torch.bfloat16, quantization="int8")
 
 
+@pytest.mark.slow
 def test_lora_trains_adapters_alone() -> None:
     model, _ = load_language_model(TINY / "opt", dtype=torch.bfloat16, lora={"r": 4, "lora_alpha": 8})
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -70,6 +70,7 @@ def test_one_batch_alone_needs_no_average(tmp_path: Path) -> None:
     assert_same_training(tmp_path / "tokens", tmp_path / "batches")
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
     train(tmp_path / "large", batch_size_train=8)
     options = {"batch_size_train": 2, "accum_grad_iters": 2, "loss_average": "tokens"}

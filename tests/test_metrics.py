@@ -136,6 +136,7 @@ def test_recall_mistakes() -> None:
         recall_metrics(np.zeros((2, 1)), np.zeros((1, 2)), [0], [[0], []])
 
 
+@pytest.mark.slow
 @needs_java
 def test_caption_metrics_equal_table() -> None:
     metrics = caption_metrics(REFERENCES, PREDICTIONS)

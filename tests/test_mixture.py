@@ -180,6 +180,7 @@ def test_what_says_how_often_a_set_is_drawn_says_that_it_is_drawn(setting: dict[
     assert RunConfig(task="toy", **setting).mixing == expected
 
 
+@pytest.mark.slow
 def test_the_log_tells_what_was_drawn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     task = LossRecorder()
@@ -219,6 +220,7 @@ def test_one_dataset_is_no_mixture(tmp_path: Path) -> None:
     assert not any("mixture" in row or "datasets" in row for row in rows(tmp_path))
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_gives_the_same_account(tmp_path: Path) -> None:
     """Killed in the second epoch, two steps after a checkpoint that stands between two rows of the log."""
     options = [f"{key}={json.dumps(value)}" for key, value in mixed.items()]
@@ -252,6 +254,7 @@ def test_another_share_does_not_go_on(tmp_path: Path) -> None:
         make(tmp_path, data=mixed_data(), **changes).train()
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_account_of_one_process(tmp_path: Path) -> None:
     """Each rank's losses are of its own half; also when one process goes on where two stopped within the epoch."""
     changes = {**mixed, "max_epoch": 1, "dropout": 0, "keep_checkpoints": 9}

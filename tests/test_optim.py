@@ -144,6 +144,7 @@ def test_groups_by_layer_scale() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_layer_scale_applies_to_the_update() -> None:
     """With AdamW's first step of size lr (no decay), the two weights must move by lr and lr/4."""
     model = Named({"head.weight": 1, "low.weight": 1})

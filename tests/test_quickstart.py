@@ -40,6 +40,7 @@ def texts(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("llm", "arch", "key"), [("tiny_opt", "blip2_opt", "opt_model"), ("tiny_t5", "blip2_t5", "t5_model")]
 )
@@ -159,6 +160,7 @@ class Quickstart:
         script("quickstart_report").main()
 
 
+@pytest.mark.slow
 def test_the_blip2_and_instructblip_quickstarts_run_from_end_to_end(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

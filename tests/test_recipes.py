@@ -73,6 +73,7 @@ def from_text(folder: Path, **sections: Any) -> Config:
 # Every YAML resolves
 
 
+@pytest.mark.slow
 @recipes
 def test_recipe_resolves_to_a_config_that_reads_back_the_same(path: Path, tmp_path: Path) -> None:
     cfg = config(path)
@@ -93,6 +94,7 @@ def test_model_type_resolves(arch: str, kind: str, tmp_path: Path) -> None:
     assert {"vis_processor", "text_processor"} == cfg.preprocess.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), DATASET_TYPES, ids=map("/".join, DATASET_TYPES))
 def test_dataset_type_resolves_and_its_builder_takes_it(name: str, kind: str, tmp_path: Path) -> None:
     model = {"arch": "blip_caption", "model_type": "tiny"}
@@ -126,6 +128,7 @@ def test_recipe_builds_its_parts(path: Path) -> None:
         build_processors(section)
 
 
+@pytest.mark.slow
 @recipes
 def test_recipe_builds_its_model_and_its_images_fit(path: Path) -> None:
     cfg = config(path)
@@ -300,6 +303,7 @@ def reported_metrics(task: str, folder: Path) -> set[str]:
     return {"CIDEr", "txt_r1", "img_r1", "overall"}  # pretraining: of the models finetuned or asked after it
 
 
+@pytest.mark.slow
 @published
 def test_expected_results_are_the_tasks_metrics_of_its_splits(path: Path, tmp_path: Path) -> None:
     cfg = config(path)
@@ -343,6 +347,7 @@ def test_the_page_lists_the_recipe_with_its_results(path: Path) -> None:
         assert f"| {processes} x {per_process} |" in rows[0]
 
 
+@pytest.mark.slow
 def test_the_pages_commands_are_valid_and_it_lists_nothing_else() -> None:
     text = RECIPES_PAGE.read_text()
     folders = {path.parent for path in TRAIN + EVAL}

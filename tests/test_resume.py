@@ -54,6 +54,7 @@ def saved(job: Path) -> dict[str, Any]:
     return {name: {key: value for key, value in file.items() if key != "config"} for name, file in files.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "after"), [("caption", 12), ("retrieval", 18)])
 def test_killed_and_resumed_equals_not_killed(name: str, after: int, tmp_path: Path) -> None:
     whole = long_project(tmp_path / "whole", name)
@@ -72,6 +73,7 @@ def test_killed_and_resumed_equals_not_killed(name: str, after: int, tmp_path: P
     assert losses == {row["step"]: row["loss"] for row in cli_helpers.steps(whole.parent / "output" / "job")}
 
 
+@pytest.mark.slow
 def test_resume_in_another_folder(tmp_path: Path) -> None:
     """`run.resume_ckpt_path` goes on in a job of its own, from any checkpoint with training state."""
     path = cli_helpers.project(tmp_path, "caption", {"run": {"keep_checkpoints": 9, "checkpoint_every": 2}})
@@ -97,6 +99,7 @@ def test_resume_takes_what_a_run_needs_and_no_less(tmp_path: Path, capsys: pytes
     assert "checkpoint_last.pth" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_where_the_run_would_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = cli_helpers.project(
         tmp_path, "caption", {"run": {"keep_checkpoints": 9, "checkpoint_every": 2, "test_splits": []}}
@@ -121,6 +124,7 @@ def test_a_dry_run_says_where_the_run_would_resume(tmp_path: Path, capsys: pytes
     assert [folder.name for folder in (tmp_path / "output").iterdir()] == ["job"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -177,6 +181,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, path: Path, *, step: int, option
 AUTO = ["--resume", "auto"]
 
 
+@pytest.mark.slow
 def test_changed_hyperparameters_are_applied_and_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -211,6 +216,7 @@ def test_changed_hyperparameters_are_applied_and_said(
     assert len([r for r in caplog.records if "in the checkpoint" in r.message]) == 7
 
 
+@pytest.mark.slow
 def test_an_unchanged_resume_names_no_difference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -221,6 +227,7 @@ def test_an_unchanged_resume_names_no_difference(
     assert "in the checkpoint" not in caplog.text
 
 
+@pytest.mark.slow
 def test_another_model_is_refused_key_by_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -236,6 +243,7 @@ def test_another_model_is_refused_key_by_key(
     assert "4 samples per step, this run has 5" in told
 
 
+@pytest.mark.slow
 def test_other_annotations_of_the_same_length_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -261,6 +269,7 @@ def test_other_annotations_of_the_same_length_are_refused(
     assert "holds no digest of its annotations" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["gone", "cut", "flipped"])
 def test_lost_best_weights_are_noticed_at_resume(
     loss: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -292,6 +301,7 @@ def damage(path: Path, how: str) -> None:
         path.write_bytes(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["cut", "flipped"])
 def test_a_run_goes_on_from_the_newest_whole_checkpoint(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

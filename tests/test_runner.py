@@ -233,6 +233,7 @@ def assert_equal(found: Any, expected: Any) -> None:
         assert found == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("die_at", "accumulate"), [(4, 1), (8, 2)])
 def test_killed_and_resumed_equals_not_killed(tmp_path: Path, die_at: int, accumulate: int) -> None:
     """Dropout on, shuffling on, two workers, clipping, accumulation; killed in the first and in the second epoch."""
@@ -255,6 +256,7 @@ def test_killed_and_resumed_equals_not_killed(tmp_path: Path, die_at: int, accum
     assert test_rows[0] == test_rows[1]
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
     """Without dropout, at the same global batch; the evaluation sets (5 and 1 samples) don't divide by the ranks."""
     ranks = two_ranks(tmp_path / "two", "batch_size_train=1", "dropout=0", "accum_grad_iters=2", "max_epoch=1")
@@ -386,6 +388,7 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
     assert "encoder.weight" not in last(tmp_path)["model"]
 
 
+@pytest.mark.slow
 def test_events_outlive_a_process_that_does_not_close_them(tmp_path: Path) -> None:
     """As an evaluation's, and those of a training that fails."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")

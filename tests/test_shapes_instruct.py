@@ -153,6 +153,7 @@ def check(record: dict[str, Any], scene: Scene) -> None:
         assert answered(record["question"], scene, focus) == record["answer"], record
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS)
 def test_the_second_reading_agrees(made: Callable[..., Any], group: str) -> None:
     for split in ("train", "test"):
@@ -234,6 +235,7 @@ def test_the_text_alone_is_worth_no_more_than_chance(made: Callable[..., Any], g
 # Words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["shapes", "tiny_opt", "tiny_t5", "tiny_vicuna"])
 def test_every_word_is_one_token(made: Callable[..., Any], name: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(FOLDER if name == "shapes" else LLMS / name))

@@ -64,6 +64,7 @@ def signal_in(monkeypatch: pytest.MonkeyPatch, method: str, *, call: int, signum
     monkeypatch.setattr(CaptionTask, method, wrapped)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("signum", "code"), SIGNALS.items(), ids=lambda value: str(value))
 def test_a_signal_finishes_the_update_saves_and_says_how_to_resume(
     signum: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -87,6 +88,7 @@ def test_a_signal_finishes_the_update_saves_and_says_how_to_resume(
         cli_helpers.assert_same_state(last(whole)[key], last(path)[key], where=key)
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_last_step_of_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Validation is still to come: the resumed run makes up for it."""
     whole, path = pair(tmp_path)
@@ -203,6 +205,7 @@ except stopping.Stopped as stop:
 """
 
 
+@pytest.mark.slow
 def test_a_signal_in_a_destructor_is_raised_after_it() -> None:
     """Python ignores exceptions there."""
     process = python(PUT_OFF)
@@ -453,6 +456,7 @@ def test_a_mistake_that_a_loader_worker_finds_is_one_line(
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_what_the_system_refuses_a_loader_worker_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -464,6 +468,7 @@ def test_what_the_system_refuses_a_loader_worker_is_one_line(
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_a_bug_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = cli_helpers.project(tmp_path, "caption", CHANGES)
     fails(monkeypatch, lambda: {}["a bug"])

@@ -49,6 +49,7 @@ def test_any_of_its_files_makes_the_tokenizer(tmp_path: Path, names: tuple[str, 
         assert mine.batch_decode(ids, skip_special_tokens=True)[:2] == ["a red circle, left of 2 stars!", "yes"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [("vocab.txt",), ("tokenizer.json",)])
 def test_models_write_with_it(tmp_path: Path, names: tuple[str, ...]) -> None:
     """Training is no proof: generation needs [SEP] and [CLS]."""

@@ -53,6 +53,7 @@ def lines(caplog: pytest.LogCaptureFixture, *, level: int = logging.WARNING) -> 
     return [record.getMessage() for record in caplog.records if record.levelno >= level]
 
 
+@pytest.mark.slow
 def test_the_model_and_its_processors_are_those_of_the_training(
     caption_run: tuple[Path, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -330,6 +331,7 @@ def with_adapters(arch: str, folder: Path) -> Path:
         ("blip2_llm", {"llm_model": "tiny_vicuna"}, "blip2_llm (llm_model=tiny_opt)", "(llm_model=tiny_vicuna)"),
     ],
 )
+@pytest.mark.slow
 def test_adapters_of_another_language_model_are_an_error(
     arch: str, settings: dict[str, Any], was: str, now: str, tmp_path: Path
 ) -> None:

@@ -232,6 +232,7 @@ def test_an_unreadable_video_is_named(tmp_path: Path, content: Callable[[], byte
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_short_clip_repeats_frames_or_is_an_error(tmp_path: Path) -> None:
     images = noise(3)
     path = written(tmp_path / "clip.avi", images)
@@ -382,6 +383,7 @@ def test_video_processors_refuse_what_is_no_video() -> None:
 # models
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["blip2_vicuna_instruct", "blip2_t5_instruct"])
 def test_an_instruct_model_answers_about_a_clip(arch: str, tmp_path: Path) -> None:
     path = written(tmp_path / "clip.avi", noise(10))

@@ -178,6 +178,7 @@ def test_memory_map_of_a_large_file_is_renewed(tmp_path: Path, watch: Watch, mon
     assert watch.most_alive == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["blip_caption", "blip2"])
 def test_a_model_is_loaded_shard_by_shard(
     arch: str, tmp_path: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch

@@ -85,6 +85,7 @@ def test_types_have_the_settings_and_weights_of_the_original(manifest: Path):
     assert {key: ours.get(key) for key in expected} == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arch", "kind"), EVERY_TYPE, ids=map("/".join, EVERY_TYPE))
 def test_every_type_fits_its_constructor(arch: str, kind: str):
     layers = model_layers(arch, kind)
