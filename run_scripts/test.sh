@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a bare clone to a passed test suite: ruff, mypy, import-linter, pytest.
 #   bash run_scripts/test.sh                 everything
-#   bash run_scripts/test.sh --quick         without the tests marked slow: about 90 seconds on two cores
+#   bash run_scripts/test.sh --quick         without the tests marked slow: about two minutes on two cores
 #   bash run_scripts/test.sh -k captioning   further arguments go to pytest
 set -euo pipefail
 if [ "${1:-}" = --quick ]; then
