@@ -1,6 +1,6 @@
 """Base class of all models: building from a config, loading weights, optimizer groups, checkpoints.
 
-The keys and shapes of the sample dict that models read are listed in docs/architecture.md, section 3.
+The keys and shapes of the sample dict that models read are listed in datasets/protocols.py.
 """
 
 import logging
