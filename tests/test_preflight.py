@@ -423,6 +423,42 @@ def test_every_model_that_writes_says_what_it_has_room_for() -> None:
                 assert check.keys() <= whole.keys(), (name, method)
 
 
+@pytest.mark.parametrize(
+    ("task", "setting"),
+    [(CaptionTask(), "max_len"), (InstructTask(), "max_len"), (VQATask(inference_method="generate"), "max_len")],
+)
+def test_a_model_that_does_not_take_a_settings_name_is_refused_before_training(task: Any, setting: str) -> None:
+    class Narrow:
+        def generate(self, samples: Any, num_beams: int = 3) -> list[str]:
+            """As a captioner's."""
+            raise AssertionError(samples)
+
+        predict_answers = generate
+
+    class Open:
+        def generate(self, samples: Any, **settings: Any) -> list[str]:
+            """As the protocol asks."""
+            raise AssertionError(samples)
+
+        predict_answers = generate
+
+    nothing = SimpleNamespace(annotation=[], answer_list=["a"])
+    with pytest.raises(ValueError, match=rf"^Narrow\.\w+: .*'{setting}'.*num_beams.*\*\*settings"):
+        task.check(Narrow, nothing, {}, split="val")
+    task.check(Open, nothing, {}, split="val")
+
+
+@pytest.mark.parametrize("method", ["rank", "generate"])
+def test_a_prompt_that_blip_cannot_fill_is_refused_before_training(method: str) -> None:
+    """With two placeholders it would fail at the first validation only."""
+    task = VQATask(inference_method=method, prompt="{} in {}?", max_len=5)
+    batch = {"image": torch.zeros(1, 3, 48, 48, device="meta"), "text_input": ["what?"]}
+    with pytest.raises(ValueError, match=r"prompt.*'\{\} in \{\}\?'"):
+        task.check_model(
+            cli_helpers.build("vqa_rank"), SimpleNamespace(annotation=[], answer_list=["a"]), [batch], split="val"
+        )
+
+
 def test_a_model_that_does_not_say_what_it_has_room_for_is_not_asked() -> None:
     """A user's own."""
 

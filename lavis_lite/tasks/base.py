@@ -16,6 +16,7 @@ from lavis_lite.common import dist
 from lavis_lite.common.bounds import Bounds, check_numbers
 from lavis_lite.common.config.config import Config
 from lavis_lite.common.config.run import RunConfig
+from lavis_lite.common.config.schema import signature_of
 from lavis_lite.common.config.sections import builder_name
 from lavis_lite.common.errors import InputError, MissingInputError
 from lavis_lite.common.registry import did_you_mean, registry
@@ -186,6 +187,21 @@ def naming_setting(setting: str, samples: Samples, model: nn.Module) -> Iterator
             raise
         except InputError as error:
             raise InputError(f"{setting}: {error}") from error
+
+
+def check_settings(model_class: type, method: str, settings: Mapping[str, Any]) -> None:
+    """Raise InputError, before weights are loaded, unless a model's method takes the settings that a task passes."""
+    owner = next((owner for owner in model_class.__mro__ if method in vars(owner)), None)
+    if owner is None:
+        return  # refused by its name already
+    parameters = signature_of(vars(owner)[method]).parameters
+    is_open = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    missing = [name for name in settings if name not in parameters]
+    if missing and not is_open:
+        raise InputError(
+            f"{model_class.__name__}.{method}: must take the setting {missing[0]!r}, takes only "
+            f"{', '.join(name for name in parameters if name not in ('self', 'samples'))}; accept **settings"
+        )
 
 
 def wanted_splits(run: RunConfig) -> list[str]:

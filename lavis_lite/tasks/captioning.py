@@ -20,7 +20,7 @@ from lavis_lite.common.sources import download
 from lavis_lite.datasets.protocols import EvalDataset, HasExtraMetrics, HasReferences, Samples
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.protocols import Generates, method_names
-from lavis_lite.tasks.base import DECODING_BOUNDS, BaseTask, Metrics, naming_setting
+from lavis_lite.tasks.base import DECODING_BOUNDS, BaseTask, Metrics, check_settings, naming_setting
 from lavis_lite.tasks.metrics.caption import DEFAULT_METRICS, Tokens, caption_metrics, check_metrics
 from lavis_lite.tasks.results import Result, as_list, per_sample, unscored, write_json
 
@@ -72,7 +72,8 @@ class CaptionTask(BaseTask):
             raise InputError(f"run.num_captions={self.num_captions} needs run.num_beams of at least as many")
 
     def check(self, model_class: type, dataset: EvalDataset, batch: Samples, *, split: str) -> None:
-        """Raise InputError for a file of references that does not cover the split."""
+        """Raise InputError for settings that the model does not take, or references that miss images."""
+        check_settings(model_class, "generate", self.decoding_settings())
         if self.annotation_file is None or not self.report_metric:
             return
         references = self.references(dataset)

@@ -19,7 +19,7 @@ from lavis_lite.common.registry import registry
 from lavis_lite.datasets.protocols import EvalDataset, Samples
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.protocols import Generates, ScoresCandidates, method_names
-from lavis_lite.tasks.base import DECODING_BOUNDS, BaseTask, Metrics, naming_setting
+from lavis_lite.tasks.base import DECODING_BOUNDS, BaseTask, Metrics, check_settings, naming_setting
 from lavis_lite.tasks.metrics.ranking import mean_reciprocal_rank, rank_of, roc_auc
 from lavis_lite.tasks.metrics.vqa_accuracy import by_kind, vqa_accuracy
 from lavis_lite.tasks.results import Result, as_list, per_sample, positions, unscored, write_json
@@ -57,7 +57,9 @@ class InstructTask(BaseTask):
     choices: ClassVar = {"metric": get_args(Metric)}
 
     def check(self, model_class: type, dataset: EvalDataset, batch: Samples, *, split: str) -> None:
-        """Raise InputError for a metric of choices where the samples have no candidates."""
+        """Raise InputError for settings that the model does not take, or a metric that needs candidates."""
+        if "candidates" not in batch:
+            check_settings(model_class, "generate", self.decoding_settings())
         if batch:
             self._check_choices("candidates" in batch, split)
 

@@ -21,7 +21,7 @@ from lavis_lite.common.registry import registry
 from lavis_lite.datasets.protocols import EvalDataset, HasAnswerList, Samples
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.protocols import AnswersQuestions, method_names
-from lavis_lite.tasks.base import DECODING_BOUNDS, BaseTask, Metrics, naming_setting
+from lavis_lite.tasks.base import DECODING_BOUNDS, BaseTask, Metrics, check_settings, naming_setting
 from lavis_lite.tasks.metrics.vqa_accuracy import Variant, vqa_metrics
 from lavis_lite.tasks.results import Result, as_list, per_sample, unscored, write_json
 
@@ -73,8 +73,8 @@ class VQATask(BaseTask):
         return built
 
     def check(self, model_class: type, dataset: EvalDataset, batch: Samples, *, split: str) -> None:
-        """Raise InputError for ranking without an answer list."""
-        self.batch_context(dataset)
+        """Raise InputError for settings that the model does not take, and for ranking without an answer list."""
+        check_settings(model_class, "predict_answers", self.settings(self.batch_context(dataset)))
 
     def check_model(self, model: BaseModel, dataset: EvalDataset, batches: Sequence[Samples], *, split: str) -> None:
         """Raise InputError for lengths and answers that the model has no room for."""
@@ -112,11 +112,16 @@ class VQATask(BaseTask):
             )
         return {"answer_list": list(answer_list)}
 
-    def arguments(self, samples: Samples) -> tuple[Samples, dict[str, Any]]:
-        """Return the batch and the settings that a model's `predict_answers` gets."""
+    def settings(self, samples: Samples) -> dict[str, Any]:
+        """Return the settings of `predict_answers`, with the batch's answer list if it has one."""
         settings = self.decoding_settings() | {"inference_method": self.inference_method}
         if samples.get("answer_list") is not None:
             settings |= {"answer_list": samples["answer_list"], "num_ans_candidates": self.num_ans_candidates}
+        return settings
+
+    def arguments(self, samples: Samples) -> tuple[Samples, dict[str, Any]]:
+        """Return the batch and the settings that a model's `predict_answers` gets."""
+        settings = self.settings(samples)
         if self.prompt.count("{}") < 2 or "prompt" in samples:
             return self.inside_prompt(samples), settings
         return samples, {**settings, "prompt": self.prompt}  # the model fills the other placeholder, by OCR tokens say

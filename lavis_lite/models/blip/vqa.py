@@ -109,9 +109,12 @@ class BlipVQA(BlipBase):
         prompt: str = "",
         **changes: Any,
     ) -> None:
-        texts_of(samples, len(image_of(samples)))
+        config = self.decoding(self.answer_generation.changed(**changes))
+        questions = texts_of(samples, len(image_of(samples)))
+        if prompt:
+            fill_placeholder(prompt, questions)
         if inference_method == "generate":
-            check_prompt(1, self.decoding(self.answer_generation.changed(**changes)).resolved(1))
+            check_prompt(1, config.resolved(1))
         else:
             ranked_answers(answer_list, num_ans_candidates)
 

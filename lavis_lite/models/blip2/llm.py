@@ -297,10 +297,10 @@ class Blip2LLM(Blip2Base):
         prompt: str = "",
         **changes: Any,
     ) -> None:
+        decoding = self.lm.decoding(self.answer_generation.changed(**changes), num_uncounted=1)
         count = len(image_of(samples, video=True))
         prompts = question_prompts(samples, prompt or self.question_template(samples), count)
         if inference_method == "generate":
-            decoding = self.lm.decoding(self.answer_generation.changed(**changes), num_uncounted=1)
             self.lm.check_room(self._num_inputs(samples, prompts, limit=self.prompt_limit), decoding)
         else:
             end = not self.family.score_without_eos
