@@ -1,11 +1,11 @@
 # lavis_lite with the tested versions. Not built by the project's tests.
 #   docker build -t lavis-lite .                          NVIDIA GPUs and CPU (torch's wheels bring CUDA)
 #   docker build -t lavis-lite --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .     CPU only, smaller
-#   docker run --gpus all --shm-size 8g -v /data:/data -v "$PWD/output:/work/output" lavis-lite train --cfg-path projects/...
+#   docker run --gpus all --shm-size 8g -v /data:/data -v "$PWD/output:/app/output" lavis-lite train --cfg-path projects/...
 FROM python:3.11-slim
 # Java for the PTB tokenizer and METEOR of the captioning metrics
 RUN apt-get update && apt-get install --yes --no-install-recommends default-jre-headless && rm -rf /var/lib/apt/lists/*
-WORKDIR /work
+WORKDIR /app
 ARG TORCH_INDEX=https://pypi.org/simple
 COPY constraints.txt .
 RUN pip install --no-cache-dir --constraint constraints.txt --index-url "$TORCH_INDEX" \

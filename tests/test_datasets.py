@@ -374,7 +374,7 @@ def test_load_dataset_reads_the_yaml(root: Path, monkeypatch: pytest.MonkeyPatch
     assert load_dataset("coco_caption", splits=["val"])["val"].references() == {391895: ["c1 ", "c2"]}
 
 
-def test_importing_the_face_loads_no_torch() -> None:
+def test_importing_the_package_loads_no_torch() -> None:
     code = "import sys, lavis_lite.datasets as d; d.dataset_zoo; str(d.dataset_zoo); assert 'torch' not in sys.modules"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)

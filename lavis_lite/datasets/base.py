@@ -191,7 +191,7 @@ class BaseBuilder:
     layout: str = ""
     """The builder that lays out the samples of a dataset that is a YAML alone; it is chosen before this is read."""
     reader: str = ""
-    """What makes records of the annotation files, another than the layout's: see `find_reader`."""
+    """The function from annotation files to records, in place of the layout's; see `find_reader`."""
     columns: dict[str, str] = field(default_factory=dict)
     """Our name of a field to the file's: `{caption: text}`."""
     build_info: dict[str, Any] = field(default_factory=dict)

@@ -24,7 +24,7 @@ MAX_ID_DIGITS = 19
 
 
 class CaptionDataset(BaseDataset):
-    """What the layouts of captions share."""
+    """Base of the caption layouts."""
 
     required: tuple[str, ...] = ("image|file_name", "caption")
     fields = CAPTION_FIELDS

@@ -1,4 +1,4 @@
-"""What a task may ask of a dataset, and the keys of the batches that datasets make and models read.
+"""Protocols of what tasks require of datasets, and the keys of the batches that datasets make and models read.
 
 A dataset need not derive from anything here: it conforms by having the attributes. `datasets/base.py` has a base class
 that does.
@@ -44,7 +44,7 @@ class SampleDict(TypedDict, total=False):
     n_answers: Tensor
     """Answers per question, LongTensor (B)."""
     text_output: list[str]
-    """What a language model learns to write about `text_input`; of several answers one, drawn by its share."""
+    """Target text of a language model for `text_input`; one of several answers, drawn by its share."""
     candidates: list[list[str]]
     """B lists, of any lengths: the texts to choose from. Made by `instruct` in evaluation, of all records or none."""
     label: Tensor

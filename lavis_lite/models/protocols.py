@@ -1,4 +1,4 @@
-"""What a task may ask of a model beside `model(samples)`, which returns a dict with `loss` and its parts `loss_*`.
+"""Protocols of what tasks require of models beside `model(samples)`, which returns `loss` and its parts `loss_*`.
 
 A model need not derive from anything here: it conforms by having the method. Samples are batches as in
 `datasets/protocols.py`.

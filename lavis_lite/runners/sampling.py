@@ -98,7 +98,7 @@ class TrainSampler:
         self.batch_size, self.global_batch = batch_size, batch_size * world * accumulate
         self.steps_per_epoch = total // self.global_batch
         self.groups = {"": self.names} if self.is_concat else {name: [name] for name in self.names}
-        """What is permuted as a whole: one dataset, or all (no dataset has an empty name)."""
+        """Datasets that are permuted as a whole: one, or all (no dataset has an empty name)."""
         self._check_lengths()
         self.ends = {group: np.cumsum([self.lengths[name] for name in names]) for group, names in self.groups.items()}
         self.bounds = np.cumsum(list(self.shares.values()))

@@ -40,7 +40,7 @@ class TrainState:
 
     @property
     def position(self) -> dict[str, Any]:
-        """What a checkpoint says of the progress: `step`, `epoch`, and the best validation so far."""
+        """The progress in a checkpoint: `step`, `epoch`, and the best validation so far."""
         return {"step": self.step, "epoch": self.epoch, "best": {"metric": self.best_metric, "epoch": self.best_epoch}}
 
     @property
