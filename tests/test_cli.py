@@ -1,11 +1,14 @@
 """The command line: help, clean errors, the dry run's figures, and which job a run goes on with."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import lavis_lite
+from lavis_lite.cli import __main__ as command
 from lavis_lite.cli import dry_run
 from lavis_lite.cli import main as cli
 from lavis_lite.common.config.config import RunConfig, parser
@@ -147,3 +150,46 @@ def test_train_then_evaluate_its_checkpoint(project: str, tmp_path: Path, capsys
         cli.evaluate_main([*argv, "--checkpoint", str(tmp_path / "gone.pth")])
     assert caught.value.code == 2
     assert "gone.pth" in capsys.readouterr().err
+
+
+# The command lavis-lite
+
+
+def lavis_lite_command(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
+    """Run `lavis-lite` in this process; the exit code."""
+    monkeypatch.setattr(sys, "argv", ["lavis-lite", *argv])
+    with pytest.raises(SystemExit) as end:
+        command.main()
+    return int(end.value.code or 0)
+
+
+def test_every_subcommand_has_its_own_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, option in (("train", "--resume"), ("evaluate", "--checkpoint"), ("convert", "to-hf")):
+        assert lavis_lite_command(monkeypatch, name, "--help") == 0
+        assert option in capsys.readouterr().out
+    assert set(command.COMMANDS) == {"train", "evaluate", "convert"}
+
+
+def test_the_command_alone_lists_subcommands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lavis_lite_command(monkeypatch) == 2
+    err = capsys.readouterr().err
+    assert all(name in err for name in command.COMMANDS)
+    assert lavis_lite_command(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out.strip() == f"lavis_lite {lavis_lite.__version__}"
+
+
+def test_an_unknown_subcommand_names_the_nearest(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lavis_lite_command(monkeypatch, "trian") == 2
+    err = capsys.readouterr().err
+    assert all(word in err for word in ("'trian'", "'train'"))
+
+
+def test_a_subcommand_passes_its_arguments_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lavis_lite_command(monkeypatch, "train", "--cfg-path", str(tmp_path / "gone.yaml")) == 2
+    assert "gone.yaml" in capsys.readouterr().err
