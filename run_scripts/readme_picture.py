@@ -5,12 +5,13 @@
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from PIL import Image, ImageDraw, ImageFont
-from quickstart_report import caption_cards, vqa_cards
+from quickstart_report import Card, caption_cards, vqa_cards
 
 NUM_IMAGES, COLUMNS = 6, 3
 WIDTH, IMAGE, MARGIN, LINE = 380, 144, 16, 19
@@ -30,6 +31,7 @@ def wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width
 
 
 def main() -> None:
+    """Draw the picture that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("quickstart", type=Path, help="the quickstart's output folder")
     parser.add_argument("picture", type=Path, help="the PNG to write")
@@ -53,12 +55,12 @@ def main() -> None:
     print(f"wrote {args.picture}")
 
 
-def described(card, answers):
+def described(card: Card, answers: list[Card]) -> Iterator[tuple[str, str]]:
     """Yield the caption, and the image's first two questions with their answers, each with its colour."""
-    yield card.said, GREEN if card.right else RED
+    yield card.text, GREEN if card.right else RED
     for answer in [one for one in answers if one.image == card.image][:2]:
         yield answer.note, GREY
-        yield answer.said, GREEN if answer.right else RED
+        yield answer.text, GREEN if answer.right else RED
 
 
 if __name__ == "__main__":

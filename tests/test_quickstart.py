@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 from lavis_lite.cli import main as cli
@@ -199,3 +200,16 @@ def test_figures_are_collected_from_the_logs(tmp_path: Path) -> None:
     (tmp_path / "empty" / "log.txt").write_text("")
     with pytest.raises(SystemExit, match="holds no test metrics"):
         report.last_metrics(tmp_path / "empty", "test")
+
+
+def test_the_readmes_picture_is_drawn_from_the_reports_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawing, report = script("readme_picture"), script("quickstart_report")
+    cards = [report.Card(tmp_path / f"{i}.png", f"a caption of image {i}", i % 2 == 0, "what is it?") for i in range(7)]
+    for card in cards:
+        Image.new("RGB", (48, 48), "teal").save(card.image)
+    monkeypatch.setattr(drawing, "caption_cards", lambda job: iter(cards))
+    monkeypatch.setattr(drawing, "vqa_cards", lambda job: iter(cards))
+    monkeypatch.setattr(sys, "argv", ["readme_picture.py", str(tmp_path), str(tmp_path / "out" / "picture.png")])
+    drawing.main()
+    colours = {colour for _, colour in Image.open(tmp_path / "out" / "picture.png").convert("RGB").getcolors(10**6)}
+    assert {(0, 128, 128), (255, 255, 255)} < colours
