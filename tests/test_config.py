@@ -390,7 +390,9 @@ def test_imports_bring_a_users_own_classes(tmp_path: Path, monkeypatch: pytest.M
     write(
         tmp_path,
         "from dataclasses import dataclass\nfrom lavis_lite.registry import registry\n"
-        "@registry.register_task('task_of_mine')\n@dataclass(kw_only=True)\nclass Mine:\n    depth: int = 1\n",
+        "from lavis_lite.tasks.base import BaseTask\n"
+        "@registry.register_task('task_of_mine')\n@dataclass(kw_only=True)\nclass Mine(BaseTask):\n"
+        "    depth: int = 1\n",
         "my_module_for_tests.py",
     )
     text = BASIC.replace("captioning", "task_of_mine, depth: 3") + "imports: [my_module_for_tests]\n"

@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from lavis_lite.common.registry import Registry, RegistryError, did_you_mean, registry
+from lavis_lite.common.registry import BASES, Registry, RegistryError, did_you_mean, registry
 
 KINDS = ("model", "processor", "builder", "task", "runner", "lr_scheduler")
 
@@ -86,6 +87,20 @@ def test_the_same_class_defined_again_replaces_the_old_one():
 def test_decorator_without_a_name_says_how_to_write_it():
     with pytest.raises(TypeError, match=r"@registry.register_task\('name'\)"):
         registry.register_task(type("NotAName", (), {}))
+
+
+@pytest.mark.parametrize("kind", KINDS[:-1])
+def test_a_class_without_its_kinds_base_is_refused(kind: str):
+    register = getattr(registry, f"register_{kind}")
+    with pytest.raises(TypeError, match=rf"{kind} 'stray': .*Stray must derive from \w+ \(lavis_lite\.\w+\.\w+\.\w+\)"):
+        register("stray")(type("Stray", (), {}))
+    assert "stray" not in registry.tables[kind].names()
+
+
+def test_bases_exist():
+    for name in BASES.values():
+        module, _, cls = name.rpartition(".")
+        assert isinstance(vars(import_module(module))[cls], type)
 
 
 @pytest.mark.parametrize("kind", KINDS)

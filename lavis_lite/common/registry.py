@@ -24,6 +24,15 @@ PACKAGES = {
     "lr_scheduler": "lavis_lite.common.optim",
 }
 
+BASES = {
+    "model": "lavis_lite.models.base.BaseModel",
+    "processor": "lavis_lite.processors.base.BaseProcessor",
+    "builder": "lavis_lite.datasets.base.BaseBuilder",
+    "task": "lavis_lite.tasks.base.BaseTask",
+    "runner": "lavis_lite.runners.runner.Runner",
+}
+"""The class that those of a kind derive from; by name, since this module imports no package of a kind."""
+
 
 class RegistryError(UnknownNameError):
     """An unknown name, or one that is already used."""
@@ -44,9 +53,10 @@ def did_you_mean(name: object, candidates: Iterable[str], *, limit: int = 12) ->
 class Table:
     """The classes of one kind, by name."""
 
-    def __init__(self, kind: str, package: str) -> None:
+    def __init__(self, kind: str, package: str, base: str | None = None) -> None:
         self.kind = kind
         self.package = package
+        self.base = base
         self.items: dict[str, Any] = {}
         self._is_imported = False
         self._finder: tuple[Callable[[], Iterable[str]], Callable[[str], Any]] = (tuple, lambda name: None)
@@ -64,6 +74,12 @@ class Table:
             raise InputTypeError(f"register_{self.kind} needs a name, as in @registry.register_{self.kind}('name')")
 
         def decorate(item: T) -> T:
+            parents = item.__mro__ if isinstance(item, type) else ()
+            if self.base and self.base not in map(_full_name, parents):
+                raise InputTypeError(
+                    f"{self.kind} {name!r}: {_full_name(item)} must derive from {self.base.rpartition('.')[2]} "
+                    f"({self.base})"
+                )
             other = self._found(name)
             if other is not None and _full_name(other) != _full_name(item):
                 raise RegistryError(
@@ -117,11 +133,15 @@ def _full_name(item: Any) -> str:
 class Registry:
     """One table per kind, and the methods `register_<kind>`, `get_<kind>_class` and `list_<kind>s` of each.
 
-    `packages` replaces the package of some kinds.
+    `packages` replaces the package of some kinds, whose classes may then derive from anything.
     """
 
     def __init__(self, packages: Mapping[str, str] | None = None) -> None:
-        self.tables = {kind: Table(kind, package) for kind, package in (PACKAGES | dict(packages or {})).items()}
+        own = dict(packages or {})
+        self.tables = {
+            kind: Table(kind, package, None if kind in own else BASES.get(kind))
+            for kind, package in (PACKAGES | own).items()
+        }
         model, processor, builder, task, runner, schedule = (self.tables[kind] for kind in PACKAGES)
         self.register_model, self.get_model_class, self.list_models = model.register, model.get, model.names
         self.register_processor, self.get_processor_class = processor.register, processor.get
