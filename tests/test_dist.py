@@ -95,9 +95,10 @@ def body_objects(folder: Path) -> None:
     assert dist.broadcast_object({"rank": rank}) == {"rank": 0}
     mean = dist.all_reduce_mean(torch.tensor([1.0, 3.0]) * (rank + 1))
     assert mean.tolist() == [1.5, 4.5]
-    buffer = torch.full((2,), float(rank + 5))
-    dist.broadcast_tensors([buffer])
-    assert buffer.tolist() == [5.0, 5.0]
+    model = nn.Linear(2, 1)
+    model.register_buffer("queue", torch.full((2,), float(rank + 5)))
+    parallel, _ = dist.data_parallel(model)
+    assert dict(parallel.named_buffers())["module.queue"].tolist() == [5.0, 5.0]
     gathered = dist.all_gather(torch.tensor([[rank, rank]]).t())  # not contiguous
     assert gathered.flatten().tolist() == [0, 0, 1, 1]
     check_main_first(folder)

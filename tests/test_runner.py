@@ -512,7 +512,7 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match=r"checkpoint_last\.pth: the disk is full .*MiB needed"):
+    with pytest.raises(OSError, match=r"checkpoint_last\.pth: the disk is full .*MiB free"):
         make(tmp_path, resume="auto").train()
     assert (tmp_path / "checkpoint_last.pth").read_bytes() == before
     monkeypatch.undo()

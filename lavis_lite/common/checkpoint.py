@@ -10,7 +10,6 @@ import io
 import logging
 import os
 import pickle
-import pickletools
 import re
 import secrets
 import shutil
@@ -38,11 +37,10 @@ NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EM
 
 
 class LoadReport(NamedTuple):
-    """Keys that the file lacks, keys that the model lacks, and keys whose shapes differ."""
+    """Keys that the file lacks, and keys that the model lacks."""
 
     missing: list[str]
     unexpected: list[str]
-    mismatched: list[str]
 
 
 class _ErrorRecorder(io.RawIOBase):
@@ -63,13 +61,12 @@ class _ErrorRecorder(io.RawIOBase):
             raise
 
 
-def atomic_write(path: str | Path, write: Callable[[BinaryIO], object], *, num_bytes: int | None = None) -> Path:
+def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> Path:
     """Replace `path` by the bytes that `write(file)` writes; on any failure the old file stays and no temporary is
     left.
 
     Raises:
-        OSError: the disk is full or unwritable; the message has the path, `num_bytes` (the size needed, if known) and
-            the free space.
+        OSError: the disk is full or unwritable; the message has the path and the free space.
     """
     path = Path(path)
     temporary = _temporary_name(path)
@@ -84,10 +81,16 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], object], *, num_b
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        cause = recorder.error if recorder is not None and recorder.error is not None else error
+        cause = (recorder and recorder.error) or error
         if not isinstance(cause, OSError):
             raise
-        raise _write_error(path, cause, num_bytes=num_bytes) from error
+        folder = next(parent for parent in path.absolute().parents if parent.is_dir())
+        what = "the disk is full" if cause.errno in (errno.ENOSPC, errno.EDQUOT) else (cause.strerror or str(cause))
+        raise WriteError(
+            cause.errno,
+            f"cannot write {path}: {what} ({shutil.disk_usage(folder).free / 2**20:.1f} MiB free in {folder}); the file is "
+            "as it was. Free some space or set run.output_dir to another disk, then continue with --resume auto",
+        ) from error
     return path
 
 
@@ -97,8 +100,7 @@ def _temporary_name(path: Path) -> Path:
 
 def write_text(path: str | Path, text: str) -> Path:
     """Write a text as UTF-8 with `atomic_write`."""
-    data = text.encode()
-    return atomic_write(path, lambda file: file.write(data), num_bytes=len(data))
+    return atomic_write(path, lambda file: file.write(text.encode()))
 
 
 def link_or_copy(source: Path, target: Path) -> Path:
@@ -112,7 +114,7 @@ def link_or_copy(source: Path, target: Path) -> Path:
         if error.errno not in NO_LINKS:
             raise
         with source.open("rb") as file:
-            atomic_write(target, functools.partial(shutil.copyfileobj, file), num_bytes=source.stat().st_size)
+            atomic_write(target, functools.partial(shutil.copyfileobj, file))
     return target
 
 
@@ -126,7 +128,7 @@ def sweep_temporaries(folder: Path) -> list[Path]:
 
 def save(obj: Any, path: str | Path) -> Path:
     """Write `obj` (nested containers of tensors and plain values) with torch.save, atomically."""
-    return atomic_write(path, lambda file: torch.save(obj, file), num_bytes=sum(_tensor_bytes(obj).values()))
+    return atomic_write(path, lambda file: torch.save(obj, file))
 
 
 def load(path: str | Path, *, map_location: str | torch.device = "cpu", verify: bool = True) -> dict[str, Any]:
@@ -150,9 +152,13 @@ def load(path: str | Path, *, map_location: str | torch.device = "cpu", verify: 
 
             return load_file(path, device=str(map_location))
         return torch.load(path, map_location=map_location, weights_only=True, mmap=is_mappable(path) or None)
-    except pickle.UnpicklingError as error:
-        raise _unpickling_error(path, error) from error
     except Exception as error:
+        if isinstance(error, pickle.UnpicklingError) and (names := re.findall(r"GLOBAL ([\w.]+)", str(error))):
+            raise InputError(
+                f"checkpoint {path} holds pickled code or objects, which reading would run: {', '.join(set(names))}. "
+                "If you trust its author, convert it on a machine that may run it: "
+                "torch.save(torch.load(old, weights_only=False)['model'], new), keeping tensors and plain containers"
+            ) from error
         is_cut_short = isinstance(error, OSError) and error.errno == errno.EINVAL  # torch seeks to before the start
         if isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError)) and not is_cut_short:
             raise
@@ -173,8 +179,8 @@ def refuse_compressed(path: Path) -> None:
     if compressed:
         size = sum(entry.file_size for entry in compressed)
         raise InputError(
-            f"checkpoint {path} is refused: {len(compressed)} of its entries are compressed, to be inflated to "
-            f"{size:,} bytes, and torch writes none. Unpack it, or ask for the file as torch.save wrote it"
+            f"checkpoint {path} is refused: {len(compressed)} entries are compressed, inflated {size:,} bytes, and torch "
+            "compresses none: ask for the file as torch.save wrote it"
         )
 
 
@@ -191,11 +197,8 @@ def find_state_dict(obj: Mapping[str, Any], *, source: str = "checkpoint") -> di
 
     A `module.` prefix that all keys share (saved from DDP) is removed.
     """
-    state = obj
-    for key in ("model", "state_dict"):
-        if isinstance(obj, Mapping) and isinstance(obj.get(key), Mapping):
-            state = obj[key]
-            break
+    nested = [obj.get(key) for key in ("model", "state_dict")] if isinstance(obj, Mapping) else []
+    state = next((value for value in nested if isinstance(value, Mapping)), obj)
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
         found = sorted(map(str, obj))[:10] if isinstance(obj, Mapping) else type(obj).__name__
         raise InputError(f"{source} holds no weights: expected a state dict or {{'model': state dict}}, found {found}")
@@ -227,72 +230,9 @@ def load_into(
     report = LoadReport(
         missing=[key for key, value in own.items() if key not in state and id(value) not in given],
         unexpected=[key for key in state if key not in own],
-        mismatched=[key for key in state if key in own and state[key].shape != own[key].shape],
     )
-    _check_architecture(type(model).__name__, own, state, source=source)
-    _check_differences(report, own, state, source=source, allow_missing=allow_missing)
-    _log_differences(report, own, source=source, loaded_separately=loaded_separately)
-    with torch.no_grad():
-        for key in state:
-            if key in own:
-                own[key].copy_(state[key])
-    return report
-
-
-def _check_architecture(
-    name: str, own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], *, source: str | Path
-) -> None:
-    """Raise ValueError if none of the model's keys, or none of its trainable ones, are in the file."""
-    given = {id(own[key]): key for key in state if key in own}
-    if own and not given:
-        raise InputError(
-            f"{source} is a checkpoint of another architecture: {name} has none of its "
-            f"{len(state)} keys. It has {_listed(list(state), limit=4)}; the model has {_listed(list(own), limit=4)}"
-        )
-    trainable = {id(value): key for key, value in own.items() if value.requires_grad}
-    if trainable and not given.keys() & trainable.keys():
-        raise InputError(
-            f"{source} holds no trainable key of {name}, only {len(given)} frozen ones or buffers: "
-            f"{_listed(list(given.values()), limit=4)}. Its trainable ones are "
-            f"{_listed(list(trainable.values()), limit=4)}"
-        )
-
-
-def _check_differences(
-    report: LoadReport,
-    own: Mapping[str, torch.Tensor],
-    state: Mapping[str, torch.Tensor],
-    *,
-    source: str | Path,
-    allow_missing: Callable[[str], bool],
-) -> None:
-    adapters = [key for key in report.unexpected if ADAPTER.search(key)]
-    if adapters:
-        raise AdapterError(
-            f"{source} holds {len(adapters)} tensors of adapters (LoRA) that have no place in the model: "
-            f"{_listed(adapters, limit=4)}. Set model.llm_lora as it was in training"
-        )
-    if report.mismatched:
-        shapes = [f"{key} {tuple(state[key].shape)} (model: {tuple(own[key].shape)})" for key in report.mismatched]
-        raise InputError(
-            f"{source}: {len(shapes)} shapes differ from the model's: {_listed(shapes, limit=4)}; set the "
-            "model's sizes as they were in training"
-        )
     lost = [key for key in report.missing if own[key].requires_grad and not allow_missing(key)]
-    if lost:
-        raise InputError(
-            f"{source} lacks {len(lost)} trainable keys of the model, which would keep random values: "
-            f"{_listed(lost, limit=4)}; name a checkpoint that has them"
-        )
-
-
-def _log_differences(
-    report: LoadReport,
-    own: Mapping[str, torch.Tensor],
-    *,
-    source: str | Path,
-    loaded_separately: Callable[[str], bool],
-) -> None:
+    _check_fit(type(model).__name__, own, state, lost, source)
     missing = [key for key in report.missing if not COMPUTED.search(key)]
     separate = [key for key in missing if loaded_separately(key)]
     random = [key for key in missing if own[key].requires_grad and key not in separate]
@@ -305,35 +245,57 @@ def _log_differences(
     ):
         if keys:
             logger.log(level, f"{source}: {len(keys)} {what}: {_listed(keys)}")
+    with torch.no_grad():
+        for key in state:
+            if key in own:
+                own[key].copy_(state[key])
+    return report
+
+
+def _check_fit(
+    name: str,
+    own: Mapping[str, torch.Tensor],
+    state: Mapping[str, torch.Tensor],
+    lost: list[str],
+    *,
+    source: str | Path,
+) -> None:
+    """Raise ValueError if the file has none of the model's keys or none of its trainable ones, adapters that the model
+    lacks, or other shapes, or if trainable keys are `lost`.
+    """
+    given = {id(own[key]): key for key in state if key in own}
+    if own and not given:
+        raise InputError(
+            f"{source} is a checkpoint of another architecture: {name} has none of its {len(state)} keys. It has "
+            f"{_listed(list(state), limit=4)}; the model has {_listed(list(own), limit=4)}"
+        )
+    trainable = {id(value): key for key, value in own.items() if value.requires_grad}
+    if trainable and not given.keys() & trainable.keys():
+        raise InputError(
+            f"{source} holds no trainable key of {name}, only {_listed(list(given.values()), limit=4)}. Its trainable "
+            f"ones are {_listed(list(trainable.values()), limit=4)}"
+        )
+    adapters = [key for key in state if key not in own and ADAPTER.search(key)]
+    if adapters:
+        raise AdapterError(
+            f"{source} holds {len(adapters)} tensors of adapters (LoRA) that have no place in the model: "
+            f"{_listed(adapters, limit=4)}. Set model.llm_lora as it was in training"
+        )
+    shapes = [
+        f"{key} {tuple(value.shape)} (model: {tuple(own[key].shape)})"
+        for key, value in state.items()
+        if key in own and value.shape != own[key].shape
+    ]
+    if shapes:
+        sizes = f"{len(shapes)} shapes differ from the model's: {_listed(shapes, limit=4)}"
+        raise InputError(f"{source}: {sizes}; set the model's sizes as they were in training")
+    if lost:
+        keys = f"{len(lost)} trainable keys of the model, which would keep random values: {_listed(lost, limit=4)}"
+        raise InputError(f"{source} lacks {keys}; name a checkpoint that has them")
 
 
 def _listed(keys: Sequence[str], *, limit: int = 10) -> str:
     return ", ".join(keys[:limit]) + (f", ... ({len(keys)} in all)" if len(keys) > limit else "")
-
-
-def _tensor_bytes(obj: Any) -> dict[int, int]:
-    """Return the bytes of each distinct storage in nested containers, by its address."""
-    if isinstance(obj, torch.Tensor):
-        storage = obj.untyped_storage()
-        return {storage.data_ptr(): storage.nbytes()}
-    children = obj.values() if isinstance(obj, Mapping) else obj if isinstance(obj, (list, tuple)) else ()
-    sizes: dict[int, int] = {}
-    for child in children:
-        sizes.update(_tensor_bytes(child))
-    return sizes
-
-
-def _write_error(path: Path, cause: OSError, *, num_bytes: int | None) -> WriteError:
-    folder = next(parent for parent in path.absolute().parents if parent.is_dir())
-    needed = "" if num_bytes is None else f"about {num_bytes / 2**20:.1f} MiB needed, "
-    free = shutil.disk_usage(folder).free / 2**20
-    what = "the disk is full" if cause.errno in (errno.ENOSPC, errno.EDQUOT) else (cause.strerror or str(cause))
-    kept = "the previous file is intact" if path.exists() else "no file was left"
-    return WriteError(
-        cause.errno,
-        f"cannot write {path}: {what} ({needed}{free:.1f} MiB free in {folder}); {kept}. "
-        "Free some space or point run.output_dir at another disk, then continue with --resume auto",
-    )
 
 
 def _corrupt_error(path: Path, error: Exception) -> InputError:
@@ -344,35 +306,3 @@ def _corrupt_error(path: Path, error: Exception) -> InputError:
         f"checkpoint {path} ({path.stat().st_size:,} bytes) is truncated or not a checkpoint ({reason}): name another "
         "file, or download or copy it again"
     )
-
-
-def _unpickling_error(path: Path, error: pickle.UnpicklingError) -> InputError:
-    names = re.findall(r"GLOBAL ([\w.]+)", str(error)) or _imported_names(path)
-    if not names:
-        return _corrupt_error(path, error)
-    return InputError(
-        f"checkpoint {path} holds pickled code or objects and is refused, because reading it would run them: "
-        f"{', '.join(dict.fromkeys(names))}. If you trust its author, convert it on a machine that may run it: "
-        "torch.save(torch.load(old, weights_only=False)['model'], new), keeping tensors and plain containers only"
-    )
-
-
-def _imported_names(path: Path) -> list[str]:
-    """Return the names that a pickle of protocol 4 or 5 imports, without unpickling it. torch names those of older
-    protocols in its error; nothing is returned if the file is not a pickle.
-    """
-    strings: list[str] = []
-    names: list[str] = []
-    try:
-        data = path.read_bytes()
-        if is_mappable(path):
-            with zipfile.ZipFile(path) as archive:
-                data = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
-        for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name == "STACK_GLOBAL":
-                names.append(".".join(strings[-2:]))
-            elif isinstance(argument, str):
-                strings.append(argument)
-    except (ValueError, StopIteration, zipfile.BadZipFile) as error:
-        logger.debug(f"{path} is not a pickle: {error}")
-    return names

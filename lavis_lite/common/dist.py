@@ -13,8 +13,8 @@ import datetime
 import gc
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as torch_dist
@@ -160,10 +160,8 @@ class Lockstep:
             change(timeout, group)
 
 
-def lost_rank(error: BaseException) -> str | None:
+def lost_rank(error: RuntimeError) -> str | None:
     """Return in words that another rank hangs or has ended, if an error of a collective says so; else None."""
-    if not isinstance(error, RuntimeError):
-        return None
     text = str(error)
     if "Timed out waiting" in text or ("timed out" in text.lower() and isinstance(error, torch_dist.DistError)):
         return "another rank has not answered in time: it hangs, was suspended, or its node is lost"
@@ -175,33 +173,30 @@ def lost_rank(error: BaseException) -> str | None:
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
     """Run the body on rank 0 first, then on all others; if rank 0 fails, the others fail too instead of waiting."""
-    if not is_main():
-        failure = broadcast_object(None)
-        if failure is not None:
-            raise RankZeroFailed(f"rank 0 failed before rank {rank()} could start: {failure}")
-        yield
-        return
+    failure = None if is_main() else broadcast_object(None)
+    if failure is not None:
+        raise RankZeroFailed(f"rank 0 failed before rank {rank()} could start: {failure}")
     try:
         yield
     except BaseException as error:
-        broadcast_object(f"{type(error).__name__}: {error}")
+        failure = f"{type(error).__name__}: {error}"
         raise
-    broadcast_object(None)
+    finally:
+        if is_main():
+            broadcast_object(failure)
 
 
 def on_main(function: Callable[[], Any]) -> Any:
     """Call `function` on rank 0 and return its value on every rank; if it fails, every rank fails."""
-    value, failure, error = None, None, None
+    value, error = None, None
     if is_main():
         try:
             value = function()
         except Exception as caught:  # raised again below, once the other ranks know
-            error, failure = caught, f"{type(caught).__name__}: {caught}"
-    value, failure = broadcast_object((value, failure))
-    if error is not None:
-        raise error
+            error = caught
+    value, failure = broadcast_object((value, error and f"{type(error).__name__}: {error}"))
     if failure is not None:
-        raise RankZeroFailed(f"rank 0 failed: {failure}")
+        raise error or RankZeroFailed(f"rank 0 failed: {failure}")
     return value
 
 
@@ -231,7 +226,18 @@ def fetch_rows(local: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """
     if world_size() == 1:
         return local[index]
-    return _FetchRows.apply(local, _route(len(local), index))
+    world = world_size()
+    sizes = _gather(index.new_tensor([len(local)]))
+    ends = sizes.cumsum(0)
+    owner = torch.bucketize(index, ends, right=True).masked_fill(index < 0, world)  # no owner: one past the last rank
+    counts = (owner[:, None] == torch.arange(world + 1, device=index.device)).sum(0)
+    wanted = _gather(counts[None]).tolist()  # waits for the device, to learn how many rows travel
+    if any(row[world] for row in wanted):
+        raise IndexError(f"rows were asked for that do not exist: the ranks have {int(ends[-1])} together")
+    num_out, num_in = [row[rank()] for row in wanted], wanted[rank()][:world]
+    order = owner.argsort(stable=True)
+    rows_out = _all_to_all((index - (ends - sizes)[owner])[order], num_in, num_out)
+    return _Exchange.apply(local[rows_out], num_out, num_in)[order.argsort()]
 
 
 def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
@@ -241,13 +247,6 @@ def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
         torch_dist.all_reduce(result)
         result /= world_size()
     return result
-
-
-def broadcast_tensors(tensors: Iterable[torch.Tensor]) -> None:
-    """Overwrite each tensor with rank 0's."""
-    if world_size() > 1:
-        for tensor in tensors:
-            torch_dist.broadcast(tensor.detach(), src=0)
 
 
 def gather_objects(items: list[Any]) -> list[Any]:
@@ -278,7 +277,8 @@ def data_parallel(
     """
     if world_size() == 1:
         return model, contextlib.nullcontext
-    broadcast_tensors(model.buffers())
+    for buffer in model.buffers():
+        torch_dist.broadcast(buffer.detach(), src=0)
     is_renamed = TorchVersion(torch.__version__) >= TorchVersion("2.15")  # which deprecates the old name
     options: dict[str, Any] = {"forward_sync_buffers" if is_renamed else "broadcast_buffers": False}
     options |= {"find_unused_parameters": find_unused_parameters, "gradient_as_bucket_view": True}
@@ -315,36 +315,6 @@ class _GatherWithGrad(torch.autograd.Function):
         return grad.chunk(world_size())[rank()]
 
 
-class _Route(NamedTuple):
-    """Exchange of rows: those that this rank sends (ordered by receiver), and their numbers to and from each rank."""
-
-    rows_out: torch.Tensor
-    num_out: list[int]
-    num_in: list[int]
-    order: torch.Tensor  # of the wanted rows, sorted by owner
-
-    def exchange(self, rows: torch.Tensor, *, back: bool = False) -> torch.Tensor:
-        """Rows of this rank, ordered by receiver -> rows from all ranks, ordered by sender; `back` the other way."""
-        num_out, num_in = (self.num_in, self.num_out) if back else (self.num_out, self.num_in)
-        return _all_to_all(rows, num_out, num_in)
-
-
-def _route(num_rows: int, index: torch.Tensor) -> _Route:
-    """Tell every rank which of its rows are wanted. Waits for the device once, to learn how many rows travel."""
-    world = world_size()
-    sizes = _gather(index.new_tensor([num_rows]))
-    ends = sizes.cumsum(0)
-    owner = torch.bucketize(index, ends, right=True).masked_fill(index < 0, world)  # no owner: one past the last rank
-    counts = (owner[:, None] == torch.arange(world + 1, device=index.device)).sum(0)
-    wanted = _gather(counts[None]).tolist()
-    if any(row[world] for row in wanted):
-        raise IndexError(f"rows were asked for that do not exist: the ranks have {int(ends[-1])} together")
-    num_out, num_in = [row[rank()] for row in wanted], wanted[rank()][:world]
-    order, starts = owner.argsort(stable=True), ends - sizes
-    rows_out = _all_to_all((index - starts[owner])[order], num_in, num_out)
-    return _Route(rows_out, num_out, num_in, order)
-
-
 def _all_to_all(rows: torch.Tensor, num_out: list[int], num_in: list[int]) -> torch.Tensor:
     """Exchange rows as bytes, because gloo does not support every type."""
     width = math.prod(rows.shape[1:])
@@ -354,16 +324,15 @@ def _all_to_all(rows: torch.Tensor, num_out: list[int], num_in: list[int]) -> to
     return received.reshape(sum(num_in), *rows.shape[1:])
 
 
-class _FetchRows(torch.autograd.Function):
+class _Exchange(torch.autograd.Function):
+    """Rows of this rank, ordered by receiver -> rows from all ranks, ordered by sender."""
+
     @staticmethod
-    def forward(ctx: Any, local: torch.Tensor, route: _Route) -> torch.Tensor:
-        ctx.route, ctx.num_rows = route, len(local)
-        arrived = route.exchange(local[route.rows_out])
-        return torch.empty_like(arrived).index_copy_(0, route.order, arrived)
+    def forward(ctx: Any, rows: torch.Tensor, num_out: list[int], num_in: list[int]) -> torch.Tensor:
+        ctx.num_out, ctx.num_in = num_out, num_in
+        return _all_to_all(rows, num_out, num_in)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        returned = ctx.route.exchange(grad[ctx.route.order], back=True)
-        own = grad.new_zeros((ctx.num_rows, *grad.shape[1:]))
-        return own.index_add_(0, ctx.route.rows_out, returned), None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _all_to_all(grad, ctx.num_in, ctx.num_out), None, None

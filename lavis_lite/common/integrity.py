@@ -31,10 +31,8 @@ def verify(path: Path, *, as_zip: bool = False) -> None:
     """
     if path.suffix == ".safetensors":
         _verify_sum(path)
-    elif as_zip or _is_zip(path):
-        _verify_zip(path)
-    else:
-        _log_no_checksums(path)  # torch's legacy format, or not a checkpoint
+    elif not (as_zip or _is_zip(path)) or not _verify_zip(path):  # else torch's legacy format, or not a checkpoint
+        logger.info("%s holds no checksums: damage in its tensors would go unnoticed", path)
 
 
 def write_sums(folder: Path) -> None:
@@ -54,9 +52,12 @@ def _is_zip(path: Path) -> bool:
         return True
 
 
-def _verify_zip(path: Path) -> None:
+def _verify_zip(path: Path) -> bool:
+    """Return whether a zip file has checksums, which `torch.serialization.set_crc32_options(False)` omits."""
     try:
-        bad = _damaged_entry(path)
+        with zipfile.ZipFile(path) as archive:
+            has_sums = any(entry.CRC for entry in archive.infolist())
+            bad = archive.testzip() if has_sums else None
     except (*_BROKEN_ZIP, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
@@ -65,25 +66,8 @@ def _verify_zip(path: Path) -> None:
             f"({type(error).__name__}: {error}); {REMEDY}"
         ) from error
     if bad is not None:
-        raise DamagedFileError(f"checkpoint {path} is damaged: entry {bad}; {REMEDY}")
-
-
-def _damaged_entry(path: Path) -> str | None:
-    """Return the first damaged entry of a zip file and its fault."""
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        inflated = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
-        if inflated:
-            return f"{inflated[0]} is marked as compressed, and torch compresses none"
-        if not any(entry.CRC for entry in entries):
-            _log_no_checksums(path)  # torch.serialization.set_crc32_options(False) writes zeros
-            return None
-        bad = archive.testzip()
-    return None if bad is None else f"{bad} fails its checksum"
-
-
-def _log_no_checksums(path: Path) -> None:
-    logger.info("%s holds no checksums: damage in its tensors would go unnoticed", path)
+        raise DamagedFileError(f"checkpoint {path} is damaged: entry {bad} fails its checksum; {REMEDY}")
+    return has_sums
 
 
 def _verify_sum(path: Path) -> None:
@@ -93,10 +77,8 @@ def _verify_sum(path: Path) -> None:
     text = sums.read_text(encoding="utf-8", errors="replace")
     wanted = re.search(rf"^([0-9a-f]{{64}})  {re.escape(path.name)}$", text, re.MULTILINE)
     if wanted is not None and _sha256(path) != wanted[1]:
-        raise DamagedFileError(
-            f"{path} is damaged: it fails its checksum in {SUMS_FILE}; {REMEDY}. If it was replaced on purpose, "
-            f"delete {sums}"
-        )
+        advice = f"{REMEDY}. If it was replaced on purpose, delete {sums}"
+        raise DamagedFileError(f"{path} is damaged: it fails its checksum in {SUMS_FILE}; {advice}")
 
 
 def _sha256(path: Path) -> str:

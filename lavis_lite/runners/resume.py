@@ -260,9 +260,8 @@ def _carry_over_best(state: TrainState, source: Path, target: Path) -> None:
         state.best_metric = state.best_epoch = None
     elif source.resolve() != target.resolve():
         if dist.is_main():
-            size = source.stat().st_size
             with source.open("rb") as file:
-                checkpoint.atomic_write(target, functools.partial(shutil.copyfileobj, file), num_bytes=size)
+                checkpoint.atomic_write(target, functools.partial(shutil.copyfileobj, file))
         dist.barrier()
 
 

@@ -32,7 +32,7 @@ TIMEOUT = 60
 """Seconds without a byte after which a connection counts as lost."""
 CHUNK = 2**20
 MAX_NAME = 100
-"""Characters of a URL's file name that a cached file keeps; file systems allow 255."""
+"""Last characters of a URL's file name that a cached file keeps; file systems allow 255."""
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 LOOSE_HUB_ID = re.compile(rf"[\w-][\w.-]*|{HUB_ID.pattern}")
 """Some old repositories, such as `bert-base-uncased`, have no owner."""
@@ -91,22 +91,13 @@ def local_folder(source: str | Path, *, what: str = "folder", give: str = "give 
     if is_id and not is_inside and not path.exists():
         return None
     problem = "is a file, not a folder" if path.exists() else "does not exist"
-    near = similar_names(path, only_folders=True) if is_inside else []
-    listing = f" ({path.parent} has {', '.join(near)})" if near else ""
-    raise MissingFileError(f"{what} {name} {problem}{listing}; relative paths start at {Path.cwd()}: {give}")
-
-
-def similar_names(path: Path, *, only_folders: bool = False) -> list[str]:
-    """Return the names in the path's folder that are similar to its own, or else the first ones."""
-    entries = path.parent.iterdir() if path.parent.is_dir() else ()
-    visible = (entry for entry in entries if not entry.name.startswith("."))
-    names = sorted(entry.name for entry in visible if entry.is_dir() or not only_folders)
-    return difflib.get_close_matches(path.name, names, n=3) or names[:5]
+    raise MissingFileError(f"{what} {name} {problem}; relative paths start at {Path.cwd()}: {give}")
 
 
 def missing_file(path: Path) -> MissingFileError:
     """Return the error about a file that is not there, with similar names in its folder."""
-    near = similar_names(path)
+    names = sorted(entry.name for entry in path.parent.glob("[!.]*"))
+    near = difflib.get_close_matches(path.name, names, n=3) or names[:5]
     hint = f"did you mean {', '.join(near)}?" if near else f"the folder {path.parent} is empty or does not exist"
     return MissingFileError(f"no file {path} (relative paths start at {Path.cwd()}); {hint}")
 
@@ -141,73 +132,37 @@ def fetch_folder(source: str | Path) -> Path:
     return folder
 
 
-def fetch(
-    source: str | Path,
-    *,
-    cache_dir: str | Path | None = None,
-    sha256: str | None = None,
-    md5: str | None = None,
-    size: int | None = None,
-) -> Path:
+def fetch(source: str | Path, *, md5: str | None = None) -> Path:
     """Return the local path of `source`: a path or file:// URL as it is; an http(s) URL is downloaded once.
 
-    `cache_dir` is the folder to download into (default `downloads` in the cache), `size` is in bytes. A cached file is
-    checked by `size` only; hashes, and the server's size and MD5, are checked after the download. A download that was
-    cut off is resumed, also by the next call.
+    Hashes (`md5`, the URL's SHA-256, the server's MD5) and the server's size are checked after the download, not of a
+    file that is cached already. A download that was cut off is resumed, also by the next call.
 
     Raises:
         FileNotFoundError: a local file is missing, or the file is not cached and LAVIS_LITE_OFFLINE is set.
         ConnectionError: the download failed.
-        ValueError: the size or a hash is not as expected.
+        ValueError: a hash is not as expected, or this is not a URL.
     """
-    if not is_url(source):
-        path = _local_path(source)
-        _check(path, source=path, sha256=sha256, md5=md5, size=size)
+    text = str(source)
+    if not is_url(text):
+        path = Path(url2pathname(urlsplit(text).path)) if text.startswith("file://") else Path(text).expanduser()
+        if not path.exists():
+            raise missing_file(path)
+        _check(path, source=path, md5=md5)
         return path
-    url, fragment = _split(str(source))
-    sha256 = sha256 or _sha256_of(fragment, url=url)
-    folder = Path(cache_dir or _cache() / "downloads").expanduser()
-    target = folder / _cache_name(url)
-    assert target.parent.resolve() == folder.resolve(), f"{url} would be cached outside {folder}: {target}"
-    if target.is_file() and size in (None, target.stat().st_size):
+    try:
+        url, fragment = urldefrag(text)
+        target = cache_dir() / "downloads" / _cache_name(url)
+    except ValueError as error:
+        raise InputError(f"{text!r} is not a URL: {error}") from None
+    if target.is_file():
         return target
     if is_offline():
         raise MissingFileError(
             f"{url} is not in the cache and LAVIS_LITE_OFFLINE is set: put the file at {target}, or unset the variable"
         )
-    _download(_mirrored(url), target, sha256=sha256, md5=md5, size=size)
+    _download(_mirrored(url), target, sha256=parse_qs(fragment).get("sha256", [None])[0], md5=md5)
     return target
-
-
-_cache = cache_dir  # `fetch` has an argument of that name
-
-
-def _local_path(source: str | Path) -> Path:
-    text = str(source)
-    path = Path(url2pathname(urlsplit(text).path)) if text.startswith("file://") else Path(text).expanduser()
-    if not path.exists():
-        raise missing_file(path)
-    return path
-
-
-def _sha256_of(fragment: str, *, url: str) -> str | None:
-    """Return the checksum in a URL's fragment, if there is one."""
-    found = parse_qs(fragment).get("sha256", [None])[0]
-    if found is not None and not re.fullmatch("[0-9a-fA-F]{64}", found):
-        raise InputError(f"{url}: the checksum sha256={found} is not 64 hexadecimal digits")
-    return found
-
-
-def _split(source: str) -> tuple[str, str]:
-    """Return a URL and its fragment. ValueError for text that is not a URL."""
-    try:
-        url, fragment = urldefrag(source)
-        urlsplit(url)
-    except ValueError as error:
-        raise InputError(f"{source!r} is not a URL: {error}") from None
-    if not url.isascii() or not url.isprintable() or " " in url:
-        raise InputError(f"{source!r} is not a URL: write spaces and characters outside ASCII as %XX")
-    return url, fragment
 
 
 def _cache_name(url: str) -> str:
@@ -216,42 +171,40 @@ def _cache_name(url: str) -> str:
 
     Note: a server or a recipe chooses the URL, and `%2f..` in it would leave the cache, so it is cleaned after
     unquoting.
+
+    Raises:
+        ValueError: this is not a URL of ASCII characters.
     """
     component = unquote(urlsplit(url).path.rstrip("/")).rsplit("/", maxsplit=1)[-1]
-    name = re.sub(r"[^A-Za-z0-9._-]+", "_", component) or "index"
-    stem, dot, suffix = name.rpartition(".")
-    if len(name) > MAX_NAME:  # keep the suffix, which names the file's format
-        name = f"{stem[: MAX_NAME - 1 - len(suffix)]}.{suffix}" if dot and len(suffix) < 20 else name[:MAX_NAME]
-    return f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", component)[-MAX_NAME:] or "index"
+    return f"{hashlib.sha256(url.encode('ascii')).hexdigest()[:8]}-{name}"
 
 
 def _mirrored(url: str) -> str:
     for rule in filter(None, os.environ.get("LAVIS_LITE_MIRROR", "").split(",")):
-        old, separator, new = rule.partition("=")
-        if not separator or not old or not new:
+        old, _, new = rule.partition("=")
+        if not old or not new:
             raise InputError(f"LAVIS_LITE_MIRROR: {rule!r} is not of the form old-prefix=new-prefix")
         if url.startswith(old):
             return new + url.removeprefix(old)
     return url
 
 
-def _download(url: str, target: Path, *, sha256: str | None, md5: str | None, size: int | None) -> None:
+def _download(url: str, target: Path, *, sha256: str | None, md5: str | None) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.part")
     with FileLock(f"{target}.lock"):
-        if target.is_file() and size in (None, target.stat().st_size):
+        if target.is_file():
             return  # another process was faster
         try:
             headers = _transfer(url, partial)
         except (OSError, http.client.HTTPException) as error:
-            kept = _kept_bytes(partial)
             raise UnreachableError(
-                f"cannot download {url}: {error}. "
-                + (f"{kept:,} bytes are kept, and the next attempt resumes there. " if kept else "")
-                + f"Put the file at {target}, or set LAVIS_LITE_MIRROR=old-prefix=new"
+                f"cannot download {url}: {error}. {_kept_bytes(partial):,} bytes are kept for the next attempt; or put "
+                f"the file at {target}, or set LAVIS_LITE_MIRROR=old-prefix=new"
             ) from error
         try:
-            _check(partial, source=url, sha256=sha256, md5=md5 or _published_md5(headers), size=size)
+            _check(partial, source=url, sha256=sha256, md5=md5 or _published_md5(headers))
             os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
@@ -315,19 +268,12 @@ def _tag(partial: Path) -> Path:
 
 def _published_md5(headers: email.message.Message) -> str | None:
     """Return the MD5 that Google's storage, where LAVIS's files lie, sends with a file."""
-    for value in headers.get_all("x-goog-hash", []):
-        for item in value.split(","):
-            if item.strip().startswith("md5="):
-                return base64.b64decode(item.strip().removeprefix("md5=")).hex()
-    return None
+    found = re.search(r"md5=([\w+/=]+)", ",".join(headers.get_all("x-goog-hash", [])))
+    return base64.b64decode(found[1]).hex() if found else None
 
 
-def _check(path: Path, *, source: str | Path, sha256: str | None, md5: str | None, size: int | None) -> None:
-    if size is not None and path.stat().st_size != size:
-        raise InputError(
-            f"{source} has {path.stat().st_size} bytes, not {size}: the file is cut short, or is another file"
-        )
-    for name, expected in (("sha256", sha256), ("md5", md5)):
+def _check(path: Path, *, source: str | Path, **hashes: str | None) -> None:
+    for name, expected in hashes.items():
         if expected is None:
             continue
         with path.open("rb") as file:

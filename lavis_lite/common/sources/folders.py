@@ -37,8 +37,7 @@ def weight_files(folder: Path) -> list[Path]:
     """
     found = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if found is None:
-        content = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
-        raise MissingFileError(f"{folder}: holds no {' or '.join(WEIGHT_FILES)}; it holds {content}")
+        raise MissingFileError(f"{folder}: holds no {' or '.join(WEIGHT_FILES)}: give a folder of model weights")
     paths = shards(found) if found.suffix == ".json" else [found]
     return [*paths, folder / EXTRA_FILE] if (folder / EXTRA_FILE).is_file() else paths
 
@@ -51,18 +50,16 @@ def shards(index: Path) -> list[Path]:
         ValueError: the index is damaged, or names a file outside its folder.
     """
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(read_json_mapping(index)["weight_map"].values()))
+        outside = [name for name in names if name != Path(name).name or name == ".."]
     except INVALID as error:
         raise InputError(f"{index}: not an index of weight files ({type(error).__name__}: {error})") from error
-    outside = [name for name in names if not isinstance(name, str) or name != Path(name).name or name == ".."]
     if outside:
         raise InputError(f"{index} names {outside[0]!r}, which is not a plain file name: its files lie beside it")
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
-        raise MissingFileError(
-            f"{index.parent}: lacks {len(missing)} of the {len(names)} weight files that {index.name} names: "
-            f"{', '.join(missing[:3])}. Download them again"
-        )
+        lacking = f"{len(missing)} of the {len(names)} weight files that {index.name} names: {', '.join(missing[:3])}"
+        raise MissingFileError(f"{index.parent}: lacks {lacking}. Download them again")
     return [index.parent / name for name in names]
 
 
@@ -93,7 +90,7 @@ def read_settings(folder: Path) -> tuple[str | None, dict[str, Any]]:
     if not path.is_file():
         return None, {"model": {}, "preprocess": {}}
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = read_json_mapping(path)
         return stored["arch"], {"model": dict(stored["settings"]), "preprocess": dict(stored.get("preprocess") or {})}
     except INVALID as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}): delete it to do without") from error

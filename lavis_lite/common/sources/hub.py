@@ -33,9 +33,11 @@ def from_hub(load: Callable[..., Any], source: str | Path, **settings: Any) -> A
         FileNotFoundError: it cannot be loaded, or it is not on this machine and LAVIS_LITE_OFFLINE is set.
         ValueError: it needs code of its own, or its weights hold pickled code or compressed entries.
     """
-    is_local = Path(source).is_dir()
-    if is_local:
-        _check_folder(Path(source))
+    if is_local := Path(source).is_dir():
+        for path in Path(source).glob("pytorch_model*.bin"):
+            checkpoint.refuse_compressed(path)
+        for index in Path(source).glob("*.index.json"):
+            folders.shards(index)  # refuses files outside the folder
     reason: Exception | None = None
     for local_only in (True,) if is_local or download.is_offline() else (True, False):
         try:
@@ -94,10 +96,8 @@ def _cached_timm_weights(name: str, config: "PretrainedCfg") -> Path:
         path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(config.url).path).name
         if path.is_file():
             return path
-    raise MissingFileError(
-        f"the weights of timm's {name} are not on this machine and LAVIS_LITE_OFFLINE is set: unset it, or give a file "
-        "of weights instead of the name"
-    )
+    advice = "LAVIS_LITE_OFFLINE is set: unset it, or give a file of weights instead of the name"
+    raise MissingFileError(f"the weights of timm's {name} are not on this machine and {advice}")
 
 
 @contextlib.contextmanager
@@ -114,16 +114,6 @@ def _hub_offline() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
-def _check_folder(folder: Path) -> None:
-    """Raise ValueError for weight files that transformers would read without a check: those with compressed entries,
-    and those outside the folder, which an index may name.
-    """
-    for path in folder.glob("pytorch_model*.bin"):
-        checkpoint.refuse_compressed(path)
-    for index in folder.glob("*.index.json"):
-        folders.shards(index)
-
-
 @contextlib.contextmanager
 def _refusing_code(source: str | Path) -> Iterator[None]:
     """Replace an error of transformers, timm or torch about code in `source` by one that does not advise to run it."""
@@ -132,14 +122,10 @@ def _refusing_code(source: str | Path) -> Iterator[None]:
     except pickle.UnpicklingError as error:
         for path in Path(source).glob("pytorch_model*.bin"):
             checkpoint.load(path)  # names the file, and what it would import
-        raise InputError(
-            f"{source}: its weights are damaged, or hold pickled code or objects and are refused, because reading them "
-            "would run them: choose a revision with .safetensors files"
-        ) from error
+        problem = "its weights are damaged, or hold pickled code or objects, which reading would run"
+        raise InputError(f"{source}: {problem}: choose a revision with .safetensors files") from error
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
-        raise InputError(
-            f"{source} needs code of its own (auto_map in its configuration), which is never run: choose a model that "
-            "the installed transformers has a class for, or register a class of yours (imports: in the YAML)"
-        ) from None
+        advice = "choose a model that the installed transformers has a class for, or register a class of yours"
+        raise InputError(f"{source} needs code of its own (auto_map), which is never run: {advice}") from None

@@ -5,9 +5,11 @@ read through a memory map count as the process's until the map is closed. The ma
 64 MiB, and only one file is open at a time. Language models are read by transformers (`hub.from_hub`).
 """
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections import UserDict
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -35,19 +37,21 @@ def open_state(source: str | Path) -> "LazyState":
     name = str(source)
     if name.startswith(TIMM):
         return LazyState.of(hub.timm_model(name.removeprefix(TIMM)).state_dict())
-    if download.is_folder(source):
-        folder = download.fetch_folder(source)
-        return _files_state(folders.weight_files(folder), source=str(folder))
-    return _files_state([download.fetch(source)], source=name)
+    is_folder = download.is_folder(source)
+    paths = folders.weight_files(download.fetch_folder(source)) if is_folder else [download.fetch(source)]
+    files = _OneOpenFile(name)
+    readers = {key: partial(files.read, path, key) for path in paths for key in files.open(path)}
+    files.close()
+    return LazyState(readers)
 
 
-class LazyState(MutableMapping[str, Tensor]):
+class LazyState(UserDict[str, Any]):
     """A state dict that calls the reader of a tensor on each access. Renaming, dropping and deriving tensors
     (`readers`) reads nothing.
     """
 
     def __init__(self, readers: Mapping[str, Reader]) -> None:
-        self.readers = dict(readers)
+        self.data = self.readers = dict(readers)
 
     @classmethod
     def of(cls, state: Mapping[str, Tensor]) -> "LazyState":
@@ -78,25 +82,6 @@ class LazyState(MutableMapping[str, Tensor]):
     def __setitem__(self, name: str, tensor: Tensor) -> None:
         self.readers[name] = lambda: tensor
 
-    def __delitem__(self, name: str) -> None:
-        del self.readers[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.readers
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.readers)
-
-    def __len__(self) -> int:
-        return len(self.readers)
-
-
-def _files_state(paths: list[Path], *, source: str) -> LazyState:
-    files = _OneOpenFile(source)
-    readers = {name: partial(files.read, path, name) for path in paths for name in files.open(path)}
-    files.close()
-    return LazyState(readers)
-
 
 class _OneOpenFile:
     """Reads tensors of several files, of which one is open at a time."""
@@ -117,7 +102,7 @@ class _OneOpenFile:
     def read(self, path: Path, name: str) -> Tensor:
         """Return one tensor, a view of the memory map."""
         if path != self._path or (self._left <= 0 and checkpoint.is_mappable(path)):
-            self.open(path, verify=False)  # `_files_state` verified it
+            self.open(path, verify=False)  # `open_state` verified it
         tensor = self._tensors[name]
         self._left -= tensor.nbytes
         return tensor
