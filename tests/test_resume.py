@@ -99,6 +99,16 @@ def test_resume_takes_what_a_run_needs_and_no_less(tmp_path: Path, capsys: pytes
     assert "checkpoint_last.pth" in capsys.readouterr().err
 
 
+def test_a_resumed_run_with_nothing_left_to_train_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """More steps within the epoch that the first run ended."""
+    path = cli_helpers.project(tmp_path, "caption", {"run": {"valid_splits": [], "test_splits": []}})
+    warning = "nothing is left to train: 1 of 1 epochs are done at step 2 of 3"
+    assert cli_helpers.train(path, "run.max_iters=2") == 0
+    assert "nothing is left" not in caplog.text
+    assert cli_helpers.train(path, "run.max_iters=3", flags=["--resume", "auto"]) == 0
+    assert warning in caplog.text
+
+
 @pytest.mark.slow
 def test_a_dry_run_says_where_the_run_would_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = cli_helpers.project(

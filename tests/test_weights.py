@@ -67,7 +67,7 @@ def test_every_kind_of_source_has_the_same_weights(kind: str, tmp_path: Path) ->
     assert state.keys() == STATE.keys()
     torch.testing.assert_close(dict(state), STATE, rtol=0, atol=0)
     model = Stack()
-    assert checkpoint.load_into(model, state, source=source) == ([], [], [])
+    assert checkpoint.load_into(model, state, source=source) == ([], [])
     torch.testing.assert_close(dict(model.state_dict()), STATE, rtol=0, atol=0)
 
 
@@ -93,8 +93,7 @@ def test_damaged_folders(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json.*weight_map"):
         open_state(folder)
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "notes.txt").touch()
-    with pytest.raises(FileNotFoundError, match=r"other.*model\.safetensors .*notes\.txt"):
+    with pytest.raises(FileNotFoundError, match=r"other.*model\.safetensors "):
         open_state(tmp_path / "other")
 
 

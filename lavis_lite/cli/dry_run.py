@@ -59,8 +59,16 @@ def report(cfg: Config, model: BaseModel, datasets: Datasets, found: preflight.D
     for name, splits in datasets.items():
         lines += [f"samples     {name}/{split}: {len(dataset):,}" for split, dataset in splits.items()]
     if found.plan is not None:
-        lines += plan_lines(cfg, found.plan, found.left_out)
-    lines += file_lines(cfg, found.splits, datasets)
+        lines += plan_lines(cfg, found.plan)
+        lines += [f"left out    {key}, which {', '.join(names)} lacks" for key, names in found.left_out.items()]
+    trained = {f"{name}/{split}" for name in cfg.datasets for split in cfg.run.train_splits}
+    trained_on = set().union(*(split.files for split in found.splits if split.where in trained))
+    for split in found.splits:
+        name, _, key = split.where.rpartition("/")
+        dataset = datasets[name][key]
+        records = dataset.annotation if isinstance(dataset, BaseDataset) else []
+        others = set() if split.where in trained else trained_on
+        lines.append(split.line(others, num_repeated=preflight.num_repeated(records)))
     for key, path in preflight.missing_weights(cfg):
         lines.append(f"weights     not found: {path} ({key}); without it the run ends at its start")
     try:
@@ -77,29 +85,14 @@ def parameter_counts(model: BaseModel) -> str:
     return f"{sum(count for count, _ in counts):,} in all, {trainable:,} trainable"
 
 
-def plan_lines(cfg: Config, plan: Plan, left_out: dict[str, list[str]]) -> list[str]:
+def plan_lines(cfg: Config, plan: Plan) -> list[str]:
     """Return each training set's share, if there are several, and how many steps the run takes."""
     build_schedule(cfg.run, max_epoch=plan.num_epochs, iters_per_epoch=plan.inner, total_steps=plan.total)  # may warn
     lines = []
     if len(plan.shares) > 1:
         of = "samples" if plan.is_concat else "steps"
         lines += [f"share       {name}: {share:.2%} of the {of}" for name, share in plan.shares.items()]
-    lines += [f"left out    {key}, which {', '.join(names)} lacks" for key, names in left_out.items()]
     batch = f"{plan.global_batch:,} samples per step"
     if cfg.run.accum_grad_iters > 1:
         batch += f", accumulated from {cfg.run.accum_grad_iters} batches on each process"
     return [*lines, f"steps       {plan.steps_per_epoch:,} per epoch, {plan.total:,} in all ({batch})"]
-
-
-def file_lines(cfg: Config, splits: list[preflight.SplitReport], datasets: Datasets) -> list[str]:
-    """Return for each split the files that were found, and how many records repeat an earlier one."""
-    trained = {f"{name}/{split}" for name in cfg.datasets for split in cfg.run.train_splits}
-    trained_on = set().union(*(split.files for split in splits if split.where in trained))
-    lines = []
-    for split in splits:
-        name, _, key = split.where.rpartition("/")
-        dataset = datasets[name][key]
-        records = dataset.annotation if isinstance(dataset, BaseDataset) else []
-        others = set() if split.where in trained else trained_on
-        lines.append(split.line(others, num_repeated=preflight.num_repeated(records)))
-    return lines

@@ -4,6 +4,7 @@ Errors that the user can correct end with 2, failures of the machine (out of mem
 with 1, stop signals with 143 or 130. Any other error is a bug and keeps its traceback.
 """
 
+import argparse
 import errno
 import logging
 import os
@@ -36,14 +37,11 @@ SYSTEM_ERRORS = {
 }
 """Errors of the operating system that a user can correct, and the advice for each."""
 MEMORY = (
-    "lower run.batch_size_train (and raise run.accum_grad_iters by the same factor), run.batch_size_eval or "
-    "model.image_size; recompute activations (BLIP: model.vit_grad_ckpt=true, BLIP-2: model.use_grad_checkpoint=true); "
-    "set run.precision=bf16"
+    "lower run.batch_size_train (and raise run.accum_grad_iters by the same factor), run.batch_size_eval, "
+    "model.image_size or (on a CPU) run.num_workers; recompute activations (BLIP: model.vit_grad_ckpt=true, BLIP-2: "
+    "model.use_grad_checkpoint=true); set run.precision=bf16"
 )
-LIMITS = (
-    "lower run.num_workers (0 loads in the main process), or raise the machine's limits of open files (ulimit -n) and "
-    "of processes (ulimit -u)"
-)
+LIMITS = "lower run.num_workers, or raise the limits of open files (ulimit -n) and of processes (ulimit -u)"
 _TOO_MANY = (errno.EMFILE, errno.ENFILE, errno.EAGAIN)
 _NO_MORE = ("Too many open files", "can't start new thread", "unable to open shared memory object")
 _FULL = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "not enough memory")
@@ -92,17 +90,12 @@ def _explained(error: Exception) -> tuple[int, str] | None:
     if isinstance(error, UserError):
         return 2, f"error: {text}"
     if isinstance(error, OSError):
-        number = error.errno or _errno_in(text)
+        found = re.match(r"\[Errno (\d+)\]", text)  # torch raises a loader worker's error anew, without its errno
+        number = error.errno or (int(found[1]) if found else 0)
         if number in SYSTEM_ERRORS:
             return 2, f"error: {text}: {SYSTEM_ERRORS[number]}"
     failure, rank = explain(error), os.environ.get("RANK")
     return None if failure is None else (1, f"error: {failure}" if rank is None else f"error: rank {rank}: {failure}")
-
-
-def _errno_in(text: str) -> int | None:
-    """Return the number in the text of an OSError, which torch raises anew without it if a loader worker raised it."""
-    found = re.match(r"\[Errno (\d+)\]", text)
-    return int(found[1]) if found else None
 
 
 def _keep(line: str, error: Exception | None = None) -> None:
@@ -117,12 +110,10 @@ def _stop_line(stop: Stopped, command: Sequence[str]) -> str:
     if stop.job_id is None:
         return f"stopped by {stop}: nothing was saved; start it again with: {_shell(command)}"
     at = f"stopped at step {stop.step:,}" if stop.step is not None else "stopped"
-    kept, words = [], iter(command)
-    for word in words:
-        if word in ("--resume", "--job-id"):
-            next(words, None)
-        elif not word.startswith(("--resume=", "--job-id=")):
-            kept.append(word)
+    replaced = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    replaced.add_argument("--resume")
+    replaced.add_argument("--job-id")
+    _, kept = replaced.parse_known_args(command)
     return f"{at} by {stop}; resume with: {_shell([*kept, '--resume', 'auto', '--job-id', stop.job_id])}"
 
 
@@ -143,17 +134,25 @@ def explain(error: BaseException) -> str | None:
     text = _own_words(error)
     number = error.errno if isinstance(error, OSError) else None
     if isinstance(error, MemoryError) or number == errno.ENOMEM:
-        return f"out of memory on the CPU: {_memory_hint('cpu')}"
+        return f"out of memory on the CPU: {MEMORY}"
     if number in _TOO_MANY or any(part in text for part in _NO_MORE):
         return f"{text.split('. ')[0]}: {LIMITS}"
     if not isinstance(error, RuntimeError):
         return None
-    worker = _WORKER.search(text)
-    if worker:
-        return _worker(worker[1].strip(), worker[2])
+    if worker := _WORKER.search(text):
+        how = f"was killed by the signal {worker[2]}" if worker[2] else "ended unexpectedly"
+        return (
+            f"loader worker {worker[1].strip()} {how}, perhaps because memory or /dev/shm is full: lower "
+            "run.num_workers or run.batch_size_train, or give a container more memory (docker run --shm-size=8g)"
+        )
     if type(error).__name__ == "OutOfMemoryError" or any(part in text for part in _FULL):
-        return f"out of memory ({_first_sentences(text)}): {_memory_hint('cpu' if 'CPUAllocator' in text else 'gpu')}"
-    return _rank(error)
+        line = re.sub(r"^\[enforce fail at [^\]]*\]( err == 0)?[. ]*", "", text.splitlines()[0])
+        first_sentences = ". ".join(re.split(r"\.\s", line)[:2]).rstrip(". ")
+        return f"out of memory ({first_sentences}): {MEMORY}"
+    from lavis_lite.common import dist
+
+    lost = dist.lost_rank(error)
+    return lost and f"{lost}. run.step_timeout is how many seconds a step waits for it; --resume auto continues"
 
 
 def _own_words(error: BaseException) -> str:
@@ -163,30 +162,3 @@ def _own_words(error: BaseException) -> str:
         return text
     _, found, words = text.rpartition(f"{type(error).__name__}: ")
     return words if found else text.splitlines()[-1].split(": ", 1)[-1]
-
-
-def _memory_hint(place: str) -> str:
-    return MEMORY if place == "gpu" else f"{MEMORY}; lower run.num_workers"
-
-
-def _worker(pid: str, signal: str | None) -> str:
-    how = f"was killed by the signal {signal}" if signal else "ended unexpectedly"
-    return (
-        f"loader worker {pid} {how}, perhaps because memory or /dev/shm is full: lower run.num_workers (0 loads in the "
-        "main process) or run.batch_size_train, or give a container more shared memory (docker run --shm-size=8g)"
-    )
-
-
-def _rank(error: RuntimeError) -> str | None:
-    from lavis_lite.common import dist
-
-    found = dist.lost_rank(error)
-    if found is None:
-        return None
-    return f"{found}. run.step_timeout is how many seconds a step waits for it; --resume auto continues"
-
-
-def _first_sentences(text: str) -> str:
-    """The message's first two sentences without the place in torch's source."""
-    line = re.sub(r"^\[enforce fail at [^\]]*\]( err == 0)?[. ]*", "", text.splitlines()[0])
-    return ". ".join(re.split(r"\.\s", line)[:2]).rstrip(". ")

@@ -1,12 +1,11 @@
 """The commands train and evaluate: run one training, evaluation or dry run from a command line."""
 
 import argparse
-import dataclasses
 import json
 import logging
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,6 @@ from lavis_lite.runners.stopping import Stopped, StopSignals
 
 if TYPE_CHECKING:
     from lavis_lite.runners.runner import Runner
-    from lavis_lite.tasks.base import BaseTask
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +43,7 @@ def train_main(argv: Sequence[str] | None = None) -> None:
 def evaluate_main(argv: Sequence[str] | None = None) -> None:
     """Entry point of evaluate.py and `lavis-lite-evaluate`; ends the process."""
     p = parser(description=EVALUATE_HELP)
-    p.add_argument(
-        "--checkpoint", metavar="PATH", help="weights to evaluate (a file or URL), instead of those the YAML names"
-    )
+    p.add_argument("--checkpoint", metavar="PATH", help="weights to evaluate, instead of those the YAML names")
     sys.exit(main(p, argv, evaluate=True))
 
 
@@ -62,8 +58,7 @@ def main(p: argparse.ArgumentParser, argv: Sequence[str] | None, *, evaluate: bo
     def execute() -> None:
         with StopSignals() as stop:
             cfg = Config.from_args(args)
-            if evaluate:
-                cfg.run = dataclasses.replace(cfg.run, evaluate=True)
+            cfg.run.evaluate |= evaluate
             if args.dry_run:
                 from lavis_lite.cli.dry_run import dry_run
 
@@ -71,16 +66,12 @@ def main(p: argparse.ArgumentParser, argv: Sequence[str] | None, *, evaluate: bo
             else:
                 run(cfg, stop)
 
-    _log_to_console()
-    return exit_code(execute, command=[sys.argv[0], *argv])
-
-
-def _log_to_console() -> None:
     from lavis_lite.common import logger as run_logger
 
     run_logger.setup()
     if not is_first_process():
         logging.getLogger().setLevel(logging.WARNING)
+    return exit_code(execute, command=[sys.argv[0], *argv])
 
 
 def run(cfg: Config, stop: StopSignals) -> None:
@@ -103,7 +94,9 @@ def run(cfg: Config, stop: StopSignals) -> None:
 def _run_job(cfg: Config, stop: StopSignals) -> dict[str, Any]:
     """`run` between joining and leaving the process group; returns what the runner does."""
     from lavis_lite.cli import preflight
+    from lavis_lite.common import dist
     from lavis_lite.common import logger as run_logger
+    from lavis_lite.common.rng import seed_everything
 
     task = registry.get_task_class(cfg.run.task)(**cfg.task)
     preflight.check_task(cfg, task)
@@ -111,35 +104,30 @@ def _run_job(cfg: Config, stop: StopSignals) -> dict[str, Any]:
     cfg.run, job_dir = start_job(cfg.run)
     with held(job_dir):
         run_logger.setup(job_dir)
-        runner = None
+        runner: Runner | None = None
         try:
-            runner = _build_runner(cfg, task, job_dir)
+            datasets = task.build_datasets(cfg)
+            found = preflight.check_data(cfg, task, datasets)
+            seed_everything(cfg.run.seed)  # the same on every rank: DDP does not even out the models' buffers
+            model = task.build_model(cfg)
+            preflight.check_model(cfg, task, model, datasets, found)
+            runner = registry.get_runner_class(cfg.run.runner)(cfg, task, model, datasets, job_dir)
             runner.stop = stop
             return _execute(cfg, runner)
         except (UserError, RankZeroFailed):
             _discard_unbegun(job_dir, runner)
             raise
         except (Stopped, RuntimeError) as error:
-            stopped = error if isinstance(error, Stopped) else _stopped_with(stop, error)
-            if stopped is None:
+            if isinstance(error, Stopped):
+                stopped = error
+            elif stop.signum is not None and dist.lost_rank(error):  # another rank got the signal, and ended first
+                stopped = Stopped(stop.signum)
+            else:
                 raise
             _discard_unbegun(job_dir, runner)
             if not cfg.run.evaluate and (job_dir / LAST).is_file():
                 stopped.job_id, stopped.step = str(cfg.run.job_id), runner.saved_step if runner else None
             raise stopped from None
-
-
-def _build_runner(cfg: Config, task: "BaseTask", job_dir: Path) -> "Runner":
-    """Build the task's datasets, check them, and build the model and the runner."""
-    from lavis_lite.cli import preflight
-    from lavis_lite.common.rng import seed_everything
-
-    datasets = task.build_datasets(cfg)
-    found = preflight.check_data(cfg, task, datasets)
-    seed_everything(cfg.run.seed)  # the same on every rank: DDP does not even out the models' buffers
-    model = task.build_model(cfg)
-    preflight.check_model(cfg, task, model, datasets, found)
-    return registry.get_runner_class(cfg.run.runner)(cfg, task, model, datasets, job_dir)
 
 
 def _execute(cfg: Config, runner: "Runner") -> dict[str, Any]:
@@ -153,7 +141,12 @@ def _execute(cfg: Config, runner: "Runner") -> dict[str, Any]:
     started = time.perf_counter()
     result = runner.train()
     if dist.is_main():
-        logger.info("%s", _closing(result, runner.job_dir, seconds=time.perf_counter() - started))
+        best = result.get("best") or {}
+        chosen = "the last weights: nothing chose better ones"
+        if best.get("metric") is not None:
+            chosen = f"agg_metrics {best['metric']:.4g} after epoch {best['epoch'] + 1}"
+        duration = timedelta(seconds=round(time.perf_counter() - started))
+        logger.info(f"done in {duration}; {runner.job_dir / 'checkpoint_best.pth'}: {chosen}")
     return result
 
 
@@ -170,15 +163,6 @@ def _opening(cfg: Config, runner: "Runner") -> str:
     )
 
 
-def _closing(result: Mapping[str, Any], job_dir: Path, *, seconds: float) -> str:
-    """Return the line that ends a training: its time, and its best weights."""
-    best = result.get("best") or {}
-    chosen = "the last weights: nothing chose better ones"
-    if best.get("metric") is not None:
-        chosen = f"agg_metrics {best['metric']:.4g} after epoch {best['epoch'] + 1}"
-    return f"done in {timedelta(seconds=round(seconds))}; {job_dir / 'checkpoint_best.pth'}: {chosen}"
-
-
 def _discard_unbegun(job_dir: Path, runner: "Runner | None") -> None:
     """Delete the folder of a run that ends before its first step, if nothing else is in it."""
     from lavis_lite.common import dist
@@ -187,10 +171,3 @@ def _discard_unbegun(job_dir: Path, runner: "Runner | None") -> None:
     if dist.is_main() and not (runner is not None and runner.has_begun):
         run_logger.setup()  # closes console.txt
         discard_if_unused(job_dir)
-
-
-def _stopped_with(stop: StopSignals, error: RuntimeError) -> Stopped | None:
-    """Return the stop of a rank that got a signal, and whose collective failed because another rank ended first."""
-    from lavis_lite.common import dist
-
-    return Stopped(stop.signum) if stop.signum is not None and dist.lost_rank(error) else None

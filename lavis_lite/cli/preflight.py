@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 
 NUM_THREADS = 32  # a network drive answers many at once
 CHUNK = 2000  # files that a thread looks up at a time
-MANY_FILES = 500_000  # worth a line in the log
 UNKNOWN_SHARE = 0.2  # of the tokens: more than the rare names and symbols in texts of a known language
 SHOWN = 60  # characters of a text in a message
 NUM_READ = {"image": 32, "video": 4}  # samples read of a split of images or videos
@@ -54,7 +53,6 @@ class SplitReport:
     kind: str
     """`image` or `video`"""
     files: set[str]
-    num_read: int
     shape: tuple[int, ...] | None
     """Shape of one sample's image, (3, H, W) or (3, F, H, W)."""
     batches: list[dict[str, Any]]
@@ -68,7 +66,7 @@ class SplitReport:
         if shared := len(self.files & trained_on):
             parts.append(f"{shared:,} of them also trained on")
         if self.shape is not None:
-            parts.append(f"{self.num_read} samples read, {self.kind}s {' x '.join(map(str, self.shape))}")
+            parts.append(f"{len(self.batches)} samples read, {self.kind}s {' x '.join(map(str, self.shape))}")
         return f"files       {self.where}: {'; '.join(parts) or 'not checked'}"
 
 
@@ -88,18 +86,14 @@ def check_task(cfg: Config, task: BaseTask) -> None:
     arch = cfg.model["arch"]
     model_class = registry.get_model_class(arch)
     if not cfg.run.evaluate and cfg.run.loss_average == "tokens" and not model_class.reports_num_labels:
-        raise ConfigError(
-            f"{cfg.source}: run.loss_average: tokens needs a model whose loss is a language model's alone and that "
-            f"reports its num_labels; {model_class.__name__} (model.arch: {arch}) does not; set it to batches"
-        )
+        problem = f"{model_class.__name__} (model.arch: {arch}) does not report its num_labels; set it to batches"
+        raise ConfigError(f"{cfg.source}: run.loss_average: tokens needs a language model's loss, and {problem}")
     missing = _missing_methods(type(task), model_class)
     if not missing or not (cfg.run.valid_splits or cfg.run.test_splits):
         return
     others: dict[str, type[BaseTask]] = {name: registry.get_task_class(name) for name in registry.list_tasks()}
-    fitting = [
-        name for name, other in others.items() if other.model_methods and not _missing_methods(other, model_class)
-    ]
-    advice = f"tasks that fit: {', '.join(sorted(fitting))}" if fitting else "no task evaluates this model"
+    fitting = [name for name, one in others.items() if one.model_methods and not _missing_methods(one, model_class)]
+    advice = f"tasks that fit: {', '.join(fitting) or 'none'}"
     raise ConfigError(
         f"{cfg.source}: run.task: {cfg.run.task} evaluates by `{missing[0]}`, which {model_class.__name__} "
         f"(model.arch: {arch}) does not have; {advice}"
@@ -128,10 +122,9 @@ def check_data(cfg: Config, task: BaseTask, datasets: Datasets) -> DataReport:
     dist.on_main(lambda: report.splits.extend(_check_splits(cfg, task, datasets)))  # millions of names stay here
     if not cfg.run.evaluate:
         sets = train_sets(datasets, cfg.run.train_splits)
-        report.plan = plan = make_plan(
-            cfg.run, {name: len(dataset) for name, dataset in sets.items()}, dist.world_size()
-        )
-        if plan.is_concat:
+        lengths = {name: len(dataset) for name, dataset in sets.items()}
+        report.plan = make_plan(cfg.run, lengths, dist.world_size())
+        if report.plan.is_concat:
             report.left_out = {key: names for key, names in first_samples_missing(sets).items() if names}
     return report
 
@@ -142,23 +135,20 @@ def check_model(cfg: Config, task: BaseTask, model: BaseModel, datasets: Dataset
     Raises:
         InputError: a setting does not fit the model's sizes, or a text cannot be read.
     """
+
+    def check() -> None:
+        for report in found.splits:
+            name, _, split = report.where.rpartition("/")
+            if split in cfg.run.train_splits and not cfg.run.evaluate:
+                _warn_of_unknown_tokens(cfg, model, report)
+            if split in (*cfg.run.valid_splits, *cfg.run.test_splits):
+                try:
+                    task.check_model(model, datasets[name][split], report.batches, split=split)
+                except InputError as error:
+                    raise InputError(f"{report.where}: {error}") from error
+
     if isinstance(model, BaseModel):  # another module has its methods only
-        dist.on_main(lambda: _check_model(cfg, task, model, datasets, found.splits))
-
-
-def _check_model(
-    cfg: Config, task: BaseTask, model: BaseModel, datasets: Datasets, splits: Sequence[SplitReport]
-) -> None:
-    evaluated = {*cfg.run.valid_splits, *cfg.run.test_splits}
-    for report in splits:
-        name, _, split = report.where.rpartition("/")
-        if split in cfg.run.train_splits and not cfg.run.evaluate:
-            _warn_of_unknown_tokens(cfg, model, report)
-        if split in evaluated:
-            try:
-                task.check_model(model, datasets[name][split], report.batches, split=split)
-            except InputError as error:
-                raise InputError(f"{report.where}: {error}") from error
+        dist.on_main(check)
 
 
 def _warn_of_unknown_tokens(cfg: Config, model: BaseModel, report: SplitReport) -> None:
@@ -167,10 +157,9 @@ def _warn_of_unknown_tokens(cfg: Config, model: BaseModel, report: SplitReport) 
         share, text, decoded = unknown_share(tokenizer, texts)
         if share > UNKNOWN_SHARE:
             logger.warning(
-                f"{report.where}: {share:.0%} of the tokens of {key} are unknown to the tokenizer of "
-                f"model.{setting}={model_setting(cfg.model, setting)}, and nothing is learned from them: "
-                f"{text[:SHOWN]!r} is read as {decoded[:SHOWN]!r}. Choose a model.{setting} whose vocabulary has the "
-                "language of the texts, or translate the texts"
+                f"{report.where}: {share:.0%} of the tokens of {key} are unknown to model.{setting}="
+                f"{model_setting(cfg.model, setting)}: {text[:SHOWN]!r} is read as {decoded[:SHOWN]!r}. Choose a "
+                f"model.{setting} whose vocabulary has the language of the texts, or translate the texts"
             )
 
 
@@ -203,13 +192,9 @@ def _check_splits(cfg: Config, task: BaseTask, datasets: Datasets) -> list[Split
             if split in cfg.run.train_splits and not cfg.run.evaluate:
                 _check_answers(cfg.model, batch, where)
             if is_evaluated:
-                _check_keys(task, batch, where)
-                _check_prompt(cfg, task, batch, where)
+                _check_evaluated(cfg, task, batch, where)
                 task.check(registry.get_model_class(cfg.model["arch"]), dataset, batch, split=split)
-            found = SplitReport(
-                where=where, kind=kind, files=files, num_read=len(samples), shape=shape, batches=batches
-            )
-            reports.append(found)
+            reports.append(SplitReport(where=where, kind=kind, files=files, shape=shape, batches=batches))
     return reports
 
 
@@ -217,32 +202,27 @@ def check_files(dataset: BaseDataset, where: str, *, share: float | None) -> set
     """Look up each file of a split and return them. `share` of the samples may lack theirs; None: none may."""
     root = os.fspath(dataset.vis_root)
     files = {os.path.join(root, file) for record in dataset.annotation for file in dataset.files_of(record)}
-    wrong = wrong_files(files, where)
-    if not wrong:
-        return files
-    affected = [i for i, record in enumerate(dataset.annotation) if _has(dataset, record, wrong, root)]
+    wrong = wrong_files(files)
+    affected = [
+        number
+        for number, record in enumerate(dataset.annotation if wrong else [])
+        if any(os.path.join(root, file) in wrong for file in dataset.files_of(record))
+    ]
     if not affected or _is_readable(dataset, affected[0]):
         return files - wrong.keys()
     path, reason = next(iter(wrong.items()))
     kind = _kind(dataset)
     others = f", and {len(wrong) - 1:,} more of {len(files):,} files" if len(wrong) > 1 else ""
     text = f"{kind} file {reason}: {path} ({where}{others})"
+    if share and len(affected) <= share * len(dataset.annotation):
+        logger.warning(f"{text}: {len(affected):,} samples will be skipped, as run.max_unreadable_share={share} allows")
+        return files - wrong.keys()
     if share:
-        if len(affected) <= share * len(dataset.annotation):
-            logger.warning(
-                f"{text}: {len(affected):,} samples will be skipped, as run.max_unreadable_share={share} allows"
-            )
-            return files - wrong.keys()
         text += f": {len(affected):,} samples, more than run.max_unreadable_share={share} allows"
     raise MissingFileError(
-        f"{text}. Check the dataset's build_info.{kind}s.storage{' or images.storage' if kind == 'video' else ''} "
-        "(relative paths are below the data root, environment variable LAVIS_LITE_DATA) or remove the records from "
-        f"the annotations. ({NEVER_SKIPPED if share is None else MAY_BE_SKIPPED})"
+        f"{text}. Check the dataset's build_info.{kind}s.storage (relative paths are below the data root, "
+        f"LAVIS_LITE_DATA) or remove the records. ({NEVER_SKIPPED if share is None else MAY_BE_SKIPPED})"
     )
-
-
-def _has(dataset: BaseDataset, record: dict[str, Any], wrong: Mapping[str, str], root: str) -> bool:
-    return any(os.path.join(root, file) in wrong for file in dataset.files_of(record))
 
 
 def _is_readable(dataset: BaseDataset, index: int) -> bool:
@@ -255,11 +235,9 @@ def _is_readable(dataset: BaseDataset, index: int) -> bool:
     return True
 
 
-def wrong_files(files: Iterable[str], where: str = "") -> dict[str, str]:
+def wrong_files(files: Iterable[str]) -> dict[str, str]:
     """Return, in alphabetical order, those of `files` that are not regular files with content, and why."""
     paths = sorted(files)
-    if len(paths) > MANY_FILES:
-        logger.info("%s: looking up %s files", where, f"{len(paths):,}")
     chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
     with ThreadPoolExecutor(max(1, min(NUM_THREADS, len(chunks)))) as pool:
         found = pool.map(lambda chunk: [(path, reason) for path in chunk if (reason := _wrong(path))], chunks)
@@ -280,13 +258,8 @@ def _wrong(path: str) -> str | None:
 
 def num_repeated(records: Iterable[Mapping[str, Any]]) -> int:
     """Return how many records differ from an earlier one in their ids only."""
-    seen: set[int] = set()
-    count = 0
-    for record in records:
-        key = hash(repr([item for item in record.items() if item[0] not in IDS]))
-        count += key in seen
-        seen.add(key)
-    return count
+    hashes = [hash(repr([item for item in record.items() if item[0] not in IDS])) for record in records]
+    return len(hashes) - len(set(hashes))
 
 
 def _kind(dataset: SampleDataset) -> str:
@@ -323,27 +296,21 @@ def _batches_of_one(dataset: SampleDataset, samples: Sequence[dict[str, Any]]) -
     ]
 
 
-def _check_keys(task: BaseTask, batch: Mapping[str, Any], where: str) -> None:
-    """Raise InputError if the samples lack a key that the task evaluates with."""
+def _check_evaluated(cfg: Config, task: BaseTask, batch: Mapping[str, Any], where: str) -> None:
+    """Raise InputError if the samples lack a key that the task evaluates with, or for a prompt around a question where
+    the task generates from images alone.
+    """
     missing = [key for key in task.sample_keys if batch and key not in batch]
     if missing:
         raise InputError(
             f"{where}: {type(task).__name__} evaluates samples by {missing[0]!r}, which these lack (they have "
             f"{', '.join(batch)}): choose a dataset that fits the task, or another run.task"
         )
-
-
-def _check_prompt(cfg: Config, task: BaseTask, batch: Mapping[str, Any], where: str) -> None:
-    """Raise InputError for a prompt around a question where the task generates from images alone."""
-    if "generate" not in task.model_methods or not batch or batch.keys() & {"prompt", "text_input"}:
-        return
-    given = {"run.prompt": cfg.task.get("prompt"), "model.prompt": model_setting(cfg.model, "prompt")}
-    key, prompt = next(((key, prompt) for key, prompt in given.items() if prompt), ("", ""))
-    if "{}" in prompt:
-        raise InputError(
-            f"{where}: {key} {prompt!r} has a '{{}}' for a question, and these samples have none: set run.prompt to a "
-            "prompt without it"
-        )
+    if "generate" in task.model_methods and batch and not batch.keys() & {"prompt", "text_input"}:
+        prompt = cfg.task.get("prompt") or model_setting(cfg.model, "prompt") or ""
+        if "{}" in prompt:
+            advice = "set run.prompt to a prompt without it"
+            raise InputError(f"{where}: the prompt {prompt!r} has a '{{}}', and these samples no question: {advice}")
 
 
 def check_size(model: Mapping[str, Any], batch: Mapping[str, Any], where: str) -> tuple[int, ...] | None:
@@ -352,16 +319,12 @@ def check_size(model: Mapping[str, Any], batch: Mapping[str, Any], where: str) -
     if image is None:
         return None
     if image.dim() == 5 and not registry.get_model_class(model["arch"]).takes_video:
-        raise InputError(
-            f"{where}: samples show videos, {tuple(image.shape[1:])}, and {model['arch']} takes images only: choose an "
-            "architecture of BLIP-2 with a language model, or other data"
-        )
+        problem = f"samples show videos, {tuple(image.shape[1:])}, and {model['arch']} takes images only"
+        raise InputError(f"{where}: {problem}: choose an architecture of BLIP-2 with a language model, or other data")
     size = model_setting(model, "image_size")
     if size is not None and tuple(image.shape[-2:]) != (size, size):
-        raise InputError(
-            f"{where}: the image processor gives {image.shape[-2]} x {image.shape[-1]} pixels, the model takes "
-            f"{size} x {size}: set image_size of the processor and of the model (model.image_size) to the same value"
-        )
+        sizes = f"the processor gives {image.shape[-2]} x {image.shape[-1]} pixels, the model takes {size} x {size}"
+        raise InputError(f"{where}: {sizes}: set image_size of the processor and model.image_size to one value")
     return tuple(image.shape[1:])
 
 
@@ -371,7 +334,7 @@ def _check_answers(model: Mapping[str, Any], batch: Mapping[str, Any], where: st
     """
     if "text_output" in batch and not registry.get_model_class(model["arch"]).learns_answers:
         raise InputError(
-            f"{where}: samples have a question or an instruction (text_input: {batch['text_input'][0]!r}) and a target "
-            f"(text_output: {batch['text_output'][0]!r}); {model['arch']} reads text_input alone, and would learn "
-            "that; choose a dataset of captions, or an architecture of BLIP-2 with a language model"
+            f"{where}: samples have a question or an instruction (text_input: {batch['text_input'][0]!r}) and an answer "
+            f"(text_output); {model['arch']} reads text_input alone, and would learn that; choose a dataset of "
+            "captions, or an architecture of BLIP-2 with a language model"
         )

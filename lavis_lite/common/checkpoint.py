@@ -88,8 +88,8 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> Path:
         what = "the disk is full" if cause.errno in (errno.ENOSPC, errno.EDQUOT) else (cause.strerror or str(cause))
         raise WriteError(
             cause.errno,
-            f"cannot write {path}: {what} ({shutil.disk_usage(folder).free / 2**20:.1f} MiB free in {folder}); the file is "
-            "as it was. Free some space or set run.output_dir to another disk, then continue with --resume auto",
+            f"cannot write {path}: {what} ({shutil.disk_usage(folder).free / 2**20:.1f} MiB free in {folder}); the old "
+            "file is intact. Free some space or set run.output_dir to another disk, then continue with --resume auto",
         ) from error
     return path
 
@@ -179,8 +179,8 @@ def refuse_compressed(path: Path) -> None:
     if compressed:
         size = sum(entry.file_size for entry in compressed)
         raise InputError(
-            f"checkpoint {path} is refused: {len(compressed)} entries are compressed, inflated {size:,} bytes, and torch "
-            "compresses none: ask for the file as torch.save wrote it"
+            f"checkpoint {path} is refused: {len(compressed)} entries are compressed, inflated {size:,} bytes, and "
+            "torch compresses none: ask for the file as torch.save wrote it"
         )
 
 
@@ -253,12 +253,7 @@ def load_into(
 
 
 def _check_fit(
-    name: str,
-    own: Mapping[str, torch.Tensor],
-    state: Mapping[str, torch.Tensor],
-    lost: list[str],
-    *,
-    source: str | Path,
+    name: str, own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], lost: list[str], source: str | Path
 ) -> None:
     """Raise ValueError if the file has none of the model's keys or none of its trainable ones, adapters that the model
     lacks, or other shapes, or if trainable keys are `lost`.
@@ -282,9 +277,9 @@ def _check_fit(
             f"{_listed(adapters, limit=4)}. Set model.llm_lora as it was in training"
         )
     shapes = [
-        f"{key} {tuple(value.shape)} (model: {tuple(own[key].shape)})"
-        for key, value in state.items()
-        if key in own and value.shape != own[key].shape
+        f"{key} {tuple(state[key].shape)} (model: {tuple(own[key].shape)})"  # read anew: shards are open one at a time
+        for key in state
+        if key in own and state[key].shape != own[key].shape
     ]
     if shapes:
         sizes = f"{len(shapes)} shapes differ from the model's: {_listed(shapes, limit=4)}"

@@ -69,6 +69,11 @@ def resume(
     state.restore(saved, seed=run.seed, source=path)
     _carry_over_best(state, path.with_name(jobs.BEST), job_dir / jobs.BEST)
     logger.info(f"resumed {path} at step {state.step} of {plan.total}")
+    if state.epoch >= plan.num_epochs:
+        done = f"{state.epoch} of {plan.num_epochs} epochs are done at step {state.step} of {plan.total}"
+        logger.warning(
+            f"nothing is left to train: {done}. To train more, raise run.max_iters or run.max_epoch by an epoch"
+        )
 
 
 def load_verified(path: Path) -> dict[str, Any]:

@@ -14,11 +14,8 @@ from lavis_lite.common.errors import InputError, MissingFileError
 
 logger = logging.getLogger(__name__)
 
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
+WEIGHT_FILES = tuple(
+    f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")
 )
 """Names of the weight file or its index, in the order of preference."""
 EXTRA_FILE = "lavis_lite.safetensors"
