@@ -19,7 +19,7 @@ from lavis_lite.common.config.config import parser
 from lavis_lite.common.config.files import Layer
 from lavis_lite.common.config.schema import Checker
 from lavis_lite.common.config.sections import model_arguments
-from lavis_lite.common.config.zoo import model_config_path, model_zoo
+from lavis_lite.common.config.zoo import model_zoo
 from lavis_lite.common.errors import InputError, UserError
 from lavis_lite.common.frames import check_num_frames
 from lavis_lite.common.registry import registry
@@ -48,7 +48,7 @@ def tiny_types() -> list[str]:
 @cache
 def section_of(arch: str) -> dict[str, Any]:
     """The tiny type with one layer in each part, which is built faster."""
-    section = yaml.safe_load(model_config_path(arch, "tiny").read_text())["model"]
+    section = yaml.safe_load(model_zoo.path(arch, "tiny").read_text())["model"]
     for part in ("med", "qformer"):
         if part in section:
             section[part]["num_layers"] = 1

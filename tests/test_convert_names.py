@@ -14,7 +14,7 @@ from full_size import REFERENCE, meta_model
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from lavis_lite.common.config.zoo import model_config_path
+from lavis_lite.common.config.zoo import model_zoo
 from lavis_lite.common.sources.weights import LazyState
 from lavis_lite.convert import blip2_from_hf, blip2_to_hf, blip_from_hf, blip_to_hf
 from lavis_lite.convert.folders import hf_config, hf_model
@@ -104,7 +104,7 @@ def test_names_and_shapes_at_full_size(name: str) -> None:
 )
 def test_our_full_size_models_fit_the_class_of_their_config(arch: str, model_type: str) -> None:
     """transformers' class has the same parameters, and biases of keys; and lacks the momentum encoder."""
-    section = OmegaConf.to_container(OmegaConf.load(model_config_path(arch, model_type)))["model"]
+    section = OmegaConf.to_container(OmegaConf.load(model_zoo.path(arch, model_type)))["model"]
     model = meta_model({**section, "arch": arch})
     with torch.device("meta"):
         their_model = hf_model(model, hf_config(model, arch=arch), model.state_dict(keep_vars=True), arch=arch)
@@ -114,7 +114,7 @@ def test_our_full_size_models_fit_the_class_of_their_config(arch: str, model_typ
 
 
 def test_there_is_no_class_for_another_image_encoder() -> None:
-    section = OmegaConf.to_container(OmegaConf.load(model_config_path("blip2", "pretrain_vitL")))["model"]
+    section = OmegaConf.to_container(OmegaConf.load(model_zoo.path("blip2", "pretrain_vitL")))["model"]
     with pytest.raises(ValueError, match=r"EvaViT.*ClipViT"):
         hf_config(meta_model({**section, "arch": "blip2"}), arch="blip2")
 

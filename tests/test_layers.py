@@ -212,4 +212,4 @@ def test_every_packaged_yaml_resolves_as_it_is_written() -> None:
     for arch, types in zoo.model_zoo:
         for model_type in types:
             assert resolve(zoo.model_layers(arch, model_type))["model"]["model_type"] == model_type
-            assert load_yaml(zoo.model_config_path(arch, model_type))
+            assert load_yaml(zoo.model_zoo.path(arch, model_type))

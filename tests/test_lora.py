@@ -115,18 +115,17 @@ def test_whole_parts_are_trained_in_float32() -> None:
         ),
         ({"target_modules": r".*\.query"}, r"llm_lora: .* some of .*fc1, .*v_proj"),
         ({"modules_to_save": ["head"]}, r"llm_lora.modules_to_save: .* has no head; it has .*lm_head"),
-        ({"bias": "some"}, r"llm_lora.bias: 'some' is not one of none, all, lora_only"),
-        ({"ranks": 2}, "llm_lora: .*ranks.*LoraConfig"),
+        ({"bias": "some"}, r"llm_lora\.bias: expected 'none' or 'all' or 'lora_only', got 'some'"),
+        ({"ranks": 2}, r"llm_lora\.ranks: unknown key"),
         ({"r": -1}, r"llm_lora\.r: must be a whole number from 1 to 65,536, got -1"),
         ({"r": "many"}, r"model\.llm_lora\.r: must be a whole number from 1 to 65,536, got '"),
         ({"rank_pattern": {"q_proj": "a"}}, r"model\.llm_lora\.rank_pattern\.q_proj: must be a whole .* got 'a'"),
         ({"rank_pattern": "q_proj"}, r"llm_lora\.rank_pattern: .*mapping.* got 'q_proj'"),
         ({"alpha_pattern": {"fc1": []}}, r"llm_lora\.alpha_pattern\.fc1: must be a number .* got \[\]"),
         ({"use_dora": "no"}, r"llm_lora\.use_dora: .*true or false.* got 'no'"),
-        ({"target_modules": 5}, r"llm_lora\.target_modules: .*text or a list of text.* got 5"),
+        ({"target_modules": 5}, r"llm_lora\.target_modules: .*list of text or text.* got 5"),
         ({"modules_to_save": "lm_head"}, r"llm_lora\.modules_to_save: .*list of text.* got 'lm_head'"),
         ({"layers_to_transform": ["a"]}, r"llm_lora\.layers_to_transform.*: .*whole number.* got 'a'"),
-        ({"trainable_token_indices": [-5]}, r"llm_lora\.trainable_token_indices: .* got -5"),
     ],
 )
 def test_mistakes_are_found_before_weights_are_read(
@@ -268,7 +267,7 @@ def damage(folder: Path, how: str) -> None:
         ("rank", ValueError, "does not fit the language model: size mismatch"),
         ("fewer", ValueError, "has tensors that have no place"),
         ("more", ValueError, "lacks tensors of the language model's adapters: .*fc1"),
-        ("no mapping", ValueError, "is not a configuration of peft"),
+        ("no mapping", ValueError, "expected a mapping"),
     ],
 )
 def test_damaged_folders_of_peft(how: str, error: type[Exception], message: str, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import full_size
 import pytest
 from omegaconf import OmegaConf
 
-from lavis_lite.common.config.zoo import model_config_path
+from lavis_lite.common.config.zoo import model_zoo
 
 FOLDER = full_size.REFERENCE / "manifests"
 MANIFESTS = sorted(path.name.removesuffix(".json.gz") for path in FOLDER.glob("blip*.json.gz"))
@@ -16,7 +16,7 @@ MANIFESTS = sorted(path.name.removesuffix(".json.gz") for path in FOLDER.glob("b
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_state_dict(name: str) -> None:
     manifest = json.loads(gzip.decompress((FOLDER / f"{name}.json.gz").read_bytes()))
-    model = full_size.meta_model(OmegaConf.to_container(OmegaConf.load(model_config_path(*name.split("__"))))["model"])
+    model = full_size.meta_model(OmegaConf.to_container(OmegaConf.load(model_zoo.path(*name.split("__"))))["model"])
     trainable = {key: parameter.requires_grad for key, parameter in model.named_parameters(remove_duplicate=False)}
     actual = {key: [list(tensor.shape), int(trainable.get(key, 2))] for key, tensor in model.state_dict().items()}
     # transformers has long stopped to save these, which follow from the config

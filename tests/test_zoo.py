@@ -12,7 +12,7 @@ from PIL import Image
 from lavis_lite.common.config.files import resolve
 from lavis_lite.common.config.schema import Checker
 from lavis_lite.common.config.sections import model_arguments
-from lavis_lite.common.config.zoo import Zoo, dataset_zoo, model_config_path, model_layers
+from lavis_lite.common.config.zoo import Zoo, dataset_zoo, model_layers
 from lavis_lite.models import load_model, load_model_and_preprocess, load_preprocess, model_zoo
 
 REFERENCE = Path(os.environ.get("LAVIS_LITE_REFERENCE_DIR", Path(__file__).parent / "reference"))
@@ -62,9 +62,9 @@ def test_empty_zoo_prints(tmp_path: Path):
 
 def test_unknown_architecture_and_type_suggest():
     with pytest.raises(KeyError, match="Did you mean 'blip_caption'"):
-        model_config_path("blip_captions", "base_coco")
+        model_zoo.path("blip_captions", "base_coco")
     with pytest.raises(KeyError, match=r"'blip_caption' has no type 'base'. Did you mean 'base_coco'"):
-        model_config_path("blip_caption", "base")
+        model_zoo.path("blip_caption", "base")
     with pytest.raises(KeyError, match="Known: aokvqa, okvqa, tiny, vqav2"):
         load_model("blip_vqa", "xyz")
 
@@ -76,7 +76,7 @@ def test_types_have_the_settings_and_weights_of_the_original(manifest: Path):
     for key in ("arch", "model_type", "med_config_path"):  # the path is the name; med_config_path: our defaults
         expected.pop(key, None)
     expected = {key: OTHERWISE.get((key, value), value) for key, value in expected.items() if value != ""}
-    ours = OmegaConf.to_container(OmegaConf.load(model_config_path(arch, kind)))["model"]
+    ours = OmegaConf.to_container(OmegaConf.load(model_zoo.path(arch, kind)))["model"]
     assert {key: ours.get(key) for key in expected} == expected
 
 
@@ -86,12 +86,12 @@ def test_every_type_fits_its_constructor(arch: str, kind: str):
     layers = model_layers(arch, kind)
     arguments = model_arguments(resolve(layers)["model"], Checker(layers))
     assert (arguments["arch"], arguments["model_type"]) == (arch, kind)
-    assert model_config_path(arch, kind).read_text().count(f"arch: {arch}\n") == 1
+    assert model_zoo.path(arch, kind).read_text().count(f"arch: {arch}\n") == 1
 
 
 @pytest.mark.parametrize(("arch", "kind"), EVERY_TYPE, ids=map("/".join, EVERY_TYPE))
 def test_every_type_has_processors_of_the_models_image_size(arch: str, kind: str):
-    config = OmegaConf.load(model_config_path(arch, kind))
+    config = OmegaConf.load(model_zoo.path(arch, kind))
     vis, text = load_preprocess(config.preprocess)
     size = config.model.image_size
     for split in ("train", "eval"):

@@ -334,7 +334,7 @@ def _check_answers(model: Mapping[str, Any], batch: Mapping[str, Any], where: st
     """
     if "text_output" in batch and not registry.get_model_class(model["arch"]).learns_answers:
         raise InputError(
-            f"{where}: samples have a question or an instruction (text_input: {batch['text_input'][0]!r}) and an answer "
+            f"{where}: samples have a question or an instruction (text_input: {batch['text_input'][0]!r}), an answer "
             f"(text_output); {model['arch']} reads text_input alone, and would learn that; choose a dataset of "
             "captions, or an architecture of BLIP-2 with a language model"
         )

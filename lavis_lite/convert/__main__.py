@@ -85,11 +85,11 @@ def parser() -> argparse.ArgumentParser:
 def write_hf(args: argparse.Namespace) -> str:
     """Write a model type, or a checkpoint, as a folder; return the line to print."""
     from lavis_lite.common.config.sections import MODEL_KEYS
-    from lavis_lite.common.config.zoo import model_config_path
+    from lavis_lite.common.config.zoo import model_zoo
     from lavis_lite.convert.folders import adapter_of, check_target, write_folder
     from lavis_lite.models.loading import build, configured
 
-    model_config_path(args.arch, args.type)
+    model_zoo.path(args.arch, args.type)
     adapter_of(registry.get_model_class(args.arch), arch=args.arch).hf_class(args.arch)
     for folder in filter(None, (args.target, args.adapter)):
         check_target(folder, overwrite=args.overwrite)

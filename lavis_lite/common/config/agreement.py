@@ -130,22 +130,12 @@ def linked_section(section: Any, model: Mapping[str, Any]) -> Any:
     for kind, key in (("vis_processor", "image_size"), ("text_processor", "prompt")):
         blocks, own = section.get(kind), model.get(key)
         if own and isinstance(blocks, Mapping):
-            section[kind] = {
-                split: {**block, key: _reference(block[key], own, key)}
-                if isinstance(block, Mapping) and key in block
-                else block
-                for split, block in blocks.items()
-            }
+            section[kind] = dict(blocks)
+            for split, block in blocks.items():
+                value = block.get(key) if isinstance(block, Mapping) else None
+                if value is not None and str(value).strip() == str(own).strip():
+                    section[kind][split] = {**block, key: str(value).replace(str(own), f"${{model.{key}}}")}
     return section
-
-
-def _reference(value: Any, own: Any, key: str) -> Any:
-    """Return a reference to the model's `key`, which is `own`, in place of an equal value; else the value."""
-    if value == own:
-        return f"${{model.{key}}}"
-    if isinstance(value, str) and isinstance(own, str) and value.strip() == own.strip():
-        return value.replace(own, f"${{model.{key}}}")
-    return value
 
 
 # Prompts and instructions
@@ -177,7 +167,9 @@ def replaced_instructions(
         builder_class = registry.get_builder_class(builder_name(name, section))
         if not prompts or not issubclass(builder_class, InstructionBuilder):
             continue
-        default = _packaged_instructions(builder_class, section.get("builder", name), types.get(name, "default"))
+        builder, kind = section.get("builder", name), types.get(name, "default")
+        packaged = zoo.packaged_dataset(builder, kind) if kind in zoo.dataset_zoo.types(builder) else {}
+        default = packaged.get("instructions", schema_of(builder_class)[0]["instructions"].default)
         instructions = section.get("instructions", default)
         key, found = _first_that_fits(builder_class, instructions, prompts, checker)
         if found is None:
@@ -219,14 +211,6 @@ def _given_model_prompt(model: Mapping[str, Any]) -> str:
     if model.get("model_type") in zoo.model_zoo.types(arch):
         own = merge_layers(zoo.model_layers(arch, model["model_type"]))["model"]
     return "" if prompt == model_setting(own, "prompt") else prompt
-
-
-def _packaged_instructions(builder_class: type, builder: str, dataset_type: str) -> Any:
-    """Return the `instructions` of a packaged dataset, or the builder's default."""
-    section: Mapping[str, Any] = {}
-    if dataset_type in zoo.dataset_zoo.types(builder):
-        section = zoo.packaged_dataset(builder, dataset_type)
-    return section.get("instructions", schema_of(builder_class)[0]["instructions"].default)
 
 
 def _first_that_fits(

@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import logging
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -91,7 +92,7 @@ class Config:
         if resume is not None:
             keys = {"resume": "auto", "resume_ckpt_path": None} if resume == "auto" else {"resume_ckpt_path": resume}
             flags.append(Layer("--resume", {"run": {"resume": None, **keys}}))
-        return cls.from_file(args.cfg_path, [*args.options, *args.cfg_options], checkpoint=weights, flags=flags)
+        return cls.from_file(args.cfg_path, args.options, checkpoint=weights, flags=flags)
 
     @classmethod
     def from_file(
@@ -141,11 +142,8 @@ def parser(*, prog: str | None = None, description: str | None = None) -> argpar
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(prog=prog, description=description, formatter_class=raw)
     p.add_argument("--cfg-path", required=True, metavar="YAML", help="the project's configuration")
-    for flag, text in (
-        ("--options", "settings that override the file's, e.g. run.max_epoch=3"),
-        ("--cfg-options", "the same, under LAVIS's name"),
-    ):
-        p.add_argument(flag, nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=text)
+    text = "settings that override the file's, e.g. run.max_epoch=3; LAVIS's name is --cfg-options"
+    p.add_argument("--options", "--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=text)
     p.add_argument("--job-id", metavar="NAME", help="folder of the run in run.output_dir (default: the time)")
     p.add_argument("--resume", metavar="auto|PATH", help="auto: resume the newest job; or a checkpoint_last.pth")
     p.add_argument("--dry-run", action="store_true", help="check everything, count parameters and samples, run no step")
@@ -163,11 +161,8 @@ def _checked(tree: dict[str, Any], checker: Checker, types: dict[str, str], *, s
         name: follow_model(check_dataset(name, body, preprocess, checker), model, checker, ("datasets", name))
         for name, body in tree.get("datasets", {}).items()
     }
-    for key, weights in (
-        ("train_dataset_ratios", run.train_dataset_ratios),
-        ("train_dataset_factors", run.train_dataset_factors),
-    ):
-        for name in [name for name in weights or {} if name not in datasets]:
+    for key in ("train_dataset_ratios", "train_dataset_factors"):
+        for name in (vars(run)[key] or {}).keys() - datasets.keys():
             raise checker.error(("run", key, name), f"no such dataset here. {did_you_mean(name, datasets)}")
     return Config(
         model=model,
@@ -197,21 +192,16 @@ def _import_user_modules(project: Checker) -> None:
     names = resolve_key(project.layers, ("imports",))
     if names is None:
         return
-    if not isinstance(names, list) or not all(map(_is_module_name, names)):
-        text = f"expected a list of module names such as my_project.models, got {names!r}"
-        raise project.error(("imports",), text)
+    if not isinstance(names, list) or not all(re.fullmatch(r"\w+(\.\w+)*", str(name)) for name in names):
+        raise project.error(("imports",), f"expected a list of module names such as my_project.models, got {names!r}")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     for name in names:
         try:
-            import_module(name)
+            import_module(str(name))
         except ModuleNotFoundError as error:
             places = f"it is looked up on PYTHONPATH and in {Path.cwd()}"
             raise project.error(("imports",), f"cannot import {name!r}: {error}; {places}") from None
-
-
-def _is_module_name(name: Any) -> bool:
-    return isinstance(name, str) and all(part.isidentifier() for part in name.split("."))
 
 
 def _model_layers(project: Checker) -> list[Layer]:
@@ -220,17 +210,15 @@ def _model_layers(project: Checker) -> list[Layer]:
         resolve_key(project.layers, ("model", key)) for key in ("arch", "model_type", "checkpoint")
     )
     if not isinstance(arch, str):
-        names = did_you_mean("", zoo.model_zoo.names())
-        raise project.error(("model", "arch"), f"missing: it needs an architecture. {names}")
+        text = f"missing: it needs an architecture. {did_you_mean('', zoo.model_zoo.names())}"
+        raise project.error(("model", "arch"), text)
     packaged = [Layer(f"{arch}'s defaults", {})]  # a user's architecture: its constructor has the defaults
     if arch in zoo.model_zoo:
-        if model_type is None:
-            types = did_you_mean("", zoo.model_zoo.types(arch))
-            raise project.error(("model", "model_type"), f"missing: it needs a type of {arch}. {types}")
         try:
-            packaged = zoo.model_layers(arch, str(model_type))
+            packaged = zoo.model_layers(arch, str(model_type or ""))
         except RegistryError as error:
-            raise project.error(("model", "model_type"), str(error)) from None
+            problem = "missing: " if model_type is None else ""
+            raise project.error(("model", "model_type"), f"{problem}{error}") from None
     if not isinstance(checkpoint, str):
         return packaged
     own = [DEFAULTS, *project.layers]

@@ -22,6 +22,8 @@ MAX_BYTES = 2**20
 """Size of a YAML file; packaged ones have some thousand bytes."""
 MAX_DEPTH = 32
 """Levels of mappings and lists in a YAML file or option."""
+_CONVERSION = (ValueError, TypeError, KeyError, AttributeError, OverflowError)
+"""Errors of Python's functions with which PyYAML converts numbers and tagged values (`!!int x`), unchecked."""
 
 
 class ConfigError(InputError):
@@ -55,19 +57,15 @@ def load_yaml(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such file") from None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     if len(content) > MAX_BYTES:
         raise ConfigError(f"{path}: the file is larger than the {MAX_BYTES:,} bytes that a configuration may have")
     with reading_yaml(str(path)):
         tree = plain(OmegaConf.load(io.StringIO(content.decode("utf-8-sig"))))
         check_depth(tree)
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected sections such as 'model:' and 'run:', found a {type(tree).__name__}")
-    if not tree:
-        raise ConfigError(f"{path}: the file is empty")
+    if not isinstance(tree, dict) or not tree:
+        raise ConfigError(f"{path}: expected sections such as 'model:' and 'run:', found {tree!r}")
     return tree
 
 
@@ -92,12 +90,9 @@ def reading_yaml(where: str, *, has_lines: bool = True) -> Iterator[None]:
         raise ConfigError(f"{where}{line}: not valid YAML: {error.problem or error.context}") from None
     except RecursionError:
         raise ConfigError(f"{where}: nested too deeply: at most {MAX_DEPTH} levels") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{where}: cannot be read as YAML: {str(error).splitlines()[0]}") from None
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        # PyYAML converts numbers and tagged values (`!!int x`) with Python's own functions, unchecked.
+    except (*_CONVERSION, OSError, yaml.YAMLError, OmegaConfBaseException) as error:
         reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-        raise ConfigError(f"{where}: not valid YAML: a number or tagged value cannot be converted ({reason})") from None
+        raise ConfigError(f"{where}: not valid YAML: {reason}") from None
 
 
 def check_depth(value: Any, *, left: int = MAX_DEPTH) -> None:
@@ -135,7 +130,7 @@ def load_with_bases(path: Path, *, chain: tuple[Path, ...] = ()) -> list[Layer]:
 def normalise(tree: dict[str, Any], *, source: str) -> dict[str, Any]:
     """Return the tree with `{}` for empty sections and datasets; ConfigError for one that is not a mapping."""
     tree = dict(tree)
-    for section in [key for key in ("model", "preprocess", "datasets", "run") if key in tree]:
+    for section in tree.keys() & {"model", "preprocess", "datasets", "run"}:
         tree[section] = {} if tree[section] is None else tree[section]
         if not isinstance(tree[section], dict):
             raise ConfigError(f"{source}: {section}: expected a mapping of keys to values, got {tree[section]!r}")
@@ -146,8 +141,7 @@ def normalise(tree: dict[str, Any], *, source: str) -> dict[str, Any]:
         if body is not None and not isinstance(body, bool | dict):
             raise ConfigError(f"{where}: expected a mapping, or false to leave it out, got {body!r}")
     if "datasets" in tree:
-        bodies = {name: {} if body is None or body is True else body for name, body in tree["datasets"].items()}
-        tree["datasets"] = bodies
+        tree["datasets"] = {name: {} if body in (None, True) else body for name, body in tree["datasets"].items()}
     return tree
 
 
@@ -160,8 +154,6 @@ def parse_options(options: Sequence[str]) -> Layer:
     tree: dict[str, Any] = {}
     raw: dict[KeyPath, str] = {}
     for option in options:
-        if any("\ud800" <= character <= "\udfff" for character in option):
-            raise ConfigError(f"--options: {option!r} is not UTF-8 text")
         key, equals, text = option.partition("=")
         path = tuple(key.strip().split("."))
         if not equals or not all(path):
@@ -179,9 +171,8 @@ def parse_options(options: Sequence[str]) -> Layer:
 def _parse_value(text: str, *, option: str) -> Any:
     from omegaconf import OmegaConf
 
-    shown = option if len(option) < 100 else f"{option[:100]}..."
     try:
-        with reading_yaml(f"--options: the value of {shown!r}", has_lines=False):
+        with reading_yaml(f"--options: the value of {option[:100]!r}", has_lines=False):
             value = plain(OmegaConf.from_dotlist([f"value={text}"]))["value"]
             check_depth(value)
     except ConfigError as error:
@@ -192,9 +183,7 @@ def _parse_value(text: str, *, option: str) -> Any:
 def quoting(option: str) -> str:
     """Return how to write an option whose value is text that YAML reads as something else."""
     key, _, text = option.partition("=")
-    quoted = f"'{key[:100]}=\"...\"'"
-    if len(option) < 100:
-        quoted = shlex.quote(f"{key}={json.dumps(text, ensure_ascii=False)}")
+    quoted = shlex.quote(f"{key}={json.dumps(text[:100], ensure_ascii=False)}")
     return f"a text is quoted twice, for the shell and for YAML: {quoted}"
 
 

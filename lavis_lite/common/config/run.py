@@ -172,16 +172,16 @@ class RunConfig:
         changed = self._sampling_settings()
         if self.train_dataset_mixing == "concat" and changed:
             given = ", ".join(f"{key}: {value}" for key, value in changed.items())
-            correction = "concat takes every sample once per epoch: leave these out, or set it to per_step"
-            raise SettingError("run.train_dataset_mixing", f"concat contradicts {given}; {correction}")
+            raise SettingError(
+                "run.train_dataset_mixing", f"concat contradicts {given}; set per_step, or no weights"
+            )
         if self.train_dataset_ratios and len(changed) > 1:
             given = f"train_dataset_sampling: {self.train_dataset_sampling}, factors {self.train_dataset_factors}"
             correction = "leave it out, or set train_dataset_sampling: size and train_dataset_factors: null"
             raise SettingError("run.train_dataset_ratios", f"contradicts {given}; {correction}")
 
     def _apply_amp(self) -> None:
-        contradictory = {True: ("fp32",), False: ("bf16", "fp16"), None: ()}[self.amp]
-        if self.precision in contradictory:
+        if self.precision in {True: ("fp32",), False: ("bf16", "fp16"), None: ()}[self.amp]:
             raise SettingError("run.amp", f"{self.amp} contradicts run.precision, {self.precision}; leave one out")
         if self.amp is False:
             self.precision = "fp32"

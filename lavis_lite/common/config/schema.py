@@ -34,8 +34,12 @@ Schema = dict[str, Parameter]
 def schema_of(item: Callable[..., Any]) -> tuple[Schema, bool]:
     """Return the parameters of a class or function, and whether it takes any further keyword."""
     if is_dataclass(item):
-        hints = _hints(item)
-        return {f.name: Parameter(hints.get(f.name, Any), _default(f)) for f in fields(item) if f.init}, False
+        hints, schema = _hints(item), {}
+        for own in fields(item):
+            default = own.default if own.default_factory is MISSING else own.default_factory()
+            if own.init:
+                schema[own.name] = Parameter(hints.get(own.name, Any), REQUIRED if default is MISSING else default)
+        return schema, False
     parameters = signature_of(item).parameters.values()
     schema = {p.name: Parameter(p.annotation, p.default) for p in parameters if p.kind is not p.VAR_KEYWORD}
     return schema, len(schema) < len(parameters)
@@ -47,10 +51,9 @@ def signature_of(item: Callable[..., Any]) -> inspect.Signature:
     `**kwargs` of a constructor stands for its parent's keyword-only parameters, as in `super().__init__(**kwargs)`; it
     stays in the signature if the last constructor that is reached has it.
     """
+    owners: list[Any] = [item]
     if isinstance(item, type):
         owners = [vars(owner)["__init__"] for owner in item.__mro__ if "__init__" in vars(owner)]
-    else:
-        owners = [item]
     found: dict[str, inspect.Parameter] = {}
     rest: list[inspect.Parameter] = []
     for function in owners:
@@ -84,12 +87,6 @@ def _hints(item: Any) -> dict[str, Any]:
         return typing.get_type_hints(item)
     except NameError:  # a name that only type checkers import: the keys are checked, the values are not
         return {}
-
-
-def _default(own: Any) -> Any:
-    if own.default is not MISSING:
-        return own.default
-    return REQUIRED if own.default_factory is MISSING else own.default_factory()
 
 
 WORDS: dict[Any, str] = {

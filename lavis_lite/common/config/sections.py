@@ -1,6 +1,5 @@
 """The sections of a configuration, each checked against what reads it: model, processors, run and task, datasets."""
 
-import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,8 +8,9 @@ from typing import Any
 from lavis_lite.common.config.adapters import lora_settings
 from lavis_lite.common.config.run import IGNORED_LAVIS_KEYS, RunConfig
 from lavis_lite.common.config.schema import Checker, Parameter, Schema, schema_of
-from lavis_lite.common.errors import SettingError
+from lavis_lite.common.errors import InputError, SettingError
 from lavis_lite.common.registry import RegistryError, did_you_mean, registry
+from lavis_lite.common.sources.folders import read_json_mapping
 
 logger = logging.getLogger(__name__)
 
@@ -139,9 +139,7 @@ def _med_overrides(med_config_path: Any, checker: Checker) -> dict[str, Any]:
     if path.name in _STOCK_BERT_FILES:
         return {}
     try:
-        bert = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise checker.error(where, f"cannot read {path} as JSON: {error}") from None
-    if not isinstance(bert, dict):
-        raise checker.error(where, f"{path}: expected a mapping of BERT's configuration, found a {type(bert).__name__}")
+        bert = read_json_mapping(path)
+    except (OSError, InputError) as error:
+        raise checker.error(where, str(error)) from None
     return {ours: bert[key] for key, ours in BERT_TO_MED.items() if key in bert}

@@ -14,7 +14,7 @@ from typing import Any
 
 from lavis_lite.common.config.agreement import linked_section
 from lavis_lite.common.config.files import Layer, merge_layers, resolve_key
-from lavis_lite.common.config.schema import Schema, schema_of
+from lavis_lite.common.config.schema import schema_of
 from lavis_lite.common.config.sections import MODEL_KEYS, PROCESSOR_KEYS
 from lavis_lite.common.errors import AdapterError, InputError
 from lavis_lite.common.registry import RegistryError, registry
@@ -89,17 +89,9 @@ def _trained(source: str | Path, section: Mapping[str, Any], config: Mapping[str
     model = {key: value for key, value in section.items() if key not in (*MODEL_KEYS, *MACHINE_KEYS)}
     if isinstance(model.get("llm_lora"), dict):  # the adapters' weights are in the file
         model["llm_lora"] = {key: value for key, value in model["llm_lora"].items() if key != "adapter"}
-    model_type = section.get("model_type")
+    model_type = section["model_type"] if isinstance(section.get("model_type"), str) else None
     preprocess, mixed = processors_of(config, source=str(source))
-    return Trained(
-        str(source),
-        section["arch"],
-        model,
-        model_type=model_type if isinstance(model_type, str) else None,
-        preprocess=linked_section(preprocess, model),
-        mixed=mixed,
-        is_whole=is_whole,
-    )
+    return Trained(str(source), section["arch"], model, model_type, linked_section(preprocess, model), mixed, is_whole)
 
 
 def _plain(value: Any, *, source: str, depth: int = 0) -> Any:
@@ -107,10 +99,9 @@ def _plain(value: Any, *, source: str, depth: int = 0) -> Any:
 
     Raises InputError for anything else, and for `${`, which would be resolved here: a run saves resolved values.
     """
-    is_text = isinstance(value, str)
-    if depth > MAX_LEVELS or (is_text and "${" in value):
-        what = f"{value!r}" if is_text else f"more than {MAX_LEVELS} levels"
-        raise InputError(f"{source}: its config holds {what}, which train.py never saves: the file is not trusted")
+    if depth > MAX_LEVELS or (isinstance(value, str) and "${" in value):
+        problem = f"its config holds '${{' or more than {MAX_LEVELS} levels, which train.py never saves"
+        raise InputError(f"{source}: {problem}: the file is not trusted: {value!r}")
     if isinstance(value, Mapping):
         return {str(key): _plain(one, source=source, depth=depth + 1) for key, one in value.items()}
     if isinstance(value, list | tuple):
@@ -162,24 +153,29 @@ def lay_under(
         schema, open_ended = schema_of(registry.get_model_class(arch))
     except RegistryError:
         return list(packaged)  # the check of the section reports it, with its origin
-    _check_adapters(trained, arch, tree["model"])
+    if trained.has_adapters:
+        was, now = _language_model(trained.arch, trained.model), _language_model(arch, tree["model"])
+        if was.keys() != now.keys():
+            raise AdapterError(_other_language_model(trained, arch, tree["model"]))
     of_type = merge_layers(packaged)
     stated, preset = of_type.get("model", {}), of_type.get("preprocess", {})
     blocks = trained.preprocess
     is_same = trained.arch == arch
     if is_same:
-        given = _known(trained, schema, open_ended=open_ended)
+        given = {key: value for key, value in trained.model.items() if key in schema or open_ended}
+        for key in trained.model.keys() - given.keys():
+            logger.warning(f"{trained.source}: its config has model.{key}, which is unknown here: left out")
     else:
         given = _shared(trained, arch, stated)
         # another task has other texts, and its type states the images
         blocks = {key: value for key, value in blocks.items() if key == "vis_processor" and not preset}
+    _check_sources(trained, given, stated, own)
     replaced = set(given)
     if is_same and trained.is_whole:
         replaced |= {key for key in stated if key in schema and key not in (*MODEL_KEYS, *MACHINE_KEYS)}
     below = [_without(layer, replaced, blocks.keys()) for layer in packaged]
     sections = {"model": given} | ({"preprocess": blocks} if blocks else {})
     inserted = Layer(f"config of {trained.source}", sections, is_trained=True)
-    _check_sources(trained, given, stated, own)
     if not is_same:
         taken = ", ".join(sorted(given)) or "nothing"
         logger.info(f"{trained.source} is a checkpoint of {trained.arch}; {arch} takes {taken} from its configuration")
@@ -198,14 +194,6 @@ def _without(layer: Layer, model_keys: Collection[str], preprocess_keys: Collect
         if name in layer.tree
     }
     return replace(layer, tree=layer.tree | sections)
-
-
-def _known(trained: Trained, schema: Schema, *, open_ended: bool) -> dict[str, Any]:
-    """Return the keys that the architecture has; the others, of another version, are logged."""
-    for key, value in trained.model.items():
-        if key not in schema and not open_ended:
-            logger.warning(f"{trained.source}: its config has model.{key}={value!r}, which is unknown here: left out")
-    return {key: value for key, value in trained.model.items() if key in schema or open_ended}
 
 
 def _shared(trained: Trained, arch: str, stated: Mapping[str, Any]) -> dict[str, Any]:
@@ -230,10 +218,8 @@ def _check_sources(trained: Trained, given: Mapping[str, Any], stated: Mapping[s
     chosen = merge_layers(own).get("model", {})
     for key in given.keys() & set(SOURCES) - chosen.keys():
         if download.is_url(str(given[key])) and given[key] != stated.get(key):
-            raise InputError(
-                f"{trained.source}: its config takes model.{key} from {given[key]}, which a file must not decide: if "
-                f"you trust the address, give {key} yourself"
-            )
+            problem = f"its config takes model.{key} from {given[key]}, which a file must not decide"
+            raise InputError(f"{trained.source}: {problem}: if you trust the address, give {key} yourself")
 
 
 def _log_differences(
@@ -274,14 +260,6 @@ def _flat(layers: Sequence[Layer], *, resolved: bool = True) -> dict[str, Any]:
 # Adapters of another language model
 
 
-def _check_adapters(trained: Trained, arch: str, section: Mapping[str, Any]) -> None:
-    """Raise AdapterError if the architecture has no place for the language model that adapters were trained in."""
-    if trained.has_adapters:
-        was, now = _language_model(trained.arch, trained.model), _language_model(arch, section)
-        if was.keys() != now.keys():
-            raise AdapterError(_other_language_model(trained, arch, section))
-
-
 @contextlib.contextmanager
 def fitting_adapters(section: Mapping[str, Any], source: str | None) -> Iterator[None]:
     """Extend errors about adapters by the language model that the weights at `source` were trained with.
@@ -300,16 +278,14 @@ def fitting_adapters(section: Mapping[str, Any], source: str | None) -> Iterator
 
 
 def _other_language_model(trained: Trained, arch: str, section: Mapping[str, Any]) -> str:
-    was, now = _in_words(trained.arch, trained.model), _in_words(arch, section)
+    was, now = (
+        f"{name} ({', '.join(f'{k}={v}' for k, v in _language_model(name, own).items()) or 'no language model'})"
+        for name, own in ((trained.arch, trained.model), (arch, section))
+    )
     return (
         f"{trained.source} was trained as {was} with adapters (model.llm_lora), and this model is {now}: adapters fit "
-        f"no other language model than their own; load the checkpoint as {was}, or name one of this model"
+        f"their own language model only; load the checkpoint as {was}, or name one of this model"
     )
-
-
-def _in_words(arch: str, section: Mapping[str, Any]) -> str:
-    named = [f"{key}={value}" for key, value in _language_model(arch, section).items()]
-    return f"{arch} ({', '.join(named) or 'no language model'})"
 
 
 def _language_model(arch: str, section: Mapping[str, Any]) -> dict[str, Any]:

@@ -61,19 +61,9 @@ model_zoo = Zoo(CONFIGS / "models", heading="architecture")
 dataset_zoo = Zoo(CONFIGS / "datasets", heading="dataset")
 
 
-def model_config_path(arch: str, model_type: str) -> Path:
-    """Return configs/models/<arch>/<model_type>.yaml; RegistryError if unknown."""
-    return model_zoo.path(arch, model_type)
-
-
-def dataset_config_path(name: str, dataset_type: str = "default") -> Path:
-    """Return configs/datasets/<name>/<dataset_type>.yaml; RegistryError if unknown."""
-    return dataset_zoo.path(name, dataset_type)
-
-
 def model_layers(arch: str, model_type: str) -> list[Layer]:
     """Return a model type's YAML and its bases as layers, `arch` and `model_type` set; RegistryError if unknown."""
-    layers = load_with_bases(model_config_path(arch, model_type))
+    layers = load_with_bases(model_zoo.path(arch, model_type))
     layers[-1].tree.setdefault("model", {}).update(arch=arch, model_type=model_type)
     return layers
 
@@ -84,7 +74,7 @@ def dataset_layers(name: str, builder: str, dataset_type: str) -> list[Layer]:
     A packaged YAML has one dataset, called as its folder (its builder); a base's dataset may have another name. Raises
     RegistryError for an unknown builder or type.
     """
-    path = dataset_config_path(builder, dataset_type)
+    path = dataset_zoo.path(builder, dataset_type)
     layers = []
     for layer in load_with_bases(path):
         bodies = layer.tree.get("datasets", {})
