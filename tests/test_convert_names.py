@@ -17,7 +17,7 @@ from torch import Tensor
 from lavis_lite.common.config.zoo import model_zoo
 from lavis_lite.common.sources.weights import LazyState
 from lavis_lite.convert import blip2_from_hf, blip2_to_hf, blip_from_hf, blip_to_hf
-from lavis_lite.convert.folders import hf_config, hf_model
+from lavis_lite.convert.folders import adapter_of, hf_model
 from lavis_lite.models.blip2.hf import fit_vocabularies
 
 OPT = {"hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32, "ffn_dim": 10240}
@@ -107,7 +107,8 @@ def test_our_full_size_models_fit_the_class_of_their_config(arch: str, model_typ
     section = OmegaConf.to_container(OmegaConf.load(model_zoo.path(arch, model_type)))["model"]
     model = meta_model({**section, "arch": arch})
     with torch.device("meta"):
-        their_model = hf_model(model, hf_config(model, arch=arch), model.state_dict(keep_vars=True), arch=arch)
+        config = adapter_of(model, arch=arch).config(model, arch=arch)
+        their_model = hf_model(model, config, model.state_dict(keep_vars=True), arch=arch)
     ours = sum(p.numel() for name, p in model.named_parameters() if "_m." not in name and name != "temp")
     key_biases = 39 * 1408 if arch.startswith("blip2") else 0
     assert sum(p.numel() for p in their_model.parameters()) == ours + key_biases
@@ -116,7 +117,7 @@ def test_our_full_size_models_fit_the_class_of_their_config(arch: str, model_typ
 def test_there_is_no_class_for_another_image_encoder() -> None:
     section = OmegaConf.to_container(OmegaConf.load(model_zoo.path("blip2", "pretrain_vitL")))["model"]
     with pytest.raises(ValueError, match=r"EvaViT.*ClipViT"):
-        hf_config(meta_model({**section, "arch": "blip2"}), arch="blip2")
+        adapter_of(meta_model({**section, "arch": "blip2"}), arch="blip2")
 
 
 def test_biases_of_queries_and_values() -> None:

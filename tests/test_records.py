@@ -110,9 +110,9 @@ PICTURE = {"image": "a.png"}
             {"image": "a.png", "caption": "x", "image_id": [1]},
             r"field 'image_id' is \[1\], a list; expected a text",
         ),
-        ({"image": "a.png", "text": "x"}, "no field 'caption'; .* Rename 'text' to 'caption' if that is meant"),
-        ({"image_path": "a.png", "caption": "x"}, "no field 'image' or 'file_name'; .* Rename 'image_path' to 'image'"),
-        ({"image": "a.png", " Caption": "x"}, "Rename ' Caption' to 'caption'"),
+        ({"image": "a.png", "text": "x"}, "no field 'caption'; fields there: 'image', 'text'"),
+        ({"image_path": "a.png", "caption": "x"}, "no field 'image' or 'file_name'; fields there: 'image_path'"),
+        ({"image": "a.png", " Caption": "x"}, "fields there: 'image', ' Caption'"),
     ],
 )
 def test_mistakes_in_captions_are_named(folder: Path, record: dict[str, Any], message: str) -> None:

@@ -20,22 +20,11 @@ from lavis_lite.runners.stopping import Stopped
 
 logger = logging.getLogger(__name__)
 
-_DISK = "free some space or write to another disk"
-_PERMISSIONS = "check the permissions of the file and its folder"
-SYSTEM_ERRORS = {
-    errno.ENOSPC: _DISK,
-    errno.EDQUOT: _DISK,
-    errno.EROFS: "write to another folder",
-    errno.EACCES: _PERMISSIONS,
-    errno.EPERM: _PERMISSIONS,
-    errno.ENOENT: "check the path",
-    errno.ENOTDIR: "check the path",
-    errno.EISDIR: "name a file",
-    errno.ENAMETOOLONG: "shorten the name",
-    errno.EIO: "the disk or network drive failed",
-    errno.ESTALE: "the network drive failed",
-}
-"""Errors of the operating system that a user can correct, and the advice for each."""
+SYSTEM_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
+    *(errno.ENAMETOOLONG, errno.EIO, errno.ESTALE),
+)
+"""Errors of the operating system that a user can correct; their texts say what is wrong with which file."""
 MEMORY = (
     "lower run.batch_size_train (and raise run.accum_grad_iters by the same factor), run.batch_size_eval, "
     "model.image_size or (on a CPU) run.num_workers; recompute activations (BLIP: model.vit_grad_ckpt=true, BLIP-2: "
@@ -93,7 +82,7 @@ def _explained(error: Exception) -> tuple[int, str] | None:
         found = re.match(r"\[Errno (\d+)\]", text)  # torch raises a loader worker's error anew, without its errno
         number = error.errno or (int(found[1]) if found else 0)
         if number in SYSTEM_ERRORS:
-            return 2, f"error: {text}: {SYSTEM_ERRORS[number]}"
+            return 2, f"error: {text}"
     failure, rank = explain(error), os.environ.get("RANK")
     return None if failure is None else (1, f"error: {failure}" if rank is None else f"error: rank {rank}: {failure}")
 

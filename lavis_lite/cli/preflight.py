@@ -157,9 +157,9 @@ def _warn_of_unknown_tokens(cfg: Config, model: BaseModel, report: SplitReport) 
         share, text, decoded = unknown_share(tokenizer, texts)
         if share > UNKNOWN_SHARE:
             logger.warning(
-                f"{report.where}: {share:.0%} of the tokens of {key} are unknown to model.{setting}="
-                f"{model_setting(cfg.model, setting)}: {text[:SHOWN]!r} is read as {decoded[:SHOWN]!r}. Choose a "
-                f"model.{setting} whose vocabulary has the language of the texts, or translate the texts"
+                f"{report.where}: {share:.0%} of the tokens of {key} are unknown to the tokenizer of "
+                f"model.{setting}={model_setting(cfg.model, setting)}, and nothing is learned from them: "
+                f"{text[:SHOWN]!r} is read as {decoded[:SHOWN]!r}. Choose another, or translate the texts"
             )
 
 

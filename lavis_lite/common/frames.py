@@ -50,10 +50,8 @@ def sampled(num_available: int, num_frames: int, *, source: object, short_clips:
     if not num_available:
         raise UnreadableSample(f"{source} has no frames")
     if num_available < check_num_frames(num_frames) and check_short_clips(short_clips) == "error":
-        raise UnreadableSample(
-            f"{source} has {num_available} frames, and num_frames={num_frames}: lower num_frames, or set short_clips: "
-            "repeat"
-        )
+        advice = "lower num_frames, or set short_clips: repeat"
+        raise UnreadableSample(f"{source} has {num_available} frames, and num_frames={num_frames}: {advice}")
     return [i * num_available // num_frames for i in range(num_frames)]
 
 
@@ -74,22 +72,16 @@ def decode(path: str | Path, num_frames: int, *, short_clips: ShortClips = "repe
     def choose(num_available: int) -> list[int]:
         return sampled(num_available, num_frames, source=f"video file {path}", short_clips=short_clips)
 
-    return _decode_animation(file, choose) if is_animation(file) else _decode_video(file, choose)
+    with file.open("rb") as stream:
+        head = stream.read(12)
+    is_animation = head.startswith((b"GIF87a", b"GIF89a", b"\x89PNG\r\n")) or head[:4] + head[8:] == b"RIFFWEBP"
+    return _decode_animation(file, choose) if is_animation else _decode_video(file, choose)
 
 
 def _unreadable(file: Path, error: Exception) -> UnreadableSample:
     reason = re.sub(r"\[[\d:]+\] \S+: ", "", str(error).partition("\n")[0])  # without decord's own source lines
-    return UnreadableSample(
-        f"video file broken, truncated or of an unknown codec: {file} ({type(error).__name__}: {reason}). Fetch or "
-        "convert it again, or remove the record from the annotations."
-    )
-
-
-def is_animation(file: Path) -> bool:
-    """Return whether the first bytes of a file are those of a GIF, PNG or WebP."""
-    with file.open("rb") as stream:
-        head = stream.read(12)
-    return head.startswith((b"GIF87a", b"GIF89a", b"\x89PNG\r\n")) or (head[:4] == b"RIFF" and head[8:] == b"WEBP")
+    problem = f"video file broken, truncated or of an unknown codec: {file} ({type(error).__name__}: {reason})"
+    return UnreadableSample(f"{problem}. Fetch or convert it again, or remove the record from the annotations.")
 
 
 def _decode_animation(file: Path, choose: Callable[[int], list[int]]) -> list[Image.Image]:
@@ -113,10 +105,8 @@ def _decode_video(file: Path, choose: Callable[[int], list[int]]) -> list[Image.
     try:
         import decord
     except ImportError as error:
-        raise MissingPackageError(
-            "reading videos needs decord: `pip install decord` (for x86-64), or decode the frames yourself and give "
-            "the processor `blip_video_eval` the list of PIL images"
-        ) from error
+        advice = "`pip install decord` (for x86-64), or give the processor `blip_video_eval` the list of PIL images"
+        raise MissingPackageError(f"reading videos needs decord: {advice}") from error
     try:
         check_whole(file)
         reader = decord.VideoReader(str(file), num_threads=1)  # loaders have workers; threads cost memory
@@ -158,8 +148,6 @@ def processed(frames: Sequence[Image.Image], processor: Callable[[Image.Image], 
         state.restore()
         tensors.append(processor(frame))
     if not torch.is_tensor(tensors[0]):
-        raise InputError(
-            f"vis_processor returned {type(tensors[0]).__name__} for a video frame, expected a tensor: name an image "
-            "processor, e.g. {eval: {name: blip_image_eval, image_size: 224}}"
-        )
+        returned = f"vis_processor returned {type(tensors[0]).__name__} for a video frame, expected a tensor"
+        raise InputError(f"{returned}: name an image processor, e.g. {{eval: {{name: blip_image_eval}}}}")
     return torch.stack(tensors, dim=1)

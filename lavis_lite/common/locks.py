@@ -82,14 +82,10 @@ class FolderLock:
         except (OSError, ImportError) as error:
             if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
                 raise
-            logger.warning(
-                f"{self.folder} cannot be locked ({error}): make sure that no other process writes to this folder"
-            )
+            logger.warning(f"{self.folder} cannot be locked ({error}): make sure that no other process writes to it")
             return
         if not taken:
-            raise FolderInUseError(
-                f"{self.folder}: in use by {self._holder()}; wait until it ends, or choose another --job-id"
-            )
+            raise FolderInUseError(f"{self.folder}: in use by {self._holder()}; wait, or choose another --job-id")
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
         self._lock.write(json.dumps(holder) + "\n")
 

@@ -92,14 +92,13 @@ class TensorBoardLog:
 
     def __init__(self, folder: str | Path, *, enabled: bool = True) -> None:
         self.writer = None
-        if not enabled:
-            return
         try:
-            from torch.utils.tensorboard import SummaryWriter
+            if enabled:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.writer = SummaryWriter(str(folder))
         except ImportError:
             logger.warning("no TensorBoard events: `pip install tensorboard`, or set run.tensorboard=False")
-            return
-        self.writer = SummaryWriter(str(folder))
 
     def write(self, scalars: Mapping[str, float], *, step: int) -> None:
         """Record each number of `scalars` at `step`, and flush: a kill would lose pending events."""

@@ -38,13 +38,6 @@ class Schedule:
     total_steps: int = 1
     per_epoch: bool = False
 
-    def __post_init__(self) -> None:
-        if self.iters_per_epoch < 1 or self.total_steps < 1 or self.max_epoch < 1:
-            raise InputError(
-                f"a schedule needs at least one step: iters_per_epoch={self.iters_per_epoch}, "
-                f"total_steps={self.total_steps}, max_epoch={self.max_epoch}"
-            )
-
     def lr_at(self, step: int) -> float:
         """Return the learning rate of `step` (0-based), before any group's `lr_scale`."""
         warming = step < self.iters_per_epoch if self.per_epoch else step < self.warmup_steps
@@ -74,7 +67,6 @@ class LinearWarmupStep(Schedule):
     """`init_lr` times `decay_rate` to the power of the epoch (a fraction unless `per_epoch`), never below `min_lr`."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.decay_rate is None:
             raise InputError("run.lr_decay_rate: linear_warmup_step_lr needs a factor per epoch, e.g. 0.9")
 
@@ -95,10 +87,8 @@ class Constant(Schedule):
 def build_schedule(run: RunConfig, *, max_epoch: int, iters_per_epoch: int, total_steps: int) -> Schedule:
     """Return the schedule that `run` names, for `total_steps` steps; warn of a warm-up without effect or end."""
     if run.warmup_steps > 0 and run.warmup_lr is None:
-        logger.warning(
-            f"run.warmup_steps={run.warmup_steps} has no effect, as in LAVIS, because run.warmup_lr is not set: "
-            "set it to the rate to start from, e.g. 1e-8"
-        )
+        advice = "set it to the rate to start from, e.g. 1e-8"
+        logger.warning(f"run.warmup_steps={run.warmup_steps} has no effect without run.warmup_lr: {advice}")
     schedule = registry.get_lr_scheduler_class(run.lr_sched)(
         init_lr=run.init_lr,
         min_lr=run.min_lr,
@@ -115,8 +105,7 @@ def build_schedule(run: RunConfig, *, max_epoch: int, iters_per_epoch: int, tota
         length = "the first epoch, where lr_sched_per_epoch ends it," if run.lr_sched_per_epoch else "the whole run"
         logger.warning(
             f"run.warmup_steps={run.warmup_steps:,} is longer than {length} of {warming:,} steps: the learning rate "
-            f"reaches {schedule.lr_at(warming - 1):.3g} of run.init_lr={run.init_lr:g} while it warms up. Lower "
-            "run.warmup_steps"
+            f"reaches {schedule.lr_at(warming - 1):.3g} of run.init_lr={run.init_lr:g}. Lower run.warmup_steps"
         )
     return schedule
 

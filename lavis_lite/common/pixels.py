@@ -62,14 +62,11 @@ def to_rgb(image: Image.Image, *, background: str = "white", max_pixels: int = M
     for other than a PIL image.
     """
     if not isinstance(image, Image.Image):
-        raise InputTypeError(
-            f"an image processor takes a PIL image, got {type(image).__name__}: open it with PIL.Image.open"
-        )
+        kind = type(image).__name__
+        raise InputTypeError(f"an image processor takes a PIL image, got {kind}: open it with PIL.Image.open")
     if image.width * image.height > max_pixels:
-        raise InputError(
-            f"the image has {image.width} x {image.height} pixels, more than max_pixels={max_pixels:,}: shrink it, or "
-            "raise max_pixels of the image processor"
-        )
+        size = f"{image.width} x {image.height} pixels, more than max_pixels={max_pixels:,}"
+        raise InputError(f"the image has {size}: shrink it, or raise max_pixels of the image processor")
     image.load()  # sets the mode of GIF and TIFF
     if image.mode in ("F", "I") or image.mode.startswith("I;16"):
         return _from_numbers(image).convert("RGB")
@@ -115,9 +112,7 @@ def _from_numbers(image: Image.Image) -> Image.Image:
     low, high = grey.min(), grey.max()
     if image.mode == "F":
         if not (low >= 0 and high <= 255):  # also for NaN
-            raise InputError(
-                f"the image's floats go from {low:g} to {high:g}: expected 0 to 1 or 0 to 255, without NaN"
-            )
+            raise InputError(f"the image's floats go from {low:g} to {high:g}: expected 0 to 1 or 0 to 255, not NaN")
         grey = grey.astype(np.float64) * 255 + 0.5 if high <= 1 else grey
         return Image.fromarray(grey.astype(np.uint8))
     grey = grey.astype(np.int64)

@@ -22,18 +22,6 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _NO_BYTE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 """Surrogates, except those that represent the bytes of a file name that is not UTF-8."""
 _LISTED = re.compile(r"""\s*\[\s*(['"]).*\1\s*\]\s*""", re.DOTALL)
-_OTHER_NAMES = {
-    "image": "file_name filename file path filepath image_path img_path image_file image_name img picture photo",
-    "caption": "text title captions description sentence",
-    "question": "query prompt",
-    "answer": "answers response output",
-    "instruction": "prompt question query input",
-    "output": "answer response target completion",
-    "sentence": "text caption statement",
-    "label": "class category",
-    "video": "video_path video_name video_id clip",
-}
-"""Names of a field in other datasets: the error about a missing field suggests to rename them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,17 +115,14 @@ class RecordCheck:
 
     def _missing(self, record: Record) -> str | None:
         for names in self._required:
-            for name in names:
-                value = record.get(name)
-                if value is not None and (value != [] or self._may_be_empty(name)):
-                    break
-            else:
+            if not any(self._is_given(name, record.get(name)) for name in names):
                 return missing_field(record, names)
         return None
 
-    def _may_be_empty(self, name: str) -> bool:
+    def _is_given(self, name: str, value: Any) -> bool:
         kind = self.fields.get(name)
-        return self.allow_blank or kind is None or kind.blank or not kind.many
+        may_be_empty = self.allow_blank or kind is None or kind.blank or not kind.many
+        return value is not None and (value != [] or may_be_empty)
 
     def _wrong_kind(self, record: Record) -> str | None:
         for name, kind in self.fields.items():
@@ -185,9 +170,8 @@ class RecordCheck:
         return f"{what}; expected {kind.name}: fill it in, {correction}"
 
 
-_TYPE_WORDS = {
-    **{bool: "a truth value", int: "a number", float: "a number", str: "a text", list: "a list", dict: "an object"}
-}
+_TYPE_WORDS = {bool: "a truth value", str: "a text", list: "a list", dict: "an object"}
+_TYPE_WORDS |= dict.fromkeys((int, float), "a number")
 
 
 def missing_field(record: Record, names: Sequence[str]) -> str:
@@ -196,18 +180,7 @@ def missing_field(record: Record, names: Sequence[str]) -> str:
     for name in names:
         if name in record:
             return f": field {name!r} is {'null' if record[name] is None else 'an empty list'}; fill it in"
-    there = ", ".join(repr(key) for key in record) or "none"
-    return f" has no field {needed}; fields there: {there}{renaming_advice(record, names)}"
-
-
-def renaming_advice(record: Record, names: Sequence[str]) -> str:
-    """Return the advice to rename a field that has another dataset's name of one of `names`, or ""."""
-    for name in names:
-        others = {name, *_OTHER_NAMES.get(name, "").split()}
-        for key in record:
-            if isinstance(key, str) and key.strip().lower() in others:
-                return f". Rename {key!r} to {name!r} if that is meant"
-    return ""
+    return f" has no field {needed}; fields there: {', '.join(map(repr, record)) or 'none'}"
 
 
 def shown(value: Any, limit: int = 80) -> str:

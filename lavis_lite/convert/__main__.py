@@ -35,10 +35,10 @@ PLACES = (
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `lavis-lite-convert`; ends the process, with exit code 2 after a user's mistake."""
-    sys.exit(run(sys.argv[1:] if argv is None else argv))
+    sys.exit(run(argv))
 
 
-def run(argv: Sequence[str]) -> int:
+def run(argv: Sequence[str] | None) -> int:
     """Parse, convert, and return the exit code."""
     from lavis_lite.cli.failures import exit_code
     from lavis_lite.common import logger as run_logger
@@ -60,9 +60,7 @@ def parser() -> argparse.ArgumentParser:
     to_hf.add_argument("type", help="model type, such as pretrain_opt2.7b")
     to_hf.add_argument("target", help="folder to write")
     to_hf.add_argument("--checkpoint", metavar="PATH", help="file or URL to load instead of the type's own weights")
-    to_hf.add_argument(
-        "--adapter", metavar="FOLDER", help="write adapters (LoRA) there as peft reads them, instead of merging them"
-    )
+    to_hf.add_argument("--adapter", metavar="FOLDER", help="write adapters (LoRA) there for peft, instead of merging")
     to_hf.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one weight file (default 5GB)")
     to_lavis = ways.add_parser("to-lavis", help="write a .pth file")
     to_lavis.set_defaults(convert=write_lavis)
@@ -71,12 +69,8 @@ def parser() -> argparse.ArgumentParser:
     to_lavis.add_argument("--arch", help="architecture, where the folder's class serves several")
     to_lavis.add_argument("--trainable-only", action="store_true", help="leave out frozen parts, as LAVIS's files do")
     for way in (to_hf, to_lavis):
-        way.add_argument(
-            "--precision",
-            choices=("fp32", "bf16"),
-            default="fp32",
-            help="of the language model and BLIP-2's image encoder (default fp32, which loses nothing)",
-        )
+        text = "of the language model and BLIP-2's image encoder (default fp32, which loses nothing)"
+        way.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help=text)
         way.add_argument("--overwrite", action="store_true", help="replace what is there already")
         way.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="keys of the model section")
     return p
@@ -119,9 +113,8 @@ def write_lavis(args: argparse.Namespace) -> str:
 
     check_target(args.target, overwrite=args.overwrite)
     arch = arch_in(args.source, args.arch)
-    layers, tree = described(
-        args.source, arch, _precisions(arch, args.precision) | _overrides(args.options), level=logging.INFO
-    )
+    overrides = _precisions(arch, args.precision) | _overrides(args.options)
+    layers, tree = described(args.source, arch, overrides, level=logging.INFO)
     model = build(tree["model"], layers, is_eval=True, device="cpu", checkpoint=args.source)
     _lower(model, arch, args.precision)
     left_out = ("llm_lora", *(key for key in MODEL_KEYS if key not in ("arch", "model_type")))

@@ -70,10 +70,9 @@ def write_folder(
         stored = {"arch": arch, "settings": dict(settings or {}), "preprocess": dict(preprocess or {})}
         (folder / SETTINGS_FILE).write_text(f"{json.dumps(stored, indent=2)}\n", encoding="utf-8")
     if adapter is not None:
+        llm = model.get_submodule(f"{model.llm_prefix}_model")
         with _replacing(adapter) as folder:
-            lora.write_adapter(
-                model.get_submodule(f"{model.llm_prefix}_model"), folder, num_tokens=config.text_config.vocab_size
-            )
+            lora.write_adapter(llm, folder, num_tokens=config.text_config.vocab_size)
         logger.info(f"the adapters (LoRA) were written to {adapter}")
     elif lora.has_adapters(model):
         logger.info("the adapters (LoRA) were merged into the language model")
@@ -146,11 +145,6 @@ def adapter_of(model: BaseModel | type[BaseModel], *, arch: str) -> HFAdapter[An
     return model.hf
 
 
-def hf_config(model: BaseModel, *, arch: str) -> Any:
-    """Return transformers' configuration of a model. ValueError if transformers has no such model."""
-    return adapter_of(model, arch=arch).config(model, arch=arch)
-
-
 def hf_model(model: BaseModel, config: Any, own: Mapping[str, Tensor], *, arch: str) -> Any:
     """Return transformers' model of this configuration with our tensors, shared and not copied. ValueError if it has
     other sizes.
@@ -163,11 +157,9 @@ def hf_model(model: BaseModel, config: Any, own: Mapping[str, Tensor], *, arch: 
     wanted = {key: tensor.shape for key, tensor in theirs.state_dict().items()}
     wrong = [key for key, shape in wanted.items() if key not in given or given[key].shape != shape]
     if wrong:
-        raise InputError(
-            f"{name} of these sizes has {len(wrong)} tensors that this model lacks or has in another shape: "
-            f"{', '.join(f'{key} {tuple(wanted[key])}' for key in wrong[:3])}. It cannot be written as a folder: "
-            "keep it as a .pth file"
-        )
+        shapes = ", ".join(f"{key} {tuple(wanted[key])}" for key in wrong[:3])
+        problem = f"{len(wrong)} tensors that this model lacks or has in another shape: {shapes}"
+        raise InputError(f"{name} of these sizes has {problem}. Keep the model as a .pth file")
     views = {  # loading unfreezes the parameters that it is given
         id(tensor): nn.Parameter(tensor.detach(), False) if isinstance(tensor, nn.Parameter) else tensor
         for tensor in given.values()

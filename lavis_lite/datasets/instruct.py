@@ -27,7 +27,6 @@ from lavis_lite.common.records import (
     WORDS,
     Kind,
     Record,
-    renaming_advice,
 )
 from lavis_lite.common.registry import did_you_mean, registry
 from lavis_lite.common.wording import joined_words, lettered, letters
@@ -193,8 +192,7 @@ def missing_field(record: Record, field: str, why: str) -> InputError:
     """Return the error about a field that is missing or empty, with the fields that are there."""
     given = {key: value for key, value in record.items() if key != "answers"}
     if field not in given:
-        there = ", ".join(map(repr, given))
-        return InputError(f"has no field {field!r}{why}; fields there: {there}{renaming_advice(given, [field])}")
+        return InputError(f"has no field {field!r}{why}; fields there: {', '.join(map(repr, given))}")
     return InputError(f"has {'null' if record[field] is None else 'nothing'} in its field {field!r}{why}")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lavis_lite.common.errors import InputError
-from lavis_lite.common.records import ANSWERS, TRUTHS, Record, renaming_advice
+from lavis_lite.common.records import ANSWERS, TRUTHS, Record
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset
 from lavis_lite.datasets.readers import Reader, SplitFiles
@@ -57,7 +57,7 @@ class VQATrainDataset(VQADataset):
         for number, record in enumerate(records):
             given = [record[name] for name in ANSWER_FIELDS if record.get(name) is not None]
             if not given or (given[0] == [] and self.blank_texts == "error"):
-                there = ", ".join(map(repr, record)) + ("" if given else renaming_advice(record, ["answer"]))
+                there = ", ".join(map(repr, record))
                 raise InputError(
                     f"{self.place(number)} has no answer to train on (field {' or '.join(map(repr, ANSWER_FIELDS))}); "
                     f"fields there: {there}"

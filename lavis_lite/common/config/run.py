@@ -10,19 +10,11 @@ from typing import Any, Literal
 from lavis_lite.common.bounds import Bounds, check_number, check_numbers
 from lavis_lite.common.errors import SettingError
 
-IGNORED_LAVIS_KEYS = {
-    "world_size": "torchrun sets it",
-    "dist_url": "torchrun sets it",
-    "dist_backend": "nccl on GPUs, gloo elsewhere",
-    "distributed": "torchrun decides it",
-    "gpu": "torchrun sets it",
-    "rank": "torchrun sets it",
-    "use_dist_eval_sampler": "evaluation is always sharded, each sample counted once",
-    "use_datapipe": "there are no data pipes",
-    "save_freq": "every epoch is saved; see keep_checkpoints and checkpoint_every",
-    "save_last": "checkpoint_last.pth is always written",
-    "val_freq": "every epoch (inner epoch) is validated",
-}
+IGNORED_LAVIS_KEYS = (
+    *("world_size", "dist_url", "dist_backend", "distributed", "gpu", "rank", "use_dist_eval_sampler", "use_datapipe"),
+    *("save_freq", "save_last", "val_freq"),
+)
+"""docs/lavis.md says for each of them what takes its place."""
 
 BOUNDS: dict[str, Bounds] = {
     **{key: (0.0, 1000.0) for key in ("init_lr", "min_lr", "warmup_lr", "weight_decay")},
@@ -172,9 +164,7 @@ class RunConfig:
         changed = self._sampling_settings()
         if self.train_dataset_mixing == "concat" and changed:
             given = ", ".join(f"{key}: {value}" for key, value in changed.items())
-            raise SettingError(
-                "run.train_dataset_mixing", f"concat contradicts {given}; set per_step, or no weights"
-            )
+            raise SettingError("run.train_dataset_mixing", f"concat contradicts {given}; set per_step, or no weights")
         if self.train_dataset_ratios and len(changed) > 1:
             given = f"train_dataset_sampling: {self.train_dataset_sampling}, factors {self.train_dataset_factors}"
             correction = "leave it out, or set train_dataset_sampling: size and train_dataset_factors: null"

@@ -71,9 +71,9 @@ def check_processors(blocks: Mapping[str, Any], checker: Checker, path: tuple[st
 
 def check_run(section: Mapping[str, Any], checker: Checker) -> tuple[RunConfig, dict[str, Any]]:
     """Return the run's settings and those of its task, both checked."""
-    ignored = {key: reason for key, reason in IGNORED_LAVIS_KEYS.items() if key in section}
+    ignored = [key for key in IGNORED_LAVIS_KEYS if key in section]
     if ignored:
-        logger.info("ignored run keys of LAVIS: %s", "; ".join(f"{key} ({why})" for key, why in ignored.items()))
+        logger.info(f"ignored run keys of LAVIS: {', '.join(ignored)}")
     section = {key: value for key, value in section.items() if key not in ignored}
     if not isinstance(section.get("task"), str):
         names = did_you_mean("", registry.list_tasks())
