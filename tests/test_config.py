@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -165,7 +164,7 @@ def test_missing_and_non_utf8_files_are_named(tmp_path: Path):
         ("datasets={a: 1}", ["datasets.a: ", "got 1"]),
         ("datasets.shapes_caption.text_processor=5", ["text_processor: ", "train and eval", "got 5"]),
         ("datasets.shapes_caption.vis_processor.train.name=[1]", ["vis_processor.train: ", "got {'name': [1]"]),
-        ("model.med_config_path=[1]", ["model.med_config_path: ", "a path", "got [1]"]),
+        ("model.med_config_path=[1]", ["model.med_config_path: ", "has no [1]"]),
         ("imports=['..']", ["imports: ", "got ['..']"]),
         ("imports=['']", ["imports: ", "got ['']"]),
         ("run.max_epochs=3", ["--options: run.max_epochs: ", "Did you mean 'max_epoch'"]),
@@ -259,17 +258,16 @@ def test_text_options_are_kept_as_typed(tmp_path: Path):
     "text",
     ["Question: {} Answer:", "{} is it?", "[a] picture of", "a: b", "{a: b}", '"so": it\'s said', "@home", "- one: {}"],
 )
-def test_a_text_that_is_not_yaml_is_shown_quoted(tmp_path: Path, text: str):
-    """What the message shows, typed into a shell, is the text."""
+def test_a_text_that_is_not_yaml_is_to_be_quoted(tmp_path: Path, text: str):
+    """The message says to quote it, and quoted it is the text."""
     error = message(tmp_path, BASIC, f"model.prompt={text}")
     assert "model.prompt" in error
-    _, found, quoted = error.partition("a text is quoted twice, for the shell and for YAML: ")
-    assert found
-    assert load(tmp_path, BASIC, *shlex.split(quoted)).model["prompt"] == text
+    assert "quote a text for YAML too" in error
+    assert load(tmp_path, BASIC, f"model.prompt={json.dumps(text)}").model["prompt"] == text
 
 
-def test_a_list_in_place_of_a_number_is_not_shown_quoted(tmp_path: Path):
-    assert "quoted" not in message(tmp_path, BASIC, "run.max_epoch=[1]")
+def test_a_list_in_place_of_a_number_is_not_to_be_quoted(tmp_path: Path):
+    assert "quote" not in message(tmp_path, BASIC, "run.max_epoch=[1]")
 
 
 def test_keys_that_refer_to_a_text_option_have_its_spaces(tmp_path: Path):
@@ -368,7 +366,7 @@ def test_med_config_path_is_ignored_or_read(tmp_path: Path):
         "med"
     ]
     assert (med["hidden_size"], med["num_heads"], med["hidden_dropout"]) == (128, 6, 0.5)  # the YAML's `med` wins
-    assert "med_config_path: cannot read" in message(tmp_path, BASIC, "model.med_config_path=gone.json")
+    assert "med_config_path: " in message(tmp_path, BASIC, "model.med_config_path=gone.json")
 
 
 def test_task_fields_are_separated_from_run_fields(tmp_path: Path):

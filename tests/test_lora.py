@@ -262,7 +262,7 @@ def damage(folder: Path, how: str) -> None:
     ("how", "error", "message"),
     [
         ("no weights", FileNotFoundError, "holds no adapter_model.safetensors or adapter_model.bin"),
-        ("no config", FileNotFoundError, "holds no adapter_config.json"),
+        ("no config", FileNotFoundError, "has no adapter_config.json"),
         ("other kind", ValueError, "is of IA3 adapters"),
         ("rank", ValueError, "does not fit the language model: size mismatch"),
         ("fewer", ValueError, "has tensors that have no place"),

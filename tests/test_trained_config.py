@@ -375,9 +375,9 @@ def test_processors_of_mixtures(tmp_path: Path, caplog: pytest.LogCaptureFixture
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": {"prompt": "${oc.env:HOME}"}}, r"its config holds '\$\{oc.env:HOME\}'"),
+        ({"model": {"prompt": "${oc.env:HOME}"}}, r"its config holds '\$\{'.*oc\.env:HOME"),
         ({"model": {"med": {"hidden_size": torch.ones(1)}}}, "its config holds a Tensor, not a plain value"),
-        ({"model": {"vit": json.loads('{"a":' * 20 + "1" + "}" * 20)}}, "holds more than 8 levels"),
+        ({"model": {"vit": json.loads('{"a":' * 20 + "1" + "}" * 20)}}, "more than 8 levels"),
         ({"model": {"max_txt_len": "long"}}, r"config of .*pth: model.max_txt_len: expected a whole number"),
         ({"model": {"vit": {"witdh": 3}}}, r"model\.vit: no size witdh"),
         (

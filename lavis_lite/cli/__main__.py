@@ -14,7 +14,12 @@ def main() -> None:
     """Run the subcommand named first on the command line; ends the process."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in ("", "-h", "--help", "--version"):
-        print(_version() if name == "--version" else _help(), file=sys.stdout if name else sys.stderr)
+        from lavis_lite import __version__
+
+        lines = [f"  {command:<10}{text}" for command, (_, _, text) in COMMANDS.items()]
+        usage = ["usage: lavis-lite COMMAND ...", "", *lines, "", "lavis-lite COMMAND --help explains a command."]
+        text = f"lavis_lite {__version__}" if name == "--version" else "\n".join(usage)
+        print(text, file=sys.stdout if name else sys.stderr)
         sys.exit(0 if name else 2)
     if name not in COMMANDS:
         from lavis_lite.common.registry import did_you_mean
@@ -24,17 +29,6 @@ def main() -> None:
     module, function, _ = COMMANDS[name]
     sys.argv = [f"{sys.argv[0]} {name}", *sys.argv[2:]]
     vars(import_module(module))[function]()
-
-
-def _version() -> str:
-    from lavis_lite import __version__
-
-    return f"lavis_lite {__version__}"
-
-
-def _help() -> str:
-    lines = [f"  {name:<10}{text}" for name, (_, _, text) in COMMANDS.items()]
-    return "\n".join(["usage: lavis-lite COMMAND ...", "", *lines, "", "lavis-lite COMMAND --help explains a command."])
 
 
 if __name__ == "__main__":

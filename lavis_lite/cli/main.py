@@ -132,10 +132,16 @@ def _run_job(cfg: Config, stop: StopSignals) -> dict[str, Any]:
 
 def _execute(cfg: Config, runner: "Runner") -> dict[str, Any]:
     """Evaluate or train, with a few lines about the run before and after it."""
+    from lavis_lite.cli.dry_run import parameter_counts
     from lavis_lite.common import dist
 
+    processes = f" x {dist.world_size()} processes" if dist.world_size() > 1 else ""
     if dist.is_main():
-        logger.info("%s", _opening(cfg, runner))
+        logger.info(
+            f"{cfg.model['arch']} {cfg.model['model_type'] or ''}: parameters {parameter_counts(runner.model)}; task "
+            f"{cfg.run.task}\ndevice {runner.device}{processes}, {str(runner.dtype).removeprefix('torch.')}; seed "
+            f"{cfg.run.seed}\nfolder {runner.job_dir}"
+        )
     if cfg.run.evaluate:
         return runner.evaluate()
     started = time.perf_counter()
@@ -148,19 +154,6 @@ def _execute(cfg: Config, runner: "Runner") -> dict[str, Any]:
         duration = timedelta(seconds=round(time.perf_counter() - started))
         logger.info(f"done in {duration}; {runner.job_dir / 'checkpoint_best.pth'}: {chosen}")
     return result
-
-
-def _opening(cfg: Config, runner: "Runner") -> str:
-    from lavis_lite.cli.dry_run import parameter_counts
-    from lavis_lite.common import dist
-
-    name = f"{cfg.model['arch']} {cfg.model.get('model_type') or ''}".strip()
-    processes = f" x {dist.world_size()} processes" if dist.world_size() > 1 else ""
-    return (
-        f"{name}: parameters {parameter_counts(runner.model)}; task {cfg.run.task}\n"
-        f"device {runner.device}{processes}, {str(runner.dtype).removeprefix('torch.')}; seed {cfg.run.seed}\n"
-        f"folder {runner.job_dir}"
-    )
 
 
 def _discard_unbegun(job_dir: Path, runner: "Runner | None") -> None:

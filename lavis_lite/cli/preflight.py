@@ -7,7 +7,7 @@ step. Files are looked up on rank 0 only.
 import logging
 import os
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -186,7 +186,8 @@ def _check_splits(cfg: Config, task: BaseTask, datasets: Datasets) -> list[Split
             files = check_files(dataset, where, share=share) if isinstance(dataset, BaseDataset) else set()
             kind = _kind(dataset)
             samples = read_some(dataset, where, count=NUM_READ[kind], share=share)
-            batches = _batches_of_one(dataset, samples)
+            with preserve_rng_state():
+                batches = [_on_meta(dataset.collater([sample])) for sample in samples]
             batch = batches[0] if batches else {}
             shape = check_size(cfg.model, batch, where)
             if split in cfg.run.train_splits and not cfg.run.evaluate:
@@ -286,14 +287,8 @@ def read_some(dataset: SampleDataset, where: str, *, count: int, share: float | 
     return samples
 
 
-def _batches_of_one(dataset: SampleDataset, samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a batch of each sample, its tensors on the meta device."""
-    with preserve_rng_state():
-        batches = [dataset.collater([sample]) for sample in samples]
-    return [
-        {key: value.to("meta") if torch.is_tensor(value) else value for key, value in batch.items()}
-        for batch in batches
-    ]
+def _on_meta(batch: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value.to("meta") if torch.is_tensor(value) else value for key, value in batch.items()}
 
 
 def _check_evaluated(cfg: Config, task: BaseTask, batch: Mapping[str, Any], where: str) -> None:

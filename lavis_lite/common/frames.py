@@ -12,17 +12,17 @@ depending on timing. Decoding to the end takes seconds only for videos of an hou
 import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from lavis_lite.common.bounds import check_number, one_of
+from lavis_lite.common.bounds import check_number
 from lavis_lite.common.errors import InputError, MissingFileError, MissingPackageError, UnreadableSample
 from lavis_lite.common.pixels import BROKEN, open_file, to_rgb
-from lavis_lite.common.rng import CpuState
+from lavis_lite.common.rng import cpu_state, restore_cpu
 
 ShortClips = Literal["repeat", "error"]
 """Whether a clip with fewer frames than requested repeats frames, or is an error."""
@@ -36,11 +36,6 @@ def check_num_frames(num_frames: int) -> int:
     return check_number("num_frames", num_frames, 1, MAX_FRAMES)
 
 
-def check_short_clips(short_clips: str) -> str:
-    """Return `short_clips`; raise SettingError if it is neither "repeat" nor "error"."""
-    return one_of("short_clips", short_clips, get_args(ShortClips))
-
-
 def sampled(num_available: int, num_frames: int, *, source: object, short_clips: ShortClips = "repeat") -> list[int]:
     """Return the numbers floor(i x num_available / num_frames) of the frames to take, in time order.
 
@@ -49,7 +44,7 @@ def sampled(num_available: int, num_frames: int, *, source: object, short_clips:
     """
     if not num_available:
         raise UnreadableSample(f"{source} has no frames")
-    if num_available < check_num_frames(num_frames) and check_short_clips(short_clips) == "error":
+    if num_available < check_num_frames(num_frames) and short_clips == "error":
         advice = "lower num_frames, or set short_clips: repeat"
         raise UnreadableSample(f"{source} has {num_available} frames, and num_frames={num_frames}: {advice}")
     return [i * num_available // num_frames for i in range(num_frames)]
@@ -143,9 +138,9 @@ def processed(frames: Sequence[Image.Image], processor: Callable[[Image.Image], 
 
     Raises InputError if the processor does not return tensors.
     """
-    state, tensors = CpuState.now(), []
+    state, tensors = cpu_state(), []
     for frame in frames:
-        state.restore()
+        restore_cpu(*state)
         tensors.append(processor(frame))
     if not torch.is_tensor(tensors[0]):
         returned = f"vis_processor returned {type(tensors[0]).__name__} for a video frame, expected a tensor"

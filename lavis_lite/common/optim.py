@@ -63,6 +63,7 @@ class LinearWarmupCosine(Schedule):
 
 
 @registry.register_lr_scheduler("linear_warmup_step_lr")
+@dataclass(frozen=True, kw_only=True)
 class LinearWarmupStep(Schedule):
     """`init_lr` times `decay_rate` to the power of the epoch (a fraction unless `per_epoch`), never below `min_lr`."""
 

@@ -76,16 +76,11 @@ class Table:
         def decorate(item: T) -> T:
             parents = item.__mro__ if isinstance(item, type) else ()
             if self.base and self.base not in map(_full_name, parents):
-                raise InputTypeError(
-                    f"{self.kind} {name!r}: {_full_name(item)} must derive from {self.base.rpartition('.')[2]} "
-                    f"({self.base})"
-                )
+                raise InputTypeError(f"{self.kind} {name!r}: {_full_name(item)} must derive from {self.base}")
             other = self._found(name)
             if other is not None and _full_name(other) != _full_name(item):
-                raise RegistryError(
-                    f"{self.kind} name {name!r} is taken by {_full_name(other)}: register {_full_name(item)} under "
-                    "another"
-                )
+                advice = f"register {_full_name(item)} under another"
+                raise RegistryError(f"{self.kind} name {name!r} is taken by {_full_name(other)}: {advice}")
             self.items[name] = item
             return item
 

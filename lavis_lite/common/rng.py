@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import random
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +20,7 @@ def hash_seed(*parts: object) -> int:
 
 def seed_everything(seed: int) -> None:
     """Seed all generators, on the CPU and on CUDA devices."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
+    seed_sample(seed)
     torch.manual_seed(seed)
 
 
@@ -37,36 +36,31 @@ def seed_sample(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
 
 
-class CpuState(NamedTuple):
-    """The states of the CPU generators."""
+def cpu_state() -> tuple[Any, Any, torch.Tensor]:
+    """Return the states of the CPU generators: Python's, NumPy's and torch's."""
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
 
-    python: Any
-    numpy: Any
-    torch: torch.Tensor
 
-    @classmethod
-    def now(cls) -> "CpuState":
-        return cls(random.getstate(), np.random.get_state(), torch.get_rng_state())
-
-    def restore(self) -> None:
-        random.setstate(self.python)
-        np.random.set_state(self.numpy)
-        torch.set_rng_state(self.torch)
+def restore_cpu(python: Any, numpy: Any, cpu: torch.Tensor) -> None:
+    """Restore what `cpu_state` returned."""
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
 
 
 @contextlib.contextmanager
 def preserve_rng_state() -> Iterator[None]:
     """Restore the CPU generators after the body, which may seed them as it likes."""
-    state = CpuState.now()
+    state = cpu_state()
     try:
         yield
     finally:
-        state.restore()
+        restore_cpu(*state)
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
     """Return the states of the CPU generators and of `device`'s, in types that a `weights_only` load accepts."""
-    python, (name, keys, position, has_gauss, gauss), cpu = CpuState.now()
+    python, (name, keys, position, has_gauss, gauss), cpu = cpu_state()
     return {
         "python": python,
         "numpy": [name, keys.tolist(), int(position), int(has_gauss), float(gauss)],
@@ -80,6 +74,6 @@ def restore_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
     version, keys, gauss = state["python"]
     name, array, *rest = state["numpy"]
     numpy_state = (name, np.array(array, dtype=np.uint32), *rest)
-    CpuState((version, tuple(keys), gauss), numpy_state, state["torch"].cpu()).restore()
+    restore_cpu((version, tuple(keys), gauss), numpy_state, state["torch"].cpu())
     if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)

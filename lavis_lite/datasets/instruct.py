@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lavis_lite.common.errors import InputError
-from lavis_lite.common.frames import ShortClips, check_num_frames, check_short_clips
+from lavis_lite.common.frames import ShortClips, check_num_frames
 from lavis_lite.common.records import (
     ANSWERS,
     GROUP,
@@ -77,7 +77,6 @@ class InstructDataset(BaseDataset):
                 raise InputError(f"no {name} {value!r}. {did_you_mean(value, known)}")
         self.templates, self.training = templates, training
         self.num_frames: int = check_num_frames(num_frames)
-        check_short_clips(short_clips)
         self.short_clips: ShortClips = short_clips
         self.answer_choice, self.candidate_format = answer_choice, candidate_format
         self.answer_list = answer_list

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from lavis_lite.common.errors import InputTypeError
-from lavis_lite.common.frames import ShortClips, check_num_frames, check_short_clips, decode, processed, sampled
+from lavis_lite.common.frames import ShortClips, check_num_frames, decode, processed, sampled
 from lavis_lite.common.registry import registry
 from lavis_lite.processors.image import BlipImageEvalProcessor, BlipImageTrainProcessor
 
@@ -30,7 +30,6 @@ class FrameSampler:
 
     def __init__(self, num_frames: int, short_clips: ShortClips) -> None:
         self.num_frames: int = check_num_frames(num_frames)
-        check_short_clips(short_clips)
         self.short_clips: ShortClips = short_clips
 
     def __call__(self, video: Video) -> list[Image.Image]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from lavis_lite.common.bounds import MAX_WIDTH, check_number, check_numbers
 from lavis_lite.common.config.schema import Checker, Parameter, Schema, schema_of
-from lavis_lite.common.errors import InputError, MissingFileError, MissingPackageError
+from lavis_lite.common.errors import InputError, MissingPackageError
 from lavis_lite.common.sources import download
 from lavis_lite.common.sources.folders import read_json_mapping
 
@@ -38,8 +38,6 @@ def lora_settings(value: Mapping[str, Any] | str | Path | None) -> dict[str, Any
     if not isinstance(value, str | Path):
         return None if value is None else dict(value)
     path = download.fetch_folder(value) / CONFIG_FILE
-    if not path.is_file():
-        raise MissingFileError(f"llm_lora: {value} holds no {CONFIG_FILE}: name a folder that peft wrote")
     stored = read_json_mapping(path)
     if stored.get("peft_type") != "LORA":
         raise InputError(f"llm_lora: {path} is of {stored.get('peft_type')} adapters; only LORA can be loaded")

@@ -43,27 +43,21 @@ def follow_model(
     """
     blocks = dict(blocks)
     if blocks.get("vis_processor"):
-        own = image_settings(model)
-        blocks["vis_processor"] = {
-            split: _completed(block, own, checker, (*path, "vis_processor", split))
-            for split, block in blocks["vis_processor"].items()
-        }
+        blocks["vis_processor"] = dict(blocks["vis_processor"])
+        own, expected = image_settings(model), model_setting(model, "image_size")
+        for split, block in blocks["vis_processor"].items():
+            size, schema = block.get("image_size"), schema_of(registry.get_processor_class(block["name"]))[0]
+            if None not in (size, expected) and size != expected:
+                text = f"{size} is not model.image_size, which is {expected}: leave it out to take the model's"
+                raise checker.error((*path, "vis_processor", split, "image_size"), text)
+            missing = {key: value for key, value in own.items() if key in schema and block.get(key) is None}
+            blocks["vis_processor"][split] = {**block, **missing}
     captions = (blocks.get("text_processor") or {}).get("train") or {}
     if _contradicts(captions, model):
         own_prompt, expected = captions["prompt"], model_setting(model, "prompt")
         text = f"{own_prompt!r} is not model.prompt, which is {expected!r}: set both to one text"
         raise checker.error((*path, "text_processor", "train", "prompt"), text)
     return blocks
-
-
-def _completed(block: Mapping[str, Any], own: Mapping[str, Any], checker: Checker, path: KeyPath) -> dict[str, Any]:
-    schema, _ = schema_of(registry.get_processor_class(block["name"]))
-    missing = {key: value for key, value in own.items() if key in schema and block.get(key) is None}
-    size, expected = block.get("image_size"), own.get("image_size")
-    if size is not None and expected is not None and size != expected:
-        text = f"{size} is not model.image_size, which is {expected}: leave it out to take the model's"
-        raise checker.error((*path, "image_size"), text)
-    return {**block, **missing}
 
 
 def image_settings(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,7 +179,12 @@ def replaced_instructions(
 
 def explicit_prompts(task: Mapping[str, Any], model: Mapping[str, Any], checker: Checker) -> dict[str, str]:
     """Return the prompts that the project gives, by key, in their order. ConfigError for two of one kind."""
-    given = {"run.prompt": task.get("prompt") or "", "model.prompt": _given_model_prompt(model)}
+    arch, own_prompt = model["arch"], model_setting(model, "prompt")
+    of_type: Mapping[str, Any] = {"arch": arch}
+    if model.get("model_type") in zoo.model_zoo.types(arch):
+        of_type = merge_layers(zoo.model_layers(arch, model["model_type"]))["model"]
+    is_given = registry.get_model_class(arch).prompt_begins_captions and own_prompt != model_setting(of_type, "prompt")
+    given = {"run.prompt": task.get("prompt"), "model.prompt": own_prompt if is_given else None}
     prompts = {key: prompt for key, prompt in given.items() if prompt}
     is_question = {"{}" in prompt for prompt in prompts.values()}
     if len({prompt.strip() for prompt in prompts.values()}) == 2 and len(is_question) == 1:
@@ -200,17 +199,6 @@ def _is_of_checkpoint(checker: Checker) -> bool:
     """Return whether `model.prompt` comes from the checkpoint; any prompt of the project then replaces it."""
     layer = layer_of(checker.layers, ("model", "prompt"))
     return layer is not None and layer.is_trained
-
-
-def _given_model_prompt(model: Mapping[str, Any]) -> str:
-    """Return `model.prompt` if it is another than the model type's, else ""."""
-    arch, prompt = model["arch"], model_setting(model, "prompt") or ""
-    if not prompt or not registry.get_model_class(arch).prompt_begins_captions:
-        return ""
-    own: Mapping[str, Any] = {"arch": arch}
-    if model.get("model_type") in zoo.model_zoo.types(arch):
-        own = merge_layers(zoo.model_layers(arch, model["model_type"]))["model"]
-    return "" if prompt == model_setting(own, "prompt") else prompt
 
 
 def _first_that_fits(

@@ -110,7 +110,11 @@ class Config:
         """
         own = [*load_with_bases(Path(path)), *([parse_options(options)] if options else [])]
         if checkpoint is not None:
-            own.append(_checkpoint_layer(checkpoint, own))
+            if not checkpoint.strip():
+                raise ConfigError(f"--checkpoint: expected a file, a folder, a URL or a hub id, got {checkpoint!r}")
+            if (resumed := resolve_key(own, ("run", "resume_ckpt_path"))) is not None:
+                logger.info("run.resume_ckpt_path %s is not read: --checkpoint names the weights", resumed)
+            own.append(Layer("--checkpoint", {"model": {"checkpoint": checkpoint}, "run": {"resume_ckpt_path": None}}))
         own += flags
         for source, key in ((layer.source, key) for layer in own for key in layer.tree if key not in SECTIONS):
             raise ConfigError(f"{source}: {key}: unknown section. {did_you_mean(key, SECTIONS)}")
@@ -178,15 +182,6 @@ def _checked(tree: dict[str, Any], checker: Checker, types: dict[str, str], *, s
     )
 
 
-def _checkpoint_layer(checkpoint: str, own: Sequence[Layer]) -> Layer:
-    if not checkpoint.strip():
-        raise ConfigError(f"--checkpoint: expected a file, a folder, a URL or a hub id, got {checkpoint!r}")
-    resumed = resolve_key(own, ("run", "resume_ckpt_path"))
-    if resumed is not None:
-        logger.info("run.resume_ckpt_path %s is not read: --checkpoint names the weights", resumed)
-    return Layer("--checkpoint", {"model": {"checkpoint": checkpoint}, "run": {"resume_ckpt_path": None}})
-
-
 def _import_user_modules(project: Checker) -> None:
     """Import the modules that `imports` lists, which register their classes; the working folder is searched too."""
     names = resolve_key(project.layers, ("imports",))
@@ -214,11 +209,13 @@ def _model_layers(project: Checker) -> list[Layer]:
         raise project.error(("model", "arch"), text)
     packaged = [Layer(f"{arch}'s defaults", {})]  # a user's architecture: its constructor has the defaults
     if arch in zoo.model_zoo:
+        if model_type is None:
+            types = did_you_mean("", zoo.model_zoo.types(arch))
+            raise project.error(("model", "model_type"), f"missing: it needs a type of {arch}. {types}")
         try:
-            packaged = zoo.model_layers(arch, str(model_type or ""))
+            packaged = zoo.model_layers(arch, str(model_type))
         except RegistryError as error:
-            problem = "missing: " if model_type is None else ""
-            raise project.error(("model", "model_type"), f"{problem}{error}") from None
+            raise project.error(("model", "model_type"), str(error)) from None
     if not isinstance(checkpoint, str):
         return packaged
     own = [DEFAULTS, *project.layers]

@@ -7,9 +7,7 @@ removes an inherited dataset.
 
 import contextlib
 import io
-import json
 import re
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,6 +145,8 @@ def normalise(tree: dict[str, Any], *, source: str) -> dict[str, Any]:
 
 def parse_options(options: Sequence[str]) -> Layer:
     """Read `a.b=c` options (or LAVIS's `a.b c` pairs) into a layer; values are YAML, lists and mappings included."""
+    from omegaconf import OmegaConf
+
     if options and "=" not in options[0]:
         if len(options) % 2:
             raise ConfigError(f"--options: expected key=value, or pairs of key and value, got {' '.join(options)!r}")
@@ -163,28 +163,12 @@ def parse_options(options: Sequence[str]) -> Layer:
             node = node.setdefault(part, {})
             if not isinstance(node, dict):
                 raise ConfigError(f"--options: {option!r} sets a key of {part!r}, which another option sets to a value")
-        node[path[-1]] = _parse_value(text, option=option)
-        raw[path] = text
-    return Layer("--options", normalise(tree, source="--options"), raw)
-
-
-def _parse_value(text: str, *, option: str) -> Any:
-    from omegaconf import OmegaConf
-
-    try:
-        with reading_yaml(f"--options: the value of {option[:100]!r}", has_lines=False):
+        with reading_yaml(f"--options: the value of {option[:100]!r} (quote a text for YAML too)", has_lines=False):
             value = plain(OmegaConf.from_dotlist([f"value={text}"]))["value"]
             check_depth(value)
-    except ConfigError as error:
-        raise ConfigError(f"{error}; {quoting(option)}") from None
-    return text if text.strip() == value else value  # with its spaces, for keys that refer to this one
-
-
-def quoting(option: str) -> str:
-    """Return how to write an option whose value is text that YAML reads as something else."""
-    key, _, text = option.partition("=")
-    quoted = shlex.quote(f"{key}={json.dumps(text[:100], ensure_ascii=False)}")
-    return f"a text is quoted twice, for the shell and for YAML: {quoted}"
+        node[path[-1]] = text if text.strip() == value else value  # with its spaces, for keys that refer to this one
+        raw[path] = text
+    return Layer("--options", normalise(tree, source="--options"), raw)
 
 
 def merge(base: dict[str, Any], over: dict[str, Any], *, inside_processor: bool = False) -> dict[str, Any]:

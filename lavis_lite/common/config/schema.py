@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from lavis_lite.common.config.files import ConfigError, KeyPath, Layer, origin, quoting
+from lavis_lite.common.config.files import ConfigError, KeyPath, Layer, origin
 from lavis_lite.common.registry import did_you_mean
 
 REQUIRED = inspect.Parameter.empty
@@ -161,7 +161,7 @@ class Checker:
             if get_origin(annotation) is Literal and all(isinstance(choice, str) for choice in choices):
                 hint = f". {did_you_mean(value, choices)}"
             if path in self._raw and isinstance(value, dict | list) and _takes_text(annotation):
-                hint = "; " + quoting(f"{'.'.join(path)}={self._raw[path]}")
+                hint = "; quote a text for YAML too"
             given = f"{value!r} ({describe(type(value))})"
             raise self.error(path, f"expected {describe(annotation)}{mismatch}, got {given}{hint}") from None
 

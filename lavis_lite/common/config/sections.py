@@ -8,7 +8,7 @@ from typing import Any
 from lavis_lite.common.config.adapters import lora_settings
 from lavis_lite.common.config.run import IGNORED_LAVIS_KEYS, RunConfig
 from lavis_lite.common.config.schema import Checker, Parameter, Schema, schema_of
-from lavis_lite.common.errors import InputError, SettingError
+from lavis_lite.common.errors import SettingError, UserError
 from lavis_lite.common.registry import RegistryError, did_you_mean, registry
 from lavis_lite.common.sources.folders import read_json_mapping
 
@@ -130,16 +130,10 @@ def _looked_up(
 
 def _med_overrides(med_config_path: Any, checker: Checker) -> dict[str, Any]:
     """Return the `med` settings of LAVIS's `med_config_path`: none for its stock files, which are our defaults."""
-    where = ("model", "med_config_path")
-    if med_config_path is None:
-        return {}
-    if not isinstance(med_config_path, str):
-        raise checker.error(where, f"expected a path, got {med_config_path!r}")
-    path = Path(med_config_path)
-    if path.name in _STOCK_BERT_FILES:
+    if med_config_path is None or Path(str(med_config_path)).name in _STOCK_BERT_FILES:
         return {}
     try:
-        bert = read_json_mapping(path)
-    except (OSError, InputError) as error:
-        raise checker.error(where, str(error)) from None
+        bert = read_json_mapping(Path(str(med_config_path)))
+    except UserError as error:
+        raise checker.error(("model", "med_config_path"), str(error)) from None
     return {ours: bert[key] for key, ours in BERT_TO_MED.items() if key in bert}

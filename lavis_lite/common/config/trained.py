@@ -164,7 +164,8 @@ def lay_under(
     if is_same:
         given = {key: value for key, value in trained.model.items() if key in schema or open_ended}
         for key in trained.model.keys() - given.keys():
-            logger.warning(f"{trained.source}: its config has model.{key}, which is unknown here: left out")
+            unknown = f"model.{key}={trained.model[key]!r}"
+            logger.warning(f"{trained.source}: its config has {unknown}, which is unknown here: left out")
     else:
         given = _shared(trained, arch, stated)
         # another task has other texts, and its type states the images
@@ -284,7 +285,7 @@ def _other_language_model(trained: Trained, arch: str, section: Mapping[str, Any
     )
     return (
         f"{trained.source} was trained as {was} with adapters (model.llm_lora), and this model is {now}: adapters fit "
-        f"their own language model only; load the checkpoint as {was}, or name one of this model"
+        f"no other language model than their own; load the checkpoint as {was}, or name one of this model"
     )
 
 

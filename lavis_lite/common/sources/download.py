@@ -204,7 +204,9 @@ def _download(url: str, target: Path, *, sha256: str | None, md5: str | None) ->
                 f"the file at {target}, or set LAVIS_LITE_MIRROR=old-prefix=new"
             ) from error
         try:
-            _check(partial, source=url, sha256=sha256, md5=md5 or _published_md5(headers))
+            published = re.search(r"md5=([\w+/=]+)", ",".join(headers.get_all("x-goog-hash", [])))  # Google's storage
+            md5 = md5 or (base64.b64decode(published[1]).hex() if published else None)
+            _check(partial, source=url, sha256=sha256, md5=md5)
             os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
@@ -264,12 +266,6 @@ def _kept_bytes(partial: Path) -> int:
 def _tag(partial: Path) -> Path:
     """Return the path of the file with the version (ETag or date) of `partial`; without it the download restarts."""
     return partial.with_name(f"{partial.name}.tag")
-
-
-def _published_md5(headers: email.message.Message) -> str | None:
-    """Return the MD5 that Google's storage, where LAVIS's files lie, sends with a file."""
-    found = re.search(r"md5=([\w+/=]+)", ",".join(headers.get_all("x-goog-hash", [])))
-    return base64.b64decode(found[1]).hex() if found else None
 
 
 def _check(path: Path, *, source: str | Path, **hashes: str | None) -> None:

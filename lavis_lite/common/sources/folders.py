@@ -61,7 +61,9 @@ def shards(index: Path) -> list[Path]:
 
 
 def read_json_mapping(path: Path) -> dict[str, Any]:
-    """Return a JSON file's content. ValueError if it is not a mapping."""
+    """Return a JSON file's content. FileNotFoundError if it is missing, ValueError if it is not a mapping."""
+    if not path.is_file():
+        raise MissingFileError(f"{path.parent} has no {path.name}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -73,10 +75,7 @@ def read_json_mapping(path: Path) -> dict[str, Any]:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Return the folder's config.json. FileNotFoundError or ValueError if it is missing or damaged."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise MissingFileError(f"{folder} has no config.json: give a folder that save_pretrained wrote")
-    return read_json_mapping(path)
+    return read_json_mapping(folder / "config.json")
 
 
 def read_settings(folder: Path) -> tuple[str | None, dict[str, Any]]:
