@@ -116,8 +116,8 @@ def test_our_full_size_models_fit_the_class_of_their_config(arch: str, model_typ
 
 def test_there_is_no_class_for_another_image_encoder() -> None:
     section = OmegaConf.to_container(OmegaConf.load(model_zoo.path("blip2", "pretrain_vitL")))["model"]
+    model = meta_model({**section, "arch": "blip2"})
     with pytest.raises(ValueError, match=r"EvaViT.*ClipViT"):
-        model = meta_model({**section, "arch": "blip2"})
         adapter_of(model, arch="blip2").config(model, arch="blip2")
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from lavis_lite.common.config.run import RunConfig
 from lavis_lite.common.optim import build_optimizer, build_schedule, parameter_groups, set_lr
 from lavis_lite.common.registry import registry
 
@@ -27,8 +28,15 @@ def recorded_schedules() -> list[Any]:
     ]
 
 
-def schedule(name: str, **fields: Any) -> Any:
-    return registry.get_lr_scheduler_class(name)(**fields)
+LAVIS = {"warmup_start_lr": "warmup_lr", "decay_rate": "lr_decay_rate", "per_epoch": "lr_sched_per_epoch"}
+
+
+def schedule(name: str, *, iters_per_epoch: int, total_steps: int, max_epoch: int = 1, **settings: Any) -> Any:
+    """The schedule of a run with these settings, some of which have LAVIS's names; a negative start is none."""
+    settings = {LAVIS.get(key, key): value for key, value in settings.items() if key != "warmup_start_lr" or value >= 0}
+    run = RunConfig(task="", lr_sched=name, **settings)
+    schedule_class = registry.get_lr_scheduler_class(name)
+    return schedule_class(run=run, max_epoch=max_epoch, iters_per_epoch=iters_per_epoch, total_steps=total_steps)
 
 
 @pytest.mark.parametrize(("name", "table"), recorded_schedules())
@@ -67,7 +75,7 @@ def test_step_decay_per_step_and_floor() -> None:
 
 def test_step_decay_needs_a_rate() -> None:
     with pytest.raises(ValueError, match="lr_decay_rate"):
-        schedule("linear_warmup_step_lr", init_lr=1.0)
+        schedule("linear_warmup_step_lr", init_lr=1.0, iters_per_epoch=1, total_steps=1)
 
 
 def test_warmup_without_start_is_said(caplog: pytest.LogCaptureFixture) -> None:

@@ -93,11 +93,9 @@ def check_task(cfg: Config, task: BaseTask) -> None:
         return
     others: dict[str, type[BaseTask]] = {name: registry.get_task_class(name) for name in registry.list_tasks()}
     fitting = [name for name, one in others.items() if one.model_methods and not _missing_methods(one, model_class)]
+    problem = f"evaluates by `{missing[0]}`, which {model_class.__name__} (model.arch: {arch}) does not have"
     advice = f"tasks that fit: {', '.join(fitting) or 'none'}"
-    raise ConfigError(
-        f"{cfg.source}: run.task: {cfg.run.task} evaluates by `{missing[0]}`, which {model_class.__name__} "
-        f"(model.arch: {arch}) does not have; {advice}"
-    )
+    raise ConfigError(f"{cfg.source}: run.task: {cfg.run.task} {problem}; {advice}")
 
 
 def _missing_methods(task_class: type[BaseTask], model_class: type) -> list[str]:
@@ -297,10 +295,8 @@ def _check_evaluated(cfg: Config, task: BaseTask, batch: Mapping[str, Any], wher
     """
     missing = [key for key in task.sample_keys if batch and key not in batch]
     if missing:
-        raise InputError(
-            f"{where}: {type(task).__name__} evaluates samples by {missing[0]!r}, which these lack (they have "
-            f"{', '.join(batch)}): choose a dataset that fits the task, or another run.task"
-        )
+        problem = f"{type(task).__name__} evaluates samples by {missing[0]!r}, which these lack ({', '.join(batch)})"
+        raise InputError(f"{where}: {problem}: choose a dataset that fits the task, or another run.task")
     if "generate" in task.model_methods and batch and not batch.keys() & {"prompt", "text_input"}:
         prompt = cfg.task.get("prompt") or model_setting(cfg.model, "prompt") or ""
         if "{}" in prompt:

@@ -15,7 +15,7 @@ import secrets
 import shutil
 import struct
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -88,8 +88,8 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> Path:
         what = "the disk is full" if cause.errno in (errno.ENOSPC, errno.EDQUOT) else (cause.strerror or str(cause))
         raise WriteError(
             cause.errno,
-            f"cannot write {path}: {what} ({shutil.disk_usage(folder).free / 2**20:.1f} MiB free in {folder}); the old "
-            "file is intact. Free some space or set run.output_dir to another disk, then continue with --resume auto",
+            f"cannot write {path}: {what} ({shutil.disk_usage(folder).free / 2**20:.1f} MiB free in {folder}); nothing "
+            "was replaced. Free some space or set run.output_dir to another disk, then continue with --resume auto",
         ) from error
     return path
 
@@ -178,10 +178,8 @@ def refuse_compressed(path: Path) -> None:
         raise _corrupt_error(path, error) from error
     if compressed:
         size = sum(entry.file_size for entry in compressed)
-        raise InputError(
-            f"checkpoint {path} is refused: {len(compressed)} entries are compressed, inflated {size:,} bytes, and "
-            "torch compresses none: ask for the file as torch.save wrote it"
-        )
+        problem = f"{len(compressed)} entries are compressed, inflated {size:,} bytes"
+        raise InputError(f"checkpoint {path} is refused: {problem}: ask for the file as torch.save wrote it")
 
 
 def is_mappable(path: Path) -> bool:
@@ -244,7 +242,7 @@ def load_into(
         (logging.INFO, report.unexpected, "keys unknown to the model (ignored)"),
     ):
         if keys:
-            logger.log(level, f"{source}: {len(keys)} {what}: {_listed(keys)}")
+            logger.log(level, f"{source}: {len(keys)} {what}: {_listed(keys, limit=10)}")
     with torch.no_grad():
         for key in state:
             if key in own:
@@ -260,36 +258,31 @@ def _check_fit(
     """
     given = {id(own[key]): key for key in state if key in own}
     if own and not given:
-        raise InputError(
-            f"{source} is a checkpoint of another architecture: {name} has none of its {len(state)} keys. It has "
-            f"{_listed(list(state), limit=4)}; the model has {_listed(list(own), limit=4)}"
-        )
+        keys = f"{name} has none of its {len(state)} keys: {_listed(state)}; the model has {_listed(own)}"
+        raise InputError(f"{source} is a checkpoint of another architecture: {keys}")
     trainable = {id(value): key for key, value in own.items() if value.requires_grad}
     if trainable and not given.keys() & trainable.keys():
-        raise InputError(
-            f"{source} holds no trainable key of {name}, only {_listed(list(given.values()), limit=4)}. Its trainable "
-            f"ones are {_listed(list(trainable.values()), limit=4)}"
-        )
+        keys = f"only {_listed(given.values())}. Its trainable ones are {_listed(trainable.values())}"
+        raise InputError(f"{source} holds no trainable key of {name}, {keys}")
     adapters = [key for key in state if key not in own and ADAPTER.search(key)]
     if adapters:
-        raise AdapterError(
-            f"{source} holds {len(adapters)} tensors of adapters (LoRA) that have no place in the model: "
-            f"{_listed(adapters, limit=4)}. Set model.llm_lora as it was in training"
-        )
+        found = f"{len(adapters)} tensors of adapters (LoRA) that have no place in the model: {_listed(adapters)}"
+        raise AdapterError(f"{source} holds {found}. Set model.llm_lora as it was in training")
     shapes = [
         f"{key} {tuple(state[key].shape)} (model: {tuple(own[key].shape)})"  # read anew: shards are open one at a time
         for key in state
         if key in own and state[key].shape != own[key].shape
     ]
     if shapes:
-        sizes = f"{len(shapes)} shapes differ from the model's: {_listed(shapes, limit=4)}"
+        sizes = f"{len(shapes)} shapes differ from the model's: {_listed(shapes)}"
         raise InputError(f"{source}: {sizes}; set the model's sizes as they were in training")
     if lost:
-        keys = f"{len(lost)} trainable keys of the model, which would keep random values: {_listed(lost, limit=4)}"
+        keys = f"{len(lost)} trainable keys of the model, which would keep random values: {_listed(lost)}"
         raise InputError(f"{source} lacks {keys}; name a checkpoint that has them")
 
 
-def _listed(keys: Sequence[str], *, limit: int = 10) -> str:
+def _listed(keys: Iterable[str], *, limit: int = 4) -> str:
+    keys = list(keys)
     return ", ".join(keys[:limit]) + (f", ... ({len(keys)} in all)" if len(keys) > limit else "")
 
 
@@ -297,7 +290,5 @@ def _corrupt_error(path: Path, error: Exception) -> InputError:
     reason = next(iter(str(error).splitlines()), "unexpected end")
     if isinstance(error, pickle.UnpicklingError):  # torch's message advises to run the file's code
         reason = "its content is neither torch's nor safetensors' format"
-    return InputError(
-        f"checkpoint {path} ({path.stat().st_size:,} bytes) is truncated or not a checkpoint ({reason}): name another "
-        "file, or download or copy it again"
-    )
+    what = f"checkpoint {path} ({path.stat().st_size:,} bytes) is truncated or not a checkpoint ({reason})"
+    return InputError(f"{what}: name another file, or download or copy it again")

@@ -61,10 +61,8 @@ def resolve_device(device: str = "auto") -> torch.device:
         return target
     index = target.index if target.index is not None else int(os.environ.get("LOCAL_RANK", "0"))
     if index >= torch.cuda.device_count():
-        raise InputError(
-            f"run.device={device!r} needs CUDA device {index}, but this machine has {torch.cuda.device_count()}: "
-            "start fewer processes per node or set run.device=cpu"
-        )
+        there = f"needs CUDA device {index}, but this machine has {torch.cuda.device_count()}"
+        raise InputError(f"run.device={device!r} {there}: start fewer processes per node or set run.device=cpu")
     return torch.device("cuda", index)
 
 

@@ -61,10 +61,8 @@ def _verify_zip(path: Path) -> bool:
     except (*_BROKEN_ZIP, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
-        raise DamagedFileError(
-            f"checkpoint {path} ({path.stat().st_size:,} bytes) is truncated or not a checkpoint: it is damaged "
-            f"({type(error).__name__}: {error}); {REMEDY}"
-        ) from error
+        what = f"checkpoint {path} ({path.stat().st_size:,} bytes) is damaged, truncated or not a checkpoint"
+        raise DamagedFileError(f"{what} ({type(error).__name__}: {error}); {REMEDY}") from error
     if bad is not None:
         raise DamagedFileError(f"checkpoint {path} is damaged: entry {bad} fails its checksum; {REMEDY}")
     return has_sums

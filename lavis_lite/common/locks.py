@@ -6,7 +6,6 @@ killed process.
 """
 
 import errno
-import json
 import logging
 import os
 import socket
@@ -85,17 +84,11 @@ class FolderLock:
             logger.warning(f"{self.folder} cannot be locked ({error}): make sure that no other process writes to it")
             return
         if not taken:
-            raise FolderInUseError(f"{self.folder}: in use by {self._holder()}; wait, or choose another --job-id")
-        holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
-        self._lock.write(json.dumps(holder) + "\n")
+            holder = self._lock.path.read_text(encoding="utf-8", errors="replace").strip() or "another process"
+            raise FolderInUseError(f"{self.folder}: in use by {holder}; wait, or choose another --job-id")
+        now = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
+        self._lock.write(f"process {os.getpid()} on host {socket.gethostname()} since {now}\n")
 
     def release(self) -> None:
         """Release the lock; the file stays."""
         self._lock.release()
-
-    def _holder(self) -> str:
-        try:
-            holder = json.loads(self._lock.path.read_text(encoding="utf-8"))
-            return f"process {holder['pid']} on host {holder['host']} since {holder['since']}"
-        except (ValueError, KeyError, TypeError):
-            return "another process"  # which has not written its name yet

@@ -23,28 +23,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Linear warm-up from `warmup_start_lr` (None: `init_lr`, i.e. none) in `warmup_steps`, then `_decayed`.
+    """Linear warm-up from `run.warmup_lr` (None: no warm-up) in `run.warmup_steps`, then `_decayed`.
 
-    Units: `warmup_steps`, `iters_per_epoch` and `total_steps` are steps; `decay_rate` is per epoch.
+    Units: `iters_per_epoch` and `total_steps` are steps; `run.lr_decay_rate` is per epoch.
     """
 
-    init_lr: float
-    min_lr: float = 0.0
-    warmup_start_lr: float | None = None
-    warmup_steps: int = 0
-    decay_rate: float | None = None
-    max_epoch: int = 1
-    iters_per_epoch: int = 1
-    total_steps: int = 1
-    per_epoch: bool = False
+    run: RunConfig
+    max_epoch: int
+    iters_per_epoch: int
+    total_steps: int
 
     def lr_at(self, step: int) -> float:
         """Return the learning rate of `step` (0-based), before any group's `lr_scale`."""
-        warming = step < self.iters_per_epoch if self.per_epoch else step < self.warmup_steps
-        if not warming:
+        run = self.run
+        if step >= (self.iters_per_epoch if run.lr_sched_per_epoch else run.warmup_steps):
             return self._decayed(step)
-        start = self.init_lr if self.warmup_start_lr is None or self.warmup_start_lr < 0 else self.warmup_start_lr
-        return min(self.init_lr, start + (self.init_lr - start) * step / max(self.warmup_steps, 1))
+        start = run.init_lr if run.warmup_lr is None else run.warmup_lr
+        return min(run.init_lr, start + (run.init_lr - start) * step / max(run.warmup_steps, 1))
 
     def _decayed(self, step: int) -> float:
         raise NotImplementedError(f"{type(self).__name__} does not define how the rate decays after warm-up")
@@ -55,26 +50,25 @@ class LinearWarmupCosine(Schedule):
     """Half a cosine from `init_lr` down to `min_lr`, over the steps that remain after warm-up."""
 
     def _decayed(self, step: int) -> float:
-        if self.per_epoch:
+        if self.run.lr_sched_per_epoch:
             progress = (step // self.iters_per_epoch) / self.max_epoch
         else:
-            progress = min(1.0, (step - self.warmup_steps) / max(self.total_steps - self.warmup_steps, 1))
-        return (self.init_lr - self.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress)) + self.min_lr
+            warmup_steps = self.run.warmup_steps
+            progress = min(1.0, (step - warmup_steps) / max(self.total_steps - warmup_steps, 1))
+        return (self.run.init_lr - self.run.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress)) + self.run.min_lr
 
 
 @registry.register_lr_scheduler("linear_warmup_step_lr")
-@dataclass(frozen=True, kw_only=True)
 class LinearWarmupStep(Schedule):
-    """`init_lr` times `decay_rate` to the power of the epoch (a fraction unless `per_epoch`), never below `min_lr`."""
-
-    def __post_init__(self) -> None:
-        if self.decay_rate is None:
-            raise InputError("run.lr_decay_rate: linear_warmup_step_lr needs a factor per epoch, e.g. 0.9")
+    """`init_lr` times `lr_decay_rate` to the power of the epoch (a fraction unless per epoch), never below `min_lr`."""
 
     def _decayed(self, step: int) -> float:
-        assert self.decay_rate is not None, "checked in __post_init__"
-        epoch = step // self.iters_per_epoch if self.per_epoch else (step - self.warmup_steps) / self.iters_per_epoch
-        return max(self.min_lr, self.init_lr * self.decay_rate**epoch)
+        run = self.run
+        assert run.lr_decay_rate is not None, "RunConfig checks it"
+        epoch = (
+            step // self.iters_per_epoch if run.lr_sched_per_epoch else (step - run.warmup_steps) / self.iters_per_epoch
+        )
+        return max(run.min_lr, run.init_lr * run.lr_decay_rate**epoch)
 
 
 @registry.register_lr_scheduler("constant_lr")
@@ -82,7 +76,7 @@ class Constant(Schedule):
     """`init_lr` throughout, after warm-up."""
 
     def _decayed(self, step: int) -> float:
-        return self.init_lr
+        return self.run.init_lr
 
 
 def build_schedule(run: RunConfig, *, max_epoch: int, iters_per_epoch: int, total_steps: int) -> Schedule:
@@ -90,24 +84,13 @@ def build_schedule(run: RunConfig, *, max_epoch: int, iters_per_epoch: int, tota
     if run.warmup_steps > 0 and run.warmup_lr is None:
         advice = "set it to the rate to start from, e.g. 1e-8"
         logger.warning(f"run.warmup_steps={run.warmup_steps} has no effect without run.warmup_lr: {advice}")
-    schedule = registry.get_lr_scheduler_class(run.lr_sched)(
-        init_lr=run.init_lr,
-        min_lr=run.min_lr,
-        warmup_start_lr=run.warmup_lr,
-        warmup_steps=run.warmup_steps,
-        decay_rate=run.lr_decay_rate,
-        max_epoch=max_epoch,
-        iters_per_epoch=iters_per_epoch,
-        total_steps=total_steps,
-        per_epoch=run.lr_sched_per_epoch,
-    )
+    schedule_class = registry.get_lr_scheduler_class(run.lr_sched)
+    schedule = schedule_class(run=run, max_epoch=max_epoch, iters_per_epoch=iters_per_epoch, total_steps=total_steps)
     warming = iters_per_epoch if run.lr_sched_per_epoch else total_steps
     if run.warmup_lr is not None and run.warmup_steps > warming:
         length = "the first epoch, where lr_sched_per_epoch ends it," if run.lr_sched_per_epoch else "the whole run"
-        logger.warning(
-            f"run.warmup_steps={run.warmup_steps:,} is longer than {length} of {warming:,} steps: the learning rate "
-            f"reaches {schedule.lr_at(warming - 1):.3g} of run.init_lr={run.init_lr:g}. Lower run.warmup_steps"
-        )
+        reached = f"the learning rate reaches {schedule.lr_at(warming - 1):.3g} of run.init_lr={run.init_lr:g}"
+        logger.warning(f"run.warmup_steps={run.warmup_steps:,} is longer than {length} of {warming:,} steps: {reached}")
     return schedule
 
 

@@ -61,9 +61,7 @@ def fill_placeholders(template: str, values: Sequence[str]) -> str:
     """
     count = template.count("{}")
     if count > len(values):
-        raise InputError(
-            f"prompt {template!r} has {count} placeholders, but there are {len(values)} texts for them: give "
-            "samples['text_input'], or a prompt without '{}'"
-        )
+        problem = f"prompt {template!r} has {count} placeholders, but there are {len(values)} texts for them"
+        raise InputError(f"{problem}: give samples['text_input'], or a prompt without '{{}}'")
     head, *rest = template.split("{}", len(values))
     return head + "".join(value + part for value, part in zip(values, rest, strict=False))

@@ -145,6 +145,8 @@ class RunConfig:
             raise SettingError("run.max_iters", "missing: runner_iter needs the number of steps")
         if self.runner == "runner_base" and self.iters_per_inner_epoch is not None:
             raise SettingError("run.iters_per_inner_epoch", "needs runner: runner_iter; runner_base counts epochs")
+        if self.lr_sched == "linear_warmup_step_lr" and self.lr_decay_rate is None:
+            raise SettingError("run.lr_decay_rate", "missing: linear_warmup_step_lr needs a factor per epoch, e.g. 0.9")
         self._check_mixture()
         self._apply_amp()
 

@@ -116,10 +116,11 @@ def processors_of(config: Mapping[str, Any], *, source: str) -> tuple[dict[str, 
 
     The second value is the kinds (`vis_processor`, `text_processor`) in which the datasets differ.
     """
-    preprocess, datasets = (config.get(key) for key in ("preprocess", "datasets"))
-    blocks = _processor_blocks(preprocess, source=source)
+    datasets = config.get("datasets")
     bodies = datasets.values() if isinstance(datasets, Mapping) else ()
-    own = [_processor_blocks(body, source=source) for body in bodies]
+    sections = [one if isinstance(one, Mapping) else {} for one in (config.get("preprocess"), *bodies)]
+    named = [{key: one[key] for key in PROCESSOR_KEYS if isinstance(one.get(key), Mapping)} for one in sections]
+    blocks, *own = (_plain(one, source=source) for one in named)
     mixed = []
     for key in PROCESSOR_KEYS:
         given = [body[key] for body in own if body.get(key)]
@@ -128,12 +129,6 @@ def processors_of(config: Mapping[str, Any], *, source: str) -> tuple[dict[str, 
         elif given:
             mixed.append(key)
     return blocks, tuple(mixed)
-
-
-def _processor_blocks(section: Any, *, source: str) -> dict[str, Any]:
-    section = section if isinstance(section, Mapping) else {}
-    named = {key: section[key] for key in PROCESSOR_KEYS if isinstance(section.get(key), Mapping)}
-    return _plain(named, source=source)
 
 
 def lay_under(
@@ -163,14 +158,17 @@ def lay_under(
     is_same = trained.arch == arch
     if is_same:
         given = {key: value for key, value in trained.model.items() if key in schema or open_ended}
-        for key in trained.model.keys() - given.keys():
+        for key in sorted(trained.model.keys() - given.keys()):
             unknown = f"model.{key}={trained.model[key]!r}"
             logger.warning(f"{trained.source}: its config has {unknown}, which is unknown here: left out")
     else:
         given = _shared(trained, arch, stated)
         # another task has other texts, and its type states the images
         blocks = {key: value for key, value in blocks.items() if key == "vis_processor" and not preset}
-    _check_sources(trained, given, stated, own)
+    for key in given.keys() & set(SOURCES) - merge_layers(own).get("model", {}).keys():
+        if download.is_url(str(given[key])) and given[key] != stated.get(key):  # it would be fetched
+            problem = f"its config takes model.{key} from {given[key]}, which a file must not decide"
+            raise InputError(f"{trained.source}: {problem}: if you trust the address, give {key} yourself")
     replaced = set(given)
     if is_same and trained.is_whole:
         replaced |= {key for key in stated if key in schema and key not in (*MODEL_KEYS, *MACHINE_KEYS)}
@@ -212,15 +210,6 @@ def _shared(trained: Trained, arch: str, stated: Mapping[str, Any]) -> dict[str,
 def _defaults(arch: str) -> dict[str, Any]:
     """Return the constructor's arguments with their defaults."""
     return {name: parameter.default for name, parameter in schema_of(registry.get_model_class(arch))[0].items()}
-
-
-def _check_sources(trained: Trained, given: Mapping[str, Any], stated: Mapping[str, Any], own: Sequence[Layer]) -> None:
-    """Raise InputError for a URL that only the file names: it would be fetched."""
-    chosen = merge_layers(own).get("model", {})
-    for key in given.keys() & set(SOURCES) - chosen.keys():
-        if download.is_url(str(given[key])) and given[key] != stated.get(key):
-            problem = f"its config takes model.{key} from {given[key]}, which a file must not decide"
-            raise InputError(f"{trained.source}: {problem}: if you trust the address, give {key} yourself")
 
 
 def _log_differences(

@@ -122,10 +122,9 @@ def fetch_folder(source: str | Path) -> Path:
             if any(folder.glob(weights)):
                 return folder
     except LocalEntryNotFoundError as error:
-        raise MissingFileError(
-            f"{source} is neither a folder here nor in the hub's cache, and the hub cannot be reached"
-            f"{' because LAVIS_LITE_OFFLINE is set' if is_offline() else ''}: give a local folder"
-        ) from error
+        reason = " because LAVIS_LITE_OFFLINE is set" if is_offline() else ""
+        problem = f"is neither a folder here nor in the hub's cache, and the hub cannot be reached{reason}"
+        raise MissingFileError(f"{source} {problem}: give a local folder") from error
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UnreachableError(f"{source} is not a folder here, and the hub's answer is: {reason}") from error
