@@ -249,7 +249,7 @@ def test_a_short_clip_repeats_frames_or_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the list of frames has no frames"):
         load_processor("blip_video_eval")([])
     with pytest.raises(ValueError, match=r"short_clips: .*'loop'"):
-        load_processor("blip_video_eval", {"short_clips": "loop"})
+        load_processor("blip_video_eval", {"short_clips": "loop"})([Image.fromarray(image) for image in images])
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png"])

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lavis_lite.cli.failures import exit_code, is_first_process
@@ -114,17 +113,16 @@ def _run_job(cfg: Config, stop: StopSignals) -> dict[str, Any]:
             runner = registry.get_runner_class(cfg.run.runner)(cfg, task, model, datasets, job_dir)
             runner.stop = stop
             return _execute(cfg, runner)
-        except (UserError, RankZeroFailed):
-            _discard_unbegun(job_dir, runner)
-            raise
-        except (Stopped, RuntimeError) as error:
-            if isinstance(error, Stopped):
-                stopped = error
-            elif stop.signum is not None and dist.lost_rank(error):  # another rank got the signal, and ended first
-                stopped = Stopped(stop.signum)
-            else:
+        except (UserError, Stopped, RuntimeError) as error:
+            is_users = isinstance(error, UserError | RankZeroFailed)
+            stopped = error if isinstance(error, Stopped) else None
+            if isinstance(error, RuntimeError) and not is_users and stop.signum is not None and dist.lost_rank(error):
+                stopped = Stopped(stop.signum)  # another rank got the signal, and ended first
+            if (is_users or stopped) and dist.is_main() and not (runner and runner.has_begun):
+                run_logger.setup()  # closes console.txt
+                discard_if_unused(job_dir)
+            if stopped is None:
                 raise
-            _discard_unbegun(job_dir, runner)
             if not cfg.run.evaluate and (job_dir / LAST).is_file():
                 stopped.job_id, stopped.step = str(cfg.run.job_id), runner.saved_step if runner else None
             raise stopped from None
@@ -154,13 +152,3 @@ def _execute(cfg: Config, runner: "Runner") -> dict[str, Any]:
         duration = timedelta(seconds=round(time.perf_counter() - started))
         logger.info(f"done in {duration}; {runner.job_dir / 'checkpoint_best.pth'}: {chosen}")
     return result
-
-
-def _discard_unbegun(job_dir: Path, runner: "Runner | None") -> None:
-    """Delete the folder of a run that ends before its first step, if nothing else is in it."""
-    from lavis_lite.common import dist
-    from lavis_lite.common import logger as run_logger
-
-    if dist.is_main() and not (runner is not None and runner.has_begun):
-        run_logger.setup()  # closes console.txt
-        discard_if_unused(job_dir)

@@ -134,10 +134,9 @@ class Lockstep:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Within a step: let ranks wait for hours in the body, as for rank 0 writing a file."""
-        self._set(TIMEOUT)
+        self.__exit__()
         yield
-        self._wait()
-        self._set(self.timeout)
+        self.__enter__()
 
     def largest(self, number: int) -> int:
         """Return the largest of all ranks' numbers."""
@@ -303,14 +302,9 @@ class _GatherWithGrad(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        grad = grad.contiguous()
-        if torch_dist.get_backend() == "nccl":
-            own = grad.new_empty((grad.shape[0] // world_size(), *grad.shape[1:]))
-            torch_dist.reduce_scatter_tensor(own, grad)
-            return own
-        grad = grad.clone()  # autograd may hand the same tensor to others
-        torch_dist.all_reduce(grad)
-        return grad.chunk(world_size())[rank()]
+        own = grad.new_empty((grad.shape[0] // world_size(), *grad.shape[1:]))
+        torch_dist.reduce_scatter_tensor(own, grad.contiguous())
+        return own
 
 
 def _all_to_all(rows: torch.Tensor, num_out: list[int], num_in: list[int]) -> torch.Tensor:

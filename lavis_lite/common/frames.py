@@ -12,7 +12,7 @@ depending on timing. Decoding to the end takes seconds only for videos of an hou
 import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from lavis_lite.common.bounds import check_number
-from lavis_lite.common.errors import InputError, MissingFileError, MissingPackageError, UnreadableSample
+from lavis_lite.common.errors import InputError, MissingFileError, MissingPackageError, SettingError, UnreadableSample
 from lavis_lite.common.pixels import BROKEN, open_file, to_rgb
 from lavis_lite.common.rng import cpu_state, restore_cpu
 
@@ -40,8 +40,10 @@ def sampled(num_available: int, num_frames: int, *, source: object, short_clips:
     """Return the numbers floor(i x num_available / num_frames) of the frames to take, in time order.
 
     A source with fewer frames repeats them, or with `short_clips="error"` raises UnreadableSample, as one without
-    frames does. Raises SettingError if `num_frames` is below 1 or above `MAX_FRAMES`.
+    frames does. Raises SettingError if `num_frames` is below 1 or above `MAX_FRAMES`, or for another `short_clips`.
     """
+    if short_clips not in get_args(ShortClips):
+        raise SettingError("short_clips", f"{short_clips!r} is neither repeat nor error")
     if not num_available:
         raise UnreadableSample(f"{source} has no frames")
     if num_available < check_num_frames(num_frames) and short_clips == "error":

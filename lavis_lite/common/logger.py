@@ -69,8 +69,7 @@ class JsonLog:
         self.path, self.enabled = Path(path), enabled
         if enabled:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            torn = self.path.exists() and self.path.stat().st_size > 0 and not self.path.read_bytes().endswith(b"\n")
-            if torn:
+            if self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n"):
                 self._append("\n")
 
     def write(self, row: Mapping[str, Any]) -> None:

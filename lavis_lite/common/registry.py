@@ -148,9 +148,5 @@ class Registry:
         self.register_lr_scheduler, self.get_lr_scheduler_class = schedule.register, schedule.get
         self.list_lr_schedulers = schedule.names
 
-    def add_finder(self, kind: str, names: Callable[[], Iterable[str]], find: Callable[[str], Any]) -> None:
-        """See `Table.add_finder`."""
-        self.tables[kind].add_finder(names, find)
-
 
 registry = Registry()

@@ -34,4 +34,4 @@ def packaged_builder(name: str) -> type[BaseBuilder] | None:
     return make_dataclass(name, changed, bases=(layout,), kw_only=True, namespace={"__module__": layout.__module__})
 
 
-registry.add_finder("builder", dataset_zoo.names, packaged_builder)
+registry.tables["builder"].add_finder(dataset_zoo.names, packaged_builder)

@@ -197,26 +197,17 @@ def merge_layers(layers: Sequence[Layer]) -> dict[str, Any]:
 
 def resolve(layers: Sequence[Layer]) -> dict[str, Any]:
     """Merge all layers and resolve every `${...}`; ConfigError about a key for which that fails, or that is `???`."""
-    from omegaconf import OmegaConf
-
-    with _resolving(layers):
-        return plain(OmegaConf.create(merge_layers(layers)), resolved=True)
+    return resolve_key(layers, ())
 
 
 def resolve_key(layers: Sequence[Layer], path: KeyPath) -> Any:
     """Return the resolved value at `path` of the merged layers, or None; the other keys are not resolved."""
     from omegaconf import OmegaConf
-
-    with _resolving(layers):
-        return plain(OmegaConf.select(OmegaConf.create(merge_layers(layers)), ".".join(path)), resolved=True)
-
-
-@contextlib.contextmanager
-def _resolving(layers: Sequence[Layer]) -> Iterator[None]:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        yield
+        tree = OmegaConf.create(merge_layers(layers))
+        return plain(OmegaConf.select(tree, ".".join(path)) if path else tree, resolved=True)
     except OmegaConfBaseException as error:
         key = tuple(str(error.full_key or "").split("."))
         text = str(error.msg or error).strip().splitlines()[0]

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-import huggingface_hub
 import torch
 from huggingface_hub import constants
 from torch import nn
@@ -60,15 +59,22 @@ def timm_model(name: str, *, pretrained: bool = True) -> nn.Module:
     """
     import timm
 
-    settings: dict[str, Any] = {}
+    cached = None
     if ":" not in name:  # hf_hub:owner/name is timm's name of a repository
         config = timm_config(name)
         if pretrained and not config.has_weights:
             raise InputError(f"timm has no published weights of {name}: give a file of weights instead")
-        if pretrained and download.is_offline():
-            settings["pretrained_cfg_overlay"] = {"file": str(_cached_timm_weights(name, config))}
-    with _hub_offline(), _refusing_code(name):
-        return timm.create_model(name, pretrained=pretrained, **settings)
+        if not config.hf_hub_id:  # else timm takes the hub's cache
+            cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(str(config.url)).path).name
+    try:
+        if pretrained and download.is_offline() and cached is not None and not cached.is_file():
+            raise FileNotFoundError(f"no file {cached}")
+        with _hub_offline(), _refusing_code(name):
+            return timm.create_model(name, pretrained=pretrained)
+    except OSError as error:
+        reason = "; LAVIS_LITE_OFFLINE is set" if download.is_offline() else ""
+        problem = f"the weights of timm's {name} are not on this machine and cannot be fetched{reason}"
+        raise MissingFileError(f"{problem}: give a file of weights instead of the name ({error})") from error
 
 
 def timm_config(name: str) -> "PretrainedCfg":
@@ -82,22 +88,6 @@ def timm_config(name: str) -> "PretrainedCfg":
         raise InputError(f"unknown timm model {name}: {error} {did_you_mean(name, timm.list_pretrained())}") from error
     assert config is not None, f"timm returned no record of {name}"  # it does so only if unregistered names are allowed
     return config
-
-
-def _cached_timm_weights(name: str, config: "PretrainedCfg") -> Path:
-    """Return the file of a timm model's weights in the hub's cache or torch's. FileNotFoundError if neither has it."""
-    repository, _, revision = (config.hf_hub_id or "").partition("@")
-    names = [config.hf_hub_filename] if config.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
-    for file in names if repository else []:
-        found = huggingface_hub.try_to_load_from_cache(repository, file, revision=revision or None)
-        if isinstance(found, str):
-            return Path(found)
-    if isinstance(config.url, str):
-        path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(config.url).path).name
-        if path.is_file():
-            return path
-    advice = "LAVIS_LITE_OFFLINE is set: unset it, or give a file of weights instead of the name"
-    raise MissingFileError(f"the weights of timm's {name} are not on this machine and {advice}")
 
 
 @contextlib.contextmanager
