@@ -13,18 +13,10 @@ if TYPE_CHECKING:
 
 HELP = """Turn LAVIS's weights into a Hugging Face folder, or such a folder into a LAVIS file, without loss.
 
-examples:
-  # the published BLIP-2 with OPT, its frozen parts fetched, as a folder for transformers' Blip2ForConditionalGeneration
+examples (docs/weights.md has more):
   python -m lavis_lite.convert to-hf blip2_opt pretrain_opt2.7b blip2-opt-2.7b
-  # your own checkpoint, language model and image encoder in bf16, with the language model from a local folder
   python -m lavis_lite.convert to-hf blip2_t5 caption_coco_flant5xl captioner --checkpoint output/checkpoint_best.pth \\
-      --precision bf16 --options t5_model=/models/flan-t5-xl tokenizer=/models/bert-base-uncased
-  # a run with llm_lora: its adapters merged, or in a folder of their own for peft
-  python -m lavis_lite.convert to-hf blip2_opt pretrain_opt2.7b tuned --checkpoint output/checkpoint_best.pth
-  python -m lavis_lite.convert to-hf blip2_opt pretrain_opt2.7b base --checkpoint output/checkpoint_best.pth \\
-      --adapter adapter
-  # back: a folder or hub id as a .pth that LAVIS loads, with the trainable parts only, as LAVIS's own files
-  python -m lavis_lite.convert to-lavis blip2-opt-2.7b blip2_opt.pth --trainable-only
+      --precision bf16 --options t5_model=/models/flan-t5-xl
   python -m lavis_lite.convert to-lavis Salesforce/blip-vqa-base blip_vqa.pth"""
 PLACES = (
     *("tokenizer", "vit_weights", "vit_precision", "llm_precision", "opt_model", "t5_model", "llm_model"),

@@ -44,30 +44,22 @@ def follow_model(
     blocks = dict(blocks)
     if blocks.get("vis_processor"):
         blocks["vis_processor"] = dict(blocks["vis_processor"])
-        own, expected = image_settings(model), model_setting(model, "image_size")
+        statistics = registry.get_model_class(model["arch"]).image_statistics(model) or {}  # else CLIP's, the default
+        expected = model_setting(model, "image_size")
+        own = {"image_size": expected, **statistics}
         for split, block in blocks["vis_processor"].items():
             size, schema = block.get("image_size"), schema_of(registry.get_processor_class(block["name"]))[0]
             if None not in (size, expected) and size != expected:
                 text = f"{size} is not model.image_size, which is {expected}: leave it out to take the model's"
                 raise checker.error((*path, "vis_processor", split, "image_size"), text)
-            missing = {key: value for key, value in own.items() if key in schema and block.get(key) is None}
-            blocks["vis_processor"][split] = {**block, **missing}
+            missing = [key for key in own if key in schema and block.get(key) is None and own[key] is not None]
+            blocks["vis_processor"][split] = {**block, **{key: own[key] for key in missing}}
     captions = (blocks.get("text_processor") or {}).get("train") or {}
     if _contradicts(captions, model):
         own_prompt, expected = captions["prompt"], model_setting(model, "prompt")
         text = f"{own_prompt!r} is not model.prompt, which is {expected!r}: set both to one text"
         raise checker.error((*path, "text_processor", "train", "prompt"), text)
     return blocks
-
-
-def image_settings(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a model section's `image_size`, and `mean` and `std` where its encoder has its own.
-
-    An architecture without such a setting has no entry. CLIP's mean and std are the processors' defaults.
-    """
-    statistics = registry.get_model_class(model["arch"]).image_statistics(model)
-    settings = {"image_size": model_setting(model, "image_size"), **(statistics or {})}
-    return {key: value for key, value in settings.items() if value is not None}
 
 
 def _contradicts(block: Mapping[str, Any], model: Mapping[str, Any]) -> bool:

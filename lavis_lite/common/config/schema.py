@@ -157,11 +157,8 @@ class Checker:
         try:
             return self._convert(value, annotation, path)
         except _Mismatch as mismatch:
-            hint, choices = "", get_args(annotation)
-            if get_origin(annotation) is Literal and all(isinstance(choice, str) for choice in choices):
-                hint = f". {did_you_mean(value, choices)}"
-            if path in self._raw and isinstance(value, dict | list) and _takes_text(annotation):
-                hint = "; quote a text for YAML too"
+            is_unquoted = path in self._raw and isinstance(value, dict | list) and _takes_text(annotation)
+            hint = "; quote a text for YAML too" if is_unquoted else ""
             given = f"{value!r} ({describe(type(value))})"
             raise self.error(path, f"expected {describe(annotation)}{mismatch}, got {given}{hint}") from None
 

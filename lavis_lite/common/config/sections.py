@@ -55,16 +55,11 @@ def model_arguments(section: Mapping[str, Any], checker: Checker) -> dict[str, A
 def check_processors(blocks: Mapping[str, Any], checker: Checker, path: tuple[str, ...]) -> None:
     """Check `vis_processor` and `text_processor`: blocks `train` and `eval` of a registered name and its arguments."""
     for key in PROCESSOR_KEYS:
-        splits = blocks.get(key) or {}
-        if not isinstance(splits, Mapping):
-            raise checker.error((*path, key), f"expected a mapping with the blocks train and eval, got {splits!r}")
+        splits = checker.value(blocks.get(key) or {}, dict[str, Any], (*path, key))
+        checker.section(splits, dict.fromkeys(("train", "eval"), Parameter(dict[str, Any])), (*path, key))
         for split, block in splits.items():
-            where = (*path, key, str(split))
-            if split not in ("train", "eval"):
-                raise checker.error(where, f"unknown key. {did_you_mean(split, ('train', 'eval'))}")
-            if not isinstance(block, Mapping) or not isinstance(block.get("name"), str):
-                raise checker.error(where, f"expected a mapping with the processor's name, got {block!r}")
-            processor = _looked_up(registry.get_processor_class, block["name"], checker, (*where, "name"))
+            where = (*path, key, split)
+            processor = _looked_up(registry.get_processor_class, block.get("name"), checker, (*where, "name"))
             schema, open_ended = schema_of(processor)
             checker.section(block, {"name": Parameter(str)} | schema, where, open_ended=open_ended)
 
