@@ -4,6 +4,7 @@ A dry run and the start of every run do the same checks. What needs the model's 
 step. Files are looked up on rank 0 only.
 """
 
+import contextlib
 import logging
 import os
 import stat
@@ -207,8 +208,11 @@ def check_files(dataset: BaseDataset, where: str, *, share: float | None) -> set
         for number, record in enumerate(dataset.annotation if wrong else [])
         if any(os.path.join(root, file) in wrong for file in dataset.files_of(record))
     ]
-    if not affected or _is_readable(dataset, affected[0]):
+    if not affected:
         return files - wrong.keys()
+    with contextlib.suppress(UnreadableSample, OSError), preserve_rng_state():
+        dataset[affected[0]]
+        return files - wrong.keys()  # a user's class may open others than `files_of` says
     path, reason = next(iter(wrong.items()))
     kind = _kind(dataset)
     others = f", and {len(wrong) - 1:,} more of {len(files):,} files" if len(wrong) > 1 else ""
@@ -222,16 +226,6 @@ def check_files(dataset: BaseDataset, where: str, *, share: float | None) -> set
         f"{text}. Check the dataset's build_info.{kind}s.storage (relative paths are below the data root, "
         f"LAVIS_LITE_DATA) or remove the records. ({NEVER_SKIPPED if share is None else MAY_BE_SKIPPED})"
     )
-
-
-def _is_readable(dataset: BaseDataset, index: int) -> bool:
-    """Whether a sample is read although its file is wrong: a user's class may open others than `files_of` says."""
-    try:
-        with preserve_rng_state():
-            dataset[index]
-    except (UnreadableSample, OSError):
-        return False
-    return True
 
 
 def wrong_files(files: Iterable[str]) -> dict[str, str]:

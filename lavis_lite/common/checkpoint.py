@@ -32,8 +32,6 @@ ADAPTER = re.compile(r"\.(lora_\w+|modules_to_save|base_layer|original_module|to
 """Matches the names that peft gives to adapters and to the layers that have them."""
 COMPUTED = re.compile(r"position_ids$|\.inv_freq$")
 """Matches the names of buffers that the model computes from its sizes; Hugging Face's files do not hold them."""
-NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EACCES)
-"""Errors of a file system without hard links."""
 
 
 class LoadReport(NamedTuple):
@@ -109,10 +107,8 @@ def link_or_copy(source: Path, target: Path) -> Path:
     try:
         os.link(source, temporary)
         os.replace(temporary, target)
-    except OSError as error:
+    except OSError:
         temporary.unlink(missing_ok=True)
-        if error.errno not in NO_LINKS:
-            raise
         with source.open("rb") as file:
             atomic_write(target, functools.partial(shutil.copyfileobj, file))
     return target

@@ -15,23 +15,16 @@ from lavis_lite.common.errors import InputTypeError, UnknownNameError
 
 T = TypeVar("T")
 
-PACKAGES = {
-    "model": "lavis_lite.models",
-    "processor": "lavis_lite.processors",
-    "builder": "lavis_lite.datasets",
-    "task": "lavis_lite.tasks",
-    "runner": "lavis_lite.runners",
-    "lr_scheduler": "lavis_lite.common.optim",
+KINDS: dict[str, tuple[str, str | None]] = {
+    "model": ("lavis_lite.models", "lavis_lite.models.base.BaseModel"),
+    "processor": ("lavis_lite.processors", "lavis_lite.processors.base.BaseProcessor"),
+    "builder": ("lavis_lite.datasets", "lavis_lite.datasets.base.BaseBuilder"),
+    "task": ("lavis_lite.tasks", "lavis_lite.tasks.base.BaseTask"),
+    "runner": ("lavis_lite.runners", "lavis_lite.runners.runner.Runner"),
+    "lr_scheduler": ("lavis_lite.common.optim", None),
 }
-
-BASES = {
-    "model": "lavis_lite.models.base.BaseModel",
-    "processor": "lavis_lite.processors.base.BaseProcessor",
-    "builder": "lavis_lite.datasets.base.BaseBuilder",
-    "task": "lavis_lite.tasks.base.BaseTask",
-    "runner": "lavis_lite.runners.runner.Runner",
-}
-"""The class that those of a kind derive from; by name, since this module imports no package of a kind."""
+"""The package of each kind, and the class that those of the kind derive from; by name, since this module imports no
+package of a kind."""
 
 
 class RegistryError(UnknownNameError):
@@ -132,12 +125,9 @@ class Registry:
     """
 
     def __init__(self, packages: Mapping[str, str] | None = None) -> None:
-        own = dict(packages or {})
-        self.tables = {
-            kind: Table(kind, package, None if kind in own else BASES.get(kind))
-            for kind, package in (PACKAGES | own).items()
-        }
-        model, processor, builder, task, runner, schedule = (self.tables[kind] for kind in PACKAGES)
+        kinds = KINDS | {kind: (package, None) for kind, package in (packages or {}).items()}
+        self.tables = {kind: Table(kind, *kinds[kind]) for kind in kinds}
+        model, processor, builder, task, runner, schedule = (self.tables[kind] for kind in KINDS)
         self.register_model, self.get_model_class, self.list_models = model.register, model.get, model.names
         self.register_processor, self.get_processor_class = processor.register, processor.get
         self.list_processors = processor.names
