@@ -180,7 +180,7 @@ def test_missing_and_non_utf8_files_are_named(tmp_path: Path):
         ("run.task=caption", ["run.task: ", "'caption'", "Did you mean 'captioning'"]),
         ("run.runner=runner", ["run.runner: ", "'runner'"]),
         ("run.lr_sched=cosine", ["run.lr_sched: ", "'cosine'"]),
-        ("run.precision=bf61", ["'auto' or 'fp32' or 'bf16' or 'fp16'", "got 'bf61' (text)", "Did you mean 'bf16'"]),
+        ("run.precision=bf61", ["'auto' or 'fp32' or 'bf16' or 'fp16'", "got 'bf61' (text)"]),
         ("run.max_epoch=ten", ["run.max_epoch: ", "a whole number", "got 'ten' (text)"]),
         ("run.max_epoch=2.5", ["run.max_epoch: ", "a whole number", "got 2.5"]),
         ("run.max_epoch=true", ["run.max_epoch: ", "a whole number", "got True"]),
