@@ -75,7 +75,7 @@ def losses_by_hand(model: Any, image: Tensor, texts: list[str], ids: list[int], 
     lm, num_words = 0.0, 0
     for i, (row, mask) in enumerate(tokens):
         row = torch.cat([torch.tensor([[model.tokenizer.bos_token_id]]), row[:, 1:]], dim=1)
-        states, _ = model.Qformer(model.query_tokens, row, mask, context=context[i], attention="causal")
+        states, _ = model.Qformer(model.query_tokens, row, mask, context=context[i], causal=True)
         log_probs = model.Qformer.logits(states)[0, len(queries[i]) :].log_softmax(-1)
         for position in range(row.shape[1] - 1):
             lm -= float(0.9 * log_probs[position, row[0, position + 1]] + 0.1 * log_probs[position].mean())
@@ -179,7 +179,7 @@ def test_greedy_equals_passes_without_cache(model: Any) -> None:
     ids = [model.tokenizer.bos_token_id]
     while len(ids) < 8:
         row = torch.tensor([ids])
-        states, _ = model.Qformer(model.query_tokens, row, torch.ones_like(row), context=context, attention="causal")
+        states, _ = model.Qformer(model.query_tokens, row, torch.ones_like(row), context=context, causal=True)
         logits = model.Qformer.logits(states[0, -1])
         logits[model.tokenizer.sep_token_id] = -torch.inf  # below min_length
         ids.append(int(logits.argmax()))

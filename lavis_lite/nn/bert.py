@@ -9,11 +9,11 @@ Letters: B texts, C contexts (B is a multiple of C), T text tokens, Q queries, L
 tokens, E width, V vocabulary.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lavis_lite.common.errors import InputError
@@ -30,15 +30,9 @@ from lavis_lite.nn.attention import (
 )
 
 
-class Intermediate(nn.Module):
-    """The feed-forward layer's first half."""
-
-    def __init__(self, config: BertConfig) -> None:
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.dense(x))
+def intermediate(config: BertConfig) -> nn.Sequential:
+    """Build the feed-forward layer's first half."""
+    return nn.Sequential(OrderedDict(dense=nn.Linear(config.hidden_size, config.intermediate_size), gelu=nn.GELU()))
 
 
 class BertLayer(nn.Module):
@@ -55,7 +49,7 @@ class BertLayer(nn.Module):
                 merge = index >= config.merge_streams_from
                 self.crossattention = DualCrossAttention(config, config.context_width, merge=merge)
         if has_text:
-            self.intermediate = Intermediate(config)
+            self.intermediate = intermediate(config)
             self.output = AddNorm(config, config.intermediate_size)
 
     def project_kv(self, states: Sequence[Tensor]) -> tuple[KeyValue, ...]:
@@ -117,14 +111,6 @@ class Embeddings(nn.Module):
         return self.dropout(self.LayerNorm(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)))
 
 
-class Encoder(nn.Module):
-    """The stack of layers, named as in BERT."""
-
-    def __init__(self, config: BertConfig, layer_class: type[BertLayer], *, has_text: bool) -> None:
-        super().__init__()
-        self.layer = nn.ModuleList(layer_class(config, i, has_text=has_text) for i in range(config.num_layers))
-
-
 class Transformer(nn.Module):
     """Embeddings and layers under BERT's names, not initialised."""
 
@@ -132,12 +118,13 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config, has_text=has_text)
-        self.encoder = Encoder(config, layer_class, has_text=has_text)
+        layers = [layer_class(config, i, has_text=has_text) for i in range(config.num_layers)]
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
 
     @property
     def layers(self) -> Sequence[BertLayer]:
         """The layers, first to last."""
-        return cast("Sequence[BertLayer]", self.encoder.layer)  # ModuleList is not generic
+        return cast("Sequence[BertLayer]", self.encoder["layer"])  # ModuleDict is not generic
 
     def project_kv(self, *states_CSE: Tensor, mask: Tensor | None = None) -> CrossAttentionKV:
         """Return every layer's keys and values of the context's states (C,S,E'), one tensor per stream; `mask` (C,S) is
@@ -208,44 +195,26 @@ class BertModel(Transformer):
         return self.run_layers(x_BTE, mask, context=context, past=past)
 
 
-class PredictionTransform(nn.Module):
-    """Dense, GELU, LayerNorm before the vocabulary."""
-
-    def __init__(self, config: BertConfig) -> None:
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.LayerNorm(F.gelu(self.dense(x)))
-
-
-class Predictions(nn.Module):
-    """Scores of the next token; `bias` occurs twice in the state_dict, as in BERT's files."""
-
-    def __init__(self, config: BertConfig) -> None:
-        super().__init__()
-        self.transform = PredictionTransform(config)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
-        self.bias = self.decoder.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.decoder(self.transform(x))
-
-
 class LMHead(nn.Module):
     """BERT's language-model head `cls`: states (...,E) in, scores of the next token (...,V) out."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.predictions = Predictions(config)
+        transform = OrderedDict(
+            dense=nn.Linear(config.hidden_size, config.hidden_size),
+            gelu=nn.GELU(),
+            LayerNorm=nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps),
+        )
+        decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.predictions = nn.Sequential(OrderedDict(transform=nn.Sequential(transform), decoder=decoder))
+        self.predictions.bias = decoder.bias  # twice in the state_dict, as in BERT's files
 
     def forward(self, x: Tensor) -> Tensor:
         return self.predictions(x)
 
     def tie(self, embeddings: Embeddings) -> None:
         """Share the vocabulary's weight with the word embeddings."""
-        self.predictions.decoder.weight = embeddings.word_embeddings.weight
+        self.predictions.get_submodule("decoder").weight = embeddings.word_embeddings.weight
 
 
 class BertLMHeadModel(nn.Module):
