@@ -10,8 +10,7 @@ from typing import Any
 
 import timm
 
-from lavis_lite.common.errors import InputError
-from lavis_lite.common.registry import did_you_mean
+from lavis_lite.common.errors import InputError, did_you_mean
 from lavis_lite.common.sources.hub import timm_config
 from lavis_lite.nn.vision import SIZE_BOUNDS, VIT_SIZES, BlipViT, ImageEncoder, ViTConfig
 from lavis_lite.nn.vision_clip import CLIP_SIZES, EVA_SIZES, ClipViT, EvaViT
