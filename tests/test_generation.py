@@ -163,7 +163,7 @@ def test_settings_that_are_refused(changes: dict[str, Any], where: str) -> None:
 
 
 def test_a_setting_without_its_name_is_refused() -> None:
-    with pytest.raises(InputTypeError, match="by name, .*; got 7"):
+    with pytest.raises(InputTypeError, match=r"by name, .*; got 7"):
         BLIP.changed(7, num_beams=2)
 
 

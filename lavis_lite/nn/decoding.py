@@ -167,8 +167,8 @@ class Decoded(NamedTuple):
 Step = Callable[[Tensor, Any, int], tuple[Tensor, Any]]
 """(new ids (N,T), cache or None, total length) -> logits of the next token (N,V) and the new cache.
 
-A cache has N rows: `expand(times)` repeats every row, copies side by side; `select(index)` returns these rows (N,), each
-of the same text as the row it replaces. Both may use up the old cache.
+A cache has N rows: `expand(times)` repeats every row, copies side by side; `select(index)` returns these rows (N,),
+each of the same text as the row it replaces. Both may use up the old cache.
 """
 
 
