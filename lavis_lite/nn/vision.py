@@ -114,7 +114,7 @@ class ImageEncoder(nn.Module):
     @property
     def blocks(self) -> list[nn.Module]:
         """The transformer blocks, first to last."""
-        return list(self.get_submodule(self.block_names.removesuffix(".")).children())
+        return list(dict(self.named_modules())[self.block_names.removesuffix(".")].children())
 
     def checkpoint_all(self) -> None:
         """Make every block recompute its activations in the backward pass."""
