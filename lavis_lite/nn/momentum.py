@@ -51,8 +51,7 @@ def enqueue(queues: Sequence[tuple[Tensor, Tensor]], pointer: Tensor) -> None:
         size, new = queue.shape[1], columns.shape[1]
         if new > size:
             raise InputError(
-                f"model.queue_size: {size} is smaller than the global batch of {new}; choose a longer queue, or 0 for "
-                "contrast within the batch"
+                f"model.queue_size: {size} is less than the global batch of {new}; raise it, or set it to 0"
             )
         at_end = min(new, size - start)
         queue[:, start : start + at_end] = columns[:, :at_end]

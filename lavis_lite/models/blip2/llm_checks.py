@@ -12,7 +12,7 @@ from lavis_lite.common.errors import InputError
 from lavis_lite.models.blip2.base import weight_dtype
 from lavis_lite.models.blip2.families import LLMFamily
 from lavis_lite.models.blip2.llm_tokenizer import LLMTokenizer
-from lavis_lite.nn.llm_sources import embedding_width, language_model_config
+from lavis_lite.nn.llm_sources import embedding_width, read_config
 from lavis_lite.nn.lora import trains_whole_parts
 
 TINY_WIDTH = 512
@@ -24,7 +24,7 @@ def family_config(family: LLMFamily, source: str, overrides: dict[str, Any] | No
     key = f"model.{family.prefix}_model"
     if not isinstance(source, str | Path) or not source:
         raise InputError(f"{key}: missing; give a folder, a hub id or a packaged tiny language model")
-    config = language_model_config(source, overrides)
+    config, _ = read_config(source, overrides)
     if family.model_types and config.model_type not in family.model_types:
         raise InputError(
             f"{key}: {source} is a {config.model_type}, and this architecture takes {' or '.join(family.model_types)} "
