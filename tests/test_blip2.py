@@ -132,7 +132,7 @@ def test_gather_with_grad_is_the_whole_gradient() -> None:
     samples = {"image": images(), "text_input": TEXTS}
     for switch in (True, False):
         model = build(gather_with_grad=switch)
-        queries = model.encode_queries(model.image_context(samples["image"])).detach().requires_grad_()
+        queries = model.image_features(samples["image"])[1].detach().requires_grad_()
         words = model.encode_text(*model.tokenize(TEXTS)).detach().requires_grad_()
         i2t, t2i = model.contrast(queries, words)
         actual = torch.autograd.grad(contrastive_loss(i2t, t2i, torch.eye(3)), (queries, words))
@@ -189,7 +189,7 @@ def test_greedy_equals_passes_without_cache(model: Any) -> None:
 
 def test_repetition_penalty_counts(model: Any) -> None:
     settings = {"num_beams": 1, "min_length": 12, "max_length": 12}
-    prefix = model.image_prefix(images(4, seed=2))
+    prefix = model.caption_context(images(4, seed=2))
     start = torch.full((4, 1), model.decoder_start)
 
     def repeats(**more: float) -> int:

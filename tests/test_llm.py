@@ -518,7 +518,7 @@ class TestRefused:
             self.load(without(tmp_path, *files))
 
     def test_a_class_that_transformers_lacks(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"config.json: model_type 'megabrain'"):
+        with pytest.raises(ValueError, match=r"config.json: .*'megabrain'"):
             self.load(without(tmp_path, model_type="megabrain"))
 
     def test_a_class_that_writes_no_text(self, tmp_path: Path) -> None:

@@ -67,8 +67,6 @@ class BaseModel(nn.Module):
     """`image` may be a video (B,3,F,H,W)."""
     reports_num_labels: ClassVar[bool] = False
     """The loss is a language model's, a mean over labels whose number the output has as `num_labels`."""
-    has_warned_of_cut_texts: bool = False
-    """Whether the warning about cut texts was logged; it is logged once per model."""
 
     __signature__ = ConstructorSignature()
 

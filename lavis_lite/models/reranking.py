@@ -19,67 +19,33 @@ from torch import Tensor
 
 from lavis_lite.common import dist
 from lavis_lite.common.bounds import check_number
-from lavis_lite.models.batches import TextReader, in_compute_type, stack_texts, trimmed, warn_of_cut_texts
+from lavis_lite.models.batches import in_compute_type, stack_texts, trimmed
+from lavis_lite.models.image_text import ImageTextModel
 from lavis_lite.models.inputs import image_of
-from lavis_lite.nn.attention import CrossAttentionKV
 
 UNRANKED = -100.0
 MAX_CANDIDATES = 10**9
 TEXTS_PER_STEP = 256
 
 
-class Gallery(Protocol):
-    """A retrieval evaluation set of images and `text`."""
-
-    text: list[str]
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-
-
 class GalleryLoader(Protocol):
-    """Batches of this rank's images, with their `index` in the dataset."""
+    """Batches of this rank's images, with their `index` in the dataset, which has all images and `text`."""
 
-    @property
-    def dataset(self) -> Gallery:
-        """The whole evaluation set."""
+    dataset: Any
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Iterate over the batches."""
 
 
-class RerankInterface(TextReader, Protocol):
-    """A model that compares images and texts by features, and then matches the best candidates."""
-
-    @property
-    def device(self) -> torch.device:
-        """The model's device."""
-
-    def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Return normalised features (T,D)."""
-
-    def image_features(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Return tokens (B,S,E) and normalised features (B,D) or, of several queries, (B,Q,D)."""
-
-    def similarity(self, image_feat: Tensor, text_feat: Tensor) -> Tensor:
-        """Return similarities (B,T) of features."""
-
-    def project_kv(self, tokens: Tensor) -> CrossAttentionKV:
-        """Return keys and values of the tokens for `matching_logits`."""
-
-    def matching_logits(self, ids: Tensor, mask: Tensor, context: CrossAttentionKV) -> Tensor:
-        """Return logits (T,2) of the texts: no match, match."""
-
-
 @torch.no_grad()
-def similarity_matrices(model: RerankInterface, loader: GalleryLoader, k_test: int) -> tuple[np.ndarray, np.ndarray]:
+def similarity_matrices(model: ImageTextModel, loader: GalleryLoader, k_test: int) -> tuple[np.ndarray, np.ndarray]:
     """Return scores (I,T) and (T,I), float32, whole on every rank; a score is the matching logit plus the similarity.
 
     Pairs that are not among the `k_test` most similar have -100. With `k_test` 0 nothing is re-ranked: the scores are
     the similarities of all pairs.
     """
     check_number("k_test", k_test, 0, MAX_CANDIDATES)
-    warn_of_cut_texts(model, loader.dataset.text)
+    model.warn_of_cut_texts(loader.dataset.text)
     num_images, num_texts = len(loader.dataset), len(loader.dataset.text)
     texts = [
         model.tokenize(chunk, max_length=model.max_txt_len) for chunk in chunks(loader.dataset.text, TEXTS_PER_STEP)
@@ -108,7 +74,7 @@ def similarity_matrices(model: RerankInterface, loader: GalleryLoader, k_test: i
 
 
 def compare_images(
-    model: RerankInterface, loader: GalleryLoader, text_feat: Tensor, *, keep_tokens: bool
+    model: ImageTextModel, loader: GalleryLoader, text_feat: Tensor, *, keep_tokens: bool
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Return this rank's images' tokens (none unless `keep_tokens`), one tensor (S,E) each in main memory, their
     dataset indices (N,) and their similarities to all texts (N,T); all empty on a rank without images.
