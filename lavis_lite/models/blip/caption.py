@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 @registry.register_model("blip_caption")
-class BlipCaption(CaptionModel, BlipBase):
+class BlipCaption(BlipBase, CaptionModel):
     """Captions an image. Training texts begin with `prompt` (added by the text processor), which is not predicted; a
     text that does not begin with it is predicted as a whole.
     """
@@ -69,7 +69,7 @@ class BlipCaption(CaptionModel, BlipBase):
         if not begins.any() and not self._warned_of_prompt:
             self._warned_of_prompt = True
             logger.warning(
-                f"model.prompt: no text of a batch begins with {self.prompt!r}, e.g. {texts[0]!r}: all of it is learned."
+                f"model.prompt: no text of a batch begins with {self.prompt!r}, e.g. {texts[0]!r}; all is learned."
                 ' Add it in the text processor (prompt: "${model.prompt}"), or set model.prompt to ""'
             )
         labels = self.labels(ids, torch.where(begins, num_masked, 1))

@@ -16,9 +16,9 @@ from lavis_lite.models.hf import (
     Classes,
     HFAdapter,
     NameTable,
-    config_class,
     image_processor,
     read_sizes,
+    transformers_class,
     write_sizes,
 )
 from lavis_lite.nn.vision import BlipViT
@@ -76,7 +76,9 @@ class BlipAdapter(HFAdapter["BlipBase"]):
         if name == "BlipForImageTextRetrieval":
             sizes["image_text_hidden_size"] = len(model.get_parameter("text_proj.weight"))
         vision = self.vision_sizes(model.visual_encoder)
-        return config_class(name)(text_config=text, vision_config=vision, label_smoothing=LABEL_SMOOTHING, **sizes)
+        return transformers_class(name).config_class(
+            text_config=text, vision_config=vision, label_smoothing=LABEL_SMOOTHING, **sizes
+        )
 
     def processor(self, model: "BlipBase", config: Any) -> Any:
         from transformers import BlipProcessor

@@ -15,7 +15,7 @@ from lavis_lite.nn.attention import CrossAttentionKV
 from lavis_lite.nn.bert import BertModel
 
 
-class BlipMatching(ImageTextModel, BlipBase):
+class BlipMatching(BlipBase, ImageTextModel):
     """Image and text encoder with projections into a common space of `embed_dim`; the text encoder can be grounded in
     the image, for `itm_head`, which subclasses add.
     """

@@ -25,7 +25,7 @@ from lavis_lite.nn.losses import language_modeling_loss_per_text
 
 
 @registry.register_model("blip_vqa")
-class BlipVQA(AnswerModel, BlipBase):
+class BlipVQA(BlipBase, AnswerModel):
     """Answers questions about an image, freely (`generate`) or from a list (`rank`).
 
     `decoder_sees_padding` reproduces LAVIS's `generate`: the decoder also attends to the padding of the batch's shorter

@@ -40,7 +40,7 @@ from lavis_lite.nn.losses import IGNORED
 logger = logging.getLogger(__name__)
 
 
-class Blip2LLM(AnswerModel, Blip2Base):
+class Blip2LLM(Blip2Base, AnswerModel):
     """Image encoder, Q-Former and language model: learn captions and answers, generate them, choose among answers.
 
     `prompt` begins every caption; with a placeholder `{}` it goes around questions instead. `qformer_text_input`: the

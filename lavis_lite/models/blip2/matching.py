@@ -17,7 +17,7 @@ from lavis_lite.nn.attention import CrossAttentionKV
 from lavis_lite.nn.losses import best_query_similarity
 
 
-class Blip2Matching(ImageTextModel, Blip2Base):
+class Blip2Matching(Blip2Base, ImageTextModel):
     """Q-Former with projections into a common space of `embed_dim` and the image-text matching head. All models of the
     first stage have all of its weights.
     """

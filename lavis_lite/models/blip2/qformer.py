@@ -42,7 +42,7 @@ from lavis_lite.nn.losses import (
 
 
 @registry.register_model("blip2")
-class Blip2Qformer(CaptionModel, Blip2Matching):
+class Blip2Qformer(Blip2Matching, CaptionModel):
     """Pretraining's first stage, retrieval (finetuning and search) and captions by the Q-Former itself.
 
     With `gather_with_grad` the contrast's gradient flows to both sides of each comparison.
