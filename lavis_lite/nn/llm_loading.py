@@ -26,7 +26,7 @@ from transformers.utils import logging as hf_logging
 from lavis_lite.common.bounds import one_of
 from lavis_lite.common.config.adapters import lora_config
 from lavis_lite.common.errors import InputError, MissingPackageError
-from lavis_lite.nn.llm_sources import fetch, has_weights, is_composite, load_llm_tokenizer, naming, read_config
+from lavis_lite.nn.llm_sources import fetch, has_weights, is_composite, load_llm_tokenizer, locate, naming, read_config
 from lavis_lite.nn.lora import add_lora, embedding_weight
 
 INSIDE_COMPOSITE = {r"^language_model\.": ""}
@@ -167,7 +167,7 @@ def _build(
         hf_logging.set_verbosity_error()  # it would list the other parts of a BLIP-2
         settings |= {"config": config, "dtype": dtype, "output_loading_info": True}
         try:
-            model, report = fetch(auto.from_pretrained, source, "weights", **settings)
+            model, report = fetch(auto.from_pretrained, locate(source), "the language model's weights", **settings)
         finally:
             hf_logging.set_verbosity(verbosity)
         if missing := sorted(report["missing_keys"]):

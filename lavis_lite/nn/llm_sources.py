@@ -82,7 +82,7 @@ def has_weights(source: str | Path) -> bool:
 
 def load_llm_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """Return the model's tokenizer, which must have an end token; without a padding token, that serves as one."""
-    tokenizer = fetch(AutoTokenizer.from_pretrained, source, "tokenizer")
+    tokenizer = fetch(AutoTokenizer.from_pretrained, locate(source), "the language model's tokenizer")
     if len(tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)) < 2:  # transformers 5 makes an empty one
         raise MissingFileError(f"{locate(source)}: holds no tokenizer.json, nor vocab and merges of a tokenizer")
     if tokenizer.eos_token_id is None:
@@ -171,15 +171,14 @@ def _check_class(source: str | Path, config: PreTrainedConfig) -> None:
 
 
 def _config_file(source: str | Path) -> dict[str, Any]:
-    return fetch(PreTrainedConfig.get_config_dict, source, "config.json")[0]
+    return fetch(PreTrainedConfig.get_config_dict, locate(source), "the language model's config.json")[0]
 
 
-def fetch(load: Callable[..., Any], source: str | Path, what: str, **settings: Any) -> Any:
+def fetch(load: Callable[..., Any], source: str, what: str, **settings: Any) -> Any:
     """Return what a `from_pretrained` loads, from this machine or else from the hub. MissingFileError, which says
     `what`, without it.
     """
-    place = locate(source)
     try:
-        return from_hub(load, place, **settings)
+        return from_hub(load, source, **settings)
     except MissingFileError as error:
-        raise MissingFileError(f"language model's {what} could not be loaded from {place}: {error}") from error
+        raise MissingFileError(f"{what} could not be loaded from {source!r}: {error}") from error
