@@ -258,7 +258,7 @@ def test_classes_of_each_image_are_those_of_one_list(arch: str) -> None:
     ragged = model.predict_class(samples, [candidates, candidates[:2]])
     assert ragged[0] == ranks[0].tolist()
     assert sorted(ragged[1]) == [0, 1]
-    with pytest.raises(ValueError, match=r"n_segments: .* 3; got 4"):
+    with pytest.raises(ValueError, match=r"n_segments: .* 3, got 4"):
         model.predict_class(samples, candidates, n_segments=4)
 
 

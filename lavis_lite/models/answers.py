@@ -60,9 +60,9 @@ class AnswerModel(BaseModel):
         """Return answers in the form that `predict_answers` returns."""
         return answers
 
-    @abstractmethod
     def answer_decoding(self, generation: GenerationConfig) -> DecodingConfig:
         """Return decoding settings with the model's tokens and positions."""
+        return self.decoding(generation)
 
     @abstractmethod
     def answer_prompts(self, samples: dict[str, Any], prompt: str) -> list[str]:

@@ -5,7 +5,7 @@ The keys and shapes of the sample dict that models read are listed in datasets/p
 
 import logging
 import re
-from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -22,14 +22,13 @@ from lavis_lite.common.registry import registry
 from lavis_lite.common.sources import weights
 from lavis_lite.models.hf import HFAdapter
 from lavis_lite.models.tokenizers import tokenize
+from lavis_lite.nn.decoding import DecodingConfig, GenerationConfig
 from lavis_lite.nn.losses import IGNORED
 
 logger = logging.getLogger(__name__)
 
 NOT_TRAINED = re.compile(rf"_m\.|queue|{checkpoint.COMPUTED.pattern}")
 """Matches the names of momentum encoders, queues and buffers that follow from the sizes."""
-PRETRAINED = {"text_encoder", "text_decoder", "itm_head"}
-"""Parts of BLIP's pretraining model, from which every task starts."""
 
 
 class Output(dict[str, Tensor]):
@@ -61,6 +60,8 @@ class BaseModel(nn.Module):
     """Tokenizer of the text transformer, where there is one."""
     max_txt_len: int
     """Tokens of a text that are read."""
+    max_positions: int
+    """Positions of the text transformer."""
     learns_answers: ClassVar[bool] = True
     """Training reads the text to generate for `text_input`, a question or instruction: `text_output` or `answer`."""
     takes_video: ClassVar[bool] = True
@@ -86,6 +87,11 @@ class BaseModel(nn.Module):
     def decoder_start(self) -> int:
         """Id of `[DEC]`."""
         return self.tokenizer.bos_token_id
+
+    def decoding(self, generation: GenerationConfig, **settings: Any) -> DecodingConfig:
+        """Return decoding settings with the end and padding tokens and the positions of the text transformer."""
+        tokens = {"eos_id": self.tokenizer.sep_token_id, "pad_id": self.tokenizer.pad_token_id}
+        return DecodingConfig.of(generation, **tokens, max_positions=self.max_positions, **settings)
 
     def labels(self, ids: Tensor, num_masked: int | Tensor = 0) -> Tensor:
         """Return the labels of a language-model loss: padding and the first `num_masked` (one number, or (B,)) do not
@@ -149,35 +155,26 @@ class BaseModel(nn.Module):
             loaded_separately=self.is_restorable,
         )
         if not initialise:
-            self.check_leftovers(report.unexpected, state, source)
+            self.check_leftovers(report.unexpected, source)
         self.after_loading(state)
         return set(state)
 
-    def check_leftovers(self, unexpected: list[str], state: Collection[str], source: str) -> None:
+    def check_leftovers(self, unexpected: list[str], source: str) -> None:
         """Check the tensors of a complete file that the model lacks.
 
         ValueError for trained tensors of a checkpoint that was trained as this architecture, and for those inside this
-        model's parts if it was trained as another. Whole parts, which a file of another task has, give a warning; a
-        pretraining file has the parts of every task.
+        model's parts if it was trained as another. Whole parts are those of another task.
         """
-        own = {name.split(".")[0] for name in self.state_dict()}
-        left = [name for name in unexpected if not NOT_TRAINED.search(name)]
         trained = trained_config.read(source)
-        if trained is not None and trained.is_whole:
-            is_same = trained.arch in registry.list_models() and type(self) is registry.get_model_class(trained.arch)
-            lost = left if is_same else [name for name in left if "." in name and name.split(".")[0] in own]
-            if lost:
-                raise InputError(
-                    f"{source}: {len(lost)} tensors that were trained have no place in the model: "
-                    f"{', '.join(lost[:4])}. Leave out the settings that differ from its training"
-                )
-        parts = {name.split(".")[0] for name in left if "." in name} - own
-        is_pretraining = PRETRAINED.issubset(name.split(".")[0] for name in state)
-        if parts and not is_pretraining:
-            logger.warning(
-                f"{source} also has {', '.join(sorted(parts))}, which {type(self).__name__} lacks: "
-                "make sure that it is a checkpoint of this architecture"
-            )
+        if trained is None or not trained.is_whole:
+            return
+        own = {name.split(".")[0] for name in self.state_dict()}
+        is_same = trained.arch in registry.list_models() and type(self) is registry.get_model_class(trained.arch)
+        left = [name for name in unexpected if not NOT_TRAINED.search(name)]
+        lost = left if is_same else [name for name in left if "." in name and name.split(".")[0] in own]
+        if lost:
+            found = f"{len(lost)} tensors that were trained have no place in the model: {', '.join(lost[:4])}"
+            raise InputError(f"{source}: {found}. Leave out the settings that differ from its training")
 
     def adapt_state_dict(self, state: MutableMapping[str, Tensor]) -> MutableMapping[str, Tensor]:
         """Return a file's tensors, which are read on access, in this model's layout and size."""

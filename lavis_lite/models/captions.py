@@ -23,10 +23,6 @@ class CaptionModel(BaseModel):
     prompt: str = ""
 
     @abstractmethod
-    def decoding(self, generation: GenerationConfig, *, return_scores: bool = False) -> DecodingConfig:
-        """Return decoding settings with the model's tokens and positions."""
-
-    @abstractmethod
     def caption_context(self, image: Tensor) -> Context:
         """Return what captions of the images (B,3,H,W) are decoded after."""
 

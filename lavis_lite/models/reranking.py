@@ -10,7 +10,7 @@ GB under autocast, 19 GB without, over all ranks.
 Letters: I images, T texts, B images of a batch, S image tokens, D width of features.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -47,9 +47,8 @@ def similarity_matrices(model: ImageTextModel, loader: GalleryLoader, k_test: in
     check_number("k_test", k_test, 0, MAX_CANDIDATES)
     model.warn_of_cut_texts(loader.dataset.text)
     num_images, num_texts = len(loader.dataset), len(loader.dataset.text)
-    texts = [
-        model.tokenize(chunk, max_length=model.max_txt_len) for chunk in chunks(loader.dataset.text, TEXTS_PER_STEP)
-    ]
+    chunks = (loader.dataset.text[start : start + TEXTS_PER_STEP] for start in range(0, num_texts, TEXTS_PER_STEP))
+    texts = [model.tokenize(chunk, max_length=model.max_txt_len) for chunk in chunks]
     text_feat = torch.cat([model.encode_text(ids, mask) for ids, mask in texts])
     tokens, index, rows = compare_images(model, loader, text_feat, keep_tokens=k_test > 0)
     sims = whole_rows(rows, index, num_images)
@@ -102,8 +101,3 @@ def whole_rows(rows: Tensor, index: Tensor, num_rows: int) -> Tensor:
 def top_mask(scores: Tensor, k: int) -> Tensor:
     """Return True at each row's k best columns."""
     return torch.zeros_like(scores, dtype=torch.bool).scatter(1, scores.topk(k, dim=1).indices, True)
-
-
-def chunks(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    """Split into consecutive parts of at most `size`."""
-    return (items[start : start + size] for start in range(0, len(items), size))

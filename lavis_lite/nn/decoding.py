@@ -242,7 +242,7 @@ def beam_search(step: Step, prompt_BL: Tensor, config: DecodingConfig) -> Decode
     num_texts, beams = len(prompt_BL), config.num_beams
     logits, cache = step(prompt_BL, None, prompt_BL.shape[1])
     logits, cache = logits.repeat_interleave(beams, 0), cache.expand(beams)
-    state = _Beams.start(prompt_BL, config)
+    state = _Beams(prompt_BL, config)
     while True:
         scores = process_scores(F.log_softmax(logits.float(), dim=-1), state.ids.flatten(0, 1), config)
         row = state.advance(scores.view(num_texts, beams, -1))
@@ -253,30 +253,21 @@ def beam_search(step: Step, prompt_BL: Tensor, config: DecodingConfig) -> Decode
         logits, cache = step(state.ids[:, :, -1].reshape(-1, 1), cache, length)
 
 
-@dataclass
 class _Beams:
     """Running beams and the best finished ones of every text."""
 
-    config: DecodingConfig
-    ids: Tensor  # (B,K,L) running
-    scores: Tensor  # (B,K) summed log-probabilities of the running beams
-    finished: Tensor  # (B,K,max_length) padded
-    finished_scores: Tensor  # (B,K) length-normalised; -inf where the slot is free
-    done: Tensor  # (B,)
-
-    @classmethod
-    def start(cls, prompt_BL: Tensor, config: DecodingConfig) -> "_Beams":
+    def __init__(self, prompt_BL: Tensor, config: DecodingConfig) -> None:
         shape = (len(prompt_BL), config.num_beams)
-        scores = prompt_BL.new_full(shape, -1e9, dtype=torch.float)
-        scores[:, 0] = 0.0  # all beams start equal: only the first may be continued at the first step
-        return cls(
-            config=config,
-            ids=prompt_BL[:, None].expand(-1, config.num_beams, -1),
-            scores=scores,
-            finished=prompt_BL.new_full((*shape, config.max_length), config.pad_id),
-            finished_scores=torch.full_like(scores, -torch.inf),
-            done=torch.zeros(shape[0], dtype=torch.bool, device=prompt_BL.device),
-        )
+        self.config = config
+        self.ids = prompt_BL[:, None].expand(-1, config.num_beams, -1)
+        """(B,K,L), of the running beams."""
+        self.scores = prompt_BL.new_full(shape, -1e9, dtype=torch.float)
+        """(B,K), summed log-probabilities of the running beams."""
+        self.scores[:, 0] = 0.0  # all beams start equal: only the first may be continued at the first step
+        self.finished = prompt_BL.new_full((*shape, config.max_length), config.pad_id)
+        self.finished_scores = torch.full_like(self.scores, -torch.inf)
+        """(B,K), length-normalised; -inf where the slot is free."""
+        self.done = torch.zeros(shape[0], dtype=torch.bool, device=prompt_BL.device)
 
     def advance(self, log_probs_BKV: Tensor) -> Tensor:
         """Extend every beam by one token and return the rows (N,) of the cache that the new beams continue."""

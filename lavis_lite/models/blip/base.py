@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from copy import deepcopy
 from dataclasses import fields
 from typing import Any, ClassVar
 
@@ -22,8 +23,7 @@ from lavis_lite.models.initialise import (
 )
 from lavis_lite.models.tokenizers import blip_tokenizer
 from lavis_lite.nn.attention import MAX_VOCABULARY, BertConfig
-from lavis_lite.nn.decoding import DecodingConfig, GenerationConfig
-from lavis_lite.nn.momentum import ModulePair, add_momentum_encoders, copy_parameters, momentum_pairs
+from lavis_lite.nn.momentum import ModulePair, copy_parameters
 from lavis_lite.nn.vision import BlipViT, check_sizes, encoder_scale, interpolate_pos_embed, vit_config
 
 logger = logging.getLogger(__name__)
@@ -75,6 +75,7 @@ class BlipBase(BaseModel):
         known = {field.name for field in fields(BertConfig)} - {"context_width", "num_context_streams"}
         check_sizes("model.med", self.med, sorted(known))
         check_number("model.med.vocab_size", self.med["vocab_size"], len(self.tokenizer), MAX_VOCABULARY)
+        self.max_positions = self.text_config().max_positions
 
     def text_config(self, context_width: int | None = None, **sizes: Any) -> BertConfig:
         """Return sizes of a text transformer that attends to states of this width (default: the image encoder's)."""
@@ -85,16 +86,6 @@ class BlipBase(BaseModel):
     def encoder_start(self) -> int:
         """Id of `[ENC]`."""
         return self.tokenizer.enc_token_id
-
-    def decoding(self, generation: GenerationConfig, *, return_scores: bool = False) -> DecodingConfig:
-        """Return decoding settings with the tokenizer's end and padding tokens and the text transformer's positions."""
-        return DecodingConfig.of(
-            generation,
-            eos_id=self.tokenizer.sep_token_id,
-            pad_id=self.tokenizer.pad_token_id,
-            max_positions=self.text_config().max_positions,
-            return_scores=return_scores,
-        )
 
     def layer_scale(self, decay: float) -> Callable[[str], float]:
         return encoder_scale(self.visual_encoder, decay)
@@ -122,11 +113,12 @@ class BlipBase(BaseModel):
         self.momentum = check_number("model.momentum", momentum, 0.0, 1.0)
         self.alpha = check_number("model.alpha", alpha, 0.0, 1.0)
         self.momentum_parts = tuple(parts)
-        add_momentum_encoders(self, parts)
+        for name in parts:
+            self.add_module(f"{name}_m", deepcopy(self.get_submodule(name)).requires_grad_(False))
 
     def momentum_pairs(self) -> list[ModulePair]:
         """Return the (online, momentum) modules."""
-        return momentum_pairs(self, self.momentum_parts)
+        return [(self.get_submodule(name), self.get_submodule(f"{name}_m")) for name in self.momentum_parts]
 
     def after_loading(self, state: Mapping[str, Tensor]) -> None:
         """Copy the weights to the momentum encoders if the file has none (LAVIS saves none, and left them stale)."""

@@ -73,12 +73,6 @@ class BlipMomentum(BlipMatching):
         self.register_buffer("text_queue", F.normalize(torch.randn(embed_dim, queue_size), dim=0))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
 
-    def clamp_temperature(self) -> None:
-        """Keep the temperature within [0.001, 0.5]."""
-        if torch.is_grad_enabled():
-            with torch.no_grad():
-                self.temp.clamp_(*TEMPERATURE_LIMITS)
-
     @property
     def has_queue(self) -> bool:
         """Whether features of earlier batches are candidates too."""
@@ -92,8 +86,9 @@ class BlipMomentum(BlipMatching):
 
     @torch.no_grad()
     def momentum_features(self, image: Tensor, ids: Tensor, mask: Tensor, *, update: bool) -> MomentumFeatures:
-        """Update the momentum encoders and compute their features."""
+        """Update the momentum encoders (and clamp the temperature) and compute their features."""
         if update:
+            self.temp.clamp_(*TEMPERATURE_LIMITS)
             update_momentum(self.momentum_pairs(), self.momentum)
         image_feat = project(self.vision_proj_m, self.visual_encoder_m(image)[:, 0])
         text_feat = project(self.text_proj_m, self.text_encoder_m(ids, mask)[0][:, 0])

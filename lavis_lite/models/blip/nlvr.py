@@ -51,10 +51,10 @@ class BlipNLVR(BlipBase):
         first, second = (image_of(samples, key) for key in ("image0", "image1"))
         if first.shape != second.shape:
             raise InputError(f"samples['image0'] has shape {tuple(first.shape)}, 'image1' has {tuple(second.shape)}")
-        texts = texts_of(samples, len(first))
+        ids, mask = self.tokenize(texts_of(samples, len(first)), start=self.encoder_start)
         tokens = self.visual_encoder(torch.cat([first, second]))
-        ids, mask = self.tokenize(texts, start=self.encoder_start)
-        return self.text_encoder(ids, mask, context=self.text_encoder.project_kv(*tokens.chunk(2)))[0]
+        context = self.text_encoder.project_kv(*tokens.chunk(2))
+        return self.text_encoder(ids, mask, context=context)[0]
 
     def logits(self, samples: dict[str, Any]) -> Tensor:
         """Return logits (B,num_classes) of the statement's first state."""

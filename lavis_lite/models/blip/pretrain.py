@@ -34,7 +34,6 @@ class BlipPretrain(BlipMomentum):
         update = torch.is_grad_enabled()
         image = image_of(samples)
         ids, mask = self.tokenize(texts_of(samples, len(image)), max_length=self.max_txt_len)
-        self.clamp_temperature()
         tokens, image_feat = self.image_features(image)
         text_feat = self.encode_text(ids, mask)
 

@@ -35,7 +35,6 @@ class BlipRetrieval(BlipMomentum):
         image = image_of(samples)
         ids, mask = self.tokenize(texts_of(samples, len(image)), max_length=self.max_txt_len)
         image_id = integers(samples, "image_id", len(image), "the index of each image", self.device)
-        self.clamp_temperature()
         tokens, image_feat = self.image_features(image)
         text_feat = self.encode_text(ids, mask)
 

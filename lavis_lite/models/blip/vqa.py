@@ -73,9 +73,6 @@ class BlipVQA(BlipBase, AnswerModel):
         logits, _ = self.text_decoder(ids, mask, context=context)
         return language_modeling_loss_per_text(logits, self.labels(ids))
 
-    def answer_decoding(self, generation: GenerationConfig) -> DecodingConfig:
-        return self.decoding(generation)
-
     def answer_prompts(self, samples: dict[str, Any], prompt: str) -> list[str]:
         """Return the questions inside the prompt. InputError unless that has one `{}`."""
         questions = texts_of(samples, len(samples["image"]))

@@ -33,7 +33,6 @@ from lavis_lite.models.initialise import (
 )
 from lavis_lite.models.tokenizers import blip2_tokenizer
 from lavis_lite.nn.attention import MAX_VOCABULARY, CrossAttentionKV
-from lavis_lite.nn.decoding import DecodingConfig, GenerationConfig
 from lavis_lite.nn.encoders import ENCODERS, PUBLISHED, build_encoder, encoder_statistics
 from lavis_lite.nn.qformer import QFormer, QFormerConfig
 from lavis_lite.nn.vision import check_sizes, encoder_scale
@@ -112,6 +111,7 @@ class Blip2Base(BaseModel):
         check_number("model.qformer.vocab_size", sizes["vocab_size"], num_tokens, MAX_VOCABULARY)
         config = QFormerConfig(**sizes, context_width=self.visual_encoder.width, has_text=qformer_reads_text)
         self.Qformer = QFormer(config, with_lm_head=self.qformer_has_lm_head)
+        self.max_positions = config.max_positions
         self.query_tokens = nn.Parameter(torch.empty(1, num_query_token, config.hidden_size))
         nn.init.normal_(self.query_tokens, std=config.initializer_range)
 
@@ -125,12 +125,13 @@ class Blip2Base(BaseModel):
     @classmethod
     def from_config(cls, cfg: dict[str, Any], *, device: str | torch.device = "cpu") -> Self:
         """Build the model as `BaseModel` does, with `vit_precision: auto` resolved for the device."""
-        precision = cfg.get("vit_precision", "auto")
-        if precision == "auto":
-            is_half = torch.device(device).type == "cuda" and cfg.get("freeze_vit", True)
-            precision = "fp16" if is_half else "fp32"
-        refuse_fp16_on_cpu("vit_precision", precision, device)
-        return super().from_config({**cfg, "vit_precision": precision}, device=device)
+        is_gpu = torch.device(device).type == "cuda"
+        for key in ("vit_precision", "llm_precision"):
+            if cfg.get(key) == "fp16" and not is_gpu:
+                raise InputError(f"model.{key}: fp16 does not run on the CPU: set it to auto, bf16 or fp32")
+        if cfg.get("vit_precision", "auto") == "auto":
+            cfg = {**cfg, "vit_precision": "fp16" if is_gpu and cfg.get("freeze_vit", True) else "fp32"}
+        return super().from_config(cfg, device=device)
 
     @classmethod
     def image_statistics(cls, cfg: Mapping[str, Any]) -> dict[str, list[float]] | None:
@@ -151,16 +152,6 @@ class Blip2Base(BaseModel):
         """Return the queries' states (B,Q,E) after reading the images and, if given, a text (ids and mask, (B,T))."""
         states, _ = self.Qformer(self.query_tokens, ids, mask, context=context)
         return states[:, : self.query_tokens.shape[1]]
-
-    def decoding(self, generation: GenerationConfig, *, return_scores: bool = False) -> DecodingConfig:
-        """Return decoding settings with the Q-Former's end and padding tokens and the text transformer's positions."""
-        return DecodingConfig.of(
-            generation,
-            eos_id=self.tokenizer.sep_token_id,
-            pad_id=self.tokenizer.pad_token_id,
-            max_positions=self.Qformer.config.max_positions,
-            return_scores=return_scores,
-        )
 
     def layer_scale(self, decay: float) -> Callable[[str], float]:
         return encoder_scale(self.visual_encoder, decay)
@@ -234,9 +225,3 @@ def weight_dtype(key: str, precision: str, *, auto: torch.dtype, is_trained: boo
     if is_trained and dtype != torch.float32:
         raise InputError(f"model.{key}: {precision} would train weights in it: set fp32 or auto; see run.precision")
     return dtype
-
-
-def refuse_fp16_on_cpu(key: str, precision: Any, device: str | torch.device) -> None:
-    """Raise InputError for fp16 on the CPU, which has no kernels for it."""
-    if precision == "fp16" and torch.device(device).type == "cpu":
-        raise InputError(f"model.{key}: fp16 does not run on the CPU: set it to auto, bf16 or fp32")

@@ -14,6 +14,7 @@ from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from lavis_lite.common.errors import InputError
@@ -98,18 +99,17 @@ class LLMTokenizer:
 
     def continuations(self, texts: Sequence[str], *, max_length: int | None = None, end: bool = True) -> Rows:
         """Return ids as `outputs`, of texts after a causal model's prompt: byte-level vocabularies need the space."""
-        if not self.is_encoder_decoder and not self._adds_space():
+        (word,) = self._bare(["a"])
+        adds_space = self.tokenizer.convert_ids_to_tokens(word)[0].startswith("\N{LOWER ONE EIGHTH BLOCK}")
+        if not self.is_encoder_decoder and not adds_space:
             texts = [text if text[:1].isspace() else f" {text}" for text in texts]
         return self.outputs(texts, max_length=max_length, end=end)
 
     def pad(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Return ids and mask (B,T), padded to the longest."""
-        ids = torch.full((len(rows), max(map(len, rows))), self.pad_id, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
-            mask[i, : len(row)] = 1
-        return ids, mask
+        tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+        mask = pad_sequence([torch.ones_like(row) for row in tensors], batch_first=True)
+        return pad_sequence(tensors, batch_first=True, padding_value=self.pad_id), mask
 
     def answer_batch(self, prompts: list[str], answers: list[str]) -> Batch:
         """Return prompts to read and answers to learn."""
@@ -136,7 +136,8 @@ class LLMTokenizer:
             raise InputError(f"model.prompt: {prompt!r} takes all of max_txt_len={self.max_length} tokens: shorten it")
         texts = [f"{prompt} {caption}".strip() for caption in bare]
         rows = [prefix + row for row in self.outputs(texts, max_length=self.max_length - len(prefix))]
-        num_given = [_num_common(row, given) for row in rows]
+        pairs = (zip(row, given, strict=False) for row in rows)  # they differ where the tokenizer joins the next word
+        num_given = [sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], own)) for own in pairs]
         require_labels([len(row) - number for row, number in zip(rows, num_given, strict=True)], captions)
         return self._causal_batch(rows, num_given)
 
@@ -160,19 +161,7 @@ class LLMTokenizer:
             row = row[:space] if side == "right" else row[max(len(row) - space, 0) :]
         return [*self.prefix_ids, *row, *self.suffix_ids]
 
-    def _adds_space(self) -> bool:
-        """Return whether the tokenizer begins a text as it begins a word."""
-        (row,) = self._bare(["a"])
-        return self.tokenizer.convert_ids_to_tokens(row)[0].startswith("\N{LOWER ONE EIGHTH BLOCK}")
-
 
 def _labels(ids: Tensor, mask: Tensor) -> Tensor:
     """Return the ids as labels; padding has none."""
     return ids.masked_fill(mask == 0, IGNORED)
-
-
-def _num_common(row: list[int], given: list[int]) -> int:
-    """Return the number of tokens at the beginning of a text that are the prompt's: all of them, unless the tokenizer
-    joins the prompt's end with the next word.
-    """
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(row, given, strict=False)))
