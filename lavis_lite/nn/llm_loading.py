@@ -40,7 +40,6 @@ def load_language_model(
     source: str | Path,
     *,
     dtype: torch.dtype,
-    tokenizer: PreTrainedTokenizerBase | None = None,
     overrides: Mapping[str, Any] | None = None,
     pad_token: str | None = None,
     frozen: bool = False,
@@ -54,7 +53,6 @@ def load_language_model(
         source: a packaged name (`tiny_opt`), a local folder or a hub id, also of a BLIP-2 of transformers, whose
             language model is then loaded. A folder without weights gives a model with random ones; so does the meta
             device, on which nothing is loaded.
-        tokenizer: the result of `check_language_model`, if it was called before.
         overrides: values that replace those of the config file.
         pad_token: added to tokenizer and vocabulary if the tokenizer has no such token.
         frozen: no parameter is trained, and dropout is off whatever the mode.
@@ -68,9 +66,17 @@ def load_language_model(
         ImportError: bitsandbytes or peft is needed and not installed.
     """
     config, untied = read_config(source, overrides)
-    tokenizer = tokenizer or check_language_model(
-        source, config, quantization=quantization, lora=lora, overrides=overrides
-    )
+    _check_extras(quantization, lora)
+    tokenizer = load_llm_tokenizer(source)
+    num_tokens, num_rows = tokenizer.vocab_size, config.get_text_config().vocab_size
+    if num_tokens > num_rows:
+        raise InputError(f"{source}: its tokenizer has {num_tokens} tokens, its language model only {num_rows}")
+    if lora is not None or overrides:
+        with torch.device("meta"):  # to find what does not fit before weights are read
+            with naming(overrides or {}):
+                sketch = _auto_class(config).from_config(copy.deepcopy(config))
+            if lora is not None:
+                add_lora(sketch, {**lora, "init_lora_weights": False})
     is_frozen = frozen or lora is not None
     if is_frozen:
         for name, value in config.to_dict().items():
@@ -86,29 +92,6 @@ def load_language_model(
     if grad_checkpoint:
         _checkpoint_activations(model)
     return model, tokenizer
-
-
-def check_language_model(
-    source: str | Path,
-    config: PreTrainedConfig,
-    *,
-    quantization: str | None = None,
-    lora: Mapping[str, Any] | None = None,
-    overrides: Mapping[str, Any] | None = None,
-) -> PreTrainedTokenizerBase:
-    """Return the tokenizer; raises as `load_language_model` does, without having read any weights."""
-    _check_extras(quantization, lora)
-    tokenizer = load_llm_tokenizer(source)
-    num_tokens, num_rows = tokenizer.vocab_size, config.get_text_config().vocab_size
-    if num_tokens > num_rows:
-        raise InputError(f"{source}: its tokenizer has {num_tokens} tokens, its language model only {num_rows}")
-    if lora is not None or overrides:
-        with torch.device("meta"):
-            with naming(overrides or {}):
-                model = _auto_class(config).from_config(copy.deepcopy(config))
-            if lora is not None:
-                add_lora(model, {**lora, "init_lora_weights": False})
-    return tokenizer
 
 
 def _check_extras(quantization: str | None, lora: Mapping[str, Any] | None) -> None:

@@ -32,7 +32,7 @@ from lavis_lite.models.inputs import image_of, text_list, texts_of
 from lavis_lite.nn import lora
 from lavis_lite.nn.decoding import Decoded, DecodingConfig, GenerationConfig, ScoredText
 from lavis_lite.nn.llm import LLMAdapter
-from lavis_lite.nn.llm_loading import check_language_model, load_language_model
+from lavis_lite.nn.llm_loading import load_language_model
 from lavis_lite.nn.llm_sources import has_weights
 from lavis_lite.nn.losses import IGNORED
 
@@ -84,20 +84,11 @@ class Blip2LLM(Blip2Base, AnswerModel):
             check_number("model.max_output_txt_len", max_output_txt_len, 1, MAX_TOKENS)
         family, config, adapters = self.family, family_config(self.family, source, llm), lora_settings(llm_lora)
         dtype = llm_dtype(llm_precision, config, frozen=freeze_llm, lora=adapters)
-        tokenizer = check_language_model(source, config, quantization=llm_quantization, lora=adapters, overrides=llm)
         super().__init__(qformer_text_input, **parts)
         self.max_output_txt_len = max_output_txt_len or self.max_txt_len
-        self.llm_tokenizer = LLMTokenizer.of(
-            tokenizer,
-            family,
-            is_encoder_decoder=config.is_encoder_decoder,
-            max_length=self.max_txt_len,
-            max_output_length=self.max_output_txt_len,
-        )
-        model, _ = load_language_model(
+        model, tokenizer = load_language_model(
             source,
             dtype=dtype,
-            tokenizer=tokenizer,
             overrides=llm,
             pad_token=family.pad_token,
             frozen=freeze_llm,
@@ -105,6 +96,9 @@ class Blip2LLM(Blip2Base, AnswerModel):
             lora=adapters,
             grad_checkpoint=llm_grad_checkpoint,
         )
+        lengths = {"max_length": self.max_txt_len, "max_output_length": self.max_output_txt_len}
+        is_encoder_decoder = config.is_encoder_decoder
+        self.llm_tokenizer = LLMTokenizer.of(tokenizer, family, is_encoder_decoder=is_encoder_decoder, **lengths)
         self.prompt, self.apply_lemmatizer, self.qformer_text_input = prompt, apply_lemmatizer, qformer_text_input
         begin, end = start_id(config, self.llm_tokenizer), self.llm_tokenizer.end_id
         self.lm = LLMAdapter(model, start_id=begin, end_id=end, pad_id=self.llm_tokenizer.pad_id)
