@@ -132,17 +132,29 @@ class Transformer(nn.Module):
         """
         return CrossAttentionKV(tuple(layer.project_kv(states_CSE) for layer in self.layers), mask)
 
-    def run_layers(
+    def forward(
         self,
-        x_BLE: Tensor,
-        mask: Tensor | None,
+        ids_BT: Tensor | None,
+        mask_BT: Tensor | None,
         *,
-        context: CrossAttentionKV | None,
-        past: KeyValueCache | None,
-        num_queries: int = 0,
+        queries_BQE: Tensor | None = None,
+        context: CrossAttentionKV | None = None,
+        causal: bool = False,
+        past: KeyValueCache | None = None,
     ) -> tuple[Tensor, KeyValueCache]:
-        """Return the last layer's states and every layer's keys and values; `mask` is additive."""
-        blocked = context_mask(context, x_BLE.dtype)
+        """Return states (B,Q+T,E), queries first, and every layer's keys and values.
+
+        `mask_BT` is 1 where a text token counts; with `past` (of P tokens) it covers earlier text too. With `causal` a
+        decoder, with a context grounded in it.
+        """
+        num_queries = 0 if queries_BQE is None else queries_BQE.shape[1]
+        num_past = 0 if past is None else past.num_tokens
+        num_earlier = 0 if ids_BT is None or mask_BT is None else mask_BT.shape[1] - ids_BT.shape[1]
+        x_BLE = self.embeddings(ids_BT, num_earlier, queries_BQE)
+        mask, blocked = None, context_mask(context, x_BLE.dtype)
+        if mask_BT is not None:
+            before_text = num_queries + num_past - num_earlier  # queries, now or among the cached tokens
+            mask = text_mask(mask_BT, num_past, num_queries=before_text, causal=causal, dtype=x_BLE.dtype)
         cache = []
         for i, layer in enumerate(self.layers):
             x_BLE, key_value = layer(
@@ -175,24 +187,6 @@ class BertModel(Transformer):
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
         initialise(self, config.initializer_range)
-
-    def forward(
-        self,
-        ids_BT: Tensor,
-        mask_BT: Tensor,
-        *,
-        context: CrossAttentionKV | None = None,
-        causal: bool = False,
-        past: KeyValueCache | None = None,
-    ) -> tuple[Tensor, KeyValueCache]:
-        """Return states (B,T,E) and the text's keys and values of every layer.
-
-        `mask_BT` is 1 where a token counts; with `past` (of P tokens) it covers all P+T tokens.
-        """
-        num_past = 0 if past is None else past.num_tokens
-        x_BTE = self.embeddings(ids_BT, num_past)
-        mask = text_mask(mask_BT, num_past, causal=causal, dtype=x_BTE.dtype)
-        return self.run_layers(x_BTE, mask, context=context, past=past)
 
 
 class LMHead(nn.Module):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lavis_lite.common.bounds import MAX_LAYERS, check_numbers
-from lavis_lite.nn.attention import AddNorm, BertConfig, CrossAttentionKV, KeyValue, KeyValueCache, text_mask
+from lavis_lite.nn.attention import AddNorm, BertConfig, CrossAttentionKV, KeyValue, KeyValueCache
 from lavis_lite.nn.bert import BertLayer, LMHead, Transformer, initialise, intermediate
 
 
@@ -94,15 +94,8 @@ class QFormer(nn.Module):
         """
         if queries_BQE is not None and context is not None and len(queries_BQE) == 1:
             queries_BQE = queries_BQE.expand(context.num_rows if ids_BT is None else len(ids_BT), -1, -1)
-        num_queries = 0 if queries_BQE is None else queries_BQE.shape[1]
-        num_earlier = 0 if ids_BT is None or mask_BT is None else mask_BT.shape[1] - ids_BT.shape[1]
-        x_BLE = self.bert.embeddings(ids_BT, num_earlier, queries_BQE)
-        mask = None
-        if mask_BT is not None:
-            num_past = 0 if past is None else past.num_tokens
-            causal, before_text = causal or past is not None, num_queries if past is None else num_past - num_earlier
-            mask = text_mask(mask_BT, num_past, num_queries=before_text, causal=causal, dtype=x_BLE.dtype)
-        return self.bert.run_layers(x_BLE, mask, context=context, past=past, num_queries=num_queries)
+        causal = causal or past is not None
+        return self.bert(ids_BT, mask_BT, queries_BQE=queries_BQE, context=context, causal=causal, past=past)
 
     def logits(self, states: Tensor) -> Tensor:
         """Return scores of the next token (...,V)."""
