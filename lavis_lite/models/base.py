@@ -5,7 +5,7 @@ The keys and shapes of the sample dict that models read are listed in datasets/p
 
 import logging
 import re
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 NOT_TRAINED = re.compile(rf"_m\.|queue|{checkpoint.COMPUTED.pattern}")
 """Matches the names of momentum encoders, queues and buffers that follow from the sizes."""
+PRETRAINED = {"text_encoder", "text_decoder", "itm_head"}
+"""Parts of BLIP's pretraining model, from which every task starts."""
 
 
 class Output(dict[str, Tensor]):
@@ -155,26 +157,29 @@ class BaseModel(nn.Module):
             loaded_separately=self.is_restorable,
         )
         if not initialise:
-            self.check_leftovers(report.unexpected, source)
+            self.check_leftovers(report.unexpected, state, source)
         self.after_loading(state)
         return set(state)
 
-    def check_leftovers(self, unexpected: list[str], source: str) -> None:
+    def check_leftovers(self, unexpected: list[str], state: Collection[str], source: str) -> None:
         """Check the tensors of a complete file that the model lacks.
 
         ValueError for trained tensors of a checkpoint that was trained as this architecture, and for those inside this
-        model's parts if it was trained as another. Whole parts are those of another task.
+        model's parts if it was trained as another. Whole parts, which a file of another task has, give a warning; a
+        pretraining file has the parts of every task.
         """
-        trained = trained_config.read(source)
-        if trained is None or not trained.is_whole:
-            return
         own = {name.split(".")[0] for name in self.state_dict()}
-        is_same = trained.arch in registry.list_models() and type(self) is registry.get_model_class(trained.arch)
         left = [name for name in unexpected if not NOT_TRAINED.search(name)]
-        lost = left if is_same else [name for name in left if "." in name and name.split(".")[0] in own]
-        if lost:
-            found = f"{len(lost)} tensors that were trained have no place in the model: {', '.join(lost[:4])}"
-            raise InputError(f"{source}: {found}. Leave out the settings that differ from its training")
+        trained = trained_config.read(source)
+        if trained is not None and trained.is_whole:
+            is_same = trained.arch in registry.list_models() and type(self) is registry.get_model_class(trained.arch)
+            lost = left if is_same else [name for name in left if "." in name and name.split(".")[0] in own]
+            if lost:
+                found = f"{len(lost)} tensors that were trained have no place in the model: {', '.join(lost[:4])}"
+                raise InputError(f"{source}: {found}. Leave out the settings that differ from its training")
+        parts = sorted({name.split(".")[0] for name in left if "." in name} - own)
+        if parts and not PRETRAINED.issubset(name.split(".")[0] for name in state):
+            logger.warning(f"{source} also has {', '.join(parts)}: make sure that it is of {type(self).__name__}")
 
     def adapt_state_dict(self, state: MutableMapping[str, Tensor]) -> MutableMapping[str, Tensor]:
         """Return a file's tensors, which are read on access, in this model's layout and size."""

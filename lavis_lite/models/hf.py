@@ -106,9 +106,8 @@ class HFAdapter(ABC, Generic[M]):
         folder.
         """
         name = config["architectures"][0]
-        config = (
-            transformers_class(name).config_class.from_dict(dict(config)).to_dict()
-        )  # adds the defaults that the file leaves out
+        own_class = transformers_class(name).config_class
+        config = own_class.from_dict(dict(config)).to_dict()  # adds the defaults that the file leaves out
         vision = config["vision_config"]
         vit = {ours: vision[theirs] for theirs, ours in VISION_TO_VIT.items()}
         vit["mlp_ratio"] = (vision["intermediate_size"] + 0.5) / vision["hidden_size"]  # timm rounds down
