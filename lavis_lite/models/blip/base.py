@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lavis_lite.common.bounds import MAX_IMAGE_SIZE, MAX_LAYERS, MAX_TOKENS, check_number
+from lavis_lite.common.bounds import MAX_LAYERS, MAX_TOKENS, check_number
 from lavis_lite.common.errors import InputError
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.blip.hf import BlipAdapter, blip_from_hf, is_hf_blip
@@ -59,7 +59,6 @@ class BlipBase(BaseModel):
         for size, instead in (("image_size", "image_size"), ("num_checkpointed", "vit_ckpt_layer")):
             if size in (vit or {}):
                 raise InputError(f"model.vit.{size}: set model.{instead} instead")
-        check_number("model.image_size", image_size, 1, MAX_IMAGE_SIZE)
         check_number("model.vit_ckpt_layer", vit_ckpt_layer, 0, MAX_LAYERS)
         check_number("model.max_txt_len", max_txt_len, 3, MAX_TOKENS)
         check_number("model.vit_layer_norm_epsilon", vit_layer_norm_epsilon, 0.0, 1.0)

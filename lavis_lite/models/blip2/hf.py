@@ -96,35 +96,23 @@ def blip2_from_hf(state: Mapping[str, Tensor], part: str | None = None) -> LazyS
     """
     layout = "instructblip" if any(name.startswith(LAYOUTS["instructblip"][0]) for name in state) else "blip-2"
     names = name_table(part, layout)
-    return _with_split_biases(LazyState.of(state).renamed(lambda name: names.from_hf(name) or name))
+    state = LazyState.of(state).renamed(lambda name: names.from_hf(name) or name)
+    for name in [name for name in state if name.startswith("visual_encoder.") and name.endswith(BIAS)]:
+        read, stem = state.readers.pop(name), name.removesuffix(BIAS)
+        state.readers[f"{stem}.attn.q_bias"] = partial(_third, read, 0, name)
+        state.readers[f"{stem}.attn.v_bias"] = partial(_third, read, 2, name)
+    return state
 
 
 def blip2_to_hf(state: Mapping[str, Tensor], part: str | None = None, layout: str = "blip-2") -> LazyState:
     """Return a state_dict of ours under Hugging Face's names, without the tensors that its classes lack (the Q-Former's
     language head, the temperature). `layout` is Hugging Face's model type, `blip-2` or `instructblip`.
     """
-    return _with_joined_biases(LazyState.of(state)).renamed(name_table(part, layout).to_hf)
-
-
-def _with_split_biases(state: LazyState) -> LazyState:
-    readers: dict[str, Reader] = {}
-    for name, read in state.readers.items():
-        if name.startswith("visual_encoder.") and name.endswith(BIAS):
-            stem = name.removesuffix(BIAS)
-            readers[f"{stem}.attn.q_bias"] = partial(_third, read, 0, name)
-            readers[f"{stem}.attn.v_bias"] = partial(_third, read, 2, name)
-        else:
-            readers[name] = read
-    return LazyState(readers)
-
-
-def _with_joined_biases(state: LazyState) -> LazyState:
-    readers = {
-        name: read for name, read in state.readers.items() if not name.endswith((".attn.q_bias", ".attn.v_bias"))
-    }
+    state = LazyState.of(state)
     for stem in [name.removesuffix(".attn.q_bias") for name in state if name.endswith(".attn.q_bias")]:
-        readers[stem + BIAS] = partial(_joined, state, stem)
-    return LazyState(readers)
+        read_q, read_v = (state.readers.pop(f"{stem}.attn.{part}_bias") for part in "qv")
+        state.readers[stem + BIAS] = partial(_joined, read_q, read_v)
+    return state.renamed(name_table(part, layout).to_hf)
 
 
 def _third(read: Reader, index: int, name: str) -> Tensor:
@@ -134,9 +122,9 @@ def _third(read: Reader, index: int, name: str) -> Tensor:
     return parts[index]
 
 
-def _joined(state: LazyState, stem: str) -> Tensor:
-    q_bias = state[f"{stem}.attn.q_bias"]
-    return torch.cat([q_bias, torch.zeros_like(q_bias), state[f"{stem}.attn.v_bias"]])
+def _joined(read_q: Reader, read_v: Reader) -> Tensor:
+    q_bias = read_q()
+    return torch.cat([q_bias, torch.zeros_like(q_bias), read_v()])
 
 
 def fit_vocabularies(state: LazyState, own: Mapping[str, Tensor]) -> None:
@@ -145,15 +133,10 @@ def fit_vocabularies(state: LazyState, own: Mapping[str, Tensor]) -> None:
     are.
     """
     for name in [name for name in state if name.endswith(VOCABULARIES) and name in own]:
-        added = len(state[name]) - len(own[name])
-        if added and abs(added) <= MOST_ADDED:
+        rows = len(state[name])
+        if 0 < abs(rows - len(own[name])) <= MOST_ADDED:
             state.readers[name] = partial(_fitted, state.readers[name], own[name])
-            kept = (
-                f"Hugging Face's last {added} rows are left out"
-                if added > 0
-                else f"the model's last {-added} rows stay"
-            )
-            logger.info(f"{name}: {kept}")
+            logger.info(f"{name}: of its {rows} rows the model takes those that its own {len(own[name])} have too")
 
 
 def _fitted(read: Reader, own: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """Checks of settings and checkpoints against the language model, made before its weights are read."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,13 +19,11 @@ TINY_WIDTH = 512
 
 def family_config(family: LLMFamily, source: str, overrides: dict[str, Any] | None) -> PreTrainedConfig:
     """Return the language model's config. InputError if the family does not have its type."""
-    key = f"model.{family.prefix}_model"
-    if not isinstance(source, str | Path) or not source:
-        raise InputError(f"{key}: missing; give a folder, a hub id or a packaged tiny language model")
     config, _ = read_config(source, overrides)
     if family.model_types and config.model_type not in family.model_types:
         takes = " or ".join(family.model_types)
-        raise InputError(f"{key}: {source} is a {config.model_type}, not a {takes}: use arch blip2_llm (llm_model)")
+        found = f"{source} is a {config.model_type}, not a {takes}"
+        raise InputError(f"model.{family.prefix}_model: {found}: use arch blip2_llm (llm_model)")
     return config
 
 
