@@ -332,11 +332,11 @@ def test_a_prompt_that_leaves_no_room_for_the_caption() -> None:
 
 def test_a_byte_level_vocabulary_gets_the_space_before_an_answer() -> None:
     tokenizer = AutoTokenizer.from_pretrained(TINY / "opt")
-    coder = LLMTokenizer.of(tokenizer, OPT, is_encoder_decoder=False, max_length=8, max_output_length=8)
+    coder = LLMTokenizer(tokenizer, OPT, is_encoder_decoder=False, max_length=8, max_output_length=8)
     joint = tokenizer("the star is red\n").input_ids
     assert coder.inputs(["the star is"])[0] + coder.continuations(["red"])[0] == joint
     sentencepiece = AutoTokenizer.from_pretrained(TINY / "llama")
-    coder = LLMTokenizer.of(sentencepiece, ANY_FAMILY, is_encoder_decoder=False, max_length=8, max_output_length=8)
+    coder = LLMTokenizer(sentencepiece, ANY_FAMILY, is_encoder_decoder=False, max_length=8, max_output_length=8)
     joint = sentencepiece("the star is red").input_ids
     assert coder.inputs(["the star is"])[0] + coder.continuations(["red"], end=False)[0] == joint
 

@@ -68,10 +68,6 @@ class NameTable:
         inner = {theirs: tuple((new, old) for old, new in self.inner.get(ours, ())) for ours, theirs in self.prefixes}
         return NameTable(prefixes, inner)
 
-    def from_hf(self, name: str) -> str | None:
-        """Return our name for Hugging Face's, or None if the table has none."""
-        return self.inverse.to_hf(name)
-
 
 class HFAdapter(ABC, Generic[M]):
     """Translates the weights, configuration and processors of a family of models to and from Hugging Face's layout."""

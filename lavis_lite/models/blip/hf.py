@@ -42,7 +42,7 @@ def is_hf_blip(state: Mapping[str, Tensor]) -> bool:
 
 def blip_from_hf(state: Mapping[str, Tensor]) -> LazyState:
     """Return a Hugging Face state_dict under LAVIS's names."""
-    return LazyState.of(state).renamed(lambda name: NAMES.from_hf(name) or name)
+    return LazyState.of(state).renamed(lambda name: NAMES.inverse.to_hf(name) or name)
 
 
 def blip_to_hf(state: Mapping[str, Tensor]) -> LazyState:

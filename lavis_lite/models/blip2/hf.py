@@ -96,7 +96,7 @@ def blip2_from_hf(state: Mapping[str, Tensor], part: str | None = None) -> LazyS
     """
     layout = "instructblip" if any(name.startswith(LAYOUTS["instructblip"][0]) for name in state) else "blip-2"
     names = name_table(part, layout)
-    state = LazyState.of(state).renamed(lambda name: names.from_hf(name) or name)
+    state = LazyState.of(state).renamed(lambda name: names.inverse.to_hf(name) or name)
     for name in [name for name in state if name.startswith("visual_encoder.") and name.endswith(BIAS)]:
         read, stem = state.readers.pop(name), name.removesuffix(BIAS)
         state.readers[f"{stem}.attn.q_bias"] = partial(_third, read, 0, name)

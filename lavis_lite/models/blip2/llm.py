@@ -98,7 +98,7 @@ class Blip2LLM(Blip2Base, AnswerModel):
         )
         lengths = {"max_length": self.max_txt_len, "max_output_length": self.max_output_txt_len}
         is_encoder_decoder = config.is_encoder_decoder
-        self.llm_tokenizer = LLMTokenizer.of(tokenizer, family, is_encoder_decoder=is_encoder_decoder, **lengths)
+        self.llm_tokenizer = LLMTokenizer(tokenizer, family, is_encoder_decoder=is_encoder_decoder, **lengths)
         self.prompt, self.apply_lemmatizer, self.qformer_text_input = prompt, apply_lemmatizer, qformer_text_input
         begin, end = start_id(config, self.llm_tokenizer), self.llm_tokenizer.end_id
         self.lm = LLMAdapter(model, start_id=begin, end_id=end, pad_id=self.llm_tokenizer.pad_id)

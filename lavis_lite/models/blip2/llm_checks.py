@@ -1,4 +1,4 @@
-"""Checks of settings and checkpoints against the language model, made before its weights are read."""
+"""What settings say about the language model, checked before its weights are read."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -8,9 +8,8 @@ Letters: B texts, T tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import takewhile
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,49 +37,37 @@ class Batch(NamedTuple):
     labels: Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
 class LLMTokenizer:
     """Text to ids and back.
 
-    `prefix_ids` and `suffix_ids` are put around every input, and with `is_encoder_decoder` around outputs too; `end_id`
-    ends an output. `truncation_side` is the side at which inputs are cut. In training inputs are cut to `max_length`
-    tokens and outputs to `max_output_length`.
+    `prefix_ids` and `suffix_ids` are put around every input, and with `is_encoder_decoder` around outputs too: the
+    special tokens that the tokenizer puts around a text, or those of the family. `end_id` ends an output. In training
+    inputs are cut to `max_length` tokens and outputs to `max_output_length`.
     """
 
-    tokenizer: PreTrainedTokenizerBase
-    prefix_ids: tuple[int, ...]
-    suffix_ids: tuple[int, ...]
-    end_id: int
-    is_encoder_decoder: bool
-    truncation_side: str
-    max_length: int
-    max_output_length: int
-
-    @classmethod
-    def of(
-        cls, tokenizer: PreTrainedTokenizerBase, family: LLMFamily, *, is_encoder_decoder: bool, **max_lengths: int
-    ) -> Self:
-        """Return the tokenizer with the special tokens that it puts around a text, or with those of the family."""
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        family: LLMFamily,
+        *,
+        is_encoder_decoder: bool,
+        max_length: int,
+        max_output_length: int,
+    ) -> None:
+        self.tokenizer, self.is_encoder_decoder = tokenizer, is_encoder_decoder
+        self.max_length, self.max_output_length = max_length, max_output_length
+        self.truncation_side = family.truncation_side
         if family.starts_with_end:  # for folders written from it: the flag makes transformers rebuild its template
             tokenizer.bos_token = tokenizer.eos_token
             tokenizer.add_bos_token = True
         (bare,) = tokenizer(["a"], add_special_tokens=False).input_ids
         (whole,) = tokenizer(["a"]).input_ids
         at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
-        end_id = tokenizer.eos_token_id
+        self.prefix_ids = (tokenizer.eos_token_id,) if family.starts_with_end else tuple(whole[:at])
+        self.suffix_ids = tuple(whole[at + len(bare) :]) if is_encoder_decoder else ()
+        self.end_id: int = tokenizer.eos_token_id
         if family.end_text is not None:
-            end_id = tokenizer(family.end_text, add_special_tokens=False).input_ids[-1]
-        if end_id is None:
-            raise InputError(f"the language model's tokenizer ({type(tokenizer).__name__}) has no end token to write")
-        return cls(
-            tokenizer=tokenizer,
-            prefix_ids=(tokenizer.eos_token_id,) if family.starts_with_end else tuple(whole[:at]),
-            suffix_ids=tuple(whole[at + len(bare) :]) if is_encoder_decoder else (),
-            end_id=end_id,
-            is_encoder_decoder=is_encoder_decoder,
-            truncation_side=family.truncation_side,
-            **max_lengths,
-        )
+            self.end_id = tokenizer(family.end_text, add_special_tokens=False).input_ids[-1]
 
     @property
     def pad_id(self) -> int:
