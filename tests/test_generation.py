@@ -281,3 +281,12 @@ def test_the_question_goes_into_the_prompt_of_blip_vqa() -> None:
     assert model.predict_answers(samples, prompt="Q: {} A:", **settings) == model.predict_answers(complete, **settings)
     with pytest.raises(InputError, match=r"prompt: .*'\{\} \{\}'"):
         model.predict_answers(samples, prompt="{} {}", **settings)
+
+
+@pytest.mark.parametrize(("arch", "method"), [("blip_caption", "generate"), ("blip_vqa", "predict_answers")])
+def test_methods_say_which_settings_they_take(arch: str, method: str) -> None:
+    call, samples = getattr(tiny(arch), method), {"image": pictures(2), "text_input": "what color?"}
+    with pytest.raises(InputTypeError, match=r"by name, .*; got 5"):
+        call(samples, 5)
+    with pytest.raises(InputError, match=r"return_scores?: unknown .*max_length, .*num_beams, .*do_sample"):
+        call(samples, **({"return_score": True} if method == "generate" else {"return_scores": True}))

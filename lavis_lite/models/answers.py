@@ -23,7 +23,7 @@ class AnswerModel(BaseModel):
     def predict_answers(
         self,
         samples: dict[str, Any],
-        *,
+        *unnamed: Any,
         inference_method: str | None = None,
         num_ans_candidates: int = 128,
         answer_list: list[str] | None = None,
@@ -40,7 +40,7 @@ class AnswerModel(BaseModel):
         device.
         """
         method = one_of("inference_method", inference_method or self.inference_method, ("rank", "generate"))
-        config = self.answer_decoding(self.answer_generation.changed(**changes))
+        config = self.answer_decoding(self.answer_generation.changed(*unnamed, **changes))
         image_of(samples, video=self.takes_video, answering=not check_only)
         prompts = self.answer_prompts(samples, prompt)
         answers = ranked_answers(answer_list, num_ans_candidates) if method == "rank" else None
