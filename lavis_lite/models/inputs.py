@@ -45,9 +45,7 @@ def image_of(samples: Mapping[str, Any], key: str = "image", *, video: bool = Fa
         found = f"{where} is a {type(image).__name__}; it must be one tensor, of images or videos of one size"
         raise InputError(f'{found}: vis_processors["eval"](picture).unsqueeze(0)')
     if image.dim() not in ((4, 5) if video else (4,)) or image.shape[1] != 3:
-        raise InputError(
-            f"{where} has shape {tuple(image.shape)}; it must be {wanted}: unsqueeze(0) makes a batch of one"
-        )
+        raise InputError(f"{where} has shape {tuple(image.shape)}; it must be {wanted}: unsqueeze(0) adds the batch")
     if image.numel() == 0:
         raise InputError(f"{where} has shape {tuple(image.shape)}: there is no image or no frame")
     if not image.is_floating_point():

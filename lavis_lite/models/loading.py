@@ -133,9 +133,7 @@ def arch_in(source: str | Path, wanted: str | None = None) -> str:
     if download.is_folder(source):
         return _arch_of_folder(read_config(download.fetch_folder(source)), source=str(source), wanted=named)
     if trained is None or named is None:
-        raise InputError(
-            f"{source} does not say what it was trained as: load_model(arch, model_type, checkpoint=...) does"
-        )
+        raise InputError(f"{source} does not say what it was trained as: use load_model(arch, type, checkpoint=...)")
     return named
 
 

@@ -86,9 +86,7 @@ def load_llm_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     if len(tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)) < 2:  # transformers 5 makes an empty one
         raise MissingFileError(f"{locate(source)}: holds no tokenizer.json, nor vocab and merges of a tokenizer")
     if tokenizer.eos_token_id is None:
-        raise InputError(
-            f"{locate(source)}: tokenizer_config.json names no eos_token, so that no text would end: add it"
-        )
+        raise InputError(f"{locate(source)}: tokenizer_config.json names no eos_token, which ends a text: add it")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -107,9 +105,7 @@ def read_config(source: str | Path, overrides: Mapping[str, Any] | None = None) 
     raw = raw["text_config"] if raw.get("model_type") in COMPOSITES else raw
     model_type = str(raw.get("model_type"))
     if model_type not in CONFIG_MAPPING:  # transformers' public table; AutoConfig would also read code of the hub
-        raise InputError(
-            f"{source}: config.json: the installed transformers has no model_type {model_type!r}; update it"
-        )
+        raise InputError(f"{source}: config.json: transformers has no model_type {model_type!r}; update transformers")
     config_class = CONFIG_MAPPING[model_type]
     unknown = sorted(name for name in overrides if name not in raw and not hasattr(config_class(), name))
     if unknown:

@@ -38,9 +38,7 @@ def enqueue(queues: Sequence[tuple[Tensor, Tensor]], pointer: Tensor) -> None:
     for queue, columns in queues:
         size, new = queue.shape[1], columns.shape[1]
         if new > size:
-            raise InputError(
-                f"model.queue_size: {size} is less than the global batch of {new}; raise it, or set it to 0"
-            )
+            raise InputError(f"model.queue_size: {size} is less than the global batch of {new}; raise it, or set 0")
         at_end = min(new, size - start)
         queue[:, start : start + at_end] = columns[:, :at_end]
         queue[:, : new - at_end] = columns[:, at_end:]

@@ -59,9 +59,7 @@ class ViTConfig:
         check_divides("model.vit", values, divisor="patch_size", number="image_size")
         check_divides("model.vit", values, divisor="num_heads", number="width")
         if self.width * self.mlp_ratio < 1:
-            raise InputError(
-                f"model.vit.mlp_ratio: {self.mlp_ratio} leaves less than 1 of width {self.width}; raise it"
-            )
+            raise InputError(f"model.vit.mlp_ratio: {self.mlp_ratio} leaves nothing of width {self.width}; raise it")
         one_of("model.vit.sincos_init", self.sincos_init, (True, False))
         if self.sincos_init and self.width % 4:
             raise InputError(f"model.vit.width: must be a multiple of 4 with sincos_init, got {self.width}")

@@ -234,9 +234,7 @@ class Blip2LLMAdapter(_QFormerAdapter["Blip2LLM"]):
             text.bos_token_id = text.eos_token_id
         config = transformers_class(self.hf_class(arch, model)).config_class(text_config=text, **self.sizes(model))
         if config.use_decoder_only_language_model == model.lm.is_encoder_decoder:
-            raise InputError(
-                f"transformers' BLIP-2 uses only a {text.model_type}'s decoder: keep the model as a .pth file"
-            )
+            raise InputError(f"transformers' BLIP-2 uses only a {text.model_type}'s decoder: keep it as a .pth file")
         return config
 
     def processor(self, model: "Blip2LLM", config: Any) -> Any:
