@@ -56,7 +56,8 @@ class BlipBase(BaseModel):
         max_txt_len: int = 35,
     ) -> None:
         super().__init__()
-        for size, instead in (("image_size", "image_size"), ("num_checkpointed", "vit_grad_ckpt and model.vit_ckpt_layer")):
+        others = {"image_size": "image_size", "num_checkpointed": "vit_grad_ckpt and model.vit_ckpt_layer"}
+        for size, instead in others.items():
             if size in (vit or {}):
                 raise InputError(f"model.vit.{size}: set model.{instead} instead")
         check_number("model.vit_ckpt_layer", vit_ckpt_layer, 0, MAX_LAYERS)
