@@ -60,7 +60,7 @@ def caption_jobs(arguments: argparse.Namespace, image: Tensor) -> Iterator[Job]:
     theirs = hf_captioner(model, arguments)
     texts = [model.prompt + TEXTS[i % 2] for i in range(len(image))]
     ids, mask = model.tokenize(texts, start=model.decoder_start)
-    labels = model.labels(ids, model.prompt_length(model.prompt))
+    labels = model.labels(ids, len(model.tokenizer(model.prompt).input_ids) - 1)
     prompt, _ = model.tokenize([model.prompt] * len(image), start=model.decoder_start)
     lengths = {"num_beams": 3, "max_length": 20, "min_length": 20}
     ends = {"eos_token_id": model.tokenizer.sep_token_id, "pad_token_id": model.tokenizer.pad_token_id}

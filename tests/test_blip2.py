@@ -75,7 +75,7 @@ def losses_by_hand(model: Any, image: Tensor, texts: list[str], ids: list[int], 
     lm, num_words = 0.0, 0
     for i, (row, mask) in enumerate(tokens):
         row = torch.cat([torch.tensor([[model.tokenizer.bos_token_id]]), row[:, 1:]], dim=1)
-        states, _ = model.Qformer(model.query_tokens, row, mask, context=context[i], attention="causal")
+        states, _ = model.Qformer(model.query_tokens, row, mask, context=context[i], causal=True)
         log_probs = model.Qformer.logits(states)[0, len(queries[i]) :].log_softmax(-1)
         for position in range(row.shape[1] - 1):
             lm -= float(0.9 * log_probs[position, row[0, position + 1]] + 0.1 * log_probs[position].mean())
@@ -132,7 +132,7 @@ def test_gather_with_grad_is_the_whole_gradient() -> None:
     samples = {"image": images(), "text_input": TEXTS}
     for switch in (True, False):
         model = build(gather_with_grad=switch)
-        queries = model.encode_queries(model.image_context(samples["image"])).detach().requires_grad_()
+        queries = model.image_features(samples["image"])[1].detach().requires_grad_()
         words = model.encode_text(*model.tokenize(TEXTS)).detach().requires_grad_()
         i2t, t2i = model.contrast(queries, words)
         actual = torch.autograd.grad(contrastive_loss(i2t, t2i, torch.eye(3)), (queries, words))
@@ -179,7 +179,7 @@ def test_greedy_equals_passes_without_cache(model: Any) -> None:
     ids = [model.tokenizer.bos_token_id]
     while len(ids) < 8:
         row = torch.tensor([ids])
-        states, _ = model.Qformer(model.query_tokens, row, torch.ones_like(row), context=context, attention="causal")
+        states, _ = model.Qformer(model.query_tokens, row, torch.ones_like(row), context=context, causal=True)
         logits = model.Qformer.logits(states[0, -1])
         logits[model.tokenizer.sep_token_id] = -torch.inf  # below min_length
         ids.append(int(logits.argmax()))
@@ -189,7 +189,7 @@ def test_greedy_equals_passes_without_cache(model: Any) -> None:
 
 def test_repetition_penalty_counts(model: Any) -> None:
     settings = {"num_beams": 1, "min_length": 12, "max_length": 12}
-    prefix = model.image_prefix(images(4, seed=2))
+    prefix = model.caption_context(images(4, seed=2))
     start = torch.full((4, 1), model.decoder_start)
 
     def repeats(**more: float) -> int:

@@ -106,12 +106,11 @@ def blip_step(rows: slice) -> dict[str, Any]:
         image_size=16, queue_size=8, tokenizer=SIZES["tokenizer"], negative_all_rank=True, **sizes
     ).eval()
     batch = samples(rows)
-    tokens, image_feat = model.image_features(batch["image"])
+    tokens = model.encode_image(batch["image"])
     ids, mask = model.tokenize(batch["text_input"])
-    pool = model.pool(tokens, ids, mask, image_feat, model.encode_text(ids, mask))
     negatives = tuple(n[rows] for n in NEGATIVES)
     context = model.text_encoder.project_kv(tokens)
-    loss = matching_loss(model.pair_logits(tokens, ids, mask, pool, negatives, context), len(ids))
+    loss = matching_loss(model.pair_logits(tokens, (ids, mask), negatives, context), len(ids))
     loss.backward()
     gradients = {key: dist.all_reduce_mean(p.grad) for key, p in model.named_parameters() if p.grad is not None}
     return {"loss": dist.all_reduce_mean(loss), **gradients}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_blip2_llm import build, pictures
 from torch import Tensor
 
-from lavis_lite.common.errors import InputError
+from lavis_lite.common.errors import InputError, InputTypeError
 from lavis_lite.common.registry import registry
 from lavis_lite.nn.attention import KeyValueCache
 from lavis_lite.nn.decoding import Decoded, DecodingConfig, GenerationConfig, decode
@@ -141,7 +141,7 @@ def test_none_leaves_a_setting_and_other_names_are_translated() -> None:
 @pytest.mark.parametrize(
     ("changes", "where"),
     [
-        ({"num_beam": 4}, "num_beam: .*'num_beams'"),
+        ({"num_beam": 4}, "num_beam: .*, num_beams, "),
         ({"eos_id": 4}, "eos_id"),
         ({"max_len": 4, "max_length": 5}, "max_len and max_length"),
         ({"max_length": 4, "max_new_tokens": 5}, "max_length and max_new_tokens"),
@@ -160,6 +160,11 @@ def test_none_leaves_a_setting_and_other_names_are_translated() -> None:
 def test_settings_that_are_refused(changes: dict[str, Any], where: str) -> None:
     with pytest.raises(InputError, match=where):
         BLIP.changed(**changes)
+
+
+def test_a_setting_without_its_name_is_refused() -> None:
+    with pytest.raises(InputTypeError, match=r"by name, .*; got 7"):
+        BLIP.changed(7, num_beams=2)
 
 
 DEFAULTS = {
@@ -276,3 +281,12 @@ def test_the_question_goes_into_the_prompt_of_blip_vqa() -> None:
     assert model.predict_answers(samples, prompt="Q: {} A:", **settings) == model.predict_answers(complete, **settings)
     with pytest.raises(InputError, match=r"prompt: .*'\{\} \{\}'"):
         model.predict_answers(samples, prompt="{} {}", **settings)
+
+
+@pytest.mark.parametrize(("arch", "method"), [("blip_caption", "generate"), ("blip_vqa", "predict_answers")])
+def test_methods_say_which_settings_they_take(arch: str, method: str) -> None:
+    call, samples = getattr(tiny(arch), method), {"image": pictures(2), "text_input": "what color?"}
+    with pytest.raises(InputTypeError, match=r"by name, .*; got 5"):
+        call(samples, 5)
+    with pytest.raises(InputError, match=r"return_scores?: unknown .*max_length, .*num_beams, .*do_sample"):
+        call(samples, **({"return_score": True} if method == "generate" else {"return_scores": True}))

@@ -72,7 +72,7 @@ def test_captioning(image: Tensor) -> None:
     close(model.visual_encoder(image), twin.vision_model(image).last_hidden_state)
     texts = [model.prompt + text for text in TEXTS]
     ids, mask = model.tokenize(texts, start=model.decoder_start)
-    labels = model.labels(ids, model.prompt_length(model.prompt))
+    labels = model.labels(ids, len(model.tokenizer(model.prompt).input_ids) - 1)
     loss = twin(pixel_values=image, input_ids=ids, attention_mask=mask, labels=labels).loss
     close(model({"image": image, "text_input": texts})["loss"], loss)
     prompt, _ = model.tokenize([model.prompt] * 2, start=model.decoder_start)
@@ -96,8 +96,10 @@ def test_matching(image: Tensor) -> None:
     model = ours("blip_image_text_matching")
     twin = theirs(BlipForImageTextRetrieval, model)
     ids, mask = model.tokenize(TEXTS)
+    grounded = ids.clone()
+    grounded[:, 0] = model.encoder_start
     itm = model({"image": image, "text_input": TEXTS}, match_head="itm")
-    close(itm, twin(input_ids=model.grounded(ids), attention_mask=mask, pixel_values=image).itm_score)
+    close(itm, twin(input_ids=grounded, attention_mask=mask, pixel_values=image).itm_score)
     itc = model({"image": image, "text_input": TEXTS}, match_head="itc")
     close(itc, twin(input_ids=ids, attention_mask=mask, pixel_values=image, use_itm_head=False).itm_score)
 

@@ -30,7 +30,7 @@ from lavis_lite.datasets.templates import load_templates
 from lavis_lite.models import from_pretrained, load_model
 from lavis_lite.models.tokenizers import load_tokenizer
 from lavis_lite.nn.llm_loading import load_language_model
-from lavis_lite.nn.llm_sources import is_composite, language_model_config, load_llm_tokenizer
+from lavis_lite.nn.llm_sources import is_composite, load_llm_tokenizer, read_config
 
 FOLDERS = Path(__file__).parent / "reference" / "tiny_hf"
 
@@ -86,7 +86,7 @@ def test_a_language_model_s_code_is_not_run(tmp_path: Path, ran: Path) -> None:
 def test_a_config_cannot_name_an_attention_of_the_hub(tmp_path: Path, ran: Path) -> None:
     mapping, kernel = {}, {"_attn_implementation": "evil/kernel", "attn_implementation": "evil/kernel"}
     folder = with_code(FOLDERS / "opt", tmp_path / "opt", ran, mapping=mapping, file="config.json", **kernel)
-    assert "evil" not in str(language_model_config(folder)._attn_implementation)
+    assert "evil" not in str(read_config(folder)[0]._attn_implementation)
 
 
 class Hostile:
@@ -248,7 +248,7 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "tokenizer": lambda: load_tokenizer("nobody/bert"),
     "tokenizer without owner": lambda: load_tokenizer("bert-base-uncased"),
     "language model's tokenizer": lambda: load_llm_tokenizer("nobody/opt"),
-    "language model's config": lambda: language_model_config("nobody/opt"),
+    "language model's config": lambda: read_config("nobody/opt"),
     "is it a BLIP-2": lambda: is_composite("nobody/opt"),
     "language model": lambda: load_language_model("nobody/opt", dtype=torch.float32),
     "init_text of BLIP": lambda: start_blip("nobody/bert"),
@@ -318,7 +318,7 @@ def test_offline_what_the_hub_s_cache_holds_is_used(
     same, _ = load_language_model(FOLDERS / "opt", dtype=torch.float32)
     assert torch.equal(model.lm_head.weight, same.lm_head.weight)
     assert tokenizer.get_vocab() == load_llm_tokenizer(FOLDERS / "opt").get_vocab()
-    assert isinstance(language_model_config("owner/opt"), OPTConfig)
+    assert isinstance(read_config("owner/opt")[0], OPTConfig)
     assert not connections
 
 

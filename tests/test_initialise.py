@@ -233,7 +233,7 @@ def test_a_padded_vocabulary_gives_no_row_to_added_tokens(tmp_path: Path) -> Non
     [
         (5, "{folder}: layers 2-4 of its 5 will not be used, as the model has only 2"),
         (3, "{folder}: layer 2 of its 3 will not be used, as the model has only 2"),
-        (1, "{folder}: layer 1 of the model's 2 will start at random, as it has only 1"),
+        (1, "{folder}: layer 1 of the model's 2 start at random, as it has only 1"),
         (2, None),
     ],
 )
@@ -289,5 +289,5 @@ def test_a_start_needs_a_model_that_takes_one() -> None:
 
 def test_a_checkpoint_without_a_qformer_says_what_it_has(tmp_path: Path) -> None:
     path = checkpoint.save({"model": load_model("blip_caption", "tiny").state_dict()}, tmp_path / "caption.pth")
-    with pytest.raises(ValueError, match=r"init_text: .*caption\.pth .*text_decoder\."):
+    with pytest.raises(ValueError, match=r"caption\.pth holds no tensor that Blip2"):
         load_model("blip2", "tiny", init_text=str(path))

@@ -69,9 +69,9 @@ def with_value(value: float) -> Tensor:
 
 BAD_IMAGES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "none": (None, ("missing", "(B,3,H,W)")),
-    "list": (list(pictures()), ("list of shapes", "one tensor")),
+    "list": (list(pictures()), ("is a list", "one tensor")),
     "picture": (Image.new("RGB", (48, 48)), ("is a Image", "one tensor", 'vis_processors["eval"]')),
-    "pictures": ([Image.new("RGB", (48, 48))] * 2, ("'Image', 'Image'", "one tensor")),
+    "pictures": ([Image.new("RGB", (48, 48))] * 2, ("is a list", "one tensor")),
     "array": (pictures().numpy(), ("ndarray", "one tensor")),
     "path": ("cat.jpg", ("is a str", "one tensor")),
     "bytes": (b"\xff\xd8", ("is a bytes", "one tensor")),
@@ -90,10 +90,10 @@ BAD_VALUES = {
     "0 to 255": (torch.rand(2, 3, 48, 48) * 255, ("up to 25", "normalise")),
 }
 BAD_TEXTS: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "number": (5, ("5 is neither a text nor a list",)),
-    "bytes": (b"red", ("b'red' is neither a text nor a list",)),
-    "dict": ({"a": "b"}, ("neither a text nor a list",)),
-    "set": ({"a", "b"}, ("neither a text nor a list",)),
+    "number": (5, ("5 is not a text or a list",)),
+    "bytes": (b"red", ("b'red' is not a text or a list",)),
+    "dict": ({"a": "b"}, ("is not a text or a list",)),
+    "set": ({"a", "b"}, ("is not a text or a list",)),
     "nones": ([None, None], ("[0] is None", "a text (str)")),
     "bytes in a list": (["red", b"red"], ("[1] is b'red'", "a text (str)")),
     "numbers": ([1, 2], ("[0] is 1", "a text (str)")),
@@ -196,7 +196,7 @@ def test_bad_answer_lists(arch: str) -> None:
         settings = {"inference_method": "rank", "answer_list": answers}
         refused(lambda: build(arch).predict_answers(good_samples(arch), **settings), "answer_list")  # noqa: B023
     settings = {"inference_method": "rank", "answer_list": ["red"], "num_ans_candidates": 0}
-    refused(lambda: build(arch).predict_answers(good_samples(arch), **settings), "num_ans_candidates", "at least 1")
+    refused(lambda: build(arch).predict_answers(good_samples(arch), **settings), "num_ans_candidates", "from 1 to")
 
 
 @pytest.mark.parametrize("key", ["ocr_tokens", "choices"])

@@ -294,7 +294,7 @@ def test_inputs_beyond_the_context_are_refused() -> None:
     lm = adapter(random_model("opt"))
     embeds, mask = torch.zeros(1, 60, lm.width), torch.ones(1, 60, dtype=torch.long)
     lm.generate(embeds, mask, lm.decoding(GenerationConfig(max_length=5)))
-    with pytest.raises(ValueError, match=r"65 .*64"):
+    with pytest.raises(ValueError, match=r"64 .*65"):
         lm.generate(embeds, mask, lm.decoding(GenerationConfig(max_length=6)))
     with pytest.raises(ValueError, match="64"):
         lm.loss(torch.zeros(1, 65, lm.width), torch.ones(1, 65, dtype=torch.long), torch.tensor([[5]]))
@@ -308,7 +308,7 @@ def test_texts_beyond_the_context_of_a_decoder_are_refused() -> None:
     assert lm.loss(embeds, mask, text).isfinite()
     assert lm.candidate_losses(lm.prefix(embeds, mask), text[None], torch.ones_like(text)[None]).isfinite().all()
     longer = torch.full((4, 65), 5)
-    with pytest.raises(ValueError, match=r"65 .*64"):
+    with pytest.raises(ValueError, match=r"64 .*65"):
         lm.generate(embeds, mask, lm.decoding(GenerationConfig(max_length=66)))
     with pytest.raises(ValueError, match="64"):
         lm.loss(embeds, mask, longer)
@@ -518,7 +518,7 @@ class TestRefused:
             self.load(without(tmp_path, *files))
 
     def test_a_class_that_transformers_lacks(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"config.json: model_type 'megabrain'"):
+        with pytest.raises(ValueError, match=r"config.json: .*'megabrain'"):
             self.load(without(tmp_path, model_type="megabrain"))
 
     def test_a_class_that_writes_no_text(self, tmp_path: Path) -> None:

@@ -126,6 +126,8 @@ def test_whole_parts_are_trained_in_float32() -> None:
         ({"target_modules": 5}, r"llm_lora\.target_modules: .*list of text or text.* got 5"),
         ({"modules_to_save": "lm_head"}, r"llm_lora\.modules_to_save: .*list of text.* got 'lm_head'"),
         ({"layers_to_transform": ["a"]}, r"llm_lora\.layers_to_transform.*: .*whole number.* got 'a'"),
+        ({"megatron_config": "a"}, r"model\.llm_lora\.megatron_config: does not apply"),
+        ({"runtime_config": 3}, r"model\.llm_lora\.runtime_config: does not apply"),
     ],
 )
 def test_mistakes_are_found_before_weights_are_read(

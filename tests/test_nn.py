@@ -169,5 +169,5 @@ def test_sizes_that_do_not_fit_are_errors() -> None:
         vit_config("tiny", image_size=50)
     with pytest.raises(ValueError, match=r"image: .*\(1, 3, 32, 32\).*48"):
         BlipViT(vit_config("tiny"))(torch.zeros(1, 3, 32, 32))
-    with pytest.raises(ValueError, match="5 patches"):
+    with pytest.raises(ValueError, match="5 and 4 patches"):
         interpolate_pos_embed(torch.zeros(1, 6, 4), 5)

@@ -1,4 +1,4 @@
-"""BLIP-2's Q-Former: its three masks as pictures, the recorded states of the original, cached text, shared contexts."""
+"""BLIP-2's Q-Former: its masks as pictures, the recorded states of the original, cached text, shared contexts."""
 
 import json
 import os
@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from lavis_lite.nn.qformer import QFormer, QFormerConfig, qformer_mask
+from lavis_lite.nn.attention import text_mask
+from lavis_lite.nn.qformer import QFormer, QFormerConfig
 
 REFERENCE = Path(os.environ.get("LAVIS_LITE_REFERENCE_DIR", Path(__file__).parent / "reference"))
 CASE = Path(__file__).parent / "reference" / "cases" / "blip2_qformer__a"
@@ -31,15 +32,10 @@ def small(**sizes: object) -> QFormer:
 
 def test_masks_are_those_of_the_papers_figure_2() -> None:
     text = torch.tensor([[1, 1, 1, 0]])  # two queries, three tokens, one of padding
-    assert picture(qformer_mask(2, text, attention="bidirectional", dtype=torch.float)) == [
-        "#####.",
-        "#####.",
-        "#####.",
-        "#####.",
-        "#####.",
-        "#####.",
+    assert picture(text_mask(text, 0, num_queries=2, causal=False, dtype=torch.float)) == [
+        "#####.",  # the same for all rows
     ]
-    assert picture(qformer_mask(2, text, attention="causal", dtype=torch.float)) == [
+    assert picture(text_mask(text, 0, num_queries=2, causal=True, dtype=torch.float)) == [
         "##....",
         "##....",
         "###...",
@@ -47,17 +43,6 @@ def test_masks_are_those_of_the_papers_figure_2() -> None:
         "#####.",
         "#####.",
     ]
-    assert picture(qformer_mask(2, text, attention="unimodal", dtype=torch.float)) == [
-        "##....",
-        "##....",
-        "..###.",
-        "..###.",
-        "..###.",
-        "..###.",
-    ]
-    assert qformer_mask(2, None, attention="causal", dtype=torch.float) is None
-    with pytest.raises(ValueError, match="attention 'both'"):
-        qformer_mask(2, text, attention="both", dtype=torch.float)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +90,7 @@ def test_text_after_cached_queries_equals_one_causal_pass() -> None:
     queries, image = torch.randn(1, 3, 16), torch.randn(2, 5, 12)
     ids, mask = torch.randint(1, 50, (2, 4)), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
     context = model.project_kv(image)
-    whole, _ = model(queries, ids, mask, context=context, attention="causal")
+    whole, _ = model(queries, ids, mask, context=context, causal=True)
     _, cache = model(queries, context=context)
     first, cache = model(None, ids[:, :2], mask[:, :2], past=cache)
     last, _ = model(None, ids[:, 2:], mask, past=cache)
@@ -131,10 +116,6 @@ def test_every_second_layer_cross_attends() -> None:
     )
 
 
-def test_clear_errors() -> None:
-    with pytest.raises(ValueError, match="qformer_text_input"):
-        small(has_text=False)(torch.randn(1, 3, 16), torch.ones(1, 2, dtype=torch.long), torch.ones(1, 2))
-    with pytest.raises(ValueError, match="queries or text"):
-        small()(None)
+def test_text_longer_than_the_positions() -> None:
     with pytest.raises(ValueError, match=r"model\.qformer\.max_positions: .*600.*512"):
         small()(None, torch.ones(1, 600, dtype=torch.long), torch.ones(1, 600))

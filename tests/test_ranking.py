@@ -145,7 +145,7 @@ def test_segments_change_vicunas_divisor_alone() -> None:
         num_read = model.query_tokens.shape[1] + len(model.llm_tokenizer.inputs([question])[0]) - 1
         divisors = torch.tensor([max(counts[:2])] * 2 + [max(counts[2:])] * 3) + num_read
         torch.testing.assert_close(ratio[row], (max(counts) + num_read) / divisors)
-    with pytest.raises(ValueError, match=r"n_segments: .* 2; got 3"):
+    with pytest.raises(ValueError, match=r"n_segments: .* 2, got 3"):
         model.class_losses(samples, OWN, 3)
 
 

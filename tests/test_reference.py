@@ -78,9 +78,9 @@ def check_caption(case: Case) -> None:
         model = case.model("blip_caption", "max_txt_len", prompt=prompt)
         close(model.visual_encoder(image), case.outputs["image_embeds"])
         texts = case.facts[f"text_input_{kind}"]
-        assert model.prompt_length(prompt) == case.facts[f"prompt_length_{kind}"]
+        assert len(model.tokenizer(prompt).input_ids) - 1 == case.facts[f"prompt_length_{kind}"]
         ids, _ = model.tokenize(texts, start=model.decoder_start, max_length=model.max_txt_len)
-        assert model.labels(ids, model.prompt_length(prompt)).tolist() == case.facts[f"labels_{kind}"]
+        assert model.labels(ids, len(model.tokenizer(prompt).input_ids) - 1).tolist() == case.facts[f"labels_{kind}"]
         loss = model({"image": image, "text_input": texts})["loss"]
         close(loss, case.facts[f"loss_{kind}"])
         if kind == "prompt":
@@ -127,16 +127,14 @@ def check_vqa(case: Case) -> None:
         expected = case.facts[f"generate_{name}"]
         assert model.predict_answers(samples, inference_method="generate", **expected["kwargs"]) == expected["answers"]
     for k in case.config["rank_k"]:
-        check_ranks(model, samples, context, case.config["answer_list"], case.facts[f"rank_{k}"])
+        check_ranks(model, samples, case.config["answer_list"], case.facts[f"rank_{k}"])
 
 
-def check_ranks(
-    model: Any, samples: dict[str, Any], context: Any, answers: list[str], expected: dict[str, Any]
-) -> None:
+def check_ranks(model: Any, samples: dict[str, Any], answers: list[str], expected: dict[str, Any]) -> None:
     """Candidates, their losses (in any order of equal first tokens) and the chosen answers."""
     k = min(expected["num_ans_candidates"], len(answers))
     with torch.no_grad():
-        order, losses = model.rank_answers(context, answers, k)
+        order, losses = model.rank_answers(samples, samples["text_input"], answers, k)
     for row in range(len(order)):
         actual = dict(zip(order[row].tolist(), losses[row].tolist(), strict=True))
         recorded = dict(zip(expected["topk_ids"][row], expected["neg_log_prob"][row], strict=True))
@@ -360,7 +358,7 @@ def check_stage1_captions(model: Any, image: Tensor, expected: dict[str, Any]) -
     assert model.generate({"image": image}, **expected["kwargs"]) == [text.strip() for text in expected["captions"]]
     end, start = model.tokenizer.sep_token_id, torch.full((len(image), 1), model.decoder_start)
     ids = decode(
-        model.step(model.image_prefix(image)), start, model.decoding(GenerationConfig(**expected["kwargs"]))
+        model.step(model.caption_context(image)), start, model.decoding(GenerationConfig(**expected["kwargs"]))
     ).ids
     assert [up_to_end(row, end) for row in ids.tolist()] == [up_to_end(row, end) for row in expected["ids"]]
 

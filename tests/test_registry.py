@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lavis_lite.common.registry import Registry, RegistryError, did_you_mean, registry
+from lavis_lite.common.errors import did_you_mean
+from lavis_lite.common.registry import Registry, RegistryError, registry
 
 KINDS = ("model", "processor", "builder", "task", "runner", "lr_scheduler")
 

@@ -7,7 +7,7 @@ import pytest
 from transformers import BertTokenizer
 
 from lavis_lite.common.wording import without_false_spaces
-from lavis_lite.models import batches, tokenizers
+from lavis_lite.models import captions, tokenizers
 from lavis_lite.nn.decoding import Decoded
 
 TEXTS = (
@@ -47,9 +47,9 @@ def test_spaces_that_the_text_may_have_had_stay(text: str) -> None:
 
 def test_generated_captions_have_no_false_spaces(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the captioners' own way, behind a prompt that is cut off again."""
-    model = SimpleNamespace(tokenizer=tokenizer, decoder_start=tokenizer.bos_token_id)
+    model = SimpleNamespace(tokenizer=tokenizer, decoder_start=tokenizer.bos_token_id, step=lambda context: None)
     model.tokenize = lambda texts, **options: tokenizers.tokenize(tokenizer, texts, **options)
     written = tokenizer([f"一只 {TEXTS[0]}", f"一只 {TEXTS[4]}"], padding=True, return_tensors="pt").input_ids
-    monkeypatch.setattr(batches, "decode", lambda step, ids, config: Decoded(written))
-    told = batches.generate_continuations(["一只", "一只"], model, lambda rows: None, None)  # type: ignore[arg-type]
+    monkeypatch.setattr(captions, "decode", lambda step, ids, config: Decoded(written))
+    told = captions.CaptionModel._continuations(model, "一只", None, 2, None)  # type: ignore[arg-type]
     assert told == [TEXTS[0], TEXTS[4]]

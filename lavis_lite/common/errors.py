@@ -4,6 +4,21 @@ The command line prints a `UserError` as one line. Each subclass also derives fr
 that `except ValueError` works as usual.
 """
 
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(name: object, candidates: Iterable[str], *, limit: int = 12) -> str:
+    """Return the sentence to append to an error about `name`: its nearest candidates, or else the known ones."""
+    known = sorted(candidates)
+    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.6)
+    if near:
+        return f"Did you mean {' or '.join(repr(n) for n in near)}?"
+    if not known:
+        return "None is known."
+    more = f" and {len(known) - limit} more" if len(known) > limit else ""
+    return f"Known: {', '.join(known[:limit])}{more}."
+
 
 class UserError(Exception):
     """A mistake that the user can correct; the message says where, what is wrong and what to do."""

@@ -5,13 +5,12 @@ new file. Registering the same class again (a reloaded module, a re-run notebook
 a used name is an error.
 """
 
-import difflib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from typing import Any, TypeVar
 
-from lavis_lite.common.errors import InputTypeError, UnknownNameError
+from lavis_lite.common.errors import InputTypeError, UnknownNameError, did_you_mean
 
 T = TypeVar("T")
 
@@ -29,18 +28,6 @@ package of a kind."""
 
 class RegistryError(UnknownNameError):
     """An unknown name, or one that is already used."""
-
-
-def did_you_mean(name: object, candidates: Iterable[str], *, limit: int = 12) -> str:
-    """Return the sentence to append to an error about `name`: its nearest candidates, or else the known ones."""
-    known = sorted(candidates)
-    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.6)
-    if near:
-        return f"Did you mean {' or '.join(repr(n) for n in near)}?"
-    if not known:
-        return "None is known."
-    more = f" and {len(known) - limit} more" if len(known) > limit else ""
-    return f"Known: {', '.join(known[:limit])}{more}."
 
 
 class Table:

@@ -22,6 +22,7 @@ from lavis_lite.common.registry import registry
 from lavis_lite.common.sources import weights
 from lavis_lite.models.hf import HFAdapter
 from lavis_lite.models.tokenizers import tokenize
+from lavis_lite.nn.decoding import DecodingConfig, GenerationConfig
 from lavis_lite.nn.losses import IGNORED
 
 logger = logging.getLogger(__name__)
@@ -61,14 +62,14 @@ class BaseModel(nn.Module):
     """Tokenizer of the text transformer, where there is one."""
     max_txt_len: int
     """Tokens of a text that are read."""
+    max_positions: int
+    """Positions of the text transformer."""
     learns_answers: ClassVar[bool] = True
     """Training reads the text to generate for `text_input`, a question or instruction: `text_output` or `answer`."""
     takes_video: ClassVar[bool] = True
     """`image` may be a video (B,3,F,H,W)."""
     reports_num_labels: ClassVar[bool] = False
     """The loss is a language model's, a mean over labels whose number the output has as `num_labels`."""
-    has_warned_of_cut_texts: bool = False
-    """Whether the warning about cut texts was logged; it is logged once per model."""
 
     __signature__ = ConstructorSignature()
 
@@ -88,6 +89,11 @@ class BaseModel(nn.Module):
     def decoder_start(self) -> int:
         """Id of `[DEC]`."""
         return self.tokenizer.bos_token_id
+
+    def decoding(self, generation: GenerationConfig, **settings: Any) -> DecodingConfig:
+        """Return decoding settings with the end and padding tokens and the positions of the text transformer."""
+        tokens = {"eos_id": self.tokenizer.sep_token_id, "pad_id": self.tokenizer.pad_token_id}
+        return DecodingConfig.of(generation, **tokens, max_positions=self.max_positions, **settings)
 
     def labels(self, ids: Tensor, num_masked: int | Tensor = 0) -> Tensor:
         """Return the labels of a language-model loss: padding and the first `num_masked` (one number, or (B,)) do not
@@ -169,17 +175,11 @@ class BaseModel(nn.Module):
             is_same = trained.arch in registry.list_models() and type(self) is registry.get_model_class(trained.arch)
             lost = left if is_same else [name for name in left if "." in name and name.split(".")[0] in own]
             if lost:
-                raise InputError(
-                    f"{source}: {len(lost)} tensors that were trained have no place in the model: "
-                    f"{', '.join(lost[:4])}. Leave out the settings that differ from its training"
-                )
-        parts = {name.split(".")[0] for name in left if "." in name} - own
-        is_pretraining = PRETRAINED.issubset(name.split(".")[0] for name in state)
-        if parts and not is_pretraining:
-            logger.warning(
-                f"{source} also has {', '.join(sorted(parts))}, which {type(self).__name__} lacks: "
-                "make sure that it is a checkpoint of this architecture"
-            )
+                found = f"{len(lost)} tensors that were trained have no place in the model: {', '.join(lost[:4])}"
+                raise InputError(f"{source}: {found}. Leave out the settings that differ from its training")
+        parts = sorted({name.split(".")[0] for name in left if "." in name} - own)
+        if parts and not PRETRAINED.issubset(name.split(".")[0] for name in state):
+            logger.warning(f"{source} also has {', '.join(parts)}: make sure that it is of {type(self).__name__}")
 
     def adapt_state_dict(self, state: MutableMapping[str, Tensor]) -> MutableMapping[str, Tensor]:
         """Return a file's tensors, which are read on access, in this model's layout and size."""

@@ -6,6 +6,7 @@ An adapter belongs to a family of models (`BaseModel.hf`) and is defined beside 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -54,22 +55,18 @@ class NameTable:
         """Return Hugging Face's name for ours, or None if the table has none."""
         for ours, theirs in self.prefixes:
             if name.startswith(ours):
-                return theirs + _replaced(name.removeprefix(ours), self.inner.get(ours, ()))
+                rest = name.removeprefix(ours)
+                for old, new in self.inner.get(ours, ()):
+                    rest = rest.replace(old, new)
+                return theirs + rest
         return None
 
-    def from_hf(self, name: str) -> str | None:
-        """Return our name for Hugging Face's, or None if the table has none."""
-        for ours, theirs in self.prefixes:
-            if name.startswith(theirs):
-                swapped = tuple((new, old) for old, new in self.inner.get(ours, ()))
-                return ours + _replaced(name.removeprefix(theirs), swapped)
-        return None
-
-
-def _replaced(text: str, pairs: Pairs) -> str:
-    for old, new in pairs:
-        text = text.replace(old, new)
-    return text
+    @cached_property
+    def inverse(self) -> "NameTable":
+        """The table from Hugging Face's names to ours."""
+        prefixes = tuple((theirs, ours) for ours, theirs in self.prefixes)
+        inner = {theirs: tuple((new, old) for old, new in self.inner.get(ours, ())) for ours, theirs in self.prefixes}
+        return NameTable(prefixes, inner)
 
 
 class HFAdapter(ABC, Generic[M]):
@@ -89,8 +86,7 @@ class HFAdapter(ABC, Generic[M]):
         """Return transformers' class for an architecture. ValueError if there is none."""
         names = [name for name, archs in self.classes.items() if arch in archs]
         if not names:
-            known = sorted({arch for archs in self.classes.values() for arch in archs})
-            raise InputError(f"transformers has no class for {arch}; it has one for {', '.join(known)}")
+            raise InputError(f"transformers has no class for {arch}; it has {', '.join(self.classes)}")
         return names[-1] if model is not None and self.reads_instructions(model) else names[0]
 
     def default_arch(self, archs: tuple[str, ...], config: Mapping[str, Any]) -> str:
@@ -106,7 +102,8 @@ class HFAdapter(ABC, Generic[M]):
         folder.
         """
         name = config["architectures"][0]
-        config = config_class(name).from_dict(dict(config)).to_dict()  # adds the defaults that the file leaves out
+        own_class = transformers_class(name).config_class
+        config = own_class.from_dict(dict(config)).to_dict()  # adds the defaults that the file leaves out
         vision = config["vision_config"]
         vit = {ours: vision[theirs] for theirs, ours in VISION_TO_VIT.items()}
         vit["mlp_ratio"] = (vision["intermediate_size"] + 0.5) / vision["hidden_size"]  # timm rounds down
@@ -144,10 +141,8 @@ class HFAdapter(ABC, Generic[M]):
     def vision_sizes(self, encoder: ImageEncoder) -> dict[str, Any]:
         """Return an image encoder's sizes under transformers' names. ValueError if its class has no such encoder."""
         if type(encoder) is not self.encoder:
-            raise InputError(
-                f"transformers' class has the image encoder {self.encoder.__name__}, the model a "
-                f"{type(encoder).__name__}: keep the model as a .pth file"
-            )
+            wanted, found = self.encoder.__name__, type(encoder).__name__
+            raise InputError(f"transformers' image encoder is {wanted}, the model's {found}: keep it as a .pth file")
         modules: dict[str, Any] = dict(encoder.named_modules())  # timm's have no types
         block = modules["blocks.0"]
         return {
@@ -159,11 +154,6 @@ class HFAdapter(ABC, Generic[M]):
             "patch_size": modules["patch_embed"].patch_size[0],
             "layer_norm_eps": block.norm1.eps,
         }
-
-
-def config_class(hf_class: str) -> Any:
-    """Return the configuration class of one of transformers' models."""
-    return transformers_class(hf_class).config_class
 
 
 def transformers_class(name: str) -> Any:

@@ -1,42 +1,24 @@
-"""Computation shared by BLIP and BLIP-2: outputs of a training step, features, matching of images and texts.
+"""What BLIP and BLIP-2 share in comparing images and texts: outputs of a training step, features, matching, retrieval.
 
 Letters: B samples, T text tokens, E width, D width of the common space.
 """
 
-from typing import Any, Protocol
+import logging
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lavis_lite.common.errors import InputError
-from lavis_lite.models.base import Output
-from lavis_lite.models.batches import cut_texts
-from lavis_lite.models.inputs import image_of, listed_texts, required, texts_of
-from lavis_lite.models.reranking import RerankInterface
+from lavis_lite.common.bounds import one_of
+from lavis_lite.models.base import BaseModel, Output
+from lavis_lite.models.batches import Texts
+from lavis_lite.models.inputs import image_of, texts_of
 from lavis_lite.nn.attention import CrossAttentionKV
 
-FEATURE_MODES = ("image", "text", "multimodal")
-MATCH_HEADS = ("itm", "itc")
-
-
-class MatchingModel(RerankInterface, Protocol):
-    """Encoders of images and texts with projections into a common space."""
-
-    vision_proj: nn.Linear
-    text_proj: nn.Linear
-
-    def text_states(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Return states (B,T,E) of texts read alone; token 0 represents the text."""
-
-    def image_states(self, image: Tensor) -> Tensor:
-        """Return states of images, which `vision_proj` projects."""
-
-    def multimodal_states(self, image: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """Return states of images and texts read together, by the names of `extract_features`."""
-
-    def image_context(self, image: Tensor) -> CrossAttentionKV:
-        """Return keys and values of the images."""
+logger = logging.getLogger(__name__)
 
 
 def project(layer: nn.Linear, states: Tensor) -> Tensor:
@@ -46,42 +28,121 @@ def project(layer: nn.Linear, states: Tensor) -> Tensor:
 
 def training_output(metrics: dict[str, Tensor] | None = None, **losses: Tensor) -> Output:
     """Return the sum of the losses as `loss`, each loss as `loss_<name>` and the metrics."""
-    total = None
-    for value in losses.values():
-        total = value if total is None else total + value
-    assert total is not None
+    first, *rest = losses.values()
     parts = {f"loss_{name}": value.detach() for name, value in losses.items()}
-    return Output({"loss": total, **parts, **(metrics or {})})
+    return Output({"loss": sum(rest, first), **parts, **(metrics or {})})
 
 
-def given_texts(samples: dict[str, Any]) -> list[str]:
-    """Return `text_input`, any number of texts; a single string is one text."""
-    texts = required(samples, "text_input", "a text, or a list of texts")
-    return listed_texts([texts] if isinstance(texts, str) else texts, "samples['text_input']")
+class ImageTextModel(BaseModel):
+    """Encoders of images and texts with projections into a common space, and a head that matches them."""
+
+    vision_proj: nn.Linear
+    text_proj: nn.Linear
+    itm_head: nn.Linear
+    one_text_per_image: ClassVar[bool]
+    """Whether similarities too are of as many texts as images."""
+    has_warned_of_cut_texts: bool = False
+    """Whether the warning about cut texts was logged; it is logged once per model."""
+
+    @abstractmethod
+    def encode_image(self, image: Tensor) -> Tensor:
+        """Return the images' tokens (B,S,E)."""
+
+    @abstractmethod
+    def image_states(self, image: Tensor) -> Tensor:
+        """Return states of images, which `vision_proj` projects."""
+
+    @abstractmethod
+    def image_features(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Return tokens (B,S,E) and normalised features (B,D) or, of several queries, (B,Q,D)."""
+
+    @abstractmethod
+    def text_states(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Return states (B,T,E) of texts read alone; token 0 represents the text."""
+
+    @abstractmethod
+    def multimodal_states(self, image: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Return states of images and texts read together, by the names of `extract_features`."""
+
+    @abstractmethod
+    def similarity(self, image_feat: Tensor, text_feat: Tensor) -> Tensor:
+        """Return similarities (images, texts) of features."""
+
+    @abstractmethod
+    def project_kv(self, tokens: Tensor) -> CrossAttentionKV:
+        """Return keys and values of the images' tokens."""
+
+    @abstractmethod
+    def matching_logits(self, ids: Tensor, mask: Tensor, context: CrossAttentionKV) -> Tensor:
+        """Return logits (B,2): no match, match. One context row may serve several consecutive texts."""
+
+    def image_context(self, image: Tensor) -> CrossAttentionKV:
+        """Return keys and values of the images."""
+        return self.project_kv(self.encode_image(image))
+
+    def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Return a text's normalised feature (B,D), that of `[CLS]`."""
+        return project(self.text_proj, self.text_states(ids, mask)[:, 0])
+
+    @torch.no_grad()
+    def extract_features(self, samples: dict[str, Any], mode: str = "multimodal") -> Output:
+        """Return features of `image` (B,3,H,W) and/or `text_input` (B texts; the first `max_txt_len` tokens count).
+
+        `image`: `image_embeds` and `image_embeds_proj`, normalised. BLIP's are of tokens, (B,1+N,E) and (B,1+N,D), of
+        which token 0 is the whole image; BLIP-2's of queries, (B,Q,E) and (B,Q,D).
+        `text`: `text_embeds` (B,T,E) and `text_embeds_proj` (B,T,D), normalised; token 0 is the whole text.
+        `multimodal`: `multimodal_embeds`, BLIP's of the text's tokens (B,T,E), beside `image_embeds`, BLIP-2's of the
+        queries (B,Q,E); they attend to image and text.
+        """
+        one_of("mode", mode, ("image", "text", "multimodal"))
+        if mode == "text":
+            states = self.text_states(*self.cut_texts(texts_of(samples, None)))
+            return Output({"text_embeds": states, "text_embeds_proj": project(self.text_proj, states)})
+        image = image_of(samples, answering=True)
+        if mode == "image":
+            states = self.image_states(image)
+            return Output({"image_embeds": states, "image_embeds_proj": project(self.vision_proj, states)})
+        return Output(self.multimodal_states(image, *self.cut_texts(texts_of(samples, len(image)))))
+
+    def cut_texts(self, texts: Sequence[str]) -> Texts:
+        """Return ids and mask, cut to `max_txt_len` tokens; log a warning once per model if a text was cut."""
+        ids, mask = self.tokenize(texts, max_length=self.max_txt_len)
+        if ids.shape[1] >= self.max_txt_len:  # otherwise none was cut
+            self.warn_of_cut_texts(texts)
+        return ids, mask
+
+    def warn_of_cut_texts(self, texts: Sequence[str]) -> None:
+        """Log once per model how many of the texts are longer than `max_txt_len` tokens."""
+        if self.has_warned_of_cut_texts:
+            return
+        lengths = [len(row) for row in self.tokenizer(list(texts), verbose=False).input_ids]
+        num_cut = sum(length > self.max_txt_len for length in lengths)
+        if num_cut:
+            self.has_warned_of_cut_texts = True
+            logger.warning(
+                f"{num_cut} of {len(texts)} texts are longer than max_txt_len={self.max_txt_len} tokens (the longest "
+                f"has {max(lengths)}), of which the rest is not read; raise model.max_txt_len. This is logged once."
+            )
 
 
-@torch.no_grad()
-def extract_features(model: MatchingModel, samples: dict[str, Any], mode: str) -> Output:
-    """Return features before and, with the suffix `_proj`, after projection and normalisation."""
-    if mode not in FEATURE_MODES:
-        raise InputError(f"mode: must be one of {', '.join(FEATURE_MODES)}, got {mode!r}")
-    if mode == "text":
-        states = model.text_states(*cut_texts(model, given_texts(samples)))
-        return Output({"text_embeds": states, "text_embeds_proj": project(model.text_proj, states)})
-    image = image_of(samples, answering=True)
-    if mode == "image":
-        states = model.image_states(image)
-        return Output({"image_embeds": states, "image_embeds_proj": project(model.vision_proj, states)})
-    return Output(model.multimodal_states(image, *cut_texts(model, texts_of(samples, len(image)))))
+class FeatureModel(ImageTextModel):
+    """Features of images, texts and pairs, before and after projection."""
+
+    def forward(self, samples: dict[str, Any], mode: str = "multimodal") -> Output:
+        return self.extract_features(samples, mode=mode)
 
 
-def match(model: MatchingModel, samples: dict[str, Any], head: str, *, one_text_per_image: bool) -> Tensor:
-    """Return `itm` logits (B,2) of each pair, or `itc` similarities of all images (rows) with all texts."""
-    if head not in MATCH_HEADS:
-        raise InputError(f"match_head: must be one of {', '.join(MATCH_HEADS)}, got {head!r}")
-    image = image_of(samples, answering=True)
-    is_paired = head == "itm" or one_text_per_image
-    ids, mask = cut_texts(model, texts_of(samples, len(image)) if is_paired else given_texts(samples))
-    if head == "itm":
-        return model.matching_logits(ids, mask, model.image_context(image))
-    return model.similarity(model.image_features(image)[1], model.encode_text(ids, mask))
+class MatchingModel(ImageTextModel):
+    """Scores how well texts fit images."""
+
+    def forward(self, samples: dict[str, Any], match_head: str = "itm") -> Tensor:  # type: ignore[override]  # LAVIS's
+        """`itm`: logits (B,2) of each pair, `[:, 1]` for a match; `itc`: similarities of all images (rows) with all
+        texts, whose number is that of the images for BLIP. The first `max_txt_len` tokens of a text count.
+        """
+        one_of("match_head", match_head, ("itm", "itc"))
+        image = image_of(samples, answering=True)
+        is_paired = match_head == "itm" or self.one_text_per_image
+        ids, mask = self.cut_texts(texts_of(samples, len(image) if is_paired else None))
+        if match_head == "itm":
+            return self.matching_logits(ids, mask, self.image_context(image))
+        return self.similarity(self.image_features(image)[1], self.encode_text(ids, mask))

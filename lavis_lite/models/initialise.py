@@ -6,6 +6,7 @@ text, is therefore added to the position embeddings, which gives the same states
 """
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import BertConfig as DefaultBert
 from transformers import PreTrainedTokenizerBase
 
 from lavis_lite.common.config.sections import BERT_TO_MED
@@ -28,16 +30,6 @@ SAME_SIZES = ("num_attention_heads", "hidden_size", "intermediate_size", "max_po
 """Sizes in BERT's config.json that must equal the model's; the tensors' shapes do not show the heads or the epsilon."""
 FIXED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
 """Properties of the text transformer that no setting changes, under the names of BERT's config.json."""
-BERT_DEFAULTS = FIXED | {
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "max_position_embeddings": 512,
-    "layer_norm_eps": 1e-12,
-    "vocab_size": 30522,
-}
-"""Values that a config.json leaves out."""
 PADDED_ROWS = 127
 """Rows that a file's vocabulary may have beyond the tokenizer's, to be a multiple of up to 128."""
 VOCABULARIES = ("word_embeddings.weight", "predictions.decoder.weight", "predictions.bias", "decoder.bias")
@@ -68,7 +60,12 @@ def vit_weights(source: str, encoder: BlipViT) -> dict[str, Tensor]:
         ValueError: timm has no model of this name, or its attention has another number of heads.
     """
     if not download.is_weight_file(source):
-        _check_heads(source, encoder.config.num_heads)
+        with torch.device("meta"):
+            modules = hub.timm_model(source, pretrained=False).modules()
+        for heads in (getattr(module, "num_heads", None) for module in modules):  # which the tensors do not show
+            if isinstance(heads, int) and heads != encoder.config.num_heads:
+                own = f"model.vit.num_heads is {encoder.config.num_heads}"
+                raise InputError(f"model.init_vit: {source} has {heads} attention heads, {own}: set it to the source's")
         source = f"{weights.TIMM}{source}"
     state = weights.open_state(source)
     blocks = {name.split(".")[1] for name in state if name.startswith("blocks.")}
@@ -79,33 +76,15 @@ def vit_weights(source: str, encoder: BlipViT) -> dict[str, Tensor]:
     return {f"visual_encoder.{name}": tensor for name, tensor in found.items()}
 
 
-def _check_heads(name: str, num_heads: int) -> None:
-    """Raise ValueError if a timm model has another number of attention heads, which the tensors do not show."""
-    with torch.device("meta"):
-        modules = hub.timm_model(name, pretrained=False).modules()
-    found = {heads for module in modules if isinstance(heads := getattr(module, "num_heads", None), int)}
-    if found and found != {num_heads}:
-        raise InputError(
-            f"model.init_vit: {name} has {', '.join(map(str, sorted(found)))} attention heads, model.vit.num_heads is "
-            f"{num_heads}: set it to the source's, or choose another source"
-        )
-
-
 def check_weight_file(source: str, *, setting: str) -> None:
     """Raise FileNotFoundError if a source is the path of a weight file that is not there."""
     if download.is_weight_file(source) and not download.is_url(source) and not Path(source).expanduser().is_file():
         raise MissingFileError(f"model.{setting}: no file {source} (relative paths start at {Path.cwd()})")
 
 
-def bert_folder(source: str) -> Path | None:
-    """Return the folder of BERT on this machine, or None for a hub id."""
-    give = "give a folder with BERT's config.json and weights, or a hub id"
-    return download.local_folder(source, what="model.init_text: folder", give=give)
-
-
 def check_bert(source: str, model: TextModel) -> None:
     """Raise the errors of `bert_weights` that can be found in a folder on this machine without reading weights."""
-    folder = bert_folder(source)
+    folder = download.local_folder(source, what="model.init_text: folder")
     if folder is not None:
         _checked_config(folder, model, source=source)
         weights.open_state(folder)
@@ -121,7 +100,7 @@ def bert_weights(source: str, model: TextModel, *, add_token_type: bool = True) 
         FileNotFoundError: there is no such folder, or it lacks its config.json or weights.
         ValueError: sizes, activation, epsilon or vocabulary differ from the model's; the message has both values.
     """
-    folder = bert_folder(source) or download.fetch_folder(source)
+    folder = download.local_folder(source, what="model.init_text: folder") or download.fetch_folder(source)
     config = _checked_config(folder, model, source=source)
     state = dict(weights.open_state(folder).renamed(bert_name))
     for name, tensor in state.items():
@@ -144,28 +123,20 @@ def _checked_config(folder: Path, model: TextModel, *, source: str) -> dict[str,
     """Return the folder's config.json with BERT's defaults. ValueError, with both values, for each difference between
     the BERT and the model, and for another vocabulary.
     """
-    config = BERT_DEFAULTS | folders.read_config(folder)
-    wrong = [
-        f"{name} is {config[name]!r}, the model's {value!r}" for name, value in FIXED.items() if config[name] != value
-    ]
+    config = DefaultBert().to_dict() | FIXED | folders.read_config(folder)  # which may leave out defaults
+    wrong = [f"{key} is {config[key]!r}, the model's {value!r}" for key, value in FIXED.items() if config[key] != value]
     for theirs in SAME_SIZES:
         ours = BERT_TO_MED[theirs]
         if config[theirs] != (size := vars(model.sizes)[ours]):
             wrong.append(f"{theirs} is {config[theirs]}, model.{model.section}.{ours} is {size}")
     if config["vocab_size"] not in range(model.num_tokens, model.num_tokens + PADDED_ROWS + 1):
         wrong.append(f"vocab_size is {config['vocab_size']}, the tokenizer has {model.num_tokens} tokens")
-    if wrong:
-        raise InputError(
-            f"model.init_text: {source} does not fit the model: {'; '.join(wrong)}. Set the model's sizes and "
-            "tokenizer to the source's, or choose a source of the same sizes"
-        )
     tokens = {index: token for token, index in vocabulary(folder).items()}
     for index, token in enumerate(model.tokenizer.convert_ids_to_tokens(list(range(model.num_tokens)))):
-        if tokens and tokens.get(index) != token:
-            raise InputError(
-                f"model.init_text: {source} has another vocabulary: its token {index} is {tokens.get(index)!r}, the "
-                f"tokenizer's {token!r}. Set model.tokenizer={source}, or choose a source of the tokenizer's vocabulary"
-            )
+        if tokens and tokens.get(index) != token and not wrong:
+            wrong.append(f"token {index} is {tokens.get(index)!r}, the tokenizer's {token!r} (see model.tokenizer)")
+    if wrong:
+        raise InputError(f"model.init_text: {source} does not fit the model: {'; '.join(wrong)}")
     return config
 
 
@@ -176,9 +147,7 @@ def report_layers(num_theirs: int, num_ours: int, *, source: str) -> None:
     if num_theirs > num_ours:
         logger.warning(f"{source}: {layers} of its {num_theirs} will not be used, as the model has only {num_ours}")
     if num_theirs < num_ours:
-        logger.warning(
-            f"{source}: {layers} of the model's {num_ours} will start at random, as it has only {num_theirs}"
-        )
+        logger.warning(f"{source}: {layers} of the model's {num_ours} start at random, as it has only {num_theirs}")
 
 
 def blip_text_weights(bert: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -201,13 +170,7 @@ def qformer_weights(bert: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def trained_qformer_weights(source: str) -> dict[str, Tensor]:
     """Return the tensors of the Q-Former and its queries in a checkpoint file or URL."""
     state = weights.open_state(source)
-    found = {name: state[name] for name in state if name.startswith(("Qformer.", "query_tokens"))}
-    if not found:
-        raise InputError(
-            f"model.init_text: {source} holds no Q-Former: it has {', '.join(sorted(state)[:3])}, ...: name a "
-            "checkpoint of BLIP-2, or a folder or hub id of a BERT"
-        )
-    return found
+    return {name: state[name] for name in state if name.startswith(("Qformer.", "query_tokens"))}
 
 
 @torch.no_grad()
@@ -223,19 +186,14 @@ def init_from_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, sourc
         mine, theirs = own[name], state[name]
         if name.endswith("position_ids") and mine.shape != theirs.shape:
             continue
-        rows = mine[: len(theirs)] if _is_vocabulary(name) else mine  # added tokens come last
+        rows = mine[: len(theirs)] if name.endswith(VOCABULARIES) else mine  # added tokens come last
         if rows.shape != theirs.shape:
-            raise InputError(
-                f"{source}: {name} has shape {tuple(theirs.shape)}, this model's is {tuple(mine.shape)}: "
-                "choose a source of the same sizes"
-            )
+            raise InputError(f"{source}: {name} has shape {tuple(theirs.shape)}, this model's is {tuple(mine.shape)}")
         rows.copy_(theirs)
         copied.add(id(mine))
     if not copied:
-        raise InputError(
-            f"{source} holds no tensor that {type(model).__name__} could start from; "
-            f"it has {', '.join(sorted(state)[:3])}, ..."
-        )
+        has = ", ".join(sorted(state)[:3])
+        raise InputError(f"{source} holds no tensor that {type(model).__name__} could start from, only {has} ...")
     wanted = {name: p for name, p in own.items() if name.startswith(tuple(parts)) and isinstance(p, nn.Parameter)}
     random = {_part_of(name) for name, parameter in wanted.items() if id(parameter) not in copied}
     ids = {id(parameter) for parameter in wanted.values()}
@@ -244,15 +202,10 @@ def init_from_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, sourc
     logger.info(f"{len(ids & copied)} of the {len(ids)} tensors of {names} start from {source}{rest}")
 
 
-def _is_vocabulary(name: str) -> bool:
-    return "word_embeddings" in name or "cls.predictions.decoder" in name or name.endswith("cls.predictions.bias")
-
-
 def _part_of(name: str) -> str:
     """Return the part of the model that a tensor belongs to."""
-    words = name.split(".")
     for part in ("crossattention", "cls", "query_tokens"):
-        if part in words:
+        if part in name.split("."):
             return part
-    stack = next((word for word in ("layer", "blocks") if word in words), None)
-    return f"layer {words[words.index(stack) + 1]}" if stack else ".".join(words[:-1])
+    layer = re.search(r"\.(layer|blocks)\.(\d+)\.", name)
+    return f"layer {layer[2]}" if layer else name.rpartition(".")[0]

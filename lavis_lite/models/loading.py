@@ -109,8 +109,9 @@ def from_pretrained(
         ValueError: a folder's class is none of ours, a file does not say what it was trained as, or an override is
             unknown or mistyped.
     """
-    wanted = arch or _arch_of_class(model_class)
-    layers, tree = described(source, wanted, overrides)
+    if arch is None and model_class is not None:  # of a base class there is none
+        arch = next((name for name in registry.list_models() if registry.get_model_class(name) is model_class), None)
+    layers, tree = described(source, arch, overrides)
     model = build(tree["model"], layers, is_eval=is_eval, device=device, checkpoint=source)
     if not processors:
         return model
@@ -132,27 +133,22 @@ def arch_in(source: str | Path, wanted: str | None = None) -> str:
     if download.is_folder(source):
         return _arch_of_folder(read_config(download.fetch_folder(source)), source=str(source), wanted=named)
     if trained is None or named is None:
-        raise InputError(
-            f"{source} does not say what it was trained as: name its architecture and type with "
-            "load_model(arch, model_type, checkpoint=...)"
-        )
+        raise InputError(f"{source} does not say what it was trained as: use load_model(arch, type, checkpoint=...)")
     return named
 
 
 def _arch_of_folder(config: Mapping[str, Any], *, source: str, wanted: str | None) -> str:
     """Return `wanted` if it has the parts of a config.json's class, else the default for class and language model."""
     name = next(iter(config.get("architectures") or ()), None)
-    hf = next((adapter for adapter in ADAPTERS if adapter.archs(name)), None)
-    if hf is None:
-        known = [known for adapter in ADAPTERS for known in (*adapter.classes, *adapter.aliases)]
-        raise InputError(
-            f"{source}: its config.json is of {name or config.get('model_type')}, and only {', '.join(known)} can be "
-            "read"
-        )
-    archs = hf.archs(name)
-    if wanted is not None and wanted not in archs:
-        raise InputError(f"{source} is a {name}, which cannot be read as {wanted}; choose {' or '.join(archs)}")
-    return wanted or hf.default_arch(archs, config)
+    for adapter in ADAPTERS:
+        archs = adapter.archs(name)
+        if wanted is not None and archs and wanted not in archs:
+            raise InputError(f"{source} is a {name}, which cannot be read as {wanted}; choose {' or '.join(archs)}")
+        if archs:
+            return wanted or adapter.default_arch(archs, config)
+    known = [known for adapter in ADAPTERS for known in (*adapter.classes, *adapter.aliases)]
+    kind = name or config.get("model_type")
+    raise InputError(f"{source}: its config.json is of {kind}, and only {', '.join(known)} can be read")
 
 
 def described(
@@ -177,12 +173,6 @@ def described(
         packaged = zoo.model_layers(arch, trained.model_type)
     layers = [*trained_config.lay_under(packaged, [own], trained, level=level), own]
     return layers, resolve(layers)
-
-
-def _arch_of_class(model_class: type[BaseModel] | None) -> str | None:
-    """Return the name under which a class is registered; None if it is not, such as a base class."""
-    named = {registry.get_model_class(name): name for name in registry.list_models()}
-    return None if model_class is None else named.get(model_class)
 
 
 def configured(
@@ -238,12 +228,9 @@ def build(
 
 
 def _processors(blocks: Mapping[str, Any]) -> Processors:
-    if not blocks:
-        return {"train": _unchanged, "eval": _unchanged}
     built = {split: registry.get_processor_class(block["name"]).from_config(block) for split, block in blocks.items()}
-    if "eval" in built:
-        built.setdefault("train", built["eval"])
-    return built
+    unchanged = built.get("eval", _unchanged)
+    return built if blocks.keys() == {"train"} else {"train": unchanged, "eval": unchanged, **built}
 
 
 def _unchanged(item: Any) -> Any:

@@ -10,7 +10,7 @@ GB under autocast, 19 GB without, over all ranks.
 Letters: I images, T texts, B images of a batch, S image tokens, D width of features.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,71 +19,36 @@ from torch import Tensor
 
 from lavis_lite.common import dist
 from lavis_lite.common.bounds import check_number
-from lavis_lite.models.batches import TextReader, in_compute_type, stack_texts, trimmed, warn_of_cut_texts
+from lavis_lite.models.batches import in_compute_type, stack_texts, trimmed
+from lavis_lite.models.image_text import ImageTextModel
 from lavis_lite.models.inputs import image_of
-from lavis_lite.nn.attention import CrossAttentionKV
 
 UNRANKED = -100.0
 MAX_CANDIDATES = 10**9
 TEXTS_PER_STEP = 256
 
 
-class Gallery(Protocol):
-    """A retrieval evaluation set of images and `text`."""
-
-    text: list[str]
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-
-
 class GalleryLoader(Protocol):
-    """Batches of this rank's images, with their `index` in the dataset."""
+    """Batches of this rank's images, with their `index` in the dataset, which has all images and `text`."""
 
-    @property
-    def dataset(self) -> Gallery:
-        """The whole evaluation set."""
+    dataset: Any
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Iterate over the batches."""
 
 
-class RerankInterface(TextReader, Protocol):
-    """A model that compares images and texts by features, and then matches the best candidates."""
-
-    @property
-    def device(self) -> torch.device:
-        """The model's device."""
-
-    def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Return normalised features (T,D)."""
-
-    def image_features(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Return tokens (B,S,E) and normalised features (B,D) or, of several queries, (B,Q,D)."""
-
-    def similarity(self, image_feat: Tensor, text_feat: Tensor) -> Tensor:
-        """Return similarities (B,T) of features."""
-
-    def project_kv(self, tokens: Tensor) -> CrossAttentionKV:
-        """Return keys and values of the tokens for `matching_logits`."""
-
-    def matching_logits(self, ids: Tensor, mask: Tensor, context: CrossAttentionKV) -> Tensor:
-        """Return logits (T,2) of the texts: no match, match."""
-
-
 @torch.no_grad()
-def similarity_matrices(model: RerankInterface, loader: GalleryLoader, k_test: int) -> tuple[np.ndarray, np.ndarray]:
+def similarity_matrices(model: ImageTextModel, loader: GalleryLoader, k_test: int) -> tuple[np.ndarray, np.ndarray]:
     """Return scores (I,T) and (T,I), float32, whole on every rank; a score is the matching logit plus the similarity.
 
     Pairs that are not among the `k_test` most similar have -100. With `k_test` 0 nothing is re-ranked: the scores are
     the similarities of all pairs.
     """
     check_number("k_test", k_test, 0, MAX_CANDIDATES)
-    warn_of_cut_texts(model, loader.dataset.text)
+    model.warn_of_cut_texts(loader.dataset.text)
     num_images, num_texts = len(loader.dataset), len(loader.dataset.text)
-    texts = [
-        model.tokenize(chunk, max_length=model.max_txt_len) for chunk in chunks(loader.dataset.text, TEXTS_PER_STEP)
-    ]
+    chunks = (loader.dataset.text[start : start + TEXTS_PER_STEP] for start in range(0, num_texts, TEXTS_PER_STEP))
+    texts = [model.tokenize(chunk, max_length=model.max_txt_len) for chunk in chunks]
     text_feat = torch.cat([model.encode_text(ids, mask) for ids, mask in texts])
     tokens, index, rows = compare_images(model, loader, text_feat, keep_tokens=k_test > 0)
     sims = whole_rows(rows, index, num_images)
@@ -108,7 +73,7 @@ def similarity_matrices(model: RerankInterface, loader: GalleryLoader, k_test: i
 
 
 def compare_images(
-    model: RerankInterface, loader: GalleryLoader, text_feat: Tensor, *, keep_tokens: bool
+    model: ImageTextModel, loader: GalleryLoader, text_feat: Tensor, *, keep_tokens: bool
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Return this rank's images' tokens (none unless `keep_tokens`), one tensor (S,E) each in main memory, their
     dataset indices (N,) and their similarities to all texts (N,T); all empty on a rank without images.
@@ -136,8 +101,3 @@ def whole_rows(rows: Tensor, index: Tensor, num_rows: int) -> Tensor:
 def top_mask(scores: Tensor, k: int) -> Tensor:
     """Return True at each row's k best columns."""
     return torch.zeros_like(scores, dtype=torch.bool).scatter(1, scores.topk(k, dim=1).indices, True)
-
-
-def chunks(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    """Split into consecutive parts of at most `size`."""
-    return (items[start : start + size] for start in range(0, len(items), size))

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
 from lavis_lite.common.errors import InputError, MissingFileError
 from lavis_lite.common.sources import download
-from lavis_lite.common.sources.hub import from_hub
 from lavis_lite.models.inputs import checked_text
+from lavis_lite.nn.llm_sources import fetch
 
 logger = logging.getLogger(__name__)
 
@@ -40,66 +40,42 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     known = {} if folder is None else vocabulary(folder)
     if folder is not None and not known and not any(folder.glob("*.model")):
         content = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
-        raise MissingFileError(
-            f"tokenizer folder {folder}: holds neither vocab.txt nor tokenizer.json; it has {content}"
-        )
+        raise MissingFileError(f"tokenizer folder {folder}: holds no vocab.txt or tokenizer.json; it has {content}")
     files = ("tokenizer.json", "tokenizer_config.json")
+    tokenizer: PreTrainedTokenizerBase
     if folder is not None and known and not any((folder / file).is_file() for file in files):
-        tokenizer = _from_vocabulary(known, folder)
+        is_cased = any(token != token.lower() for token in known if not token.startswith("["))
+        logger.info(f"{folder / 'vocab.txt'}: {len(known)} tokens, {'cased' if is_cased else 'texts are lower-cased'}")
+        tokenizer = BertTokenizer(vocab=known, do_lower_case=not is_cased)
     else:
-        tokenizer = _from_transformers(name, folder)
+        tokenizer = fetch(AutoTokenizer.from_pretrained, str(folder or name), f"tokenizer {name!r}")
     complete_special_tokens(tokenizer, folder or name, known or tokenizer.get_vocab())
     return tokenizer
 
 
-def _from_vocabulary(tokens: dict[str, int], folder: Path) -> PreTrainedTokenizerBase:
-    """Build BERT's tokenizer from a `vocab.txt` alone; texts are lower-cased unless the vocabulary has capitals.
-
-    Raises ValueError for an empty line or a repeated token.
-    """
-    if len(tokens) <= max(tokens.values()):  # a token's id is its line
-        gap = min(set(range(max(tokens.values()))) - set(tokens.values()))
-        raise InputError(f"{folder / 'vocab.txt'}, line {gap + 1}: empty or repeated token: write one token per line")
-    is_cased = any(token != token.lower() for token in tokens if not token.startswith("["))
-    logger.info(f"{folder / 'vocab.txt'}: {len(tokens)} tokens, {'cased' if is_cased else 'texts are lower-cased'}")
-    return BertTokenizer(vocab=tokens, do_lower_case=not is_cased)
-
-
-def _from_transformers(name: str, folder: Path | None) -> PreTrainedTokenizerBase:
-    source = name if folder is None else str(folder)
-    try:
-        return from_hub(AutoTokenizer.from_pretrained, source)
-    except MissingFileError as error:
-        raise MissingFileError(
-            f"tokenizer {name!r} could not be loaded from {source!r} ({error}). "
-            "Without a network, set model.tokenizer to a folder that holds its vocab.txt or tokenizer.json."
-        ) from error
-
-
 def vocabulary(folder: Path) -> dict[str, int]:
     """Return the ids by token of the folder's `tokenizer.json` or `vocab.txt`; empty if it has neither. ValueError for
-    a damaged file.
+    a damaged file, and for an empty line or a repeated token of `vocab.txt`.
     """
-    if (folder / "tokenizer.json").is_file():
-        try:
-            stored = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    path = folder / "tokenizer.json"
+    try:
+        if path.is_file():
+            stored = json.loads(path.read_text(encoding="utf-8"))
             added = {token["content"]: token["id"] for token in stored["added_tokens"]}
             known = stored["model"]["vocab"]
             return (known if isinstance(known, dict) else {token: i for i, (token, _) in enumerate(known)}) | added
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise InputError(
-                f"{folder / 'tokenizer.json'} is not a tokenizer ({type(error).__name__}: {error})"
-            ) from error
-    if (folder / "vocab.txt").is_file():
-        try:
-            lines = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{folder / 'vocab.txt'} is not a vocabulary: it is not UTF-8 ({error})") from error
-        tokens = {token.rstrip("\r"): index for index, token in enumerate(lines) if token.rstrip("\r")}
-        if not tokens:
-            raise InputError(f"{folder / 'vocab.txt'} is empty: it must have one token per line, [PAD] among them")
-        return tokens
-    return {}
+        path = folder / "vocab.txt"
+        if not path.is_file():
+            return {}
+        lines = path.read_text(encoding="utf-8").rstrip("\r\n").split("\n")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path}: is not of a tokenizer ({type(error).__name__}: {error})") from error
+    tokens: dict[str, int] = {}
+    for index, token in enumerate(line.rstrip("\r") for line in lines):  # a token's id is its line
+        if not token or token in tokens:
+            raise InputError(f"{path}, line {index + 1}: empty or repeated token {token!r}: write one token per line")
+        tokens[token] = index
+    return tokens
 
 
 def complete_special_tokens(tokenizer: PreTrainedTokenizerBase, source: str | Path, known: Collection[str]) -> None:
@@ -108,32 +84,22 @@ def complete_special_tokens(tokenizer: PreTrainedTokenizerBase, source: str | Pa
     Raises:
         ValueError: the files lack one, or a text does not begin with [CLS] and end with [SEP].
     """
-    named = {role: tokenizer.special_tokens_map.get(role) for role in SPECIAL_TOKENS}
     for role, usual in SPECIAL_TOKENS.items():
-        if named[role] is None and usual in known:
+        if tokenizer.special_tokens_map.get(role) is None and usual in known:
             tokenizer.add_special_tokens({role: usual})
-    missing = [
-        named[role] or usual
-        for role, usual in SPECIAL_TOKENS.items()
-        if tokenizer.special_tokens_map.get(role) not in known
-    ]
+    named = tokenizer.special_tokens_map
+    missing = [named.get(role) or usual for role, usual in SPECIAL_TOKENS.items() if named.get(role) not in known]
     if missing:
-        raise InputError(
-            f"the tokenizer of {source} has no {', '.join(missing)}: add them to its vocab.txt or tokenizer.json, or "
-            "name the tokens with these roles in its tokenizer_config.json"
-        )
+        raise InputError(f"the tokenizer of {source} has no {', '.join(missing)}: add them to its vocabulary")
     ids = tokenizer("a").input_ids
     if (ids[0], ids[-1]) != (tokenizer.cls_token_id, tokenizer.sep_token_id):
-        raise InputError(
-            f"the tokenizer of {source} does not put {tokenizer.cls_token} before a text and {tokenizer.sep_token} "
-            "after it: use a BERT tokenizer, or a folder with vocab.txt alone"
-        )
+        wanted = f"{tokenizer.cls_token} before a text and {tokenizer.sep_token} after it"
+        raise InputError(f"the tokenizer of {source} does not put {wanted}: use BERT's, or vocab.txt alone")
 
 
 def blip_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Load a tokenizer and add `[DEC]` as its bos token and then `[ENC]`, whose id is `enc_token_id`."""
-    tokenizer = load_tokenizer(name)
-    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    tokenizer = blip2_tokenizer(name)
     tokenizer.add_tokens(["[ENC]"], special_tokens=True)
     tokenizer.enc_token_id = tokenizer.convert_tokens_to_ids("[ENC]")
     return tokenizer

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lavis_lite.common.bounds import MAX_LAYERS, MAX_TOKENS, MAX_WIDTH, check_divides, check_numbers
-from lavis_lite.common.errors import InputError
 
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values, each (B,H,S,D)."""
@@ -48,21 +47,17 @@ class BertConfig:
     """Key of the YAML under which these sizes are set."""
 
     def __post_init__(self) -> None:
-        values = vars(self)
+        values, widths = vars(self), ("hidden_size", "num_heads", "intermediate_size")
+        shares = ("layer_norm_eps", "hidden_dropout", "attention_dropout")
         check_numbers(
             self.section,
             values,
+            **dict.fromkeys(widths, (1, MAX_WIDTH)),
+            **dict.fromkeys(shares, (0.0, 1.0)),
             vocab_size=(1, MAX_VOCABULARY),
-            hidden_size=(1, MAX_WIDTH),
             num_layers=(1, MAX_LAYERS),
-            num_heads=(1, MAX_WIDTH),
-            intermediate_size=(1, MAX_WIDTH),
             max_positions=(1, MAX_TOKENS),
-            layer_norm_eps=(0.0, 1.0),
-            hidden_dropout=(0.0, 1.0),
-            attention_dropout=(0.0, 1.0),
             initializer_range=(0.0, 100.0),
-            num_context_streams=(1, 2),
             merge_streams_from=(0, MAX_LAYERS),
         )
         check_divides(self.section, values, divisor="num_heads", number="hidden_size")
@@ -116,16 +111,13 @@ class CrossAttentionKV:
         return CrossAttentionKV(layers, None if self.mask is None else self.mask[index])
 
     def append(self, other: "CrossAttentionKV") -> "CrossAttentionKV":
-        """Return this context's rows followed by the other's (of the same length S)."""
+        """Return this context's rows followed by the other's (of the same length S), both without a mask."""
+        assert self.mask is other.mask is None
         layers = tuple(
             tuple((torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]])) for a, b in zip(mine, theirs, strict=True))
             for mine, theirs in zip(self.layers, other.layers, strict=True)
         )
-        if self.mask is None and other.mask is None:
-            return CrossAttentionKV(layers)
-        if self.mask is None or other.mask is None:
-            raise InputError("cannot join a context that has a mask and one that has none")
-        return CrossAttentionKV(layers, torch.cat([self.mask, other.mask]))
+        return CrossAttentionKV(layers)
 
 
 class SelfAttention(nn.Module):
@@ -230,12 +222,16 @@ def additive_mask(allowed: Tensor, blocked_value: float, dtype: torch.dtype) -> 
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, blocked_value)
 
 
-def text_mask(mask_BT: Tensor, num_past: int, *, causal: bool, dtype: torch.dtype) -> Tensor:
-    """Return the additive self-attention mask, (B,1,1,P+T) or, causal, (B,1,T,P+T)."""
-    allowed = mask_BT[:, None, None, :].bool()
+def text_mask(mask_BT: Tensor, num_past: int, *, num_queries: int = 0, causal: bool, dtype: torch.dtype) -> Tensor:
+    """Return the additive self-attention mask of queries and the text after them, whose `mask_BT` is 1 where a token
+    counts: (B,1,1,Q+T) or, causal, (B,1,L,Q+T) for the L of them that are not among the first `num_past`.
+
+    With `causal` queries attend to queries, and text to the queries and the text before it (BLIP-2, figure 2).
+    """
+    allowed = F.pad(mask_BT, (num_queries, 0), value=1)[:, None, None, :].bool()
     if causal:
-        position = torch.arange(mask_BT.shape[1], device=mask_BT.device)
-        allowed = allowed & (position[None, :] <= position[num_past:, None])
+        position = torch.arange(allowed.shape[-1], device=mask_BT.device)
+        allowed = allowed & ((position < num_queries) | (position <= position[num_past:, None]))
     return additive_mask(allowed, SELF_MASKED, dtype)
 
 

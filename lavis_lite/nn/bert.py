@@ -9,11 +9,11 @@ Letters: B texts, C contexts (B is a multiple of C), T text tokens, Q queries, L
 tokens, E width, V vocabulary.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lavis_lite.common.errors import InputError
@@ -30,15 +30,9 @@ from lavis_lite.nn.attention import (
 )
 
 
-class Intermediate(nn.Module):
-    """The feed-forward layer's first half."""
-
-    def __init__(self, config: BertConfig) -> None:
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.dense(x))
+def intermediate(config: BertConfig) -> nn.Sequential:
+    """Build the feed-forward layer's first half."""
+    return nn.Sequential(OrderedDict(dense=nn.Linear(config.hidden_size, config.intermediate_size), gelu=nn.GELU()))
 
 
 class BertLayer(nn.Module):
@@ -55,7 +49,7 @@ class BertLayer(nn.Module):
                 merge = index >= config.merge_streams_from
                 self.crossattention = DualCrossAttention(config, config.context_width, merge=merge)
         if has_text:
-            self.intermediate = Intermediate(config)
+            self.intermediate = intermediate(config)
             self.output = AddNorm(config, config.intermediate_size)
 
     def project_kv(self, states: Sequence[Tensor]) -> tuple[KeyValue, ...]:
@@ -117,14 +111,6 @@ class Embeddings(nn.Module):
         return self.dropout(self.LayerNorm(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)))
 
 
-class Encoder(nn.Module):
-    """The stack of layers, named as in BERT."""
-
-    def __init__(self, config: BertConfig, layer_class: type[BertLayer], *, has_text: bool) -> None:
-        super().__init__()
-        self.layer = nn.ModuleList(layer_class(config, i, has_text=has_text) for i in range(config.num_layers))
-
-
 class Transformer(nn.Module):
     """Embeddings and layers under BERT's names, not initialised."""
 
@@ -132,12 +118,13 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config, has_text=has_text)
-        self.encoder = Encoder(config, layer_class, has_text=has_text)
+        layers = [layer_class(config, i, has_text=has_text) for i in range(config.num_layers)]
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
 
     @property
     def layers(self) -> Sequence[BertLayer]:
         """The layers, first to last."""
-        return cast("Sequence[BertLayer]", self.encoder.layer)  # ModuleList is not generic
+        return cast("Sequence[BertLayer]", self.encoder["layer"])  # ModuleDict is not generic
 
     def project_kv(self, *states_CSE: Tensor, mask: Tensor | None = None) -> CrossAttentionKV:
         """Return every layer's keys and values of the context's states (C,S,E'), one tensor per stream; `mask` (C,S) is
@@ -145,17 +132,29 @@ class Transformer(nn.Module):
         """
         return CrossAttentionKV(tuple(layer.project_kv(states_CSE) for layer in self.layers), mask)
 
-    def run_layers(
+    def forward(
         self,
-        x_BLE: Tensor,
-        mask: Tensor | None,
+        ids_BT: Tensor | None,
+        mask_BT: Tensor | None,
         *,
-        context: CrossAttentionKV | None,
-        past: KeyValueCache | None,
-        num_queries: int = 0,
+        queries_BQE: Tensor | None = None,
+        context: CrossAttentionKV | None = None,
+        causal: bool = False,
+        past: KeyValueCache | None = None,
     ) -> tuple[Tensor, KeyValueCache]:
-        """Return the last layer's states and every layer's keys and values; `mask` is additive."""
-        blocked = context_mask(context, x_BLE.dtype)
+        """Return states (B,Q+T,E), queries first, and every layer's keys and values.
+
+        `mask_BT` is 1 where a text token counts; with `past` (of P tokens) it covers earlier text too. With `causal` a
+        decoder, with a context grounded in it.
+        """
+        num_queries = 0 if queries_BQE is None else queries_BQE.shape[1]
+        num_past = 0 if past is None else past.num_tokens
+        num_earlier = 0 if ids_BT is None or mask_BT is None else mask_BT.shape[1] - ids_BT.shape[1]
+        x_BLE = self.embeddings(ids_BT, num_earlier, queries_BQE)
+        mask, blocked = None, context_mask(context, x_BLE.dtype)
+        if mask_BT is not None:
+            before_text = num_queries + num_past - num_earlier  # queries, now or among the cached tokens
+            mask = text_mask(mask_BT, num_past, num_queries=before_text, causal=causal, dtype=x_BLE.dtype)
         cache = []
         for i, layer in enumerate(self.layers):
             x_BLE, key_value = layer(
@@ -189,63 +188,27 @@ class BertModel(Transformer):
         super().__init__(config)
         initialise(self, config.initializer_range)
 
-    def forward(
-        self,
-        ids_BT: Tensor,
-        mask_BT: Tensor,
-        *,
-        context: CrossAttentionKV | None = None,
-        causal: bool = False,
-        past: KeyValueCache | None = None,
-    ) -> tuple[Tensor, KeyValueCache]:
-        """Return states (B,T,E) and the text's keys and values of every layer.
-
-        `mask_BT` is 1 where a token counts; with `past` (of P tokens) it covers all P+T tokens.
-        """
-        num_past = 0 if past is None else past.num_tokens
-        x_BTE = self.embeddings(ids_BT, num_past)
-        mask = text_mask(mask_BT, num_past, causal=causal, dtype=x_BTE.dtype)
-        return self.run_layers(x_BTE, mask, context=context, past=past)
-
-
-class PredictionTransform(nn.Module):
-    """Dense, GELU, LayerNorm before the vocabulary."""
-
-    def __init__(self, config: BertConfig) -> None:
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.LayerNorm(F.gelu(self.dense(x)))
-
-
-class Predictions(nn.Module):
-    """Scores of the next token; `bias` occurs twice in the state_dict, as in BERT's files."""
-
-    def __init__(self, config: BertConfig) -> None:
-        super().__init__()
-        self.transform = PredictionTransform(config)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
-        self.bias = self.decoder.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.decoder(self.transform(x))
-
 
 class LMHead(nn.Module):
     """BERT's language-model head `cls`: states (...,E) in, scores of the next token (...,V) out."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.predictions = Predictions(config)
+        transform = OrderedDict(
+            dense=nn.Linear(config.hidden_size, config.hidden_size),
+            gelu=nn.GELU(),
+            LayerNorm=nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps),
+        )
+        decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.predictions = nn.Sequential(OrderedDict(transform=nn.Sequential(transform), decoder=decoder))
+        self.predictions.bias = decoder.bias  # twice in the state_dict, as in BERT's files
 
     def forward(self, x: Tensor) -> Tensor:
         return self.predictions(x)
 
     def tie(self, embeddings: Embeddings) -> None:
         """Share the vocabulary's weight with the word embeddings."""
-        self.predictions.decoder.weight = embeddings.word_embeddings.weight
+        self.predictions.get_submodule("decoder").weight = embeddings.word_embeddings.weight
 
 
 class BertLMHeadModel(nn.Module):

@@ -10,15 +10,14 @@ Letters: B texts, K beams, N = B x K rows, L length so far, V vocabulary.
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lavis_lite.common.bounds import MAX_TOKENS, Bounds, check_number
-from lavis_lite.common.errors import InputError
-from lavis_lite.common.registry import did_you_mean
+from lavis_lite.common.errors import InputError, InputTypeError
 
 ALIASES = {
     "max_len": "max_length",
@@ -71,26 +70,27 @@ class GenerationConfig:
             if (value := vars(self)[name]) is not None:
                 check_number(name, value, least, most)
         if not self.use_nucleus_sampling and self.num_captions > self.num_beams:
-            raise InputError(
-                f"num_captions: {self.num_captions} texts per image need as many beams, got num_beams "
-                f"{self.num_beams}; raise num_beams, or set use_nucleus_sampling"
-            )
+            found = f"num_captions: {self.num_captions} is more than num_beams {self.num_beams}"
+            raise InputError(f"{found}; raise num_beams, or set use_nucleus_sampling")
 
-    def changed(self, **changes: Any) -> Self:
+    def changed(self, *unnamed: Any, **changes: Any) -> Self:
         """Return these settings with others in their place; None leaves a setting as it is.
 
         Settings may be given by the names of LAVIS and transformers (`ALIASES`, `max_new_tokens`).
 
         Raises:
             InputError: a setting is unknown, given under two names, or out of bounds.
+            TypeError: one is given without its name.
         """
+        if unnamed:
+            raise InputTypeError(f"generation settings are given by name, such as num_beams=3; got {unnamed[0]!r}")
         known = [field.name for field in fields(GenerationConfig)]
         given: dict[str, str] = {}
         values: dict[str, Any] = {}
         for name, value in changes.items():
             setting = ALIASES.get(name, name)
             if setting not in known:
-                raise InputError(f"{name}: unknown generation setting. {did_you_mean(name, [*known, *ALIASES])}")
+                raise InputError(f"{name}: unknown generation setting; these are {', '.join([*known, *ALIASES])}")
             if value is None:
                 continue
             limit = setting.replace("new_tokens", "length")
@@ -123,10 +123,8 @@ class DecodingConfig(GenerationConfig):
         if self.min_length > self.max_length:
             raise InputError(f"min_length {self.min_length} is above max_length {given}: lower it, or raise max_length")
         if self.max_positions is not None and self.max_length - 1 > self.max_positions:
-            raise InputError(
-                f"max_length {given} is more than the text transformer's {self.max_positions} positions allow: set it "
-                f"to {self.max_positions + 1 - self.num_uncounted} or less"
-            )
+            most = self.max_positions + 1 - self.num_uncounted
+            raise InputError(f"max_length: the text transformer's positions allow at most {most}, got {given}")
 
     @classmethod
     def of(cls, generation: GenerationConfig, *, num_uncounted: int = 0, **model: Any) -> Self:
@@ -138,12 +136,12 @@ class DecodingConfig(GenerationConfig):
         """Return the settings with `max_new_tokens` and `min_new_tokens` as lengths after a prompt of `prompt_length`
         tokens, start token included.
         """
-        lengths: dict[str, Any] = {}
+        lengths: dict[str, Any] = {"max_new_tokens": None, "min_new_tokens": None}
         if self.max_new_tokens is not None:
-            lengths |= {"max_length": prompt_length + self.max_new_tokens, "max_new_tokens": None}
+            lengths["max_length"] = prompt_length + self.max_new_tokens
         if self.min_new_tokens is not None:
-            lengths |= {"min_length": prompt_length + self.min_new_tokens, "min_new_tokens": None}
-        return replace(self, **lengths) if lengths else self
+            lengths["min_length"] = prompt_length + self.min_new_tokens
+        return replace(self, **lengths)
 
 
 ScoredText = tuple[str, float]
@@ -166,18 +164,12 @@ class Decoded(NamedTuple):
         return [*texts] if self.scores is None else list(zip(texts, self.scores.tolist(), strict=True))
 
 
-class Cache(Protocol):
-    """A cache of N rows; its methods may use up the old object."""
-
-    def expand(self, times: int) -> Self:
-        """Repeat every row, copies side by side."""
-
-    def select(self, index: Tensor) -> Self:
-        """Return these rows (N,), each of the same text as the row it replaces."""
-
-
 Step = Callable[[Tensor, Any, int], tuple[Tensor, Any]]
-"""(new ids (N,T), Cache or None, total length) -> logits of the next token (N,V) and the new Cache."""
+"""(new ids (N,T), cache or None, total length) -> logits of the next token (N,V) and the new cache.
+
+A cache has N rows: `expand(times)` repeats every row, copies side by side; `select(index)` returns these rows (N,),
+each of the same text as the row it replaces. Both may use up the old cache.
+"""
 
 
 @torch.no_grad()
@@ -193,10 +185,8 @@ def decode(step: Step, prompt_BL: Tensor, config: DecodingConfig) -> Decoded:
 def check_prompt(num_tokens: int, config: DecodingConfig) -> None:
     """Raise InputError if a prompt leaves no token to generate."""
     if num_tokens >= config.max_length:
-        raise InputError(
-            f"the prompt has {num_tokens - config.num_uncounted} tokens, which leaves nothing to generate below "
-            f"max_length {config.max_length - config.num_uncounted}: shorten it, or raise max_length"
-        )
+        given, most = (length - config.num_uncounted for length in (num_tokens, config.max_length))
+        raise InputError(f"the prompt's {given} tokens leave none to generate: raise max_length {most}, or shorten it")
 
 
 def process_scores(scores_NV: Tensor, ids_NL: Tensor, config: DecodingConfig) -> Tensor:
@@ -222,8 +212,10 @@ def greedy_or_sample(step: Step, prompt_BL: Tensor, config: DecodingConfig) -> D
     lengths = torch.full_like(sums, ids.shape[1])
     while True:
         scores = process_scores(logits.float(), ids, config)
-        is_sampled = config.use_nucleus_sampling
-        token = sample_nucleus(scores, config.top_p, config.temperature) if is_sampled else scores.argmax(-1)
+        if config.use_nucleus_sampling:
+            token = sample_nucleus(scores, config.top_p, config.temperature)
+        else:
+            token = scores.argmax(-1)
         if config.return_scores:
             log_probs = F.log_softmax(logits.float(), dim=-1).gather(1, token[:, None])[:, 0]
             sums = sums + torch.where(running, log_probs, 0.0)
@@ -250,7 +242,7 @@ def beam_search(step: Step, prompt_BL: Tensor, config: DecodingConfig) -> Decode
     num_texts, beams = len(prompt_BL), config.num_beams
     logits, cache = step(prompt_BL, None, prompt_BL.shape[1])
     logits, cache = logits.repeat_interleave(beams, 0), cache.expand(beams)
-    state = _Beams.start(prompt_BL, config)
+    state = _Beams(prompt_BL, config)
     while True:
         scores = process_scores(F.log_softmax(logits.float(), dim=-1), state.ids.flatten(0, 1), config)
         row = state.advance(scores.view(num_texts, beams, -1))
@@ -261,30 +253,21 @@ def beam_search(step: Step, prompt_BL: Tensor, config: DecodingConfig) -> Decode
         logits, cache = step(state.ids[:, :, -1].reshape(-1, 1), cache, length)
 
 
-@dataclass
 class _Beams:
     """Running beams and the best finished ones of every text."""
 
-    config: DecodingConfig
-    ids: Tensor  # (B,K,L) running
-    scores: Tensor  # (B,K) summed log-probabilities of the running beams
-    finished: Tensor  # (B,K,max_length) padded
-    finished_scores: Tensor  # (B,K) length-normalised; -inf where the slot is free
-    done: Tensor  # (B,)
-
-    @classmethod
-    def start(cls, prompt_BL: Tensor, config: DecodingConfig) -> "_Beams":
+    def __init__(self, prompt_BL: Tensor, config: DecodingConfig) -> None:
         shape = (len(prompt_BL), config.num_beams)
-        scores = prompt_BL.new_full(shape, -1e9, dtype=torch.float)
-        scores[:, 0] = 0.0  # all beams start equal: only the first may be continued at the first step
-        return cls(
-            config=config,
-            ids=prompt_BL[:, None].expand(-1, config.num_beams, -1),
-            scores=scores,
-            finished=prompt_BL.new_full((*shape, config.max_length), config.pad_id),
-            finished_scores=torch.full_like(scores, -torch.inf),
-            done=torch.zeros(shape[0], dtype=torch.bool, device=prompt_BL.device),
-        )
+        self.config = config
+        self.ids = prompt_BL[:, None].expand(-1, config.num_beams, -1)
+        """(B,K,L), of the running beams."""
+        self.scores = prompt_BL.new_full(shape, -1e9, dtype=torch.float)
+        """(B,K), summed log-probabilities of the running beams."""
+        self.scores[:, 0] = 0.0  # all beams start equal: only the first may be continued at the first step
+        self.finished = prompt_BL.new_full((*shape, config.max_length), config.pad_id)
+        self.finished_scores = torch.full_like(self.scores, -torch.inf)
+        """(B,K), length-normalised; -inf where the slot is free."""
+        self.done = torch.zeros(shape[0], dtype=torch.bool, device=prompt_BL.device)
 
     def advance(self, log_probs_BKV: Tensor) -> Tensor:
         """Extend every beam by one token and return the rows (N,) of the cache that the new beams continue."""

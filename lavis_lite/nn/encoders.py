@@ -10,20 +10,18 @@ from typing import Any
 
 import timm
 
-from lavis_lite.common.errors import InputError
-from lavis_lite.common.registry import did_you_mean
+from lavis_lite.common.errors import InputError, did_you_mean
 from lavis_lite.common.sources.hub import timm_config
-from lavis_lite.nn.vision import SIZE_BOUNDS, VIT_SIZES, BlipViT, ImageEncoder, ViTConfig
+from lavis_lite.nn.vision import SIZE_BOUNDS, VIT_SIZES, BlipViT, ImageEncoder, ViTConfig, check_sizes
 from lavis_lite.nn.vision_clip import CLIP_SIZES, EVA_SIZES, ClipViT, EvaViT
 from lavis_lite.nn.vision_timm import timm_encoder
-
-__all__ = ["ENCODERS", "PUBLISHED", "ImageEncoder", "build_encoder", "encoder_statistics"]
 
 LAVIS_FILES = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2"
 PUBLISHED: dict[str, str] = {
     "eva_clip_g": f"{LAVIS_FILES}/eva_vit_g.pth",
     "clip_L": f"{LAVIS_FILES}/clip_vit_L.pth",
 }
+"""URLs of the encoders' weights."""
 ENCODERS: dict[str, tuple[Callable[[ViTConfig], ImageEncoder], ViTConfig]] = {
     **{f"blip_{name}": (BlipViT, config) for name, config in VIT_SIZES.items()},
     **{name: (EvaViT, config) for name, config in EVA_SIZES.items()},
@@ -47,10 +45,8 @@ def build_encoder(
     Raises:
         ValueError: an unknown name or size, or sizes that do not fit each other.
     """
-    sizes = dict(sizes or {})
-    unknown = sorted(sizes.keys() - SIZE_BOUNDS.keys())
-    if unknown:
-        raise InputError(f"model.vit: no size {', '.join(unknown)}; it has {', '.join(SIZE_BOUNDS)}")
+    sizes = sizes or {}
+    check_sizes("model.vit", sizes, SIZE_BOUNDS)
     if vit_model in ENCODERS:
         kind, config = ENCODERS[vit_model]
         encoder = kind(replace(config, image_size=image_size, drop_path_rate=drop_path_rate, **sizes))

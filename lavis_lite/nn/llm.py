@@ -83,10 +83,9 @@ class LLMAdapter:
         A causal model's labels are those of the last T tokens of the input, an encoder-decoder's the text to write.
         -100 is not a label.
         """
-        num_labels = labels_BT.shape[1]
         if not self.is_encoder_decoder:
-            return self._causal(embeds_BSE, mask_BS, keep=num_labels + 1)[0][:, :-1]
-        self.check_length(embeds_BSE.shape[1], num_labels)
+            return self._causal(embeds_BSE, mask_BS, keep=labels_BT.shape[1] + 1)[0][:, :-1]
+        self.check_length(embeds_BSE.shape[1], labels_BT.shape[1])
         shifted = F.pad(labels_BT[:, :-1], (1, 0), value=self.start_id)
         with self._precision(embeds_BSE.device):
             output = self.model(
@@ -142,9 +141,8 @@ class LLMAdapter:
         """Read more text: logits (N,T,V) after each of its tokens, and the cache, which replaces the one given."""
         if self.is_encoder_decoder:
             return self._decoder(cache, ids_NT)
-        mask = torch.cat([cache.mask, torch.ones_like(ids_NT)], dim=1)
-        num_tokens = ids_NT.shape[1]
-        logits, past = self._causal(self.embed(ids_NT), mask, keep=num_tokens, past=cache.past, use_cache=True)
+        mask = F.pad(cache.mask, (0, ids_NT.shape[1]), value=1)
+        logits, past = self._causal(self.embed(ids_NT), mask, keep=ids_NT.shape[1], past=cache.past, use_cache=True)
         return logits, replace(cache, past=past, mask=mask)
 
     @torch.no_grad()
@@ -223,10 +221,8 @@ class LLMAdapter:
         """Raise InputError for more tokens than positions; an encoder-decoder's text has positions of its own."""
         num_tokens = max(num_inputs, num_written) if self.is_encoder_decoder else num_inputs + num_written
         if num_tokens > self.max_positions:
-            raise InputError(
-                f"image, prompt and text to write take {num_tokens} tokens, but the language model's context has "
-                f"{self.max_positions}: shorten the prompt or lower the maximum length"
-            )
+            found = f"the language model's context has {self.max_positions} tokens, image, prompt and text {num_tokens}"
+            raise InputError(f"{found}: shorten the prompt or lower the maximum length")
 
 
 def _contiguous(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -16,28 +16,30 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as hf_logging
 
+from lavis_lite.common.bounds import one_of
 from lavis_lite.common.config.adapters import lora_config
-from lavis_lite.common.errors import InputError, MissingFileError, MissingPackageError
-from lavis_lite.common.sources.hub import from_hub
-from lavis_lite.nn.llm_sources import has_weights, is_composite, load_llm_tokenizer, locate, naming, read_config
+from lavis_lite.common.errors import InputError, MissingPackageError
+from lavis_lite.nn.llm_sources import fetch, has_weights, is_composite, load_llm_tokenizer, locate, naming, read_config
 from lavis_lite.nn.lora import add_lora, embedding_weight
 
 INSIDE_COMPOSITE = {r"^language_model\.": ""}
 """Prefix of the language model's weights in a Hugging Face BLIP-2."""
 QUANTIZATIONS = ("int8", "int4")
+NOT_FOR_LORA = {"megatron_config", "runtime_config"}
+"""Keys of peft's LoraConfig that are refused: they are for models of Megatron, and for offloading weights."""
 
 
 def load_language_model(
     source: str | Path,
     *,
     dtype: torch.dtype,
-    tokenizer: PreTrainedTokenizerBase | None = None,
     overrides: Mapping[str, Any] | None = None,
     pad_token: str | None = None,
     frozen: bool = False,
@@ -51,7 +53,6 @@ def load_language_model(
         source: a packaged name (`tiny_opt`), a local folder or a hub id, also of a BLIP-2 of transformers, whose
             language model is then loaded. A folder without weights gives a model with random ones; so does the meta
             device, on which nothing is loaded.
-        tokenizer: the result of `check_language_model`, if it was called before.
         overrides: values that replace those of the config file.
         pad_token: added to tokenizer and vocabulary if the tokenizer has no such token.
         frozen: no parameter is trained, and dropout is off whatever the mode.
@@ -64,16 +65,27 @@ def load_language_model(
         ValueError: the config is not of a language model, or a setting is unknown or does not fit.
         ImportError: bitsandbytes or peft is needed and not installed.
     """
-    config, untied = read_config(source, overrides or {})
-    tokenizer = tokenizer or check_language_model(
-        source, config, quantization=quantization, lora=lora, overrides=overrides
-    )
-    if frozen or lora is not None:
-        _switch_dropout_off(config)
+    config, untied = read_config(source, overrides)
+    _check_extras(quantization, lora)
+    tokenizer = load_llm_tokenizer(source)
+    num_tokens, num_rows = tokenizer.vocab_size, config.get_text_config().vocab_size
+    if num_tokens > num_rows:
+        raise InputError(f"{source}: its tokenizer has {num_tokens} tokens, its language model only {num_rows}")
+    if lora is not None or overrides:
+        with torch.device("meta"):  # to find what does not fit before weights are read
+            with naming(overrides or {}):
+                sketch = _auto_class(config).from_config(copy.deepcopy(config))
+            if lora is not None:
+                add_lora(sketch, {**lora, "init_lora_weights": False})
+    is_frozen = frozen or lora is not None
+    if is_frozen:
+        for name, value in config.to_dict().items():
+            if "drop" in name and isinstance(value, int | float) and not isinstance(value, bool):
+                setattr(config, name, 0.0)
     model = _build(source, config, dtype=dtype, untied=untied, quantization=quantization)
-    if pad_token is not None:
-        add_pad_token(model, tokenizer, pad_token)
-    if frozen or lora is not None:
+    if pad_token is not None and tokenizer.add_special_tokens({"pad_token": pad_token}):
+        _add_mean_row(model)
+    if is_frozen:
         model.requires_grad_(False)
     if lora is not None:
         add_lora(model, lora)
@@ -82,67 +94,30 @@ def load_language_model(
     return model, tokenizer
 
 
-def check_language_model(
-    source: str | Path,
-    config: PreTrainedConfig,
-    *,
-    quantization: str | None = None,
-    lora: Mapping[str, Any] | None = None,
-    overrides: Mapping[str, Any] | None = None,
-) -> PreTrainedTokenizerBase:
-    """Return the tokenizer; raises as `load_language_model` does, without having read any weights."""
-    _check_extras(quantization, lora)
-    tokenizer = load_llm_tokenizer(source)
-    num_rows = config.get_text_config().vocab_size
-    if tokenizer.vocab_size > num_rows:
-        raise InputError(
-            f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, but the language model's vocabulary "
-            f"{num_rows}: they belong to different models"
-        )
-    if lora is not None or overrides:
-        with torch.device("meta"):
-            with naming(overrides or {}):
-                model = _auto_class(config).from_config(copy.deepcopy(config))
-            if lora is not None:
-                add_lora(model, {**lora, "init_lora_weights": False})
-    return tokenizer
+def _check_extras(quantization: str | None, lora: Mapping[str, Any] | None) -> None:
+    """Raise InputError for an unknown quantization and for settings of LoRA that do not work here, MissingPackageError
+    without the package that a setting needs.
+    """
+    one_of("model.llm_quantization", quantization, (None, *QUANTIZATIONS))
+    if lora is not None:
+        for key in NOT_FOR_LORA & lora.keys():
+            raise InputError(f"model.llm_lora.{key}: does not apply to models of transformers; leave it out")
+        lora_config(lora)
+    try:
+        if quantization is not None:
+            importlib.import_module("bitsandbytes")
+    except ImportError as error:
+        raise MissingPackageError(f"model.llm_quantization: {quantization}: `pip install bitsandbytes`") from error
 
 
-def add_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token: str) -> None:
-    """Add the padding token as one more row of the vocabulary, the mean of the others, unless the tokenizer has it."""
-    num_added = tokenizer.add_special_tokens({"pad_token": token})
-    if not num_added:
-        return
+def _add_mean_row(model: PreTrainedModel) -> None:
+    """Add a row to the vocabulary, the mean of the others."""
     known = len(embedding_weight(model))
-    model.resize_token_embeddings(known + num_added, mean_resizing=False)
+    model.resize_token_embeddings(known + 1, mean_resizing=False)
     layers: tuple[Any, ...] = (model.get_input_embeddings(), model.get_output_embeddings())
     with torch.no_grad():
         for layer in layers:
             layer.weight[known:] = layer.weight[:known].mean(dim=0)
-
-
-def _check_extras(quantization: str | None, lora: Mapping[str, Any] | None) -> None:
-    """Raise InputError for an unknown quantization, MissingPackageError without the package that a setting needs."""
-    if quantization not in (None, *QUANTIZATIONS):
-        raise InputError(
-            f"model.llm_quantization: must be one of {', '.join(QUANTIZATIONS)} or null, got {quantization!r}"
-        )
-    if quantization is not None:
-        try:
-            importlib.import_module("bitsandbytes")
-        except ImportError as error:
-            raise MissingPackageError(
-                f"model.llm_quantization: {quantization} needs bitsandbytes: `pip install bitsandbytes`, or leave it "
-                "out"
-            ) from error
-    if lora is not None:
-        lora_config(lora)
-
-
-def _switch_dropout_off(config: PreTrainedConfig) -> None:
-    for name, value in config.to_dict().items():
-        if "drop" in name and isinstance(value, int | float) and not isinstance(value, bool):
-            setattr(config, name, 0.0)
 
 
 def _auto_class(config: PreTrainedConfig) -> Any:
@@ -152,46 +127,37 @@ def _auto_class(config: PreTrainedConfig) -> Any:
 def _build(
     source: str | Path, config: PreTrainedConfig, *, dtype: torch.dtype, untied: bool, quantization: str | None
 ) -> PreTrainedModel:
-    """Return the model, loaded shard by shard in its own precision, or random."""
+    """Return the model, loaded shard by shard in its own precision, or random; quantized weights on the GPU if there is
+    one. InputError if some weights are missing, which would stay random.
+    """
     auto = _auto_class(config)
-    on_meta = torch.empty(0).is_meta
-    if on_meta or not has_weights(source):
+    if torch.empty(0).is_meta or not has_weights(source):
         if quantization is not None:
             raise InputError(f"model.llm_quantization: {source} has no weights to quantize: leave it out")
         model = auto.from_config(config, dtype=dtype)
-        if untied:
-            _untie_head(model)
+        head: Any = model.get_output_embeddings()
+        if untied and head.weight is embedding_weight(model):
+            head.weight = nn.Parameter(torch.empty_like(head.weight))
+            nn.init.normal_(head.weight, std=head.in_features**-0.5)
     else:
-        settings = _quantized(quantization, dtype) if quantization else {}
-        settings |= {"key_mapping": INSIDE_COMPOSITE} if is_composite(source) else {}
-        model = _read_weights(auto, source, config=config, dtype=dtype, **settings)
+        settings: dict[str, Any] = {"key_mapping": INSIDE_COMPOSITE} if is_composite(source) else {}
+        if quantization is not None:
+            four_bit = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+            bits = BitsAndBytesConfig(**(four_bit if quantization == "int4" else {"load_in_8bit": True}))
+            device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+            settings |= {"quantization_config": bits, "device_map": {"": device}}
+        verbosity = hf_logging.get_verbosity()
+        hf_logging.set_verbosity_error()  # it would list the other parts of a BLIP-2
+        settings |= {"config": config, "dtype": dtype, "output_loading_info": True}
+        try:
+            model, report = fetch(auto.from_pretrained, locate(source), "the language model's weights", **settings)
+        finally:
+            hf_logging.set_verbosity(verbosity)
+        if missing := sorted(report["missing_keys"]):
+            raise InputError(f"{source} lacks {len(missing)} tensors of the language model: {', '.join(missing[:4])}")
     if untied:
         model.config.tie_word_embeddings = False  # saved like this, it loads like this again
     return model
-
-
-def _read_weights(auto: Any, source: str | Path, **settings: Any) -> PreTrainedModel:
-    """Return the model with its weights. InputError if some are missing, which would stay random."""
-    verbosity = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()  # it would list the other parts of a BLIP-2
-    try:
-        model, report = from_hub(auto.from_pretrained, locate(source), output_loading_info=True, **settings)
-    except MissingFileError as error:
-        raise MissingFileError(f"the language model's weights could not be loaded from {source}: {error}") from error
-    finally:
-        hf_logging.set_verbosity(verbosity)
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise InputError(f"{source} lacks {len(missing)} tensors of the language model: {', '.join(missing[:4])}")
-    return model
-
-
-def _untie_head(model: PreTrainedModel) -> None:
-    """Give the output layer weights of its own."""
-    head: Any = model.get_output_embeddings()
-    if head.weight is embedding_weight(model):
-        head.weight = nn.Parameter(torch.empty_like(head.weight))
-        nn.init.normal_(head.weight, std=head.in_features**-0.5)
 
 
 def _checkpoint_activations(model: PreTrainedModel) -> None:
@@ -202,15 +168,3 @@ def _checkpoint_activations(model: PreTrainedModel) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
     if getattr(model, "_require_grads_hooks", None):  # only reentrant checkpoints need them, and they do not pickle
         model.disable_input_require_grads()
-
-
-def _quantized(quantization: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Return arguments of `from_pretrained` for weights of 8 or 4 bits, on the GPU if there is one."""
-    from transformers import BitsAndBytesConfig
-
-    if quantization == "int8":
-        config = BitsAndBytesConfig(load_in_8bit=True)
-    else:
-        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
-    return {"quantization_config": config, "device_map": {"": device}}

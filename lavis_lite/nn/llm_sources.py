@@ -54,11 +54,6 @@ NOT_BUILT = (
 """Errors of transformers and torch for sizes that do not fit each other."""
 
 
-def language_model_config(source: str | Path, overrides: Mapping[str, Any] | None = None) -> PreTrainedConfig:
-    """Return the config of a language model; raises as `load_language_model` does."""
-    return read_config(source, overrides or {})[0]
-
-
 def embedding_width(config: PreTrainedConfig) -> int:
     """Return the width of the embeddings that the model takes."""
     text = config.get_text_config()
@@ -70,19 +65,12 @@ def forward_parameters(model_class: Any) -> frozenset[str]:
     return frozenset(inspect.signature(model_class.forward).parameters)
 
 
-def packaged_names() -> list[str]:
-    """Return the names of this package's tiny models."""
-    return sorted(path.parent.name for path in PACKAGED.glob("*/tokenizer.json"))
-
-
 def locate(source: str | Path) -> str:
     """Return the folder of a packaged or local model, or the hub id. MissingFileError for a folder that is missing."""
-    if str(source) in packaged_names():
+    packaged = sorted(path.parent.name for path in PACKAGED.glob("*/tokenizer.json"))
+    if str(source) in packaged:
         return str(PACKAGED / str(source))
-    give = (
-        "give a folder with config.json, tokenizer and weights, a hub id, or one of the package's tiny models "
-        f"({', '.join(packaged_names())})"
-    )
+    give = f"give a folder with config.json, tokenizer and weights, a hub id, or one of {', '.join(packaged)}"
     return str(download.local_folder(source, what="language model folder", give=give) or source)
 
 
@@ -94,15 +82,11 @@ def has_weights(source: str | Path) -> bool:
 
 def load_llm_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """Return the model's tokenizer, which must have an end token; without a padding token, that serves as one."""
-    what = "tokenizer (tokenizer.json, or vocab and merges)"
-    tokenizer = _fetch(AutoTokenizer.from_pretrained, source, what)
+    tokenizer = fetch(AutoTokenizer.from_pretrained, locate(source), "the language model's tokenizer")
     if len(tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)) < 2:  # transformers 5 makes an empty one
-        raise _missing(what, locate(source), "its files are not there")
+        raise MissingFileError(f"{locate(source)}: holds no tokenizer.json, nor vocab and merges of a tokenizer")
     if tokenizer.eos_token_id is None:
-        raise InputError(
-            f"{locate(source)}: the tokenizer names no end token, so that no text would ever end: give it an eos_token "
-            "in its tokenizer_config.json"
-        )
+        raise InputError(f"{locate(source)}: tokenizer_config.json names no eos_token, which ends a text: add it")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -113,16 +97,15 @@ def is_composite(source: str | Path) -> bool:
     return _config_file(source).get("model_type") in COMPOSITES
 
 
-def read_config(source: str | Path, overrides: Mapping[str, Any]) -> tuple[PreTrainedConfig, bool]:
-    """Return the config, and whether the file says that the output layer is not tied to the embeddings."""
-    raw = _config_file(source)
+def read_config(source: str | Path, overrides: Mapping[str, Any] | None = None) -> tuple[PreTrainedConfig, bool]:
+    """Return the config, and whether the file says that the output layer is not tied to the embeddings; raises as
+    `load_language_model` does.
+    """
+    raw, overrides = _config_file(source), overrides or {}
     raw = raw["text_config"] if raw.get("model_type") in COMPOSITES else raw
     model_type = str(raw.get("model_type"))
     if model_type not in CONFIG_MAPPING:  # transformers' public table; AutoConfig would also read code of the hub
-        raise InputError(
-            f"{source}: config.json: model_type {model_type!r} is unknown to the installed transformers: choose a "
-            "causal or encoder-decoder language model, or update transformers"
-        )
+        raise InputError(f"{source}: config.json: transformers has no model_type {model_type!r}; update transformers")
     config_class = CONFIG_MAPPING[model_type]
     unknown = sorted(name for name in overrides if name not in raw and not hasattr(config_class(), name))
     if unknown:
@@ -157,7 +140,8 @@ def _check_overrides(overrides: Mapping[str, Any], raw: Mapping[str, Any]) -> No
     they fit each other is checked by building the model.
     """
     for name, value in overrides.items():
-        if value is None or not (_is_number(value) or _is_number(raw.get(name))):
+        are_numbers = (isinstance(one, Real) and not isinstance(one, bool) for one in (value, raw.get(name)))
+        if value is None or not any(are_numbers):
             continue
         bounds: tuple[float, float] = (-LARGEST_NUMBER, LARGEST_NUMBER)
         if SIZE.search(name):
@@ -167,46 +151,30 @@ def _check_overrides(overrides: Mapping[str, Any], raw: Mapping[str, Any]) -> No
         check_number(f"model.llm.{name}", value, *bounds)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
 def _check_class(source: str | Path, config: PreTrainedConfig) -> None:
     """Raise InputError unless the config is of a language model that can write after an image."""
-    kind, model_type = type(config), config.model_type
-    mapping = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
+    kind, reason = type(config), UNFIT.get(config.model_type)
+    mapping: Any = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
     reads_both_sides = kind in MODEL_FOR_MASKED_LM_MAPPING and getattr(config, "is_decoder", None) is False
-    reason = None
     if kind not in mapping:
         reason = "is neither a causal nor an encoder-decoder language model"
     elif reads_both_sides and not config.is_encoder_decoder:
         reason = "reads a text from both sides, and would see the tokens that it is to predict"
-    elif model_type in UNFIT:
-        reason = UNFIT[model_type]
-    else:
-        model_class: Any = mapping[kind]
-        missing = sorted(NEEDED - forward_parameters(model_class))
-        if missing:
-            reason = f"cannot write after an image: transformers' {model_class.__name__} takes no {', '.join(missing)}"
+    elif missing := sorted(NEEDED - forward_parameters(mapping[kind])):
+        reason = f"cannot write after an image: {mapping[kind].__name__}.forward takes no {', '.join(missing)}"
     if reason is not None:
-        raise InputError(f"{source}: a {model_type} {reason}: choose another language model")
+        raise InputError(f"{source}: a {config.model_type} {reason}: choose another language model")
 
 
 def _config_file(source: str | Path) -> dict[str, Any]:
-    return _fetch(PreTrainedConfig.get_config_dict, source, "config.json")[0]
+    return fetch(PreTrainedConfig.get_config_dict, locate(source), "the language model's config.json")[0]
 
 
-def _fetch(load: Callable[..., Any], source: str | Path, what: str) -> Any:
-    """Return what a `from_pretrained` loads, from this machine or else from the hub."""
-    place = locate(source)
+def fetch(load: Callable[..., Any], source: str, what: str, **settings: Any) -> Any:
+    """Return what a `from_pretrained` loads, from this machine or else from the hub. MissingFileError, which says
+    `what`, without it.
+    """
     try:
-        return from_hub(load, place)
+        return from_hub(load, source, **settings)
     except MissingFileError as error:
-        raise _missing(what, place, error) from error
-
-
-def _missing(what: str, place: str, reason: object) -> MissingFileError:
-    return MissingFileError(
-        f"the language model's {what} could not be loaded from {place}: {reason}. "
-        "Without a network, give a folder that holds config.json, the tokenizer's files and the weights."
-    )
+        raise MissingFileError(f"{what} could not be loaded from {source!r}: {error}") from error

@@ -48,36 +48,32 @@ def add_lora(model: nn.Module, lora: Mapping[str, Any]) -> None:
     from peft.utils import AuxiliaryTrainingWrapper
 
     config = lora_config(lora)
-    known = {key: _names(model, leaves=key == "target_modules") for key in ("target_modules", "modules_to_save")}
+    known = {
+        "target_modules": _names(model, nn.Linear, nn.Embedding, Conv1D),
+        "modules_to_save": _names(model, nn.Module),
+    }
     try:
         inject_adapter_in_model(config, model)
     except (ValueError, TypeError, IndexError) as error:  # the last for a token that the vocabulary does not have
         is_name = "target" in str(error).lower()
         advice = f": set target_modules to some of {', '.join(known['target_modules'])}" if is_name else ""
         raise AdapterError(f"model.llm_lora: {str(error).rstrip('.')}{advice}") from error
-    wrapped = {"target_modules": BaseTunerLayer, "modules_to_save": AuxiliaryTrainingWrapper}
-    for key, kind in wrapped.items():
-        found = [name for name, module in model.named_modules() if isinstance(module, kind)]
-        _check_found(lora.get(key), found, key=key, known=known[key])
+    for key, kind in (("target_modules", BaseTunerLayer), ("modules_to_save", AuxiliaryTrainingWrapper)):
+        found = [f".{name}" for name, module in model.named_modules() if isinstance(module, kind)]
+        wanted = lora.get(key) or ()
+        for name in () if isinstance(wanted, str) else wanted:  # a text is a pattern, which peft checks
+            if not any(other.endswith(f".{name}") for other in found):
+                has = ", ".join(known[key])
+                raise AdapterError(f"model.llm_lora.{key}: the language model has no {name}; it has {has}")
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
 
-def _names(model: nn.Module, *, leaves: bool) -> list[str]:
-    """Return the last parts of the names of a model's modules, with `leaves` of those that can have adapters."""
-    layers = (nn.Linear, nn.Embedding, Conv1D)
-    found = (name for name, module in model.named_modules() if not leaves or isinstance(module, layers))
-    return sorted({last for last in (name.rpartition(".")[2] for name in found) if last and not last.isdigit()})
-
-
-def _check_found(wanted: Any, found: list[str], *, key: str, known: list[str]) -> None:
-    """Raise AdapterError for a name of no wrapped module; a text is a pattern, which peft checks."""
-    if wanted is None or isinstance(wanted, str):
-        return
-    for name in wanted:
-        if not any(other == name or other.endswith(f".{name}") for other in found):
-            raise AdapterError(f"model.llm_lora.{key}: the language model has no {name}; it has {', '.join(known)}")
+def _names(model: nn.Module, *kinds: type[nn.Module]) -> list[str]:
+    """Return the last parts of the names of a model's modules of some kinds."""
+    found = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, kinds)}
+    return sorted(name for name in found if name and not name.isdigit())
 
 
 def into_wrapped(state: LazyState, own: Mapping[str, Tensor]) -> LazyState:
@@ -199,7 +195,6 @@ def write_adapter(model: Any, folder: Path, *, num_tokens: int) -> None:
     known = len(embedding_weight(model))
     for name in vocabulary_names(model, state):
         state[name] = resized(state[name], [num_tokens if size == known else size for size in state[name].shape])
-    folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
     state = {f"{PEFT_PREFIX}{name}": tensor.detach().contiguous() for name, tensor in state.items()}
     save_file(state, folder / WEIGHT_FILES[0], metadata={"format": "pt"})

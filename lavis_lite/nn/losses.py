@@ -35,20 +35,18 @@ def soft_cross_entropy(logits_BN: Tensor, targets_BN: Tensor) -> Tensor:
     return -(F.log_softmax(logits_BN, dim=1) * targets_BN).sum(dim=1).mean()
 
 
-def similarity(images_BD: Tensor, texts_ND: Tensor) -> Tensor:
-    """Return the similarity of each image to each text: (B,N). Always in float32: rounded to bf16, many texts would
-    have the same.
+def similarity(images: Tensor, texts_ND: Tensor) -> Tensor:
+    """Return the similarity of each image (B,D), or of each of its queries (B,Q,D), to each text: (B,N) or (B,Q,N).
+
+    Always in float32: rounded to bf16, many texts would have the same, and the temperature magnifies rounding.
     """
-    with torch.autocast(images_BD.device.type, enabled=False):
-        return images_BD.float() @ texts_ND.float().t()
+    with torch.autocast(images.device.type, enabled=False):
+        return images.float() @ texts_ND.float().t()
 
 
 def best_query_similarity(queries_BQD: Tensor, texts_ND: Tensor) -> Tensor:
-    """Return the similarity of each image's best query to each text: (B,N) (BLIP-2, section 3.1). Always in float32,
-    since the temperature magnifies rounding.
-    """
-    with torch.autocast(queries_BQD.device.type, enabled=False):
-        return (queries_BQD.float() @ texts_ND.float().t()).max(dim=1).values
+    """Return the similarity of each image's best query to each text: (B,N) (BLIP-2, section 3.1)."""
+    return similarity(queries_BQD, texts_ND).max(dim=1).values
 
 
 def contrastive_loss(i2t_BN: Tensor, t2i_BN: Tensor, targets_BN: Tensor, label_smoothing: float = 0.1) -> Tensor:

@@ -1,7 +1,6 @@
 """Momentum encoders and feature queue (MoCo, as used by ALBEF and BLIP)."""
 
 from collections.abc import Iterable, Sequence
-from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -10,17 +9,6 @@ from lavis_lite.common.errors import InputError
 
 ModulePair = tuple[nn.Module, nn.Module]
 """An online module and its momentum encoder."""
-
-
-def add_momentum_encoders(model: nn.Module, parts: Iterable[str]) -> None:
-    """Add a frozen copy `<part>_m` of each part."""
-    for name in parts:
-        model.add_module(f"{name}_m", deepcopy(model.get_submodule(name)).requires_grad_(False))
-
-
-def momentum_pairs(model: nn.Module, parts: Iterable[str]) -> list[ModulePair]:
-    """Return each part with its momentum encoder."""
-    return [(model.get_submodule(name), model.get_submodule(f"{name}_m")) for name in parts]
 
 
 @torch.no_grad()
@@ -50,10 +38,7 @@ def enqueue(queues: Sequence[tuple[Tensor, Tensor]], pointer: Tensor) -> None:
     for queue, columns in queues:
         size, new = queue.shape[1], columns.shape[1]
         if new > size:
-            raise InputError(
-                f"model.queue_size: {size} is smaller than the global batch of {new}; choose a longer queue, or 0 for "
-                "contrast within the batch"
-            )
+            raise InputError(f"model.queue_size: {size} is less than the global batch of {new}; raise it, or set 0")
         at_end = min(new, size - start)
         queue[:, start : start + at_end] = columns[:, :at_end]
         queue[:, : new - at_end] = columns[:, at_end:]

@@ -10,25 +10,14 @@ Letters: B samples, Q queries, T text tokens, L = Q + T, P cached tokens, S imag
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lavis_lite.common.bounds import MAX_LAYERS, check_numbers
-from lavis_lite.common.errors import InputError
-from lavis_lite.nn.attention import (
-    SELF_MASKED,
-    AddNorm,
-    BertConfig,
-    CrossAttentionKV,
-    KeyValue,
-    KeyValueCache,
-    additive_mask,
-)
-from lavis_lite.nn.bert import BertLayer, Intermediate, LMHead, Transformer, initialise
-
-AttentionKind = Literal["bidirectional", "causal", "unimodal"]
+from lavis_lite.nn.attention import AddNorm, BertConfig, CrossAttentionKV, KeyValue, KeyValueCache
+from lavis_lite.nn.bert import BertLayer, LMHead, Transformer, initialise, intermediate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +44,7 @@ class QFormerLayer(BertLayer):
 
     def __init__(self, config: BertConfig, index: int, *, has_text: bool) -> None:
         super().__init__(config, index, has_text=has_text)
-        self.intermediate_query = Intermediate(config)
+        self.intermediate_query = intermediate(config)
         self.output_query = AddNorm(config, config.intermediate_size)
 
     def after_self_attention(
@@ -76,10 +65,6 @@ class QFormer(nn.Module):
 
     def __init__(self, config: QFormerConfig, *, with_lm_head: bool = False) -> None:
         super().__init__()
-        if config.context_width is None:
-            raise InputError("the Q-Former needs context_width, the width of the image's tokens")
-        if with_lm_head and not config.has_text:
-            raise InputError("a Q-Former without text has no word embeddings for the language-model head to share")
         self.config = config
         self.bert = Transformer(config, QFormerLayer, has_text=config.has_text)
         self.cls = LMHead(config) if with_lm_head else None
@@ -87,11 +72,9 @@ class QFormer(nn.Module):
         if self.cls is not None:
             self.cls.tie(self.bert.embeddings)
 
-    def project_kv(self, image_BSE: Tensor, mask: Tensor | None = None) -> CrossAttentionKV:
-        """Return keys and values of the image's tokens in the layers that cross-attend; `mask` (B,S) is 1 where a token
-        counts.
-        """
-        return self.bert.project_kv(image_BSE, mask=mask)
+    def project_kv(self, image_BSE: Tensor) -> CrossAttentionKV:
+        """Return keys and values of the image's tokens in the layers that cross-attend."""
+        return self.bert.project_kv(image_BSE)
 
     def forward(
         self,
@@ -100,62 +83,21 @@ class QFormer(nn.Module):
         mask_BT: Tensor | None = None,
         *,
         context: CrossAttentionKV | None = None,
-        attention: AttentionKind = "bidirectional",
+        causal: bool = False,
         past: KeyValueCache | None = None,
     ) -> tuple[Tensor, KeyValueCache]:
         """Return states (B,Q+T,E), queries first, and every layer's keys and values.
 
         Queries of one row serve all samples; without queries the text is read alone, without the image. `mask_BT` is 1
-        where a text token counts. With `past`, the cache of a pass of the queries (and of earlier text), the new text
-        is causal and follows it, and `mask_BT` covers earlier text tokens too.
+        where a text token counts, `causal` as in `text_mask`. With `past`, the cache of a pass of the queries (and of
+        earlier text), the new text is causal and follows it, and `mask_BT` covers earlier text tokens too.
         """
-        self._check(queries_BQE, ids_BT, past)
         if queries_BQE is not None and context is not None and len(queries_BQE) == 1:
             queries_BQE = queries_BQE.expand(context.num_rows if ids_BT is None else len(ids_BT), -1, -1)
-        num_queries = 0 if queries_BQE is None else queries_BQE.shape[1]
-        num_earlier = 0 if ids_BT is None or mask_BT is None else mask_BT.shape[1] - ids_BT.shape[1]
-        x_BLE = self.bert.embeddings(ids_BT, num_earlier, queries_BQE)
-        if past is None:
-            mask = qformer_mask(num_queries, mask_BT, attention=attention, dtype=x_BLE.dtype)
-        else:
-            mask = qformer_mask(past.num_tokens - num_earlier, mask_BT, attention="causal", dtype=x_BLE.dtype)
-            mask = None if mask is None else mask[:, :, past.num_tokens :]
-        return self.bert.run_layers(x_BLE, mask, context=context, past=past, num_queries=num_queries)
+        causal = causal or past is not None
+        return self.bert(ids_BT, mask_BT, queries_BQE=queries_BQE, context=context, causal=causal, past=past)
 
     def logits(self, states: Tensor) -> Tensor:
         """Return scores of the next token (...,V)."""
         assert self.cls is not None, "this Q-Former was built without language-model head"
         return self.cls(states)
-
-    def _check(self, queries: Tensor | None, ids: Tensor | None, past: KeyValueCache | None) -> None:
-        if queries is None and ids is None:
-            raise InputError("the Q-Former needs queries or text")
-        if ids is not None and not self.config.has_text:
-            raise InputError("this Q-Former was built without text; set qformer_text_input=True to let it read one")
-        if queries is not None and past is not None:
-            raise InputError("cached queries cannot be followed by other queries")
-
-
-def qformer_mask(
-    num_queries: int, mask_BT: Tensor | None, *, attention: AttentionKind, dtype: torch.dtype
-) -> Tensor | None:
-    """Return the additive self-attention mask (B,1,Q+T,Q+T) of BLIP-2's figure 2, or None without text.
-
-    `bidirectional` (image-text matching): queries and text attend to each other. `causal` (image-grounded generation):
-    queries attend to queries, text to the queries and the text before it. `unimodal` (contrast): queries attend to
-    queries, text to text. Nothing attends to padding.
-    """
-    if attention not in get_args(AttentionKind):
-        raise InputError(f"attention {attention!r} is not one of {', '.join(get_args(AttentionKind))}")
-    if mask_BT is None:
-        return None
-    position = torch.arange(num_queries + mask_BT.shape[1], device=mask_BT.device)
-    row, column = position[:, None], position[None, :]  # rows attend to columns
-    if attention == "bidirectional":
-        allowed = torch.ones_like(row == column)
-    elif attention == "unimodal":
-        allowed = (row < num_queries) == (column < num_queries)
-    else:
-        allowed = (column < num_queries) | (column <= row)
-    counts = torch.cat([mask_BT.new_ones(len(mask_BT), num_queries), mask_BT], dim=1).bool()
-    return additive_mask(allowed[None, None] & counts[:, None, None, :], SELF_MASKED, dtype)

@@ -7,7 +7,7 @@ Letters: B images, S image tokens, N patches, E width.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, ClassVar, Self
@@ -18,7 +18,7 @@ from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from lavis_lite.common.bounds import MAX_IMAGE_SIZE, MAX_LAYERS, MAX_WIDTH, Bounds, check_divides, check_numbers
+from lavis_lite.common.bounds import MAX_IMAGE_SIZE, MAX_LAYERS, MAX_WIDTH, Bounds, check_divides, check_numbers, one_of
 from lavis_lite.common.errors import InputError
 from lavis_lite.nn.activation_checkpointing import checkpoint_blocks
 
@@ -59,11 +59,8 @@ class ViTConfig:
         check_divides("model.vit", values, divisor="patch_size", number="image_size")
         check_divides("model.vit", values, divisor="num_heads", number="width")
         if self.width * self.mlp_ratio < 1:
-            raise InputError(
-                f"model.vit.mlp_ratio: {self.mlp_ratio} leaves less than 1 of width {self.width}; raise it"
-            )
-        if not isinstance(self.sincos_init, bool):
-            raise InputError(f"model.vit.sincos_init: must be true or false, got {self.sincos_init!r}")
+            raise InputError(f"model.vit.mlp_ratio: {self.mlp_ratio} leaves nothing of width {self.width}; raise it")
+        one_of("model.vit.sincos_init", self.sincos_init, (True, False))
         if self.sincos_init and self.width % 4:
             raise InputError(f"model.vit.width: must be a multiple of 4 with sincos_init, got {self.width}")
 
@@ -77,13 +74,15 @@ VIT_SIZES: dict[str, ViTConfig] = {
 
 def vit_config(vit_type: str, **overrides: Any) -> ViTConfig:
     """Return the sizes of `tiny`, `base` or `large`, with some replaced."""
-    if vit_type not in VIT_SIZES:
-        raise InputError(f"model.vit_type: must be one of {', '.join(VIT_SIZES)}, got {vit_type!r}")
-    known = [field.name for field in fields(ViTConfig)]
-    unknown = sorted(overrides.keys() - known)
+    check_sizes("model.vit", overrides, [field.name for field in fields(ViTConfig)])
+    return replace(VIT_SIZES[one_of("model.vit_type", vit_type, VIT_SIZES)], **overrides)
+
+
+def check_sizes(section: str, sizes: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raise InputError for sizes that a part of the model does not have."""
+    unknown = sorted(sizes.keys() - set(known))
     if unknown:
-        raise InputError(f"model.vit: no size {', '.join(unknown)}; it has {', '.join(known)}")
-    return replace(VIT_SIZES[vit_type], **overrides)
+        raise InputError(f"{section}: no size {', '.join(unknown)}; it has {', '.join(known)}")
 
 
 class ImageEncoder(nn.Module):
@@ -102,10 +101,8 @@ class ImageEncoder(nn.Module):
         """Encode an image of any floating-point type; it is cast to the weights'."""
         size = self.image_size
         if image.ndim != 4 or image.shape[1:] != (3, size, size):
-            raise InputError(
-                f"image: has shape {tuple(image.shape)}, but the image encoder takes (B, 3, {size}, {size}); set "
-                "image_size of the processor and of the model to the same value"
-            )
+            found = f"image: has shape {tuple(image.shape)}, but the image encoder takes (B, 3, {size}, {size})"
+            raise InputError(f"{found}; set image_size of the processor and of the model to the same value")
         return self.forward_features(image.to(next(self.parameters()).dtype))
 
     def forward_features(self, image: Tensor) -> Tensor:
@@ -115,10 +112,7 @@ class ImageEncoder(nn.Module):
     @property
     def blocks(self) -> list[nn.Module]:
         """The transformer blocks, first to last."""
-        module: nn.Module = self
-        for name in self.block_names.split(".")[:-1]:
-            module = dict(module.named_children())[name]
-        return list(module.children())
+        return list(dict(self.named_modules())[self.block_names.removesuffix(".")].children())
 
     def checkpoint_all(self) -> None:
         """Make every block recompute its activations in the backward pass."""
@@ -148,8 +142,8 @@ class TimmBased(ImageEncoder):
     and submodules, so that casts, loading and copies reach both.
     """
 
-    def __init__(self, model: nn.Module, *, width: int, depth: int, image_size: int) -> None:
-        super().__init__(width=width, depth=depth, image_size=image_size)
+    def __init__(self, model: nn.Module, **sizes: int) -> None:
+        super().__init__(**sizes)
         self._parameters, self._modules = model._parameters, model._modules
         self._buffers, self._non_persistent_buffers_set = model._buffers, model._non_persistent_buffers_set
         object.__setattr__(self, "model", model)  # not registered
@@ -214,20 +208,14 @@ def interpolate_pos_embed(
     """
     if pos_embed.shape[1] == num_tokens:
         return pos_embed
-    old, new = (square_root(n - 1) for n in (pos_embed.shape[1], num_tokens))
+    old, new = (round((n - 1) ** 0.5) for n in (pos_embed.shape[1], num_tokens))
+    if (old**2 + 1, new**2 + 1) != (pos_embed.shape[1], num_tokens):
+        raise InputError(f"{pos_embed.shape[1] - 1} and {num_tokens - 1} patches do not both form a square grid")
     if not quiet:
         logger.info(f"position embeddings are resized from {old} x {old} to {new} x {new} patches")
     grid = pos_embed[:, 1:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=align_corners)
     return torch.cat([pos_embed[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2).to(pos_embed.dtype)], dim=1)
-
-
-def square_root(number: int) -> int:
-    """Return the side of a square grid of that many patches."""
-    side = round(number**0.5)
-    if side * side != number:
-        raise InputError(f"{number} patches do not form a square grid")
-    return side
 
 
 def encoder_scale(encoder: ImageEncoder, decay: float, prefix: str = "visual_encoder.") -> Callable[[str], float]:

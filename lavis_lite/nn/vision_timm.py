@@ -45,10 +45,8 @@ class TimmEncoder(TimmBased):
             has_width_last = getattr(self.model, "output_fmt", "") == "NHWC"
             tokens = tokens.flatten(1, 2) if has_width_last else tokens.flatten(2).mT
         if not isinstance(tokens, Tensor) or tokens.ndim != 3 or tokens.shape[-1] != self.width:
-            raise InputError(
-                f"model.vit_model: timm's {type(self.model).__name__} returns no tokens of width {self.width}; choose "
-                "another model"
-            )
+            kind = type(self.model).__name__
+            raise InputError(f"model.vit_model: timm's {kind} returns no tokens of width {self.width}; choose another")
         return tokens
 
     def checkpoint_all(self) -> None:
@@ -75,23 +73,20 @@ class TimmEncoder(TimmBased):
         if decay == 1.0:
             return 1.0
         if not self.layer_numbers:
-            raise InputError(
-                f"run.lr_layer_decay: timm does not number the layers of {type(self.model).__name__}; set it to 1"
-            )
+            kind = type(self.model).__name__
+            raise InputError(f"run.lr_layer_decay: timm does not number the layers of {kind}; set it to 1")
         return decay ** max(self.depth + 1 - self.layer_numbers[name], 0)
 
 
-def timm_encoder(
-    name: str, *, image_size: int, drop_path_rate: float = 0.0, sizes: Mapping[str, Any] | None = None
-) -> TimmEncoder:
+def timm_encoder(name: str, *, image_size: int, drop_path_rate: float, sizes: Mapping[str, Any]) -> TimmEncoder:
     """Build the timm model of that name with random weights.
 
     Raises ValueError if timm does not know the name, or the model takes no such size.
     """
-    for key, value in (sizes or {}).items():  # a model of several stages takes a list
+    for key, value in sizes.items():  # a model of several stages takes a list
         for one in value if isinstance(value, list | tuple) and value else (value,):
             check_number(f"model.vit.{key}", one, *SIZE_BOUNDS[key])
-    settings = {TIMM_NAMES.get(key, key): value for key, value in (sizes or {}).items()}
+    settings = {TIMM_NAMES.get(key, key): value for key, value in sizes.items()}
     if "norm_eps" in settings:
         settings["norm_layer"] = partial(nn.LayerNorm, eps=settings.pop("norm_eps"))
     if timm_config(name).fixed_input_size:

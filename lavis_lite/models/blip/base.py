@@ -1,13 +1,14 @@
 """Base class of BLIP's models: tokenizer, image encoder, text transformer sizes, loading of published files."""
 
 import logging
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from copy import deepcopy
 from dataclasses import fields
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lavis_lite.common.bounds import MAX_IMAGE_SIZE, MAX_LAYERS, MAX_TOKENS, check_number, check_numbers
+from lavis_lite.common.bounds import MAX_LAYERS, MAX_TOKENS, check_number
 from lavis_lite.common.errors import InputError
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.blip.hf import BlipAdapter, blip_from_hf, is_hf_blip
@@ -22,8 +23,8 @@ from lavis_lite.models.initialise import (
 )
 from lavis_lite.models.tokenizers import blip_tokenizer
 from lavis_lite.nn.attention import MAX_VOCABULARY, BertConfig
-from lavis_lite.nn.decoding import DecodingConfig, GenerationConfig
-from lavis_lite.nn.vision import BlipViT, encoder_scale, interpolate_pos_embed, vit_config
+from lavis_lite.nn.momentum import ModulePair, copy_parameters
+from lavis_lite.nn.vision import BlipViT, check_sizes, encoder_scale, interpolate_pos_embed, vit_config
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,8 @@ class BlipBase(BaseModel):
     hf = BlipAdapter()
     takes_video: ClassVar[bool] = False
     learns_answers: ClassVar[bool] = False
+    momentum_parts: tuple[str, ...] = ()
+    """Modules that have a momentum encoder, `<name>_m`."""
 
     def __init__(
         self,
@@ -53,26 +56,26 @@ class BlipBase(BaseModel):
         max_txt_len: int = 35,
     ) -> None:
         super().__init__()
-        if "image_size" in (vit or {}):
-            raise InputError("model.vit.image_size: set model.image_size instead, which the processors follow")
-        if "num_checkpointed" in (vit or {}):
-            raise InputError("model.vit.num_checkpointed: set model.vit_grad_ckpt and model.vit_ckpt_layer instead")
-        own = {"image_size": image_size, "vit_ckpt_layer": vit_ckpt_layer, "max_txt_len": max_txt_len}
-        check_numbers(
-            "model", own, image_size=(1, MAX_IMAGE_SIZE), vit_ckpt_layer=(0, MAX_LAYERS), max_txt_len=(3, MAX_TOKENS)
-        )
+        others = {"image_size": "image_size", "num_checkpointed": "vit_grad_ckpt and model.vit_ckpt_layer"}
+        for size, instead in others.items():
+            if size in (vit or {}):
+                raise InputError(f"model.vit.{size}: set model.{instead} instead")
+        check_number("model.vit_ckpt_layer", vit_ckpt_layer, 0, MAX_LAYERS)
+        check_number("model.max_txt_len", max_txt_len, 3, MAX_TOKENS)
         check_number("model.vit_layer_norm_epsilon", vit_layer_norm_epsilon, 0.0, 1.0)
         overrides = {"image_size": image_size, "norm_eps": vit_layer_norm_epsilon, **(vit or {})}
         if vit_drop_path_rate is not None:
-            check_number("model.vit_drop_path_rate", vit_drop_path_rate, 0.0, 1.0)
-            overrides["drop_path_rate"] = vit_drop_path_rate
+            overrides["drop_path_rate"] = check_number("model.vit_drop_path_rate", vit_drop_path_rate, 0.0, 1.0)
         self.visual_encoder = BlipViT(
             vit_config(vit_type, num_checkpointed=vit_ckpt_layer if vit_grad_ckpt else 0, **overrides)
         )
         self.tokenizer = blip_tokenizer(tokenizer)
         self.max_txt_len = max_txt_len
         self.med = {"vocab_size": len(self.tokenizer), **(med or {})}
-        check_med(self.med, len(self.tokenizer))
+        known = {field.name for field in fields(BertConfig)} - {"context_width", "num_context_streams"}
+        check_sizes("model.med", self.med, sorted(known))
+        check_number("model.med.vocab_size", self.med["vocab_size"], len(self.tokenizer), MAX_VOCABULARY)
+        self.max_positions = self.text_config().max_positions
 
     def text_config(self, context_width: int | None = None, **sizes: Any) -> BertConfig:
         """Return sizes of a text transformer that attends to states of this width (default: the image encoder's)."""
@@ -83,16 +86,6 @@ class BlipBase(BaseModel):
     def encoder_start(self) -> int:
         """Id of `[ENC]`."""
         return self.tokenizer.enc_token_id
-
-    def decoding(self, generation: GenerationConfig, *, return_scores: bool = False) -> DecodingConfig:
-        """Return decoding settings with the tokenizer's end and padding tokens and the text transformer's positions."""
-        return DecodingConfig.of(
-            generation,
-            eos_id=self.tokenizer.sep_token_id,
-            pad_id=self.tokenizer.pad_token_id,
-            max_positions=self.text_config().max_positions,
-            return_scores=return_scores,
-        )
 
     def layer_scale(self, decay: float) -> Callable[[str], float]:
         return encoder_scale(self.visual_encoder, decay)
@@ -115,6 +108,23 @@ class BlipBase(BaseModel):
         if text is not None:
             check_bert(text, self.text_model())
 
+    def add_momentum_encoders(self, parts: Sequence[str], *, momentum: float, alpha: float) -> None:
+        """Add a momentum encoder of each part; `alpha` is the weight of their soft labels."""
+        self.momentum = check_number("model.momentum", momentum, 0.0, 1.0)
+        self.alpha = check_number("model.alpha", alpha, 0.0, 1.0)
+        self.momentum_parts = tuple(parts)
+        for name in parts:
+            self.add_module(f"{name}_m", deepcopy(self.get_submodule(name)).requires_grad_(False))
+
+    def momentum_pairs(self) -> list[ModulePair]:
+        """Return the (online, momentum) modules."""
+        return [(self.get_submodule(name), self.get_submodule(f"{name}_m")) for name in self.momentum_parts]
+
+    def after_loading(self, state: Mapping[str, Tensor]) -> None:
+        """Copy the weights to the momentum encoders if the file has none (LAVIS saves none, and left them stale)."""
+        if not any(name.startswith("visual_encoder_m.") for name in state):
+            copy_parameters(self.momentum_pairs())
+
     def text_readers(self, samples: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
         return [(key, "tokenizer", self.tokenizer) for key in ("text_input", "answer") if key in samples]
 
@@ -133,23 +143,13 @@ class BlipBase(BaseModel):
             if name.endswith(".pos_embed"):
                 state[name] = interpolate_pos_embed(state[name], own[name].shape[1], quiet="_m." in name)
             elif name.endswith("_queue") and own[name].shape != state[name].shape:
-                length = own[name].shape[-1]
                 logger.info(
-                    f"{name} of shape {tuple(state[name].shape)} is left out: this model's has {length} columns"
+                    f"{name} of {state[name].shape[-1]} columns is left out: the model's has {own[name].shape[-1]}"
                 )
                 del state[name]
         if own.keys() & {"queue_ptr"} and not {"image_queue", "text_queue"} <= state.keys():
             state.pop("queue_ptr", None)
         return state
-
-
-def check_med(med: dict[str, Any], num_tokens: int) -> None:
-    """Raise InputError for unknown sizes and for a vocabulary smaller than the tokenizer's."""
-    known = {field.name for field in fields(BertConfig)} - {"context_width", "num_context_streams"}
-    unknown = sorted(med.keys() - known)
-    if unknown:
-        raise InputError(f"model.med: no size {', '.join(unknown)}; it has {', '.join(sorted(known))}")
-    check_number("model.med.vocab_size", med["vocab_size"], num_tokens, MAX_VOCABULARY)
 
 
 def ramp(samples: dict[str, Any], alpha: float, num_epochs: int) -> float:

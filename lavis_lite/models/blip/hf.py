@@ -16,9 +16,9 @@ from lavis_lite.models.hf import (
     Classes,
     HFAdapter,
     NameTable,
-    config_class,
     image_processor,
     read_sizes,
+    transformers_class,
     write_sizes,
 )
 from lavis_lite.nn.vision import BlipViT
@@ -42,7 +42,7 @@ def is_hf_blip(state: Mapping[str, Tensor]) -> bool:
 
 def blip_from_hf(state: Mapping[str, Tensor]) -> LazyState:
     """Return a Hugging Face state_dict under LAVIS's names."""
-    return LazyState.of(state).renamed(lambda name: NAMES.from_hf(name) or name)
+    return LazyState.of(state).renamed(lambda name: NAMES.inverse.to_hf(name) or name)
 
 
 def blip_to_hf(state: Mapping[str, Tensor]) -> LazyState:
@@ -76,7 +76,9 @@ class BlipAdapter(HFAdapter["BlipBase"]):
         if name == "BlipForImageTextRetrieval":
             sizes["image_text_hidden_size"] = len(model.get_parameter("text_proj.weight"))
         vision = self.vision_sizes(model.visual_encoder)
-        return config_class(name)(text_config=text, vision_config=vision, label_smoothing=LABEL_SMOOTHING, **sizes)
+        return transformers_class(name).config_class(
+            text_config=text, vision_config=vision, label_smoothing=LABEL_SMOOTHING, **sizes
+        )
 
     def processor(self, model: "BlipBase", config: Any) -> Any:
         from transformers import BlipProcessor

@@ -2,6 +2,7 @@
 5.4).
 """
 
+import re
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -16,6 +17,9 @@ from lavis_lite.models.base import Output
 from lavis_lite.models.blip.base import BlipBase
 from lavis_lite.models.inputs import image_of, integers, texts_of
 from lavis_lite.nn.bert import BertModel
+
+SINGLE_STREAM = re.compile(r"\.crossattention\.(self|output\.dense)(?=\.)")
+"""Within the names of a single cross-attention's projections, of which the two streams have one each."""
 
 
 @registry.register_model("blip_nlvr")
@@ -47,10 +51,10 @@ class BlipNLVR(BlipBase):
         first, second = (image_of(samples, key) for key in ("image0", "image1"))
         if first.shape != second.shape:
             raise InputError(f"samples['image0'] has shape {tuple(first.shape)}, 'image1' has {tuple(second.shape)}")
-        texts = texts_of(samples, len(first))
+        ids, mask = self.tokenize(texts_of(samples, len(first)), start=self.encoder_start)
         tokens = self.visual_encoder(torch.cat([first, second]))
-        ids, mask = self.tokenize(texts, start=self.encoder_start)
-        return self.text_encoder(ids, mask, context=self.text_encoder.project_kv(*tokens.chunk(2)))[0]
+        context = self.text_encoder.project_kv(*tokens.chunk(2))
+        return self.text_encoder(ids, mask, context=context)[0]
 
     def logits(self, samples: dict[str, Any]) -> Tensor:
         """Return logits (B,num_classes) of the statement's first state."""
@@ -59,12 +63,9 @@ class BlipNLVR(BlipBase):
     def adapt_state_dict(self, state: MutableMapping[str, Tensor]) -> MutableMapping[str, Tensor]:
         """Initialise both streams from a file's single cross-attention."""
         state = super().adapt_state_dict(state)
-        for name in [name for name in state if ".crossattention." in name]:
-            for single, stream in ((".self.", ".self{}."), (".output.dense.", ".output.dense{}.")):
-                if f".crossattention{single}" in name:
-                    tensor = state.pop(name)
-                    for i in (0, 1):
-                        state[name.replace(f".crossattention{single}", f".crossattention{stream.format(i)}")] = tensor
+        for name in [name for name in state if SINGLE_STREAM.search(name)]:
+            tensor = state.pop(name)
+            state.update({SINGLE_STREAM.sub(rf"\g<0>{i}", name): tensor for i in (0, 1)})
         return state
 
 

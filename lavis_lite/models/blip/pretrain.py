@@ -3,7 +3,9 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
+from lavis_lite.common import dist
 from lavis_lite.common.registry import registry
 from lavis_lite.models.base import Output
 from lavis_lite.models.blip.base import ramp
@@ -32,24 +34,23 @@ class BlipPretrain(BlipMomentum):
         update = torch.is_grad_enabled()
         image = image_of(samples)
         ids, mask = self.tokenize(texts_of(samples, len(image)), max_length=self.max_txt_len)
-        self.clamp_temperature()
         tokens, image_feat = self.image_features(image)
         text_feat = self.encode_text(ids, mask)
 
         momentum = self.momentum_features(image, ids, mask, update=update)
-        own = torch.arange(len(ids), device=tokens.device)[:, None]
-        columns = torch.arange(momentum.image_all.shape[1], device=tokens.device)
-        hard = (own + momentum.start == columns).float()
+        number = torch.arange(len(ids), device=tokens.device) + dist.rank() * len(ids)
+        hard = (number[:, None] == self.candidates(number)).float()
+        hard = F.pad(hard, (0, momentum.image_all.shape[1] - momentum.num_current))  # nothing queued is a positive
         alpha = ramp(samples, self.alpha, num_epochs=2)
         loss_itc, metrics = self.contrastive_loss(image_feat, text_feat, momentum, hard, alpha)
         if update:
             self.enqueue_features(momentum)
 
         context = self.project_kv(tokens)
-        pool = self.pool(tokens, ids, mask, momentum.image, momentum.text)
-        positive = own + pool.start == torch.arange(len(pool.ids), device=tokens.device)
-        negatives = self.draw_negatives(image_feat, text_feat, pool, positive, floor=1e-4)
-        pairs = self.pair_logits(tokens, ids, mask, pool, negatives, context)
+        positive = number[:, None] == self.negative_candidates(number)
+        others = (momentum.image, momentum.text)
+        negatives = self.draw_negatives(image_feat, text_feat, others, positive, floor=1e-4)
+        pairs = self.pair_logits(tokens, (ids, mask), negatives, context)
 
         decoder_ids = ids.clone()
         decoder_ids[:, 0] = self.decoder_start

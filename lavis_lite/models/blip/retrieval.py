@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lavis_lite.common import dist
 from lavis_lite.common.registry import registry
 from lavis_lite.models.base import Output
 from lavis_lite.models.blip.base import ramp
@@ -36,7 +35,6 @@ class BlipRetrieval(BlipMomentum):
         image = image_of(samples)
         ids, mask = self.tokenize(texts_of(samples, len(image)), max_length=self.max_txt_len)
         image_id = integers(samples, "image_id", len(image), "the index of each image", self.device)
-        self.clamp_temperature()
         tokens, image_feat = self.image_features(image)
         text_feat = self.encode_text(ids, mask)
 
@@ -45,12 +43,11 @@ class BlipRetrieval(BlipMomentum):
         alpha = ramp(samples, self.alpha, num_epochs=2)
         loss_itc, metrics = self.contrastive_loss(image_feat, text_feat, momentum, hard, alpha)
         if update:
-            self.enqueue_features(momentum, image_id=(self.idx_queue, image_id))
+            self.enqueue_features(momentum, (self.idx_queue, image_id[:, None]))
 
-        pool = self.pool(tokens, ids, mask, image_feat, text_feat)
-        pool_id = image_id if pool.is_local else dist.all_gather(image_id)
-        negatives = self.draw_negatives(image_feat, text_feat, pool, image_id[:, None] == pool_id[None, :])
-        pairs = self.pair_logits(tokens, ids, mask, pool, negatives, self.project_kv(tokens))
+        positive = image_id[:, None] == self.negative_candidates(image_id)
+        negatives = self.draw_negatives(image_feat, text_feat, (image_feat, text_feat), positive)
+        pairs = self.pair_logits(tokens, (ids, mask), negatives, self.project_kv(tokens))
         metrics["acc_itm"] = matching_accuracy(pairs, len(ids))
         return training_output(metrics, itc=loss_itc, itm=matching_loss(pairs, len(ids)))
 

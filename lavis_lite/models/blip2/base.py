@@ -11,10 +11,9 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from lavis_lite.common import checkpoint
-from lavis_lite.common.bounds import MAX_IMAGE_SIZE, MAX_TOKENS, check_number, check_numbers
+from lavis_lite.common.bounds import MAX_IMAGE_SIZE, MAX_TOKENS, check_number, one_of
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.precision import PRECISIONS
 from lavis_lite.common.sources import weights
@@ -34,11 +33,12 @@ from lavis_lite.models.initialise import (
 )
 from lavis_lite.models.tokenizers import blip2_tokenizer
 from lavis_lite.nn.attention import MAX_VOCABULARY, CrossAttentionKV
-from lavis_lite.nn.decoding import DecodingConfig, GenerationConfig
 from lavis_lite.nn.encoders import ENCODERS, PUBLISHED, build_encoder, encoder_statistics
 from lavis_lite.nn.qformer import QFormer, QFormerConfig
-from lavis_lite.nn.vision import encoder_scale
+from lavis_lite.nn.vision import check_sizes, encoder_scale
 
+ENCODER = "visual_encoder."
+"""Prefix of the names of the image encoder's tensors."""
 RANDOM = "random"
 DEFAULT_VIT = "eva_clip_g"
 TEXT_PARTS = (
@@ -82,13 +82,9 @@ class Blip2Base(BaseModel):
         max_txt_len: int = 32,
     ) -> None:
         super().__init__()
-        check_numbers(
-            "model",
-            {"image_size": image_size, "num_query_token": num_query_token, "max_txt_len": max_txt_len},
-            image_size=(1, MAX_IMAGE_SIZE),
-            num_query_token=(1, MAX_TOKENS),
-            max_txt_len=(3, MAX_TOKENS),
-        )
+        check_number("model.image_size", image_size, 1, MAX_IMAGE_SIZE)
+        check_number("model.num_query_token", num_query_token, 1, MAX_TOKENS)
+        check_number("model.max_txt_len", max_txt_len, 3, MAX_TOKENS)
         check_number("model.drop_path_rate", drop_path_rate, 0.0, 1.0)
         self.tokenizer = blip2_tokenizer(tokenizer, truncation_side=self.truncation_side)
         self.max_txt_len = max_txt_len
@@ -100,25 +96,24 @@ class Blip2Base(BaseModel):
             grad_checkpoint=use_grad_checkpoint,
             sizes=vit,
         )
-        self.sources: dict[str, str | None] = {"visual_encoder.": encoder_source(vit_model, vit_weights)}
-        self._freeze_encoder(vit_precision)
-        self.ln_vision = nn.LayerNorm(self.visual_encoder.width)
-        num_tokens = num_text_tokens(self.tokenizer)
-        config = qformer_config(
-            {"vocab_size": num_tokens, "cross_attention_freq": cross_attention_freq, **(qformer or {})},
-            num_tokens=num_tokens,
-            context_width=self.visual_encoder.width,
-            has_text=qformer_reads_text,
+        if vit_weights is None:
+            vit_weights = PUBLISHED.get(vit_model, RANDOM) if vit_model in ENCODERS else f"{weights.TIMM}{vit_model}"
+        self.sources: dict[str, str | None] = {ENCODER: None if vit_weights == RANDOM else vit_weights}
+        self.visual_encoder.to(
+            weight_dtype("vit_precision", vit_precision, auto=torch.float32, is_trained=not freeze_vit)
         )
+        self.visual_encoder.requires_grad_(not freeze_vit)
+        self.ln_vision = nn.LayerNorm(self.visual_encoder.width)
+        num_tokens = max(self.tokenizer.vocab_size, self.tokenizer.bos_token_id + 1)  # Hugging Face adds one for images
+        sizes = {"vocab_size": num_tokens, "cross_attention_freq": cross_attention_freq, **(qformer or {})}
+        known = {field.name for field in fields(QFormerConfig)} - {"context_width", "has_text", "num_context_streams"}
+        check_sizes("model.qformer", sizes, sorted(known))
+        check_number("model.qformer.vocab_size", sizes["vocab_size"], num_tokens, MAX_VOCABULARY)
+        config = QFormerConfig(**sizes, context_width=self.visual_encoder.width, has_text=qformer_reads_text)
         self.Qformer = QFormer(config, with_lm_head=self.qformer_has_lm_head)
+        self.max_positions = config.max_positions
         self.query_tokens = nn.Parameter(torch.empty(1, num_query_token, config.hidden_size))
         nn.init.normal_(self.query_tokens, std=config.initializer_range)
-
-    def _freeze_encoder(self, precision: str) -> None:
-        dtype = weight_dtype("vit_precision", precision, auto=torch.float32, is_trained=not self.freeze_vit)
-        self.visual_encoder.to(dtype)
-        if self.freeze_vit:
-            self.visual_encoder.requires_grad_(False)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode; a frozen image encoder stays in evaluation mode, without drop path."""
@@ -130,7 +125,12 @@ class Blip2Base(BaseModel):
     @classmethod
     def from_config(cls, cfg: dict[str, Any], *, device: str | torch.device = "cpu") -> Self:
         """Build the model as `BaseModel` does, with `vit_precision: auto` resolved for the device."""
-        cfg = {**cfg, "vit_precision": encoder_precision(cfg, torch.device(device))}
+        is_gpu = torch.device(device).type == "cuda"
+        for key in ("vit_precision", "llm_precision"):
+            if cfg.get(key) == "fp16" and not is_gpu:
+                raise InputError(f"model.{key}: fp16 does not run on the CPU: set it to auto, bf16 or fp32")
+        if cfg.get("vit_precision", "auto") == "auto":
+            cfg = {**cfg, "vit_precision": "fp16" if is_gpu and cfg.get("freeze_vit", True) else "fp32"}
         return super().from_config(cfg, device=device)
 
     @classmethod
@@ -153,16 +153,6 @@ class Blip2Base(BaseModel):
         states, _ = self.Qformer(self.query_tokens, ids, mask, context=context)
         return states[:, : self.query_tokens.shape[1]]
 
-    def decoding(self, generation: GenerationConfig, *, return_scores: bool = False) -> DecodingConfig:
-        """Return decoding settings with the Q-Former's end and padding tokens and the text transformer's positions."""
-        return DecodingConfig.of(
-            generation,
-            eos_id=self.tokenizer.sep_token_id,
-            pad_id=self.tokenizer.pad_token_id,
-            max_positions=self.Qformer.config.max_positions,
-            return_scores=return_scores,
-        )
-
     def layer_scale(self, decay: float) -> Callable[[str], float]:
         return encoder_scale(self.visual_encoder, decay)
 
@@ -171,11 +161,9 @@ class Blip2Base(BaseModel):
         the trained Q-Former of a BLIP-2 file. `add_token_type` as in `bert_weights`.
         """
         self.check_start(vit=vit, text=text)
-        if text is None:
-            return
-        if is_weight_file(text):
+        if text is not None and is_weight_file(text):
             init_from_state_dict(self, trained_qformer_weights(text), source=text, parts=("Qformer.", "query_tokens"))
-        else:
+        elif text is not None:
             bert = bert_weights(text, self.text_model(), add_token_type=add_token_type)
             init_from_state_dict(self, qformer_weights(bert), source=text, parts=("Qformer.",))
 
@@ -196,30 +184,29 @@ class Blip2Base(BaseModel):
 
     def load_frozen(self, loaded: set[str]) -> None:
         """Fetch the image encoder unless the names `loaded` from a file cover it."""
-        prefix = "visual_encoder."
-        source = self.sources[prefix]
-        if source is None or any(name.startswith(prefix) for name in loaded):
+        source = self.sources[ENCODER]
+        if source is None or any(name.startswith(ENCODER) for name in loaded):
             return
-        state: MutableMapping[str, Tensor] = weights.open_state(source)
+        state = weights.open_state(source)
         state = blip2_from_hf(state) if is_hf_blip2(state) else state
-        if any(name.startswith(prefix) for name in state):
-            state = {n.removeprefix(prefix): tensor for n, tensor in state.items() if n.startswith(prefix)}
-        state = self.visual_encoder.adapt_state_dict(dict(state))
-        report = checkpoint.load_into(self.visual_encoder, state, source=source)
+        state = encoder_state(state) or state
+        report = checkpoint.load_into(
+            self.visual_encoder, self.visual_encoder.adapt_state_dict(dict(state)), source=source
+        )
         if report.missing:
             raise InputError(f"{source} lacks {len(report.missing)} tensors of the image encoder: {report.missing[:5]}")
 
     def adapt_state_dict(self, state: MutableMapping[str, Tensor]) -> MutableMapping[str, Tensor]:
         """Translate Hugging Face's names, resize position embeddings to this image size."""
-        state, prefix = LazyState.of(state), "visual_encoder."
+        state = LazyState.of(state)
         if is_hf_blip2(state):
             state = blip2_from_hf(state, self.llm_prefix)
             fit_vocabularies(state, self.state_dict())
-        encoder = state.renamed(lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None)
+        encoder = encoder_state(state)
         if not encoder:
             return state
-        rest = state.renamed(lambda name: None if name.startswith(prefix) else name)
-        encoder = encoder.adapted(self.visual_encoder.adapt_state_dict).renamed(lambda name: prefix + name)
+        rest = state.renamed(lambda name: None if name.startswith(ENCODER) else name)
+        encoder = encoder.adapted(self.visual_encoder.adapt_state_dict).renamed(lambda name: ENCODER + name)
         return LazyState(rest.readers | encoder.readers)
 
     def is_restorable(self, name: str) -> bool:
@@ -227,55 +214,14 @@ class Blip2Base(BaseModel):
         return any(name.startswith(prefix) and source is not None for prefix, source in self.sources.items())
 
 
+def encoder_state(state: LazyState) -> LazyState:
+    """Return the image encoder's tensors of a whole model, under the encoder's own names."""
+    return state.renamed(lambda name: name.removeprefix(ENCODER) if name.startswith(ENCODER) else None)
+
+
 def weight_dtype(key: str, precision: str, *, auto: torch.dtype, is_trained: bool) -> torch.dtype:
     """Return the precision of weights. InputError for an unknown one, and for weights trained in a low one."""
-    if precision not in ("auto", *PRECISIONS):
-        raise InputError(f"model.{key}: must be one of auto, {', '.join(PRECISIONS)}; got {precision!r}")
-    dtype = PRECISIONS.get(precision, auto)
+    dtype = PRECISIONS.get(one_of(f"model.{key}", precision, ("auto", *PRECISIONS)), auto)
     if is_trained and dtype != torch.float32:
-        raise InputError(
-            f"model.{key}: {precision} would train weights in it: set fp32 or auto (run.precision still sets the "
-            "precision of computation)"
-        )
+        raise InputError(f"model.{key}: {precision} would train weights in it: set fp32 or auto; see run.precision")
     return dtype
-
-
-def refuse_fp16_on_cpu(key: str, precision: Any, device: str | torch.device) -> None:
-    """Raise InputError for fp16 on the CPU, which has no kernels for it."""
-    if precision == "fp16" and torch.device(device).type == "cpu":
-        raise InputError(f"model.{key}: fp16 does not run on the CPU: set it to auto, bf16 or fp32")
-
-
-def num_text_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the number of tokens of texts: all up to `[DEC]`, after which Hugging Face adds one for images."""
-    return max(tokenizer.vocab_size, tokenizer.bos_token_id + 1)
-
-
-def encoder_source(vit_model: str, vit_weights: str | None) -> str | None:
-    """Return the source of the encoder's weights: a file or URL, `timm:<name>`, or None for random ones."""
-    if vit_weights == RANDOM:
-        return None
-    if vit_weights is not None:
-        return vit_weights
-    if vit_model in ENCODERS:
-        return PUBLISHED.get(vit_model)
-    return f"{weights.TIMM}{vit_model}"
-
-
-def encoder_precision(cfg: dict[str, Any], device: torch.device) -> str:
-    """Return `vit_precision` with `auto` resolved for the device."""
-    precision = cfg.get("vit_precision", "auto")
-    if precision == "auto":
-        return "fp16" if device.type == "cuda" and cfg.get("freeze_vit", True) else "fp32"
-    refuse_fp16_on_cpu("vit_precision", precision, device)
-    return precision
-
-
-def qformer_config(sizes: dict[str, Any], *, num_tokens: int, context_width: int, has_text: bool) -> QFormerConfig:
-    """Return the Q-Former's sizes. InputError for unknown ones, or a vocabulary smaller than the tokenizer's."""
-    known = {field.name for field in fields(QFormerConfig)} - {"context_width", "has_text", "num_context_streams"}
-    unknown = sorted(sizes.keys() - known)
-    if unknown:
-        raise InputError(f"model.qformer: no size {', '.join(unknown)}; it has {', '.join(sorted(known))}")
-    check_number("model.qformer.vocab_size", sizes["vocab_size"], num_tokens, MAX_VOCABULARY)
-    return QFormerConfig(**sizes, context_width=context_width, has_text=has_text)

@@ -27,9 +27,9 @@ from lavis_lite.models.hf import (
     Classes,
     HFAdapter,
     NameTable,
-    config_class,
     image_processor,
     read_sizes,
+    transformers_class,
     write_sizes,
 )
 from lavis_lite.nn.vision_clip import EvaViT
@@ -78,8 +78,7 @@ def name_table(part: str | None, layout: str) -> NameTable:
         ("query_tokens", "query_tokens"),
     )
     if part is None:
-        heads = (("vision_proj.", "vision_projection."), ("text_proj.", "text_projection."), ("itm_head.", "itm_head."))
-        prefixes += heads
+        prefixes += (("vision_proj.", "vision_projection."), ("text_proj.", "text_projection."), ("itm_head.",) * 2)
     else:
         prefixes += ((f"{part}_proj.", "language_projection."), (f"{part}_model.", "language_model."))
     attention = ((".attention.self.", ".attention.attention."), (".crossattention.self.", ".crossattention.attention."))
@@ -97,37 +96,23 @@ def blip2_from_hf(state: Mapping[str, Tensor], part: str | None = None) -> LazyS
     """
     layout = "instructblip" if any(name.startswith(LAYOUTS["instructblip"][0]) for name in state) else "blip-2"
     names = name_table(part, layout)
-    return _with_split_biases(LazyState.of(state).renamed(lambda name: names.from_hf(name) or name))
+    state = LazyState.of(state).renamed(lambda name: names.inverse.to_hf(name) or name)
+    for name in [name for name in state if name.startswith("visual_encoder.") and name.endswith(BIAS)]:
+        read, stem = state.readers.pop(name), name.removesuffix(BIAS)
+        state.readers[f"{stem}.attn.q_bias"] = partial(_third, read, 0, name)
+        state.readers[f"{stem}.attn.v_bias"] = partial(_third, read, 2, name)
+    return state
 
 
 def blip2_to_hf(state: Mapping[str, Tensor], part: str | None = None, layout: str = "blip-2") -> LazyState:
     """Return a state_dict of ours under Hugging Face's names, without the tensors that its classes lack (the Q-Former's
     language head, the temperature). `layout` is Hugging Face's model type, `blip-2` or `instructblip`.
     """
-    return _with_joined_biases(LazyState.of(state)).renamed(name_table(part, layout).to_hf)
-
-
-def _with_split_biases(state: LazyState) -> LazyState:
-    readers: dict[str, Reader] = {}
-    for name, read in state.readers.items():
-        stem = name.removesuffix(BIAS)
-        if stem != name and name.startswith("visual_encoder."):
-            readers[f"{stem}.attn.q_bias"] = partial(_third, read, 0, name)
-            readers[f"{stem}.attn.v_bias"] = partial(_third, read, 2, name)
-        else:
-            readers[name] = read
-    return LazyState(readers)
-
-
-def _with_joined_biases(state: LazyState) -> LazyState:
-    readers: dict[str, Reader] = {}
-    for name, read in state.readers.items():
-        stem = name.removesuffix(".attn.q_bias")
-        if stem != name:
-            readers[stem + BIAS] = partial(_joined, read, state.readers[f"{stem}.attn.v_bias"])
-        elif not name.endswith(".attn.v_bias"):
-            readers[name] = read
-    return LazyState(readers)
+    state = LazyState.of(state)
+    for stem in [name.removesuffix(".attn.q_bias") for name in state if name.endswith(".attn.q_bias")]:
+        read_q, read_v = (state.readers.pop(f"{stem}.attn.{part}_bias") for part in "qv")
+        state.readers[stem + BIAS] = partial(_joined, read_q, read_v)
+    return state.renamed(name_table(part, layout).to_hf)
 
 
 def _third(read: Reader, index: int, name: str) -> Tensor:
@@ -148,28 +133,15 @@ def fit_vocabularies(state: LazyState, own: Mapping[str, Tensor]) -> None:
     are.
     """
     for name in [name for name in state if name.endswith(VOCABULARIES) and name in own]:
-        rows, added, read = len(own[name]), len(state[name]) - len(own[name]), state.readers[name]
-        if 0 < added <= MOST_ADDED:
-            state.readers[name] = partial(_first_rows, read, rows)
-            logger.info(f"{name}: the {added} rows after the first {rows}, Hugging Face's image token, are left out")
-        elif -MOST_ADDED <= added < 0:
-            state.readers[name] = partial(_with_rows, read, own[name][added:])
-            logger.info(f"{name}: the model's own last {-added} rows stay")
+        rows = len(state[name])
+        if 0 < abs(rows - len(own[name])) <= MOST_ADDED:
+            state.readers[name] = partial(_fitted, state.readers[name], own[name])
+            logger.info(f"{name}: of its {rows} rows the model takes those that its own {len(own[name])} have too")
 
 
-def _first_rows(read: Reader, rows: int) -> Tensor:
-    return read()[:rows]
-
-
-def _with_rows(read: Reader, rest: Tensor) -> Tensor:
-    vocabulary = read()
-    return torch.cat([vocabulary, rest.to(vocabulary.dtype)])
-
-
-def _with_mean_rows(vocabulary: Tensor, rows: int) -> Tensor:
-    """Return a vocabulary (V,E) extended by the mean of its rows: as outputs such rows are never the most likely."""
-    mean = vocabulary.float().mean(dim=0, keepdim=True).to(vocabulary.dtype)
-    return torch.cat([vocabulary, mean.expand(rows - len(vocabulary), -1)])
+def _fitted(read: Reader, own: Tensor) -> Tensor:
+    theirs = read()[: len(own)]
+    return torch.cat([theirs, own[len(theirs) :].to(theirs.dtype)])
 
 
 class _QFormerAdapter(HFAdapter[M]):
@@ -192,11 +164,7 @@ class _QFormerAdapter(HFAdapter[M]):
         """Return the arguments of transformers' configuration for image encoder, queries and Q-Former."""
         vision = self.vision_sizes(model.visual_encoder)
         qformer = write_sizes(model.Qformer.config, BERT_TO_QFORMER) | {"encoder_hidden_size": vision["hidden_size"]}
-        return {
-            "vision_config": vision,
-            "qformer_config": qformer,
-            "num_query_tokens": model.query_tokens.shape[1],
-        }
+        return {"vision_config": vision, "qformer_config": qformer, "num_query_tokens": model.query_tokens.shape[1]}
 
     def from_hf(self, state: Mapping[str, Tensor], model: M) -> LazyState:
         return blip2_from_hf(state, model.llm_prefix)
@@ -216,7 +184,7 @@ class Blip2Adapter(_QFormerAdapter["Blip2Base"]):
         sizes = self.sizes(model)
         sizes["qformer_config"]["use_qformer_text_input"] = True
         embed_dim = len(model.get_parameter("text_proj.weight"))
-        return config_class(self.hf_class(arch))(image_text_hidden_size=embed_dim, **sizes)
+        return transformers_class(self.hf_class(arch)).config_class(image_text_hidden_size=embed_dim, **sizes)
 
     def processor(self, model: "Blip2Base", config: Any) -> Any:
         from transformers import Blip2Processor
@@ -264,12 +232,9 @@ class Blip2LLMAdapter(_QFormerAdapter["Blip2LLM"]):
         text.eos_token_id, text.pad_token_id = model.lm.end_id, model.lm.pad_id
         if text.to_dict().get("bos_token_id") is None:
             text.bos_token_id = text.eos_token_id
-        config = config_class(self.hf_class(arch, model))(text_config=text, **self.sizes(model))
+        config = transformers_class(self.hf_class(arch, model)).config_class(text_config=text, **self.sizes(model))
         if config.use_decoder_only_language_model == model.lm.is_encoder_decoder:
-            raise InputError(
-                f"transformers' BLIP-2 uses only the decoder of a {text.model_type}, so this model cannot be written "
-                "as a folder: keep it as a .pth file"
-            )
+            raise InputError(f"transformers' BLIP-2 uses only a {text.model_type}'s decoder: keep it as a .pth file")
         return config
 
     def processor(self, model: "Blip2LLM", config: Any) -> Any:
@@ -295,5 +260,7 @@ class Blip2LLMAdapter(_QFormerAdapter["Blip2LLM"]):
         if config.image_token_index is not None:
             rows = config.text_config.vocab_size
             for key in [key for key in given if key.endswith(VOCABULARIES) and len(given[key]) < rows]:
-                given[key] = _with_mean_rows(given[key].detach(), rows)
+                vocabulary = given[key].detach()
+                mean = vocabulary.float().mean(dim=0, keepdim=True).to(vocabulary.dtype)  # never the likeliest output
+                given[key] = torch.cat([vocabulary, mean.expand(rows - len(vocabulary), -1)])
         return given

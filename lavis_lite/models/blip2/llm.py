@@ -11,36 +11,35 @@ tokens, C candidates of a sample, E width.
 
 import logging
 from collections.abc import Mapping, MutableMapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lavis_lite.common.bounds import MAX_TOKENS, check_number
 from lavis_lite.common.config.adapters import ADAPTER, lora_settings
-from lavis_lite.common.errors import InputError
-from lavis_lite.common.sources import weights
 from lavis_lite.common.sources.weights import LazyState
-from lavis_lite.models.base import Output, chosen_weights
-from lavis_lite.models.blip2.base import TEXT_PARTS, Blip2Base, refuse_fp16_on_cpu
+from lavis_lite.models.answers import AnswerModel
+from lavis_lite.models.base import Output
+from lavis_lite.models.blip2.base import TEXT_PARTS, Blip2Base
 from lavis_lite.models.blip2.families import LLMFamily
 from lavis_lite.models.blip2.hf import Blip2LLMAdapter
-from lavis_lite.models.blip2.llm_checks import check_fit, family_config, llm_dtype, start_id
+from lavis_lite.models.blip2.llm_checks import family_config, llm_dtype, start_id
 from lavis_lite.models.blip2.llm_tokenizer import LLMTokenizer
 from lavis_lite.models.blip2.prompts import class_prompts, generation_prompts, lemmatize, question_prompts
 from lavis_lite.models.blip2.ranking import Candidates, candidate_lists, candidate_rows, segment_lengths, stacked
-from lavis_lite.models.inputs import image_of, ranked_answers, required, text_list, texts_of, whole_number
+from lavis_lite.models.inputs import image_of, text_list, texts_of
 from lavis_lite.nn import lora
 from lavis_lite.nn.decoding import Decoded, DecodingConfig, GenerationConfig, ScoredText
 from lavis_lite.nn.llm import LLMAdapter
-from lavis_lite.nn.llm_loading import check_language_model, load_language_model
+from lavis_lite.nn.llm_loading import load_language_model
 from lavis_lite.nn.llm_sources import has_weights
 from lavis_lite.nn.losses import IGNORED
 
 logger = logging.getLogger(__name__)
 
 
-class Blip2LLM(Blip2Base):
+class Blip2LLM(Blip2Base, AnswerModel):
     """Image encoder, Q-Former and language model: learn captions and answers, generate them, choose among answers.
 
     `prompt` begins every caption; with a placeholder `{}` it goes around questions instead. `qformer_text_input`: the
@@ -55,7 +54,6 @@ class Blip2LLM(Blip2Base):
     takes_video: ClassVar[bool] = True
     family: ClassVar[LLMFamily]
     generation: ClassVar[GenerationConfig]
-    answer_generation: ClassVar[GenerationConfig]
     prompt_limit: int | None = None
     """Tokens to which `generate` and `predict_answers` cut prompts before they write; None: they do not."""
 
@@ -86,20 +84,11 @@ class Blip2LLM(Blip2Base):
             check_number("model.max_output_txt_len", max_output_txt_len, 1, MAX_TOKENS)
         family, config, adapters = self.family, family_config(self.family, source, llm), lora_settings(llm_lora)
         dtype = llm_dtype(llm_precision, config, frozen=freeze_llm, lora=adapters)
-        tokenizer = check_language_model(source, config, quantization=llm_quantization, lora=adapters, overrides=llm)
         super().__init__(qformer_text_input, **parts)
         self.max_output_txt_len = max_output_txt_len or self.max_txt_len
-        self.llm_tokenizer = LLMTokenizer.of(
-            tokenizer,
-            family,
-            is_encoder_decoder=config.is_encoder_decoder,
-            max_length=self.max_txt_len,
-            max_output_length=self.max_output_txt_len,
-        )
-        model, _ = load_language_model(
+        model, tokenizer = load_language_model(
             source,
             dtype=dtype,
-            tokenizer=tokenizer,
             overrides=llm,
             pad_token=family.pad_token,
             frozen=freeze_llm,
@@ -107,6 +96,9 @@ class Blip2LLM(Blip2Base):
             lora=adapters,
             grad_checkpoint=llm_grad_checkpoint,
         )
+        lengths = {"max_length": self.max_txt_len, "max_output_length": self.max_output_txt_len}
+        is_encoder_decoder = config.is_encoder_decoder
+        self.llm_tokenizer = LLMTokenizer(tokenizer, family, is_encoder_decoder=is_encoder_decoder, **lengths)
         self.prompt, self.apply_lemmatizer, self.qformer_text_input = prompt, apply_lemmatizer, qformer_text_input
         begin, end = start_id(config, self.llm_tokenizer), self.llm_tokenizer.end_id
         self.lm = LLMAdapter(model, start_id=begin, end_id=end, pad_id=self.llm_tokenizer.pad_id)
@@ -124,17 +116,6 @@ class Blip2LLM(Blip2Base):
     def proj(self) -> nn.Module:
         """The projection from the queries' width to the language model's."""
         return self.get_submodule(f"{self.family.prefix}_proj")
-
-    @classmethod
-    def from_config(cls, cfg: dict[str, Any], *, device: str | torch.device = "cpu") -> Self:
-        """Build the model as `BaseModel` does; sizes that do not fit are found before the language model is loaded."""
-        refuse_fp16_on_cpu("llm_precision", cfg.get("llm_precision"), device)
-        source = cfg.get(f"{cls.family.prefix}_model", cls.family.source)
-        config, chosen = family_config(cls.family, source, cfg.get("llm")), chosen_weights(cfg)
-        if chosen is not None:
-            place = chosen[1]
-            check_fit(weights.open_state(place), config, prefix=cls.family.prefix, source=place, llm=source)
-        return super().from_config(cfg, device=device)
 
     def adapt_state_dict(self, state: MutableMapping[str, Tensor]) -> MutableMapping[str, Tensor]:
         """Adapt as `Blip2Base` does; tensors of layers without LoRA go into the layers that LoRA wraps or copies."""
@@ -206,8 +187,6 @@ class Blip2LLM(Blip2Base):
 
     # Training
 
-    reports_num_labels = True
-
     def forward(self, samples: dict[str, Any]) -> Output:
         """Return the language-model loss of `text_output` given `image` and `text_input`, or of `text_input`, a
         caption.
@@ -216,7 +195,6 @@ class Blip2LLM(Blip2Base):
         caption's first words and learns the others.
         """
         count = len(image_of(samples, video=True))
-        required(samples, "text_input", "captions, or questions with their text_output")
         if "text_output" in samples:
             prompts = question_prompts(samples, self.question_template(samples), count)
             batch = self.llm_tokenizer.answer_batch(prompts, texts_of(samples, count, "text_output"))
@@ -233,7 +211,7 @@ class Blip2LLM(Blip2Base):
 
     @torch.no_grad()
     def generate(
-        self, samples: dict[str, Any], *, return_scores: bool = False, **changes: Any
+        self, samples: dict[str, Any], *unnamed: Any, return_scores: bool = False, **changes: Any
     ) -> list[str | ScoredText]:
         """Return generated texts about each `image` (B,3,H,W) or video, `num_captions` for each in turn.
 
@@ -241,99 +219,66 @@ class Blip2LLM(Blip2Base):
         `generation`; a causal model's `max_length` counts one start token. With `return_scores` the texts are pairs
         (text, score); see `Decoded`.
         """
-        config = self._caption_decoding(changes, return_scores=return_scores)
+        config = self.caption_decoding(*unnamed, return_scores=return_scores, **changes)
         prompts = generation_prompts(samples, self.prompt, len(image_of(samples, video=True, answering=True)))
-        decoded = self._write(samples, prompts, config)
+        decoded = self.write(samples, prompts, config)
         return decoded.with_scores(self.llm_tokenizer.decode(decoded.ids))
 
     def check_generate(self, samples: dict[str, Any], **changes: Any) -> None:
         prompts = generation_prompts(samples, self.prompt, len(image_of(samples, video=True)))
-        num_inputs = self._num_inputs(samples, prompts, limit=self.prompt_limit)
-        self.lm.check_room(num_inputs, self._caption_decoding(changes))
+        self.check_answers(samples, prompts, self.caption_decoding(**changes), None)
 
-    def _caption_decoding(self, changes: dict[str, Any], *, return_scores: bool = False) -> DecodingConfig:
-        num_uncounted = int(self.lm.is_encoder_decoder)
-        generation = self.generation.changed(**changes)
+    def caption_decoding(self, *unnamed: Any, return_scores: bool = False, **changes: Any) -> DecodingConfig:
+        """Return decoding settings of `generation` with changes; a causal model counts the start token itself."""
+        generation, num_uncounted = self.generation.changed(*unnamed, **changes), int(self.lm.is_encoder_decoder)
         return self.lm.decoding(generation, num_uncounted=num_uncounted, return_scores=return_scores)
 
-    @torch.no_grad()
-    def predict_answers(
-        self,
-        samples: dict[str, Any],
-        *,
-        inference_method: str = "generate",
-        num_ans_candidates: int = 128,
-        answer_list: list[str] | None = None,
-        prompt: str = "",
-        **changes: Any,
-    ) -> list[str]:
-        """Return an answer to each question (`text_input`), which replaces `{}` in `prompt` ("Question: {} Answer:"),
-        by default in the samples' `prompt` or else in the model's.
+    def write(self, samples: dict[str, Any], prompts: list[str], config: DecodingConfig) -> Decoded:
+        """Generate texts after the images and prompts."""
+        return self.lm.generate(*self.prompt_embeds(samples, prompts, max_length=self.prompt_limit), config)
 
-        `generate` writes at most `max_length` tokens, with `changes` of `answer_generation`; `rank` chooses from
-        `answer_list` the likeliest of the `num_ans_candidates` answers whose first tokens are likeliest.
-        """
-        if inference_method not in ("rank", "generate"):
-            raise InputError(f"inference_method {inference_method!r} is not one of rank, generate")
-        config = self.lm.decoding(self.answer_generation.changed(**changes), num_uncounted=1)
-        count = len(image_of(samples, video=True, answering=True))
-        prompts = question_prompts(samples, prompt or self.question_template(samples), count)
-        if inference_method == "rank":
-            answer_list = ranked_answers(answer_list, num_ans_candidates)
-            order, losses = self.rank_answers(samples, prompts, answer_list, num_ans_candidates)
-            best = order.gather(1, losses.argmin(dim=1, keepdim=True)).squeeze(1)
-            answers = [answer_list[i] for i in best.tolist()]
-        else:
-            answers = self.llm_tokenizer.decode(self._write(samples, prompts, config).ids)
+    # Answers
+
+    def finished(self, samples: dict[str, Any], answers: list[str]) -> list[str]:
         return lemmatize(answers) if self.apply_lemmatizer or samples.get("apply_lemmatizer") else answers
 
-    def check_predict_answers(
-        self,
-        samples: dict[str, Any],
-        *,
-        inference_method: str = "generate",
-        num_ans_candidates: int = 128,
-        answer_list: list[str] | None = None,
-        prompt: str = "",
-        **changes: Any,
+    def answer_decoding(self, generation: GenerationConfig) -> DecodingConfig:
+        return self.lm.decoding(generation, num_uncounted=1)
+
+    def answer_prompts(self, samples: dict[str, Any], prompt: str) -> list[str]:
+        return question_prompts(samples, prompt or self.question_template(samples), len(samples["image"]))
+
+    def check_answers(
+        self, samples: dict[str, Any], prompts: list[str], config: DecodingConfig, answers: list[str] | None
     ) -> None:
-        decoding = self.lm.decoding(self.answer_generation.changed(**changes), num_uncounted=1)
-        count = len(image_of(samples, video=True))
-        prompts = question_prompts(samples, prompt or self.question_template(samples), count)
-        if inference_method == "generate":
-            self.lm.check_room(self._num_inputs(samples, prompts, limit=self.prompt_limit), decoding)
-        else:
-            end = not self.family.score_without_eos
-            answers = self.llm_tokenizer.continuations(ranked_answers(answer_list, num_ans_candidates), end=end)
-            num_new = max(map(len, answers)) - (not self.lm.is_encoder_decoder)
-            self.lm.check_length(self._num_inputs(samples, prompts), num_new)
-
-    def _num_inputs(self, samples: dict[str, Any], prompts: list[str], *, limit: int | None = None) -> int:
-        """Return the number of tokens of the longest input: queries and prompt, cut to `limit` tokens."""
         image = samples["image"]
-        num_queries = self.query_tokens.shape[1] * (image.shape[2] if image.dim() == 5 else 1)
-        return num_queries + max(map(len, self.llm_tokenizer.inputs(prompts, max_length=limit)))
+        num_inputs = self.query_tokens.shape[1] * (image.shape[2] if image.dim() == 5 else 1)
+        limit = self.prompt_limit if answers is None else None
+        num_inputs += max(map(len, self.llm_tokenizer.inputs(prompts, max_length=limit)))
+        if answers is None:
+            self.lm.check_room(num_inputs, config)
+        else:
+            rows = self.llm_tokenizer.continuations(answers, end=not self.family.score_without_eos)
+            self.lm.check_length(num_inputs, max(map(len, rows)) - (not self.lm.is_encoder_decoder))
 
-    def _write(self, samples: dict[str, Any], prompts: list[str], config: DecodingConfig) -> Decoded:
-        return self.lm.generate(*self.prompt_embeds(samples, prompts, max_length=self.prompt_limit), config)
+    def write_answers(self, samples: dict[str, Any], prompts: list[str], config: DecodingConfig) -> list[str]:
+        return self.llm_tokenizer.decode(self.write(samples, prompts, config).ids)
 
     # Choice between candidates
 
     @torch.no_grad()
     def rank_answers(
-        self, samples: dict[str, Any], prompts: list[str], answer_list: list[str], k: int
+        self, samples: dict[str, Any], prompts: list[str], answers: list[str], k: int
     ) -> tuple[Tensor, Tensor]:
-        """Return the indices (B,k) of each question's k candidates whose first tokens are likeliest, and their negative
-        log-likelihoods (B,k), with an end token where `class_losses` have one.
-        """
+        """Rank as `AnswerModel` does; the answers have an end token where `class_losses` have one."""
         tokenizer = self.llm_tokenizer
-        ids, mask = self.pad(tokenizer.continuations(answer_list, end=not self.family.score_without_eos))
+        ids, mask = self.pad(tokenizer.continuations(answers, end=not self.family.score_without_eos))
         prefix = self.lm.prefix(*self.prompt_embeds(samples, prompts))
         logits, num_common = prefix.logits, len(tokenizer.prefix_ids) if tokenizer.is_encoder_decoder else 0
         if num_common:  # every answer begins with the same token, as BART's do: compare the one after it
             common = ids[:1, :num_common].expand(len(logits), -1)
             logits = self.lm.extend(prefix.cache.expand(1), common)[0][:, -1]
-        order = logits[:, ids[:, num_common]].topk(min(k, len(answer_list)), dim=1).indices
+        order = logits[:, ids[:, num_common]].topk(min(k, len(answers)), dim=1).indices
         return order, self.lm.candidate_losses(prefix, ids[order], mask[order])
 
     def predict_class(
@@ -373,7 +318,6 @@ class Blip2LLM(Blip2Base):
         """
         count = len(image_of(samples, video=True, answering=True))
         lists = candidate_lists(candidates, count)
-        whole_number(n_segments, "n_segments")
         default = self.question_template(samples) if "text_input" in samples else self.prompt
         prompts = class_prompts(samples, default, count)
         is_bare = self.family.score_without_eos

@@ -8,12 +8,12 @@ Letters: B texts, T tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import takewhile
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from lavis_lite.common.errors import InputError
@@ -37,49 +37,37 @@ class Batch(NamedTuple):
     labels: Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
 class LLMTokenizer:
     """Text to ids and back.
 
-    `prefix_ids` and `suffix_ids` are put around every input, and with `is_encoder_decoder` around outputs too; `end_id`
-    ends an output. `truncation_side` is the side at which inputs are cut. In training inputs are cut to `max_length`
-    tokens and outputs to `max_output_length`.
+    `prefix_ids` and `suffix_ids` are put around every input, and with `is_encoder_decoder` around outputs too: the
+    special tokens that the tokenizer puts around a text, or those of the family. `end_id` ends an output. In training
+    inputs are cut to `max_length` tokens and outputs to `max_output_length`.
     """
 
-    tokenizer: PreTrainedTokenizerBase
-    prefix_ids: tuple[int, ...]
-    suffix_ids: tuple[int, ...]
-    end_id: int
-    is_encoder_decoder: bool
-    truncation_side: str
-    max_length: int
-    max_output_length: int
-
-    @classmethod
-    def of(
-        cls, tokenizer: PreTrainedTokenizerBase, family: LLMFamily, *, is_encoder_decoder: bool, **max_lengths: int
-    ) -> Self:
-        """Return the tokenizer with the special tokens that it puts around a text, or with those of the family."""
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        family: LLMFamily,
+        *,
+        is_encoder_decoder: bool,
+        max_length: int,
+        max_output_length: int,
+    ) -> None:
+        self.tokenizer, self.is_encoder_decoder = tokenizer, is_encoder_decoder
+        self.max_length, self.max_output_length = max_length, max_output_length
+        self.truncation_side = family.truncation_side
         if family.starts_with_end:  # for folders written from it: the flag makes transformers rebuild its template
             tokenizer.bos_token = tokenizer.eos_token
             tokenizer.add_bos_token = True
         (bare,) = tokenizer(["a"], add_special_tokens=False).input_ids
         (whole,) = tokenizer(["a"]).input_ids
         at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
-        end_id = tokenizer.eos_token_id
+        self.prefix_ids = (tokenizer.eos_token_id,) if family.starts_with_end else tuple(whole[:at])
+        self.suffix_ids = tuple(whole[at + len(bare) :]) if is_encoder_decoder else ()
+        self.end_id: int = tokenizer.eos_token_id
         if family.end_text is not None:
-            end_id = tokenizer(family.end_text, add_special_tokens=False).input_ids[-1]
-        if end_id is None:
-            raise InputError(f"the language model's tokenizer ({type(tokenizer).__name__}) has no end token to write")
-        return cls(
-            tokenizer=tokenizer,
-            prefix_ids=(tokenizer.eos_token_id,) if family.starts_with_end else tuple(whole[:at]),
-            suffix_ids=tuple(whole[at + len(bare) :]) if is_encoder_decoder else (),
-            end_id=end_id,
-            is_encoder_decoder=is_encoder_decoder,
-            truncation_side=family.truncation_side,
-            **max_lengths,
-        )
+            self.end_id = tokenizer(family.end_text, add_special_tokens=False).input_ids[-1]
 
     @property
     def pad_id(self) -> int:
@@ -98,18 +86,17 @@ class LLMTokenizer:
 
     def continuations(self, texts: Sequence[str], *, max_length: int | None = None, end: bool = True) -> Rows:
         """Return ids as `outputs`, of texts after a causal model's prompt: byte-level vocabularies need the space."""
-        if not self.is_encoder_decoder and not self._adds_space():
+        (word,) = self._bare(["a"])
+        adds_space = self.tokenizer.convert_ids_to_tokens(word)[0].startswith("\N{LOWER ONE EIGHTH BLOCK}")
+        if not self.is_encoder_decoder and not adds_space:
             texts = [text if text[:1].isspace() else f" {text}" for text in texts]
         return self.outputs(texts, max_length=max_length, end=end)
 
     def pad(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Return ids and mask (B,T), padded to the longest."""
-        ids = torch.full((len(rows), max(map(len, rows))), self.pad_id, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
-            mask[i, : len(row)] = 1
-        return ids, mask
+        tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+        mask = pad_sequence([torch.ones_like(row) for row in tensors], batch_first=True)
+        return pad_sequence(tensors, batch_first=True, padding_value=self.pad_id), mask
 
     def answer_batch(self, prompts: list[str], answers: list[str]) -> Batch:
         """Return prompts to read and answers to learn."""
@@ -136,7 +123,8 @@ class LLMTokenizer:
             raise InputError(f"model.prompt: {prompt!r} takes all of max_txt_len={self.max_length} tokens: shorten it")
         texts = [f"{prompt} {caption}".strip() for caption in bare]
         rows = [prefix + row for row in self.outputs(texts, max_length=self.max_length - len(prefix))]
-        num_given = [_num_common(row, given) for row in rows]
+        pairs = (zip(row, given, strict=False) for row in rows)  # they differ where the tokenizer joins the next word
+        num_given = [sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], own)) for own in pairs]
         require_labels([len(row) - number for row, number in zip(rows, num_given, strict=True)], captions)
         return self._causal_batch(rows, num_given)
 
@@ -160,19 +148,7 @@ class LLMTokenizer:
             row = row[:space] if side == "right" else row[max(len(row) - space, 0) :]
         return [*self.prefix_ids, *row, *self.suffix_ids]
 
-    def _adds_space(self) -> bool:
-        """Return whether the tokenizer begins a text as it begins a word."""
-        (row,) = self._bare(["a"])
-        return self.tokenizer.convert_ids_to_tokens(row)[0].startswith("\N{LOWER ONE EIGHTH BLOCK}")
-
 
 def _labels(ids: Tensor, mask: Tensor) -> Tensor:
     """Return the ids as labels; padding has none."""
     return ids.masked_fill(mask == 0, IGNORED)
-
-
-def _num_common(row: list[int], given: list[int]) -> int:
-    """Return the number of tokens at the beginning of a text that are the prompt's: all of them, unless the tokenizer
-    joins the prompt's end with the next word.
-    """
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(row, given, strict=False)))

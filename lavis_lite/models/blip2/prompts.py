@@ -8,7 +8,7 @@ import torch
 
 from lavis_lite.common.errors import InputError, MissingPackageError
 from lavis_lite.common.wording import fill_placeholders, joined_words, lettered
-from lavis_lite.models.inputs import optional_texts, required, text_list, texts_of, word_lists
+from lavis_lite.models.inputs import optional_texts, text_list, texts_of, word_lists
 
 FRAMES = {
     "context": "context: {}. {}",
@@ -27,10 +27,9 @@ def generation_prompts(samples: dict[str, Any], default: str, count: int) -> lis
     prompts = text_list(samples.get("prompt", default), count, "prompt")
     if not any("{}" in prompt for prompt in prompts):
         return prompts
-    values = [_ocr_texts(samples, count)] if "ocr_tokens" in samples else []
-    if "text_input" in samples:
-        values.append(texts_of(samples, count))
-    return _fill(prompts, *values)
+    columns = [_ocr_texts(samples, count)] if "ocr_tokens" in samples else []
+    columns += [texts_of(samples, count)] if "text_input" in samples else []
+    return _fill(prompts, *columns)
 
 
 def question_prompts(samples: dict[str, Any], template: str | Sequence[str], count: int) -> list[str]:
@@ -39,8 +38,16 @@ def question_prompts(samples: dict[str, Any], template: str | Sequence[str], cou
     Of two placeholders the first takes `ocr_tokens` if the samples have them; else the second takes `choices` as
     "(a) red (b) blue".
     """
-    required(samples, "text_input", "the questions, one per image")
-    return _framed(samples, _inside(samples, template, texts_of(samples, count)))
+    columns = [texts_of(samples, count)]
+    templates = [text or "{}" for text in text_list(template, count, "prompt")]
+    if any(text.count("{}") > 1 for text in templates):
+        if "ocr_tokens" in samples:
+            columns = [_ocr_texts(samples, count), *columns]
+        elif "choices" in samples:
+            columns += [[lettered(own) for own in word_lists(samples, "choices", count)]]
+        else:
+            raise InputError(f"prompt {template!r} has two placeholders: samples need 'ocr_tokens' or 'choices' too")
+    return _framed(samples, _fill(templates, *columns))
 
 
 def class_prompts(samples: dict[str, Any], default: str | Sequence[str], count: int) -> list[str]:
@@ -50,43 +57,26 @@ def class_prompts(samples: dict[str, Any], default: str | Sequence[str], count: 
     prompts = text_list(samples.get("prompt", default), count, "prompt")
     if "text_input" in samples:
         texts = text_list(samples["text_input"], count, nested=True)
-        parts = [[text] if isinstance(text, str) else list(text) for text in texts]
+        parts = [[text] if isinstance(text, str) else text for text in texts]
         prompts = [fill_placeholders(prompt or "{}", own) for prompt, own in zip(prompts, parts, strict=True)]
     return _framed(samples, prompts)
-
-
-def _inside(samples: dict[str, Any], template: str | Sequence[str], questions: list[str]) -> list[str]:
-    templates = [text or "{}" for text in text_list(template, len(questions))]
-    if all(text.count("{}") < 2 for text in templates):
-        return _fill(templates, questions)
-    if "ocr_tokens" in samples:
-        return _fill(templates, _ocr_texts(samples, len(questions)), questions)
-    if "choices" in samples:
-        choices = [lettered(own) for own in word_lists(samples["choices"], len(questions), "choices")]
-        return _fill(templates, questions, choices)
-    raise InputError(
-        f"prompt {template!r} has two placeholders: give samples['ocr_tokens'] or samples['choices'] for the other"
-    )
 
 
 def _framed(samples: dict[str, Any], prompts: list[str]) -> list[str]:
     """Put the samples' `caption`, `history` and `context` before the prompts; an empty text adds nothing."""
     for key, frame in FRAMES.items():
-        texts = optional_texts(samples, key, len(prompts))
-        prompts = [
-            fill_placeholders(frame, (text, prompt)) if text else prompt
-            for text, prompt in zip(texts, prompts, strict=True)
-        ]
+        for row, text in enumerate(optional_texts(samples, key, len(prompts))):
+            if text:
+                prompts[row] = fill_placeholders(frame, (text, prompts[row]))
     return prompts
 
 
-def _fill(templates: Sequence[str], *values: Sequence[str]) -> list[str]:
-    columns = [text_list(own, len(templates)) for own in values]
+def _fill(templates: list[str], *columns: list[str]) -> list[str]:
     return [fill_placeholders(template, own) for template, *own in zip(templates, *columns, strict=True)]
 
 
 def _ocr_texts(samples: dict[str, Any], count: int) -> list[str]:
-    return [joined_words(words) for words in word_lists(samples["ocr_tokens"], count, "ocr_tokens")]
+    return [joined_words(words) for words in word_lists(samples, "ocr_tokens", count)]
 
 
 def without_prompt(caption: str, prompt: str) -> str:
@@ -123,7 +113,5 @@ def _spacy_model() -> Any:
 
         return spacy.load("en_core_web_sm")
     except (ImportError, OSError) as error:
-        raise MissingPackageError(
-            "apply_lemmatizer needs spaCy and its English model: `pip install spacy` and "
-            "`python -m spacy download en_core_web_sm`, or set apply_lemmatizer=False"
-        ) from error
+        install = "`pip install spacy` and `python -m spacy download en_core_web_sm`"
+        raise MissingPackageError(f"apply_lemmatizer needs spaCy and its English model: {install}") from error

@@ -12,7 +12,7 @@ Letters: B samples, N samples of all ranks, Q queries, T text tokens, S image to
 space.
 """
 
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,20 +21,14 @@ from torch import Tensor
 from lavis_lite.common import dist
 from lavis_lite.common.registry import registry
 from lavis_lite.models.base import Output
-from lavis_lite.models.batches import (
-    Texts,
-    check_prompts,
-    fetch_texts,
-    generate_continuations,
-    in_compute_type,
-    stack_texts,
-)
+from lavis_lite.models.batches import Texts, fetch_texts, in_compute_type, stack_texts
 from lavis_lite.models.blip2.matching import Blip2Matching
+from lavis_lite.models.captions import CaptionModel
 from lavis_lite.models.image_text import project, training_output
-from lavis_lite.models.inputs import image_of, integers, optional_texts, texts_of
+from lavis_lite.models.inputs import image_of, integers, texts_of
 from lavis_lite.models.reranking import GalleryLoader, similarity_matrices
 from lavis_lite.nn.attention import CrossAttentionKV, KeyValueCache
-from lavis_lite.nn.decoding import GenerationConfig, ScoredText, Step
+from lavis_lite.nn.decoding import Step
 from lavis_lite.nn.learning import contrast_metrics, matching_accuracy
 from lavis_lite.nn.losses import (
     best_query_similarity,
@@ -48,13 +42,11 @@ from lavis_lite.nn.losses import (
 
 
 @registry.register_model("blip2")
-class Blip2Qformer(Blip2Matching):
+class Blip2Qformer(Blip2Matching, CaptionModel):
     """Pretraining's first stage, retrieval (finetuning and search) and captions by the Q-Former itself.
 
     With `gather_with_grad` the contrast's gradient flows to both sides of each comparison.
     """
-
-    generation: ClassVar[GenerationConfig] = GenerationConfig(num_beams=3, max_length=30, min_length=10)
 
     def __init__(self, *, gather_with_grad: bool = False, **parts: Any) -> None:
         super().__init__(**parts)
@@ -78,11 +70,15 @@ class Blip2Qformer(Blip2Matching):
         negatives = self.draw_negatives(i2t, t2i, targets > 0)
         pairs = self.pair_logits(tokens, context, texts, negatives)
         metrics = contrast_metrics(i2t, t2i, targets > 0, image_feat, text_feat, self.temp)
+
+        ids = texts[0].clone()
+        ids[:, 0] = self.decoder_start
+        written, _ = self.Qformer(None, ids, texts[1], past=cache)  # after the queries
         return training_output(
             {**metrics, "acc_itm": matching_accuracy(pairs, len(tokens))},
             itc=loss_itc,
             itm=matching_loss(pairs, len(tokens)),
-            lm=self.generation_loss(texts, cache),
+            lm=language_modeling_loss(self.Qformer.logits(written), self.labels(ids)),
         )
 
     def contrast(self, image_feat_BQD: Tensor, text_feat_BD: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,47 +125,14 @@ class Blip2Qformer(Blip2Matching):
         own = self.matching_logits(ids, mask, context).unflatten(0, (num_samples, 2))
         return torch.cat([own[:, 0], self.matching_logits(*texts, other), own[:, 1]])
 
-    def generation_loss(self, texts: Texts, cache: KeyValueCache) -> Tensor:
-        """Return the language-model loss of the texts after the queries, whose keys and values are cached."""
-        ids, mask = texts
-        ids = ids.clone()
-        ids[:, 0] = self.decoder_start
-        states, _ = self.Qformer(None, ids, mask, past=cache)
-        return language_modeling_loss(self.Qformer.logits(states), self.labels(ids))
-
-    def generate(
-        self, samples: dict[str, Any], *, return_scores: bool = False, **changes: Any
-    ) -> list[str | ScoredText]:
-        """Return captions of `image` (B,3,H,W), `num_captions` of each in turn, without the prompt.
-
-        `samples["prompt"]`, one text or one per sample, is how they begin. `changes` replace settings of
-        `generation`. With `return_scores` the captions are pairs (text, score); see `Decoded`.
-        """
-        config = self.decoding(self.generation.changed(**changes), return_scores=return_scores)
-        image = image_of(samples, answering=True)
-        prompts = optional_texts(samples, "prompt", len(image))
-        prefix = self.image_prefix(image)
-
-        def step_of(rows: list[int]) -> Step:
-            return self.step(prefix.select(torch.tensor(rows, device=self.device)))
-
-        return generate_continuations(prompts, self, step_of, config)
-
-    def check_generate(self, samples: dict[str, Any], **changes: Any) -> None:
-        prompts = optional_texts(samples, "prompt", len(image_of(samples)))
-        check_prompts(prompts, self, self.decoding(self.generation.changed(**changes)))
-
-    @torch.no_grad()
-    def image_prefix(self, image: Tensor) -> KeyValueCache:
+    def caption_context(self, image: Tensor) -> KeyValueCache:
         """Return the queries' keys and values for the images (B,3,H,W); text is decoded after them."""
         return self.Qformer(self.query_tokens, context=self.image_context(image))[1]
 
-    def step(self, prefix: KeyValueCache) -> Step:
-        """Return the decoding step, after the queries, of texts without padding."""
-
+    def step(self, context: KeyValueCache) -> Step:
         def step(new_ids: Tensor, cache: KeyValueCache | None, length: int) -> tuple[Tensor, KeyValueCache]:
             mask = new_ids.new_ones(len(new_ids), length)
-            states, cache = self.Qformer(None, new_ids, mask, past=prefix if cache is None else cache)
+            states, cache = self.Qformer(None, new_ids, mask, past=context if cache is None else cache)
             return self.Qformer.logits(states[:, -1]), cache
 
         return step

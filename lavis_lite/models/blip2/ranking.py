@@ -10,28 +10,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lavis_lite.common.bounds import check_number
 from lavis_lite.common.errors import InputError
 from lavis_lite.models.blip2.llm_tokenizer import LLMTokenizer, Rows
-from lavis_lite.models.inputs import candidate_texts
+from lavis_lite.models.inputs import as_list, candidate_texts, shown
 
 Candidates = Sequence[str] | Sequence[Sequence[str]]
-SHOWN = 60
-"""Characters of a candidate in a message."""
 
 
 def candidate_lists(candidates: Candidates, count: int) -> list[list[str]]:
     """Return the candidates of all samples (one list), or of each of `count` samples. InputError for an empty list, a
     candidate that is not a text or blank, and another number of lists.
     """
-    if isinstance(candidates, str) or not isinstance(candidates, Sequence):
-        raise InputError(f"candidates must be a list of texts, or one such list for each image; got {candidates!r}")
-    if not candidates:
-        raise InputError("candidates: an empty list; give a list of texts, or one for each image")
-    if isinstance(candidates[0], str):
-        return [candidate_texts(candidates)]
-    if len(candidates) != count:
-        raise InputError(f"candidates: {len(candidates)} lists were given for {count} images")
-    return [candidate_texts(own, f" of sample {row}") for row, own in enumerate(candidates)]
+    lists = as_list(candidates, "candidates", "a list of texts, or one such list for each image")
+    if not lists or isinstance(lists[0], str):
+        return [candidate_texts(lists)]
+    if len(lists) != count:
+        raise InputError(f"candidates: {len(lists)} lists were given for {count} images")
+    return [candidate_texts(own, f" of sample {row}") for row, own in enumerate(lists)]
 
 
 def candidate_rows(
@@ -45,14 +41,11 @@ def candidate_rows(
     rows = dict(zip(texts, tokenizer.continuations(texts, end=end), strict=True))
     space = max_length - (0 if tokenizer.is_encoder_decoder else len(tokenizer.prefix_ids))
     for text, row in rows.items():
-        shown = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
         if not row:
-            raise InputError(f"candidate {shown!r} has no token in the language model's vocabulary")
+            raise InputError(f"candidate {shown(text)} has no token in the language model's vocabulary")
         if len(row) > space:
-            raise InputError(
-                f"candidate {shown!r} has {len(row)} tokens, and max_output_txt_len={max_length} allows {space}: "
-                "candidates are not cut; shorten it or raise model.max_output_txt_len"
-            )
+            found = f"candidate {shown(text)} has {len(row)} tokens, max_output_txt_len={max_length} allows {space}"
+            raise InputError(f"{found}: shorten it, or raise model.max_output_txt_len")
     return [[rows[text] for text in own] for own in lists]
 
 
@@ -70,8 +63,7 @@ def segment_lengths(rows: Sequence[Rows], n_segments: int) -> Tensor:
     """
     lengths = torch.ones(len(rows), max(map(len, rows)), dtype=torch.long)
     for i, own in enumerate(rows):
-        if not 1 <= n_segments <= len(own):
-            raise InputError(f"n_segments: must be from 1 to the number of candidates, {len(own)}; got {n_segments}")
+        check_number("n_segments", n_segments, 1, len(own))
         size = len(own) // n_segments
         for number in range(n_segments):
             segment = slice(number * size, len(own) if number == n_segments - 1 else (number + 1) * size)
