@@ -326,6 +326,13 @@ def test_mistakes_with_a_builder_are_named(tmp_path: Path):
     assert "datasets.mine.builder: unknown builder 'instuct'. Did you mean 'instruct'" in said("{builder: instuct}")
     assert "datasets.mine.builder: expected a name, got [1]" in said("{builder: [1]}")
     assert "datasets.mine.type: nocaps has no type 'big'" in said("{builder: nocaps, type: big}")
+    for info, key, nearest in (
+        ("{anotations: {}}", "anotations", "annotations"),
+        ("{annotations: {train: {storag: x}}}", "annotations.train.storag", "storage"),
+        ("{images: {storge: x}}", "images.storge", "storage"),
+    ):
+        wanted = f"datasets.mine.build_info.{key}: unknown key. Did you mean '{nearest}'"
+        assert wanted in said(f"{{builder: instruct, build_info: {info}}}")
     assert "datasets.mine.num_frame: unknown key. Did you mean 'num_frames'" in said(
         "{builder: instruct, num_frame: 3}"
     )

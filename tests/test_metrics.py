@@ -224,7 +224,7 @@ def test_tokens_are_chosen_by_name_or_by_the_references(monkeypatch: pytest.Monk
     assert "approximate_tokenizer" not in metrics
     chosen = caption_metrics({key: [text] for key, text in CHINESE.items()}, CHINESE, ("bleu",), tokens="ptb")
     assert chosen["tokenizer"] == "ptb_like"
-    with pytest.raises(ValueError, match=r"run\.caption_tokens: .*auto, ptb, characters.*'jieba'"):
+    with pytest.raises(ValueError, match=r"run\.caption_tokens: 'jieba' .*auto, ptb, characters"):
         CaptionTask(caption_tokens="jieba")
 
 

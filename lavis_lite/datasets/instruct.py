@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
+from lavis_lite.common.bounds import one_of
 from lavis_lite.common.errors import InputError
-from lavis_lite.common.frames import ShortClips, check_num_frames, check_short_clips
+from lavis_lite.common.frames import ShortClips, check_num_frames
 from lavis_lite.common.records import (
     ANSWERS,
     GROUP,
@@ -27,9 +27,9 @@ from lavis_lite.common.records import (
     WORDS,
     Kind,
     Record,
-    renaming_advice,
 )
-from lavis_lite.common.registry import did_you_mean, registry
+from lavis_lite.common.records import missing_field as missing_field_of
+from lavis_lite.common.registry import registry
 from lavis_lite.common.wording import joined_words, lettered, letters
 from lavis_lite.datasets.annotations import as_list
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset
@@ -39,7 +39,8 @@ from lavis_lite.datasets.video import read_frames
 AnswerChoice = Literal["drawn", "most_frequent"]
 CandidateFormat = Literal["text", "letter_text", "letter"]
 CLEANED = ("question", "caption")
-"""Fields that the text processor cleans, whether they are in the instruction or learned; no others are."""
+TEXT_FIELDS = (*CLEANED, "statement")
+"""Fields of texts. The text processor cleans the first two, whether in the instruction or learned; no others are."""
 
 
 class InstructDataset(BaseDataset):
@@ -58,9 +59,7 @@ class InstructDataset(BaseDataset):
 
     def __init__(
         self,
-        annotation_paths: Sequence[str | Path],
-        vis_root: str | Path,
-        *,
+        *files: Any,
         templates: Templates,
         training: bool,
         num_frames: int,
@@ -70,24 +69,18 @@ class InstructDataset(BaseDataset):
         answer_list: list[str] | None = None,
         **options: Any,
     ) -> None:
-        for name, value, known in (
-            ("answer_choice", answer_choice, get_args(AnswerChoice)),
-            ("candidate_format", candidate_format, get_args(CandidateFormat)),
-        ):
-            if value not in known:
-                raise InputError(f"no {name} {value!r}. {did_you_mean(value, known)}")
-        self.templates, self.training = templates, training
+        self.templates, self.training, self.answer_list = templates, training, answer_list
         self.num_frames: int = check_num_frames(num_frames)
-        check_short_clips(short_clips)
-        self.short_clips: ShortClips = short_clips
-        self.answer_choice, self.candidate_format = answer_choice, candidate_format
-        self.answer_list = answer_list
+        self.short_clips: ShortClips = one_of("short_clips", short_clips, get_args(ShortClips))
+        self.answer_choice = one_of("answer_choice", answer_choice, get_args(AnswerChoice))
+        self.candidate_format = one_of("candidate_format", candidate_format, get_args(CandidateFormat))
         used = templates.used(training=training)
         self.placeholders = {name: text for text in used for name in PLACEHOLDER.findall(text)}
         learned = templates.output if templates.output in CLEANED else f"{templates.output}|candidates"
-        self.required = (learned,) if training else ()
+        asked = tuple(name for name in TEXT_FIELDS if name in self.placeholders)
+        self.required = (*asked, learned) if training else asked
         self.fields = instruct_fields(self.placeholders, templates.output, training=training)
-        super().__init__(annotation_paths, vis_root, **options)
+        super().__init__(*files, **options)
 
     def arrange(self, records: list[Record]) -> list[Record]:
         """Give each record `answers` (list[str], perhaps empty in evaluation) and `question_id`.
@@ -112,9 +105,7 @@ class InstructDataset(BaseDataset):
         if record.get(kind) is None:
             raise missing_field(record, kind, " or 'video'")
         if kind != its_kind:
-            raise InputError(
-                f"has a field {kind!r}, the first record {its_kind!r}: a batch cannot hold both, make two datasets"
-            )
+            raise InputError(f"has a field {kind!r}, the first record {its_kind!r}: make two datasets of them")
         if self.training and not record["answers"]:
             raise missing_field(record, self.templates.output, ", which is what is learned")
         if not self.training and (record.get("candidates") is None) != (first.get("candidates") is None):
@@ -134,8 +125,8 @@ class InstructDataset(BaseDataset):
         }
         if self.training:
             return sample | {"text_output": fields[self.templates.output]}
-        chosen = {} if record.get("candidates") is None else {"candidates": record["candidates"]}
-        return sample | {"question_id": record["question_id"]} | chosen
+        kept = ("question_id", "candidates")
+        return sample | {key: record[key] for key in kept if record.get(key) is not None}
 
     def files_of(self, record: Record) -> list[str]:
         return [record[visual_field(record)]]
@@ -180,7 +171,7 @@ def instruct_fields(placeholders: Iterable[str], output: str, *, training: bool)
         **dict.fromkeys(("group", "question_type", "answer_type"), GROUP),
         **{"candidates": VALUES, "options": VALUES, "ocr_tokens": WORDS},
         output: ANSWERS if training else TRUTHS,
-        **dict.fromkeys(CLEANED, TEXTS),
+        **dict.fromkeys(TEXT_FIELDS, TEXTS),
     }
 
 
@@ -192,10 +183,8 @@ def visual_field(record: Record) -> str:
 def missing_field(record: Record, field: str, why: str) -> InputError:
     """Return the error about a field that is missing or empty, with the fields that are there."""
     given = {key: value for key, value in record.items() if key != "answers"}
-    if field not in given:
-        there = ", ".join(map(repr, given))
-        return InputError(f"has no field {field!r}{why}; fields there: {there}{renaming_advice(given, [field])}")
-    return InputError(f"has {'null' if record[field] is None else 'nothing'} in its field {field!r}{why}")
+    problem, _, rest = missing_field_of(given, [field]).removeprefix(":").strip().partition(";")
+    return InputError(f"{problem}{why};{rest}")
 
 
 def fill_answers_and_label(record: Record, output: str) -> None:
@@ -213,9 +202,7 @@ def fill_answers_and_label(record: Record, output: str) -> None:
     check_candidates(candidates, record.get("classes"))
     right = [candidates.index(text) for text in answers if text in candidates]
     if answers and not right:
-        raise InputError(
-            f"has {answers[0]!r} in its field {output!r}, which is not one of the candidates {candidates!r}"
-        )
+        raise InputError(f"has {answers[0]!r} in its field {output!r}, which is not one of {candidates!r}")
     if label is None:
         record["label"] = right[0] if right else None
     elif type(label) is not int or not 0 <= label < len(candidates):
@@ -270,11 +257,6 @@ class InstructBuilder(BaseBuilder):
     eval_dataset = InstructDataset
 
     def dataset_options(self, split: str) -> dict[str, Any]:
-        return {
-            "templates": load_templates(self.instructions),
-            "training": split == "train",
-            "num_frames": self.num_frames,
-            "short_clips": self.short_clips,
-            "answer_choice": self.answer_choice,
-            "candidate_format": self.candidate_format,
-        }
+        own = ("num_frames", "short_clips", "answer_choice", "candidate_format")
+        settings = {name: vars(self)[name] for name in own}
+        return {"templates": load_templates(self.instructions), "training": split == "train", **settings}

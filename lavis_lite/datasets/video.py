@@ -27,8 +27,7 @@ def read_frames(
         frames = decode(path, num_frames, short_clips=short_clips)
     except FileNotFoundError:
         raise UnreadableSample(
-            f"video file not found: {path}. Check the dataset's build_info.videos.storage, or images.storage (relative "
-            "paths are below the data root, environment variable LAVIS_LITE_DATA) or remove the record from the "
-            "annotations."
+            f"video file not found: {path}. Check the dataset's build_info.videos.storage or images.storage "
+            "(relative paths are below the environment variable LAVIS_LITE_DATA), or remove the record"
         ) from None
     return processed(frames, processor)

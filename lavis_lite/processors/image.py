@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torchvision import transforms
-from torchvision.transforms import InterpolationMode
+from torchvision.transforms import InterpolationMode, functional
 
 from lavis_lite.common.bounds import MAX_IMAGE_SIZE, check_number
 from lavis_lite.common.errors import InputError
@@ -48,33 +48,19 @@ class ImageProcessor(BaseProcessor):
         if not is_number or len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise InputError(f"mean and std take three numbers each, std above 0; got {self.mean} and {self.std}")
         self.background, self.max_pixels = check_background(background), check_max_pixels(max_pixels)
-        self.transform = transforms.Compose(
-            [self.to_rgb, *geometry, transforms.ToTensor(), transforms.Normalize(self.mean, self.std)]
-        )
+        self.geometry = transforms.Compose(geometry)
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Return float32 (3, image_size, image_size) of a PIL image of any mode."""
-        return self.transform(image)
-
-    def to_rgb(self, image: Image.Image) -> Image.Image:
-        """Return an image of any mode as RGB, on this processor's background."""
-        return to_rgb(image, background=self.background, max_pixels=self.max_pixels)
-
-
-def check_size(image_size: int) -> int:
-    """Return `image_size`, the square's side in pixels; raise InputError if it is not 1 to `MAX_IMAGE_SIZE`."""
-    return check_number("image_size", image_size, 1, MAX_IMAGE_SIZE)
+        image = self.geometry(to_rgb(image, background=self.background, max_pixels=self.max_pixels))
+        return functional.normalize(functional.to_tensor(image), self.mean, self.std)
 
 
 def random_crop(image_size: int, *, min_scale: float, max_scale: float, hflip: bool) -> list[object]:
     """Return a random resized crop of `min_scale`..`max_scale` of the area, mirrored half the time if `hflip`."""
-    for name, scale in (("min_scale", min_scale), ("max_scale", max_scale)):
-        check_number(name, scale, 1e-6, 1.0)
-    if not 0 < min_scale <= max_scale <= 1:
-        raise InputError(f"need 0 < min_scale <= max_scale <= 1, got {min_scale} and {max_scale}")
-    crop = transforms.RandomResizedCrop(
-        check_size(image_size), scale=(min_scale, max_scale), interpolation=InterpolationMode.BICUBIC
-    )
+    check_number("image_size", image_size, 1, MAX_IMAGE_SIZE)
+    scale = check_number("min_scale", min_scale, 1e-6, 1.0), check_number("max_scale", max_scale, min_scale, 1.0)
+    crop = transforms.RandomResizedCrop(image_size, scale=scale, interpolation=InterpolationMode.BICUBIC)
     return [crop, transforms.RandomHorizontalFlip()] if hflip else [crop]
 
 
@@ -123,6 +109,6 @@ class BlipImageEvalProcessor(ImageProcessor):
     """Squash to (image_size, image_size) and normalise; deterministic."""
 
     def __init__(self, *, image_size: int = 384, **pixels: Any) -> None:
-        size = check_size(image_size)
+        size = check_number("image_size", image_size, 1, MAX_IMAGE_SIZE)
         resize = transforms.Resize((size, size), interpolation=InterpolationMode.BICUBIC)
         super().__init__([resize], **pixels)

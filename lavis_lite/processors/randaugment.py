@@ -23,8 +23,7 @@ MAX_SHEAR, MAX_SHIFT, MAX_DEGREES = 0.3, 10.0, 30.0
 
 def autocontrast(image: np.ndarray, *, legacy: bool = False) -> np.ndarray:
     """Stretch each channel of a (H,W,3) byte image to 0..255. `legacy` keeps LAVIS's overflow (module docstring)."""
-    channels = [_stretch(image[..., c], legacy=legacy) for c in range(image.shape[-1])]
-    return np.stack(channels, axis=-1)
+    return np.stack([_stretch(image[..., c], legacy=legacy) for c in range(image.shape[-1])], axis=-1)
 
 
 def _stretch(channel: np.ndarray, *, legacy: bool) -> np.ndarray:
@@ -165,19 +164,11 @@ class RandomAugment:
     """
 
     def __init__(
-        self,
-        num_ops: int = 2,
-        magnitude: float = 5,
-        *,
-        probability: float = 0.5,
-        legacy_autocontrast: bool = False,
+        self, num_ops: int = 2, magnitude: float = 5, *, probability: float = 0.5, legacy_autocontrast: bool = False
     ) -> None:
-        check_number("magnitude", magnitude, 0.0, float(MAX_MAGNITUDE))
-        check_number("num_ops", num_ops, 0, MAX_OPS)
-        check_number("probability", probability, 0.0, 1.0)
-        self.num_ops = num_ops
-        self.magnitude = magnitude
-        self.probability = probability
+        self.num_ops: int = check_number("num_ops", num_ops, 0, MAX_OPS)
+        self.magnitude: float = check_number("magnitude", magnitude, 0.0, float(MAX_MAGNITUDE))
+        self.probability: float = check_number("probability", probability, 0.0, 1.0)
         self.legacy_autocontrast = legacy_autocontrast
 
     def __call__(self, image: Image.Image) -> Image.Image:

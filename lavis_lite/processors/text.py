@@ -16,8 +16,7 @@ PUNCTUATION = re.compile(r"[.!\"()*#:;~]")
 
 def first_words(text: str, max_words: int) -> str:
     """Return `text` cut after `max_words` words; words are separated by single spaces, as BLIP counts them."""
-    words = text.split(" ")
-    return text if len(words) <= max_words else " ".join(words[:max_words])
+    return " ".join(text.split(" ")[:max_words])
 
 
 class TextProcessor(BaseProcessor):

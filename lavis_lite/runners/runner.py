@@ -22,7 +22,7 @@ from lavis_lite.common.rng import seed_rank
 from lavis_lite.models.base import BaseModel
 from lavis_lite.runners.jobs import BEST, write_last
 from lavis_lite.runners.learning import LearningWatch
-from lavis_lite.runners.loaders import Datasets, EvalLoader, TrainLoader, eval_sets, split_names, train_sets
+from lavis_lite.runners.loaders import Datasets, EvalLoader, TrainLoader, eval_sets, train_sets
 from lavis_lite.runners.plan import make_plan
 from lavis_lite.runners.progress import Progress
 from lavis_lite.runners.resume import annotation_digests, load_verified, resume
@@ -55,12 +55,11 @@ class Runner:
         self.job_dir = Path(job_dir)
         self.device = dist.resolve_device(self.run.device)
         self.dtype = resolve_precision(self.run.precision, self.device)
-        check_splits([*self.run.valid_splits, *self.run.test_splits], split_names(datasets))
+        check_splits([*self.run.valid_splits, *self.run.test_splits], datasets)
         self.model = model.to(self.device)
         self.stop = StopSignals()  # replaced by a caller that catches signals; this one is not entered and catches none
         self.has_begun = False  # a first step or an evaluation
         self.saved_step: int | None = None
-        self.has_warned_of_no_best = False
         self.progress = Progress(self.job_dir, tensorboard=self.run.tensorboard)
 
     def train(self) -> dict[str, Any]:
@@ -88,7 +87,7 @@ class Runner:
         """
         both = [*self.run.valid_splits, *self.run.test_splits]
         splits = list(dict.fromkeys(both if splits is None else splits))
-        check_splits(splits, split_names(self.datasets))
+        check_splits(splits, self.datasets)
         self._write_config()
         if self.run.resume_ckpt_path:
             logger.info(f"evaluating the weights of {self.run.resume_ckpt_path} (run.resume_ckpt_path)")
@@ -117,7 +116,7 @@ class Runner:
         seed_rank(run.seed)
         resume(state, run, plan, job_dir=self.job_dir, data=self.data, config=self._config())
         self.saved_step = state.step
-        loader.seek(state.step)
+        loader.sampler.start_step = state.step
         if len(loader.sampler.names) > 1:
             self.progress.report_mixture(loader.sampler)
         parallel, no_sync = dist.data_parallel(self.model, find_unused_parameters=run.find_unused_parameters)
@@ -141,7 +140,10 @@ class Runner:
         results = self._evaluate_splits(self.run.valid_splits, step=state.step, epoch=state.epoch)
         name, metric = aggregate(results, by=self.run.best_by)
         if metric is None:
-            self._warn_of_no_best(name)
+            logger.warning(
+                f"{name}: nothing was scored, so checkpoint_best.pth cannot be chosen by it and will hold the last "
+                "weights. Validate on a split with answers, references or labels, or set run.valid_splits=[]"
+            )
             return
         if name not in results:
             self.progress.report_metrics(name, {"agg_metrics": metric}, step=state.step, epoch=epoch)
@@ -149,14 +151,6 @@ class Runner:
             state.best_metric, state.best_epoch = metric, epoch
             self._save_best()
             logger.info(f"best so far: {metric:.4g} on {name} after epoch {epoch + 1}")
-
-    def _warn_of_no_best(self, name: str) -> None:
-        if not self.has_warned_of_no_best:
-            self.has_warned_of_no_best = True
-            logger.warning(
-                f"{name}: nothing was scored, so checkpoint_best.pth cannot be chosen by it and will hold the last "
-                "weights. Validate on a split with answers, references or labels, or set run.valid_splits=[]"
-            )
 
     def _evaluate_splits(self, splits: Sequence[str], *, step: int = 0, epoch: int = 0) -> Results:
         self.has_begun = True

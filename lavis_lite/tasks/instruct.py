@@ -65,18 +65,13 @@ class InstructTask(BaseTask):
 
     def _check_choices(self, has_candidates: bool, split: str) -> None:
         if self.metric != "accuracy" and not has_candidates:
-            raise InputError(
-                f"run.metric {self.metric!r} ranks candidates, and samples of the {split} split have none: choose "
-                "accuracy"
-            )
+            raise InputError(f"run.metric {self.metric!r} ranks candidates, and {split} has none: choose accuracy")
 
     def check_model(self, model: BaseModel, dataset: EvalDataset, batches: Sequence[Samples], *, split: str) -> None:
         """Raise InputError for lengths that the model has no room for."""
-        for batch in batches:
-            if "candidates" not in batch:
-                samples = {**batch, "prompt": "{}"}
-                with naming_setting(f"run.max_len={self.max_len}", samples, model):
-                    model.check_generate(samples, **self.decoding_settings())
+        for batch in (batch for batch in batches if "candidates" not in batch):
+            with naming_setting(f"run.max_len={self.max_len}", batch, model):
+                model.check_generate({**batch, "prompt": "{}"}, **self.decoding_settings())
 
     def valid_step(self, model: FollowsInstructions, samples: Samples) -> list[Result]:
         """Return `question_id` and `prediction` of each sample, and the `losses` of its candidates if it has any."""
@@ -90,10 +85,8 @@ class InstructTask(BaseTask):
         candidates = samples["candidates"]
         rows = model.class_losses(samples, candidates, divided=False)
         if rows.isnan().any():
-            raise InputError(
-                f"the candidates of question {ids[int(rows.isnan().any(dim=1).int().argmax())]!r} have losses that are "
-                "not numbers: the model's weights are broken, or overflow in this precision (run.precision=fp32)"
-            )
+            question = ids[int(rows.isnan().any(dim=1).int().argmax())]
+            raise InputError(f"losses of the candidates of question {question!r} are not numbers: try precision=fp32")
         losses = [row[: len(own)] for row, own in zip(rows.tolist(), candidates, strict=True)]
         chosen = [own[row.index(min(row))] for row, own in zip(losses, candidates, strict=True)]
         return per_sample(samples, question_id=ids, prediction=chosen, losses=losses)
@@ -166,10 +159,8 @@ def two_classes(record: Record, losses: Sequence[float]) -> ClassLosses:
     """As `by_class`. InputError if there are not two classes."""
     found, right = by_class(record, losses)
     if len(found) != 2:
-        raise InputError(
-            f"run.metric 'auc' is between two classes, but {record['candidates']} are {len(found)}: say in the "
-            "record's `classes` which candidates mean the same, or choose accuracy or mrr"
-        )
+        problem = f"{record['candidates']} are {len(found)}: say in `classes` which of them mean the same"
+        raise InputError(f"run.metric 'auc' is between two classes, but {problem}, or choose accuracy or mrr")
     return found, right
 
 

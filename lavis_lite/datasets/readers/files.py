@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +45,15 @@ class SplitFiles:
         """Yield the records under one key of a JSON file, checked, with their places."""
         return with_places(section(content, name, path, check), f"{path} ({name})")
 
+    def needs(self, *required: str, **fields: Kind) -> RecordCheck:
+        """Return the check of records that must have the required fields, and whose fields are of these kinds."""
+        return replace(self.check, required=required, fields=fields)
+
     def __str__(self) -> str:
         return ", ".join(map(str, self.paths))
 
 
 Reader = Callable[[SplitFiles], Iterable[Record]]
-
-
-def needs(*required: str, **fields: Kind) -> RecordCheck:
-    """Return the check of records that must have the required fields, and whose fields are of these kinds."""
-    return RecordCheck(required=required, fields=fields)
 
 
 def with_places(records: Iterable[Record], where: str | Path) -> Iterator[Record]:

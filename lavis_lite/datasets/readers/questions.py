@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from lavis_lite.common.records import (
 )
 from lavis_lite.datasets.annotations import as_list, as_records, place_of, read_json
 from lavis_lite.datasets.readers.captions import rows_with_words
-from lavis_lite.datasets.readers.files import PLACE, SplitFiles, derived, needs, read_content
+from lavis_lite.datasets.readers.files import PLACE, SplitFiles, derived, read_content
 from lavis_lite.datasets.templates import fill
 
 logger = logging.getLogger(__name__)
@@ -55,7 +54,7 @@ def question_fields(answers: Kind) -> dict[str, Kind]:
 def answers_of(record: Record) -> list[str]:
     """Return the record's answers as strings, whichever field has them, of strings or of {answer: ...}."""
     for name in ANSWER_FIELDS:
-        if record.get(name) is not None:
+        if record.get(name) not in (None, []):
             return [str(a["answer"] if isinstance(a, dict) else a) for a in as_list(record[name])]
     return []
 
@@ -77,10 +76,10 @@ def read_vocabulary(path: Path) -> list[str]:
     """Return the answers of a JSON object {answer: index}, by index, or of a list. InputError for another form."""
     content = read_json(path)
     if isinstance(content, dict) and all(isinstance(index, int) for index in content.values()):
-        return check_answers(sorted(content, key=content.__getitem__), path)
-    if is_answer_list(content):
-        return check_answers(content, path)
-    raise InputError(f"{path}: expected the answers to rank, as {{answer: index}} or as a list of texts")
+        content = sorted(content, key=content.__getitem__)
+    if not is_answer_list(content):
+        raise InputError(f"{path}: expected the answers to rank, as {{answer: index}} or as a list of texts")
+    return check_answers(content, path)
 
 
 def is_answer_list(content: Any) -> bool:
@@ -114,7 +113,7 @@ def read_questions(files: SplitFiles, check: RecordCheck | None = None) -> list[
         if isinstance(content, dict) and "questions" in content:
             official += official_questions(content, path, files)
         elif isinstance(content, dict) and "annotations" in content:
-            needed = replace(files.check, required=("question_id", "answers"), fields=question_fields(TRUTHS))
+            needed = files.needs("question_id", "answers", **question_fields(TRUTHS))
             truths |= {truth["question_id"]: truth for truth in files.section(content, "annotations", path, needed)}
         else:
             records += files.located(as_records(content, path), path, check)
@@ -132,7 +131,7 @@ def read_questions(files: SplitFiles, check: RecordCheck | None = None) -> list[
 
 def official_questions(content: dict[str, Any], path: Path, files: SplitFiles) -> Iterator[Record]:
     """Yield the official file's questions, with COCO's path of the image where a question has none."""
-    check = needs("question_id", "question", "image_id|image", question_id=ID, image_id=ID)
+    check = files.needs("question_id", "question", "image_id|image", question_id=ID, image_id=ID)
     subset = content.get("data_subtype")
     for question in files.section(content, "questions", path, check):
         number = question.get("image_id") or 0
@@ -144,14 +143,14 @@ def official_questions(content: dict[str, Any], path: Path, files: SplitFiles) -
 
 def read_answered_questions(files: SplitFiles) -> list[Record]:
     """Return the questions with `answer`, the list of all answers."""
-    check = replace(files.check, required=("image", "question"), fields=question_fields(TRUTHS))
+    check = files.needs("image", "question", **question_fields(TRUTHS))
     return [record | {"answer": answers_of(record)} for record in read_questions(files, check)]
 
 
 def read_question_choices(files: SplitFiles) -> list[Record]:
     """Return questions {image, question, choices[, correct_choice_idx]}, of which the right choice is learned."""
     fields = {**question_fields(TRUTHS), "choices": WORDS, "correct_choice_idx": INDEX}
-    check = replace(files.check, required=("image", "question", "choices"), fields=fields)
+    check = files.needs("image", "question", "choices", **fields)
     records = read_questions(files, check)
     return [record | {"candidates": record["choices"], "label": record.get("correct_choice_idx")} for record in records]
 
@@ -167,15 +166,14 @@ def read_ocr_vqa(files: SplitFiles) -> list[Record]:
     found = [{**question, "image": names[question["image"]]} for question in questions if question["image"] in names]
     if not found:
         raise MissingFileError(f"{files.root} has none of the {files.split} images of {files}")
-    if len(found) < len(questions):
-        num_missing = len(questions) - len(found)
+    if num_missing := len(questions) - len(found):
         logger.warning("%s: %d of %d questions have no image and are left out", files, num_missing, len(questions))
     return found
 
 
 def ocr_vqa_books(files: SplitFiles) -> Iterator[Record]:
     """Yield the books of the split; all are in a file that names none."""
-    check = needs("sample_id", "questions", "answers", sample_id=NAME, questions=WORDS, answers=VALUES, split=ID)
+    check = files.needs("sample_id", "questions", "answers", sample_id=NAME, questions=WORDS, answers=VALUES, split=ID)
     for book in files.records(check):
         if "split" in book and files.split not in OCR_VQA_SPLITS:
             raise InputError(f"{files} has the splits {', '.join(OCR_VQA_SPLITS)}, but no {files.split!r}")
@@ -185,9 +183,7 @@ def ocr_vqa_books(files: SplitFiles) -> Iterator[Record]:
 
 def ocr_vqa_questions(book: Record) -> Iterator[Record]:
     """Yield the questions of a book."""
-    key, questions, answers = book["sample_id"], book["questions"], book["answers"]
-    if not isinstance(questions, list) or not isinstance(answers, list):
-        raise InputError(f"{place_of(*book[PLACE])} ({key}): questions and answers must be lists")
+    key, questions, answers = book["sample_id"], as_list(book["questions"]), as_list(book["answers"])
     if len(questions) != len(answers):
         raise InputError(f"{book[PLACE][0]}: {key} has {len(questions)} questions and {len(answers)} answers")
     split = {"split": book["split"]} if "split" in book else {}
@@ -200,7 +196,7 @@ def read_vizwiz(files: SplitFiles) -> Iterator[Record]:
 
     An image `VizWiz_<split>_<number>.jpg` is in the folder `<split>`, as its archives unpack.
     """
-    for row in files.records(needs("image", "question", **question_fields(TRUTHS))):
+    for row in files.records(files.needs("image", "question", **question_fields(TRUTHS))):
         yield derived(
             row,
             image=re.sub(r"^VizWiz_([a-z]+)_", r"\1/\g<0>", row["image"]),
@@ -217,7 +213,7 @@ def read_textvqa(files: SplitFiles) -> Iterator[Record]:
     The validation images are in the folder of the training images.
     """
     fields = {**question_fields(TRUTHS), "image_id": NAME, "ocr_tokens": WORDS}
-    for row in rows_with_words(files, needs("image_id", "question", "question_id", **fields)):
+    for row in rows_with_words(files, files.needs("image_id", "question", "question_id", **fields)):
         folder = "test_images" if row.get("set_name") == "test" else "train_images"
         kept = {key: row[key] for key in ("question", "question_id", "ocr_tokens") if key in row}
         yield derived(row, image=f"{folder}/{row['image_id']}.jpg", answer=answers_of(row), **kept)
@@ -237,11 +233,11 @@ def read_visdial(files: SplitFiles) -> Iterator[Record]:
         if not isinstance(data, dict) or not {"questions", "answers", "dialogs"} <= data.keys():
             raise InputError(f'{path}: expected Visual Dialog\'s {{"data": {{"questions", "answers", "dialogs"}}}}')
         for name in ("questions", "answers"):
-            problem = needs(name, **{name: WORDS}).problem(data)
+            problem = files.needs(name, **{name: WORDS}).problem(data)
             if problem or not isinstance(data[name], list):
                 raise InputError(f"{path}{problem or f': {name} must be a list of texts'}")
         split = str(content.get("split", "val")).removesuffix("2018")
-        check = needs("image_id", "dialog", image_id=INDEX, caption=ANY_TEXT)
+        check = files.needs("image_id", "dialog", image_id=INDEX, caption=ANY_TEXT)
         for dialog in files.section(data, "dialogs", path, check):
             try:
                 yield from list(visdial_rounds(dialog, data, split))
@@ -282,13 +278,13 @@ def visdial_rounds(dialog: Record, data: Record, split: str) -> Iterator[Record]
 
 def read_video_questions(files: SplitFiles) -> Iterator[Record]:
     """Yield records {video, question[, answer, question_id]}."""
-    return files.records(needs("video", "question", **{**question_fields(TRUTHS), "video": PATH}))
+    return files.records(files.needs("video", "question", **question_fields(TRUTHS), video=PATH))
 
 
 def read_ivqa(files: SplitFiles, *, video_name: str) -> Iterator[Record]:
     """Yield iVQA's questions, with the list of the answers that were given; `video_name` may name columns."""
     fields = {"video_id": ID, **question_fields(TRUTHS), **dict.fromkeys(IVQA_ANSWERS, GROUP)}
-    for row in files.records(needs("video_id", "question", **fields)):
+    for row in files.records(files.needs("video_id", "question", **fields)):
         try:
             video = fill(video_name, row)
         except UnknownNameError as error:
