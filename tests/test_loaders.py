@@ -229,7 +229,7 @@ def test_splits() -> None:
     assert sets["x"].collater([sets["x"][7]])["id"].tolist() == [14]
     assert train_sets(datasets, ["train"])["x"] is a
     assert eval_sets(datasets, ["extra", "val"]) == {"extra": b, "x_val": c, "y_val": d}
-    with pytest.raises(ValueError, match=r"'test'.*y: val"):
+    with pytest.raises(ValueError, match=r"'test'.*'y': \['val'\]"):
         train_sets(datasets, ["val", "test"])
 
 

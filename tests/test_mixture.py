@@ -135,7 +135,7 @@ def test_shares_are_of_the_training_splits() -> None:
 @pytest.mark.parametrize(
     ("setting", "text"),
     [
-        ({"factors": {"ab": 2}}, r"run\.train_dataset_factors: 'ab' .*'abc'"),
+        ({"factors": {"ab": 2}}, r"run\.train_dataset_factors: .*'ab'.*'abc'"),
         ({"factors": {"abc": 0}}, r"run\.train_dataset_factors: .*\{'abc': 0\}"),
         ({"factors": {"abc": -1}}, r"run\.train_dataset_factors: .*\{'abc': -1\}"),
         ({"ratios": {"ab": 1}}, r"run\.train_dataset_ratios: .*\['ab'\].*\['abc'\]"),

@@ -25,16 +25,18 @@ from torch.utils.data import Dataset
 from lavis_lite.common import dist
 from lavis_lite.common.bounds import one_of
 from lavis_lite.common.checkpoint import atomic_write
+from lavis_lite.common.config.schema import schema_of
+from lavis_lite.common.config.sections import PROCESSOR_KEYS
 from lavis_lite.common.config.zoo import packaged_dataset
 from lavis_lite.common.errors import InputError, MissingFileError, UnknownNameError
 from lavis_lite.common.pixels import is_constant
 from lavis_lite.common.records import Kind, Record, RecordCheck
 from lavis_lite.common.registry import registry
 from lavis_lite.common.sources import download
-from lavis_lite.datasets.annotations import as_list, check_unique
+from lavis_lite.datasets.annotations import as_list, check_unique, place_of
 from lavis_lite.datasets.image import OpensImages, open_image
 from lavis_lite.datasets.readers import Reader, find_reader
-from lavis_lite.datasets.readers.files import PLACE, Places, SplitFiles
+from lavis_lite.datasets.readers.files import PLACE, SplitFiles
 
 logger = logging.getLogger(__name__)
 
@@ -82,22 +84,19 @@ class BaseDataset(Dataset):
         self.blank_texts = one_of("blank_texts", blank_texts, get_args(BlankTexts))
         check = RecordCheck(clean=text_processor, allow_blank=blank_texts == "skip")
         self.record_check = replace(check, required=self.required, fields=self.fields)
-        self.places = Places()
-        self.kept: list[int] | None = None
+        self.places: list[tuple[str | Path, int]] = []
         files = SplitFiles(
             paths=self.annotation_paths, split=split, root=self.vis_root, columns=columns or {}, check=check
         )
         self.annotation = self.arrange(self.load(files, reader or find_reader(self.reader)))
         for index, record in enumerate(self.annotation):
             record.setdefault("instance_id", str(index))
-        self.places.forget(str(files))
+        self.places = []  # every loader process would have them
 
     def load(self, files: SplitFiles, reader: Reader) -> list[Record]:
         """Return the reader's records, checked, without blank texts; `places` notes where each is from."""
-        records = []
-        for number, record in enumerate(reader(files)):
-            self.places.add(number, *record.pop(PLACE, (str(files), number)))
-            records.append(record)
+        records = list(reader(files))
+        self.places = [record.pop(PLACE, (str(files), number)) for number, record in enumerate(records)]
         if not records:
             raise InputError(f"{files}: the reader found no records of the split {files.split!r}")
         self.record_check(records, self.place)
@@ -107,7 +106,7 @@ class BaseDataset(Dataset):
 
     def place(self, number: int) -> str:
         """Return where the record is that `arrange` gets as its `number`th: file and line, or file and number."""
-        return self.places(number if self.kept is None else self.kept[number])
+        return place_of(*self.places[number]) if self.places else f"{self.annotation_paths[0]}: sample {number}"
 
     def without_blank(self, records: list[Record]) -> list[Record]:
         """With `blank_texts: skip`, leave out blank texts, and the records that then lack a required field."""
@@ -118,13 +117,12 @@ class BaseDataset(Dataset):
         where = ", ".join(map(str, self.annotation_paths))
         if not kept:
             raise InputError(f"{where}: all {len(records)} records have blank texts; fill them in")
-        num_blank = sum(new is not old for new, old in zip(found, records, strict=True))
-        if num_blank:
-            logger.warning(
-                "%s: blank texts of %d of %d records are left out, and %d of these records, which have no other",
-                *(where, num_blank, len(records), len(records) - len(kept)),
+        if num_blank := sum(new is not old for new, old in zip(found, records, strict=True)):
+            counts = (
+                f"{num_blank} of {len(records)} records are left out, and {len(records) - len(kept)} of these records"
             )
-        self.kept = kept
+            logger.warning(f"{where}: blank texts of {counts}, which have no other")
+        self.places = [self.places[number] for number in kept]
         return [record for record in found if record is not None]
 
     def arrange(self, records: list[Record]) -> list[Record]:
@@ -257,7 +255,9 @@ class BaseBuilder:
         return built
 
     def dataset_options(self, split: str) -> dict[str, Any]:
-        """Return further keyword arguments of the split's dataset; subclasses override this."""
+        """Return keyword arguments of the split's dataset besides the fields of the same names; subclasses override
+        this.
+        """
         return {}
 
     def annotation_paths(self, split: str) -> list[Path]:
@@ -301,17 +301,11 @@ class BaseBuilder:
         return find_reader(self.reader) if self.reader else None
 
     def _build_split(self, split: str) -> BaseDataset:
-        dataset = self.dataset_class(split)(
-            self.annotation_paths(split),
-            self.image_root(),
-            split=split,
-            vis_processor=make_processor(self.vis_processor, split),
-            text_processor=make_processor(self.text_processor, split),
-            blank_texts=self.blank_texts,
-            reader=self.make_reader(),
-            columns=self.columns,
-            **self.dataset_options(split),
-        )
+        dataset_class, options = self.dataset_class(split), {"split": split, "reader": self.make_reader()}
+        options |= {name: make_processor(vars(self)[name], split) for name in PROCESSOR_KEYS}
+        options |= self.dataset_options(split)
+        own = {name: value for name, value in vars(self).items() if name in schema_of(dataset_class)[0]}
+        dataset = dataset_class(self.annotation_paths(split), self.image_root(), **own | options)
         if self.dataset_class("train") is not self.dataset_class("val"):
             dataset.training = split == "train"
         return dataset

@@ -116,10 +116,7 @@ def merge_images(records: list[Record], place: Callable[[int], str], *, root: Pa
     check_images(records, ids, place, root=root)
     for record, image_id in zip(records, ids, strict=True):
         captions = as_list(record["caption"]) if record.get("caption") is not None else []
-        if str(image_id) in merged:
-            merged[str(image_id)]["caption"] += captions
-        else:
-            merged[str(image_id)] = {**record, "image_id": image_id, "caption": list(captions)}
+        merged.setdefault(str(image_id), {**record, "image_id": image_id, "caption": []})["caption"] += captions
     return list(merged.values())
 
 

@@ -66,6 +66,3 @@ class ClassificationBuilder(BaseBuilder):
 
     train_dataset = ClassificationDataset
     eval_dataset = ClassificationDataset
-
-    def dataset_options(self, split: str) -> dict[str, Any]:
-        return {"classes": self.classes}

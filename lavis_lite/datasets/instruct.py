@@ -16,18 +16,7 @@ from typing import Any, Literal, get_args
 from lavis_lite.common.bounds import one_of
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.frames import ShortClips, check_num_frames
-from lavis_lite.common.records import (
-    ANSWERS,
-    GROUP,
-    ID,
-    PATH,
-    TEXTS,
-    TRUTHS,
-    VALUES,
-    WORDS,
-    Kind,
-    Record,
-)
+from lavis_lite.common.records import ANSWERS, GROUP, ID, PATH, TEXTS, TRUTHS, VALUES, WORDS, Kind, Record
 from lavis_lite.common.records import missing_field as missing_field_of
 from lavis_lite.common.registry import registry
 from lavis_lite.common.wording import joined_words, lettered, letters
@@ -39,7 +28,7 @@ from lavis_lite.datasets.video import read_frames
 AnswerChoice = Literal["drawn", "most_frequent"]
 CandidateFormat = Literal["text", "letter_text", "letter"]
 CLEANED = ("question", "caption")
-TEXT_FIELDS = (*CLEANED, "statement")
+TEXT_FIELDS = (*CLEANED, "statement", "instruction")
 """Fields of texts. The text processor cleans the first two, whether in the instruction or learned; no others are."""
 
 
@@ -78,7 +67,7 @@ class InstructDataset(BaseDataset):
         self.placeholders = {name: text for text in used for name in PLACEHOLDER.findall(text)}
         learned = templates.output if templates.output in CLEANED else f"{templates.output}|candidates"
         asked = tuple(name for name in TEXT_FIELDS if name in self.placeholders)
-        self.required = (*asked, learned) if training else asked
+        self.required = (*self.required, *asked, *((learned,) if training else ()))
         self.fields = instruct_fields(self.placeholders, templates.output, training=training)
         super().__init__(*files, **options)
 
@@ -257,6 +246,4 @@ class InstructBuilder(BaseBuilder):
     eval_dataset = InstructDataset
 
     def dataset_options(self, split: str) -> dict[str, Any]:
-        own = ("num_frames", "short_clips", "answer_choice", "candidate_format")
-        settings = {name: vars(self)[name] for name in own}
-        return {"templates": load_templates(self.instructions), "training": split == "train", **settings}
+        return {"templates": load_templates(self.instructions), "training": split == "train"}

@@ -11,11 +11,7 @@ from lavis_lite.common.frames import ShortClips, decode, processed
 
 
 def read_frames(
-    path: str | Path,
-    num_frames: int,
-    processor: Callable[[Image.Image], Tensor],
-    *,
-    short_clips: ShortClips = "repeat",
+    path: str | Path, num_frames: int, processor: Callable[[Image.Image], Tensor], *, short_clips: ShortClips = "repeat"
 ) -> Tensor:
     """Return `num_frames` frames (3,F,H,W) spread over the video, in time order, with one random crop for all of them.
 

@@ -95,6 +95,3 @@ class VQABuilder(BaseBuilder):
 
     train_dataset = VQATrainDataset
     eval_dataset = VQAEvalDataset
-
-    def dataset_options(self, split: str) -> dict[str, Any]:
-        return {"answer_weight": self.answer_weight} if split == "train" else {}

@@ -56,40 +56,8 @@ class ImageProcessor(BaseProcessor):
         return functional.normalize(functional.to_tensor(image), self.mean, self.std)
 
 
-def random_crop(image_size: int, *, min_scale: float, max_scale: float, hflip: bool) -> list[object]:
-    """Return a random resized crop of `min_scale`..`max_scale` of the area, mirrored half the time if `hflip`."""
-    check_number("image_size", image_size, 1, MAX_IMAGE_SIZE)
-    scale = check_number("min_scale", min_scale, 1e-6, 1.0), check_number("max_scale", max_scale, min_scale, 1.0)
-    crop = transforms.RandomResizedCrop(image_size, scale=scale, interpolation=InterpolationMode.BICUBIC)
-    return [crop, transforms.RandomHorizontalFlip()] if hflip else [crop]
-
-
-@registry.register_processor("blip_image_train")
-class BlipImageTrainProcessor(ImageProcessor):
-    """Random resized crop, mirror, RandAugment (BLIP: N=2, M=5). `hflip: false` where left and right matter."""
-
-    def __init__(
-        self,
-        *,
-        image_size: int = 384,
-        min_scale: float = 0.5,
-        max_scale: float = 1.0,
-        hflip: bool = True,
-        randaugment: bool = True,
-        num_ops: int = 2,
-        magnitude: float = 5,
-        legacy_autocontrast: bool = False,
-        **pixels: Any,
-    ) -> None:
-        geometry = random_crop(image_size, min_scale=min_scale, max_scale=max_scale, hflip=hflip)
-        if randaugment:
-            geometry.append(RandomAugment(num_ops, magnitude, legacy_autocontrast=legacy_autocontrast))
-        super().__init__(geometry, **pixels)
-
-
-@registry.register_processor("blip2_image_train")
-class Blip2ImageTrainProcessor(ImageProcessor):
-    """As `blip_image_train` without RandAugment, 364 pixels by default (BLIP-2's finetuning size)."""
+class ImageTrainProcessor(ImageProcessor):
+    """A random resized crop of `min_scale`..`max_scale` of the area, mirrored half the time if `hflip`."""
 
     def __init__(
         self,
@@ -100,8 +68,35 @@ class Blip2ImageTrainProcessor(ImageProcessor):
         hflip: bool = True,
         **pixels: Any,
     ) -> None:
-        geometry = random_crop(image_size, min_scale=min_scale, max_scale=max_scale, hflip=hflip)
-        super().__init__(geometry, **pixels)
+        check_number("image_size", image_size, 1, MAX_IMAGE_SIZE)
+        scale = check_number("min_scale", min_scale, 1e-6, 1.0), check_number("max_scale", max_scale, min_scale, 1.0)
+        crop = transforms.RandomResizedCrop(image_size, scale=scale, interpolation=InterpolationMode.BICUBIC)
+        super().__init__([crop, transforms.RandomHorizontalFlip()] if hflip else [crop], **pixels)
+
+
+@registry.register_processor("blip_image_train")
+class BlipImageTrainProcessor(ImageTrainProcessor):
+    """Random resized crop, mirror, RandAugment (BLIP: N=2, M=5). `hflip: false` where left and right matter."""
+
+    def __init__(
+        self,
+        *,
+        image_size: int = 384,
+        randaugment: bool = True,
+        num_ops: int = 2,
+        magnitude: float = 5,
+        legacy_autocontrast: bool = False,
+        **crop: Any,
+    ) -> None:
+        super().__init__(image_size=image_size, **crop)
+        if randaugment:
+            augment = RandomAugment(num_ops, magnitude, legacy_autocontrast=legacy_autocontrast)
+            self.geometry.transforms.append(augment)
+
+
+@registry.register_processor("blip2_image_train")
+class Blip2ImageTrainProcessor(ImageTrainProcessor):
+    """As `blip_image_train` without RandAugment, 364 pixels by default (BLIP-2's finetuning size)."""
 
 
 @registry.register_processor("blip_image_eval")

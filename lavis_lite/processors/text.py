@@ -22,7 +22,7 @@ def first_words(text: str, max_words: int) -> str:
 class TextProcessor(BaseProcessor):
     """Shared argument check of the two text processors."""
 
-    def __init__(self, *, max_words: int) -> None:
+    def __init__(self, *, max_words: int = 50) -> None:
         self.max_words = check_number("max_words", max_words, 1, MAX_TOKENS)
 
     def check(self, text: str) -> str:
@@ -52,9 +52,6 @@ class BlipCaptionProcessor(TextProcessor):
 @registry.register_processor("blip_question")
 class BlipQuestionProcessor(TextProcessor):
     """Question clean-up: lower case, punctuation deleted, trailing spaces off, at most `max_words` words."""
-
-    def __init__(self, *, max_words: int = 50) -> None:
-        super().__init__(max_words=max_words)
 
     def __call__(self, text: str) -> str:
         text = PUNCTUATION.sub("", self.check(text).lower()).rstrip(" ")

@@ -172,8 +172,6 @@ def _choose_job(run: RunConfig) -> dict[str, Any]:
     if (path := checkpoint_to_resume(dataclasses.replace(run, resume=None))) is not None:
         return {"job_id": run.job_id or new_job_id(output), "resume_ckpt_path": str(path)}
     if run.job_id is not None and not run.evaluate and _checkpoints(output / run.job_id):
-        logger.warning(
-            f"{output / run.job_id} holds checkpoints of an earlier run, which this run will replace; "
-            "--resume auto would continue it"
-        )
+        problem = f"{output / run.job_id} holds checkpoints of an earlier run, which this run will replace"
+        logger.warning(f"{problem}; --resume auto would continue it")
     return {"job_id": run.job_id or new_job_id(output), "resume": None}

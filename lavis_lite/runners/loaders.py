@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from lavis_lite.common.config.run import RunConfig
 from lavis_lite.common.errors import InputError, UnreadableSample
@@ -54,9 +54,6 @@ class SeededDatasets(Dataset[Batch]):
     ) -> None:
         self.datasets, self.skip_unreadable, self.keys = dict(datasets), skip_unreadable, keys
         self.positions = {name: position for position, name in enumerate(self.datasets)}
-
-    def __len__(self) -> int:
-        return sum(map(len, self.datasets.values()))
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         errors: list[str] = []
@@ -118,14 +115,12 @@ class TrainLoader:
         """Count a batch's unreadable samples; raise UnreadableSample if they are more than allowed."""
         self.unreadable += len(batch.errors)
         example = batch.errors[-1]
+        counts = f"{self.unreadable} of {self.seen} training samples are unreadable"
         if self.max_share == 0:
             raise UnreadableSample(f"{example} (To skip such samples, set run.max_unreadable_share to a small share.)")
         if batch.samples is None or self.unreadable > self.max_share * max(self.seen, self.window):
-            raise UnreadableSample(
-                f"{self.unreadable} of {self.seen} training samples are unreadable, more than "
-                f"run.max_unreadable_share={self.max_share} allows. One of them: {example}"
-            )
-        logger.warning(f"{self.unreadable} of {self.seen} training samples so far are unreadable; skipped: {example}")
+            raise UnreadableSample(f"{counts}, more than run.max_unreadable_share={self.max_share} allows: {example}")
+        logger.warning(f"{counts} so far; skipped: {example}")
 
 
 def first_samples_missing(datasets: Mapping[str, SampleDataset]) -> dict[str, list[str]]:
@@ -234,20 +229,16 @@ def eval_sets(datasets: Datasets, splits: Sequence[str]) -> dict[str, EvalDatase
     return found
 
 
-class JoinedSplits(Dataset[Sample]):
+class JoinedSplits(ConcatDataset[Sample]):
     """Several splits of one dataset as one, collated as the first is; their image ids do not coincide."""
 
     def __init__(self, splits: Sequence[SampleDataset]) -> None:
-        self.splits, self.collater = splits, splits[0].collater
-        self.ends = list(itertools.accumulate(map(len, splits)))
-
-    def __len__(self) -> int:
-        return self.ends[-1]
+        super().__init__(splits)  # type: ignore[arg-type]  # a dataset of the user's need not derive from torch's
+        self.collater = splits[0].collater
 
     def __getitem__(self, index: int) -> Sample:
-        number = bisect.bisect_right(self.ends, index)
-        split = self.splits[number]
-        return with_own_image_id(split[index - self.ends[number] + len(split)], number, kind="split")
+        number = bisect.bisect_right(self.cumulative_sizes, index)
+        return with_own_image_id(super().__getitem__(index), number, kind="split")
 
 
 def _identity(batch: T) -> T:

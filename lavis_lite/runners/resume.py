@@ -129,15 +129,12 @@ def _check_resumable(
     """
     missing = [key for key in TRAINING_STATE if key not in saved]
     if missing:
-        raise InputError(
-            f"{path} holds no training state ({', '.join(missing)} missing): resume from a checkpoint_last.pth, "
-            "or start anew from these weights with model.pretrained or model.finetuned"
-        )
+        problem = f"{path} holds no training state ({', '.join(missing)} missing)"
+        raise InputError(f"{problem}: resume from a checkpoint_last.pth, or start from it with model.pretrained")
     if differs := list(_data_differences(saved, plan, data)):
         raise InputError(
             f"{path} was written with {'; with '.join(differs)}: resume with the same data, sampling and global batch "
-            "(run.batch_size_train x processes x run.accum_grad_iters), or start anew from its weights with "
-            "model.pretrained"
+            "(run.batch_size_train x processes x run.accum_grad_iters), or start from it with model.pretrained"
         )
     changed = {key: f"{was} in the checkpoint, {now} now" for key, was, now in _differences(saved, config)}
     if reason := _model_difference(saved["optimizer"], optimizer):
@@ -204,7 +201,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]
 
 
 def _digest(dataset: SampleDataset) -> str | None:
-    parts = dataset.splits if isinstance(dataset, JoinedSplits) else [dataset]
+    parts = dataset.datasets if isinstance(dataset, JoinedSplits) else [dataset]
     files = [path for part in parts if isinstance(part, BaseDataset) for path in part.annotation_paths]
     if not files or not all(path.is_file() for path in files):
         return None

@@ -13,7 +13,7 @@ from torch import nn
 
 from lavis_lite.common import dist
 from lavis_lite.common.config.run import RunConfig
-from lavis_lite.common.errors import NonFiniteLoss, UnknownNameError
+from lavis_lite.common.errors import NonFiniteLoss
 from lavis_lite.common.optim import Schedule, set_lr
 from lavis_lite.common.precision import autocast
 from lavis_lite.runners.learning import learning_metrics
@@ -137,7 +137,7 @@ def train_loop(training: Training, *, save: Callable[[], None], validate: Callab
                         with training.no_sync() if remaining else contextlib.nullcontext():
                             with autocast(state.device, training.dtype):
                                 output = training.task.train_step(training.parallel, samples)
-                            losses = _losses(output)
+                            losses = {k: v for k, v in output.items() if k.startswith("loss") and torch.is_tensor(v)}
                             training.guard.update(step, lr, losses)
                             state.scaler.scale(average.weigh(losses["loss"], output)).backward()
                         state.metrics.update(**losses, **learning_metrics(output))
@@ -164,12 +164,6 @@ def train_loop(training: Training, *, save: Callable[[], None], validate: Callab
                     validate(epoch)
             state.epoch = epoch + 1
             save()
-
-
-def _losses(output: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    if "loss" not in output:
-        raise UnknownNameError(f"train_step returned no 'loss': found {sorted(output)}")
-    return {name: value for name, value in output.items() if name.startswith("loss") and torch.is_tensor(value)}
 
 
 def _update_weights(state: TrainState, *, clip: float | None) -> None:

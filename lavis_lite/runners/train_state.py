@@ -83,10 +83,8 @@ class TrainState:
             restore_rng_state(mine["rng"], self.device)
             self.loader.seen, self.loader.unreadable = mine["seen"], mine["unreadable"]
             return
-        logger.warning(
-            f"{source} was written by {len(ranks)} processes, this run has {dist.world_size()}: "
-            "the data's order is the same at the same global batch, but random numbers (dropout) will differ"
-        )
+        counts = f"{len(ranks)} processes, this run has {dist.world_size()}"
+        logger.warning(f"{source} was written by {counts}: random numbers (dropout) will differ, not the data's order")
         seed_rank(seed, step=self.step)
 
 

@@ -78,10 +78,8 @@ class CaptionTask(BaseTask):
         ids = [record["image_id"] for record in dataset.annotation if record.get("image_id") is not None]
         unknown = [image_id for image_id in ids if references is not None and str(image_id) not in references]
         if unknown:
-            raise InputError(
-                f"run.annotation_file: {self.annotation_file} has no references for {len(unknown):,} of {len(ids):,} "
-                f"images of the {split} split, e.g. image id {unknown[0]!r}: name the file of this split"
-            )
+            images = f"{len(unknown):,} of {len(ids):,} images of the {split} split, e.g. image id {unknown[0]!r}"
+            raise InputError(f"run.annotation_file: {self.annotation_file} has no references for {images}")
 
     def check_model(self, model: BaseModel, dataset: EvalDataset, batches: Sequence[Samples], *, split: str) -> None:
         """Raise InputError for lengths that the model has no room for."""
@@ -137,8 +135,8 @@ class CaptionTask(BaseTask):
         if self.annotation_file is None:  # captions that a file does not cover are an error of `caption_metrics`
             covered = set(map(str, scored))
             captions = {image_id: text for image_id, text in captions.items() if str(image_id) in covered}
-        options = {"tokens": self.caption_tokens, "join_hyphens": self.join_hyphens}
-        return {**caption_metrics(scored, captions, self.metrics, **options), **extra}
+        tokens, join = self.caption_tokens, self.join_hyphens
+        return {**caption_metrics(scored, captions, self.metrics, tokens=tokens, join_hyphens=join), **extra}
 
     def references(self, dataset: EvalDataset | None) -> dict[Any, list[str]]:
         """Return the reference captions of each image id, from `annotation_file` or the dataset."""

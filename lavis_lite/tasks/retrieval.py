@@ -56,10 +56,8 @@ class RetrievalTask(BaseTask):
         metrics = recall_metrics(score_i2t, score_t2i, gallery.txt2img, gallery.img2txt, k_test=self.k_test)
         unknown = [name for name in (f"{side}_r{k}" for side in ("txt", "img") for k in RANKS) if name not in metrics]
         if unknown:
-            logger.warning(
-                f"{split}: metrics and means are without {', '.join(unknown)}, because run.k_test={self.k_test} ranks "
-                f"{self.k_test} candidates: set it to {max(RANKS)} or more, or to 0 for the contrast alone"
-            )
+            reason = f"run.k_test={self.k_test} ranks {self.k_test} candidates: set it to {max(RANKS)} or more, or to 0"
+            logger.warning(f"{split}: metrics and means are without {', '.join(unknown)}, because {reason}")
         num_best = min(NUM_BEST, self.k_test or NUM_BEST)
         value = {
             "metrics": metrics,

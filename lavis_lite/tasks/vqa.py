@@ -143,8 +143,7 @@ class VQATask(BaseTask):
         if not truths:
             return unscored(f"the {split} split has no answers")
         num_needed = NUM_NEEDED.get(self.accuracy, 1)
-        num_few = sum(len(truth["answers"]) < num_needed for truth in truths.values())
-        if num_few:
+        if num_few := sum(len(truth["answers"]) < num_needed for truth in truths.values()):
             logger.warning(
                 f"{split}: {num_few} questions have fewer than {num_needed} answers, so a correct prediction cannot "
                 f"reach 100 % with run.accuracy={self.accuracy} (official: one answer counts 0): choose normalised"
@@ -202,7 +201,5 @@ def check_ids(annotation: Iterable[Record], where: str) -> None:
     for index, record in enumerate(annotation):
         other, same = first.setdefault(str(question_id(record)), (index, record))
         if other != index:
-            raise InputError(
-                f"{where}: records {other} ({shown(same)}) and {index} ({shown(record)}) have the same question_id: "
-                "answers are kept by it, so each question needs its own"
-            )
+            records = f"records {other} ({shown(same)}) and {index} ({shown(record)})"
+            raise InputError(f"{where}: {records} have the same question_id: each question needs its own")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,11 +10,10 @@ from typing import Any
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.records import Kind, Record, RecordCheck
 from lavis_lite.common.registry import did_you_mean
-from lavis_lite.datasets.annotations import check_records, place_of, read_json, read_records, section
+from lavis_lite.datasets.annotations import check_records, read_json, read_records, section
 
 PLACE = "_place"
 """The key under which a reader notes (file, number of the record in it); the dataset removes it, and errors name it."""
-MAX_RUNS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,26 +83,3 @@ def rename_columns(records: list[Record], columns: Mapping[str, str], path: Path
         | {ours: record[theirs] for ours, theirs in columns.items() if theirs in record}
         for record in records
     ]
-
-
-class Places:
-    """Where each record of a list is from, as runs of records that follow one another in one file."""
-
-    def __init__(self) -> None:
-        self.runs: list[tuple[int, str | Path, int]] = []
-
-    def add(self, index: int, where: str | Path, number: int) -> None:
-        """Note that the record `index` is the `number`th of a file (or of what a text describes)."""
-        start, last, first = self.runs[-1] if self.runs else (0, None, 0)
-        if last is not where or number - first != index - start:
-            self.runs.append((index, where, number))
-
-    def forget(self, where: str) -> None:
-        """Keep only `where` if there are so many runs that they would take memory in every loader process."""
-        if len(self.runs) > MAX_RUNS:
-            self.runs = [(0, where, 0)]
-
-    def __call__(self, index: int) -> str:
-        """Return file and line, or file and number, of the record `index`."""
-        start, where, first = self.runs[bisect_right(self.runs, index, key=lambda run: run[0]) - 1]
-        return place_of(where, first + index - start)

@@ -161,7 +161,7 @@ def read_ocr_vqa(files: SplitFiles) -> list[Record]:
     One file has all splits. Questions whose image is missing are left out, and counted in the log: books vanish from
     the shop that the images are fetched from. An image may have any suffix.
     """
-    questions = [question for book in ocr_vqa_books(files) for question in ocr_vqa_questions(book)]
+    questions = list(ocr_vqa_questions(files))
     names = {path.stem: path.name for path in files.root.iterdir()}
     found = [{**question, "image": names[question["image"]]} for question in questions if question["image"] in names]
     if not found:
@@ -171,24 +171,19 @@ def read_ocr_vqa(files: SplitFiles) -> list[Record]:
     return found
 
 
-def ocr_vqa_books(files: SplitFiles) -> Iterator[Record]:
-    """Yield the books of the split; all are in a file that names none."""
+def ocr_vqa_questions(files: SplitFiles) -> Iterator[Record]:
+    """Yield the questions of the split's books; all books are in a file that names no split."""
     check = files.needs("sample_id", "questions", "answers", sample_id=NAME, questions=WORDS, answers=VALUES, split=ID)
     for book in files.records(check):
         if "split" in book and files.split not in OCR_VQA_SPLITS:
             raise InputError(f"{files} has the splits {', '.join(OCR_VQA_SPLITS)}, but no {files.split!r}")
-        if "split" not in book or book["split"] == OCR_VQA_SPLITS[files.split]:
-            yield book
-
-
-def ocr_vqa_questions(book: Record) -> Iterator[Record]:
-    """Yield the questions of a book."""
-    key, questions, answers = book["sample_id"], as_list(book["questions"]), as_list(book["answers"])
-    if len(questions) != len(answers):
-        raise InputError(f"{book[PLACE][0]}: {key} has {len(questions)} questions and {len(answers)} answers")
-    split = {"split": book["split"]} if "split" in book else {}
-    for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
-        yield derived(book, image=key, question=question, answer=answer, question_id=f"{key}_{number}", **split)
+        if "split" in book and book["split"] != OCR_VQA_SPLITS[files.split]:
+            continue
+        key, questions, answers = book["sample_id"], as_list(book["questions"]), as_list(book["answers"])
+        if len(questions) != len(answers):
+            raise InputError(f"{book[PLACE][0]}: {key} has {len(questions)} questions and {len(answers)} answers")
+        for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+            yield derived(book, image=key, question=question, answer=answer, question_id=f"{key}_{number}")
 
 
 def read_vizwiz(files: SplitFiles) -> Iterator[Record]:
@@ -232,20 +227,15 @@ def read_visdial(files: SplitFiles) -> Iterator[Record]:
         data = content.get("data") if isinstance(content, dict) else None
         if not isinstance(data, dict) or not {"questions", "answers", "dialogs"} <= data.keys():
             raise InputError(f'{path}: expected Visual Dialog\'s {{"data": {{"questions", "answers", "dialogs"}}}}')
-        for name in ("questions", "answers"):
-            problem = files.needs(name, **{name: WORDS}).problem(data)
-            if problem or not isinstance(data[name], list):
-                raise InputError(f"{path}{problem or f': {name} must be a list of texts'}")
         split = str(content.get("split", "val")).removesuffix("2018")
         check = files.needs("image_id", "dialog", image_id=INDEX, caption=ANY_TEXT)
         for dialog in files.section(data, "dialogs", path, check):
             try:
                 yield from list(visdial_rounds(dialog, data, split))
             except (KeyError, IndexError, TypeError, AttributeError) as error:
-                raise InputError(
-                    f"{place_of(*dialog[PLACE])}: `dialog` must be a list of rounds with indices of questions and "
-                    f"answers, found {shown(dialog['dialog'])} ({type(error).__name__}: {error})"
-                ) from error
+                problem = f"found {shown(dialog['dialog'])} ({type(error).__name__}: {error})"
+                where = f"{place_of(*dialog[PLACE])}: `dialog`"
+                raise InputError(f"{where} must be rounds with indices of questions and answers, {problem}") from error
 
 
 def visdial_rounds(dialog: Record, data: Record, split: str) -> Iterator[Record]:

@@ -48,7 +48,8 @@ def caption_metrics(
     Raises InputError if the images of the two differ, an image has no reference, or there are no images.
     """
     check_metrics(metrics)
-    references, predictions = by_string(references, "references"), by_string(captions, "captions")
+    references = {str(key): texts for key, texts in references.items()}
+    predictions = {str(key): text for key, text in captions.items()}
     check_images(references, predictions)
     if join_hyphens:
         predictions = {key: joined_as(text, references[key]) for key, text in predictions.items()}
@@ -73,21 +74,11 @@ def caption_metrics(
     return {**scores, "left_out": left_out} if left_out else scores
 
 
-def by_string(table: Mapping[Any, Any], name: str) -> dict[str, Any]:
-    """Return `table` with its ids as strings. InputError if two ids become the same."""
-    keyed = {str(key): value for key, value in table.items()}
-    if len(keyed) < len(table):
-        raise InputError(f"{name}: two image ids are the same once written as strings")
-    return keyed
-
-
 def check_images(references: Mapping[str, Sequence[str]], captions: Mapping[str, str]) -> None:
     """Raise InputError unless each image has one caption and at least one reference."""
-    unknown = [key for key in captions if not references.get(key)]
-    missing = [key for key in references if key not in captions]
-    if unknown:
+    if unknown := [key for key in captions if not references.get(key)]:
         raise InputError(f"{len(unknown)} captions belong to images without references, e.g. image id {unknown[0]!r}")
-    if missing:
+    if missing := [key for key in references if key not in captions]:
         raise InputError(f"{len(missing)} of {len(references)} images have no caption, e.g. image id {missing[0]!r}")
     if not captions:
         raise InputError("there are no captions to score")

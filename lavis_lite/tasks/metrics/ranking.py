@@ -14,7 +14,7 @@ from lavis_lite.common.errors import InputError
 
 def rank_of(losses: Sequence[float], right: int) -> int:
     """Return the rank, from 1, of the candidate `right`, lowest loss first. InputError if a loss is not a number."""
-    if any(math.isnan(loss) for loss in losses):
+    if any(map(math.isnan, losses)):
         raise InputError(f"the losses {list(losses)} are not all numbers: they have no order")
     return 1 + sum((loss, index) < (losses[right], right) for index, loss in enumerate(losses))
 
@@ -33,10 +33,8 @@ def roc_auc(scores: Sequence[float], is_positive: Sequence[bool]) -> float:
     if np.isnan(values).any():
         raise InputError(f"score {int(np.isnan(values).argmax())} is not a number: the scores have no order")
     if positive.all() or not positive.any():
-        raise InputError(
-            f"the area under the ROC curve needs positive and negative samples; there are {int(positive.sum())} and "
-            f"{int((~positive).sum())}"
-        )
+        counts = f"{int(positive.sum())} positive and {int((~positive).sum())} negative samples"
+        raise InputError(f"the area under the ROC curve needs both kinds; there are {counts}")
     negatives = np.sort(values[~positive])
     below, upto = (np.searchsorted(negatives, values[positive], side=side) for side in ("left", "right"))
     return float(100 * np.mean(below + upto) / (2 * len(negatives)))

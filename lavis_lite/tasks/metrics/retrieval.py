@@ -54,9 +54,8 @@ def _recalls(
     """Return recall at each of `RANKS` that is known when `k_test` of the candidates were ranked (0: all)."""
     scores = np.asarray(scores)
     if scores.shape != (len(right), num_candidates):
-        raise InputError(
-            f"{name} has shape {scores.shape}, expected {(len(right), num_candidates)} (queries, candidates)"
-        )
+        expected = (len(right), num_candidates)
+        raise InputError(f"{name} has shape {scores.shape}, expected {expected} (queries, candidates)")
     if not len(right):
         raise InputError(f"{name} is empty: there are no queries to rank for")
     if np.isnan(scores).any():
