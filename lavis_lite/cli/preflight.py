@@ -131,7 +131,7 @@ def check_data(cfg: Config, task: BaseTask, datasets: Datasets) -> DataReport:
         report.plan = plan = make_plan(
             cfg.run, {name: len(dataset) for name, dataset in sets.items()}, dist.world_size()
         )
-        if plan.is_concat:
+        if plan.sampler.is_concat:
             report.left_out = {key: names for key, names in first_samples_missing(sets).items() if names}
     return report
 

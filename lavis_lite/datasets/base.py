@@ -76,10 +76,8 @@ class BaseDataset(Dataset):
         columns: Mapping[str, str] | None = None,
     ) -> None:
         self.annotation_paths = [Path(path) for path in annotation_paths]
-        self.vis_root = Path(vis_root)
-        self.split = split
-        self.vis_processor = vis_processor
-        self.text_processor = text_processor
+        self.vis_root, self.split = Path(vis_root), split
+        self.vis_processor, self.text_processor = vis_processor, text_processor
         self.warned_of_constant = np.frombuffer(mmap.mmap(-1, 1), dtype=np.bool_)  # of all loader workers together
         self.blank_texts = one_of("blank_texts", blank_texts, get_args(BlankTexts))
         check = RecordCheck(clean=text_processor, allow_blank=blank_texts == "skip")
@@ -239,14 +237,12 @@ class BaseBuilder:
 
     def build(self, splits: Iterable[str] | None = None) -> dict[str, BaseDataset]:
         """Return one dataset per split (all splits by default). Raises KeyError for a split that is not configured."""
-        there = self.splits()
+        there, name = self.splits(), type(self).__name__
         if not there:
-            name = type(self).__name__
             raise InputError(f"{name}: build_info.annotations names no split; give {{train: {{storage: FILE}}}}")
         wanted = there if splits is None else list(splits)
-        for split in wanted:
-            if split not in there:
-                raise UnknownNameError(f"{type(self).__name__} has no split {split!r}; there are {', '.join(there)}")
+        if unknown := [split for split in wanted if split not in there]:
+            raise UnknownNameError(f"{name} has no split {unknown[0]!r}; there are {', '.join(there)}")
         self.prepare(wanted)
         built = {}
         for split in wanted:
@@ -282,15 +278,14 @@ class BaseBuilder:
                 f"{type(self).__name__}: build_info names two folders, {given}: set build_info.images or "
                 "build_info.videos to null"
             )
-        for kind, storage in given.items():
-            root = resolve_storage(storage)
-            if not root.is_dir():
-                raise MissingFileError(
-                    f"{type(self).__name__}: {kind[:-1]} folder not found: {root}. Set build_info.{kind}.storage, or "
-                    "the environment variable LAVIS_LITE_DATA to the data root"
-                )
-            return root
-        return resolve_storage("")
+        kind, storage = next(iter(given.items()), ("images", ""))
+        root = resolve_storage(storage)
+        if given and not root.is_dir():
+            raise MissingFileError(
+                f"{type(self).__name__}: {kind[:-1]} folder not found: {root}. Set build_info.{kind}.storage, or the "
+                "environment variable LAVIS_LITE_DATA to the data root"
+            )
+        return root
 
     def dataset_class(self, split: str) -> type[BaseDataset]:
         """Return the class of the split's dataset."""

@@ -77,11 +77,10 @@ def newest_checkpoint(output: Path, *, job_id: str | None = None) -> Path | None
         InputError: there are checkpoints, and none of them is whole.
     """
     folders = [output / job_id] if job_id is not None else output.iterdir() if output.is_dir() else []
-    jobs = {folder: _checkpoints(folder) for folder in folders if _checkpoints(folder)}
+    jobs = {folder: paths for folder in folders if (paths := _checkpoints(folder))}
     ages = {folder: max(path.stat().st_mtime for path in paths) for folder, paths in jobs.items()}
-    for folder in sorted(jobs, key=lambda folder: ages[folder], reverse=True):
-        found = whole_checkpoint(folder)
-        if found is not None:
+    for folder in sorted(jobs, key=ages.__getitem__, reverse=True):
+        if (found := whole_checkpoint(folder)) is not None:
             return found
     if jobs:
         raise InputError(

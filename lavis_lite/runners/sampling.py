@@ -183,9 +183,8 @@ def make_sampler(run: RunConfig, lengths: Mapping[str, int], *, rank: int = 0, w
     """
     if not lengths:
         raise InputError("no dataset to train on: run.train_splits and the datasets section have no split in common")
-    shares = None
-    if len(lengths) == 1 or run.mixing == "per_step":
-        sampling, factors, ratios = run.train_dataset_sampling, run.train_dataset_factors, run.train_dataset_ratios
-        shares = dataset_shares(lengths, sampling=sampling, factors=factors, ratios=ratios)
+    sampling, factors, ratios = run.train_dataset_sampling, run.train_dataset_factors, run.train_dataset_ratios
+    is_concat = len(lengths) > 1 and run.mixing != "per_step"
+    shares = None if is_concat else dataset_shares(lengths, sampling=sampling, factors=factors, ratios=ratios)
     sizes = {"batch_size": run.batch_size_train, "accumulate": run.accum_grad_iters, "seed": run.seed}
     return TrainSampler(lengths, shares, **sizes, rank=rank, world=world)

@@ -60,7 +60,10 @@ class FiniteGuard:
             raise NonFiniteLoss(f"the loss is not finite at step {int(step)}: {losses}; learning rate {lr:g}. {REMEDY}")
 
     def check_weights(self, parameters: Iterable[torch.Tensor], *, step: int) -> None:
-        """Raise NonFiniteLoss if a weight is not finite after `step` steps: a gradient may be nan at a finite loss."""
+        """As `check`, and raise NonFiniteLoss if a weight is not finite after `step` steps: a gradient may be nan at a
+        finite loss.
+        """
+        self.check()
         if not torch.stack([torch.isfinite(parameter.detach()).all() for parameter in parameters]).all():
             problem = f"weights are not finite after step {step}: at a finite loss, a gradient was not"
             raise NonFiniteLoss(f"{problem}. {REMEDY}")

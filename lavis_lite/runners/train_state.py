@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from lavis_lite.runners.loaders import TrainLoader
 logger = logging.getLogger(__name__)
 
 
-@dataclass(kw_only=True)
+@dataclass
 class TrainState:
     """Model, optimizer, position and running means of a training. `step` and `epoch` count what is done: updates, and
     (inner) epochs with their validation.
@@ -26,6 +26,7 @@ class TrainState:
 
     model: BaseModel
     optimizer: torch.optim.Optimizer
+    _: KW_ONLY
     scaler: torch.amp.GradScaler
     loader: TrainLoader
     watch: LearningWatch

@@ -188,10 +188,8 @@ def naming_setting(setting: str, samples: Samples, model: nn.Module) -> Iterator
 
 def check_settings(model_class: type, method: str, settings: Mapping[str, Any]) -> None:
     """Raise InputError, before weights are loaded, unless a model's method takes the settings that a task passes."""
-    owner = next((owner for owner in model_class.__mro__ if method in vars(owner)), None)
-    if owner is None:
-        return  # refused by its name already
-    parameters, is_open = schema_of(vars(owner)[method])
+    found = [vars(owner)[method] for owner in model_class.__mro__ if method in vars(owner)]
+    parameters, is_open = schema_of(found[0]) if found else ({}, True)  # refused by its name already
     missing = [name for name in settings if name not in parameters]
     if missing and not is_open:
         takes = ", ".join(name for name in parameters if name not in ("self", "samples"))

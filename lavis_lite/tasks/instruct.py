@@ -109,7 +109,7 @@ class InstructTask(BaseTask):
         if self.metric == "accuracy":
             return {"accuracy": accuracy, "agg_metrics": accuracy, **by_kind(records, hits, GROUPS)}
         if self.metric == "auc":
-            area, likeliest = class_areas([two_classes(record, result["losses"]) for record, result in scored])
+            area, likeliest = class_areas(scored)
             return {"auc": area, "auc_likeliest": likeliest, "accuracy": accuracy, "agg_metrics": area}
         ranks = [right_rank(record, result["losses"]) for record, result in scored]
         mrr = mean_reciprocal_rank(ranks)
@@ -155,17 +155,17 @@ def joint(losses: Sequence[float]) -> float:
     return least - math.log(sum(math.exp(least - loss) for loss in losses))
 
 
-def two_classes(record: Record, losses: Sequence[float]) -> ClassLosses:
-    """As `by_class`. InputError if there are not two classes."""
-    found, right = by_class(record, losses)
-    if len(found) != 2:
-        problem = f"{record['candidates']} are {len(found)}: say in `classes` which of them mean the same"
+def class_areas(scored: Sequence[tuple[Record, Result]]) -> tuple[float, float]:
+    """Return the area under the ROC curve with a class's loss as that of all its candidates, and of the likeliest.
+
+    Raises InputError if a sample's candidates are not of two classes.
+    """
+    samples = [by_class(record, result["losses"]) for record, result in scored]
+    if wrong := [
+        record["candidates"] for (record, _), (found, _) in zip(scored, samples, strict=True) if len(found) != 2
+    ]:
+        problem = f"{wrong[0]} are not two: say in `classes` which of them mean the same"
         raise InputError(f"run.metric 'auc' is between two classes, but {problem}, or choose accuracy or mrr")
-    return found, right
-
-
-def class_areas(samples: Sequence[ClassLosses]) -> tuple[float, float]:
-    """Return the area under the ROC curve with a class's loss as that of all its candidates, and of the likeliest."""
     is_second = [right == 1 for _, right in samples]
     area, likeliest = (
         roc_auc([loss_of(first) - loss_of(second) for (first, second), _ in samples], is_second)

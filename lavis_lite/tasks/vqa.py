@@ -6,8 +6,9 @@ Note: `prompt` goes around the question in training too. Models that write one a
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -16,8 +17,9 @@ from torch import nn
 
 from lavis_lite.common.config.config import Config
 from lavis_lite.common.errors import InputError
-from lavis_lite.common.records import Record, shown
+from lavis_lite.common.records import Record
 from lavis_lite.common.registry import registry
+from lavis_lite.datasets.annotations import check_unique, place_of
 from lavis_lite.datasets.protocols import EvalDataset, HasAnswerList, Samples
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.protocols import AnswersQuestions, method_names
@@ -69,7 +71,8 @@ class VQATask(BaseTask):
         built = super().build_datasets(cfg)
         for name, splits in built.items():
             for split in splits.keys() & {*cfg.run.valid_splits, *cfg.run.test_splits}:
-                check_ids(splits[split].annotation, f"{name}/{split}")
+                ids = [{"question_id": question_id(record)} for record in splits[split].annotation]
+                check_unique(ids, "question_id", partial(place_of, f"{name}/{split}"))
         return built
 
     def check(self, model_class: type, dataset: EvalDataset, batch: Samples, *, split: str) -> None:
@@ -193,13 +196,3 @@ class VizWizTask(VQATask):
 def question_id(record: Record) -> Any:
     """Return the question id, or the instance id where there is none."""
     return record.get("question_id", record.get("instance_id"))
-
-
-def check_ids(annotation: Iterable[Record], where: str) -> None:
-    """Raise InputError if two records have the same question id, compared as strings, as in result files."""
-    first: dict[str, tuple[int, Record]] = {}
-    for index, record in enumerate(annotation):
-        other, same = first.setdefault(str(question_id(record)), (index, record))
-        if other != index:
-            records = f"records {other} ({shown(same)}) and {index} ({shown(record)})"
-            raise InputError(f"{where}: {records} have the same question_id: each question needs its own")

@@ -9,7 +9,6 @@ from typing import Any
 
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.records import Kind, Record, RecordCheck
-from lavis_lite.common.registry import did_you_mean
 from lavis_lite.datasets.annotations import check_records, read_json, read_records, section
 
 PLACE = "_place"
@@ -75,8 +74,7 @@ def rename_columns(records: list[Record], columns: Mapping[str, str], path: Path
     """Return the records with our names of fields for the file's. Raises InputError if no record has such a field."""
     for ours, theirs in columns.items():
         if not any(theirs in record for record in records):
-            there = dict.fromkeys(str(key) for record in records[:100] for key in record)
-            raise InputError(f"{path}: columns.{ours}: no record has a field {theirs!r}. {did_you_mean(theirs, there)}")
+            raise InputError(f"{path}: columns.{ours}: no record has a field {theirs!r}; the first has {[*records[0]]}")
     renamed = set(columns.values())
     return [
         {key: value for key, value in record.items() if key not in renamed}

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lavis_lite.common.errors import InputError, MissingFileError, UnknownNameError
+from lavis_lite.common.errors import InputError, MissingFileError
 from lavis_lite.common.records import (
     ANY_TEXT,
     GROUP,
@@ -30,9 +30,9 @@ from lavis_lite.common.records import (
     RecordCheck,
     shown,
 )
-from lavis_lite.datasets.annotations import as_list, as_records, place_of, read_json
+from lavis_lite.datasets.annotations import as_list, as_records, check_records, place_of, read_json, section
 from lavis_lite.datasets.readers.captions import rows_with_words
-from lavis_lite.datasets.readers.files import PLACE, SplitFiles, derived, read_content
+from lavis_lite.datasets.readers.files import PLACE, SplitFiles, derived, read_content, with_places
 from lavis_lite.datasets.templates import fill
 
 logger = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ def read_questions(files: SplitFiles, check: RecordCheck | None = None) -> list[
         if is_answer_list(content):
             continue
         if isinstance(content, dict) and "questions" in content:
-            official += official_questions(content, path, files)
+            official += official_questions(content, path, files, check)
         elif isinstance(content, dict) and "annotations" in content:
             needed = files.needs("question_id", "answers", **question_fields(TRUTHS))
             truths |= {truth["question_id"]: truth for truth in files.section(content, "annotations", path, needed)}
@@ -119,9 +119,6 @@ def read_questions(files: SplitFiles, check: RecordCheck | None = None) -> list[
             records += files.located(as_records(content, path), path, check)
     if not (records or official):
         raise InputError(f"{files}: no file has questions; add the one that does")
-    if check is not None and not records:
-        plain = ({key: value for key, value in record.items() if key != PLACE} for record in official)
-        check(plain, lambda number: place_of(*official[number][PLACE]))
     for record in records or official:
         key = record.get("question_id")
         truth = truths.get(key, {}) if isinstance(key, str | int | float) else {}
@@ -129,16 +126,16 @@ def read_questions(files: SplitFiles, check: RecordCheck | None = None) -> list[
     return records or official
 
 
-def official_questions(content: dict[str, Any], path: Path, files: SplitFiles) -> Iterator[Record]:
-    """Yield the official file's questions, with COCO's path of the image where a question has none."""
-    check = files.needs("question_id", "question", "image_id|image", question_id=ID, image_id=ID)
-    subset = content.get("data_subtype")
-    for question in files.section(content, "questions", path, check):
-        number = question.get("image_id") or 0
-        if subset and not isinstance(number, int):
-            where = place_of(*question[PLACE])
-            raise InputError(f"{where} has image_id {shown(number)}, expected the number of an image of {subset}")
-        yield {"image": f"{subset}/COCO_{subset}_{number:012d}.jpg", **question} if subset else question
+def official_questions(
+    content: dict[str, Any], path: Path, files: SplitFiles, check: RecordCheck | None
+) -> Iterator[Record]:
+    """Return the official file's questions, with COCO's path of the image where a question has none, checked."""
+    subset, where = content.get("data_subtype"), f"{path} (questions)"
+    kinds = {"question_id": ID, "image_id": INDEX if subset else ID}
+    rows = section(content, "questions", path, files.needs("question_id", "question", "image_id|image", **kinds))
+    for row in rows if subset else ():
+        row.setdefault("image", f"{subset}/COCO_{subset}_{row.get('image_id') or 0:012d}.jpg")
+    return with_places(rows if check is None else check_records(rows, check, where), where)
 
 
 def read_answered_questions(files: SplitFiles) -> list[Record]:
@@ -192,14 +189,9 @@ def read_vizwiz(files: SplitFiles) -> Iterator[Record]:
     An image `VizWiz_<split>_<number>.jpg` is in the folder `<split>`, as its archives unpack.
     """
     for row in files.records(files.needs("image", "question", **question_fields(TRUTHS))):
-        yield derived(
-            row,
-            image=re.sub(r"^VizWiz_([a-z]+)_", r"\1/\g<0>", row["image"]),
-            question=row["question"],
-            question_id=row["image"],
-            answer=answers_of(row),
-            answer_type=row.get("answer_type"),
-        )
+        image = re.sub(r"^VizWiz_([a-z]+)_", r"\1/\g<0>", row["image"])
+        kept = {"question": row["question"], "answer_type": row.get("answer_type")}
+        yield derived(row, image=image, question_id=row["image"], answer=answers_of(row), **kept)
 
 
 def read_textvqa(files: SplitFiles) -> Iterator[Record]:
@@ -246,15 +238,9 @@ def visdial_rounds(dialog: Record, data: Record, split: str) -> Iterator[Record]
     for number, turn in enumerate(dialog["dialog"], start=1):
         question = data["questions"][turn["question"]].rstrip("? ") + "?"
         answer = data["answers"][turn["answer"]] if "answer" in turn else None
-        record = derived(
-            dialog,
-            image=f"{folder}/{folder}_{dialog['image_id']:012d}.jpg",
-            caption=dialog.get("caption"),
-            history=history.strip(),
-            question=question,
-            question_id=f"{dialog['image_id']}_{number}",
-            answer=answer,
-        )
+        ids = {"question_id": f"{dialog['image_id']}_{number}", "caption": dialog.get("caption")}
+        ids |= {"image": f"{folder}/{folder}_{dialog['image_id']:012d}.jpg", "history": history.strip()}
+        record = derived(dialog, question=question, answer=answer, **ids)
         if split != "train" and "answer_options" in turn:
             options = [data["answers"][index] for index in turn["answer_options"]]
             yield {**record, "candidates": options, "label": turn.get("gt_index")}
@@ -275,8 +261,5 @@ def read_ivqa(files: SplitFiles, *, video_name: str) -> Iterator[Record]:
     """Yield iVQA's questions, with the list of the answers that were given; `video_name` may name columns."""
     fields = {"video_id": ID, **question_fields(TRUTHS), **dict.fromkeys(IVQA_ANSWERS, GROUP)}
     for row in files.records(files.needs("video_id", "question", **fields)):
-        try:
-            video = fill(video_name, row)
-        except UnknownNameError as error:
-            raise InputError(f"{place_of(*row[PLACE])}: video_name: {error}") from error
-        yield derived(row, video=video, question=row["question"], answer=[row[n] for n in IVQA_ANSWERS if row.get(n)])
+        answers = [row[name] for name in IVQA_ANSWERS if row.get(name)]
+        yield derived(row, video=fill(video_name, row), question=row["question"], answer=answers)

@@ -6,6 +6,7 @@ METEOR is left out by name. Texts of languages without spaces are scored by char
 CIDEr's word weights come from the references of the images scored: subsets score differently.
 """
 
+import importlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -100,14 +101,10 @@ def _score(name: str, references: Texts, predictions: Texts) -> dict[str, float]
     if name == "meteor":
         return {"METEOR": caption_java.meteor(references, predictions)}
     try:
-        from pycocoevalcap.bleu.bleu import Bleu
-        from pycocoevalcap.cider.cider import Cider
-        from pycocoevalcap.rouge.rouge import Rouge
-        from pycocoevalcap.spice.spice import Spice
+        scorer = vars(importlib.import_module(f"pycocoevalcap.{name}.{name}"))[name.capitalize()]
     except ImportError as error:
         raise MissingPackageError(f"caption metrics need pycocoevalcap ({error}): pip install pycocoevalcap") from error
     if name == "bleu":
-        bleu, _ = Bleu(4).compute_score(references, predictions, verbose=0)
+        bleu, _ = scorer(4).compute_score(references, predictions, verbose=0)
         return {f"Bleu_{n}": float(value) for n, value in enumerate(bleu, start=1)}
-    scorer = {"rouge": Rouge, "cider": Cider, "spice": Spice}[name]()
-    return {LABELS[name]: float(scorer.compute_score(references, predictions)[0])}
+    return {LABELS[name]: float(scorer().compute_score(references, predictions)[0])}
