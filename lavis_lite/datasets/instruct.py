@@ -22,7 +22,7 @@ from lavis_lite.common.registry import registry
 from lavis_lite.common.wording import joined_words, lettered, letters
 from lavis_lite.datasets.annotations import as_list
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset
-from lavis_lite.datasets.templates import PLACEHOLDER, Templates, load_templates, with_prompt
+from lavis_lite.datasets.templates import PLACEHOLDER, Templates, fill, load_templates, with_prompt
 from lavis_lite.datasets.video import read_frames
 
 AnswerChoice = Literal["drawn", "most_frequent"]
@@ -63,8 +63,8 @@ class InstructDataset(BaseDataset):
         self.short_clips: ShortClips = one_of("short_clips", short_clips, get_args(ShortClips))
         self.answer_choice = one_of("answer_choice", answer_choice, get_args(AnswerChoice))
         self.candidate_format = one_of("candidate_format", candidate_format, get_args(CandidateFormat))
-        used = templates.used(training=training)
-        self.placeholders = {name: text for text in used for name in PLACEHOLDER.findall(text)}
+        self.used = templates.train if training else (templates.eval,)
+        self.placeholders = {name: text for text in self.used for name in PLACEHOLDER.findall(text)}
         learned = templates.output if templates.output in CLEANED else f"{templates.output}|candidates"
         asked = tuple(name for name in TEXT_FIELDS if name in self.placeholders)
         self.required = (*self.required, *asked, *((learned,) if training else ()))
@@ -108,7 +108,7 @@ class InstructDataset(BaseDataset):
         fields = self.values(record)
         sample = {
             "image": self.visual(record),
-            "text_input": self.templates.instruction(fields, training=self.training),
+            "text_input": fill(random.choice(self.used) if self.training else self.used[0], fields),
             "prompt": "{}",
             "instance_id": str(index),
         }
@@ -182,9 +182,8 @@ def fill_answers_and_label(record: Record, output: str) -> None:
 
     Raises InputError for invalid candidates, and for a label or an answer that is not one of them.
     """
-    answers = [str(text) for text in as_list(record.get(output)) if text is not None and str(text).strip()]
-    if any(isinstance(text, dict | list) for text in as_list(record.get(output))):
-        raise InputError(f"must have a text, or a list of texts, in its field {output!r}, got {record[output]!r}")
+    texts = [text.get("answer") if isinstance(text, dict) else text for text in as_list(record.get(output))]
+    answers = [str(text) for text in texts if text is not None and str(text).strip()]
     record["answers"], candidates, label = answers, record.get("candidates"), record.get("label")
     if candidates is None:
         return

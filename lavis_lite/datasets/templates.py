@@ -6,7 +6,6 @@ is drawn at random for each sample (InstructBLIP, section 2.2); in evaluation th
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,14 +33,6 @@ class Templates:
     eval: str
     output: str = "answer"
     source: str = ""
-
-    def used(self, *, training: bool) -> tuple[str, ...]:
-        """Return the templates that are filled in training, or the one of evaluation."""
-        return self.train if training else (self.eval,)
-
-    def instruction(self, fields: Mapping[str, Any], *, training: bool) -> str:
-        """Return one instruction, filled with the record's fields; drawn with `random` in training."""
-        return fill(random.choice(self.train) if training else self.eval, fields)
 
 
 def fill(template: str, fields: Mapping[str, Any]) -> str:

@@ -112,17 +112,14 @@ def checkpoint_to_resume(run: RunConfig) -> Path | None:
 
 def whole_checkpoint(folder: Path) -> Path | None:
     """Return the newest undamaged checkpoint of a job: checkpoint_last.pth, or else that of the most steps."""
-    resumable = [path for path in _checkpoints(folder) if path.name != BEST]
-    for path in resumable:
+    for path in (path for path in _checkpoints(folder) if path.name != BEST):
         try:
             integrity.verify(path, as_zip=True)
         except DamagedFileError as error:
             logger.warning("%s", error)
             continue
-        if path != resumable[0]:
-            logger.warning("resuming %s instead: the steps after it are repeated", path)
-        elif path.name != LAST:
-            logger.warning("%s is gone: resuming %s", folder / LAST, path)
+        if path.name != LAST:
+            logger.warning("%s cannot be resumed: resuming %s instead", folder / LAST, path)
         return path
     return None
 

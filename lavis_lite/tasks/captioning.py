@@ -127,14 +127,13 @@ class CaptionTask(BaseTask):
         references = self.references(dataset)
         if not references:
             return {**unscored(f"the {split} split has no reference captions"), **extra}
-        captioned = set(map(str, captions))
-        scored = {image_id: texts for image_id, texts in references.items() if str(image_id) in captioned}
+        captions = {str(image_id): text for image_id, text in captions.items()}
+        scored = {str(image_id): texts for image_id, texts in references.items() if str(image_id) in captions}
         if len(scored) < max(len(references), len(captions)):
             counts = len(scored), len(references), len(captions)
             logger.warning("%s: scoring %d images; %d have references, %d captions", split, *counts)
         if self.annotation_file is None:  # captions that a file does not cover are an error of `caption_metrics`
-            covered = set(map(str, scored))
-            captions = {image_id: text for image_id, text in captions.items() if str(image_id) in covered}
+            captions = {image_id: text for image_id, text in captions.items() if image_id in scored}
         tokens, join = self.caption_tokens, self.join_hyphens
         return {**caption_metrics(scored, captions, self.metrics, tokens=tokens, join_hyphens=join), **extra}
 

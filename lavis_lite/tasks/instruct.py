@@ -60,11 +60,7 @@ class InstructTask(BaseTask):
         """Raise InputError for settings that the model does not take, or a metric that needs candidates."""
         if "candidates" not in batch:
             check_settings(model_class, "generate", self.decoding_settings())
-        if batch:
-            self._check_choices("candidates" in batch, split)
-
-    def _check_choices(self, has_candidates: bool, split: str) -> None:
-        if self.metric != "accuracy" and not has_candidates:
+        if batch and "candidates" not in batch and self.metric != "accuracy":
             raise InputError(f"run.metric {self.metric!r} ranks candidates, and {split} has none: choose accuracy")
 
     def check_model(self, model: BaseModel, dataset: EvalDataset, batches: Sequence[Samples], *, split: str) -> None:
@@ -102,7 +98,6 @@ class InstructTask(BaseTask):
         scored = [(record, result) for record, result in pairs if has_truth(record, result)]
         if not scored:
             return unscored(f"the {split} split has no answers")
-        self._check_choices(all("losses" in result for _, result in scored), split)
         records = [record for record, _ in scored]
         hits = [hit(record, result) for record, result in scored]
         accuracy = 100 * sum(hits) / len(hits)
