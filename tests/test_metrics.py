@@ -178,7 +178,7 @@ def test_java_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(caption_java, "find_java", lambda: str(java))
     with pytest.raises(RuntimeError, match=r"tokenizer.*no memory"):
         caption_java.tokenize({"a": ["x"]})
-    with pytest.raises(RuntimeError, match=r"meteor.*no memory"):
+    with pytest.raises(RuntimeError, match=r"METEOR.*no memory"):
         caption_java.meteor({"a": ["x"]}, {"a": ["x"]})
 
 

@@ -1,4 +1,4 @@
-"""The Java programs that ship with pycocoevalcap: the PTB tokenizer and METEOR 1.5, run once or twice and closed.
+"""The Java programs that ship with pycocoevalcap: the PTB tokenizer and METEOR 1.5, each run once and closed.
 
 They are run from here because pycocoevalcap's wrappers write into site-packages, misalign captions with odd line
 breaks, and leave processes running when Java fails.
@@ -7,8 +7,10 @@ breaks, and leave processes running when Java fails.
 import importlib.util
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 from lavis_lite.common.errors import MissingPackageError
 
@@ -50,10 +52,18 @@ def missing_for(metric: str) -> str | None:
 def tokenize(texts: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     """Return each text as lower-case PTB tokens joined by spaces, without punctuation. RuntimeError if Java fails."""
     lines = [" ".join(text.split()) for several in texts.values() for text in several]
-    output = _run("tokenizer", TOKENIZER, lines)
+    done = subprocess.run(
+        _command(TOKENIZER),
+        cwd=folder() / "tokenizer",
+        input="".join(f"{line}\n" for line in lines).encode(),
+        capture_output=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    output = done.stdout.decode().split("\n")
     # Lines missing at the end must be empty ones; the one line too many is what follows the last line break
-    if any(output[len(lines) :]) or any(lines[len(output) :]):
-        raise RuntimeError(f"the PTB tokenizer of pycocoevalcap gave {len(output) - 1} lines for {len(lines)} captions")
+    if done.returncode or any(output[len(lines) :]) or any(lines[len(output) :]):
+        raise _failure("the PTB tokenizer", done.stderr)
     output += [""] * (len(lines) - len(output))
     rows = iter(" ".join(word for word in line.split() if word not in DROPPED) for line in output)
     return {key: [next(rows) for _ in several] for key, several in texts.items()}
@@ -61,25 +71,47 @@ def tokenize(texts: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
 
 def meteor(references: Mapping[str, Sequence[str]], captions: Mapping[str, Sequence[str]]) -> float:
     """Return METEOR of tokenized captions (one per image) over the whole set. RuntimeError if Java fails."""
-    rows = [[*references[key], captions[key][0]] for key in captions]
-    # SCORE gives the statistics of a caption; EVAL of all statistics gives their scores, then the set's
-    lines = [["SCORE", *(" ".join(text.replace("|||", "").split()) for text in row)] for row in rows]
-    statistics = _run("meteor", METEOR, [" ||| ".join(line) for line in lines])[: len(rows)]
-    return float(_run("meteor", METEOR, [" ||| ".join(["EVAL", *map(str.strip, statistics)])])[len(rows)])
+    with tempfile.TemporaryFile() as stderr:
+        process = subprocess.Popen(
+            _command(METEOR),
+            cwd=folder() / "meteor",
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            encoding="utf-8",
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            # SCORE returns the statistics of a caption; EVAL of all statistics returns their scores, then the set's
+            statistics = []
+            for key in captions:
+                texts = [" ".join(text.replace("|||", "").split()) for text in (*references[key], captions[key][0])]
+                _send(process.stdin, ["SCORE", *texts])
+                statistics.append(process.stdout.readline().strip())
+                if not statistics[-1]:
+                    raise EOFError("METEOR ended without statistics")
+            _send(process.stdin, ["EVAL", *statistics])
+            return [float(process.stdout.readline()) for _ in range(len(statistics) + 1)][-1]
+        except (EOFError, OSError, ValueError) as error:
+            process.kill()
+            process.wait()
+            stderr.seek(0)
+            raise _failure("METEOR", stderr.read()) from error
+        finally:
+            process.kill()
+            process.communicate()
 
 
-def _run(part: str, arguments: str, lines: Sequence[str]) -> list[str]:
-    """Return the lines that a program of this part of pycocoevalcap writes for those that it reads."""
-    settings = ("-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", "-XX:+UseSerialGC")
-    done = subprocess.run(
-        [find_java() or "java", *settings, *arguments.split()],
-        cwd=folder() / part,
-        input="".join(f"{line}\n" for line in lines).encode(),
-        capture_output=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-    if done.returncode:
-        reason = done.stderr.decode(errors="replace")[-500:]
-        raise RuntimeError(f"{part} (a Java program of pycocoevalcap) failed: {reason}")
-    return done.stdout.decode().split("\n")
+def _send(stdin: IO[str], parts: Sequence[str]) -> None:
+    stdin.write(" ||| ".join(parts) + "\n")
+    stdin.flush()
+
+
+def _command(arguments: str) -> list[str]:
+    java = find_java() or "java"
+    return [java, "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", "-XX:+UseSerialGC", *arguments.split()]
+
+
+def _failure(program: str, stderr: bytes) -> RuntimeError:
+    return RuntimeError(f"{program} (a Java program of pycocoevalcap) failed: {stderr.decode(errors='replace')[-500:]}")
