@@ -387,10 +387,9 @@ def test_a_missing_field_is_named_with_its_line(root: Path, file: str, place: st
         ("train", asked(output=None), "no field 'output'"),
         ("train", asked(output=[]), "field 'output' is an empty list"),
         ("train", asked(output=""), "field 'output' is empty"),
-        ("train", asked(output=[{"answer": "x"}]), "a text, or a list of texts, in its field 'output'"),
         ("val", asked(output={"answer": "x"}), "field 'output' is .*expected a text"),
-        ("val", asked(instruction=""), "a text in its field 'instruction', got ''"),
-        ("val", asked(image=["a.jpg"]), "a text in its field 'image'"),
+        ("val", asked(instruction=""), "field 'instruction' is empty"),
+        ("val", asked(image=["a.jpg"]), "field 'image' is .*expected the path of a file"),
         ("val", asked(video="a.avi"), "'image', 'video'"),
         ("val", asked(conversations=[]), "'instruction', 'conversations'"),
     ):

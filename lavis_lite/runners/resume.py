@@ -131,22 +131,35 @@ def _check_resumable(
     if missing:
         problem = f"{path} holds no training state ({', '.join(missing)} missing)"
         raise InputError(f"{problem}: resume from a checkpoint_last.pth, or start from it with model.pretrained")
+    if "data" not in saved:  # written before there were digests
+        logger.warning(f"{path} holds no digest of its annotations: whether they have changed is not checked")
     if differs := list(_data_differences(saved, plan, data)):
         raise InputError(
             f"{path} was written with {'; with '.join(differs)}: resume with the same data, sampling and global batch "
-            "(run.batch_size_train x processes x run.accum_grad_iters), or start from it with model.pretrained"
+            "(run.batch_size_train x processes x run.accum_grad_iters), or start anew with model.pretrained"
         )
     changed = {key: f"{was} in the checkpoint, {now} now" for key, was, now in _differences(saved, config)}
-    before, groups = saved["optimizer"]["param_groups"], optimizer.param_groups
-    if [group.get("names") for group in before] != [group.get("names") for group in groups]:
-        settings = {key: text for key, text in changed.items() if key.startswith(("model.", "run.lr_layer_decay"))}
-        raise InputError(
-            f"{path}: the optimizer's parameter groups differ: resume with the same model {settings or ''}"
-        )
+    if reason := _model_difference(saved["optimizer"], optimizer):
+        keys = [key for key in changed if key.startswith(("model.", "run.lr_layer_decay"))]
+        settings = "; ".join(f"{key}: {changed[key]}" for key in keys)
+        raise InputError(f"{path}: {reason}: resume with the same model ({settings})")
     if changed:
         logger.info(f"settings that differ from those that {path} was written with:")
     for key, text in changed.items():
         logger.info(f"{key}: {text}: {_consequence(key)}")
+
+
+def _model_difference(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> str | None:
+    """Return how the optimizer's saved state does not fit the parameters: their names per group, or their shapes."""
+    before, groups = saved["param_groups"], optimizer.param_groups
+    if [group.get("names") for group in before] != [group.get("names") for group in groups]:
+        return "the optimizer's parameter groups differ from this run's"
+    for was, now in zip(before, groups, strict=True):
+        for index, parameter in zip(was["params"], now["params"], strict=True):
+            moment = saved["state"].get(index, {}).get("exp_avg")
+            if moment is not None and moment.shape != parameter.shape:
+                return "parameters have other shapes"
+    return None
 
 
 def _data_differences(saved: Mapping[str, Any], plan: Plan, data: Mapping[str, str | None]) -> Iterator[str]:
@@ -156,7 +169,7 @@ def _data_differences(saved: Mapping[str, Any], plan: Plan, data: Mapping[str, s
         if str(was) != str(own[key]):  # as text, in which the order of the training sets counts too
             yield f"{was} {unit}, this run has {own[key]}"
     for name, digest in data.items():
-        was = saved.get("data", {}).get(name)  # older checkpoints have no digests
+        was = saved.get("data", {}).get(name)
         if None not in (was, digest) and was != digest:
             yield f"other annotations of {name!r} (digest {was}), this run's have the digest {digest}"
 
