@@ -122,8 +122,9 @@ def guessing(means: Means) -> str | None:
     if accuracy >= 1.5 * chance or chance > 0.5:
         return None
     return (
-        f"contrast within the batch was at chance (acc_itc {accuracy:.4f}, by guessing {chance:.4f}), even if loss_itc "
-        "falls: check that texts belong to their images; for short runs set model.queue_size=0 and lower model.momentum"
+        f"contrast within the batch was at chance (acc_itc {accuracy:.4f}, by guessing {chance:.4f}, with loss_itc "
+        f"{means['loss_itc']:.3g}), even if loss_itc falls: check that texts belong to their images; for short runs "
+        "set model.queue_size=0 and lower model.momentum"
     )
 
 
@@ -132,6 +133,6 @@ def never_matching(means: Means) -> str | None:
     if abs(means["acc_itm"] - 0.5) > 0.02 or abs(means["loss_itm"] - ALWAYS_NO_MATCH) > 0.01:
         return None
     return (
-        f"the matching head gave every pair the same score (loss_itm {means['loss_itm']:.4f}, by always answering 'no "
-        f"match' {ALWAYS_NO_MATCH}): train longer, until acc_itc is above chance; till then evaluate with run.k_test=0"
+        f"the matching head gave the same score to every pair (loss_itm {means['loss_itm']:.4f}, by always answering "
+        f"'no match' {ALWAYS_NO_MATCH}): train longer, until acc_itc is above chance; till then evaluate with run.k_test=0"
     )
