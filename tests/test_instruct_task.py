@@ -89,10 +89,8 @@ def test_the_area_counts_pairs_and_ties_half() -> None:
 
 
 def test_the_area_needs_both_kinds() -> None:
-    with pytest.raises(ValueError, match="there are 2 and 0"):
+    with pytest.raises(ValueError, match="there are 2 positive and 0 negative"):
         roc_auc([1, 2], [True, True])
-    with pytest.raises(ValueError, match="score 1 is not a number"):
-        roc_auc([1, float("nan")], [True, False])
 
 
 def test_reciprocal_ranks_by_hand() -> None:
@@ -100,8 +98,6 @@ def test_reciprocal_ranks_by_hand() -> None:
     assert [rank_of(losses, right) for right in range(4)] == [4, 1, 2, 3]
     assert mean_reciprocal_rank([1, 2, 4]) == pytest.approx(100 * (1 + 1 / 2 + 1 / 4) / 3)
     assert rank_of([-float("inf"), float("inf"), 0.0], 1) == 3
-    with pytest.raises(ValueError, match="not all numbers"):
-        rank_of([1.0, float("nan")], 0)
 
 
 def test_ivqa_counts_two_annotators_as_enough() -> None:
@@ -146,7 +142,7 @@ def test_reciprocal_rank_of_the_right_candidate(tmp_path: Path) -> None:
     assert metrics["mrr"] == metrics["agg_metrics"] == pytest.approx(100 * (1 + 1 / 2 + 1 / 2) / 3)
     assert metrics["accuracy"] == pytest.approx(100 / 3)
     assert metrics["per_question_type"] == {"what": 75.0, "which": 50.0}
-    with pytest.raises(ValueError, match=r"'auc' is between two classes, but \['red', 'blue', 'green'\] are 3"):
+    with pytest.raises(ValueError, match=r"'auc' is between two classes, but \['red', 'blue', 'green'\] are not two"):
         run(InstructTask(metric="auc"), model, CHOICES, tmp_path)
 
 

@@ -134,5 +134,5 @@ def never_matching(means: Means) -> str | None:
         return None
     return (
         f"the matching head gave the same score to every pair (loss_itm {means['loss_itm']:.4f}, by always answering "
-        f"'no match' {ALWAYS_NO_MATCH}): train longer, until acc_itc is above chance; till then evaluate with run.k_test=0"
+        f"'no match' {ALWAYS_NO_MATCH}): train longer, until acc_itc is above chance; till then set run.k_test=0"
     )
