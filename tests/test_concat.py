@@ -110,7 +110,7 @@ def test_sets_smaller_than_a_batch_are_welcome_but_not_all_together() -> None:
         sampler(batch_size=51)
     with pytest.raises(ValueError, match="dataset 'b' has no training samples"):
         TrainSampler({"a": 9, "b": 0}, None, batch_size=2, seed=0)
-    with pytest.raises(ValueError, match=r"'a' has 3 training samples.*or set run.train_dataset_mixing: concat"):
+    with pytest.raises(ValueError, match=r"'a' has 3 training samples.*or mix within batches"):
         TrainSampler(LENGTHS, dict.fromkeys(LENGTHS, 1 / 3), batch_size=4, seed=0)
 
 

@@ -180,7 +180,7 @@ def test_missing_and_non_utf8_files_are_named(tmp_path: Path):
         ("run.task=caption", ["run.task: ", "'caption'", "Did you mean 'captioning'"]),
         ("run.runner=runner", ["run.runner: ", "'runner'"]),
         ("run.lr_sched=cosine", ["run.lr_sched: ", "'cosine'"]),
-        ("run.precision=bf61", ["'auto' or 'fp32' or 'bf16' or 'fp16'", "got 'bf61' (text)"]),
+        ("run.precision=bf61", ["'auto' or 'fp32' or 'bf16' or 'fp16'", "Did you mean 'bf16'?", "got 'bf61' (text)"]),
         ("run.max_epoch=ten", ["run.max_epoch: ", "a whole number", "got 'ten' (text)"]),
         ("run.max_epoch=2.5", ["run.max_epoch: ", "a whole number", "got 2.5"]),
         ("run.max_epoch=true", ["run.max_epoch: ", "a whole number", "got True"]),
@@ -324,6 +324,13 @@ def test_mistakes_with_a_builder_are_named(tmp_path: Path):
     assert "datasets.mine.builder: unknown builder 'instuct'. Did you mean 'instruct'" in said("{builder: instuct}")
     assert "datasets.mine.builder: expected a name, got [1]" in said("{builder: [1]}")
     assert "datasets.mine.type: nocaps has no type 'big'" in said("{builder: nocaps, type: big}")
+    for info, key, nearest in (
+        ("{anotations: {}}", "anotations", "annotations"),
+        ("{annotations: {train: {storag: x}}}", "annotations.train.storag", "storage"),
+        ("{images: {storge: x}}", "images.storge", "storage"),
+    ):
+        wanted = f"datasets.mine.build_info.{key}: unknown key. Did you mean '{nearest}'"
+        assert wanted in said(f"{{builder: instruct, build_info: {info}}}")
     assert "datasets.mine.num_frame: unknown key. Did you mean 'num_frames'" in said(
         "{builder: instruct, num_frame: 3}"
     )

@@ -87,7 +87,7 @@ def test_a_folder_keeps_settings_and_processors(tmp_path: Path) -> None:
     assert run("to-hf", "blip2_opt", "tiny", folder, *options) == 0
     model, images, texts = from_pretrained(folder, processors=True, is_eval=True)
     assert (model.prompt, model.max_txt_len, model.training) == ("a drawing of", 12, False)
-    assert images["eval"].transform.transforms[1].size == (48, 48)
+    assert images["eval"].geometry.transforms[0].size == (48, 48)
     assert texts["eval"]("A  dog!") == "a dog"
     assert from_pretrained(folder, prompt="").prompt == ""
 

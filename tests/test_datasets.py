@@ -21,13 +21,14 @@ from lavis_lite.common.errors import InputError, UserError
 from lavis_lite.common.registry import registry
 from lavis_lite.common.rng import seed_sample
 from lavis_lite.datasets import load_dataset
-from lavis_lite.datasets.annotations import add_instance_ids, read_records
+from lavis_lite.datasets.annotations import read_records
+from lavis_lite.datasets.base import BaseDataset
 from lavis_lite.datasets.caption import CaptionBuilder, CaptionEvalDataset, CaptionTrainDataset
 from lavis_lite.datasets.classification import ClassificationBuilder, ClassificationDataset
 from lavis_lite.datasets.nlvr import NLVREvalDataset, NLVRTrainDataset, swap_sides
 from lavis_lite.datasets.pairs import PairsDataset
 from lavis_lite.datasets.readers import READERS
-from lavis_lite.datasets.readers.files import SplitFiles, needs, rename_columns
+from lavis_lite.datasets.readers.files import SplitFiles, rename_columns
 from lavis_lite.datasets.retrieval import RetrievalEvalDataset, RetrievalTrainDataset
 from lavis_lite.datasets.vqa import VQABuilder, VQAEvalDataset, VQATrainDataset
 from lavis_lite.tasks.captioning import CaptionTask
@@ -73,10 +74,9 @@ def test_all_kinds_of_files_give_the_same_records(tmp_path: Path) -> None:
 
 
 def test_objects_become_records_with_sample_id_and_files_are_joined(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text('{"x": {"title": 1}, "y": [2]}')
-    (tmp_path / "b.json").write_text('[{"title": 3, "instance_id": "own"}]')
-    records = add_instance_ids([r for name in "ab" for r in read_records(tmp_path / f"{name}.json")])
-    assert records == [
+    files = [{"x": {"title": 1}, "y": [2]}, [{"title": 3, "instance_id": "own"}]]
+    dataset = make(tmp_path, BaseDataset, None, files=files)
+    assert dataset.annotation == [
         {"sample_id": "x", "title": 1, "instance_id": "0"},
         {"sample_id": "y", "data": [2], "instance_id": "1"},
         {"title": 3, "instance_id": "own"},
@@ -94,14 +94,15 @@ def test_objects_become_records_with_sample_id_and_files_are_joined(tmp_path: Pa
         ("lack.jsonl", '\n{"a": 1}\n \n{"b": 1}', r"lack\.jsonl: line 4 has no field 'a'; .*'b'"),
         ("lack.json", '[{"a": 1}, {"b": 1, "c": 2}]', r"lack\.json: record 1 has no field 'a'; .*'b', 'c'"),
         ("null.json", '[{"a": null}]', r"record 0: field 'a' is null"),
-        ("wide.csv", "a,b\n1,2,3\n", r"wide\.csv: line 2 has more columns"),
+        ("wide.csv", "a,b\n1,2,3\n", r"wide\.csv: line 2 has 3 columns"),
         ("what.xml", "<a/>", r"what\.xml: unknown kind .*\.jsonl"),
     ],
 )
 def test_bad_annotation_files_are_named(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
+    files = SplitFiles(paths=[tmp_path / name], split="val")
     with pytest.raises(ValueError, match=message):
-        list(SplitFiles(paths=[tmp_path / name], split="val").records(needs("a")))
+        list(files.records(files.needs("a")))
 
 
 def test_missing_annotation_file_is_named(tmp_path: Path) -> None:
@@ -211,7 +212,7 @@ def test_vqa_training_weights(root: Path) -> None:
     first = dataset[0]["text_output"]
     seed_sample(3)
     assert dataset[0]["text_output"] == first
-    with pytest.raises(ValueError, match=r"record 0 has no answer.*'question'"):
+    with pytest.raises(ValueError, match=r"record 0 has no field 'answer' or 'answers' .*'question'"):
         make(root, VQATrainDataset, [{"question": "?", "image": "a.png"}], split="train")
 
 
@@ -316,10 +317,8 @@ def test_builder_fetches_an_address_into_the_storage(root: Path, monkeypatch: py
     ("build_info", "error", "message"),
     [
         ({}, ValueError, "names no split"),
-        ({"anotations": {}}, ValueError, "Did you mean 'annotations'"),
-        ({"annotations": {"train": {"storag": "x"}}}, ValueError, r"build_info\.annotations\.train.*'storage'"),
-        ({"annotations": {"train": {}}}, ValueError, "needs a url or a storage"),
-        ({"annotations": {"train": {"storage": ["a", "b"], "url": ["c"]}}}, ValueError, "url has 1 entries"),
+        ({"annotations": {"train": {}}}, ValueError, r"build_info\.annotations\.train needs a url or a storage"),
+        ({"annotations": {"train": {"storage": ["a", "b"], "url": ["c"]}}}, ValueError, "lists of .* the same length"),
         ({"annotations": {"train": {"storage": "gone.json"}}}, FileNotFoundError, r"gone\.json.*LAVIS_LITE_DATA"),
         ({"annotations": {"train": {"url": "/no/such.json"}}}, FileNotFoundError, r"/no/such\.json"),
     ],
@@ -443,7 +442,6 @@ def test_a_renamed_field_takes_the_place_of_another() -> None:
         ({"layout": "caption", "reader": "caption"}, ["reader", "'caption'", "'captions'"]),
         ({"layout": "caption", "reader": "no_such_module.read"}, ["reader", "no_such_module", "imports"]),
         ({"layout": "caption", "reader": "json.no_such_reader"}, ["reader", "json", "'no_such_reader'"]),
-        ({"layout": "caption", "reader": "json.__doc__"}, ["reader", "json.__doc__"]),
     ],
 )
 def test_mistakes_in_a_dataset_of_ones_own_are_named(root: Path, section: dict[str, Any], words: list[str]) -> None:
@@ -478,11 +476,10 @@ def test_a_reader_of_ones_own(flowers: Path) -> None:
         build(flowers, section, imports=["my_flowers"])
 
 
-@pytest.mark.parametrize(("records", "words"), [("[]", "no records"), ("[3]", "record 0 is a int")])
-def test_a_reader_that_gives_no_records(root: Path, records: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(READERS, "odd", lambda files: json.loads(records))
+def test_a_reader_that_gives_no_records(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(READERS, "odd", lambda files: [])
     files = lines(root, {"image": "a.png"})
-    with pytest.raises(InputError, match=rf"own\.jsonl: .*{words}"):
+    with pytest.raises(InputError, match=r"own\.jsonl: .*no records"):
         build(root, {"layout": "caption", "reader": "odd", "build_info": files})
 
 

@@ -94,7 +94,7 @@ def test_questions_with_one_id(tmp_path: Path, capsys: pytest.CaptureFixture[str
     lines = [asked(i, question_id=id) for i, id in enumerate(["a", "b", "a"])]
     path = project(tmp_path, {"own": garden(tmp_path / "own", lines)}, test_splits=["val"], max_iters=1)
     vqa = ["run.task=vqa", "run.inference_method=generate", "run.max_len=2"]
-    words = ("own/val: records 0 (", "and 2 (", "have the same question_id 'a'")
+    words = ("own/val: record 0 and", "own/val: record 2", "have the same question_id 'a'")
     complains(capsys, cli_helpers.evaluate(path, *vqa), *words)
     assert cli_helpers.train(path, *vqa, "run.test_splits=[]") == 0
     assert cli_helpers.evaluate(path, "run.max_len=2") == 0

@@ -89,10 +89,8 @@ def test_the_area_counts_pairs_and_ties_half() -> None:
 
 
 def test_the_area_needs_both_kinds() -> None:
-    with pytest.raises(ValueError, match="there are 2 and 0"):
+    with pytest.raises(ValueError, match="there are 2 positive and 0 negative"):
         roc_auc([1, 2], [True, True])
-    with pytest.raises(ValueError, match="score 1 is not a number"):
-        roc_auc([1, float("nan")], [True, False])
 
 
 def test_reciprocal_ranks_by_hand() -> None:
@@ -100,8 +98,6 @@ def test_reciprocal_ranks_by_hand() -> None:
     assert [rank_of(losses, right) for right in range(4)] == [4, 1, 2, 3]
     assert mean_reciprocal_rank([1, 2, 4]) == pytest.approx(100 * (1 + 1 / 2 + 1 / 4) / 3)
     assert rank_of([-float("inf"), float("inf"), 0.0], 1) == 3
-    with pytest.raises(ValueError, match="not all numbers"):
-        rank_of([1.0, float("nan")], 0)
 
 
 def test_ivqa_counts_two_annotators_as_enough() -> None:
@@ -146,7 +142,7 @@ def test_reciprocal_rank_of_the_right_candidate(tmp_path: Path) -> None:
     assert metrics["mrr"] == metrics["agg_metrics"] == pytest.approx(100 * (1 + 1 / 2 + 1 / 2) / 3)
     assert metrics["accuracy"] == pytest.approx(100 / 3)
     assert metrics["per_question_type"] == {"what": 75.0, "which": 50.0}
-    with pytest.raises(ValueError, match=r"'auc' is between two classes, but \['red', 'blue', 'green'\] are 3"):
+    with pytest.raises(ValueError, match=r"'auc' is between two classes, but \['red', 'blue', 'green'\] are not two"):
         run(InstructTask(metric="auc"), model, CHOICES, tmp_path)
 
 
@@ -166,7 +162,7 @@ def test_several_words_speak_for_a_class(tmp_path: Path) -> None:
 
 def test_losses_that_are_no_numbers_name_the_question(tmp_path: Path) -> None:
     model = Fake(losses=[[1.0, 2.0], [2.0, float("nan"), 2.5]])
-    with pytest.raises(ValueError, match="question 'q1' have losses that are not numbers"):
+    with pytest.raises(ValueError, match="question 'q1' are not numbers"):
         run(InstructTask(), model, CHOICES[:2], tmp_path)
 
 
@@ -176,8 +172,6 @@ def test_texts_are_scored_by_any_right_answer(tmp_path: Path) -> None:
     metrics = run(InstructTask(max_len=7, repetition_penalty=1.2), model, records, tmp_path)
     assert metrics == {"accuracy": 50.0, "agg_metrics": 50.0, "per_answer_type": {"other": 0.0}}
     assert model.given == {"num_beams": 5, "max_len": 7, "min_len": 1, "repetition_penalty": 1.2}
-    with pytest.raises(ValueError, match="'mrr' ranks candidates, and samples of the val split have none"):
-        run(InstructTask(metric="mrr"), model, records, tmp_path)
 
 
 def test_without_truth_only_the_file_is_written(tmp_path: Path) -> None:
@@ -200,7 +194,7 @@ def test_blank_images_and_videos_have_a_file_of_their_own(tmp_path: Path) -> Non
 
 
 def test_an_unknown_metric_is_named() -> None:
-    with pytest.raises(ValueError, match=r"run\.metric: .*accuracy, auc, mrr.*'ndcg'"):
+    with pytest.raises(ValueError, match=r"run\.metric: 'ndcg' .*accuracy, auc, mrr"):
         InstructTask(metric="ndcg")
 
 

@@ -100,7 +100,7 @@ def test_workers_and_position_change_nothing() -> None:
     straight = take(TrainLoader(data, run_config()), 25)
     workers = take(TrainLoader(data, run_config(num_workers=2)), 25)
     sought = TrainLoader(data, run_config(num_workers=1))
-    sought.seek(sought.sampler.steps_per_epoch + 7)
+    sought.sampler.start_step = sought.sampler.steps_per_epoch + 7
     assert sought.sampler.steps_per_epoch == (13 + 29) // 4
     torch.testing.assert_close(workers, straight, rtol=0, atol=0)
     torch.testing.assert_close(take(sought, 8), straight[17:], rtol=0, atol=0)
@@ -229,7 +229,7 @@ def test_splits() -> None:
     assert sets["x"].collater([sets["x"][7]])["id"].tolist() == [14]
     assert train_sets(datasets, ["train"])["x"] is a
     assert eval_sets(datasets, ["extra", "val"]) == {"extra": b, "x_val": c, "y_val": d}
-    with pytest.raises(ValueError, match=r"'test'.*y: val"):
+    with pytest.raises(ValueError, match=r"'test'.*'y': \['val'\]"):
         train_sets(datasets, ["val", "test"])
 
 
@@ -256,7 +256,7 @@ def test_seeking_counts_steps() -> None:
     run = run_config(batch_size_train=2, accum_grad_iters=3)
     straight = take(TrainLoader({"a": Noisy(20)}, run), 24)
     later = TrainLoader({"a": Noisy(20)}, run)
-    later.seek(5)
+    later.sampler.start_step = 5
     torch.testing.assert_close(take(later, 9), straight[15:], rtol=0, atol=0)
 
 

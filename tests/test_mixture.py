@@ -135,7 +135,7 @@ def test_shares_are_of_the_training_splits() -> None:
 @pytest.mark.parametrize(
     ("setting", "text"),
     [
-        ({"factors": {"ab": 2}}, r"run\.train_dataset_factors: 'ab' .*'abc'"),
+        ({"factors": {"ab": 2}}, r"run\.train_dataset_factors: .*'ab'.*'abc'"),
         ({"factors": {"abc": 0}}, r"run\.train_dataset_factors: .*\{'abc': 0\}"),
         ({"factors": {"abc": -1}}, r"run\.train_dataset_factors: .*\{'abc': -1\}"),
         ({"ratios": {"ab": 1}}, r"run\.train_dataset_ratios: .*\['ab'\].*\['abc'\]"),
@@ -302,5 +302,5 @@ def test_best_by_the_first_result_or_their_mean(tmp_path: Path, by: str, best: t
 def test_the_mean_needs_every_result(tmp_path: Path) -> None:
     changes = {"data": mixed_data(), "max_epoch": 1, "test_splits": []}
     make(tmp_path / "first", task=Judged(few_val=[0.9], many_val=[None]), **changes).train()
-    with pytest.raises(ValueError, match=r"no 'agg_metrics' for many_val: found \['accuracy'\]"):
+    with pytest.raises(KeyError, match="agg_metrics"):
         make(tmp_path / "mean", task=Judged(few_val=[0.9], many_val=[None]), best_by="mean", **changes).train()

@@ -21,7 +21,6 @@ from lavis_lite.datasets import instruct
 from lavis_lite.datasets.annotations import read_records
 from lavis_lite.tasks.captioning import CaptionTask
 from lavis_lite.tasks.results import write_json
-from lavis_lite.tasks.vqa import check_ids
 
 UNREAD = {("ivqa", "start"), ("ivqa", "end"), ("scienceqa", "lecture"), ("scienceqa_instruct", "lecture")}
 """Fields of the published files that the builders do not read as they are set here."""
@@ -174,9 +173,9 @@ def test_blank_texts_can_be_left_out(folder: Path, caplog: pytest.LogCaptureFixt
         {"image": "a.png", "question": "what?", "answer": ""}
     ]
     assert [s["weight"] for s in build(folder, questions, name="vqa", blank_texts="skip")] == [[1.0], [1.0]]
-    with pytest.raises(InputError, match="record 1 has no answer to train on"):
+    with pytest.raises(InputError, match="record 1 has no field 'answer' or 'answers'"):
         build(folder, [questions[0], {"image": "a.png", "question": "what?"}], name="vqa", blank_texts="skip")
-    with pytest.raises(InputError, match="no blank_texts 'drop'"):
+    with pytest.raises(InputError, match="blank_texts: 'drop' is not one of error, skip"):
         build(folder, records, blank_texts="drop")
 
 
@@ -186,13 +185,11 @@ def test_blank_texts_can_be_left_out(folder: Path, caplog: pytest.LogCaptureFixt
 @pytest.mark.parametrize(
     ("kind", "content", "message"),
     [
-        ("csv", "image;caption\na.png;x, y\n", r"separated by a semicolon \(';'\), those of a \.csv file by a comma"),
-        ("csv", "image\tcaption\na.png\tx\n", r"separated by a tab .* or call it \.tsv"),
-        ("tsv", "image,caption\na.png,x\n", r"separated by a comma \(','\), those of a \.tsv file by a tab"),
+        ("csv", "image;caption\na.png;x\n", "line 2 has no field .*; fields there: 'image;caption'"),
         ("csv", "image,caption\n", "holds no records"),
         ("csv", "", "is empty"),
-        ("csv", "image,caption\n\na.png\n", "line 3 has fewer columns than the header"),
-        ("csv", "image,caption\na.png,x,y\n", "line 2 has more columns than the header"),
+        ("csv", "image,caption\n\na.png\n", "line 3 has 1 columns, not 2 as the header"),
+        ("csv", "image,caption\na.png,x,y\n", "line 2 has 3 columns, not 2 as the header"),
         ("csv", 'image,caption\na.png,"x\ny"\nb.png,\n', "line 4: field 'caption' is empty"),
         ("csv", "image,caption\na.png,\"['x', 'y']\"\n", "line 2: field 'caption' .*a list written as one text"),
         ("csv", "image,caption,caption\na.png,x,y\n", 'line 1 names the column "caption" twice'),
@@ -202,12 +199,8 @@ def test_blank_texts_can_be_left_out(folder: Path, caplog: pytest.LogCaptureFixt
         ("jsonl", "\n \n", "is empty"),
         ("json", "[]", "holds no records"),
         ("json", "{}", "holds no records"),
-        (
-            "json",
-            '{"a": 1}\n{"a": 2}',
-            r"line 2, column 1: Extra data\. A file with .* is called \.jsonl",
-        ),
-        ("json", "[" * 100_000, "nested too deeply"),
+        ("json", '{"a": 1}\n{"a": 2}', r"line 2, column 1: Extra data\. .* one object per line is called \.jsonl"),
+        ("json", "[" * 100_000, "cannot be read .*recursion"),
         ("json", "[" + "9" * 5_000 + "]", "cannot be read .*digits"),
         ("json", '[{"image": "a.png", "caption": "x"}, null]', "record 1 is a NoneType"),
         ("json", '{"images": 5, "annotations": []}', "expected a list of records under 'images', found 5"),
@@ -264,13 +257,6 @@ def test_instance_ids_and_question_ids_are_unique(folder: Path) -> None:
     dialog = [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}] * 2
     talks = [{"image": "a.png", "instance_id": 7, "conversations": dialog}]
     assert [r["instance_id"] for r in build(folder, talks, name="instruct").annotation] == ["7_0", "7_1"]
-    val = build(
-        folder, [{**rows[0], "instance_id": i, "question_id": i or "0"} for i in range(2)], name="vqa", split="val"
-    )
-    check_ids(val.annotation, "vqa/val")
-    val.annotation[1]["question_id"] = 0
-    with pytest.raises(InputError, match=r"vqa/val: records 0 \('what\?' of a\.png\) and 1 .* same question_id 0"):
-        check_ids(val.annotation, "vqa/val")
 
 
 # What is written
@@ -298,8 +284,8 @@ def test_results_and_logs_are_written_whatever_they_hold(tmp_path: Path, monkeyp
         ([{"image_id": 1, "caption": 5}], r"gold\.json \(annotations\): record 0: field 'caption' is 5, a number"),
         ([{"image_id": 1, "caption": "x"}, {"image_id": 1, "caption": ""}], "record 1: field 'caption' is empty"),
         ([{"image_id": [1], "caption": "x"}], "record 0: field 'image_id'"),
-        ({"a": 1}, "is not"),
-        ([5], "is not"),
+        ({"a": 1}, "expected a list of records"),
+        ([5], "record 0 is a int"),
     ],
 )
 def test_references_of_a_file_are_checked(tmp_path: Path, annotations: Any, message: str) -> None:

@@ -644,7 +644,7 @@ def test_unreadable_samples_are_in_the_log(tmp_path: Path) -> None:
 def test_plan() -> None:
     run = RunConfig(task="toy", batch_size_train=2, max_iters=12, max_epoch=9)
     plan = make_plan(run, {"line": 22}, 2)
-    assert (plan.steps_per_epoch, plan.inner, plan.total, plan.global_batch) == (5, 5, 12, 4)
+    assert (plan.sampler.steps_per_epoch, plan.inner, plan.total, plan.sampler.global_batch) == (5, 5, 12, 4)
     assert plan.num_epochs == 3
     assert [plan.bounds(epoch) for epoch in range(3)] == [(0, 5), (5, 10), (10, 12)]
 
@@ -661,7 +661,7 @@ def test_plan() -> None:
 )
 def test_plans_count_updates(changes: dict[str, Any], expected: tuple[int, ...]) -> None:
     plan = make_plan(RunConfig(task="toy", batch_size_train=4, **changes), {"line": 22}, 1)
-    assert (plan.steps_per_epoch, plan.inner, plan.total, plan.global_batch) == expected
+    assert (plan.sampler.steps_per_epoch, plan.inner, plan.total, plan.sampler.global_batch) == expected
 
 
 if __name__ == "__main__":

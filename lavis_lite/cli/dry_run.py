@@ -89,10 +89,10 @@ def plan_lines(cfg: Config, plan: Plan) -> list[str]:
     """Return each training set's share, if there are several, and how many steps the run takes."""
     build_schedule(cfg.run, max_epoch=plan.num_epochs, iters_per_epoch=plan.inner, total_steps=plan.total)  # may warn
     lines = []
-    if len(plan.shares) > 1:
-        of = "samples" if plan.is_concat else "steps"
-        lines += [f"share       {name}: {share:.2%} of the {of}" for name, share in plan.shares.items()]
-    batch = f"{plan.global_batch:,} samples per step"
+    if len(plan.sampler.shares) > 1:
+        of = "samples" if plan.sampler.is_concat else "steps"
+        lines += [f"share       {name}: {share:.2%} of the {of}" for name, share in plan.sampler.shares.items()]
+    batch = f"{plan.sampler.global_batch:,} samples per step"
     if cfg.run.accum_grad_iters > 1:
         batch += f", accumulated from {cfg.run.accum_grad_iters} batches on each process"
-    return [*lines, f"steps       {plan.steps_per_epoch:,} per epoch, {plan.total:,} in all ({batch})"]
+    return [*lines, f"steps       {plan.sampler.steps_per_epoch:,} per epoch, {plan.total:,} in all ({batch})"]

@@ -123,7 +123,7 @@ def check_data(cfg: Config, task: BaseTask, datasets: Datasets) -> DataReport:
         sets = train_sets(datasets, cfg.run.train_splits)
         lengths = {name: len(dataset) for name, dataset in sets.items()}
         report.plan = make_plan(cfg.run, lengths, dist.world_size())
-        if report.plan.is_concat:
+        if report.plan.sampler.is_concat:
             report.left_out = {key: names for key, names in first_samples_missing(sets).items() if names}
     return report
 

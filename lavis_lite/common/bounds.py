@@ -1,6 +1,6 @@
 """Checks of single values: numbers within bounds and choices, for errors before torch fails or memory runs out."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
@@ -49,3 +49,11 @@ def check_divides(section: str, values: Mapping[str, Any], *, divisor: str, numb
     if values[number] % values[divisor]:
         problem = f"{number} {values[number]} is not a multiple of {divisor} {values[divisor]}"
         raise SettingError(f"{section}.{divisor}", problem)
+
+
+def one_of(name: str, value: T, known: Iterable[T]) -> T:
+    """Return the value; raise SettingError unless it is one of the known ones, which the error lists."""
+    choices = list(known)
+    if value not in choices:
+        raise SettingError(name, f"{value!r} is not one of {', '.join(map(str, choices))}")
+    return value

@@ -16,7 +16,6 @@ from typing import Any
 from lavis_lite.common.errors import InputError, MissingFileError
 from lavis_lite.common.records import Record, RecordCheck, shown
 
-DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
 TABLES = {".csv": ",", ".tsv": "\t"}
 """The suffixes of tables, and the separators of their columns."""
 
@@ -31,9 +30,11 @@ def read_records(path: str | Path) -> list[Record]:
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix in TABLES:
-        return _some([record for _, record in _table_rows(path)], path)
-    if suffix == ".jsonl":
-        content: Any = _read_json_lines(path)
+        content: Any = [record for _, record in _table_rows(path)]
+    elif suffix == ".jsonl":
+        # Not splitlines(): JSON may hold U+2028 unescaped, which does not end a line here.
+        lines = enumerate(_read_text(path).split("\n"), start=1)
+        content = [_parsed(line, path, number) for number, line in lines if line.strip()]
     elif suffix == ".json":
         content = read_json(path)
     else:
@@ -47,17 +48,12 @@ def as_records(content: Any, path: str | Path) -> list[Record]:
         content = [{"sample_id": key, **(v if isinstance(v, dict) else {"data": v})} for key, v in content.items()]
     if not isinstance(content, list):
         raise InputError(f"{path}: expected a list or an object of records, found {shown(content)}")
+    if not content:
+        raise InputError(f"{path}: holds no records; fill it, or take it out of build_info.annotations")
     for number, record in enumerate(content):
         if not isinstance(record, dict):
-            kind = type(record).__name__
-            raise InputError(f"{place_of(path, number)} is a {kind}, expected an object with fields")
-    return _some(content, path)
-
-
-def _some(records: list[Record], path: str | Path) -> list[Record]:
-    if not records:
-        raise InputError(f"{path}: holds no records; fill it, or take it out of build_info.annotations")
-    return records
+            raise InputError(f"{place_of(path, number)} is a {type(record).__name__}, expected an object with fields")
+    return content
 
 
 def place_of(path: str | Path, number: int) -> str:
@@ -65,15 +61,13 @@ def place_of(path: str | Path, number: int) -> str:
 
     `path` is the file that has the record as its `number`th (from 0), or a text that describes its source.
     """
-    if isinstance(path, str):
+    suffix = path.suffix.lower() if isinstance(path, Path) else ""
+    if isinstance(path, str) or suffix not in (".jsonl", *TABLES):
         return f"{path}: record {number}"
-    suffix = path.suffix.lower()
     if suffix == ".jsonl":
         lines = [at for at, line in enumerate(_read_text(path).split("\n"), start=1) if line.strip()]
-    elif suffix in TABLES:
-        lines = [line for line, _ in _table_rows(path)]
     else:
-        return f"{path}: record {number}"
+        lines = [line for line, _ in _table_rows(path)]
     return f"{path}: line {lines[number]}"
 
 
@@ -90,13 +84,6 @@ def section(content: dict[str, Any], name: str, path: str | Path, check: RecordC
         raise InputError(f"{path}: expected a list of records under {name!r}, found {shown(found)}")
     where = f"{path} ({name})"
     return check_records(as_records(found, where), check, where)
-
-
-def add_instance_ids(records: list[Record]) -> list[Record]:
-    """Give each record `instance_id`, its index as a string, unless it has such a field of its own."""
-    for index, record in enumerate(records):
-        record.setdefault("instance_id", str(index))
-    return records
 
 
 def check_unique(records: Sequence[Record], name: str, place: Callable[[int], str]) -> None:
@@ -120,10 +107,8 @@ def _read_text(path: Path) -> str:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise MissingFileError(f"annotation file not found: {path}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read as an annotation file ({error.strerror})") from error
+    except (UnicodeDecodeError, OSError) as error:
+        raise InputError(f"{path}: cannot be read as an annotation file in UTF-8 ({error})") from error
     if not text.strip():
         raise InputError(f"{path}: is empty; an annotation file holds records")
     return text
@@ -134,22 +119,12 @@ def _parsed(text: str, path: str | Path, line: int | None = None) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        several = error.msg == "Extra data" and line is None and error.lineno > 1
-        hint = "A file with one object per line is called .jsonl. " if several else ""
         raise InputError(
             f"{path}: broken or truncated JSON at line {line or error.lineno}, column {error.colno}: {error.msg}. "
-            f"{hint}Correct it; a file that was downloaded can be deleted, and is then fetched again."
+            "Correct it, or delete and fetch it again; a file with one object per line is called .jsonl"
         ) from error
     except (RecursionError, ValueError) as error:
-        where = f" at line {line}" if line else ""
-        why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise InputError(f"{path}: JSON{where} that cannot be read ({why})") from error
-
-
-def _read_json_lines(path: Path) -> list[Any]:
-    # Not splitlines(): JSON may hold U+2028 unescaped, which does not end a line here.
-    lines = enumerate(_read_text(path).split("\n"), start=1)
-    return [_parsed(line, path, number) for number, line in lines if line.strip()]
+        raise InputError(f"{path}: JSON at line {line or 1} that cannot be read ({error})") from error
 
 
 def _table_rows(path: Path) -> Iterator[tuple[int, Record]]:
@@ -162,30 +137,14 @@ def _table_rows(path: Path) -> Iterator[tuple[int, Record]]:
             line, end = end + 1, reader.line_num
             if not header:
                 header = row
-                _check_header(header, path, line)
+                if twice := [name for name in header if name and header.count(name) > 1]:
+                    raise InputError(f"{path}: line {line} names the column {shown(twice[0])} twice")
             elif row:
                 if len(row) != len(header):
-                    than = "more" if len(row) > len(header) else "fewer"
                     raise InputError(
-                        f"{path}: line {line} has {than} columns than the header ({len(row)}, not {len(header)}); "
-                        "quote a field that holds the separator"
+                        f"{path}: line {line} has {len(row)} columns, not {len(header)} as the header; quote a field "
+                        "that holds the separator"
                     )
                 yield line, dict(zip(header, row, strict=True))
     except csv.Error as error:
-        raise InputError(
-            f"{path}: line {reader.line_num} is not a row of a table ({error}); quote the field"
-        ) from error
-
-
-def _check_header(header: list[str], path: Path, line: int) -> None:
-    """Raise InputError for a header with another delimiter than the suffix says, or with one name twice."""
-    wanted = TABLES[path.suffix.lower()]
-    other = next((mark for mark in DELIMITERS if mark != wanted and mark in header[0]), None) if header else None
-    if len(header) == 1 and other:
-        raise InputError(
-            f"{path}: the columns are separated by {DELIMITERS[other]} ({other!r}), those of a {path.suffix} file by "
-            f"{DELIMITERS[wanted]}: save it so" + (", or call it .tsv" if other == "\t" else "")
-        )
-    twice = next((name for name in header if header.count(name) > 1 and name), None)
-    if twice is not None:
-        raise InputError(f"{path}: line {line} names the column {shown(twice)} twice")
+        raise InputError(f"{path}: line {reader.line_num} is not a row of a table ({error}); quote it") from error

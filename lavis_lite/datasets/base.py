@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import mmap
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, TypedDict, get_args
 
 import numpy as np
 import torch
@@ -22,21 +23,23 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from lavis_lite.common import dist
+from lavis_lite.common.bounds import one_of
+from lavis_lite.common.checkpoint import atomic_write
+from lavis_lite.common.config.schema import schema_of
+from lavis_lite.common.config.sections import PROCESSOR_KEYS
 from lavis_lite.common.config.zoo import packaged_dataset
 from lavis_lite.common.errors import InputError, MissingFileError, UnknownNameError
 from lavis_lite.common.pixels import is_constant
 from lavis_lite.common.records import Kind, Record, RecordCheck
-from lavis_lite.common.registry import did_you_mean, registry
+from lavis_lite.common.registry import registry
 from lavis_lite.common.sources import download
-from lavis_lite.datasets.annotations import add_instance_ids, as_list, check_unique
+from lavis_lite.datasets.annotations import as_list, check_unique, place_of
 from lavis_lite.datasets.image import OpensImages, open_image
 from lavis_lite.datasets.readers import Reader, find_reader
-from lavis_lite.datasets.readers.files import PLACE, Places, SplitFiles
+from lavis_lite.datasets.readers.files import PLACE, SplitFiles
 
 logger = logging.getLogger(__name__)
 
-VISUAL_FOLDERS = ("images", "videos")
-"""The keys of `build_info` that name the folder of images or videos."""
 BlankTexts = Literal["error", "skip"]
 
 
@@ -72,36 +75,28 @@ class BaseDataset(Dataset):
         reader: Reader | None = None,
         columns: Mapping[str, str] | None = None,
     ) -> None:
-        if blank_texts not in get_args(BlankTexts):
-            raise InputError(f"no blank_texts {blank_texts!r}. {did_you_mean(blank_texts, get_args(BlankTexts))}")
         self.annotation_paths = [Path(path) for path in annotation_paths]
-        self.vis_root = Path(vis_root)
-        self.split = split
-        self.vis_processor = vis_processor
-        self.text_processor = text_processor
+        self.vis_root, self.split = Path(vis_root), split
+        self.vis_processor, self.text_processor = vis_processor, text_processor
         self.warned_of_constant = np.frombuffer(mmap.mmap(-1, 1), dtype=np.bool_)  # of all loader workers together
-        self.blank_texts = blank_texts
+        self.blank_texts = one_of("blank_texts", blank_texts, get_args(BlankTexts))
         check = RecordCheck(clean=text_processor, allow_blank=blank_texts == "skip")
         self.record_check = replace(check, required=self.required, fields=self.fields)
-        self.places = Places()
-        self.kept: list[int] | None = None
+        self.places: list[tuple[str | Path, int]] = []
         files = SplitFiles(
             paths=self.annotation_paths, split=split, root=self.vis_root, columns=columns or {}, check=check
         )
-        records = self.load(files, reader or find_reader(self.reader))
-        self.annotation = add_instance_ids(self.arrange(records))
-        self.places.forget(str(files))
+        self.annotation = self.arrange(self.load(files, reader or find_reader(self.reader)))
+        for index, record in enumerate(self.annotation):
+            record.setdefault("instance_id", str(index))
+        self.places = []  # every loader process would have them
 
     def load(self, files: SplitFiles, reader: Reader) -> list[Record]:
         """Return the reader's records, checked, without blank texts; `places` notes where each is from."""
-        records = []
-        for number, record in enumerate(reader(files)):
-            if not isinstance(record, dict):
-                raise InputError(f"{files}: the reader's record {number} is a {type(record).__name__}, expected a dict")
-            self.places.add(number, *record.pop(PLACE, (str(files), number)))
-            records.append(record)
+        records = list(reader(files))
+        self.places = [record.pop(PLACE, (str(files), number)) for number, record in enumerate(records)]
         if not records:
-            raise InputError(f"{files}: the reader found no records")
+            raise InputError(f"{files}: the reader found no records of the split {files.split!r}")
         self.record_check(records, self.place)
         records = self.without_blank(records)
         check_unique(records, "instance_id", self.place)
@@ -109,7 +104,7 @@ class BaseDataset(Dataset):
 
     def place(self, number: int) -> str:
         """Return where the record is that `arrange` gets as its `number`th: file and line, or file and number."""
-        return self.places(number if self.kept is None else self.kept[number])
+        return place_of(*self.places[number]) if self.places else f"{self.annotation_paths[0]}: sample {number}"
 
     def without_blank(self, records: list[Record]) -> list[Record]:
         """With `blank_texts: skip`, leave out blank texts, and the records that then lack a required field."""
@@ -118,15 +113,14 @@ class BaseDataset(Dataset):
         found = [self.record_check.without_blank(record) for record in records]
         kept = [number for number, record in enumerate(found) if record is not None]
         where = ", ".join(map(str, self.annotation_paths))
-        if records and not kept:
+        if not kept:
             raise InputError(f"{where}: all {len(records)} records have blank texts; fill them in")
-        num_blank = sum(new is not old for new, old in zip(found, records, strict=True))
-        if num_blank:
-            logger.warning(
-                "%s: blank texts of %d of %d records are left out, and %d of these records, which have no other",
-                *(where, num_blank, len(records), len(records) - len(kept)),
+        if num_blank := sum(new is not old for new, old in zip(found, records, strict=True)):
+            counts = (
+                f"{num_blank} of {len(records)} records are left out, and {len(records) - len(kept)} of these records"
             )
-        self.kept = kept
+            logger.warning(f"{where}: blank texts of {counts}, which have no other")
+        self.places = [self.places[number] for number in kept]
         return [record for record in found if record is not None]
 
     def arrange(self, records: list[Record]) -> list[Record]:
@@ -136,6 +130,15 @@ class BaseDataset(Dataset):
     def __len__(self) -> int:
         return len(self.annotation)
 
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self.annotation[index]
+        image = self.image(*self.files_of(record))
+        return {"image": image, **self.entries(record, index), "instance_id": str(index)}
+
+    def entries(self, record: Record, index: int) -> dict[str, Any]:
+        """Return the entries of a record's sample besides `image` and `instance_id`."""
+        raise NotImplementedError(f"{type(self).__name__} defines neither entries nor __getitem__")
+
     def files_of(self, record: Record) -> list[str]:
         """Return the image or video files of a record's sample, as `image` takes them."""
         file = record.get("image")
@@ -144,18 +147,16 @@ class BaseDataset(Dataset):
     def image(self, file: str) -> Any:
         """Return the processed image of a path as the annotation gives it: absolute, or below `vis_root`."""
         path = self.vis_root / file
-        if isinstance(self.vis_processor, OpensImages):
-            processor = self.vis_processor
-            image = open_image(path, background=processor.background, max_pixels=processor.max_pixels)
+        own = self.vis_processor
+        if isinstance(own, OpensImages):
+            image = open_image(path, background=own.background, max_pixels=own.max_pixels)
         else:
             image = open_image(path)
         if self.split == "train" and not self.warned_of_constant and is_constant(image):
             self.warned_of_constant.fill(True)
             logger.warning(
-                "%s has one colour only, %s, so nothing can be learned from it; others may be like it, and are not "
-                "named. If it is a transparent drawing, set another `background` in the image processor",
-                path,
-                image.getpixel((0, 0)),
+                f"{path} has one colour only, {image.getpixel((0, 0))}, so nothing can be learned from it; others may "
+                "be like it, and are not named. If it is transparent, set another `background` in the image processor"
             )
         return self.vis_processor(image)
 
@@ -170,11 +171,32 @@ class BaseDataset(Dataset):
             return torch.tensor(values, dtype=torch.long)
         if key.startswith("image") and isinstance(values[0], Image.Image):
             raise InputError(
-                f"the {self.split} images of {self.annotation_paths[0]} are not tensors: name a vis_processor in the "
-                f"dataset's YAML, e.g. vis_processor: {{{'train' if self.split == 'train' else 'eval'}: "
-                "{name: blip_image_eval, image_size: 224}}"
+                f"the {self.split} images of {self.annotation_paths[0]} are not tensors: name a vis_processor, e.g. "
+                f"{{{'train' if self.split == 'train' else 'eval'}: {{name: blip_image_eval, image_size: 224}}}}"
             )
         return values
+
+
+class AnnotationFiles(TypedDict, total=False):
+    """The annotation files of one split; lists have one entry per file."""
+
+    url: str | list[str]
+    md5: str | list[str]
+    storage: str | list[str]
+
+
+class VisualFolder(TypedDict, total=False):
+    """The folder that the records' paths of images or videos start from."""
+
+    storage: str | None
+
+
+class BuildInfo(TypedDict, total=False):
+    """Where the files of a dataset are."""
+
+    annotations: dict[str, AnnotationFiles | None] | None
+    images: VisualFolder | None
+    videos: VisualFolder | None
 
 
 @dataclass(kw_only=True)
@@ -194,14 +216,14 @@ class BaseBuilder:
     """The function from annotation files to records, in place of the layout's; see `find_reader`."""
     columns: dict[str, str] = field(default_factory=dict)
     """Our name of a field to the file's: `{caption: text}`."""
-    build_info: dict[str, Any] = field(default_factory=dict)
+    build_info: BuildInfo = field(default_factory=BuildInfo)
     vis_processor: dict[str, Any] = field(default_factory=dict)
     text_processor: dict[str, Any] = field(default_factory=dict)
     blank_texts: BlankTexts = "error"
     """`skip` leaves out empty and blank captions, questions and answers, and counts them in the log."""
 
-    train_dataset: ClassVar[type[BaseDataset] | None] = None
-    eval_dataset: ClassVar[type[BaseDataset] | None] = None
+    train_dataset: ClassVar[type[BaseDataset]]
+    eval_dataset: ClassVar[type[BaseDataset]]
 
     def prepare(self, splits: Iterable[str] | None = None) -> None:
         """Fetch the missing files of these splits (default: all); rank 0 first, so that the others find them."""
@@ -211,19 +233,16 @@ class BaseBuilder:
 
     def splits(self) -> list[str]:
         """Return the names of all splits."""
-        return [name for name, entry in self._section("annotations").items() if entry is not None]
+        return [name for name, entry in (self.build_info.get("annotations") or {}).items() if entry is not None]
 
     def build(self, splits: Iterable[str] | None = None) -> dict[str, BaseDataset]:
         """Return one dataset per split (all splits by default). Raises KeyError for a split that is not configured."""
-        there = self.splits()
+        there, name = self.splits(), type(self).__name__
         if not there:
-            raise InputError(
-                f"{type(self).__name__}: build_info.annotations names no split; give {{train: {{storage: FILE}}}}"
-            )
+            raise InputError(f"{name}: build_info.annotations names no split; give {{train: {{storage: FILE}}}}")
         wanted = there if splits is None else list(splits)
-        for split in wanted:
-            if split not in there:
-                raise UnknownNameError(f"{type(self).__name__} has no split {split!r}; there are {', '.join(there)}")
+        if unknown := [split for split in wanted if split not in there]:
+            raise UnknownNameError(f"{name} has no split {unknown[0]!r}; there are {', '.join(there)}")
         self.prepare(wanted)
         built = {}
         for split in wanted:
@@ -232,100 +251,65 @@ class BaseBuilder:
         return built
 
     def dataset_options(self, split: str) -> dict[str, Any]:
-        """Return further keyword arguments of the split's dataset; subclasses override this."""
+        """Return keyword arguments of the split's dataset besides the fields of the same names; subclasses override
+        this.
+        """
         return {}
 
     def annotation_paths(self, split: str) -> list[Path]:
         """Return the split's annotation files on disk, fetched if need be."""
-        entry = self._section("annotations")[split]
-        where = f"build_info.annotations.{split}"
-        check_keys(entry, ("url", "md5", "storage"), where)
-        urls, storages, sums = (as_list(entry[key]) if entry.get(key) else [] for key in ("url", "storage", "md5"))
+        entry = (self.build_info.get("annotations") or {})[split] or {}
+        where = f"{type(self).__name__}: build_info.annotations.{split}"
+        urls, storages, sums = (as_list(entry.get(key) or []) for key in ("url", "storage", "md5"))
         count = max(len(urls), len(storages))
-        if not count:
-            raise InputError(f"{type(self).__name__}: {where} needs a url or a storage")
-        for key, values in (("url", urls), ("storage", storages), ("md5", sums)):
-            if values and len(values) != count:
-                raise InputError(f"{type(self).__name__}: {where}.{key} has {len(values)} entries, expected {count}")
-        blank: list[Any] = [None] * count
-        return [
-            locate(*files, where=where) for files in zip(urls or blank, storages or blank, sums or blank, strict=True)
-        ]
+        if not count or any(len(values) not in (0, count) for values in (urls, storages, sums)):
+            raise InputError(f"{where} needs a url or a storage, or lists of them of the same length; got {entry!r}")
+        return [locate(*files, where=where) for files in zip_longest(urls, storages, sums)]
 
     def image_root(self) -> Path:
         """Return the folder that the annotations' paths of images or videos start from.
 
         Raises FileNotFoundError if it is missing, InputError if there are two.
         """
-        sections = {kind: self._section(kind) for kind in VISUAL_FOLDERS}
-        for kind, section in sections.items():
-            check_keys(section, ("storage",), f"build_info.{kind}")
-        given = {kind: section["storage"] for kind, section in sections.items() if section.get("storage")}
+        folders = {"images": self.build_info.get("images"), "videos": self.build_info.get("videos")}
+        given = {kind: folder["storage"] or "" for kind, folder in folders.items() if folder and folder.get("storage")}
         if len(given) > 1:
             raise InputError(
-                f"{type(self).__name__}: build_info names two folders, images: {given['images']} and videos: "
-                f"{given['videos']}: set build_info.images or build_info.videos to null"
+                f"{type(self).__name__}: build_info names two folders, {given}: set build_info.images or "
+                "build_info.videos to null"
             )
-        if not given:
-            return resolve_storage("")
-        ((kind, storage),) = given.items()
+        kind, storage = next(iter(given.items()), ("images", ""))
         root = resolve_storage(storage)
-        if not root.is_dir():
+        if given and not root.is_dir():
             raise MissingFileError(
-                f"{type(self).__name__}: {kind[:-1]} folder not found: {root}. Put the {kind} there, name another "
-                f"folder in build_info.{kind}.storage, or set the environment variable LAVIS_LITE_DATA to the data "
-                "root."
+                f"{type(self).__name__}: {kind[:-1]} folder not found: {root}. Set build_info.{kind}.storage, or the "
+                "environment variable LAVIS_LITE_DATA to the data root"
             )
         return root
 
     def dataset_class(self, split: str) -> type[BaseDataset]:
         """Return the class of the split's dataset."""
-        found = self.train_dataset if split == "train" else self.eval_dataset
-        assert found is not None, f"{type(self).__name__} has no dataset class for {split}"
-        return found
+        return self.train_dataset if split == "train" else self.eval_dataset
 
     def make_reader(self) -> Reader | None:
         """Return the reader of the annotation files; None for that of the dataset class."""
         return find_reader(self.reader) if self.reader else None
 
     def _build_split(self, split: str) -> BaseDataset:
-        reading: dict[str, Any] = {"reader": self.make_reader(), "columns": self.columns}
-        dataset = self.dataset_class(split)(
-            self.annotation_paths(split),
-            self.image_root(),
-            split=split,
-            vis_processor=make_processor(self.vis_processor, split),
-            text_processor=make_processor(self.text_processor, split),
-            blank_texts=self.blank_texts,
-            **{key: value for key, value in reading.items() if value},
-            **self.dataset_options(split),
-        )
+        dataset_class, options = self.dataset_class(split), {"split": split, "reader": self.make_reader()}
+        options |= {name: make_processor(vars(self)[name], split) for name in PROCESSOR_KEYS}
+        options |= self.dataset_options(split)
+        own = {name: value for name, value in vars(self).items() if name in schema_of(dataset_class)[0]}
+        dataset = dataset_class(self.annotation_paths(split), self.image_root(), **own | options)
         if self.dataset_class("train") is not self.dataset_class("val"):
             dataset.training = split == "train"
         return dataset
 
-    def _section(self, key: str) -> dict[str, Any]:
-        check_keys(self.build_info, ("annotations", *VISUAL_FOLDERS), "build_info")
-        return self.build_info.get(key) or {}
-
 
 def make_processor(blocks: dict[str, Any], split: str) -> Callable[[Any], Any]:
     """Return the processor of the split's block (`train` for the split of that name, else `eval`), or `identity`."""
-    check_keys(blocks, ("train", "eval"), "processor")
-    block = blocks.get("train" if split == "train" else "eval")
-    if not block:
-        return identity
-    if "name" not in block:
-        raise InputError(f"a processor block needs a `name`; found {block!r}")
-    arguments = {key: value for key, value in block.items() if key != "name"}
-    return registry.get_processor_class(block["name"])(**arguments)
-
-
-def check_keys(given: dict[str, Any], known: Sequence[str], where: str) -> None:
-    """Raise InputError for an unknown key, with the nearest one."""
-    for key in given:
-        if key not in known:
-            raise InputError(f"{where}: unknown key {key!r}. {did_you_mean(key, known)}")
+    block = dict(blocks.get("train" if split == "train" else "eval") or {})
+    return registry.get_processor_class(block.pop("name"))(**block) if block else identity
 
 
 def resolve_storage(storage: str) -> Path:
@@ -336,34 +320,22 @@ def resolve_storage(storage: str) -> Path:
 def locate(url: str | None, storage: str | None, md5: str | None, *, where: str = "") -> Path:
     """Return the file on disk: the storage if it exists, else a local `url` as it is, else fetched to the storage."""
     target = resolve_storage(storage) if storage else None
-    if target is not None and target.is_file():
-        return target
     if target is not None and target.is_dir():
         raise InputError(f"{where}.storage: {target} is a folder; name the annotation file (.json, .jsonl, .csv, .tsv)")
-    if url and "://" not in url:
-        local = Path(url).expanduser()
-        if local.is_file():
-            return local
+    local = Path(url).expanduser().absolute() if url and "://" not in url else None
+    files = [file for file in (target, local) if file is not None]
+    if found := [file for file in files if file.is_file()]:
+        return found[0]
+    if url is None or local is not None:
         raise MissingFileError(
-            f"{where}: annotation file not found: {local.absolute()}" + (f", nor {target}" if target else "")
-        )
-    if not url:
-        raise MissingFileError(
-            f"{where}: annotation file not found: {target}, and no url to fetch it from. Put it there, give an "
-            "absolute path as storage, or set the environment variable LAVIS_LITE_DATA to the data root."
+            f"{where}: annotation file not found: {', nor '.join(map(str, files))}, and no url to fetch it from. Give "
+            "an absolute path as storage, or set the environment variable LAVIS_LITE_DATA to the data root"
         )
     fetched = download.fetch(url, md5=md5)
-    return fetched if target is None else _copy_aside(fetched, target)
-
-
-def _copy_aside(source: Path, target: Path) -> Path:
-    """Copy so that `target` is never half written."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
-        aside = Path(folder) / target.name
-        shutil.copyfile(source, aside)
-        aside.replace(target)
-    return target
+    if target is None:
+        return fetched
+    with fetched.open("rb") as file:
+        return atomic_write(target, partial(shutil.copyfileobj, file))
 
 
 def load_dataset(name: str, type: str = "default", splits: Iterable[str] | None = None) -> dict[str, BaseDataset]:

@@ -24,11 +24,17 @@ MAX_ID_DIGITS = 19
 
 
 class CaptionDataset(BaseDataset):
-    """Base of the caption layouts."""
+    """Samples {image, text_input, instance_id}, one per caption: the base of the caption layouts."""
 
     required: tuple[str, ...] = ("image|file_name", "caption")
     fields = CAPTION_FIELDS
     reader = "captions"
+
+    def arrange(self, records: list[Record]) -> list[Record]:
+        return expand_captions(records)
+
+    def entries(self, record: Record, index: int) -> dict[str, Any]:
+        return {"text_input": self.text_processor(record["caption"])}
 
 
 class CaptionTrainDataset(CaptionDataset):
@@ -39,19 +45,13 @@ class CaptionTrainDataset(CaptionDataset):
     def arrange(self, records: list[Record]) -> list[Record]:
         check_images(records, map(image_key, records), self.place, root=self.vis_root)
         expanded = expand_captions(records)
-        ids = {key: index for index, key in enumerate(dict.fromkeys(image_key(record) for record in expanded))}
+        ids = {key: index for index, key in enumerate(dict.fromkeys(map(image_key, expanded)))}
         self.num_images = len(ids)
         self.image_index = [ids[image_key(record)] for record in expanded]
         return expanded
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self.annotation[index]
-        return {
-            "image": self.image(record["image"]),
-            "text_input": self.text_processor(record["caption"]),
-            "image_id": self.image_index[index],
-            "instance_id": str(index),
-        }
+    def entries(self, record: Record, index: int) -> dict[str, Any]:
+        return super().entries(record, index) | {"image_id": self.image_index[index]}
 
 
 class CaptionEvalDataset(CaptionDataset):
@@ -62,13 +62,8 @@ class CaptionEvalDataset(CaptionDataset):
     def arrange(self, records: list[Record]) -> list[Record]:
         return merge_images(records, self.place, root=self.vis_root)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self.annotation[index]
-        return {
-            "image": self.image(record["image"]),
-            "image_id": record["image_id"],
-            "instance_id": str(index),
-        }
+    def entries(self, record: Record, index: int) -> dict[str, Any]:
+        return {"image_id": record["image_id"]}
 
     def references(self) -> dict[Any, list[str]]:
         """Return the captions of each image id; images without any (nocaps) are left out."""
@@ -121,10 +116,7 @@ def merge_images(records: list[Record], place: Callable[[int], str], *, root: Pa
     check_images(records, ids, place, root=root)
     for record, image_id in zip(records, ids, strict=True):
         captions = as_list(record["caption"]) if record.get("caption") is not None else []
-        if str(image_id) in merged:
-            merged[str(image_id)]["caption"] += captions
-        else:
-            merged[str(image_id)] = {**record, "image_id": image_id, "caption": list(captions)}
+        merged.setdefault(str(image_id), {**record, "image_id": image_id, "caption": []})["caption"] += captions
     return list(merged.values())
 
 

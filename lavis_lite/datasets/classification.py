@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any
 
 from lavis_lite.common.errors import InputError
@@ -17,7 +17,6 @@ from lavis_lite.datasets.base import BaseBuilder, BaseDataset
 
 MAX_DIGITS = 9
 """Digits of a label that fits an index."""
-
 
 CLASSIFICATION_FIELDS = {"image": NAME, "sentence": ANY_TEXT, "text": ANY_TEXT, "label": ID, "instance_id": ID}
 
@@ -31,16 +30,9 @@ class ClassificationDataset(BaseDataset):
     required = ("image", "label")
     fields = CLASSIFICATION_FIELDS
 
-    def __init__(
-        self,
-        annotation_paths: Sequence[str | Path],
-        vis_root: str | Path,
-        *,
-        classes: Sequence[str] = (),
-        **options: Any,
-    ) -> None:
+    def __init__(self, *files: Any, classes: Sequence[str] = (), **options: Any) -> None:
         self.classes = list(classes)
-        super().__init__(annotation_paths, vis_root, **options)
+        super().__init__(*files, **options)
 
     def arrange(self, records: list[Record]) -> list[Record]:
         self.labels = [self.label(record, index) for index, record in enumerate(records)]
@@ -53,28 +45,16 @@ class ClassificationDataset(BaseDataset):
             return self.classes.index(label)
         if not self.classes and label.isascii() and label.isdigit() and len(label) <= MAX_DIGITS:
             return int(label)
-        where = f"{self.place(index)} has label {label!r}"
-        if not self.classes:
-            raise InputError(f"{where}: labels must be integers from 0, or name them with `classes: [...]`")
-        raise InputError(f"{where}, which is not a class. {did_you_mean(label, self.classes)}")
+        known = did_you_mean(label, self.classes) if self.classes else "Without `classes: [...]` they are integers"
+        raise InputError(f"{self.place(index)} has label {label!r}, which is not a class. {known}")
 
     def files_of(self, record: Record) -> list[str]:
         file = str(record["image"])
         return [file if PurePath(file).suffix else f"{file}.jpg"]
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self.annotation[index]
-        return {
-            "image": self.image(*self.files_of(record)),
-            "text_input": self.text_processor(sentence_of(record)),
-            "label": self.labels[index],
-            "instance_id": str(index),
-        }
-
-
-def sentence_of(record: Record) -> str:
-    """Return the record's text; empty where it has none, or null."""
-    return next((record[name] for name in ("sentence", "text") if record.get(name) is not None), "")
+    def entries(self, record: Record, index: int) -> dict[str, Any]:
+        text = next((record[name] for name in ("sentence", "text") if record.get(name) is not None), "")
+        return {"text_input": self.text_processor(text), "label": self.labels[index]}
 
 
 @registry.register_builder("classification")
@@ -86,6 +66,3 @@ class ClassificationBuilder(BaseBuilder):
 
     train_dataset = ClassificationDataset
     eval_dataset = ClassificationDataset
-
-    def dataset_options(self, split: str) -> dict[str, Any]:
-        return {"classes": self.classes}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from lavis_lite.common.errors import InputError, UnreadableSample
 from lavis_lite.common.pixels import BROKEN, MAX_PIXELS, formats, open_file, to_rgb
@@ -35,17 +35,12 @@ def open_image(path: str | Path, *, background: str = "white", max_pixels: int =
     except FileNotFoundError:
         raise UnreadableSample(
             f"image file not found: {path}. Check the dataset's build_info.images.storage (relative paths are below "
-            "the data root, environment variable LAVIS_LITE_DATA) or remove the record from the annotations."
+            "the environment variable LAVIS_LITE_DATA), or remove the record"
         ) from None
     except InputError as error:
         raise UnreadableSample(f"image file {path}: {error}") from None
-    except UnidentifiedImageError:
-        raise UnreadableSample(
-            f"image file broken or of another kind: {path} is not one of {', '.join(formats())}. Convert it, fetch it "
-            "again, or remove the record from the annotations."
-        ) from None
     except BROKEN as error:
         raise UnreadableSample(
-            f"image file broken or truncated: {path} ({type(error).__name__}: {error}). "
-            "Fetch it again, or remove the record from the annotations."
+            f"image file broken, truncated or of another kind: {path} ({type(error).__name__}: {error}). Fetch it "
+            f"again, convert it to one of {', '.join(formats())}, or remove the record"
         ) from error

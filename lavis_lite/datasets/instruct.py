@@ -9,36 +9,26 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
+from lavis_lite.common.bounds import one_of
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.frames import ShortClips, check_num_frames
-from lavis_lite.common.records import (
-    ANSWERS,
-    GROUP,
-    ID,
-    PATH,
-    TEXTS,
-    TRUTHS,
-    VALUES,
-    WORDS,
-    Kind,
-    Record,
-)
-from lavis_lite.common.registry import did_you_mean, registry
+from lavis_lite.common.records import ANSWERS, GROUP, ID, PATH, TEXTS, TRUTHS, VALUES, WORDS, Kind, Record
+from lavis_lite.common.registry import registry
 from lavis_lite.common.wording import joined_words, lettered, letters
 from lavis_lite.datasets.annotations import as_list
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset
-from lavis_lite.datasets.templates import PLACEHOLDER, Templates, load_templates, with_prompt
+from lavis_lite.datasets.templates import PLACEHOLDER, Templates, fill, load_templates, with_prompt
 from lavis_lite.datasets.video import read_frames
 
 AnswerChoice = Literal["drawn", "most_frequent"]
 CandidateFormat = Literal["text", "letter_text", "letter"]
 CLEANED = ("question", "caption")
-"""Fields that the text processor cleans, whether they are in the instruction or learned; no others are."""
+TEXT_FIELDS = (*CLEANED, "statement", "instruction")
+"""Fields of texts. The text processor cleans the first two, whether in the instruction or learned; no others are."""
 
 
 class InstructDataset(BaseDataset):
@@ -57,9 +47,7 @@ class InstructDataset(BaseDataset):
 
     def __init__(
         self,
-        annotation_paths: Sequence[str | Path],
-        vis_root: str | Path,
-        *,
+        *files: Any,
         templates: Templates,
         training: bool,
         num_frames: int,
@@ -69,23 +57,18 @@ class InstructDataset(BaseDataset):
         answer_list: list[str] | None = None,
         **options: Any,
     ) -> None:
-        for name, value, known in (
-            ("answer_choice", answer_choice, get_args(AnswerChoice)),
-            ("candidate_format", candidate_format, get_args(CandidateFormat)),
-        ):
-            if value not in known:
-                raise InputError(f"no {name} {value!r}. {did_you_mean(value, known)}")
-        self.templates, self.training = templates, training
+        self.templates, self.training, self.answer_list = templates, training, answer_list
         self.num_frames: int = check_num_frames(num_frames)
-        self.short_clips: ShortClips = short_clips
-        self.answer_choice, self.candidate_format = answer_choice, candidate_format
-        self.answer_list = answer_list
-        used = templates.used(training=training)
-        self.placeholders = {name: text for text in used for name in PLACEHOLDER.findall(text)}
+        self.short_clips: ShortClips = one_of("short_clips", short_clips, get_args(ShortClips))
+        self.answer_choice = one_of("answer_choice", answer_choice, get_args(AnswerChoice))
+        self.candidate_format = one_of("candidate_format", candidate_format, get_args(CandidateFormat))
+        self.used = templates.train if training else (templates.eval,)
+        self.placeholders = {name: text for text in self.used for name in PLACEHOLDER.findall(text)}
         learned = templates.output if templates.output in CLEANED else f"{templates.output}|candidates"
-        self.required = (learned,) if training else ()
+        asked = tuple(name for name in TEXT_FIELDS if name in self.placeholders)
+        self.required = (*self.required, *asked, *((learned,) if training else ()))
         self.fields = instruct_fields(self.placeholders, templates.output, training=training)
-        super().__init__(annotation_paths, vis_root, **options)
+        super().__init__(*files, **options)
 
     def arrange(self, records: list[Record]) -> list[Record]:
         """Give each record `answers` (list[str], perhaps empty in evaluation) and `question_id`.
@@ -110,9 +93,7 @@ class InstructDataset(BaseDataset):
         if record.get(kind) is None:
             raise missing_field(record, kind, " or 'video'")
         if kind != its_kind:
-            raise InputError(
-                f"has a field {kind!r}, the first record {its_kind!r}: a batch cannot hold both, make two datasets"
-            )
+            raise InputError(f"has a field {kind!r}, the first record {its_kind!r}: make two datasets of them")
         if self.training and not record["answers"]:
             raise missing_field(record, self.templates.output, ", which is what is learned")
         if not self.training and (record.get("candidates") is None) != (first.get("candidates") is None):
@@ -126,14 +107,14 @@ class InstructDataset(BaseDataset):
         fields = self.values(record)
         sample = {
             "image": self.visual(record),
-            "text_input": self.templates.instruction(fields, training=self.training),
+            "text_input": fill(random.choice(self.used) if self.training else self.used[0], fields),
             "prompt": "{}",
             "instance_id": str(index),
         }
         if self.training:
             return sample | {"text_output": fields[self.templates.output]}
-        chosen = {} if record.get("candidates") is None else {"candidates": record["candidates"]}
-        return sample | {"question_id": record["question_id"]} | chosen
+        kept = ("question_id", "candidates")
+        return sample | {key: record[key] for key in kept if record.get(key) is not None}
 
     def files_of(self, record: Record) -> list[str]:
         return [record[visual_field(record)]]
@@ -178,7 +159,7 @@ def instruct_fields(placeholders: Iterable[str], output: str, *, training: bool)
         **dict.fromkeys(("group", "question_type", "answer_type"), GROUP),
         **{"candidates": VALUES, "options": VALUES, "ocr_tokens": WORDS},
         output: ANSWERS if training else TRUTHS,
-        **dict.fromkeys(CLEANED, TEXTS),
+        **dict.fromkeys(TEXT_FIELDS, TEXTS),
     }
 
 
@@ -201,18 +182,15 @@ def fill_answers_and_label(record: Record, output: str) -> None:
 
     Raises InputError for invalid candidates, and for a label or an answer that is not one of them.
     """
-    answers = [str(text) for text in as_list(record.get(output)) if text is not None and str(text).strip()]
-    if any(isinstance(text, dict | list) for text in as_list(record.get(output))):
-        raise InputError(f"must have a text, or a list of texts, in its field {output!r}, got {record[output]!r}")
+    texts = [text.get("answer") if isinstance(text, dict) else text for text in as_list(record.get(output))]
+    answers = [str(text) for text in texts if text is not None and str(text).strip()]
     record["answers"], candidates, label = answers, record.get("candidates"), record.get("label")
     if candidates is None:
         return
     check_candidates(candidates, record.get("classes"))
     right = [candidates.index(text) for text in answers if text in candidates]
     if answers and not right:
-        raise InputError(
-            f"has {answers[0]!r} in its field {output!r}, which is not one of the candidates {candidates!r}"
-        )
+        raise InputError(f"has {answers[0]!r} in its field {output!r}, which is not one of {candidates!r}")
     if label is None:
         record["label"] = right[0] if right else None
     elif type(label) is not int or not 0 <= label < len(candidates):
@@ -267,11 +245,4 @@ class InstructBuilder(BaseBuilder):
     eval_dataset = InstructDataset
 
     def dataset_options(self, split: str) -> dict[str, Any]:
-        return {
-            "templates": load_templates(self.instructions),
-            "training": split == "train",
-            "num_frames": self.num_frames,
-            "short_clips": self.short_clips,
-            "answer_choice": self.answer_choice,
-            "candidate_format": self.candidate_format,
-        }
+        return {"templates": load_templates(self.instructions), "training": split == "train"}

@@ -6,7 +6,7 @@ Samples of videos have frames (3,F,H,W) where those of images have an image; `nu
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -35,11 +35,7 @@ class CaptionInstructDataset(InstructDataset):
     """
 
     reader = "captions"
-
-    def load(self, files: SplitFiles, reader: Reader) -> list[Record]:
-        required = ("image|file_name|video", *self.record_check.required)
-        self.record_check = replace(self.record_check, required=required)
-        return super().load(files, reader)
+    required = ("image|file_name|video",)
 
     def arrange(self, records: list[Record]) -> list[Record]:
         if self.training:

@@ -67,14 +67,14 @@ class NLVRTrainDataset(NLVREvalDataset):
 
 def swap_sides(sentence: str) -> str:
     """Return the sentence with the words left and right exchanged; capitals are kept."""
-    return _SIDE.sub(lambda match: _other_side(match.group()), sentence)
 
+    def other(match: re.Match[str]) -> str:
+        word = "right" if match[0].lower() == "left" else "left"
+        if match[0].isupper():
+            return word.upper()
+        return word.capitalize() if match[0][0].isupper() else word
 
-def _other_side(word: str) -> str:
-    other = "right" if word.lower() == "left" else "left"
-    if word.isupper():
-        return other.upper()
-    return other.capitalize() if word[0].isupper() else other
+    return _SIDE.sub(other, sentence)
 
 
 @registry.register_builder("nlvr")

@@ -33,14 +33,8 @@ class RetrievalEvalDataset(CaptionDataset):
             self.txt2img += [index] * (len(self.text) - start)
         return images
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self.annotation[index]
-        return {
-            "image": self.image(record["image"]),
-            "index": index,
-            "image_id": record["image_id"],
-            "instance_id": str(index),
-        }
+    def entries(self, record: Record, index: int) -> dict[str, Any]:
+        return {"index": index, "image_id": record["image_id"]}
 
 
 @registry.register_builder("retrieval")

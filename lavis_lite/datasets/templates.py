@@ -6,13 +6,13 @@ is drawn at random for each sample (InstructBLIP, section 2.2); in evaluation th
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lavis_lite.common.bounds import one_of
 from lavis_lite.common.config.files import load_yaml
 from lavis_lite.common.config.zoo import CONFIGS
 from lavis_lite.common.errors import InputError, MissingFileError, UnknownNameError
@@ -33,14 +33,6 @@ class Templates:
     eval: str
     output: str = "answer"
     source: str = ""
-
-    def used(self, *, training: bool) -> tuple[str, ...]:
-        """Return the templates that are filled in training, or the one of evaluation."""
-        return self.train if training else (self.eval,)
-
-    def instruction(self, fields: Mapping[str, Any], *, training: bool) -> str:
-        """Return one instruction, filled with the record's fields; drawn with `random` in training."""
-        return fill(random.choice(self.train) if training else self.eval, fields)
 
 
 def fill(template: str, fields: Mapping[str, Any]) -> str:
@@ -68,12 +60,9 @@ def load_templates(name: str | Path | Mapping[str, Any]) -> Templates:
     content = dict(name) if isinstance(name, Mapping) else load_yaml(_file(name))
     where = "instructions" if isinstance(name, Mapping) else str(name)
     for key in content:
-        if key not in KEYS:
-            raise InputError(f"{where}: unknown key {key!r}. {did_you_mean(str(key), KEYS)}")
-    if content.get("base") is not None:
-        base = load_templates(content["base"])
-        content = {**vars(base), **content}
-    return _templates(content, where)
+        one_of(f"{where}: key", key, KEYS)
+    base = content.pop("base", None)
+    return _templates(content if base is None else vars(load_templates(base)) | content, where)
 
 
 def with_prompt(instructions: str | Path | Mapping[str, Any], prompt: str) -> dict[str, Any] | None:
@@ -83,24 +72,23 @@ def with_prompt(instructions: str | Path | Mapping[str, Any], prompt: str) -> di
     `{}` it replaces the templates of captions. Raises ValueError for more placeholders than there are fields.
     """
     templates = load_templates(instructions)
-    names = {name for template in (*templates.train, templates.eval) for name in PLACEHOLDER.findall(template)}
+    names = set(PLACEHOLDER.findall("".join((*templates.train, templates.eval))))
     subject = next((field for field in SUBJECTS if field in names - {templates.output}), None)
     count = prompt.count("{}")
+
+    def one_template(template: str) -> dict[str, Any]:
+        return {"base": instructions, "train": [template], "eval": template}
+
     if count == 0:
-        return one_template(instructions, prompt) if templates.output == "caption" else None
+        return one_template(prompt) if templates.output == "caption" else None
     if subject is None:
         return None
     for wanted in ((subject,), ("ocr_tokens", subject), (subject, "options")):
         if len(wanted) == count and names >= set(wanted):
             head, *rest = prompt.split("{}")
             parts = (f"{{{name}}}{part}" for name, part in zip(wanted, rest, strict=True))
-            return one_template(instructions, head + "".join(parts))
+            return one_template(head + "".join(parts))
     raise InputError(f"{prompt!r} has {count} '{{}}', and instructions with {', '.join(sorted(names))} fill only some")
-
-
-def one_template(base: str | Path | Mapping[str, Any], template: str) -> dict[str, Any]:
-    """Return instructions with the same `output` and one template for training and evaluation."""
-    return {"base": base, "train": [template], "eval": template}
 
 
 def _file(name: str | Path) -> Path:
@@ -110,10 +98,8 @@ def _file(name: str | Path) -> Path:
     if str(name) in known:
         return PROMPTS / f"{name}.yaml"
     if path.suffix not in (".yaml", ".yml") or not path.is_file():
-        raise MissingFileError(
-            f"no instruction templates {str(name)!r}. {did_you_mean(str(name), known)} "
-            "Or give the path of a YAML file with the keys output, train (a list) and eval."
-        )
+        advice = f"{did_you_mean(str(name), known)} Or give the path of a YAML file with output, train and eval"
+        raise MissingFileError(f"no instruction templates {str(name)!r}. {advice}")
     return path
 
 
@@ -130,8 +116,6 @@ def _templates(content: Mapping[str, Any], where: str) -> Templates:
         if "{}" in template:
             raise InputError(f"{where}: placeholders are named, as {{question}}, not '{{}}': {template!r}")
     output = content.get("output", "answer")
-    if not isinstance(output, str) or not output:
-        raise InputError(f"{where}: `output` must be the name of a record's field, got {output!r}")
     if any(output in PLACEHOLDER.findall(template) for template in (*train, default)):
         raise InputError(f"{where}: the field {output!r} is learned, so no template may contain it")
     return Templates(train=tuple(train), eval=default, output=output, source=str(content.get("source", "")))

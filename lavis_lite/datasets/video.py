@@ -11,11 +11,7 @@ from lavis_lite.common.frames import ShortClips, decode, processed
 
 
 def read_frames(
-    path: str | Path,
-    num_frames: int,
-    processor: Callable[[Image.Image], Tensor],
-    *,
-    short_clips: ShortClips = "repeat",
+    path: str | Path, num_frames: int, processor: Callable[[Image.Image], Tensor], *, short_clips: ShortClips = "repeat"
 ) -> Tensor:
     """Return `num_frames` frames (3,F,H,W) spread over the video, in time order, with one random crop for all of them.
 
@@ -27,8 +23,7 @@ def read_frames(
         frames = decode(path, num_frames, short_clips=short_clips)
     except FileNotFoundError:
         raise UnreadableSample(
-            f"video file not found: {path}. Check the dataset's build_info.videos.storage, or images.storage (relative "
-            "paths are below the data root, environment variable LAVIS_LITE_DATA) or remove the record from the "
-            "annotations."
+            f"video file not found: {path}. Check the dataset's build_info.videos.storage or images.storage "
+            "(relative paths are below the environment variable LAVIS_LITE_DATA), or remove the record"
         ) from None
     return processed(frames, processor)

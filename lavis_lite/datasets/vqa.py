@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from lavis_lite.common.errors import InputError
 from lavis_lite.common.records import ANSWERS, TRUTHS, Record
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset
@@ -22,7 +19,7 @@ from lavis_lite.datasets.readers.questions import ANSWER_FIELDS, answers_of, que
 class VQADataset(BaseDataset):
     """Questions in training and evaluation, with `answer_list`; None without such a file."""
 
-    required = ("image", "question")
+    required: tuple[str, ...] = ("image", "question")
     reader = "questions"
     answer_list: list[str] | None
 
@@ -39,43 +36,21 @@ class VQATrainDataset(VQADataset):
     repository.
     """
 
+    required = (*VQADataset.required, "|".join(ANSWER_FIELDS))
     fields = question_fields(ANSWERS)
 
-    def __init__(
-        self,
-        annotation_paths: Sequence[str | Path],
-        vis_root: str | Path,
-        *,
-        answer_weight: float = 1.0,
-        **options: Any,
-    ) -> None:
-        super().__init__(annotation_paths, vis_root, **options)
+    def __init__(self, *files: Any, answer_weight: float = 1.0, **options: Any) -> None:
+        super().__init__(*files, **options)
         self.answer_weight = answer_weight
 
-    def without_blank(self, records: list[Record]) -> list[Record]:
-        """As BaseDataset's. Raises InputError for a record without any answer to train on."""
-        for number, record in enumerate(records):
-            given = [record[name] for name in ANSWER_FIELDS if record.get(name) is not None]
-            if not given or (given[0] == [] and self.blank_texts == "error"):
-                there = ", ".join(map(repr, record))
-                raise InputError(
-                    f"{self.place(number)} has no answer to train on (field {' or '.join(map(repr, ANSWER_FIELDS))}); "
-                    f"fields there: {there}"
-                )
-        self.record_check = replace(self.record_check, required=(*self.required, "|".join(ANSWER_FIELDS)))
-        return super().without_blank(records)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self.annotation[index]
+    def entries(self, record: Record, index: int) -> dict[str, Any]:
         answers, weights = self.weighted_answers(record)
         return {
-            "image": self.image(record["image"]),
             "text_input": self.text_processor(record["question"]),
             "answer": answers,
             "weight": weights,
             "n_answers": len(answers),
             "text_output": answers[0] if len(answers) == 1 else random.choices(answers, weights)[0],
-            "instance_id": str(index),
         }
 
     def weighted_answers(self, record: Record) -> tuple[list[str], list[float]]:
@@ -104,18 +79,11 @@ class VQAEvalDataset(VQADataset):
         arranged = []
         for index, record in enumerate(records):
             answers = answers_of({"answers": record.get("answers")}) or answers_of(record)
-            extra = {"answers": answers} if answers else {}
-            arranged.append({"question_id": index, **record, **extra})
+            arranged.append({"question_id": index, **record} | ({"answers": answers} if answers else {}))
         return arranged
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self.annotation[index]
-        return {
-            "image": self.image(record["image"]),
-            "text_input": self.text_processor(record["question"]),
-            "question_id": record["question_id"],
-            "instance_id": str(index),
-        }
+    def entries(self, record: Record, index: int) -> dict[str, Any]:
+        return {"text_input": self.text_processor(record["question"]), "question_id": record["question_id"]}
 
 
 @registry.register_builder("vqa")
@@ -127,6 +95,3 @@ class VQABuilder(BaseBuilder):
 
     train_dataset = VQATrainDataset
     eval_dataset = VQAEvalDataset
-
-    def dataset_options(self, split: str) -> dict[str, Any]:
-        return {"answer_weight": self.answer_weight} if split == "train" else {}

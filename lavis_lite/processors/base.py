@@ -3,9 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Self
 
-from lavis_lite.common.config.schema import schema_of
-from lavis_lite.common.errors import InputError
-from lavis_lite.common.registry import did_you_mean
+from lavis_lite.common.config.schema import Checker, schema_of
 
 
 class BaseProcessor:
@@ -18,11 +16,8 @@ class BaseProcessor:
     def from_config(cls, cfg: Mapping[str, Any] | None = None) -> Self:
         """Build from a YAML block such as `{name: blip_caption, prompt: "a picture of "}`; `name` is ignored.
 
-        Raises InputError for an unknown argument.
+        Raises InputError for an unknown argument, or one of the wrong type.
         """
+        schema, open_ended = schema_of(cls)
         arguments = {key: value for key, value in (cfg or {}).items() if key != "name"}
-        allowed, open_ended = schema_of(cls)
-        for key in arguments:
-            if key not in allowed and not open_ended:
-                raise InputError(f"{cls.__name__} has no argument '{key}'. {did_you_mean(key, allowed)}")
-        return cls(**arguments)
+        return cls(**Checker(()).section(arguments, schema, (cls.__name__,), open_ended=open_ended))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torchvision import transforms
-from torchvision.transforms import InterpolationMode
+from torchvision.transforms import InterpolationMode, functional
 
 from lavis_lite.common.bounds import MAX_IMAGE_SIZE, check_number
 from lavis_lite.common.errors import InputError
@@ -48,62 +48,16 @@ class ImageProcessor(BaseProcessor):
         if not is_number or len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise InputError(f"mean and std take three numbers each, std above 0; got {self.mean} and {self.std}")
         self.background, self.max_pixels = check_background(background), check_max_pixels(max_pixels)
-        self.transform = transforms.Compose(
-            [self.to_rgb, *geometry, transforms.ToTensor(), transforms.Normalize(self.mean, self.std)]
-        )
+        self.geometry = transforms.Compose(geometry)
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Return float32 (3, image_size, image_size) of a PIL image of any mode."""
-        return self.transform(image)
-
-    def to_rgb(self, image: Image.Image) -> Image.Image:
-        """Return an image of any mode as RGB, on this processor's background."""
-        return to_rgb(image, background=self.background, max_pixels=self.max_pixels)
+        image = self.geometry(to_rgb(image, background=self.background, max_pixels=self.max_pixels))
+        return functional.normalize(functional.to_tensor(image), self.mean, self.std)
 
 
-def check_size(image_size: int) -> int:
-    """Return `image_size`, the square's side in pixels; raise InputError if it is not 1 to `MAX_IMAGE_SIZE`."""
-    return check_number("image_size", image_size, 1, MAX_IMAGE_SIZE)
-
-
-def random_crop(image_size: int, *, min_scale: float, max_scale: float, hflip: bool) -> list[object]:
-    """Return a random resized crop of `min_scale`..`max_scale` of the area, mirrored half the time if `hflip`."""
-    for name, scale in (("min_scale", min_scale), ("max_scale", max_scale)):
-        check_number(name, scale, 1e-6, 1.0)
-    if not 0 < min_scale <= max_scale <= 1:
-        raise InputError(f"need 0 < min_scale <= max_scale <= 1, got {min_scale} and {max_scale}")
-    crop = transforms.RandomResizedCrop(
-        check_size(image_size), scale=(min_scale, max_scale), interpolation=InterpolationMode.BICUBIC
-    )
-    return [crop, transforms.RandomHorizontalFlip()] if hflip else [crop]
-
-
-@registry.register_processor("blip_image_train")
-class BlipImageTrainProcessor(ImageProcessor):
-    """Random resized crop, mirror, RandAugment (BLIP: N=2, M=5). `hflip: false` where left and right matter."""
-
-    def __init__(
-        self,
-        *,
-        image_size: int = 384,
-        min_scale: float = 0.5,
-        max_scale: float = 1.0,
-        hflip: bool = True,
-        randaugment: bool = True,
-        num_ops: int = 2,
-        magnitude: float = 5,
-        legacy_autocontrast: bool = False,
-        **pixels: Any,
-    ) -> None:
-        geometry = random_crop(image_size, min_scale=min_scale, max_scale=max_scale, hflip=hflip)
-        if randaugment:
-            geometry.append(RandomAugment(num_ops, magnitude, legacy_autocontrast=legacy_autocontrast))
-        super().__init__(geometry, **pixels)
-
-
-@registry.register_processor("blip2_image_train")
-class Blip2ImageTrainProcessor(ImageProcessor):
-    """As `blip_image_train` without RandAugment, 364 pixels by default (BLIP-2's finetuning size)."""
+class ImageTrainProcessor(ImageProcessor):
+    """A random resized crop of `min_scale`..`max_scale` of the area, mirrored half the time if `hflip`."""
 
     def __init__(
         self,
@@ -114,8 +68,35 @@ class Blip2ImageTrainProcessor(ImageProcessor):
         hflip: bool = True,
         **pixels: Any,
     ) -> None:
-        geometry = random_crop(image_size, min_scale=min_scale, max_scale=max_scale, hflip=hflip)
-        super().__init__(geometry, **pixels)
+        check_number("image_size", image_size, 1, MAX_IMAGE_SIZE)
+        scale = check_number("min_scale", min_scale, 1e-6, 1.0), check_number("max_scale", max_scale, min_scale, 1.0)
+        crop = transforms.RandomResizedCrop(image_size, scale=scale, interpolation=InterpolationMode.BICUBIC)
+        super().__init__([crop, transforms.RandomHorizontalFlip()] if hflip else [crop], **pixels)
+
+
+@registry.register_processor("blip_image_train")
+class BlipImageTrainProcessor(ImageTrainProcessor):
+    """Random resized crop, mirror, RandAugment (BLIP: N=2, M=5). `hflip: false` where left and right matter."""
+
+    def __init__(
+        self,
+        *,
+        image_size: int = 384,
+        randaugment: bool = True,
+        num_ops: int = 2,
+        magnitude: float = 5,
+        legacy_autocontrast: bool = False,
+        **crop: Any,
+    ) -> None:
+        super().__init__(image_size=image_size, **crop)
+        if randaugment:
+            augment = RandomAugment(num_ops, magnitude, legacy_autocontrast=legacy_autocontrast)
+            self.geometry.transforms.append(augment)
+
+
+@registry.register_processor("blip2_image_train")
+class Blip2ImageTrainProcessor(ImageTrainProcessor):
+    """As `blip_image_train` without RandAugment, 364 pixels by default (BLIP-2's finetuning size)."""
 
 
 @registry.register_processor("blip_image_eval")
@@ -123,6 +104,6 @@ class BlipImageEvalProcessor(ImageProcessor):
     """Squash to (image_size, image_size) and normalise; deterministic."""
 
     def __init__(self, *, image_size: int = 384, **pixels: Any) -> None:
-        size = check_size(image_size)
+        size = check_number("image_size", image_size, 1, MAX_IMAGE_SIZE)
         resize = transforms.Resize((size, size), interpolation=InterpolationMode.BICUBIC)
         super().__init__([resize], **pixels)

@@ -8,10 +8,10 @@ datasets, whose YAMLs name them under `instructions`.
 import random
 import re
 
+from lavis_lite.common.bounds import one_of
 from lavis_lite.common.config.files import load_yaml
 from lavis_lite.common.config.zoo import CONFIGS
-from lavis_lite.common.errors import InputError
-from lavis_lite.common.registry import did_you_mean, registry
+from lavis_lite.common.registry import registry
 from lavis_lite.processors.text import BlipCaptionProcessor, TextProcessor
 
 TASKS = ("caption", "qa", "classification", "eval")
@@ -32,16 +32,12 @@ class BlipInstructionProcessor(TextProcessor):
         self, *, prompt: str = "", max_words: int = 50, modality: str = "image", task: str = "caption"
     ) -> None:
         super().__init__(max_words=max_words)
-        for name, value, known in (("modality", modality, MODALITIES), ("task", task, TASKS)):
-            if value not in known:
-                raise InputError(f"blip_instruction has no {name} {value!r}. {did_you_mean(value, known)}")
-        self.prompt, self.task = prompt, task
+        self.prompt, self.task = prompt, one_of("task", task, TASKS)
         self.clean = BlipCaptionProcessor(max_words=max_words)
-        file = CONFIGS / "prompts" / f"lavis_{modality}_{task}.yaml"
+        file = CONFIGS / "prompts" / f"lavis_{one_of('modality', modality, MODALITIES)}_{task}.yaml"
         self.templates: list[str] = [] if task == "eval" else load_yaml(file)["train"]
 
     def __call__(self, text: str) -> str:
-        self.check(text)
         if self.task == "eval":
             return self.clean(text) if text else self.prompt
         if text and self.task == "caption":

@@ -18,13 +18,11 @@ from lavis_lite.common.bounds import check_number
 GREY = 128
 MAX_MAGNITUDE = 10
 MAX_OPS = 100
-MAX_SHEAR, MAX_SHIFT, MAX_DEGREES = 0.3, 10.0, 30.0
 
 
 def autocontrast(image: np.ndarray, *, legacy: bool = False) -> np.ndarray:
     """Stretch each channel of a (H,W,3) byte image to 0..255. `legacy` keeps LAVIS's overflow (module docstring)."""
-    channels = [_stretch(image[..., c], legacy=legacy) for c in range(image.shape[-1])]
-    return np.stack(channels, axis=-1)
+    return np.stack([_stretch(image[..., c], legacy=legacy) for c in range(image.shape[-1])], axis=-1)
 
 
 def _stretch(channel: np.ndarray, *, legacy: bool) -> np.ndarray:
@@ -99,63 +97,43 @@ def _blend(start: np.ndarray, end: np.ndarray, weight: np.ndarray) -> np.ndarray
     return fused(weight, end - start, start)
 
 
-def shear_x(image: np.ndarray, factor: float) -> np.ndarray:
-    """Move each row right by `factor` times its y."""
-    return warp_affine(image, np.array([[1, np.float32(factor), 0], [0, 1, 0]], dtype=np.float64))
+def moving_matrix(name: str, amount: float, *, width: int, height: int) -> np.ndarray:
+    """Return the 2x3 forward matrix of a move: ShearX moves each row right by `amount` times its y, ShearY each column
+    down by `amount` times its x, TranslateX and TranslateY move left and up by `amount` pixels (LAVIS's sign), Rotate
+    turns counter-clockwise by `amount` degrees about (W/2, H/2).
+    """
+    shear, cx, cy = np.float32(amount), width / 2, height / 2
+    cos, sin = math.cos(math.radians(amount)), math.sin(math.radians(amount))
+    matrices = {
+        "ShearX": [[1, shear, 0], [0, 1, 0]],
+        "ShearY": [[1, 0, 0], [shear, 1, 0]],
+        "TranslateX": [[1, 0, -amount], [0, 1, 0]],
+        "TranslateY": [[1, 0, 0], [0, 1, -amount]],
+        "Rotate": [[cos, sin, (1 - cos) * cx - sin * cy], [-sin, cos, sin * cx + (1 - cos) * cy]],
+    }
+    return np.array(matrices[name], dtype=np.float64)
 
 
-def shear_y(image: np.ndarray, factor: float) -> np.ndarray:
-    """Move each column down by `factor` times its x."""
-    return warp_affine(image, np.array([[1, 0, 0], [np.float32(factor), 1, 0]], dtype=np.float64))
-
-
-def translate_x(image: np.ndarray, offset: float) -> np.ndarray:
-    """Move the image left by `offset` pixels (LAVIS's sign)."""
-    return warp_affine(image, np.array([[1, 0, -offset], [0, 1, 0]], dtype=np.float64))
-
-
-def translate_y(image: np.ndarray, offset: float) -> np.ndarray:
-    """Move the image up by `offset` pixels (LAVIS's sign)."""
-    return warp_affine(image, np.array([[1, 0, 0], [0, 1, -offset]], dtype=np.float64))
-
-
-def rotate(image: np.ndarray, degrees: float) -> np.ndarray:
-    """Turn the image counter-clockwise by `degrees` about (W/2, H/2)."""
-    cx, cy = image.shape[1] / 2, image.shape[0] / 2
-    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    return warp_affine(image, np.array([[cos, sin, (1 - cos) * cx - sin * cy], [-sin, cos, sin * cx + (1 - cos) * cy]]))
-
-
-def identity(image: np.ndarray) -> np.ndarray:
-    """Return the image as it is."""
-    return image
-
-
-PLAIN = {"Identity": identity, "AutoContrast": autocontrast, "Equalize": equalize}
-ENHANCING = {"Brightness": brightness, "Sharpness": sharpness}
-MOVING: dict[str, tuple[Callable[[np.ndarray, float], np.ndarray], float]] = {
-    "ShearX": (shear_x, MAX_SHEAR),
-    "ShearY": (shear_y, MAX_SHEAR),
-    "TranslateX": (translate_x, MAX_SHIFT),
-    "TranslateY": (translate_y, MAX_SHIFT),
-    "Rotate": (rotate, MAX_DEGREES),
-}
-OPERATIONS = (*PLAIN, *ENHANCING, *MOVING)
+MOST = {"ShearX": 0.3, "ShearY": 0.3, "TranslateX": 10.0, "TranslateY": 10.0, "Rotate": 30.0}
+"""The amount of each move at the largest magnitude."""
+OPERATIONS = ("Identity", "AutoContrast", "Equalize", "Brightness", "Sharpness", *MOST)
 
 
 def apply_operation(
     image: np.ndarray, name: str, *, magnitude: float = 5, negative: bool = False, legacy_autocontrast: bool = False
 ) -> np.ndarray:
     """Apply one of OPERATIONS at `magnitude` (0..10) to a (H,W,3) byte image; `negative` reverses a move."""
+    level = magnitude / MAX_MAGNITUDE
+    if name in MOST:
+        amount = -level * MOST[name] if negative else level * MOST[name]
+        return warp_affine(image, moving_matrix(name, amount, width=image.shape[1], height=image.shape[0]))
     if name == "AutoContrast":
         return autocontrast(image, legacy=legacy_autocontrast)
-    if name in PLAIN:
-        return PLAIN[name](image)
-    level = magnitude / MAX_MAGNITUDE
-    if name in ENHANCING:
-        return ENHANCING[name](image, level * 1.8 + 0.1)
-    move, most = MOVING[name]
-    return move(image, -level * most if negative else level * most)
+    if name == "Equalize":
+        return equalize(image)
+    if name in ("Brightness", "Sharpness"):
+        return (brightness if name == "Brightness" else sharpness)(image, level * 1.8 + 0.1)
+    return image
 
 
 class RandomAugment:
@@ -165,19 +143,11 @@ class RandomAugment:
     """
 
     def __init__(
-        self,
-        num_ops: int = 2,
-        magnitude: float = 5,
-        *,
-        probability: float = 0.5,
-        legacy_autocontrast: bool = False,
+        self, num_ops: int = 2, magnitude: float = 5, *, probability: float = 0.5, legacy_autocontrast: bool = False
     ) -> None:
-        check_number("magnitude", magnitude, 0.0, float(MAX_MAGNITUDE))
-        check_number("num_ops", num_ops, 0, MAX_OPS)
-        check_number("probability", probability, 0.0, 1.0)
-        self.num_ops = num_ops
-        self.magnitude = magnitude
-        self.probability = probability
+        self.num_ops: int = check_number("num_ops", num_ops, 0, MAX_OPS)
+        self.magnitude: float = check_number("magnitude", magnitude, 0.0, float(MAX_MAGNITUDE))
+        self.probability: float = check_number("probability", probability, 0.0, 1.0)
         self.legacy_autocontrast = legacy_autocontrast
 
     def __call__(self, image: Image.Image) -> Image.Image:

@@ -7,7 +7,6 @@ newlines and tabs. Equal to LAVIS's processors of the same names, string for str
 import re
 
 from lavis_lite.common.bounds import MAX_TOKENS, check_number
-from lavis_lite.common.errors import InputTypeError
 from lavis_lite.common.registry import registry
 from lavis_lite.processors.base import BaseProcessor
 
@@ -16,21 +15,14 @@ PUNCTUATION = re.compile(r"[.!\"()*#:;~]")
 
 def first_words(text: str, max_words: int) -> str:
     """Return `text` cut after `max_words` words; words are separated by single spaces, as BLIP counts them."""
-    words = text.split(" ")
-    return text if len(words) <= max_words else " ".join(words[:max_words])
+    return " ".join(text.split(" ")[:max_words])
 
 
 class TextProcessor(BaseProcessor):
     """Shared argument check of the two text processors."""
 
-    def __init__(self, *, max_words: int) -> None:
+    def __init__(self, *, max_words: int = 50) -> None:
         self.max_words = check_number("max_words", max_words, 1, MAX_TOKENS)
-
-    def check(self, text: str) -> str:
-        """Return `text`; raise TypeError if it is not a string (a missing caption, a number)."""
-        if not isinstance(text, str):
-            raise InputTypeError(f"{type(self).__name__} takes one string, got {type(text).__name__}: {text!r}")
-        return text
 
 
 @registry.register_processor("blip_caption")
@@ -45,7 +37,7 @@ class BlipCaptionProcessor(TextProcessor):
         self.prompt = prompt
 
     def __call__(self, text: str) -> str:
-        text = PUNCTUATION.sub(" ", self.check(text).lower())
+        text = PUNCTUATION.sub(" ", text.lower())
         text = re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
         return self.prompt + first_words(text, self.max_words)
 
@@ -54,9 +46,6 @@ class BlipCaptionProcessor(TextProcessor):
 class BlipQuestionProcessor(TextProcessor):
     """Question clean-up: lower case, punctuation deleted, trailing spaces off, at most `max_words` words."""
 
-    def __init__(self, *, max_words: int = 50) -> None:
-        super().__init__(max_words=max_words)
-
     def __call__(self, text: str) -> str:
-        text = PUNCTUATION.sub("", self.check(text).lower()).rstrip(" ")
+        text = PUNCTUATION.sub("", text.lower()).rstrip(" ")
         return first_words(text, self.max_words)

@@ -5,6 +5,7 @@ import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,17 @@ def held(folder: Path) -> Iterator[None]:
     Raises:
         FolderInUseError: another run writes to the folder.
     """
-    from lavis_lite.common import dist
+    from lavis_lite.common import checkpoint, dist
 
     lock = FolderLock(folder)
-    dist.on_main(lambda: _take(lock))
+
+    def take() -> None:
+        lock.take()
+        left = [path for part in (folder, folder / "result") for path in checkpoint.sweep_temporaries(part)]
+        if left:
+            logger.info("deleted %d files that a killed run left incomplete in %s", len(left), folder)
+
+    dist.on_main(take)
     try:
         yield
     finally:
@@ -69,34 +77,30 @@ def newest_checkpoint(output: Path, *, job_id: str | None = None) -> Path | None
         InputError: there are checkpoints, and none of them is whole.
     """
     folders = [output / job_id] if job_id is not None else output.iterdir() if output.is_dir() else []
-    jobs = {folder: _checkpoints(folder) for folder in folders if _checkpoints(folder)}
+    jobs = {folder: paths for folder in folders if (paths := _checkpoints(folder))}
     ages = {folder: max(path.stat().st_mtime for path in paths) for folder, paths in jobs.items()}
-    for folder in sorted(jobs, key=lambda folder: ages[folder], reverse=True):
-        found = whole_checkpoint(folder)
-        if found is not None:
+    for folder in sorted(jobs, key=ages.__getitem__, reverse=True):
+        if (found := whole_checkpoint(folder)) is not None:
             return found
     if jobs:
-        raise _nothing_whole([path for paths in jobs.values() for path in paths])
+        raise InputError(
+            f"--resume auto: none of the checkpoints can be resumed: {[str(path) for path in chain(*jobs.values())]}. "
+            f"Restore an intact {LAST}, start anew from weights with model.pretrained, or begin with another --job-id"
+        )
     return None
 
 
 def checkpoint_to_resume(run: RunConfig) -> Path | None:
-    """Return the checkpoint that a training would resume; None if it starts from the beginning.
+    """Return the checkpoint that a training would resume: what `run.resume=auto` finds, else that of
+    `run.resume_ckpt_path`, which may be a job's folder. None if it starts from the beginning.
 
     Raises:
         MissingFileError: `run.resume_ckpt_path` names no file.
         InputError: `run.resume=auto`, and none of the checkpoints is whole.
     """
-    return _newest(run) or _named(run)
-
-
-def _newest(run: RunConfig) -> Path | None:
-    """Return what `run.resume=auto` finds."""
-    return newest_checkpoint(Path(run.output_dir), job_id=run.job_id) if run.resume == "auto" else None
-
-
-def _named(run: RunConfig) -> Path | None:
-    """Return the file of `run.resume_ckpt_path`, which may be a job's folder."""
+    is_auto = run.resume == "auto" and not run.evaluate
+    if is_auto and (found := newest_checkpoint(Path(run.output_dir), job_id=run.job_id)) is not None:
+        return found
     if run.resume_ckpt_path is None:
         return None
     path = Path(run.resume_ckpt_path)
@@ -108,17 +112,14 @@ def _named(run: RunConfig) -> Path | None:
 
 def whole_checkpoint(folder: Path) -> Path | None:
     """Return the newest undamaged checkpoint of a job: checkpoint_last.pth, or else that of the most steps."""
-    resumable = [path for path in _checkpoints(folder) if path.name != BEST]
-    for path in resumable:
+    for path in (path for path in _checkpoints(folder) if path.name != BEST):
         try:
             integrity.verify(path, as_zip=True)
         except DamagedFileError as error:
             logger.warning("%s", error)
             continue
-        if path != resumable[0]:
-            logger.warning("resuming %s instead: the steps after it are repeated", path)
-        elif path.name != LAST:
-            logger.warning("%s is gone: resuming %s", folder / LAST, path)
+        if path.name != LAST:
+            logger.warning("%s cannot be resumed: resuming %s instead", folder / LAST, path)
         return path
     return None
 
@@ -156,36 +157,17 @@ def _checkpoints(folder: Path) -> list[Path]:
     return [path for path in (folder / LAST, *by_step, folder / BEST) if path.is_file()]
 
 
-def _take(lock: FolderLock) -> None:
-    from lavis_lite.common import checkpoint
-
-    lock.take()
-    left = [path for part in (lock.folder, lock.folder / "result") for path in checkpoint.sweep_temporaries(part)]
-    if left:
-        logger.info("deleted %d files that a killed run left incomplete in %s", len(left), lock.folder)
-
-
 def _choose_job(run: RunConfig) -> dict[str, Any]:
     output = Path(run.output_dir)
     if run.resume == "auto" and not run.evaluate:
-        found = _newest(run)
+        found = newest_checkpoint(output, job_id=run.job_id)
         if found is not None:
             logger.info("resuming %s", found)
             return {"job_id": found.parent.name, "resume_ckpt_path": str(found), "resume": None}
         logger.info("nothing to resume below %s: starting afresh", output)
-    if (path := _named(run)) is not None:
+    if (path := checkpoint_to_resume(dataclasses.replace(run, resume=None))) is not None:
         return {"job_id": run.job_id or new_job_id(output), "resume_ckpt_path": str(path)}
     if run.job_id is not None and not run.evaluate and _checkpoints(output / run.job_id):
-        logger.warning(
-            f"{output / run.job_id} holds checkpoints of an earlier run, which this run will replace; "
-            "--resume auto would continue it"
-        )
+        problem = f"{output / run.job_id} holds checkpoints of an earlier run, which this run will replace"
+        logger.warning(f"{problem}; --resume auto would continue it")
     return {"job_id": run.job_id or new_job_id(output), "resume": None}
-
-
-def _nothing_whole(paths: list[Path]) -> InputError:
-    names = ", ".join(map(str, paths[:5])) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
-    return InputError(
-        f"--resume auto: none of the checkpoints can be resumed: {names}. Restore an intact {LAST} or "
-        "checkpoint_<step>.pth, start anew from weights with model.pretrained, or begin afresh with another --job-id"
-    )

@@ -99,9 +99,8 @@ def collapsed(kind: str, cosine: float) -> str | None:
     if cosine <= COLLAPSED:
         return None
     return (
-        f"the features of a batch's {kind} were all alike (mean cosine of two {kind} {cosine:.4f}), so that contrast "
-        "has nothing to compare: lower run.init_lr, lengthen run.warmup_steps, set run.grad_clip_norm=1.0, and start "
-        "the encoders from trained weights whose layers are all used"
+        f"the features of a batch's {kind} were all alike (mean cosine of two {kind} {cosine:.4f}): lower run.init_lr, "
+        "lengthen run.warmup_steps, set run.grad_clip_norm=1.0, and start the encoders from trained weights"
     )
 
 
@@ -112,9 +111,8 @@ def at_limit(means: Means) -> str | None:
     if low * 1.02 < temp < high * 0.98:
         return None
     return (
-        f"the temperature of the contrast was at its limit (temp {temp:.4g}, limits {low} and {high}), which is a sign "
-        "of features that do not separate pairs: lower run.init_lr, and with a feature queue shorten it or set "
-        "model.queue_size=0"
+        f"the temperature of the contrast was at its limit (temp {temp:.4g}, limits {low} and {high}), as features do "
+        "not separate pairs: lower run.init_lr, and shorten a feature queue or set model.queue_size=0"
     )
 
 
@@ -125,8 +123,8 @@ def guessing(means: Means) -> str | None:
         return None
     return (
         f"contrast within the batch was at chance (acc_itc {accuracy:.4f}, by guessing {chance:.4f}, with loss_itc "
-        f"{means['loss_itc']:.3g}): images and texts are not matched, even if loss_itc falls. For short runs set "
-        "model.queue_size=0 and a lower model.momentum; check that texts belong to their images"
+        f"{means['loss_itc']:.3g}), even if loss_itc falls: check that texts belong to their images; for short runs "
+        "set model.queue_size=0 and lower model.momentum"
     )
 
 
@@ -135,7 +133,6 @@ def never_matching(means: Means) -> str | None:
     if abs(means["acc_itm"] - 0.5) > 0.02 or abs(means["loss_itm"] - ALWAYS_NO_MATCH) > 0.01:
         return None
     return (
-        f"the matching head gave the same score to every pair (loss_itm {means['loss_itm']:.4f}, where always "
-        f"answering 'no match' gives {ALWAYS_NO_MATCH}; acc_itm {means['acc_itm']:.3f}): its scores mean nothing yet. "
-        "Train longer, first until acc_itc is well above chance; until then evaluate with run.k_test=0"
+        f"the matching head gave the same score to every pair (loss_itm {means['loss_itm']:.4f}, by always answering "
+        f"'no match' {ALWAYS_NO_MATCH}): train longer, until acc_itc is above chance; till then set run.k_test=0"
     )

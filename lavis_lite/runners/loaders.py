@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from lavis_lite.common.config.run import RunConfig
 from lavis_lite.common.errors import InputError, UnreadableSample
@@ -55,23 +55,15 @@ class SeededDatasets(Dataset[Batch]):
         self.datasets, self.skip_unreadable, self.keys = dict(datasets), skip_unreadable, keys
         self.positions = {name: position for position, name in enumerate(self.datasets)}
 
-    def __len__(self) -> int:
-        return sum(map(len, self.datasets.values()))
-
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         errors: list[str] = []
         with preserve_rng_state():
-            samples = [sample for key in keys if (sample := self.read(key, errors)) is not None]
-            if len(samples) < len(keys):
+            pairs = [(key.dataset, sample) for key in keys if (sample := self.read(key, errors)) is not None]
+            if len(pairs) < len(keys):
                 return Batch(None, errors)
-            return Batch(self._collate([key.dataset for key in keys], samples), errors)
-
-    def _collate(self, names: Sequence[str], samples: Sequence[Sample]) -> Sample:
-        """Collate each run of samples of one dataset by its own collater, and join the runs."""
-        parts = []
-        for name, run in itertools.groupby(zip(names, samples, strict=True), key=lambda pair: pair[0]):
-            parts.append((name, self.datasets[name].collater([sample for _, sample in run])))
-        return join_batches(parts, keys=self.keys)
+            runs = itertools.groupby(pairs, key=lambda pair: pair[0])
+            parts = [(name, self.datasets[name].collater([sample for _, sample in run])) for name, run in runs]
+            return Batch(join_batches(parts, keys=self.keys), errors)
 
     def read(self, key: Key, errors: list[str]) -> Sample | None:
         """Return the sample of `key`, or the next readable one if skipping is allowed; add its error to `errors`."""
@@ -98,17 +90,10 @@ class TrainLoader:
     """
 
     def __init__(
-        self,
-        datasets: Mapping[str, SampleDataset],
-        run: RunConfig,
-        *,
-        rank: int = 0,
-        world: int = 1,
-        pin: bool = False,
+        self, datasets: Mapping[str, SampleDataset], run: RunConfig, *, rank: int = 0, world: int = 1, pin: bool = False
     ) -> None:
-        self.sampler = make_sampler(
-            run, {name: len(dataset) for name, dataset in datasets.items()}, rank=rank, world=world
-        )
+        lengths = {name: len(dataset) for name, dataset in datasets.items()}
+        self.sampler = make_sampler(run, lengths, rank=rank, world=world)
         missing = first_samples_missing(datasets) if self.sampler.is_concat else {}
         self.left_out = {key: names for key, names in missing.items() if names}
         keys = [key for key, names in missing.items() if not names] if self.sampler.is_concat else None
@@ -116,13 +101,8 @@ class TrainLoader:
         self.window = min(SHARE_WINDOW, sum(self.sampler.lengths.values()) // world)
         self.seen = self.unreadable = 0
         reader = SeededDatasets(datasets, skip_unreadable=self.max_share > 0, keys=keys)
-        self.loader = _data_loader(
-            reader, seed=run.seed, num_workers=run.num_workers, pin_memory=pin, batch_sampler=self.sampler
-        )
-
-    def seek(self, step: int) -> None:
-        """Make the next `iter()` start at `step` (0-based), without loading the batches before it."""
-        self.sampler.start_step = step
+        options = {"num_workers": run.num_workers, "pin_memory": pin, "batch_sampler": self.sampler}
+        self.loader = _data_loader(reader, seed=run.seed, **options)
 
     def __iter__(self) -> Generator[Sample]:
         for batch in _started(self.loader):
@@ -135,14 +115,12 @@ class TrainLoader:
         """Count a batch's unreadable samples; raise UnreadableSample if they are more than allowed."""
         self.unreadable += len(batch.errors)
         example = batch.errors[-1]
+        counts = f"{self.unreadable} of {self.seen} training samples are unreadable"
         if self.max_share == 0:
             raise UnreadableSample(f"{example} (To skip such samples, set run.max_unreadable_share to a small share.)")
         if batch.samples is None or self.unreadable > self.max_share * max(self.seen, self.window):
-            raise UnreadableSample(
-                f"{self.unreadable} of {self.seen} training samples are unreadable, more than "
-                f"run.max_unreadable_share={self.max_share} allows. One of them: {example}"
-            )
-        logger.warning(f"{self.unreadable} of {self.seen} training samples so far are unreadable; skipped: {example}")
+            raise UnreadableSample(f"{counts}, more than run.max_unreadable_share={self.max_share} allows: {example}")
+        logger.warning(f"{counts} so far; skipped: {example}")
 
 
 def first_samples_missing(datasets: Mapping[str, SampleDataset]) -> dict[str, list[str]]:
@@ -152,63 +130,49 @@ def first_samples_missing(datasets: Mapping[str, SampleDataset]) -> dict[str, li
         InputError: the datasets cannot share a batch.
         UnreadableSample: a dataset has no readable sample.
     """
-    firsts = {name: _first_batch(dataset, name) for name, dataset in datasets.items()}
+    reader, firsts = SeededDatasets(datasets, skip_unreadable=True), {}
+    for name in datasets:
+        batch = reader.__getitems__([Key(name, 0, 0)])
+        if batch.samples is None:
+            raise UnreadableSample(f"dataset {name!r}: none of its first samples is readable: {batch.errors[0]}")
+        firsts[name] = batch.samples
     check_mixable(firsts)
     return missing_keys(firsts)
 
 
-def _first_batch(dataset: SampleDataset, name: str) -> Sample:
-    errors: list[str] = []
-    with preserve_rng_state():
-        sample = SeededDatasets({name: dataset}, skip_unreadable=True).read(Key(name, 0, 0), errors)
-        if sample is None:
-            raise UnreadableSample(f"dataset {name!r}: none of its first samples is readable: {errors[0]}")
-        return dataset.collater([sample])
-
-
-class _Collated(Dataset[Any]):
-    """A dataset whose items are whole batches, or the UnreadableSample that prevented one."""
+class _Collated(Dataset[Batch]):
+    """A dataset whose items are whole batches, or the error about the sample that prevented one."""
 
     def __init__(self, dataset: SampleDataset) -> None:
         self.dataset = dataset
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitems__(self, indices: Sequence[int]) -> Sample | UnreadableSample:
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
         try:
-            return self.dataset.collater([self.dataset[index] for index in indices])
+            return Batch(self.dataset.collater([self.dataset[index] for index in indices]), [])
         except UnreadableSample as error:
-            return UnreadableSample(str(error))
+            return Batch(None, [str(error)])
 
 
 class EvalLoader:
     """Evaluation batches of one rank, on `device`: samples rank, rank + world, ... of `dataset`, each exactly once."""
 
     def __init__(
-        self,
-        dataset: EvalDataset,
-        run: RunConfig,
-        *,
-        rank: int = 0,
-        world: int = 1,
-        device: torch.device | str = "cpu",
+        self, dataset: EvalDataset, run: RunConfig, *, rank: int = 0, world: int = 1, device: torch.device | str = "cpu"
     ) -> None:
-        self.dataset, self.batch_size, self.device = dataset, run.batch_size_eval, torch.device(device)
-        self.indices = range(rank, len(dataset), world)
-        workers = {"num_workers": min(run.num_workers, len(self.indices)), "pin_memory": self.device.type == "cuda"}
-        self.loader = _data_loader(
-            _Collated(dataset), seed=0, **workers, batch_size=self.batch_size, sampler=self.indices
-        )
+        self.dataset, self.device = dataset, torch.device(device)
+        indices = range(rank, len(dataset), world)
+        workers = {"num_workers": min(run.num_workers, len(indices)), "pin_memory": self.device.type == "cuda"}
+        batches = {"batch_size": run.batch_size_eval, "sampler": indices}
+        self.loader = _data_loader(_Collated(dataset), seed=0, **batches, **workers)
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Sample]:
         for batch in _started(self.loader):
-            if isinstance(batch, UnreadableSample):
-                raise UnreadableSample(f"{batch} (Evaluation never skips samples.)")
-            yield to_device(batch, self.device)
+            if batch.errors:
+                raise UnreadableSample(f"{batch.errors[0]} (Evaluation never skips samples.)")
+            yield to_device(batch.samples, self.device)
 
 
 def _data_loader(dataset: Dataset[Any], *, seed: int, **options: Any) -> DataLoader[Any]:
@@ -228,8 +192,6 @@ def to_device(batch: Any, device: torch.device | str) -> Any:
         return batch.to(device, non_blocking=True)
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple) and type(batch) is not tuple:
-        return type(batch)(*(to_device(value, device) for value in batch))  # a named tuple
     if isinstance(batch, (list, tuple)):
         return type(batch)(to_device(value, device) for value in batch)
     return batch
@@ -241,24 +203,21 @@ def train_sets(datasets: Datasets, splits: Sequence[str]) -> dict[str, SampleDat
     Raises:
         InputError: a split is in none of the datasets, or is laid out for evaluation.
     """
-    check_splits(splits, split_names(datasets))
-    parts = {name: {s: by_split[s] for s in splits if s in by_split} for name, by_split in datasets.items()}
-    for name, found in parts.items():
-        _check_layout(name, found)
-    found_parts = {name: list(found.values()) for name, found in parts.items() if found}
-    return {name: JoinedSplits(found) if len(found) > 1 else found[0] for name, found in found_parts.items()}
-
-
-def _check_layout(name: str, found: Mapping[str, SampleDataset]) -> None:
-    """Raise InputError if a split to train on is laid out for evaluation, so that it lacks the training target."""
-    differ = len(set(map(type, found.values()))) > 1
-    for split, dataset in found.items():
-        is_for_evaluation = isinstance(dataset, BaseDataset) and not dataset.training
-        if is_for_evaluation or (differ and split != "train"):
-            raise InputError(
-                f"run.train_splits: {name!r} lays out {split!r} for evaluation, as all splits but 'train'; name its "
-                "files under build_info.annotations.train, whose storage may be a list"
-            )
+    check_splits(splits, datasets)
+    sets: dict[str, SampleDataset] = {}
+    for name, by_split in datasets.items():
+        found = {split: by_split[split] for split in splits if split in by_split}
+        differ = len(set(map(type, found.values()))) > 1
+        for split, dataset in found.items():
+            lacks_target = isinstance(dataset, BaseDataset) and not dataset.training
+            if lacks_target or (differ and split != "train"):
+                raise InputError(
+                    f"run.train_splits: {name!r} lays out {split!r} for evaluation, as all splits but 'train'; name "
+                    "its files under build_info.annotations.train, whose storage may be a list"
+                )
+        if found:
+            sets[name] = JoinedSplits(list(found.values())) if len(found) > 1 else next(iter(found.values()))
+    return sets
 
 
 def eval_sets(datasets: Datasets, splits: Sequence[str]) -> dict[str, EvalDataset]:
@@ -270,25 +229,16 @@ def eval_sets(datasets: Datasets, splits: Sequence[str]) -> dict[str, EvalDatase
     return found
 
 
-def split_names(datasets: Datasets) -> dict[str, list[str]]:
-    """Return the names of each dataset's splits."""
-    return {name: sorted(by_split) for name, by_split in datasets.items()}
-
-
-class JoinedSplits(Dataset[Sample]):
+class JoinedSplits(ConcatDataset[Sample]):
     """Several splits of one dataset as one, collated as the first is; their image ids do not coincide."""
 
     def __init__(self, splits: Sequence[SampleDataset]) -> None:
-        self.splits, self.collater = splits, splits[0].collater
-        self.ends = list(itertools.accumulate(map(len, splits)))
-
-    def __len__(self) -> int:
-        return self.ends[-1]
+        super().__init__(splits)  # type: ignore[arg-type]  # a dataset of the user's need not derive from torch's
+        self.collater = splits[0].collater
 
     def __getitem__(self, index: int) -> Sample:
-        number = bisect.bisect_right(self.ends, index)
-        split = self.splits[number]
-        return with_own_image_id(split[index - self.ends[number] + len(split)], number, kind="split")
+        number = bisect.bisect_right(self.cumulative_sizes, index)
+        return with_own_image_id(super().__getitem__(index), number, kind="split")
 
 
 def _identity(batch: T) -> T:

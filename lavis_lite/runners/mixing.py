@@ -33,16 +33,14 @@ def missing_keys(batches: Mapping[str, Batch]) -> dict[str, list[str]]:
 
 def check_mixable(batches: Mapping[str, Batch]) -> None:
     """Raise InputError naming two datasets whose batches, one of each by name, cannot be joined."""
-    (first, example), *others = batches.items()
-    for name, other in others:
-        if ("prompt" in example) != ("prompt" in other):
-            whole, bare = (first, name) if "prompt" in example else (name, first)
-            raise InputError(
-                f"datasets {whole!r} and {bare!r} cannot share a batch: texts of the first are complete instructions, "
-                "those of the second are not; set run.train_dataset_mixing: per_step"
-            )
-        for key in (key for key in example if key in other):
-            _check_alike(key, first, example[key], name, other[key])
+    bare = [name for name, batch in batches.items() if "prompt" not in batch]
+    if bare and len(bare) < len(batches):
+        whole = next(name for name in batches if name not in bare)
+        raise InputError(
+            f"datasets {whole!r} and {bare[0]!r} cannot share a batch: texts of the first are complete instructions, "
+            "those of the second are not; set run.train_dataset_mixing: per_step"
+        )
+    join_batches(list(batches.items()), keys=[key for key, names in missing_keys(batches).items() if not names])
 
 
 def join_batches(parts: Sequence[tuple[str, Batch]], *, keys: Sequence[str] | None) -> Batch:
@@ -59,20 +57,16 @@ def join_batches(parts: Sequence[tuple[str, Batch]], *, keys: Sequence[str] | No
 def _joined(key: str, parts: Sequence[tuple[str, Any]]) -> Any:
     (first, example), *others = parts
     for name, value in others:
-        _check_alike(key, first, example, name, value)
+        if _form(value) != _form(example):
+            raise InputError(
+                f"datasets {first!r} and {name!r} cannot share a batch: {key!r} is {_form(example)} in the first, "
+                f"{_form(value)} in the second; give them the same processors, or set train_dataset_mixing: per_step"
+            )
     if torch.is_tensor(example):
         return torch.cat([value for _, value in parts])
     if isinstance(example, list):
         return [item for _, value in parts for item in value]
     return example  # the same for all samples
-
-
-def _check_alike(key: str, first: str, one: Any, second: str, other: Any) -> None:
-    if _form(one) != _form(other):
-        raise InputError(
-            f"datasets {first!r} and {second!r} cannot share a batch: {key!r} is {_form(one)} in the first, "
-            f"{_form(other)} in the second; give them the same processors, or set run.train_dataset_mixing: per_step"
-        )
 
 
 def _form(value: Any) -> str:

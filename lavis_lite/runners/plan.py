@@ -9,25 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from lavis_lite.common.config.run import RunConfig
-from lavis_lite.runners.sampling import make_sampler
+from lavis_lite.runners.sampling import TrainSampler, make_sampler
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The length of a run, in steps of `global_batch` samples: `inner` between two validations, `total` in all.
+    """The length of a run, in steps of a global batch: `inner` between two validations, `total` in all."""
 
-    `mixture` has the training sets, each with its number of samples and its share in words.
-    """
-
-    steps_per_epoch: int
     inner: int
     total: int
-    global_batch: int
-    mixture: dict[str, str]
-    shares: dict[str, float]
-    """Of each training set in the steps or, with `is_concat`, in the samples."""
-    is_concat: bool
-    """Whether the samples of several training sets are mixed within each batch."""
+    sampler: TrainSampler
+    """Of the training sets: lengths, shares, steps per epoch."""
 
     @property
     def num_epochs(self) -> int:
@@ -40,7 +32,9 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what a resumed run must not change, for the checkpoint."""
-        return {"inner": self.inner, "global_batch": self.global_batch, "mixture": self.mixture, "total": self.total}
+        sampler = self.sampler
+        fixed = {"global_batch": sampler.global_batch, "mixture": sampler.mixture}
+        return {"inner": self.inner, "total": self.total, **fixed}
 
 
 def make_plan(run: RunConfig, lengths: Mapping[str, int], world: int) -> Plan:
@@ -59,12 +53,4 @@ def make_plan(run: RunConfig, lengths: Mapping[str, int], world: int) -> Plan:
         counts_steps = run.runner == "runner_iter"
         inner = (run.iters_per_inner_epoch if counts_steps else None) or per_epoch
         total = run.max_iters if counts_steps else min(total, run.max_iters)
-    return Plan(
-        steps_per_epoch=per_epoch,
-        inner=inner,
-        total=total,
-        global_batch=sampler.global_batch,
-        mixture=sampler.mixture,
-        shares=sampler.shares,
-        is_concat=sampler.is_concat,
-    )
+    return Plan(inner=inner, total=total, sampler=sampler)

@@ -3,11 +3,12 @@
 import contextlib
 import datetime
 import logging
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from lavis_lite.common import dist
 from lavis_lite.common.logger import JsonLog, TensorBoardLog
@@ -24,45 +25,37 @@ class Progress:
         is_main = dist.is_main()
         self.log = JsonLog(job_dir / "log.txt", enabled=is_main)
         self.events = TensorBoardLog(job_dir / "tensorboard", enabled=is_main and tensorboard)
-        self.is_live = is_main and sys.stderr.isatty()
-        self.bar: Any = None
+        self.bar = tqdm(disable=True)
         self.started, self.num_steps = time.perf_counter(), 0
 
     @contextlib.contextmanager
     def epoch(self, epoch: int, plan: Plan, *, step: int) -> Iterator[None]:
         """Time the steps of (inner) epoch `epoch` (0-based) from `step` on, with a bar on a terminal."""
         self.started, self.num_steps = time.perf_counter(), 0
-        if self.is_live:
-            from tqdm import tqdm
-
-            first, end = plan.bounds(epoch)
-            name = f"epoch {epoch + 1}/{plan.num_epochs}"
-            self.bar = tqdm(total=end - first, initial=step - first, desc=name, unit="step", leave=False)
-        try:
+        first, end = plan.bounds(epoch)
+        name, is_off = (
+            f"epoch {epoch + 1}/{plan.num_epochs}",
+            None if dist.is_main() else True,
+        )  # None: not on a terminal
+        with tqdm(total=end - first, initial=step - first, desc=name, leave=False, disable=is_off) as self.bar:
             yield
-        finally:
-            if self.bar is not None:
-                self.bar.close()
-                self.bar = None
 
     def advance(self) -> None:
         """Count one step."""
         self.num_steps += 1
-        if self.bar is not None:
-            self.bar.update()
+        self.bar.update()
 
     def report(self, step: int, epoch: int, values: Mapping[str, float], *, plan: Plan) -> dict[str, float]:
         """Write and return the row of a training step: `values`, and the rate since the last row."""
         steps_per_s = max(self.num_steps, 1) / max(time.perf_counter() - self.started, 1e-9)
-        values = {**values, "samples_per_s": round(steps_per_s * plan.global_batch, 2)}
+        values = {**values, "samples_per_s": round(steps_per_s * plan.sampler.global_batch, 2)}
         row = {"step": step, "epoch": epoch, **values}
         self.log.write(row)
         self.events.write({f"train/{name}": value for name, value in values.items()}, step=step)
         left = datetime.timedelta(seconds=round((plan.total - step) / steps_per_s))
         parts = {name: f"{value:.4g}" for name, value in values.items() if isinstance(value, float)}
-        if self.bar is not None:
-            self.bar.set_postfix({**parts, "left": str(left)})
-        else:
+        self.bar.set_postfix({**parts, "left": str(left)})
+        if self.bar.disable:
             text = "  ".join(f"{name} {value}" for name, value in parts.items())
             logger.info(f"epoch {epoch + 1}  step {step}/{plan.total}  {text}  time left {left}")
         self.started, self.num_steps = time.perf_counter(), 0

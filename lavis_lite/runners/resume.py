@@ -1,9 +1,7 @@
 """Resuming: the checkpoint, whether this run can continue it exactly, and what differs from the run that wrote it."""
 
-import functools
 import hashlib
 import logging
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,19 +24,12 @@ from lavis_lite.runners.train_state import TrainState
 logger = logging.getLogger(__name__)
 
 TRAINING_STATE = ("model", "optimizer", "scaler", "step", "epoch", "best", "plan", "metrics", "ranks")
-MUST_STAY = {
-    "inner": "steps per (inner) epoch",
-    "global_batch": "samples per step",
-    "mixture": "as training sets",
-}
+MUST_STAY = {"inner": "steps per (inner) epoch", "global_batch": "samples per step", "mixture": "as training sets"}
 """Fields of the plan that a resumed run must not change, with their unit."""
 PLACES = ("run.output_dir", "run.job_id", "run.resume", "run.resume_ckpt_path", "run.evaluate", "run.device")
 """Settings of the place that a run is in, which change nothing that it computes."""
 WEIGHTS = ("pretrained", "finetuned", "load_pretrained", "load_finetuned", "checkpoint", "init_vit", "init_text")
 NOT_SET = "not set"
-
-Differences = list[tuple[str, Any, Any]]
-"""Settings: key, value in the checkpoint, value now."""
 
 
 def resume(
@@ -63,9 +54,7 @@ def resume(
     if path is None:
         return
     saved = checkpoint.load(path, verify=False)
-    changed = _differences(saved.get("config", {}), config)
-    dist.on_main(lambda: _check_resumable(saved, changed, path, plan=plan, optimizer=state.optimizer, data=data))
-    _report_differences(changed, path)
+    dist.on_main(lambda: _check_resumable(saved, config, path, plan=plan, optimizer=state.optimizer, data=data))
     state.restore(saved, seed=run.seed, source=path)
     _carry_over_best(state, path.with_name(jobs.BEST), job_dir / jobs.BEST)
     logger.info(f"resumed {path} at step {state.step} of {plan.total}")
@@ -98,28 +87,16 @@ def resume_line(cfg: Config, model: BaseModel, datasets: Datasets, plan: Plan) -
     if path is None:
         return f"resume      nothing to resume below {cfg.run.output_dir}: the run starts from the beginning"
     data = annotation_digests(train_sets(datasets, cfg.run.train_splits))
-    step, epoch = dist.on_main(lambda: _checked_position(cfg, model, path, plan=plan, data=data))
+
+    def position() -> tuple[int, int]:
+        saved = checkpoint.load(path)
+        optimizer = build_optimizer(model.optimizer_groups(cfg.run.weight_decay, cfg.run.lr_layer_decay), cfg.run)
+        _check_resumable(saved, cfg.to_dict(), path, plan=plan, optimizer=optimizer, data=data)
+        checkpoint.load_into(model, checkpoint.find_state_dict(saved, source=str(path)), source=path)
+        return saved["step"], saved["epoch"]
+
+    step, epoch = dist.on_main(position)
     return f"resume      {path}: step {step:,} of {plan.total:,}, {epoch} of {plan.num_epochs} epochs done"
-
-
-def _checked_position(
-    cfg: Config, model: BaseModel, path: Path, *, plan: Plan, data: Mapping[str, str | None]
-) -> tuple[int, int]:
-    """Return step and epoch of a checkpoint, after checking that this run can continue it."""
-    saved = checkpoint.load(path)
-    changed = _differences(saved.get("config", {}), cfg.to_dict())
-    optimizer = build_optimizer(model.optimizer_groups(cfg.run.weight_decay, cfg.run.lr_layer_decay), cfg.run)
-    _check_resumable(saved, changed, path, plan=plan, optimizer=optimizer, data=data)
-    _report_differences(changed, path)
-    checkpoint.load_into(model, checkpoint.find_state_dict(saved, source=str(path)), source=path)
-    return saved["step"], saved["epoch"]
-
-
-def _report_differences(changed: Differences, path: Path) -> None:
-    if changed:
-        logger.info(f"settings that differ from those that {path} was written with:")
-    for key, was, now in changed:
-        logger.info(f"{key}: {was} in the checkpoint, {now} now: {_consequence(key)}")
 
 
 def annotation_digests(sets: Mapping[str, SampleDataset]) -> dict[str, str | None]:
@@ -134,12 +111,7 @@ def _verified_checkpoint(run: RunConfig, job_dir: Path) -> Path | None:
     """Return the checkpoint to resume: `run.resume_ckpt_path`, or with `run.resume=auto` the job's newest whole one."""
     if run.resume_ckpt_path:
         return _verify(Path(run.resume_ckpt_path))
-    if run.resume != "auto":
-        return None
-    found = jobs.newest_checkpoint(job_dir.parent, job_id=job_dir.name)
-    if found is None:
-        logger.info(f"nothing to resume in {job_dir}: starting from the beginning")
-    return found
+    return jobs.newest_checkpoint(job_dir.parent, job_id=job_dir.name) if run.resume == "auto" else None
 
 
 def _verify(path: Path) -> Path:
@@ -150,74 +122,70 @@ def _verify(path: Path) -> Path:
 
 def _check_resumable(
     saved: Mapping[str, Any],
-    changed: Differences,
+    config: Mapping[str, Any],
     path: Path,
     *,
     plan: Plan,
     optimizer: torch.optim.Optimizer,
     data: Mapping[str, str | None],
 ) -> None:
-    """Raise InputError, naming each reason and what to do, if this run cannot continue the checkpoint exactly."""
+    """Log the settings that differ from the checkpoint's. Raise InputError, naming each reason and what to do, if this
+    run cannot continue it exactly.
+    """
     missing = [key for key in TRAINING_STATE if key not in saved]
     if missing:
-        raise InputError(
-            f"{path} holds no training state ({', '.join(missing)} missing): resume from a checkpoint_last.pth, "
-            "or start anew from these weights with model.pretrained or model.finetuned"
-        )
-    differs = [*_plan_differences(saved["plan"], plan), *_data_differences(saved, data, path=path)]
-    if differs:
-        raise InputError(
-            f"{path} was written with {'; with '.join(differs)}: resume with the same data, sampling and global batch "
-            "(run.batch_size_train x processes x run.accum_grad_iters), or start anew from its weights with "
-            "model.pretrained"
-        )
-    reason = _model_difference(saved["optimizer"], optimizer)
-    if reason:
-        keys = [f"{key}: {was} in the checkpoint, {now} now" for key, was, now in changed]
-        keys = [text for text in keys if text.startswith(("model.", "run.lr_layer_decay"))]
-        hint = f" ({'; '.join(keys)})" if keys else ""
-        raise InputError(f"{path}: {reason}: resume with the same model{hint}")
-
-
-def _plan_differences(saved: Mapping[str, Any], plan: Plan) -> Iterator[str]:
-    own = plan.to_dict()
-    for key, unit in MUST_STAY.items():
-        was, now = saved.get(key), own[key]
-        if str(was) != str(now):  # as text, in which the order of the training sets counts too
-            yield f"{was} {unit}, this run has {now}"
-
-
-def _data_differences(saved: Mapping[str, Any], data: Mapping[str, str | None], *, path: Path) -> Iterator[str]:
+        problem = f"{path} holds no training state ({', '.join(missing)} missing)"
+        raise InputError(f"{problem}: resume from a checkpoint_last.pth, or start from it with model.pretrained")
     if "data" not in saved:  # written before there were digests
         logger.warning(f"{path} holds no digest of its annotations: whether they have changed is not checked")
-        return
+    if differs := list(_data_differences(saved, plan, data)):
+        raise InputError(
+            f"{path} was written with {'; with '.join(differs)}: resume with the same data, sampling and global batch "
+            "(run.batch_size_train x processes x run.accum_grad_iters), or start anew with model.pretrained"
+        )
+    changed = {key: f"{was} in the checkpoint, {now} now" for key, was, now in _differences(saved, config)}
+    if reason := _model_difference(saved["optimizer"], optimizer):
+        keys = [key for key in changed if key.startswith(("model.", "run.lr_layer_decay"))]
+        settings = "; ".join(f"{key}: {changed[key]}" for key in keys)
+        raise InputError(f"{path}: {reason}: resume with the same model ({settings})")
+    if changed:
+        logger.info(f"settings that differ from those that {path} was written with:")
+    for key, text in changed.items():
+        logger.info(f"{key}: {text}: {_consequence(key)}")
+
+
+def _model_difference(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> str | None:
+    """Return how the optimizer's saved state does not fit the parameters: their names per group, or their shapes."""
+    before, groups = saved["param_groups"], optimizer.param_groups
+    if [group.get("names") for group in before] != [group.get("names") for group in groups]:
+        return "the optimizer's parameter groups differ from this run's"
+    for was, now in zip(before, groups, strict=True):
+        for index, parameter in zip(was["params"], now["params"], strict=True):
+            moment = saved["state"].get(index, {}).get("exp_avg")
+            if moment is not None and moment.shape != parameter.shape:
+                return "parameters have other shapes"
+    return None
+
+
+def _data_differences(saved: Mapping[str, Any], plan: Plan, data: Mapping[str, str | None]) -> Iterator[str]:
+    own = plan.to_dict()
+    for key, unit in MUST_STAY.items():
+        was = saved["plan"].get(key)
+        if str(was) != str(own[key]):  # as text, in which the order of the training sets counts too
+            yield f"{was} {unit}, this run has {own[key]}"
     for name, digest in data.items():
-        was = saved["data"].get(name)
+        was = saved.get("data", {}).get(name)
         if None not in (was, digest) and was != digest:
             yield f"other annotations of {name!r} (digest {was}), this run's have the digest {digest}"
 
 
-def _model_difference(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> str | None:
-    """Return how the optimizer's saved state does not fit the parameters: their names per group, and their shapes."""
-    before, groups = saved["param_groups"], optimizer.param_groups
-    if [group.get("names") for group in before] != [group.get("names") for group in groups]:
-        return "the optimizer's parameter groups differ from this run's"
-    wrong = []
-    for was, now in zip(before, groups, strict=True):
-        for index, name, parameter in zip(was["params"], now["names"], now["params"], strict=True):
-            moment = saved["state"].get(index, {}).get("exp_avg")
-            if moment is not None and moment.shape != parameter.shape:
-                wrong.append(f"{name} {tuple(moment.shape)} (now {tuple(parameter.shape)})")
-    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-    return f"{len(wrong)} parameters have other shapes: {', '.join(wrong[:3])}{more}" if wrong else None
-
-
-def _differences(saved: Mapping[str, Any], config: Mapping[str, Any]) -> Differences:
-    """Return the settings that differ between the checkpoint's configuration and this run's."""
-    before, now = dict(_flat(saved)), dict(_flat(config))
-    keys = [*before, *(key for key in now if key not in before)]
-    pairs = [(key, before.get(key, NOT_SET), now.get(key, NOT_SET)) for key in keys if key not in PLACES]
-    return [(key, was, is_) for key, was, is_ in pairs if was != is_ and {was, is_} != {NOT_SET, "None"}]
+def _differences(saved: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yield each setting that differs: its key, the checkpoint's value, this run's."""
+    before, now = dict(_flat(saved.get("config", {}))), dict(_flat(config))
+    for key in dict.fromkeys([*before, *now]):
+        was, is_ = before.get(key, NOT_SET), now.get(key, NOT_SET)
+        if key not in PLACES and was != is_ and {was, is_} != {NOT_SET, "None"}:
+            yield key, was, is_
 
 
 def _consequence(key: str) -> str:
@@ -239,7 +207,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]
 
 
 def _digest(dataset: SampleDataset) -> str | None:
-    parts = dataset.splits if isinstance(dataset, JoinedSplits) else [dataset]
+    parts = dataset.datasets if isinstance(dataset, JoinedSplits) else [dataset]
     files = [path for part in parts if isinstance(part, BaseDataset) for path in part.annotation_paths]
     if not files or not all(path.is_file() for path in files):
         return None
@@ -260,21 +228,16 @@ def _carry_over_best(state: TrainState, source: Path, target: Path) -> None:
     if reason is not None:
         logger.warning(
             f"{reason}: the best validation so far ({state.best_metric:.4g}) is forgotten, and the best weights are "
-            f"chosen anew from step {state.step} on; without a further validation the last weights are the best"
+            f"chosen anew from step {state.step} on"
         )
         state.best_metric = state.best_epoch = None
     elif source.resolve() != target.resolve():
-        if dist.is_main():
-            with source.open("rb") as file:
-                checkpoint.atomic_write(target, functools.partial(shutil.copyfileobj, file))
-        dist.barrier()
+        dist.on_main(lambda: checkpoint.link_or_copy(source, target) and None)
 
 
 def _why_lost(path: Path) -> str | None:
-    if not path.is_file():
-        return f"{path} is gone"
     try:
         integrity.verify(path, as_zip=True)
-    except DamagedFileError as error:
+    except (DamagedFileError, FileNotFoundError) as error:
         return str(error)
     return None

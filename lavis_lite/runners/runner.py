@@ -14,7 +14,6 @@ import torch
 
 from lavis_lite.common import checkpoint, dist
 from lavis_lite.common.config.config import Config
-from lavis_lite.common.errors import InputError
 from lavis_lite.common.optim import build_optimizer, build_schedule
 from lavis_lite.common.precision import autocast, resolve_precision
 from lavis_lite.common.registry import registry
@@ -22,7 +21,7 @@ from lavis_lite.common.rng import seed_rank
 from lavis_lite.models.base import BaseModel
 from lavis_lite.runners.jobs import BEST, write_last
 from lavis_lite.runners.learning import LearningWatch
-from lavis_lite.runners.loaders import Datasets, EvalLoader, TrainLoader, eval_sets, split_names, train_sets
+from lavis_lite.runners.loaders import Datasets, EvalLoader, TrainLoader, eval_sets, train_sets
 from lavis_lite.runners.plan import make_plan
 from lavis_lite.runners.progress import Progress
 from lavis_lite.runners.resume import annotation_digests, load_verified, resume
@@ -55,12 +54,11 @@ class Runner:
         self.job_dir = Path(job_dir)
         self.device = dist.resolve_device(self.run.device)
         self.dtype = resolve_precision(self.run.precision, self.device)
-        check_splits([*self.run.valid_splits, *self.run.test_splits], split_names(datasets))
+        check_splits([*self.run.valid_splits, *self.run.test_splits], datasets)
         self.model = model.to(self.device)
         self.stop = StopSignals()  # replaced by a caller that catches signals; this one is not entered and catches none
         self.has_begun = False  # a first step or an evaluation
         self.saved_step: int | None = None
-        self.has_warned_of_no_best = False
         self.progress = Progress(self.job_dir, tensorboard=self.run.tensorboard)
 
     def train(self) -> dict[str, Any]:
@@ -88,7 +86,7 @@ class Runner:
         """
         both = [*self.run.valid_splits, *self.run.test_splits]
         splits = list(dict.fromkeys(both if splits is None else splits))
-        check_splits(splits, split_names(self.datasets))
+        check_splits(splits, self.datasets)
         self._write_config()
         if self.run.resume_ckpt_path:
             logger.info(f"evaluating the weights of {self.run.resume_ckpt_path} (run.resume_ckpt_path)")
@@ -100,24 +98,20 @@ class Runner:
         run = self.run
         sets = train_sets(self.datasets, run.train_splits)
         self.data = annotation_digests(sets)
-        rank, world = dist.rank(), dist.world_size()
-        loader = TrainLoader(sets, run, rank=rank, world=world, pin=self.device.type == "cuda")
+        world, pin = dist.world_size(), self.device.type == "cuda"
+        loader = TrainLoader(sets, run, rank=dist.rank(), world=world, pin=pin)
         plan = make_plan(run, loader.sampler.lengths, world)
         for key, names in loader.left_out.items():
             logger.info(f"mixed batches have no {key!r}, which the samples of {', '.join(names)} lack")
         schedule = build_schedule(run, max_epoch=plan.num_epochs, iters_per_epoch=plan.inner, total_steps=plan.total)
-        state = TrainState(
-            model=self.model,
-            optimizer=build_optimizer(self.model.optimizer_groups(run.weight_decay, run.lr_layer_decay), run),
-            scaler=torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16),
-            loader=loader,
-            watch=LearningWatch(warmup_steps=0 if run.warmup_lr is None else run.warmup_steps),
-            device=self.device,
-        )
+        optimizer = build_optimizer(self.model.optimizer_groups(run.weight_decay, run.lr_layer_decay), run)
+        scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        watch = LearningWatch(warmup_steps=0 if run.warmup_lr is None else run.warmup_steps)
+        state = TrainState(self.model, optimizer, scaler=scaler, loader=loader, watch=watch, device=self.device)
         seed_rank(run.seed)
         resume(state, run, plan, job_dir=self.job_dir, data=self.data, config=self._config())
         self.saved_step = state.step
-        loader.seek(state.step)
+        loader.sampler.start_step = state.step
         if len(loader.sampler.names) > 1:
             self.progress.report_mixture(loader.sampler)
         parallel, no_sync = dist.data_parallel(self.model, find_unused_parameters=run.find_unused_parameters)
@@ -141,7 +135,8 @@ class Runner:
         results = self._evaluate_splits(self.run.valid_splits, step=state.step, epoch=state.epoch)
         name, metric = aggregate(results, by=self.run.best_by)
         if metric is None:
-            self._warn_of_no_best(name)
+            advice = "validate on a split with answers, references or labels, or set run.valid_splits=[]"
+            logger.warning(f"{name}: nothing was scored, so checkpoint_best.pth will hold the last weights; {advice}")
             return
         if name not in results:
             self.progress.report_metrics(name, {"agg_metrics": metric}, step=state.step, epoch=epoch)
@@ -149,14 +144,6 @@ class Runner:
             state.best_metric, state.best_epoch = metric, epoch
             self._save_best()
             logger.info(f"best so far: {metric:.4g} on {name} after epoch {epoch + 1}")
-
-    def _warn_of_no_best(self, name: str) -> None:
-        if not self.has_warned_of_no_best:
-            self.has_warned_of_no_best = True
-            logger.warning(
-                f"{name}: nothing was scored, so checkpoint_best.pth cannot be chosen by it and will hold the last "
-                "weights. Validate on a split with answers, references or labels, or set run.valid_splits=[]"
-            )
 
     def _evaluate_splits(self, splits: Sequence[str], *, step: int = 0, epoch: int = 0) -> Results:
         self.has_begun = True
@@ -169,23 +156,19 @@ class Runner:
             self.progress.report_metrics(key, results[key], step=step, epoch=epoch)
         return results
 
-    def _check_finite(self) -> None:
-        self.training.guard.check()
-        self.training.guard.check_weights(self.training.state.parameters, step=self.training.state.step)
-
     def _save_last(self) -> None:
         """Gather the whole training state and write it; must be entered by every rank."""
-        self._check_finite()
         state = self.training.state
+        self.training.guard.check_weights(state.parameters, step=state.step)
         saved = state.save() | {"plan": self.training.plan.to_dict(), "config": self._config(), "data": self.data}
         self.saved_step = state.step
         if dist.is_main():
             write_last(saved, self.job_dir, step=state.step, keep=self.run.keep_checkpoints)
 
     def _save_best(self) -> None:
-        self._check_finite()
+        state = self.training.state
+        self.training.guard.check_weights(state.parameters, step=state.step)
         if dist.is_main():
-            state = self.training.state
             weights = {"model": self.model.checkpoint_state_dict(), **state.position, "config": self._config()}
             checkpoint.save(weights, self.job_dir / BEST)
         dist.barrier()
@@ -222,11 +205,8 @@ def aggregate(results: Mapping[str, Mapping[str, Any]], *, by: str) -> tuple[str
     the metric is None.
 
     Raises:
-        InputError: one of those has no `agg_metrics`.
+        KeyError: one of those has no `agg_metrics`.
     """
     compared = list(results.items())[: 1 if by == "first" else None]
-    for split, metrics in compared:
-        if "agg_metrics" not in metrics:
-            raise InputError(f"the task's score gave no 'agg_metrics' for {split}: found {sorted(metrics)}")
     numbers = [float(metrics["agg_metrics"]) for _, metrics in compared if metrics["agg_metrics"] is not None]
     return compared[0][0] if by == "first" else by, statistics.fmean(numbers) if numbers else None

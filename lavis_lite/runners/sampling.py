@@ -14,7 +14,6 @@ import numpy as np
 
 from lavis_lite.common.config.run import RunConfig
 from lavis_lite.common.errors import InputError
-from lavis_lite.common.registry import did_you_mean
 from lavis_lite.common.rng import hash_seed
 
 POWERS = {"size": 1.0, "sqrt": 0.5, "uniform": 0.0}
@@ -43,25 +42,19 @@ def dataset_shares(
     Raises:
         InputError: `ratios` or `factors` do not fit the datasets, or leave none.
     """
-    for name in factors or {}:
-        if name not in lengths:
-            raise InputError(
-                f"run.train_dataset_factors: {name!r} is not a training dataset. {did_you_mean(name, lengths)}"
-            )
-    if ratios and set(ratios) != set(lengths):
+    setting, given = ("ratios", ratios) if ratios else ("factors", factors or {})
+    unknown, missing = given.keys() - lengths.keys(), lengths.keys() - given.keys() if ratios else set()
+    if unknown or missing:
         raise InputError(
-            f"run.train_dataset_ratios: names {sorted(ratios)}, but the training datasets are {sorted(lengths)}"
+            f"run.train_dataset_{setting}: names {sorted(given)}, but the training datasets are {sorted(lengths)}"
         )
     own = ratios or {
-        name: max(length, 1) ** POWERS[sampling] * (factors or {}).get(name, 1.0)  # the sampler refuses an empty one
+        name: max(length, 1) ** POWERS[sampling] * given.get(name, 1.0)  # the sampler refuses an empty one
         for name, length in lengths.items()
     }
     weights = np.array([own[name] for name in lengths], dtype=np.float64)
     if weights.min() < 0 or weights.sum() <= 0:
-        setting = "ratios" if ratios else "factors"
-        raise InputError(
-            f"run.train_dataset_{setting}: must not be negative and not all 0, got {dict(ratios or factors or {})}"
-        )
+        raise InputError(f"run.train_dataset_{setting}: must not be negative and not all 0, got {dict(given)}")
     return dict(zip(lengths, (weights / weights.sum()).tolist(), strict=True))
 
 
@@ -107,7 +100,7 @@ class TrainSampler:
     def __iter__(self) -> Iterator[list[Key]]:
         draws = dict.fromkeys(self.groups, 0)
         for step in itertools.count():
-            group = self._group_at(step)
+            group = "" if self.is_concat else self.dataset_at(step)
             if step >= self.start_step:
                 epoch, position = divmod(draws[group], int(self.ends[group][-1]) // self.global_batch)
                 start = position * self.global_batch
@@ -157,15 +150,10 @@ class TrainSampler:
                 raise InputError(f"dataset {empty[0]!r} has no training samples; leave it out or check its annotations")
             if total < self.global_batch:
                 owner = f"dataset {group!r} has" if group else f"the {len(names)} datasets together have"
-                accumulated = f" x {accumulate} accumulated batches" if accumulate > 1 else ""
-                mixed = ", or set run.train_dataset_mixing: concat" if len(self.groups) > 1 else ""
                 raise InputError(
                     f"{owner} {total} training samples, fewer than a global batch of {self.global_batch} ({batch_size} "
-                    f"on each of {world} processes{accumulated}); lower run.batch_size_train{mixed}"
+                    f"x {world} processes x {accumulate} batches); lower run.batch_size_train, or mix within batches"
                 )
-
-    def _group_at(self, step: int) -> str:
-        return next(iter(self.groups)) if len(self.groups) == 1 else self.dataset_at(step)
 
     def _order(self, group: str, epoch: int) -> np.ndarray:
         known = self._orders.get(group)
@@ -195,9 +183,8 @@ def make_sampler(run: RunConfig, lengths: Mapping[str, int], *, rank: int = 0, w
     """
     if not lengths:
         raise InputError("no dataset to train on: run.train_splits and the datasets section have no split in common")
-    shares = None
-    if len(lengths) == 1 or run.mixing == "per_step":
-        sampling, factors, ratios = run.train_dataset_sampling, run.train_dataset_factors, run.train_dataset_ratios
-        shares = dataset_shares(lengths, sampling=sampling, factors=factors, ratios=ratios)
+    sampling, factors, ratios = run.train_dataset_sampling, run.train_dataset_factors, run.train_dataset_ratios
+    is_concat = len(lengths) > 1 and run.mixing != "per_step"
+    shares = None if is_concat else dataset_shares(lengths, sampling=sampling, factors=factors, ratios=ratios)
     sizes = {"batch_size": run.batch_size_train, "accumulate": run.accum_grad_iters, "seed": run.seed}
     return TrainSampler(lengths, shares, **sizes, rank=rank, world=world)

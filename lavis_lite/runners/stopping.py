@@ -35,7 +35,7 @@ class Stopped(BaseException):
     @property
     def exit_code(self) -> int:
         """130 after SIGINT, as from a shell; 143 after the others."""
-        return exit_code(self.signum)
+        return 130 if self.signum == signal.SIGINT else 143
 
 
 class StopSignals:
@@ -120,7 +120,8 @@ class StopSignals:
         with receiver:
             while received := _receive(receiver):
                 if received == TICK and first is not None:
-                    self._end_if_stuck(first)
+                    if not self._is_deferred and time.monotonic() - self._at_once_since > GRACE:
+                        _end(first, f"came {GRACE:g} seconds ago and the process still waits, so it ends at once")
                     if self._is_pending:
                         num_sent += 1
                         _thread.interrupt_main(first)  # calls `_handle` again
@@ -132,10 +133,6 @@ class StopSignals:
                     receiver.settimeout(1.0)
                 elif received[0] == signal.SIGINT or (received[0] in SIGNALS and time.monotonic() - first_at > TWICE):
                     _end(received[0], "again, so the process ends at once")
-
-    def _end_if_stuck(self, signum: int) -> None:
-        if not self._is_deferred and time.monotonic() - self._at_once_since > GRACE:
-            _end(signum, f"came {GRACE:g} seconds ago and the process still waits, so it ends at once")
 
     def _in_child(self) -> None:
         """Keep a forked process from writing to the watching thread's socket."""
@@ -160,12 +157,7 @@ def _receive(receiver: socket.socket) -> bytes:
 
 def _end(signum: int, why: str) -> None:
     os.write(2, f"{signal.Signals(signum).name} {why}\n".encode())
-    os._exit(exit_code(signum))
-
-
-def exit_code(signum: int) -> int:
-    """Return the exit code of a process that stopped because of a signal."""
-    return 130 if signum == signal.SIGINT else 143
+    os._exit(Stopped(signum).exit_code)
 
 
 @contextlib.contextmanager

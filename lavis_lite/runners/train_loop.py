@@ -13,7 +13,7 @@ from torch import nn
 
 from lavis_lite.common import dist
 from lavis_lite.common.config.run import RunConfig
-from lavis_lite.common.errors import InputError, NonFiniteLoss, UnknownNameError
+from lavis_lite.common.errors import NonFiniteLoss
 from lavis_lite.common.optim import Schedule, set_lr
 from lavis_lite.common.precision import autocast
 from lavis_lite.runners.learning import learning_metrics
@@ -54,57 +54,44 @@ class FiniteGuard:
 
     def check(self) -> None:
         """Raise NonFiniteLoss if any loss so far was not finite; it names step, losses and learning rate."""
-        if self.first_bad is None:
-            return
-        step, lr, *values = self.first_bad.tolist()
-        if step == 0:
-            return
-        losses = ", ".join(f"{name} {value:g}" for name, value in zip(self.names, values, strict=True))
-        raise NonFiniteLoss(f"the loss is not finite at step {int(step)}: {losses}; learning rate {lr:g}. {REMEDY}")
+        step, lr, *values = (0, 0.0) if self.first_bad is None else self.first_bad.tolist()
+        if step:
+            losses = ", ".join(f"{name} {value:g}" for name, value in zip(self.names, values, strict=True))
+            raise NonFiniteLoss(f"the loss is not finite at step {int(step)}: {losses}; learning rate {lr:g}. {REMEDY}")
 
     def check_weights(self, parameters: Iterable[torch.Tensor], *, step: int) -> None:
-        """Raise NonFiniteLoss if a weight is not finite after `step` steps: a gradient may be nan at a finite loss."""
+        """As `check`, and raise NonFiniteLoss if a weight is not finite after `step` steps: a gradient may be nan at a
+        finite loss.
+        """
+        self.check()
         if not torch.stack([torch.isfinite(parameter.detach()).all() for parameter in parameters]).all():
-            raise NonFiniteLoss(
-                f"weights are not finite after step {step}: at a finite loss, a gradient was not. {REMEDY}"
-            )
+            problem = f"weights are not finite after step {step}: at a finite loss, a gradient was not"
+            raise NonFiniteLoss(f"{problem}. {REMEDY}")
 
 
-class MeanOfBatches:
-    """`run.loss_average: batches`: a step's loss is the mean of its batches' losses, over all ranks."""
+class LossAverage:
+    """A step's loss, over all ranks: the mean of its batches' losses, or with `run.loss_average: tokens` the mean over
+    all their labels.
+    """
 
-    def __init__(self, accumulate: int) -> None:
-        self.accumulate = accumulate
-
-    def weigh(self, loss: torch.Tensor, output: Mapping[str, Any]) -> torch.Tensor:
-        """Return a batch's part of the step's loss; the gradients of the parts add up."""
-        return loss / self.accumulate
-
-    def rescale(self, state: TrainState) -> None:
-        """Divide the summed gradients by what was known only after the last batch: nothing here."""
-
-
-class MeanOfTokens(MeanOfBatches):
-    """`run.loss_average: tokens`: a step's loss is the mean over all labels of its batches, over all ranks."""
-
-    def __init__(self, accumulate: int) -> None:
-        super().__init__(accumulate)
+    def __init__(self, run: RunConfig) -> None:
+        self.accumulate, self.is_of_tokens = run.accum_grad_iters, run.loss_average == "tokens"
         self.num_labels: torch.Tensor | float = 0.0
 
     def weigh(self, loss: torch.Tensor, output: Mapping[str, Any]) -> torch.Tensor:
-        if "num_labels" not in output:
-            raise InputError("run.loss_average: the model reports no num_labels for tokens; set it to batches")
+        """Return a batch's part of the step's loss; the gradients of the parts add up."""
+        if not self.is_of_tokens:
+            return loss / self.accumulate
         self.num_labels = self.num_labels + output["num_labels"].double()
         return loss * output["num_labels"]
 
     def rescale(self, state: TrainState) -> None:
-        per_rank = dist.all_reduce_mean(torch.as_tensor(self.num_labels))  # gradients are means over the ranks
-        gradients = [parameter.grad for parameter in state.parameters if parameter.grad is not None]
-        torch._foreach_mul_(gradients, per_rank.reciprocal().float())
-        self.num_labels = 0.0
-
-
-LOSS_AVERAGES = {"batches": MeanOfBatches, "tokens": MeanOfTokens}
+        """Divide the summed gradients by the number of labels, which is known only after the last batch."""
+        if self.is_of_tokens:
+            per_rank = dist.all_reduce_mean(torch.as_tensor(self.num_labels))  # gradients are means over the ranks
+            gradients = [parameter.grad for parameter in state.parameters if parameter.grad is not None]
+            torch._foreach_mul_(gradients, per_rank.reciprocal().float())
+            self.num_labels = 0.0
 
 
 @dataclass(kw_only=True)
@@ -137,7 +124,7 @@ def train_loop(training: Training, *, save: Callable[[], None], validate: Callab
         NonFiniteLoss: a loss or a weight is not finite.
     """
     run, plan, state, ranks = training.run, training.plan, training.state, training.ranks
-    average = LOSS_AVERAGES[run.loss_average](run.accum_grad_iters)
+    average = LossAverage(run)
     with contextlib.closing(iter(state.loader)) as batches, training.stop.deferred():
         for epoch in range(state.epoch, plan.num_epochs):
             first, end = plan.bounds(epoch)
@@ -153,7 +140,7 @@ def train_loop(training: Training, *, save: Callable[[], None], validate: Callab
                         with training.no_sync() if remaining else contextlib.nullcontext():
                             with autocast(state.device, training.dtype):
                                 output = training.task.train_step(training.parallel, samples)
-                            losses = _losses(output)
+                            losses = {k: v for k, v in output.items() if k.startswith("loss") and torch.is_tensor(v)}
                             training.guard.update(step, lr, losses)
                             state.scaler.scale(average.weigh(losses["loss"], output)).backward()
                         state.metrics.update(**losses, **learning_metrics(output))
@@ -180,12 +167,6 @@ def train_loop(training: Training, *, save: Callable[[], None], validate: Callab
                     validate(epoch)
             state.epoch = epoch + 1
             save()
-
-
-def _losses(output: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    if "loss" not in output:
-        raise UnknownNameError(f"train_step returned no 'loss': found {sorted(output)}")
-    return {name: value for name, value in output.items() if name.startswith("loss") and torch.is_tensor(value)}
 
 
 def _update_weights(state: TrainState, *, clip: float | None) -> None:

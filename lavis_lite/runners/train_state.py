@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from lavis_lite.runners.loaders import TrainLoader
 logger = logging.getLogger(__name__)
 
 
-@dataclass(kw_only=True)
+@dataclass
 class TrainState:
     """Model, optimizer, position and running means of a training. `step` and `epoch` count what is done: updates, and
     (inner) epochs with their validation.
@@ -26,6 +26,7 @@ class TrainState:
 
     model: BaseModel
     optimizer: torch.optim.Optimizer
+    _: KW_ONLY
     scaler: torch.amp.GradScaler
     loader: TrainLoader
     watch: LearningWatch
@@ -83,10 +84,8 @@ class TrainState:
             restore_rng_state(mine["rng"], self.device)
             self.loader.seen, self.loader.unreadable = mine["seen"], mine["unreadable"]
             return
-        logger.warning(
-            f"{source} was written by {len(ranks)} processes, this run has {dist.world_size()}: "
-            "the data's order is the same at the same global batch, but random numbers (dropout) will differ"
-        )
+        counts = f"{len(ranks)} processes, this run has {dist.world_size()}"
+        logger.warning(f"{source} was written by {counts}: random numbers (dropout) will differ, not the data's order")
         seed_rank(seed, step=self.step)
 
 

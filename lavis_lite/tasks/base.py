@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from lavis_lite.common import dist
-from lavis_lite.common.bounds import Bounds, check_numbers
+from lavis_lite.common.bounds import Bounds, check_numbers, one_of
 from lavis_lite.common.config.config import Config
 from lavis_lite.common.config.run import RunConfig
-from lavis_lite.common.config.schema import signature_of
+from lavis_lite.common.config.schema import schema_of
 from lavis_lite.common.config.sections import builder_name
 from lavis_lite.common.errors import InputError, MissingInputError
-from lavis_lite.common.registry import did_you_mean, registry
+from lavis_lite.common.registry import registry
 from lavis_lite.datasets.protocols import EvalDataset, SampleDict, Samples
 from lavis_lite.models.base import BaseModel
 from lavis_lite.nn.decoding import BOUNDS
@@ -60,8 +60,7 @@ class BaseTask:
         given = {name: value for name, value in vars(self).items() if value is not None}
         check_numbers("run", given, **self.bounds)
         for name, choices in self.choices.items():
-            if (value := vars(self)[name]) not in choices:
-                raise InputError(f"run.{name}: must be one of {', '.join(choices)}, got {value!r}")
+            one_of(f"run.{name}", vars(self)[name], choices)
         if given.get("min_len", 0) > given.get("max_len", float("inf")):
             raise InputError(f"run.min_len={given['min_len']} is above run.max_len={given['max_len']}: lower it")
 
@@ -171,10 +170,8 @@ def naming_missing_keys(samples: Samples, model: nn.Module) -> Iterator[None]:
         key = error.key if isinstance(error, MissingInputError) else error.args[0]
         if key not in SampleDict.__annotations__ or key in samples:
             raise
-        raise InputError(
-            f"{type(unwrap(model)).__name__} needs {key!r}, which the dataset's samples lack (they have "
-            f"{', '.join(samples)}): choose a dataset that fits the model and the task"
-        ) from error
+        name = type(unwrap(model)).__name__
+        raise InputError(f"{name} needs {key!r}, which the dataset's samples lack (they have {[*samples]})") from error
 
 
 @contextlib.contextmanager
@@ -191,39 +188,27 @@ def naming_setting(setting: str, samples: Samples, model: nn.Module) -> Iterator
 
 def check_settings(model_class: type, method: str, settings: Mapping[str, Any]) -> None:
     """Raise InputError, before weights are loaded, unless a model's method takes the settings that a task passes."""
-    owner = next((owner for owner in model_class.__mro__ if method in vars(owner)), None)
-    if owner is None:
-        return  # refused by its name already
-    parameters = signature_of(vars(owner)[method]).parameters
-    is_open = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    found = [vars(owner)[method] for owner in model_class.__mro__ if method in vars(owner)]
+    parameters, is_open = schema_of(found[0]) if found else ({}, True)  # refused by its name already
     missing = [name for name in settings if name not in parameters]
     if missing and not is_open:
-        raise InputError(
-            f"{model_class.__name__}.{method}: must take the setting {missing[0]!r}, takes only "
-            f"{', '.join(name for name in parameters if name not in ('self', 'samples'))}; accept **settings"
-        )
+        takes = ", ".join(name for name in parameters if name not in ("self", "samples"))
+        name = f"{model_class.__name__}.{method}"
+        raise InputError(f"{name}: must take the setting {missing[0]!r}, takes only {takes}; accept **settings")
 
 
 def wanted_splits(run: RunConfig) -> list[str]:
     """Return the splits that a run uses, each once; without those to train on if it only evaluates."""
-    evaluated = list(dict.fromkeys([*run.valid_splits, *run.test_splits]))
-    if not run.evaluate:
-        return list(dict.fromkeys([*run.train_splits, *evaluated]))
-    if not evaluated:
-        raise InputError(
-            "run.evaluate is true but run.valid_splits and run.test_splits are empty: name the splits, e.g. "
-            "test_splits: [test]"
-        )
-    return evaluated
+    evaluated = [*run.valid_splits, *run.test_splits]
+    if run.evaluate and not evaluated:
+        raise InputError("run.evaluate: there is no split in run.valid_splits and run.test_splits; name one")
+    return list(dict.fromkeys(evaluated if run.evaluate else [*run.train_splits, *evaluated]))
 
 
-def check_splits(wanted: Iterable[str], existing: Mapping[str, list[str]]) -> None:
-    """Raise InputError if a wanted split is in no dataset."""
-    known = sorted({split for splits in existing.values() for split in splits})
-    listing = "; ".join(f"{name}: {', '.join(splits) or 'none'}" for name, splits in existing.items())
+def check_splits(wanted: Iterable[str], existing: Mapping[str, Iterable[str]]) -> None:
+    """Raise InputError if a wanted split is in no dataset; `existing` are the splits of each."""
+    known = {name: list(splits) for name, splits in existing.items()}
     for split in wanted:
-        if split not in known:
-            raise InputError(
-                f"no dataset has the split '{split}' (run.train_splits, valid_splits, test_splits). "
-                f"{did_you_mean(split, known)} Splits: {listing or 'none, since the datasets section is empty'}"
-            )
+        if not any(split in splits for splits in known.values()):
+            where = "run.train_splits, valid_splits, test_splits"
+            raise InputError(f"{where}: no dataset has the split {split!r}; there are {known}")

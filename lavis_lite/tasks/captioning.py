@@ -4,7 +4,6 @@ Note: defaults are BLIP's protocol (beam 3, 5-20 tokens, both penalties 1). LAVI
 repetition_penalty 1.15 and length_penalty 0 where a YAML says nothing.
 """
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from lavis_lite.common.errors import InputError, MissingFileError
 from lavis_lite.common.records import ID, TEXT, RecordCheck
 from lavis_lite.common.registry import registry
 from lavis_lite.common.sources import download
+from lavis_lite.datasets.annotations import read_json, section
 from lavis_lite.datasets.protocols import EvalDataset, HasExtraMetrics, HasReferences, Samples
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.protocols import Generates, method_names
@@ -74,16 +74,12 @@ class CaptionTask(BaseTask):
     def check(self, model_class: type, dataset: EvalDataset, batch: Samples, *, split: str) -> None:
         """Raise InputError for settings that the model does not take, or references that miss images."""
         check_settings(model_class, "generate", self.decoding_settings())
-        if self.annotation_file is None or not self.report_metric:
-            return
-        references = self.references(dataset)
-        ids = [record.get("image_id") for record in dataset.annotation]
-        unknown = [image_id for image_id in ids if image_id is not None and str(image_id) not in references]
+        references = self.references(dataset) if self.annotation_file is not None and self.report_metric else None
+        ids = [record["image_id"] for record in dataset.annotation if record.get("image_id") is not None]
+        unknown = [image_id for image_id in ids if references is not None and str(image_id) not in references]
         if unknown:
-            raise InputError(
-                f"run.annotation_file: {self.annotation_file} has no references for {len(unknown):,} of {len(ids):,} "
-                f"images of the {split} split, e.g. image id {unknown[0]!r}: name the file of this split"
-            )
+            images = f"{len(unknown):,} of {len(ids):,} images of the {split} split, e.g. image id {unknown[0]!r}"
+            raise InputError(f"run.annotation_file: {self.annotation_file} has no references for {images}")
 
     def check_model(self, model: BaseModel, dataset: EvalDataset, batches: Sequence[Samples], *, split: str) -> None:
         """Raise InputError for lengths that the model has no room for."""
@@ -131,20 +127,15 @@ class CaptionTask(BaseTask):
         references = self.references(dataset)
         if not references:
             return {**unscored(f"the {split} split has no reference captions"), **extra}
-        captioned = {str(image_id) for image_id in captions}
-        scored = {image_id: texts for image_id, texts in references.items() if str(image_id) in captioned}
-        if len(scored) < len(references):
-            logger.warning("%s: scoring %d of %d images with references", split, len(scored), len(references))
+        captions = {str(image_id): text for image_id, text in captions.items()}
+        scored = {str(image_id): texts for image_id, texts in references.items() if str(image_id) in captions}
+        if len(scored) < max(len(references), len(captions)):
+            counts = len(scored), len(references), len(captions)
+            logger.warning("%s: scoring %d images; %d have references, %d captions", split, *counts)
         if self.annotation_file is None:  # captions that a file does not cover are an error of `caption_metrics`
-            covered = {str(image_id) for image_id in scored}
-            left_out = [image_id for image_id in captions if str(image_id) not in covered]
-            if left_out:
-                logger.warning("%s: %d images have no references", split, len(left_out))
-            captions = {image_id: text for image_id, text in captions.items() if str(image_id) in covered}
-        scores = caption_metrics(
-            scored, captions, self.metrics, tokens=self.caption_tokens, join_hyphens=self.join_hyphens
-        )
-        return {**scores, **extra}
+            captions = {image_id: text for image_id, text in captions.items() if image_id in scored}
+        tokens, join = self.caption_tokens, self.join_hyphens
+        return {**caption_metrics(scored, captions, self.metrics, tokens=tokens, join_hyphens=join), **extra}
 
     def references(self, dataset: EvalDataset | None) -> dict[Any, list[str]]:
         """Return the reference captions of each image id, from `annotation_file` or the dataset."""
@@ -159,16 +150,11 @@ class CaptionTask(BaseTask):
 
 def read_references(path: Path) -> dict[Any, list[str]]:
     """Return the captions of a file in COCO's format by image id, a string. InputError names a wrong record."""
-    expected = '{"annotations": [{"image_id": ..., "caption": "..."}]}'
-    try:
-        annotations = json.loads(path.read_text(encoding="utf-8"))["annotations"]
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"run.annotation_file: {path} is not {expected} ({error})") from error
-    if not isinstance(annotations, list) or not all(isinstance(record, dict) for record in annotations):
-        raise InputError(f"run.annotation_file: {path} is not {expected}")
+    content, where = read_json(path), f"run.annotation_file: {path}"
+    if not isinstance(content, dict):
+        raise InputError(f'{where} is not {{"annotations": [{{"image_id", "caption"}}, ...]}}')
     check = RecordCheck(required=("image_id", "caption"), fields={"image_id": ID, "caption": TEXT})
-    check(annotations, lambda number: f"run.annotation_file: {path} (annotations): record {number}")
     references: dict[Any, list[str]] = {}
-    for annotation in annotations:
+    for annotation in section(content, "annotations", where, check):
         references.setdefault(str(annotation["image_id"]), []).append(annotation["caption"])
     return references

@@ -8,12 +8,12 @@ also in models that train with all ranks': ranks have different numbers of batch
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from lavis_lite.common import dist
-from lavis_lite.common.errors import InputError
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.protocols import EvalDataset, Samples
 from lavis_lite.nn.learning import ACCURACIES
@@ -28,10 +28,7 @@ EVALUATION_SEED = 0
 class ImageTextPretrainTask(BaseTask):
     """Image-text pretraining. `agg_metrics` is minus the mean loss."""
 
-    def check(self, model_class: type, dataset: EvalDataset, batch: Samples, *, split: str) -> None:
-        """Raise InputError for a split without image-text pairs."""
-        if batch:
-            check_pairs(batch)
+    sample_keys: ClassVar[tuple[str, ...]] = ("text_input", "instance_id")
 
     def evaluate(self, model: nn.Module, loader: EvalLoader, *, split: str, result_dir: Path) -> Metrics:
         """Return the mean losses over the split."""
@@ -42,7 +39,6 @@ class ImageTextPretrainTask(BaseTask):
 
     def valid_step(self, model: nn.Module, samples: Samples) -> list[Result]:
         """Return the batch's mean losses and accuracies for each of its samples, so batches count by their size."""
-        check_pairs(samples)
         with dist.alone():
             output = model(samples)
         size = len(samples["text_input"])
@@ -54,12 +50,3 @@ class ImageTextPretrainTask(BaseTask):
         names = [name for name in results[0] if name != "instance_id"]
         means = {name: sum(result[name] for result in results) / len(results) for name in names}
         return {**means, "agg_metrics": -means["loss"]}
-
-
-def check_pairs(batch: Samples) -> None:
-    """Raise InputError if the batch has no texts."""
-    if "text_input" not in batch:
-        raise InputError(
-            "the batch has no 'text_input': losses need image-text pairs, and this split is laid out for "
-            "captioning or retrieval. Validate on a split of a pairs dataset, or leave run.valid_splits empty."
-        )

@@ -60,23 +60,14 @@ class InstructTask(BaseTask):
         """Raise InputError for settings that the model does not take, or a metric that needs candidates."""
         if "candidates" not in batch:
             check_settings(model_class, "generate", self.decoding_settings())
-        if batch:
-            self._check_choices("candidates" in batch, split)
-
-    def _check_choices(self, has_candidates: bool, split: str) -> None:
-        if self.metric != "accuracy" and not has_candidates:
-            raise InputError(
-                f"run.metric {self.metric!r} ranks candidates, and samples of the {split} split have none: choose "
-                "accuracy"
-            )
+        if batch and "candidates" not in batch and self.metric != "accuracy":
+            raise InputError(f"run.metric {self.metric!r} ranks candidates, and {split} has none: choose accuracy")
 
     def check_model(self, model: BaseModel, dataset: EvalDataset, batches: Sequence[Samples], *, split: str) -> None:
         """Raise InputError for lengths that the model has no room for."""
-        for batch in batches:
-            if "candidates" not in batch:
-                samples = {**batch, "prompt": "{}"}
-                with naming_setting(f"run.max_len={self.max_len}", samples, model):
-                    model.check_generate(samples, **self.decoding_settings())
+        for batch in (batch for batch in batches if "candidates" not in batch):
+            with naming_setting(f"run.max_len={self.max_len}", batch, model):
+                model.check_generate({**batch, "prompt": "{}"}, **self.decoding_settings())
 
     def valid_step(self, model: FollowsInstructions, samples: Samples) -> list[Result]:
         """Return `question_id` and `prediction` of each sample, and the `losses` of its candidates if it has any."""
@@ -90,10 +81,8 @@ class InstructTask(BaseTask):
         candidates = samples["candidates"]
         rows = model.class_losses(samples, candidates, divided=False)
         if rows.isnan().any():
-            raise InputError(
-                f"the candidates of question {ids[int(rows.isnan().any(dim=1).int().argmax())]!r} have losses that are "
-                "not numbers: the model's weights are broken, or overflow in this precision (run.precision=fp32)"
-            )
+            question = ids[int(rows.isnan().any(dim=1).int().argmax())]
+            raise InputError(f"losses of the candidates of question {question!r} are not numbers: try precision=fp32")
         losses = [row[: len(own)] for row, own in zip(rows.tolist(), candidates, strict=True)]
         chosen = [own[row.index(min(row))] for row, own in zip(losses, candidates, strict=True)]
         return per_sample(samples, question_id=ids, prediction=chosen, losses=losses)
@@ -109,14 +98,13 @@ class InstructTask(BaseTask):
         scored = [(record, result) for record, result in pairs if has_truth(record, result)]
         if not scored:
             return unscored(f"the {split} split has no answers")
-        self._check_choices(all("losses" in result for _, result in scored), split)
         records = [record for record, _ in scored]
         hits = [hit(record, result) for record, result in scored]
         accuracy = 100 * sum(hits) / len(hits)
         if self.metric == "accuracy":
             return {"accuracy": accuracy, "agg_metrics": accuracy, **by_kind(records, hits, GROUPS)}
         if self.metric == "auc":
-            area, likeliest = class_areas([two_classes(record, result["losses"]) for record, result in scored])
+            area, likeliest = class_areas(scored)
             return {"auc": area, "auc_likeliest": likeliest, "accuracy": accuracy, "agg_metrics": area}
         ranks = [right_rank(record, result["losses"]) for record, result in scored]
         mrr = mean_reciprocal_rank(ranks)
@@ -162,19 +150,17 @@ def joint(losses: Sequence[float]) -> float:
     return least - math.log(sum(math.exp(least - loss) for loss in losses))
 
 
-def two_classes(record: Record, losses: Sequence[float]) -> ClassLosses:
-    """As `by_class`. InputError if there are not two classes."""
-    found, right = by_class(record, losses)
-    if len(found) != 2:
-        raise InputError(
-            f"run.metric 'auc' is between two classes, but {record['candidates']} are {len(found)}: say in the "
-            "record's `classes` which candidates mean the same, or choose accuracy or mrr"
-        )
-    return found, right
+def class_areas(scored: Sequence[tuple[Record, Result]]) -> tuple[float, float]:
+    """Return the area under the ROC curve with a class's loss as that of all its candidates, and of the likeliest.
 
-
-def class_areas(samples: Sequence[ClassLosses]) -> tuple[float, float]:
-    """Return the area under the ROC curve with a class's loss as that of all its candidates, and of the likeliest."""
+    Raises InputError if a sample's candidates are not of two classes.
+    """
+    samples = [by_class(record, result["losses"]) for record, result in scored]
+    if wrong := [
+        record["candidates"] for (record, _), (found, _) in zip(scored, samples, strict=True) if len(found) != 2
+    ]:
+        problem = f"{wrong[0]} are not two: say in `classes` which of them mean the same"
+        raise InputError(f"run.metric 'auc' is between two classes, but {problem}, or choose accuracy or mrr")
     is_second = [right == 1 for _, right in samples]
     area, likeliest = (
         roc_auc([loss_of(first) - loss_of(second) for (first, second), _ in samples], is_second)

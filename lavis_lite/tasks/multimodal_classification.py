@@ -1,5 +1,6 @@
 """Classification of an image and a text (NLVR2, SNLI-VE): accuracy in percent."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,10 +25,12 @@ class MultimodalClassificationTask(BaseTask):
     def build_datasets(self, cfg: Config) -> dict[str, dict[str, Any]]:
         """As BaseTask's. Raises InputError for a label that is not one of the model's classes."""
         built = super().build_datasets(cfg)
-        if num_classes := cfg.model.get("num_classes"):
-            for splits in built.values():
-                for dataset in splits.values():
-                    check_labels(dataset, num_classes)
+        num_classes = cfg.model.get("num_classes") or math.inf
+        for dataset in (dataset for splits in built.values() for dataset in splits.values()):
+            labels = list(dataset.labels) if isinstance(dataset, HasLabels) else []
+            if labels and (largest := max(labels)) >= num_classes:
+                where = dataset.place(labels.index(largest))
+                raise InputError(f"{where}: label {largest} is not below model.num_classes={num_classes}: raise it")
         return built
 
     def valid_step(self, model: Classifies, samples: Samples) -> list[Result]:
@@ -46,13 +49,3 @@ class MultimodalClassificationTask(BaseTask):
             return unscored(f"the {split} split has no labels")
         accuracy = 100 * sum(hits) / len(hits)
         return {"acc": accuracy, "agg_metrics": accuracy}
-
-
-def check_labels(dataset: object, num_classes: int) -> None:
-    """Raise InputError, naming the record, for a label above those of the model's classes."""
-    if isinstance(dataset, HasLabels) and dataset.labels and (largest := max(dataset.labels)) >= num_classes:
-        raise InputError(
-            f"{dataset.place(list(dataset.labels).index(largest))} has label {largest}, but "
-            f"model.num_classes={num_classes} means labels 0 to {num_classes - 1}: correct the label, or set "
-            f"model.num_classes={largest + 1}"
-        )

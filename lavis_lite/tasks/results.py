@@ -10,7 +10,6 @@ import torch
 
 from lavis_lite.common import dist
 from lavis_lite.common.checkpoint import write_text
-from lavis_lite.common.errors import UnknownNameError
 from lavis_lite.common.records import printable
 from lavis_lite.datasets.protocols import EvalDataset, Samples
 
@@ -38,10 +37,6 @@ def as_list(value: Any) -> list[Any]:
 
 def per_sample(samples: Samples, **columns: Sequence[Any]) -> list[Result]:
     """Return one dict per sample: its `instance_id` and its entry of each column (each of length B)."""
-    if "instance_id" not in samples:
-        raise UnknownNameError(
-            "the batch has no 'instance_id': the dataset's samples need one, unique within the split"
-        )
     names = ["instance_id", *columns]
     rows = zip(*map(as_list, [samples["instance_id"], *columns.values()]), strict=True)
     return [dict(zip(names, row, strict=True)) for row in rows]

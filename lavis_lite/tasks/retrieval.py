@@ -56,41 +56,29 @@ class RetrievalTask(BaseTask):
         metrics = recall_metrics(score_i2t, score_t2i, gallery.txt2img, gallery.img2txt, k_test=self.k_test)
         unknown = [name for name in (f"{side}_r{k}" for side in ("txt", "img") for k in RANKS) if name not in metrics]
         if unknown:
-            logger.warning(
-                f"{split}: {', '.join(unknown)} are left out of metrics and means, because run.k_test={self.k_test} "
-                f"ranks {self.k_test} candidates per query: set it to {max(RANKS)} or more, or to 0 for the contrast "
-                "alone"
-            )
+            reason = f"run.k_test={self.k_test} ranks {self.k_test} candidates: set it to {max(RANKS)} or more, or to 0"
+            logger.warning(f"{split}: metrics and means are without {', '.join(unknown)}, because {reason}")
+        num_best = min(NUM_BEST, self.k_test or NUM_BEST)
         value = {
             "metrics": metrics,
             "images": [record.get("image") for record in gallery.annotation],
             "texts": list(gallery.text),
             "img2txt": [list(map(int, texts)) for texts in gallery.img2txt],
-            "top_texts_of_image": best_ranked(score_i2t, self.k_test),
-            "top_images_of_text": best_ranked(score_t2i, self.k_test),
+            "top_texts_of_image": [best_first(row)[:num_best].tolist() for row in score_i2t],
+            "top_images_of_text": [best_first(row)[:num_best].tolist() for row in score_t2i],
         }
         write_json(path, value)
         return metrics
 
 
-def best_ranked(scores: np.ndarray, k_test: int) -> list[list[int]]:
-    """Return the indices of each row's best ten of those that were ranked, best first."""
-    return [best_first(row)[: min(NUM_BEST, k_test or NUM_BEST)].tolist() for row in scores]
-
-
 def as_gallery(dataset: EvalDataset, split: str) -> Gallery:
     """Return the dataset; InputError if it is not laid out as a gallery, is empty, or has images without texts."""
     if not isinstance(dataset, Gallery):
-        raise InputError(
-            f"the {split} dataset ({type(dataset).__name__}) lacks some of text, txt2img, img2txt: retrieval is "
-            "evaluated on a gallery, as the 'retrieval' builder's evaluation splits are"
-        )
+        name = type(dataset).__name__
+        raise InputError(f"the {split} dataset ({name}) is no gallery with text, txt2img, img2txt: use 'retrieval'")
     if not len(dataset.text) or not len(dataset.img2txt):
         raise InputError(f"the {split} split is empty: there is nothing to retrieve")
-    without_texts = [index for index, texts in enumerate(dataset.img2txt) if not len(texts)]
-    if without_texts:
-        example = dataset.annotation[without_texts[0]].get("image")
-        raise InputError(
-            f"{len(without_texts)} images of the {split} split have no texts, e.g. {example}: leave them out"
-        )
+    pairs = zip(dataset.annotation, dataset.img2txt, strict=True)
+    if without := [record.get("image") for record, texts in pairs if not len(texts)]:
+        raise InputError(f"{len(without)} images of the {split} split have no texts, e.g. {without[0]}: leave them out")
     return dataset

@@ -6,8 +6,9 @@ Note: `prompt` goes around the question in training too. Models that write one a
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -18,6 +19,7 @@ from lavis_lite.common.config.config import Config
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.records import Record
 from lavis_lite.common.registry import registry
+from lavis_lite.datasets.annotations import check_unique, place_of
 from lavis_lite.datasets.protocols import EvalDataset, HasAnswerList, Samples
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.protocols import AnswersQuestions, method_names
@@ -69,7 +71,8 @@ class VQATask(BaseTask):
         built = super().build_datasets(cfg)
         for name, splits in built.items():
             for split in splits.keys() & {*cfg.run.valid_splits, *cfg.run.test_splits}:
-                check_ids(splits[split].annotation, f"{name}/{split}")
+                ids = [{"question_id": question_id(record)} for record in splits[split].annotation]
+                check_unique(ids, "question_id", partial(place_of, f"{name}/{split}"))
         return built
 
     def check(self, model_class: type, dataset: EvalDataset, batch: Samples, *, split: str) -> None:
@@ -94,9 +97,7 @@ class VQATask(BaseTask):
         if not self.prompt or "prompt" in samples:
             return samples
         if self.prompt.count("{}") > 1:
-            raise InputError(
-                f"run.prompt={self.prompt!r} has several '{{}}', but there is only the question to put there"
-            )
+            raise InputError(f"run.prompt={self.prompt!r} has several '{{}}', for which there is only the question")
         questions = [self.prompt.replace("{}", text) for text in samples["text_input"]]
         return {**samples, "text_input": questions, "prompt": ["{}"] * len(questions)}
 
@@ -104,13 +105,12 @@ class VQATask(BaseTask):
         """Return the dataset's answer list, for ranking. InputError if there is none."""
         if self.inference_method != "rank":
             return {}
-        answer_list = dataset.answer_list if isinstance(dataset, HasAnswerList) else None
-        if not answer_list:
+        if not isinstance(dataset, HasAnswerList) or not dataset.answer_list:
             raise InputError(
                 "run.inference_method 'rank' chooses from an answer list and this dataset has none: add the list to "
                 "the split's annotation files, or set run.inference_method: generate"
             )
-        return {"answer_list": list(answer_list)}
+        return {"answer_list": list(dataset.answer_list)}
 
     def settings(self, samples: Samples) -> dict[str, Any]:
         """Return the settings of `predict_answers`, with the batch's answer list if it has one."""
@@ -141,17 +141,15 @@ class VQATask(BaseTask):
         write_json(result_dir / f"{split}_vqa{'_blank' if self.blank_images else ''}.json", entries)
         if not self.report_metric:
             return unscored("run.report_metric is false")
-        with_answers = {question_id(record): record for record in dataset.annotation if record.get("answers")}
-        truths = {key: record for key, record in with_answers.items() if key in answers}
+        records = {question_id(record): record for record in dataset.annotation}
+        truths = {key: record for key, record in records.items() if record.get("answers") and key in answers}
         if not truths:
             return unscored(f"the {split} split has no answers")
         num_needed = NUM_NEEDED.get(self.accuracy, 1)
-        num_few = sum(len(truth["answers"]) < num_needed for truth in truths.values())
-        if num_few:
+        if num_few := sum(len(truth["answers"]) < num_needed for truth in truths.values()):
             logger.warning(
-                f"{split}: {num_few} questions have fewer than {num_needed} answers, so with "
-                f"run.accuracy={self.accuracy} a correct prediction cannot reach 100 % (official: a single answer "
-                "counts 0): choose normalised"
+                f"{split}: {num_few} questions have fewer than {num_needed} answers, so a correct prediction cannot "
+                f"reach 100 % with run.accuracy={self.accuracy} (official: one answer counts 0): choose normalised"
             )
         return vqa_metrics(truths, answers, variant=self.accuracy)
 
@@ -198,19 +196,3 @@ class VizWizTask(VQATask):
 def question_id(record: Record) -> Any:
     """Return the question id, or the instance id where there is none."""
     return record.get("question_id", record.get("instance_id"))
-
-
-def check_ids(annotation: Iterable[Record], where: str) -> None:
-    """Raise InputError if two records have the same question id, compared as strings, as in result files."""
-    first: dict[str, tuple[int, Record]] = {}
-    for index, record in enumerate(annotation):
-        other, same = first.setdefault(str(question_id(record)), (index, record))
-        if other != index:
-            raise InputError(
-                f"{where}: records {other} ({_described(same)}) and {index} ({_described(record)}) have the same "
-                f"question_id {question_id(record)!r}: answers are kept by it, so each question needs its own"
-            )
-
-
-def _described(record: Record) -> str:
-    return f"{record.get('question', record.get('instruction'))!r} of {record.get('image', record.get('video'))}"

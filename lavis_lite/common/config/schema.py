@@ -40,6 +40,8 @@ def schema_of(item: Callable[..., Any]) -> tuple[Schema, bool]:
             if own.init:
                 schema[own.name] = Parameter(hints.get(own.name, Any), REQUIRED if default is MISSING else default)
         return schema, False
+    if typing.is_typeddict(item):
+        return {name: Parameter(annotation) for name, annotation in _hints(item).items()}, False
     parameters = signature_of(item).parameters.values()
     schema = {p.name: Parameter(p.annotation, p.default) for p in parameters if p.kind is not p.VAR_KEYWORD}
     return schema, len(schema) < len(parameters)
@@ -104,7 +106,7 @@ def describe(annotation: Any) -> str:
         return " or ".join(repr(arg) for arg in args)
     if kind in (list, Sequence, tuple):
         return f"a list of {describe(args[0]).removeprefix('a ')}" if args else "a list"
-    if kind in (dict, Mapping) or is_dataclass(annotation):
+    if _takes_mapping(annotation):
         return "a mapping"
     name = annotation.__name__ if isinstance(annotation, type) else str(annotation)
     return WORDS.get(annotation, name)
@@ -158,7 +160,9 @@ class Checker:
             return self._convert(value, annotation, path)
         except _Mismatch as mismatch:
             is_unquoted = path in self._raw and isinstance(value, dict | list) and _takes_text(annotation)
-            hint = "; quote a text for YAML too" if is_unquoted else ""
+            hint, choices = "; quote a text for YAML too" if is_unquoted else "", get_args(annotation)
+            if get_origin(annotation) is Literal and all(isinstance(choice, str) for choice in choices):
+                hint = f". {did_you_mean(value, choices)}"
             given = f"{value!r} ({describe(type(value))})"
             raise self.error(path, f"expected {describe(annotation)}{mismatch}, got {given}{hint}") from None
 
@@ -169,10 +173,10 @@ class Checker:
             return self._convert_union(value, args, path)
         if kind is Literal:
             return _require(value in args and type(value) in map(type, args), value)
-        if isinstance(kind, type) and is_dataclass(kind):
+        if is_dataclass(kind) or typing.is_typeddict(kind):
             if isinstance(value, Mapping):
                 return self.section(value, schema_of(kind)[0], path)
-            return _require(isinstance(value, kind), value)
+            return _require(is_dataclass(type(value)) and isinstance(value, kind), value)
         if kind in (list, tuple, Sequence):
             _require(isinstance(value, list | tuple), value)
             element = args[0] if args else Any
@@ -185,7 +189,7 @@ class Checker:
         return _convert_scalar(value, annotation)
 
     def _convert_union(self, value: Any, args: tuple[Any, ...], path: KeyPath) -> Any:
-        mappings = [a for a in args if is_dataclass(a) or (get_origin(a) or a) in (dict, Mapping)]
+        mappings = [a for a in args if _takes_mapping(a)]
         if isinstance(value, Mapping) and len(mappings) == 1:
             return self.value(value, mappings[0], path)
         reason = ""
@@ -218,6 +222,11 @@ def _convert_scalar(value: Any, annotation: Any) -> Any:
     if annotation in (bool, str, types.NoneType):
         return _require(type(value) is annotation, value)
     return value
+
+
+def _takes_mapping(annotation: Any) -> bool:
+    kind = get_origin(annotation) or annotation
+    return kind in (dict, Mapping) or is_dataclass(kind) or typing.is_typeddict(kind)
 
 
 def _takes_text(annotation: Any) -> bool:

@@ -41,16 +41,10 @@ def find_reader(name: str) -> Reader:
         return READERS[name]
     module, _, function = name.rpartition(".")
     if not module:
-        raise InputError(
-            f"reader: there is none called {name!r}. {did_you_mean(name, READERS)} "
-            f"A function of your own is named with its module: my_package.{name}"
-        )
+        advice = f"{did_you_mean(name, READERS)} A function of your own is named with its module: my_package.{name}"
+        raise InputError(f"reader: there is none called {name!r}. {advice}")
     try:
-        found = vars(import_module(module))[function]
-    except ModuleNotFoundError as error:
-        raise InputError(f"reader: {name}: {error}; list the module under `imports`") from error
-    except KeyError:
-        raise InputError(f"reader: {name}: the module {module} has no {function!r}") from None
-    if not callable(found):
-        raise InputError(f"reader: {name}: expected a function, found {found!r}")
-    return found
+        reader: Reader = vars(import_module(module))[function]
+    except (ModuleNotFoundError, KeyError) as error:
+        raise InputError(f"reader: {name}: no such function ({error}); list its module under `imports`") from error
+    return reader

@@ -6,14 +6,13 @@ Note: TextCaps's test images are kept, although they have no captions (LAVIS dro
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.records import ID, NAME, PATH, TEXT, TEXTS, WORDS, Record, RecordCheck
 from lavis_lite.datasets.annotations import as_records, check_records, check_unique, place_of
-from lavis_lite.datasets.readers.files import SplitFiles, derived, needs, read_content, with_places
+from lavis_lite.datasets.readers.files import SplitFiles, derived, read_content, with_places
 
 CAPTION_FIELDS = {
     **{"image": PATH, "file_name": PATH, "caption": TEXTS},
@@ -39,15 +38,14 @@ def read_captions(files: SplitFiles) -> Iterator[Record]:
 
 def coco_images(content: dict[str, Any], path: Path, files: SplitFiles) -> list[Record]:
     """Return a COCO caption file's images, each with the list of its captions."""
-    images = list(files.section(content, "images", path, needs("id", "file_name", id=ID, file_name=PATH)))
+    images = list(files.section(content, "images", path, files.needs("id", "file_name", id=ID, file_name=PATH)))
     check_unique(images, "id", lambda number: place_of(f"{path} (images)", number))
     captions: dict[Any, list[str]] = {image["id"]: [] for image in images}
-    check = replace(files.check, required=("image_id", "caption"), fields={"image_id": ID, "caption": TEXT})
+    check = files.needs("image_id", "caption", image_id=ID, caption=TEXT)
     for number, annotation in enumerate(files.section(content, "annotations", path, check)):
         if annotation["image_id"] not in captions:
-            raise InputError(
-                f"{path} (annotations): record {number} has image_id {annotation['image_id']}, not in images"
-            )
+            where = f"{path} (annotations): record {number}"
+            raise InputError(f"{where} has image_id {annotation['image_id']}, which no image has")
         captions[annotation["image_id"]].append(annotation["caption"])
     return [{**image, "image_id": image["id"], "caption": captions[image["id"]]} for image in images]
 
@@ -55,9 +53,8 @@ def coco_images(content: dict[str, Any], path: Path, files: SplitFiles) -> list[
 def read_textcaps(files: SplitFiles) -> Iterator[Record]:
     """Yield TextCaps's records {image, image_id[, caption, ocr_tokens]}; the images are in one folder, named by ids."""
     required = ("image_id", "caption_str") if files.split == "train" else ("image_id",)
-    check = replace(files.check, required=required, fields=TEXTCAPS_FIELDS)
     ours = {"image_id": "image_id", "caption_str": "caption", "ocr_tokens": "ocr_tokens"}
-    for row in rows_with_words(files, check):
+    for row in rows_with_words(files, files.needs(*required, **TEXTCAPS_FIELDS)):
         fields = {ours[key]: row[key] for key in ours if row.get(key) is not None}
         yield derived(row, image=f"{row['image_id']}.jpg", **fields)
 
@@ -75,7 +72,7 @@ def rows_with_words(files: SplitFiles, check: RecordCheck) -> list[Record]:
         where = f"{path} (data)"
         part = as_records(content["data"], where)
         if "ocr_tokens" in part[0]:
-            check_records(part, needs("image_id", "ocr_tokens", **TEXTCAPS_FIELDS), where)
+            check_records(part, files.needs("image_id", "ocr_tokens", **TEXTCAPS_FIELDS), where)
             words = (words or {}) | {row["image_id"]: row["ocr_tokens"] for row in part}
         else:
             rows += with_places(check_records(part, check, where), where)
@@ -84,19 +81,13 @@ def rows_with_words(files: SplitFiles, check: RecordCheck) -> list[Record]:
 
 def read_vsr_captions(files: SplitFiles) -> Iterator[Record]:
     """Yield VSR's statements that are true, as captions."""
-    check = needs("image", "caption", "label", image=PATH, caption=TEXT, label=ID, image_id=ID)
-    num_true = 0
-    for record in files.records(check):
-        if record["label"] == 1:
-            num_true += 1
-            yield record
-    if not num_true:
-        raise InputError(f"{files}: no record has label 1, a statement that holds")
+    check = files.needs("image", "caption", "label", image=PATH, caption=TEXT, label=ID, image_id=ID)
+    yield from (record for record in files.records(check) if record["label"] == 1)
 
 
 def read_video_captions(files: SplitFiles) -> Iterator[Record]:
     """Yield records {video, image_id[, caption]}; a video without an id is known by its name."""
-    for record in files.records(needs("video", video=PATH, image_id=ID)):
+    for record in files.records(files.needs("video", video=PATH, image_id=ID)):
         if record.get("image_id") is None:
             record["image_id"] = record["video"]
         yield record

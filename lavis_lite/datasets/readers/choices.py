@@ -5,28 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from lavis_lite.common.errors import InputError
 from lavis_lite.common.records import ANY_TEXT, GROUP, ID, INDEX, NAME, PATH, TEXT, WORDS, Record
-from lavis_lite.datasets.readers.files import SplitFiles, derived, needs
+from lavis_lite.datasets.readers.files import SplitFiles, derived
 
 
 def read_vsr(files: SplitFiles) -> Iterator[Record]:
     """Yield VSR's records {image, caption, label, relation}: `statement`, and the relation as the question type."""
-    for row in files.records(needs("image", "caption", image=PATH, caption=TEXT, relation=GROUP, label=ID)):
+    for row in files.records(files.needs("image", "caption", image=PATH, caption=TEXT, relation=GROUP, label=ID)):
         kept = {key: row[key] for key in ("image", "label") if key in row}
         yield derived(row, statement=row["caption"], question_type=row.get("relation"), **kept)
 
 
 def read_hateful_memes(files: SplitFiles) -> Iterator[Record]:
     """Yield Hateful Memes' records {id, img, text, label}; `text` is written on the image."""
-    for row in files.records(needs("id", "img", "text", id=ID, img=PATH, text=ANY_TEXT, label=ID)):
+    for row in files.records(files.needs("id", "img", "text", id=ID, img=PATH, text=ANY_TEXT, label=ID)):
         label = {"label": row["label"]} if "label" in row else {}
         yield derived(row, image=row["img"], text=row["text"], question_id=row["id"], **label)
 
 
 def read_snli_ve(files: SplitFiles) -> Iterator[Record]:
     """Yield SNLI-VE's {image (a Flickr id), sentence, label}; `caption` is the statement."""
-    check = needs("image", "sentence", "label", image=NAME, sentence=TEXT, label=ID)
+    check = files.needs("image", "sentence", "label", image=NAME, sentence=TEXT, label=ID)
     for row in files.records(check):
         image = f"{str(row['image']).removesuffix('.jpg')}.jpg"
         yield derived(row, image=image, caption=row["sentence"], label=row["label"])
@@ -34,7 +33,7 @@ def read_snli_ve(files: SplitFiles) -> Iterator[Record]:
 
 def read_iconqa(files: SplitFiles) -> Iterator[Record]:
     """Yield IconQA's questions with choices in words: {image, question, choices, answer (an index)}."""
-    check = needs("image", "question", "choices", image=PATH, question=TEXT, choices=WORDS, answer=INDEX)
+    check = files.needs("image", "question", "choices", image=PATH, question=TEXT, choices=WORDS, answer=INDEX)
     for row in files.records(check):
         kept = {key: row[key] for key in ("image", "question")}
         yield derived(row, candidates=row["choices"], label=row.get("answer"), **kept)
@@ -48,8 +47,7 @@ def read_scienceqa(files: SplitFiles, *, context: Sequence[str], no_context: str
     """
     fields = {"image": replace(PATH, blank=True), "split": GROUP, "question": TEXT, "choices": WORDS, "answer": INDEX}
     fields |= {"question_id": ID, **dict.fromkeys(context, ANY_TEXT)}
-    num_problems = 0
-    for row in files.records(needs("question", "choices", "answer", **fields)):
+    for row in files.records(files.needs("question", "choices", "answer", **fields)):
         split = row.get("split", files.split)
         if not row.get("image") or split != files.split:
             continue
@@ -58,7 +56,4 @@ def read_scienceqa(files: SplitFiles, *, context: Sequence[str], no_context: str
             known = {"image": f"{split}/{row['sample_id']}/{row['image']}", "question_id": row["sample_id"]}
         text = " ".join(row[name] for name in context if row.get(name)) or no_context
         choice = {"candidates": row["choices"], "label": row["answer"]}
-        num_problems += 1
         yield derived(row, question=row["question"], context=text, **choice, **known)
-    if not num_problems:
-        raise InputError(f"{files}: no problem of the split {files.split!r} has an image")

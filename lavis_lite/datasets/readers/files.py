@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.records import Kind, Record, RecordCheck
-from lavis_lite.common.registry import did_you_mean
-from lavis_lite.datasets.annotations import check_records, place_of, read_json, read_records, section
+from lavis_lite.datasets.annotations import check_records, read_json, read_records, section
 
 PLACE = "_place"
 """The key under which a reader notes (file, number of the record in it); the dataset removes it, and errors name it."""
-MAX_RUNS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,16 +42,15 @@ class SplitFiles:
         """Yield the records under one key of a JSON file, checked, with their places."""
         return with_places(section(content, name, path, check), f"{path} ({name})")
 
+    def needs(self, *required: str, **fields: Kind) -> RecordCheck:
+        """Return the check of records that must have the required fields, and whose fields are of these kinds."""
+        return replace(self.check, required=required, fields=fields)
+
     def __str__(self) -> str:
         return ", ".join(map(str, self.paths))
 
 
 Reader = Callable[[SplitFiles], Iterable[Record]]
-
-
-def needs(*required: str, **fields: Kind) -> RecordCheck:
-    """Return the check of records that must have the required fields, and whose fields are of these kinds."""
-    return RecordCheck(required=required, fields=fields)
 
 
 def with_places(records: Iterable[Record], where: str | Path) -> Iterator[Record]:
@@ -78,34 +74,10 @@ def rename_columns(records: list[Record], columns: Mapping[str, str], path: Path
     """Return the records with our names of fields for the file's. Raises InputError if no record has such a field."""
     for ours, theirs in columns.items():
         if not any(theirs in record for record in records):
-            there = dict.fromkeys(str(key) for record in records[:100] for key in record)
-            raise InputError(f"{path}: columns.{ours}: no record has a field {theirs!r}. {did_you_mean(theirs, there)}")
+            raise InputError(f"{path}: columns.{ours}: no record has a field {theirs!r}; the first has {[*records[0]]}")
     renamed = set(columns.values())
     return [
         {key: value for key, value in record.items() if key not in renamed}
         | {ours: record[theirs] for ours, theirs in columns.items() if theirs in record}
         for record in records
     ]
-
-
-class Places:
-    """Where each record of a list is from, as runs of records that follow one another in one file."""
-
-    def __init__(self) -> None:
-        self.runs: list[tuple[int, str | Path, int]] = []
-
-    def add(self, index: int, where: str | Path, number: int) -> None:
-        """Note that the record `index` is the `number`th of a file (or of what a text describes)."""
-        start, last, first = self.runs[-1] if self.runs else (0, None, 0)
-        if last is not where or number - first != index - start:
-            self.runs.append((index, where, number))
-
-    def forget(self, where: str) -> None:
-        """Keep only `where` if there are so many runs that they would take memory in every loader process."""
-        if len(self.runs) > MAX_RUNS:
-            self.runs = [(0, where, 0)]
-
-    def __call__(self, index: int) -> str:
-        """Return file and line, or file and number, of the record `index`."""
-        start, where, first = self.runs[bisect_right(self.runs, index, key=lambda run: run[0]) - 1]
-        return place_of(where, first + index - start)

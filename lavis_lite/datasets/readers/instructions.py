@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lavis_lite.common.errors import InputError
-from lavis_lite.common.records import Record, missing_field
+from lavis_lite.common.records import Record
 from lavis_lite.datasets.annotations import place_of
 from lavis_lite.datasets.readers.files import PLACE, SplitFiles
 
@@ -44,11 +44,6 @@ def expand_conversation(record: Record) -> list[Record]:
     for given in (visual, texts):
         if len(given) > 1:
             raise InputError(f"has several fields of which it may have one: {', '.join(map(repr, given))}")
-    for name in visual + [name for name in texts if name == "instruction"]:
-        if not isinstance(record[name], str) or not record[name].strip():
-            raise InputError(f"must have a text in its field {name!r}, got {record[name]!r}")
-    if not visual:
-        raise InputError(missing_field(record, ("image", "video")).removeprefix(":").strip())
     return questions_of(record, texts[0]) if texts and texts[0] != "instruction" else [record]
 
 

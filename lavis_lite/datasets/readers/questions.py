@@ -10,11 +10,10 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lavis_lite.common.errors import InputError, MissingFileError, UnknownNameError
+from lavis_lite.common.errors import InputError, MissingFileError
 from lavis_lite.common.records import (
     ANY_TEXT,
     GROUP,
@@ -31,9 +30,9 @@ from lavis_lite.common.records import (
     RecordCheck,
     shown,
 )
-from lavis_lite.datasets.annotations import as_list, as_records, place_of, read_json
+from lavis_lite.datasets.annotations import as_list, as_records, check_records, place_of, read_json, section
 from lavis_lite.datasets.readers.captions import rows_with_words
-from lavis_lite.datasets.readers.files import PLACE, SplitFiles, derived, needs, read_content
+from lavis_lite.datasets.readers.files import PLACE, SplitFiles, derived, read_content, with_places
 from lavis_lite.datasets.templates import fill
 
 logger = logging.getLogger(__name__)
@@ -55,7 +54,7 @@ def question_fields(answers: Kind) -> dict[str, Kind]:
 def answers_of(record: Record) -> list[str]:
     """Return the record's answers as strings, whichever field has them, of strings or of {answer: ...}."""
     for name in ANSWER_FIELDS:
-        if record.get(name) is not None:
+        if record.get(name) not in (None, []):
             return [str(a["answer"] if isinstance(a, dict) else a) for a in as_list(record[name])]
     return []
 
@@ -77,10 +76,10 @@ def read_vocabulary(path: Path) -> list[str]:
     """Return the answers of a JSON object {answer: index}, by index, or of a list. InputError for another form."""
     content = read_json(path)
     if isinstance(content, dict) and all(isinstance(index, int) for index in content.values()):
-        return check_answers(sorted(content, key=content.__getitem__), path)
-    if is_answer_list(content):
-        return check_answers(content, path)
-    raise InputError(f"{path}: expected the answers to rank, as {{answer: index}} or as a list of texts")
+        content = sorted(content, key=content.__getitem__)
+    if not is_answer_list(content):
+        raise InputError(f"{path}: expected the answers to rank, as {{answer: index}} or as a list of texts")
+    return check_answers(content, path)
 
 
 def is_answer_list(content: Any) -> bool:
@@ -112,17 +111,14 @@ def read_questions(files: SplitFiles, check: RecordCheck | None = None) -> list[
         if is_answer_list(content):
             continue
         if isinstance(content, dict) and "questions" in content:
-            official += official_questions(content, path, files)
+            official += official_questions(content, path, files, check)
         elif isinstance(content, dict) and "annotations" in content:
-            needed = replace(files.check, required=("question_id", "answers"), fields=question_fields(TRUTHS))
+            needed = files.needs("question_id", "answers", **question_fields(TRUTHS))
             truths |= {truth["question_id"]: truth for truth in files.section(content, "annotations", path, needed)}
         else:
             records += files.located(as_records(content, path), path, check)
     if not (records or official):
         raise InputError(f"{files}: no file has questions; add the one that does")
-    if check is not None and not records:
-        plain = ({key: value for key, value in record.items() if key != PLACE} for record in official)
-        check(plain, lambda number: place_of(*official[number][PLACE]))
     for record in records or official:
         key = record.get("question_id")
         truth = truths.get(key, {}) if isinstance(key, str | int | float) else {}
@@ -130,28 +126,28 @@ def read_questions(files: SplitFiles, check: RecordCheck | None = None) -> list[
     return records or official
 
 
-def official_questions(content: dict[str, Any], path: Path, files: SplitFiles) -> Iterator[Record]:
-    """Yield the official file's questions, with COCO's path of the image where a question has none."""
-    check = needs("question_id", "question", "image_id|image", question_id=ID, image_id=ID)
-    subset = content.get("data_subtype")
-    for question in files.section(content, "questions", path, check):
-        number = question.get("image_id") or 0
-        if subset and not isinstance(number, int):
-            where = place_of(*question[PLACE])
-            raise InputError(f"{where} has image_id {shown(number)}, expected the number of an image of {subset}")
-        yield {"image": f"{subset}/COCO_{subset}_{number:012d}.jpg", **question} if subset else question
+def official_questions(
+    content: dict[str, Any], path: Path, files: SplitFiles, check: RecordCheck | None
+) -> Iterator[Record]:
+    """Return the official file's questions, with COCO's path of the image where a question has none, checked."""
+    subset, where = content.get("data_subtype"), f"{path} (questions)"
+    kinds = {"question_id": ID, "image_id": INDEX if subset else ID}
+    rows = section(content, "questions", path, files.needs("question_id", "question", "image_id|image", **kinds))
+    for row in rows if subset else ():
+        row.setdefault("image", f"{subset}/COCO_{subset}_{row.get('image_id') or 0:012d}.jpg")
+    return with_places(rows if check is None else check_records(rows, check, where), where)
 
 
 def read_answered_questions(files: SplitFiles) -> list[Record]:
     """Return the questions with `answer`, the list of all answers."""
-    check = replace(files.check, required=("image", "question"), fields=question_fields(TRUTHS))
+    check = files.needs("image", "question", **question_fields(TRUTHS))
     return [record | {"answer": answers_of(record)} for record in read_questions(files, check)]
 
 
 def read_question_choices(files: SplitFiles) -> list[Record]:
     """Return questions {image, question, choices[, correct_choice_idx]}, of which the right choice is learned."""
     fields = {**question_fields(TRUTHS), "choices": WORDS, "correct_choice_idx": INDEX}
-    check = replace(files.check, required=("image", "question", "choices"), fields=fields)
+    check = files.needs("image", "question", "choices", **fields)
     records = read_questions(files, check)
     return [record | {"candidates": record["choices"], "label": record.get("correct_choice_idx")} for record in records]
 
@@ -162,37 +158,29 @@ def read_ocr_vqa(files: SplitFiles) -> list[Record]:
     One file has all splits. Questions whose image is missing are left out, and counted in the log: books vanish from
     the shop that the images are fetched from. An image may have any suffix.
     """
-    questions = [question for book in ocr_vqa_books(files) for question in ocr_vqa_questions(book)]
+    questions = list(ocr_vqa_questions(files))
     names = {path.stem: path.name for path in files.root.iterdir()}
     found = [{**question, "image": names[question["image"]]} for question in questions if question["image"] in names]
     if not found:
         raise MissingFileError(f"{files.root} has none of the {files.split} images of {files}")
-    if len(found) < len(questions):
-        num_missing = len(questions) - len(found)
+    if num_missing := len(questions) - len(found):
         logger.warning("%s: %d of %d questions have no image and are left out", files, num_missing, len(questions))
     return found
 
 
-def ocr_vqa_books(files: SplitFiles) -> Iterator[Record]:
-    """Yield the books of the split; all are in a file that names none."""
-    check = needs("sample_id", "questions", "answers", sample_id=NAME, questions=WORDS, answers=VALUES, split=ID)
+def ocr_vqa_questions(files: SplitFiles) -> Iterator[Record]:
+    """Yield the questions of the split's books; all books are in a file that names no split."""
+    check = files.needs("sample_id", "questions", "answers", sample_id=NAME, questions=WORDS, answers=VALUES, split=ID)
     for book in files.records(check):
         if "split" in book and files.split not in OCR_VQA_SPLITS:
             raise InputError(f"{files} has the splits {', '.join(OCR_VQA_SPLITS)}, but no {files.split!r}")
-        if "split" not in book or book["split"] == OCR_VQA_SPLITS[files.split]:
-            yield book
-
-
-def ocr_vqa_questions(book: Record) -> Iterator[Record]:
-    """Yield the questions of a book."""
-    key, questions, answers = book["sample_id"], book["questions"], book["answers"]
-    if not isinstance(questions, list) or not isinstance(answers, list):
-        raise InputError(f"{place_of(*book[PLACE])} ({key}): questions and answers must be lists")
-    if len(questions) != len(answers):
-        raise InputError(f"{book[PLACE][0]}: {key} has {len(questions)} questions and {len(answers)} answers")
-    split = {"split": book["split"]} if "split" in book else {}
-    for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
-        yield derived(book, image=key, question=question, answer=answer, question_id=f"{key}_{number}", **split)
+        if "split" in book and book["split"] != OCR_VQA_SPLITS[files.split]:
+            continue
+        key, questions, answers = book["sample_id"], as_list(book["questions"]), as_list(book["answers"])
+        if len(questions) != len(answers):
+            raise InputError(f"{book[PLACE][0]}: {key} has {len(questions)} questions and {len(answers)} answers")
+        for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+            yield derived(book, image=key, question=question, answer=answer, question_id=f"{key}_{number}")
 
 
 def read_vizwiz(files: SplitFiles) -> Iterator[Record]:
@@ -200,15 +188,10 @@ def read_vizwiz(files: SplitFiles) -> Iterator[Record]:
 
     An image `VizWiz_<split>_<number>.jpg` is in the folder `<split>`, as its archives unpack.
     """
-    for row in files.records(needs("image", "question", **question_fields(TRUTHS))):
-        yield derived(
-            row,
-            image=re.sub(r"^VizWiz_([a-z]+)_", r"\1/\g<0>", row["image"]),
-            question=row["question"],
-            question_id=row["image"],
-            answer=answers_of(row),
-            answer_type=row.get("answer_type"),
-        )
+    for row in files.records(files.needs("image", "question", **question_fields(TRUTHS))):
+        image = re.sub(r"^VizWiz_([a-z]+)_", r"\1/\g<0>", row["image"])
+        kept = {"question": row["question"], "answer_type": row.get("answer_type")}
+        yield derived(row, image=image, question_id=row["image"], answer=answers_of(row), **kept)
 
 
 def read_textvqa(files: SplitFiles) -> Iterator[Record]:
@@ -217,7 +200,7 @@ def read_textvqa(files: SplitFiles) -> Iterator[Record]:
     The validation images are in the folder of the training images.
     """
     fields = {**question_fields(TRUTHS), "image_id": NAME, "ocr_tokens": WORDS}
-    for row in rows_with_words(files, needs("image_id", "question", "question_id", **fields)):
+    for row in rows_with_words(files, files.needs("image_id", "question", "question_id", **fields)):
         folder = "test_images" if row.get("set_name") == "test" else "train_images"
         kept = {key: row[key] for key in ("question", "question_id", "ocr_tokens") if key in row}
         yield derived(row, image=f"{folder}/{row['image_id']}.jpg", answer=answers_of(row), **kept)
@@ -236,20 +219,15 @@ def read_visdial(files: SplitFiles) -> Iterator[Record]:
         data = content.get("data") if isinstance(content, dict) else None
         if not isinstance(data, dict) or not {"questions", "answers", "dialogs"} <= data.keys():
             raise InputError(f'{path}: expected Visual Dialog\'s {{"data": {{"questions", "answers", "dialogs"}}}}')
-        for name in ("questions", "answers"):
-            problem = needs(name, **{name: WORDS}).problem(data)
-            if problem or not isinstance(data[name], list):
-                raise InputError(f"{path}{problem or f': {name} must be a list of texts'}")
         split = str(content.get("split", "val")).removesuffix("2018")
-        check = needs("image_id", "dialog", image_id=INDEX, caption=ANY_TEXT)
+        check = files.needs("image_id", "dialog", image_id=INDEX, caption=ANY_TEXT)
         for dialog in files.section(data, "dialogs", path, check):
             try:
                 yield from list(visdial_rounds(dialog, data, split))
             except (KeyError, IndexError, TypeError, AttributeError) as error:
-                raise InputError(
-                    f"{place_of(*dialog[PLACE])}: `dialog` must be a list of rounds with indices of questions and "
-                    f"answers, found {shown(dialog['dialog'])} ({type(error).__name__}: {error})"
-                ) from error
+                problem = f"found {shown(dialog['dialog'])} ({type(error).__name__}: {error})"
+                where = f"{place_of(*dialog[PLACE])}: `dialog`"
+                raise InputError(f"{where} must be rounds with indices of questions and answers, {problem}") from error
 
 
 def visdial_rounds(dialog: Record, data: Record, split: str) -> Iterator[Record]:
@@ -260,15 +238,9 @@ def visdial_rounds(dialog: Record, data: Record, split: str) -> Iterator[Record]
     for number, turn in enumerate(dialog["dialog"], start=1):
         question = data["questions"][turn["question"]].rstrip("? ") + "?"
         answer = data["answers"][turn["answer"]] if "answer" in turn else None
-        record = derived(
-            dialog,
-            image=f"{folder}/{folder}_{dialog['image_id']:012d}.jpg",
-            caption=dialog.get("caption"),
-            history=history.strip(),
-            question=question,
-            question_id=f"{dialog['image_id']}_{number}",
-            answer=answer,
-        )
+        ids = {"question_id": f"{dialog['image_id']}_{number}", "caption": dialog.get("caption")}
+        ids |= {"image": f"{folder}/{folder}_{dialog['image_id']:012d}.jpg", "history": history.strip()}
+        record = derived(dialog, question=question, answer=answer, **ids)
         if split != "train" and "answer_options" in turn:
             options = [data["answers"][index] for index in turn["answer_options"]]
             yield {**record, "candidates": options, "label": turn.get("gt_index")}
@@ -282,15 +254,12 @@ def visdial_rounds(dialog: Record, data: Record, split: str) -> Iterator[Record]
 
 def read_video_questions(files: SplitFiles) -> Iterator[Record]:
     """Yield records {video, question[, answer, question_id]}."""
-    return files.records(needs("video", "question", **{**question_fields(TRUTHS), "video": PATH}))
+    return files.records(files.needs("video", "question", **question_fields(TRUTHS), video=PATH))
 
 
 def read_ivqa(files: SplitFiles, *, video_name: str) -> Iterator[Record]:
     """Yield iVQA's questions, with the list of the answers that were given; `video_name` may name columns."""
     fields = {"video_id": ID, **question_fields(TRUTHS), **dict.fromkeys(IVQA_ANSWERS, GROUP)}
-    for row in files.records(needs("video_id", "question", **fields)):
-        try:
-            video = fill(video_name, row)
-        except UnknownNameError as error:
-            raise InputError(f"{place_of(*row[PLACE])}: video_name: {error}") from error
-        yield derived(row, video=video, question=row["question"], answer=[row[n] for n in IVQA_ANSWERS if row.get(n)])
+    for row in files.records(files.needs("video_id", "question", **fields)):
+        answers = [row[name] for name in IVQA_ANSWERS if row.get(name)]
+        yield derived(row, video=fill(video_name, row), question=row["question"], answer=answers)

@@ -6,6 +6,7 @@ METEOR is left out by name. Texts of languages without spaces are scored by char
 CIDEr's word weights come from the references of the images scored: subsets score differently.
 """
 
+import importlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -48,7 +49,8 @@ def caption_metrics(
     Raises InputError if the images of the two differ, an image has no reference, or there are no images.
     """
     check_metrics(metrics)
-    references, predictions = by_string(references, "references"), by_string(captions, "captions")
+    references = {str(key): texts for key, texts in references.items()}
+    predictions = {str(key): text for key, text in captions.items()}
     check_images(references, predictions)
     if join_hyphens:
         predictions = {key: joined_as(text, references[key]) for key, text in predictions.items()}
@@ -73,21 +75,11 @@ def caption_metrics(
     return {**scores, "left_out": left_out} if left_out else scores
 
 
-def by_string(table: Mapping[Any, Any], name: str) -> dict[str, Any]:
-    """Return `table` with its ids as strings. InputError if two ids become the same."""
-    keyed = {str(key): value for key, value in table.items()}
-    if len(keyed) < len(table):
-        raise InputError(f"{name}: two image ids are the same once written as strings")
-    return keyed
-
-
 def check_images(references: Mapping[str, Sequence[str]], captions: Mapping[str, str]) -> None:
     """Raise InputError unless each image has one caption and at least one reference."""
-    unknown = [key for key in captions if not references.get(key)]
-    missing = [key for key in references if key not in captions]
-    if unknown:
+    if unknown := [key for key in captions if not references.get(key)]:
         raise InputError(f"{len(unknown)} captions belong to images without references, e.g. image id {unknown[0]!r}")
-    if missing:
+    if missing := [key for key in references if key not in captions]:
         raise InputError(f"{len(missing)} of {len(references)} images have no caption, e.g. image id {missing[0]!r}")
     if not captions:
         raise InputError("there are no captions to score")
@@ -109,14 +101,10 @@ def _score(name: str, references: Texts, predictions: Texts) -> dict[str, float]
     if name == "meteor":
         return {"METEOR": caption_java.meteor(references, predictions)}
     try:
-        from pycocoevalcap.bleu.bleu import Bleu
-        from pycocoevalcap.cider.cider import Cider
-        from pycocoevalcap.rouge.rouge import Rouge
-        from pycocoevalcap.spice.spice import Spice
+        scorer = vars(importlib.import_module(f"pycocoevalcap.{name}.{name}"))[name.capitalize()]
     except ImportError as error:
         raise MissingPackageError(f"caption metrics need pycocoevalcap ({error}): pip install pycocoevalcap") from error
     if name == "bleu":
-        bleu, _ = Bleu(4).compute_score(references, predictions, verbose=0)
+        bleu, _ = scorer(4).compute_score(references, predictions, verbose=0)
         return {f"Bleu_{n}": float(value) for n, value in enumerate(bleu, start=1)}
-    scorer = {"rouge": Rouge, "cider": Cider, "spice": Spice}[name]()
-    return {LABELS[name]: float(scorer.compute_score(references, predictions)[0])}
+    return {LABELS[name]: float(scorer().compute_score(references, predictions)[0])}

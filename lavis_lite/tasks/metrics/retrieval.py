@@ -54,16 +54,10 @@ def _recalls(
     """Return recall at each of `RANKS` that is known when `k_test` of the candidates were ranked (0: all)."""
     scores = np.asarray(scores)
     if scores.shape != (len(right), num_candidates):
-        raise InputError(
-            f"{name} has shape {scores.shape}, expected {(len(right), num_candidates)} (queries, candidates)"
-        )
-    if not len(right):
-        raise InputError(f"{name} is empty: there are no queries to rank for")
+        expected = (len(right), num_candidates)
+        raise InputError(f"{name} has shape {scores.shape}, expected {expected} (queries, candidates)")
     if np.isnan(scores).any():
         raise InputError(f"{name} has NaNs in row {int(np.isnan(scores).any(axis=1).argmax())}: they have no rank")
-    if not all(map(len, right)):
-        query = [len(answers) for answers in right].index(0)
-        raise InputError(f"query {query} has no right answer: leave images without texts out of the gallery")
     ranks = np.array(
         [np.flatnonzero(np.isin(best_first(row), answers))[0] for row, answers in zip(scores, right, strict=True)]
     )
