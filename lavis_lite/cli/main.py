@@ -19,6 +19,7 @@ from lavis_lite.runners.jobs import LAST, discard_if_unused, held, start_job
 from lavis_lite.runners.stopping import Stopped, StopSignals
 
 if TYPE_CHECKING:
+    from lavis_lite.cli.verdict import Row
     from lavis_lite.runners.runner import Runner
     from lavis_lite.tasks.base import BaseTask
 
@@ -48,6 +49,8 @@ def evaluate_main(argv: Sequence[str] | None = None) -> None:
     p.add_argument(
         "--checkpoint", metavar="PATH", help="weights to evaluate (a file or URL), instead of those the YAML names"
     )
+    p.add_argument("--limit", type=int, metavar="N", help="evaluate the first N samples of each split (run.limit)")
+    p.add_argument("--check", action="store_true", help="end with 1 if a published value is missed, 3 if none compares")
     sys.exit(main(p, argv, evaluate=True))
 
 
@@ -59,7 +62,7 @@ def main(p: argparse.ArgumentParser, argv: Sequence[str] | None, *, evaluate: bo
         return 2
     args = p.parse_args(argv)
 
-    def execute() -> None:
+    def execute() -> int:
         with StopSignals() as stop:
             cfg = Config.from_args(args)
             if evaluate:
@@ -68,8 +71,9 @@ def main(p: argparse.ArgumentParser, argv: Sequence[str] | None, *, evaluate: bo
                 from lavis_lite.cli.dry_run import dry_run
 
                 dry_run(cfg)
-            else:
-                run(cfg, stop)
+                return 0
+            rows = run(cfg, stop)
+            return check_code(rows) if evaluate and args.check and is_first_process() else 0
 
     _log_to_console()
     return exit_code(execute, command=[sys.argv[0], *argv])
@@ -83,8 +87,21 @@ def _log_to_console() -> None:
         logging.getLogger().setLevel(logging.WARNING)
 
 
-def run(cfg: Config, stop: StopSignals) -> None:
+def check_code(rows: "Sequence[Row]") -> int:
+    """Return the exit code of `--check`, and say in one line why it is not 0."""
+    from lavis_lite.cli.verdict import exit_code
+
+    code = exit_code(rows)
+    if code:
+        reason = "a published value differs" if code == 1 else "not every published value could be compared"
+        print(f"--check: {reason}" if rows else "--check: the recipe expects no value of this run", file=sys.stderr)
+    return code
+
+
+def run(cfg: Config, stop: StopSignals) -> "list[Row]":
     """Train, or evaluate if `cfg.run.evaluate`; prints an evaluation's metrics. Must be entered by every rank.
+
+    Returns the verdict about the splits that were evaluated; on other ranks than 0 nothing.
 
     Raises:
         Stopped: a signal that `stop` caught asked the process to stop.
@@ -93,20 +110,20 @@ def run(cfg: Config, stop: StopSignals) -> None:
 
     dist.init(cfg.run.device)
     try:
-        metrics = _run_job(cfg, stop)
-        if metrics and cfg.run.evaluate and dist.is_main():
-            print(json.dumps(metrics, indent=2, default=str))
+        return _run_job(cfg, stop)
     finally:
         dist.shutdown()
 
 
-def _run_job(cfg: Config, stop: StopSignals) -> dict[str, Any]:
-    """`run` between joining and leaving the process group; returns what the runner does."""
+def _run_job(cfg: Config, stop: StopSignals) -> "list[Row]":
+    """`run` between joining and leaving the process group."""
     from lavis_lite.cli import preflight
+    from lavis_lite.cli.verdict import check_expected
     from lavis_lite.common import logger as run_logger
 
     task = registry.get_task_class(cfg.run.task)(**cfg.task)
     preflight.check_task(cfg, task)
+    check_expected(cfg)
     preflight.check_device(cfg)
     cfg.run, job_dir = start_job(cfg.run)
     with held(job_dir):
@@ -142,19 +159,22 @@ def _build_runner(cfg: Config, task: "BaseTask", job_dir: Path) -> "Runner":
     return registry.get_runner_class(cfg.run.runner)(cfg, task, model, datasets, job_dir)
 
 
-def _execute(cfg: Config, runner: "Runner") -> dict[str, Any]:
-    """Evaluate or train, with a few lines about the run before and after it."""
+def _execute(cfg: Config, runner: "Runner") -> "list[Row]":
+    """Evaluate or train, with a few lines about the run before and after it; return the verdict on rank 0."""
+    from lavis_lite.cli.evaluation import conclude
     from lavis_lite.common import dist
 
     if dist.is_main():
         logger.info("%s", _opening(cfg, runner))
-    if cfg.run.evaluate:
-        return runner.evaluate()
     started = time.perf_counter()
-    result = runner.train()
-    if dist.is_main():
+    result = {"test": runner.evaluate()} if cfg.run.evaluate else runner.train()
+    if not dist.is_main():
+        return []
+    if cfg.run.evaluate:
+        print(json.dumps(result["test"], indent=2, default=str))
+    else:
         logger.info("%s", _closing(result, runner.job_dir, seconds=time.perf_counter() - started))
-    return result
+    return conclude(cfg, runner, result["test"]) if result["test"] else []
 
 
 def _opening(cfg: Config, runner: "Runner") -> str:

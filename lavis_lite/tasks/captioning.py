@@ -21,7 +21,7 @@ from lavis_lite.datasets.protocols import EvalDataset, HasExtraMetrics, HasRefer
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.protocols import Generates, method_names
 from lavis_lite.tasks.base import DECODING_BOUNDS, BaseTask, Metrics, check_settings, naming_setting
-from lavis_lite.tasks.metrics.caption import DEFAULT_METRICS, Tokens, caption_metrics, check_metrics
+from lavis_lite.tasks.metrics.caption import DEFAULT_METRICS, KEYS, Tokens, caption_metrics, check_metrics
 from lavis_lite.tasks.results import Result, as_list, per_sample, unscored, write_json
 
 logger = logging.getLogger(__name__)
@@ -63,6 +63,7 @@ class CaptionTask(BaseTask):
     sample_keys: ClassVar[tuple[str, ...]] = ("image_id", "instance_id")
     bounds: ClassVar = DECODING_BOUNDS
     choices: ClassVar = {"caption_tokens": get_args(Tokens)}
+    fractions: ClassVar = frozenset(name for names in KEYS.values() for name in names)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,6 +71,10 @@ class CaptionTask(BaseTask):
         check_metrics(self.metrics)
         if self.num_captions > 1 and not self.use_nucleus_sampling and self.num_captions > self.num_beams:
             raise InputError(f"run.num_captions={self.num_captions} needs run.num_beams of at least as many")
+
+    def metric_names(self) -> tuple[str, ...]:
+        """Return those of `metrics`."""
+        return tuple(name for metric in self.metrics for name in KEYS[metric])
 
     def check(self, model_class: type, dataset: EvalDataset, batch: Samples, *, split: str) -> None:
         """Raise InputError for settings that the model does not take, or references that miss images."""

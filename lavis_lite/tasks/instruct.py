@@ -20,6 +20,7 @@ from lavis_lite.datasets.protocols import EvalDataset, Samples
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.protocols import Generates, ScoresCandidates, method_names
 from lavis_lite.tasks.base import DECODING_BOUNDS, BaseTask, Metrics, check_settings, naming_setting
+from lavis_lite.tasks.metrics.mean import Mean
 from lavis_lite.tasks.metrics.ranking import mean_reciprocal_rank, rank_of, roc_auc
 from lavis_lite.tasks.metrics.vqa_accuracy import by_kind, vqa_accuracy
 from lavis_lite.tasks.results import Result, as_list, per_sample, positions, unscored, write_json
@@ -55,6 +56,11 @@ class InstructTask(BaseTask):
     sample_keys: ClassVar[tuple[str, ...]] = ("question_id", "instance_id")
     bounds: ClassVar = DECODING_BOUNDS
     choices: ClassVar = {"metric": get_args(Metric)}
+
+    def metric_names(self) -> tuple[str, ...]:
+        """Return `metric`, the accuracy, and the tables by kind of question."""
+        tables = tuple(f"per_{kind}" for kind in GROUPS)
+        return (self.metric, "accuracy", *(("auc_likeliest",) if self.metric == "auc" else tables))
 
     def check(self, model_class: type, dataset: EvalDataset, batch: Samples, *, split: str) -> None:
         """Raise InputError for settings that the model does not take, or a metric that needs candidates."""
@@ -112,7 +118,7 @@ class InstructTask(BaseTask):
         self._check_choices(all("losses" in result for _, result in scored), split)
         records = [record for record, _ in scored]
         hits = [hit(record, result) for record, result in scored]
-        accuracy = 100 * sum(hits) / len(hits)
+        accuracy = Mean(100 * sum(hits) / len(hits), [100 * hit for hit in hits])
         if self.metric == "accuracy":
             return {"accuracy": accuracy, "agg_metrics": accuracy, **by_kind(records, hits, GROUPS)}
         if self.metric == "auc":

@@ -10,6 +10,7 @@ from lavis_lite.common.registry import registry
 from lavis_lite.datasets.protocols import EvalDataset, HasLabels, Samples
 from lavis_lite.models.protocols import Classifies, method_names
 from lavis_lite.tasks.base import BaseTask, Metrics
+from lavis_lite.tasks.metrics.mean import Mean
 from lavis_lite.tasks.results import Result, per_sample, unscored, write_json
 
 
@@ -30,6 +31,10 @@ class MultimodalClassificationTask(BaseTask):
                     check_labels(dataset, num_classes)
         return built
 
+    def metric_names(self) -> tuple[str, ...]:
+        """Return the accuracy's name."""
+        return ("acc",)
+
     def valid_step(self, model: Classifies, samples: Samples) -> list[Result]:
         """Return `prediction` and `target` (class indices) of each sample; `target` is None without labels."""
         outputs = model.predict(samples)
@@ -44,7 +49,7 @@ class MultimodalClassificationTask(BaseTask):
         hits = [result["prediction"] == result["target"] for result in results if result["target"] is not None]
         if not hits:
             return unscored(f"the {split} split has no labels")
-        accuracy = 100 * sum(hits) / len(hits)
+        accuracy = Mean(100 * sum(hits) / len(hits), [100 * hit for hit in hits])
         return {"acc": accuracy, "agg_metrics": accuracy}
 
 

@@ -27,6 +27,8 @@ from lavis_lite.tasks.results import Result, as_list, per_sample, unscored, writ
 
 logger = logging.getLogger(__name__)
 
+SCRIPTS: tuple[Variant, ...] = ("official", "lavis")
+"""Published accuracies are of one or the other, so both are printed whatever `run.accuracy` is."""
 InferenceMethod = Literal["rank", "generate"]
 NUM_NEEDED: dict[Variant, int] = {"official": 4, "lavis": 4, "direct": 3, "ivqa": 2}
 """Answers that a question needs for a prediction to count fully; 1 for other rules."""
@@ -63,6 +65,10 @@ class VQATask(BaseTask):
         super().__post_init__()
         if self.prompt and "{}" not in self.prompt:
             raise InputError(f"run.prompt={self.prompt!r} has no '{{}}' to put the question into")
+
+    def metric_names(self) -> tuple[str, ...]:
+        """Return the accuracy, its tables, and the accuracies of both scripts."""
+        return ("overall", "per_question_type", "per_answer_type", *SCRIPTS)
 
     def build_datasets(self, cfg: Config) -> dict[str, dict[str, Any]]:
         """As BaseTask's. Raises InputError if two questions of an evaluated split have the same id."""
@@ -153,7 +159,8 @@ class VQATask(BaseTask):
                 f"run.accuracy={self.accuracy} a correct prediction cannot reach 100 % (official: a single answer "
                 "counts 0): choose normalised"
             )
-        return vqa_metrics(truths, answers, variant=self.accuracy)
+        both = {name: vqa_metrics(truths, answers, variant=name)["overall"] for name in SCRIPTS}
+        return vqa_metrics(truths, answers, variant=self.accuracy) | both
 
 
 def blanked(samples: Samples) -> Samples:

@@ -13,11 +13,14 @@ from typing import Any, Literal
 from lavis_lite.common.errors import InputError, MissingPackageError
 from lavis_lite.tasks.metrics import caption_java
 from lavis_lite.tasks.metrics.caption_tokens import are_unspaced, character_tokens, joined_as, ptb_like_tokens
+from lavis_lite.tasks.metrics.mean import Mean
 
 logger = logging.getLogger(__name__)
 
 LABELS = {"bleu": "BLEU", "meteor": "METEOR", "rouge": "ROUGE_L", "cider": "CIDEr", "spice": "SPICE"}
 DEFAULT_METRICS = ("bleu", "meteor", "rouge", "cider")
+KEYS = {name: (label,) for name, label in LABELS.items()} | {"bleu": tuple(f"Bleu_{n}" for n in range(1, 5))}
+"""Names in the results of each metric."""
 
 Texts = dict[str, list[str]]
 Tokens = Literal["auto", "ptb", "characters"]
@@ -119,4 +122,6 @@ def _score(name: str, references: Texts, predictions: Texts) -> dict[str, float]
         bleu, _ = Bleu(4).compute_score(references, predictions, verbose=0)
         return {f"Bleu_{n}": float(value) for n, value in enumerate(bleu, start=1)}
     scorer = {"rouge": Rouge, "cider": Cider, "spice": Spice}[name]()
-    return {LABELS[name]: float(scorer.compute_score(references, predictions)[0])}
+    value, scores = scorer.compute_score(references, predictions)
+    values = [score["All"]["f"] for score in scores] if name == "spice" else scores
+    return {LABELS[name]: Mean(float(value), values)}

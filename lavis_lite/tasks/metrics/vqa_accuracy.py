@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from lavis_lite.common.errors import InputError
+from lavis_lite.tasks.metrics.mean import Mean
 
 Variant = Literal["official", "lavis", "normalised", "direct", "contains", "ivqa"]
 
@@ -124,7 +125,7 @@ def by_kind(
     kinds: Sequence[str] = ("question_type", "answer_type"),
 ) -> dict[str, dict[str, float]]:
     """Return `per_<kind>` for each field that some record has: the mean score, in percent, by the field's value."""
-    tables = {}
+    tables: dict[str, dict[str, float]] = {}
     for kind in kinds:
         groups: dict[str, list[float]] = defaultdict(list)
         for record, score in zip(records, scores, strict=True):
@@ -135,5 +136,5 @@ def by_kind(
     return tables
 
 
-def _percent(values: Sequence[float]) -> float:
-    return round(100 * sum(values) / len(values), 2)
+def _percent(values: Sequence[float]) -> Mean:
+    return Mean(round(100 * sum(values) / len(values), 2), [100 * value for value in values])
