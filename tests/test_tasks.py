@@ -476,7 +476,7 @@ def config(**run: Any) -> SimpleNamespace:
     splits = {"train_splits": ["train"], "valid_splits": ["val"], "test_splits": ["test"], "evaluate": False, **run}
     datasets = {"big": {"type": "default", "have": ["train", "val", "test"]}, "extra": {"have": ["train"]}}
     model = {"arch": "toy", "width": 3}
-    return SimpleNamespace(run=SimpleNamespace(**splits), datasets=datasets, model=model, prompts={})
+    return SimpleNamespace(run=SimpleNamespace(limit=None, **splits), datasets=datasets, model=model, prompts={})
 
 
 def test_building_datasets_takes_what_each_one_has(monkeypatch: pytest.MonkeyPatch) -> None:

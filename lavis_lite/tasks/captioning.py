@@ -26,6 +26,8 @@ from lavis_lite.tasks.results import Result, as_list, per_sample, unscored, writ
 
 logger = logging.getLogger(__name__)
 
+NOCAPS_DOMAINS = ("in-domain", "near-domain", "out-domain")
+
 
 @registry.register_task("captioning")
 @dataclass(kw_only=True)
@@ -73,8 +75,8 @@ class CaptionTask(BaseTask):
             raise InputError(f"run.num_captions={self.num_captions} needs run.num_beams of at least as many")
 
     def metric_names(self) -> tuple[str, ...]:
-        """Return those of `metrics`."""
-        return tuple(name for metric in self.metrics for name in KEYS[metric])
+        """Return those of `metrics`, and nocaps' domains."""
+        return (*(name for metric in self.metrics for name in KEYS[metric]), *NOCAPS_DOMAINS)
 
     def check(self, model_class: type, dataset: EvalDataset, batch: Samples, *, split: str) -> None:
         """Raise InputError for settings that the model does not take, or references that miss images."""
@@ -147,7 +149,12 @@ class CaptionTask(BaseTask):
                 logger.warning("%s: %d images have no references", split, len(left_out))
             captions = {image_id: text for image_id, text in captions.items() if str(image_id) in covered}
         scores = caption_metrics(
-            scored, captions, self.metrics, tokens=self.caption_tokens, join_hyphens=self.join_hyphens
+            scored,
+            captions,
+            self.metrics,
+            tokens=self.caption_tokens,
+            join_hyphens=self.join_hyphens,
+            groups={record["image_id"]: record["domain"] for record in dataset.annotation if record.get("domain")},
         )
         return {**scores, **extra}
 
