@@ -64,7 +64,7 @@ class BaseTask:
         given = {name: value for name, value in vars(self).items() if value is not None}
         check_numbers("run", given, **self.bounds)
         for name, choices in self.choices.items():
-            if (value := vars(self)[name]) not in choices:
+            if (value := vars(self)[name]) not in choices and value is not None:
                 raise InputError(f"run.{name}: must be one of {', '.join(choices)}, got {value!r}")
         if given.get("min_len", 0) > given.get("max_len", float("inf")):
             raise InputError(f"run.min_len={given['min_len']} is above run.max_len={given['max_len']}: lower it")

@@ -11,7 +11,8 @@ from lavis_lite.datasets.protocols import EvalDataset, HasLabels, Samples
 from lavis_lite.models.protocols import Classifies, method_names
 from lavis_lite.tasks.base import BaseTask, Metrics
 from lavis_lite.tasks.metrics.mean import Mean
-from lavis_lite.tasks.results import Result, per_sample, unscored, write_json
+from lavis_lite.tasks.metrics.nlvr import consistency
+from lavis_lite.tasks.results import Result, per_sample, positions, unscored, write_json
 
 
 @registry.register_task("multimodal_classification")
@@ -32,8 +33,8 @@ class MultimodalClassificationTask(BaseTask):
         return built
 
     def metric_names(self) -> tuple[str, ...]:
-        """Return the accuracy's name."""
-        return ("acc",)
+        """Return the accuracy's name, and that of pairs' consistency."""
+        return ("acc", "consistency")
 
     def valid_step(self, model: Classifies, samples: Samples) -> list[Result]:
         """Return `prediction` and `target` (class indices) of each sample; `target` is None without labels."""
@@ -50,7 +51,12 @@ class MultimodalClassificationTask(BaseTask):
         if not hits:
             return unscored(f"the {split} split has no labels")
         accuracy = Mean(100 * sum(hits) / len(hits), [100 * hit for hit in hits])
-        return {"acc": accuracy, "agg_metrics": accuracy}
+        metrics = {"acc": accuracy, "agg_metrics": accuracy}
+        index = positions(dataset)
+        labelled = [result for result in results if result["target"] is not None]
+        records = [dataset.annotation[index[result["instance_id"]]] for result in labelled]
+        is_pairs = all("images" in record and "sentence" in record for record in records)
+        return metrics | ({"consistency": consistency(records, hits)} if is_pairs else {})
 
 
 def check_labels(dataset: object, num_classes: int) -> None:

@@ -22,7 +22,8 @@ from lavis_lite.datasets.protocols import EvalDataset, HasAnswerList, Samples
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.protocols import AnswersQuestions, method_names
 from lavis_lite.tasks.base import DECODING_BOUNDS, BaseTask, Metrics, check_settings, naming_setting
-from lavis_lite.tasks.metrics.vqa_accuracy import Variant, vqa_metrics
+from lavis_lite.tasks.metrics.gqa import GQA_METRICS, gqa_metrics
+from lavis_lite.tasks.metrics.vqa_accuracy import RAW, Variant, vqa_accuracy, vqa_metrics
 from lavis_lite.tasks.results import Result, as_list, per_sample, unscored, write_json
 
 logger = logging.getLogger(__name__)
@@ -67,8 +68,12 @@ class VQATask(BaseTask):
             raise InputError(f"run.prompt={self.prompt!r} has no '{{}}' to put the question into")
 
     def metric_names(self) -> tuple[str, ...]:
-        """Return the accuracy, its tables, and the accuracies of both scripts."""
-        return ("overall", "per_question_type", "per_answer_type", *SCRIPTS)
+        """Return the accuracy, its tables, and the accuracies by other rules."""
+        return ("overall", "per_question_type", "per_answer_type", *self.further_rules())
+
+    def further_rules(self) -> tuple[Variant, ...]:
+        """Return the rules whose accuracy is printed too: of both scripts, and that of the raw strings."""
+        return (*SCRIPTS, RAW[self.accuracy]) if self.accuracy in RAW else SCRIPTS
 
     def build_datasets(self, cfg: Config) -> dict[str, dict[str, Any]]:
         """As BaseTask's. Raises InputError if two questions of an evaluated split have the same id."""
@@ -159,8 +164,8 @@ class VQATask(BaseTask):
                 f"run.accuracy={self.accuracy} a correct prediction cannot reach 100 % (official: a single answer "
                 "counts 0): choose normalised"
             )
-        both = {name: vqa_metrics(truths, answers, variant=name)["overall"] for name in SCRIPTS}
-        return vqa_metrics(truths, answers, variant=self.accuracy) | both
+        more = {name: vqa_metrics(truths, answers, variant=name)["overall"] for name in self.further_rules()}
+        return vqa_metrics(truths, answers, variant=self.accuracy) | more
 
 
 def blanked(samples: Samples) -> Samples:
@@ -171,9 +176,30 @@ def blanked(samples: Samples) -> Samples:
 @registry.register_task("gqa")
 @dataclass(kw_only=True)
 class GQATask(VQATask):
-    """Questions with one right answer: the prediction must equal it, both cleaned."""
+    """Questions with one right answer: the prediction must equal it, both cleaned. Also writes the server's file, and
+    measures what else GQA's owners do where the records have their fields.
+    """
 
     accuracy: Variant = "normalised"
+
+    def metric_names(self) -> tuple[str, ...]:
+        """As VQA's, and GQA's own."""
+        return (*super().metric_names(), *GQA_METRICS)
+
+    def score(self, results: list[Result], *, dataset: EvalDataset, split: str, result_dir: Path) -> Metrics:
+        """As VQA, with the metrics of metrics/gqa.py, and `<split>_gqa_submission.json`: [{questionId, prediction}]."""
+        answers = {str(result["question_id"]): result["answer"] for result in results}
+        entries = [{"questionId": key, "prediction": answer} for key, answer in answers.items()]
+        write_json(result_dir / f"{split}_gqa_submission.json", entries)
+        metrics = super().score(results, dataset=dataset, split=split, result_dir=result_dir)
+        if metrics["agg_metrics"] is None:
+            return metrics
+        found = {str(question_id(record)): record for record in dataset.annotation if record.get("answers")}
+        records = {key: record for key, record in found.items() if key in answers}
+        hits = {
+            key: vqa_accuracy(answers[key], record["answers"], variant=self.accuracy) for key, record in records.items()
+        }
+        return metrics | gqa_metrics(records, answers, hits)
 
 
 @registry.register_task("aok_vqa")
