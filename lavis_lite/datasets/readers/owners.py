@@ -195,7 +195,8 @@ class Form:
 
     def recognises(self, content: Any, first: dict[str, Any]) -> bool:
         """Return whether the content is of this form."""
-        if not isinstance(content, self.kind) or not (isinstance(content, list) or self.keys <= content.keys()):
+        is_kind = isinstance(content, self.kind)
+        if not is_kind or not self.keys <= set(content if self.kind is dict else ()):
             return False
         if self.keys == {"images"}:  # the record is below the key
             return self.fields <= _first(content["images"]).keys() and not self.absent & content.keys()
