@@ -145,7 +145,7 @@ def genome_regions(content: list[Record], place: Place) -> Iterator[Record]:
     """Visual Genome's phrases about regions."""
     names = place.names("VG_100K")
     for image in content:
-        path = genome_path(names, image.get("id", image.get("image_id")))
+        path = genome_path(names, image.get("id") or image["image_id"])
         for region in image["regions"]:
             yield {"image": path, "caption": region["phrase"]}
 
@@ -154,7 +154,7 @@ def genome_questions(content: list[Record], place: Place) -> Iterator[Record]:
     """Visual Genome's questions and answers."""
     names = place.names("VG_100K")
     for image in content:
-        path = genome_path(names, image.get("id", image.get("image_id")))
+        path = genome_path(names, image.get("id") or image["image_id"])
         for row in image["qas"]:
             yield {"image": path, "question": row["question"], "answer": row["answer"], "question_id": row["qa_id"]}
 
