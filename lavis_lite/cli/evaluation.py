@@ -36,6 +36,7 @@ def conclude(cfg: Config, runner: Runner, results: Mapping[str, Mapping[str, Any
         logger.info("%s", "\n".join(["published values", *verdict.table(rows)]))
     content = {
         "metrics": results,
+        "percent": {split: verdict.in_percent(cfg, metrics) for split, metrics in results.items()},
         "intervals": {split: intervals(metrics) for split, metrics in results.items()},
         "num_samples": runner.num_samples,
         "verdict": verdict.to_json(rows),

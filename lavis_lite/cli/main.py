@@ -45,16 +45,21 @@ def train_main(argv: Sequence[str] | None = None) -> None:
 
 def evaluate_main(argv: Sequence[str] | None = None) -> None:
     """Entry point of evaluate.py and `lavis-lite-evaluate`; ends the process."""
+    sys.exit(evaluate(argv))
+
+
+def evaluate(argv: Sequence[str] | None = None) -> int:
+    """Evaluate as the command line says, and return the exit code."""
     p = parser(description=EVALUATE_HELP)
     p.add_argument(
         "--checkpoint", metavar="PATH", help="weights to evaluate (a file or URL), instead of those the YAML names"
     )
     p.add_argument("--limit", type=int, metavar="N", help="evaluate the first N samples of each split (run.limit)")
     p.add_argument("--check", action="store_true", help="end with 1 if a published value is missed, 3 if none compares")
-    sys.exit(main(p, argv, evaluate=True))
+    return main(p, argv, evaluates=True)
 
 
-def main(p: argparse.ArgumentParser, argv: Sequence[str] | None, *, evaluate: bool = False) -> int:
+def main(p: argparse.ArgumentParser, argv: Sequence[str] | None, *, evaluates: bool = False) -> int:
     """Parse, run, and return the exit code; see failures.py."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv:
@@ -65,7 +70,7 @@ def main(p: argparse.ArgumentParser, argv: Sequence[str] | None, *, evaluate: bo
     def execute() -> int:
         with StopSignals() as stop:
             cfg = Config.from_args(args)
-            if evaluate:
+            if evaluates:
                 cfg.run = dataclasses.replace(cfg.run, evaluate=True)
             if args.dry_run:
                 from lavis_lite.cli.dry_run import dry_run
@@ -73,7 +78,7 @@ def main(p: argparse.ArgumentParser, argv: Sequence[str] | None, *, evaluate: bo
                 dry_run(cfg)
                 return 0
             rows = run(cfg, stop)
-            return check_code(rows) if evaluate and args.check and is_first_process() else 0
+            return check_code(rows) if evaluates and args.check and is_first_process() else 0
 
     _log_to_console()
     return exit_code(execute, command=[sys.argv[0], *argv])

@@ -35,6 +35,8 @@ class Row:
 
     split: str
     metric: str
+    key: str
+    """Name of the metric in the results, with dots."""
     model: str
     here: float | None
     interval: tuple[float, float] | None
@@ -149,8 +151,9 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _row(
     cfg: Config, entry: Expected, metrics: Mapping[str, Any], number: int | None, reasons: Sequence[str], model: str
 ) -> Row:
-    value = _lookup(metrics, entry, cfg)
-    scale = 100 if entry.metric.split(".")[-1] in registry.get_task_class(cfg.run.task).fractions else 1
+    key = entry.scorer if entry.scorer not in (None, cfg.task.get("accuracy")) else entry.metric
+    value = lookup(metrics, key)
+    scale = unit(cfg, key)
     here = None if value is None else scale * float(value)
     interval = None
     if isinstance(value, Mean):
@@ -173,6 +176,7 @@ def _row(
     return Row(
         split=entry.split,
         metric=entry.metric if entry.scorer is None else f"{entry.metric} ({entry.scorer})",
+        key=key,
         model=model,
         here=here,
         interval=interval,
@@ -186,15 +190,23 @@ def _row(
     )
 
 
-def _lookup(metrics: Mapping[str, Any], entry: Expected, cfg: Config) -> float | None:
-    """Return the metric of an entry, in the task's unit; None if it was not measured."""
-    name = entry.metric
-    if entry.scorer is not None and entry.scorer != cfg.task.get("accuracy"):
-        name = entry.scorer
+def lookup(metrics: Mapping[str, Any], key: str) -> float | None:
+    """Return the metric under a key with dots, in the task's unit; None if it was not measured."""
     node: Any = metrics
-    for part in name.split("."):
+    for part in key.split("."):
         node = node.get(part) if isinstance(node, Mapping) else None
     return node if isinstance(node, int | float) else None
+
+
+def unit(cfg: Config, key: str) -> int:
+    """Return the factor that turns a metric of the run's task into percent."""
+    return 100 if key.split(".")[-1] in registry.get_task_class(cfg.run.task).fractions else 1
+
+
+def in_percent(cfg: Config, metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return all numbers of a split's metrics, in percent, by key with dots."""
+    flat = _flat(metrics)
+    return {key: unit(cfg, key) * float(value) for key, value in flat.items() if isinstance(value, int | float)}
 
 
 def _why_missing(metrics: Mapping[str, Any], entry: Expected) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 from lavis_lite.common.config import trained as trained_config
 from lavis_lite.common.config import zoo
 from lavis_lite.common.config.agreement import follow_model, linked, replaced_instructions
-from lavis_lite.common.config.expected import Expected, read_expected
+from lavis_lite.common.config.expected import Alternative, Expected, read_alternatives, read_expected
 from lavis_lite.common.config.files import (
     ConfigError,
     Layer,
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["Config", "ConfigError", "RunConfig", "parser"]
 
-SECTIONS = ("model", "preprocess", "datasets", "run", "imports", "expected")
+SECTIONS = ("model", "preprocess", "datasets", "run", "imports", "expected", "alternatives")
 DEFAULTS = Layer("defaults", {"run": {key: value for key, value in vars(RunConfig(task="")).items() if key != "task"}})
 
 
@@ -70,6 +70,8 @@ class Config:
     imports: list[str] = field(default_factory=list)
     expected: list[Expected] = field(default_factory=list)
     """Published values of the recipe's metrics."""
+    alternatives: list[Alternative] = field(default_factory=list)
+    """Other readings of the protocol of these values."""
     source: str = ""
     """The project's YAML."""
 
@@ -135,7 +137,8 @@ class Config:
         tree: dict[str, Any] = {"model": self.model, "preprocess": self.preprocess, "datasets": datasets}
         tree |= {"run": dataclasses.asdict(self.run) | self.task}
         tree |= {"imports": self.imports} if self.imports else {}
-        tree |= {"expected": [entry.to_dict() for entry in self.expected]} if self.expected else {}
+        for name, entries in (("expected", self.expected), ("alternatives", self.alternatives)):
+            tree |= {name: [entry.to_dict() for entry in entries]} if entries else {}
         return _plain(tree)
 
     def to_yaml(self) -> str:
@@ -188,6 +191,7 @@ def _checked(tree: dict[str, Any], checker: Checker, types: dict[str, str], *, s
         prompts=replaced_instructions(task, model, datasets, types, checker),
         imports=tree.get("imports") or [],
         expected=read_expected(tree.get("expected"), checker),
+        alternatives=read_alternatives(tree.get("alternatives"), checker),
         source=source,
     )
 

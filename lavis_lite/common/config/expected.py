@@ -67,6 +67,37 @@ class Expected:
         return {key: value for key, value in vars(self).items() if value != schema[key].default}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Alternative:
+    """A reading of the protocol that a published value may have been measured by, for `lavis-lite sweep`."""
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Keys, with dots, and their values; none: only another number of the same evaluation is read."""
+    split: str | None = None
+    """The split to read instead of the published value's."""
+    metric: str | None = None
+    """The metric to read instead of the published value's."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry as it stands in a YAML, without defaults."""
+        return {key: value for key, value in vars(self).items() if value}
+
+
+def read_alternatives(entries: Any, checker: Checker) -> list[Alternative]:
+    """Return the section's entries, checked; ConfigError names the entry and the key."""
+    listed = checker.value(entries or [], list[dict[str, Any]], ("alternatives",))
+    schema, _ = schema_of(Alternative)
+    found = [
+        Alternative(**checker.section(entry, schema, ("alternatives", str(number))))
+        for number, entry in enumerate(listed)
+    ]
+    names = [alternative.name for alternative in found]
+    if len(set(names)) < len(names):
+        raise checker.error(("alternatives",), f"names must differ, got {', '.join(names)}")
+    return found
+
+
 def read_expected(entries: Any, checker: Checker) -> list[Expected]:
     """Return the section's entries, checked; ConfigError names the entry and the key."""
     if entries is None:
