@@ -191,10 +191,12 @@ def train(path: Path, *options: str, job: str | None = "job", flags: Sequence[st
     return _enter(cli.train_main, ["--cfg-path", str(path), *named, *flags], options)
 
 
-def evaluate(path: Path, *options: str, job: str = "evaluation", weights: Path | None = None) -> int:
+def evaluate(
+    path: Path, *options: str, job: str = "evaluation", weights: Path | None = None, flags: Sequence[str] = ()
+) -> int:
     """evaluate.py in this process; the exit code."""
     named = ["--checkpoint", str(weights)] if weights else []
-    return _enter(cli.evaluate_main, ["--cfg-path", str(path), "--job-id", job, *named], options)
+    return _enter(cli.evaluate_main, ["--cfg-path", str(path), "--job-id", job, *named, *flags], options)
 
 
 def _enter(main: Any, argv: list[str], options: Sequence[str]) -> int:

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from lavis_lite.common.config.config import Config, ConfigError, RunConfig
-from lavis_lite.common.config.files import load_with_bases, merge, merge_layers, parse_options
+from lavis_lite.common.config.expected import Expected
+from lavis_lite.common.config.files import load_with_bases, load_yaml, merge, merge_layers, parse_options
 from lavis_lite.common.config.schema import Checker, describe, schema_of
 
 PROJECTS = Path(__file__).parents[1] / "projects"
@@ -52,12 +53,12 @@ def test_merge_order_defaults_model_dataset_project_options(tmp_path: Path):
     assert cfg.datasets["shapes_caption"]["vis_processor"]["train"]["name"] == "blip_image_eval"  # the dataset's
 
     project = BASIC.replace("model_type: tiny", "model_type: tiny, image_size: 64")
-    project += "\nexpected: {CIDEr: 1.0}"
+    project += "\nexpected: [{split: test, metric: CIDEr, value: 1, source: ours}]"
     cfg = load(tmp_path, project, "run.max_epoch=3", "datasets.shapes_caption.num_train=7")
     assert (cfg.model["image_size"], cfg.model["vit_type"]) == (64, "tiny")
     assert (cfg.run.max_epoch, cfg.datasets["shapes_caption"]["num_train"]) == (3, 7)
     assert load(tmp_path, project, "model.image_size=32").model["image_size"] == 32
-    assert cfg.expected == {"CIDEr": 1.0}
+    assert cfg.expected == [Expected(split="test", metric="CIDEr", value=1.0, source="ours")]
 
 
 def test_bases_come_first_and_are_relative_to_their_file(tmp_path: Path):
@@ -127,7 +128,8 @@ def test_files_have_limits(tmp_path: Path, body: str, expected: str):
 
 
 def test_what_is_within_the_limits_is_read(tmp_path: Path):
-    assert load(tmp_path, f"{BASIC}\nexpected: {'[' * 31}5{']' * 31}\n").expected
+    write(tmp_path, f"{BASIC}\nexpected: {'[' * 31}5{']' * 31}\n")
+    assert load_yaml(tmp_path / "project.yaml")["expected"]
 
 
 def test_missing_and_non_utf8_files_are_named(tmp_path: Path):

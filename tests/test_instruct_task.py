@@ -1,6 +1,7 @@
 """The task `instruct` with fake and with tiny models; AUC, MRR and iVQA's accuracy by hand."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,38 @@ def test_reciprocal_rank_of_the_right_candidate(tmp_path: Path) -> None:
     assert metrics["per_question_type"] == {"what": 75.0, "which": 50.0}
     with pytest.raises(ValueError, match=r"'auc' is between two classes, but \['red', 'blue', 'green'\] are not two"):
         run(InstructTask(metric="auc"), model, CHOICES, tmp_path)
+
+
+def test_visual_dialogs_file_and_metrics(tmp_path: Path) -> None:
+    options = ["yes", "no", "yes"]
+    records = [
+        {"question_id": "12_1", "candidates": options, "label": 2, "relevance": [0.0, 1.0, 0.5]},
+        {"question_id": "12_2", "candidates": options, "label": 0},
+    ]
+    task = InstructTask(metric="mrr", server_file="visdial")
+    found = run(task, Fake(losses=[[1.0, 2.0, 1.0], [0.1, 2.0, 3.0]]), records, tmp_path)
+    assert (found["mrr"], found["r1"], found["mean_rank"]) == (75.0, 50.0, 1.5)  # equal texts are two options
+    gain = 0.5 / math.log2(3)  # two options are relevant; ranked first is one that is not, then the half
+    assert found["ndcg"] == pytest.approx(100 * gain / (1 + 0.5 / math.log2(3)))
+    assert json.loads((tmp_path / "val_visdial_submission.json").read_text()) == [
+        {"image_id": 12, "round_id": 1, "ranks": [1, 3, 2]},
+        {"image_id": 12, "round_id": 2, "ranks": [1, 2, 3]},
+    ]
+
+
+def test_aokvqas_multiple_choice_file(tmp_path: Path) -> None:
+    records = [{"candidates": ["cat", "dog"]}, {"candidates": ["red", "blue"]}]
+    found = run(InstructTask(server_file="aokvqa"), Fake(losses=[[2.0, 1.0], [1.0, 2.0]]), records, tmp_path)
+    assert found["agg_metrics"] is None
+    written = json.loads((tmp_path / "val_aokvqa_submission.json").read_text())
+    assert written == {"q0": {"multiple_choice": "dog"}, "q1": {"multiple_choice": "red"}}
+
+
+def test_a_server_file_needs_candidates_and_its_own_ids(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"run.server_file 'visdial' ranks candidates"):
+        run(InstructTask(server_file="visdial"), Fake(texts=["a"]), [{"answers": ["a"]}], tmp_path)
+    with pytest.raises(ValueError, match="question_id 'q0' is not <image id>_<round>"):
+        run(InstructTask(server_file="visdial"), Fake(losses=[[1.0]]), [{"candidates": ["a"]}], tmp_path)
 
 
 def test_several_words_speak_for_a_class(tmp_path: Path) -> None:

@@ -363,7 +363,7 @@ def test_evaluation_recipe_evaluates(name: str, arch: str, tmp_path: Path) -> No
         assert json.loads((tmp_path / "evaluation/result/test_vizwiz_submission.json").read_text())[0]["image"]
         assert "only the result file was written" in metrics["note"]
         return
-    wanted = {entry["metric"] for entry in cfg.expected} or {"agg_metrics"}
+    wanted = {entry.metric for entry in cfg.expected} or {"agg_metrics"}
     assert all(0 <= metrics[metric] <= 100 for metric in wanted)
 
 
@@ -438,11 +438,8 @@ def test_the_published_averages_are_those_of_the_recipes() -> None:
     """Figure 4: 52.9 over eight held-out sets for InstructBLIP with Flan-T5-XL, 46.1 for BLIP-2, read off a figure."""
     names = ("gqa", "textvqa", "vsr", "hateful_memes", "iconqa", "scienceqa", "ivqa", "vizwiz")
     found = [Config.from_file(recipe(name)).expected for name in names]
-    for options, printed, tolerance in (
-        (None, 52.9, 0.1),
-        ("model.arch=blip2_t5 model.model_type=pretrain_flant5xl", 46.1, 0.35),
-    ):
-        values = [entry["value"] for entries in found for entry in entries if entry.get("options") == options]
+    for model, printed, tolerance in ((None, 52.9, 0.1), ("blip2_t5/pretrain_flant5xl", 46.1, 0.35)):
+        values = [entry.value for entries in found for entry in entries if entry.model == model]
         assert len(values) == 8
         assert fmean(values) == pytest.approx(printed, abs=tolerance)
 

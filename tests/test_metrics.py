@@ -257,3 +257,15 @@ def test_caption_mistakes() -> None:
         caption_metrics({1: ["a"], 2: ["b"]}, {1: "a"})
     with pytest.raises(ValueError, match="no captions"):
         caption_metrics({}, {})
+
+
+def test_groups_are_means_over_their_images_scores():
+    references = {1: ["a red dog"], 2: ["two cats on a mat"], 3: ["a bird in a tree"]}
+    captions = {1: "a red dog", 2: "a cat on a mat", 3: "a plane"}
+    found = caption_metrics(references, captions, ["cider", "rouge"], groups={1: "in", 2: "out", 3: "out"})
+    each = found["CIDEr"].scores
+    assert found["in"]["CIDEr"] == pytest.approx(each[0])
+    assert found["out"]["CIDEr"] == pytest.approx((each[1] + each[2]) / 2)
+    assert found["CIDEr"] == pytest.approx(each.mean())
+    assert found["out"]["ROUGE_L"] == pytest.approx(found["ROUGE_L"].scores[1:].mean())
+    assert "in" not in caption_metrics(references, captions, ["cider"])

@@ -310,6 +310,7 @@ def test_gqa_and_aok_vqa_score_in_their_own_way(tmp_path: Path) -> None:
     for answers, accuracy in ((["dog"], 100.0), (["the dog."], 100.0), (["hot-dog"], 0.0)):
         data = loader(Items([{"question_id": 1, "text_input": "what?", "answers": answers}]))
         assert GQATask().evaluate(Toy(), data, split="val", result_dir=tmp_path)["agg_metrics"] == accuracy
+        assert json.loads((tmp_path / "val_gqa_submission.json").read_text())[0].keys() == {"questionId", "prediction"}
     direct = loader(Items([{"question_id": "ä1", "text_input": "what?", "answers": ["dog", "cat", "dog"]}]))
     metrics = AOKVQATask().evaluate(Toy(), direct, split="val", result_dir=tmp_path)
     assert metrics["agg_metrics"] == pytest.approx(66.67)
@@ -476,7 +477,7 @@ def config(**run: Any) -> SimpleNamespace:
     splits = {"train_splits": ["train"], "valid_splits": ["val"], "test_splits": ["test"], "evaluate": False, **run}
     datasets = {"big": {"type": "default", "have": ["train", "val", "test"]}, "extra": {"have": ["train"]}}
     model = {"arch": "toy", "width": 3}
-    return SimpleNamespace(run=SimpleNamespace(**splits), datasets=datasets, model=model, prompts={})
+    return SimpleNamespace(run=SimpleNamespace(limit=None, **splits), datasets=datasets, model=model, prompts={})
 
 
 def test_building_datasets_takes_what_each_one_has(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from importlib import import_module
 COMMANDS = {
     "train": ("lavis_lite.cli.main", "train_main", "train (and then test) what a YAML describes"),
     "evaluate": ("lavis_lite.cli.main", "evaluate_main", "evaluate a model on the splits of a YAML"),
+    "sweep": ("lavis_lite.cli.sweep", "main", "evaluate a recipe by the alternatives of its protocol"),
     "convert": ("lavis_lite.convert.__main__", "main", "convert weights between LAVIS's layout and Hugging Face's"),
 }
 

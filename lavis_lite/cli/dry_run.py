@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from lavis_lite.cli import preflight
+from lavis_lite.cli.verdict import check_expected
 from lavis_lite.common import dist
 from lavis_lite.common.config import trained as trained_config
 from lavis_lite.common.config.config import Config
@@ -27,6 +28,7 @@ def dry_run(cfg: Config) -> None:
     try:
         task = registry.get_task_class(cfg.run.task)(**cfg.task)
         preflight.check_task(cfg, task)
+        check_expected(cfg)
         model = build_without_weights(cfg.model)
         if start := starting_points(cfg.model):
             model.check_start(**start)

@@ -37,13 +37,13 @@ _FULL = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "
 _WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\) (?:is killed by signal: (.*?)\.|exited)")
 
 
-def exit_code(execute: Callable[[], None], *, command: Sequence[str] = ()) -> int:
-    """Run `execute` and return the exit code, after printing one line for an error that is not a bug, which is raised.
+def exit_code(execute: Callable[[], int | None], *, command: Sequence[str] = ()) -> int:
+    """Run `execute` and return its exit code, after printing one line for an error that is not a bug, which is raised.
 
     `command` is the command line that was given.
     """
     try:
-        execute()
+        return execute() or 0
     except Stopped as stop:
         if is_first_process():
             line = _stop_line(stop, command)
@@ -65,7 +65,6 @@ def exit_code(execute: Callable[[], None], *, command: Sequence[str] = ()) -> in
             print(line, file=sys.stderr)
         _keep(line, error)
         return code
-    return 0
 
 
 def is_first_process() -> bool:

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lavis_lite.cli.failures import exit_code, is_first_process
 from lavis_lite.common.config.config import Config, parser
@@ -17,6 +17,7 @@ from lavis_lite.runners.jobs import LAST, discard_if_unused, held, start_job
 from lavis_lite.runners.stopping import Stopped, StopSignals
 
 if TYPE_CHECKING:
+    from lavis_lite.cli.verdict import Row
     from lavis_lite.runners.runner import Runner
 
 logger = logging.getLogger(__name__)
@@ -41,12 +42,19 @@ def train_main(argv: Sequence[str] | None = None) -> None:
 
 def evaluate_main(argv: Sequence[str] | None = None) -> None:
     """Entry point of evaluate.py and `lavis-lite-evaluate`; ends the process."""
+    sys.exit(evaluate(argv))
+
+
+def evaluate(argv: Sequence[str] | None = None) -> int:
+    """Evaluate as the command line says, and return the exit code."""
     p = parser(description=EVALUATE_HELP)
     p.add_argument("--checkpoint", metavar="PATH", help="weights to evaluate, instead of those the YAML names")
-    sys.exit(main(p, argv, evaluate=True))
+    p.add_argument("--limit", type=int, metavar="N", help="evaluate the first N samples of each split (run.limit)")
+    p.add_argument("--check", action="store_true", help="end with 1 if a published value is missed, 3 if none compares")
+    return main(p, argv, evaluates=True)
 
 
-def main(p: argparse.ArgumentParser, argv: Sequence[str] | None, *, evaluate: bool = False) -> int:
+def main(p: argparse.ArgumentParser, argv: Sequence[str] | None, *, evaluates: bool = False) -> int:
     """Parse, run, and return the exit code; see failures.py."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv:
@@ -54,16 +62,17 @@ def main(p: argparse.ArgumentParser, argv: Sequence[str] | None, *, evaluate: bo
         return 2
     args = p.parse_args(argv)
 
-    def execute() -> None:
+    def execute() -> int:
         with StopSignals() as stop:
             cfg = Config.from_args(args)
-            cfg.run.evaluate |= evaluate
+            cfg.run.evaluate |= evaluates
             if args.dry_run:
                 from lavis_lite.cli.dry_run import dry_run
 
                 dry_run(cfg)
-            else:
-                run(cfg, stop)
+                return 0
+            rows = run(cfg, stop)
+            return check_code(rows) if evaluates and args.check and is_first_process() else 0
 
     from lavis_lite.common import logger as run_logger
 
@@ -73,8 +82,21 @@ def main(p: argparse.ArgumentParser, argv: Sequence[str] | None, *, evaluate: bo
     return exit_code(execute, command=[sys.argv[0], *argv])
 
 
-def run(cfg: Config, stop: StopSignals) -> None:
+def check_code(rows: "Sequence[Row]") -> int:
+    """Return the exit code of `--check`, and say in one line why it is not 0."""
+    from lavis_lite.cli.verdict import exit_code
+
+    code = exit_code(rows)
+    if code:
+        reason = "a published value differs" if code == 1 else "not every published value could be compared"
+        print(f"--check: {reason}" if rows else "--check: the recipe expects no value of this run", file=sys.stderr)
+    return code
+
+
+def run(cfg: Config, stop: StopSignals) -> "list[Row]":
     """Train, or evaluate if `cfg.run.evaluate`; prints an evaluation's metrics. Must be entered by every rank.
+
+    Returns the verdict about the splits that were evaluated; on other ranks than 0 nothing.
 
     Raises:
         Stopped: a signal that `stop` caught asked the process to stop.
@@ -83,22 +105,22 @@ def run(cfg: Config, stop: StopSignals) -> None:
 
     dist.init(cfg.run.device)
     try:
-        metrics = _run_job(cfg, stop)
-        if metrics and cfg.run.evaluate and dist.is_main():
-            print(json.dumps(metrics, indent=2, default=str))
+        return _run_job(cfg, stop)
     finally:
         dist.shutdown()
 
 
-def _run_job(cfg: Config, stop: StopSignals) -> dict[str, Any]:
-    """`run` between joining and leaving the process group; returns what the runner does."""
+def _run_job(cfg: Config, stop: StopSignals) -> "list[Row]":
+    """`run` between joining and leaving the process group."""
     from lavis_lite.cli import preflight
+    from lavis_lite.cli.verdict import check_expected
     from lavis_lite.common import dist
     from lavis_lite.common import logger as run_logger
     from lavis_lite.common.rng import seed_everything
 
     task = registry.get_task_class(cfg.run.task)(**cfg.task)
     preflight.check_task(cfg, task)
+    check_expected(cfg)
     preflight.check_device(cfg)
     cfg.run, job_dir = start_job(cfg.run)
     with held(job_dir):
@@ -128,9 +150,10 @@ def _run_job(cfg: Config, stop: StopSignals) -> dict[str, Any]:
             raise stopped from None
 
 
-def _execute(cfg: Config, runner: "Runner") -> dict[str, Any]:
-    """Evaluate or train, with a few lines about the run before and after it."""
+def _execute(cfg: Config, runner: "Runner") -> "list[Row]":
+    """Evaluate or train, with a few lines about the run before and after it; return the verdict on rank 0."""
     from lavis_lite.cli.dry_run import parameter_counts
+    from lavis_lite.cli.evaluation import conclude
     from lavis_lite.common import dist
 
     processes = f" x {dist.world_size()} processes" if dist.world_size() > 1 else ""
@@ -140,15 +163,17 @@ def _execute(cfg: Config, runner: "Runner") -> dict[str, Any]:
             f"{cfg.run.task}\ndevice {runner.device}{processes}, {str(runner.dtype).removeprefix('torch.')}; seed "
             f"{cfg.run.seed}\nfolder {runner.job_dir}"
         )
-    if cfg.run.evaluate:
-        return runner.evaluate()
     started = time.perf_counter()
-    result = runner.train()
-    if dist.is_main():
+    result: dict[str, Any] = {"test": runner.evaluate()} if cfg.run.evaluate else runner.train()
+    if not dist.is_main():
+        return []
+    if cfg.run.evaluate:
+        print(json.dumps(result["test"], indent=2, default=str))
+    else:
         best = result.get("best") or {}
         chosen = "the last weights: nothing chose better ones"
         if best.get("metric") is not None:
             chosen = f"agg_metrics {best['metric']:.4g} after epoch {best['epoch'] + 1}"
         duration = timedelta(seconds=round(time.perf_counter() - started))
         logger.info(f"done in {duration}; {runner.job_dir / 'checkpoint_best.pth'}: {chosen}")
-    return result
+    return conclude(cfg, runner, result["test"]) if result["test"] else []

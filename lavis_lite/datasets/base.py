@@ -127,6 +127,10 @@ class BaseDataset(Dataset):
         """Return one record per sample; subclasses expand or merge records here."""
         return records
 
+    def keep_first(self, number: int) -> None:
+        """Leave out all samples but the first `number`."""
+        self.annotation = self.annotation[:number]
+
     def __len__(self) -> int:
         return len(self.annotation)
 

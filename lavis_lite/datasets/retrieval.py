@@ -33,6 +33,13 @@ class RetrievalEvalDataset(CaptionDataset):
             self.txt2img += [index] * (len(self.text) - start)
         return images
 
+    def keep_first(self, number: int) -> None:
+        """Leave out all images but the first `number`, with their texts."""
+        super().keep_first(number)
+        self.img2txt = self.img2txt[:number]
+        num_texts = sum(map(len, self.img2txt))
+        self.text, self.txt2img = self.text[:num_texts], self.txt2img[:num_texts]
+
     def entries(self, record: Record, index: int) -> dict[str, Any]:
         return {"index": index, "image_id": record["image_id"]}
 

@@ -60,6 +60,8 @@ class Runner:
         self.has_begun = False  # a first step or an evaluation
         self.saved_step: int | None = None
         self.progress = Progress(self.job_dir, tensorboard=self.run.tensorboard)
+        self.num_samples: dict[str, int] = {}
+        """Samples of each split that was evaluated."""
 
     def train(self) -> dict[str, Any]:
         """Train to the end from where the last run stopped, then test the best weights; with `run.evaluate` only test.
@@ -150,6 +152,7 @@ class Runner:
         self.model.eval()
         results: Results = {}
         for key, dataset in eval_sets(self.datasets, splits).items():
+            self.num_samples[key] = len(dataset)
             loader = EvalLoader(dataset, self.run, rank=dist.rank(), world=dist.world_size(), device=self.device)
             with torch.no_grad(), autocast(self.device, self.dtype):
                 results[key] = self.task.evaluate(self.model, loader, split=key, result_dir=self.job_dir / "result")

@@ -20,6 +20,7 @@ from lavis_lite.common.config.schema import schema_of
 from lavis_lite.common.config.sections import builder_name
 from lavis_lite.common.errors import InputError, MissingInputError
 from lavis_lite.common.registry import registry
+from lavis_lite.datasets.base import BaseDataset
 from lavis_lite.datasets.protocols import EvalDataset, SampleDict, Samples
 from lavis_lite.models.base import BaseModel
 from lavis_lite.nn.decoding import BOUNDS
@@ -55,12 +56,16 @@ class BaseTask:
     choices: ClassVar[Mapping[str, Sequence[str]]] = {}
     """The values that a field may have."""
 
+    fractions: ClassVar[frozenset[str]] = frozenset()
+    """Metrics that are printed as fractions of 1; others are in percent."""
+
     def __post_init__(self) -> None:
         """Raise InputError for a field with a value that it cannot have."""
         given = {name: value for name, value in vars(self).items() if value is not None}
         check_numbers("run", given, **self.bounds)
         for name, choices in self.choices.items():
-            one_of(f"run.{name}", vars(self)[name], choices)
+            if vars(self)[name] is not None:
+                one_of(f"run.{name}", vars(self)[name], choices)
         if given.get("min_len", 0) > given.get("max_len", float("inf")):
             raise InputError(f"run.min_len={given['min_len']} is above run.max_len={given['max_len']}: lower it")
 
@@ -76,6 +81,13 @@ class BaseTask:
 
         `batches` hold one sample each, from across the split, with tensors on the meta device; so may the model be.
         """
+
+    def metric_names(self) -> tuple[str, ...]:
+        """Return the names of the metrics that `score` gives for a split with answers, for the checks of `expected`.
+
+        A name stands for what is below it too: `per_answer_type` for `per_answer_type.number`.
+        """
+        return ()
 
     def decoding_settings(self) -> dict[str, Any]:
         """Return the fields that set how a model decodes, without those left to the model (None)."""
@@ -98,6 +110,11 @@ class BaseTask:
             if splits := builder.build([split for split in wanted if split in existing[name]]):
                 built[name] = splits
         check_splits(wanted, existing)
+        if cfg.run.limit is not None:
+            for name, split, dataset in ((name, *item) for name, splits in built.items() for item in splits.items()):
+                if not isinstance(dataset, BaseDataset):
+                    raise InputError(f"run.limit: {name}/{split} ({type(dataset).__name__}) is not a BaseDataset")
+                dataset.keep_first(cfg.run.limit)
         return built
 
     def build_model(self, cfg: Config) -> BaseModel:

@@ -21,10 +21,12 @@ from lavis_lite.datasets.protocols import EvalDataset, HasExtraMetrics, HasRefer
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.protocols import Generates, method_names
 from lavis_lite.tasks.base import DECODING_BOUNDS, BaseTask, Metrics, check_settings, naming_setting
-from lavis_lite.tasks.metrics.caption import DEFAULT_METRICS, Tokens, caption_metrics, check_metrics
+from lavis_lite.tasks.metrics.caption import DEFAULT_METRICS, KEYS, Tokens, caption_metrics, check_metrics
 from lavis_lite.tasks.results import Result, as_list, per_sample, unscored, write_json
 
 logger = logging.getLogger(__name__)
+
+NOCAPS_DOMAINS = ("in-domain", "near-domain", "out-domain")
 
 
 @registry.register_task("captioning")
@@ -63,6 +65,7 @@ class CaptionTask(BaseTask):
     sample_keys: ClassVar[tuple[str, ...]] = ("image_id", "instance_id")
     bounds: ClassVar = DECODING_BOUNDS
     choices: ClassVar = {"caption_tokens": get_args(Tokens)}
+    fractions: ClassVar = frozenset(name for names in KEYS.values() for name in names)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,6 +73,10 @@ class CaptionTask(BaseTask):
         check_metrics(self.metrics)
         if self.num_captions > 1 and not self.use_nucleus_sampling and self.num_captions > self.num_beams:
             raise InputError(f"run.num_captions={self.num_captions} needs run.num_beams of at least as many")
+
+    def metric_names(self) -> tuple[str, ...]:
+        """Return those of `metrics`, and nocaps' domains."""
+        return (*(name for metric in self.metrics for name in KEYS[metric]), *NOCAPS_DOMAINS)
 
     def check(self, model_class: type, dataset: EvalDataset, batch: Samples, *, split: str) -> None:
         """Raise InputError for settings that the model does not take, or references that miss images."""
@@ -134,8 +141,15 @@ class CaptionTask(BaseTask):
             logger.warning("%s: scoring %d images; %d have references, %d captions", split, *counts)
         if self.annotation_file is None:  # captions that a file does not cover are an error of `caption_metrics`
             captions = {image_id: text for image_id, text in captions.items() if image_id in scored}
-        tokens, join = self.caption_tokens, self.join_hyphens
-        return {**caption_metrics(scored, captions, self.metrics, tokens=tokens, join_hyphens=join), **extra}
+        scores = caption_metrics(
+            scored,
+            captions,
+            self.metrics,
+            tokens=self.caption_tokens,
+            join_hyphens=self.join_hyphens,
+            groups={record["image_id"]: record["domain"] for record in dataset.annotation if record.get("domain")},
+        )
+        return {**scores, **extra}
 
     def references(self, dataset: EvalDataset | None) -> dict[Any, list[str]]:
         """Return the reference captions of each image id, from `annotation_file` or the dataset."""

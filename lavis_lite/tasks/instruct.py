@@ -8,7 +8,7 @@ own tasks, with the same samples.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, get_args
@@ -20,13 +20,16 @@ from lavis_lite.datasets.protocols import EvalDataset, Samples
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.protocols import Generates, ScoresCandidates, method_names
 from lavis_lite.tasks.base import DECODING_BOUNDS, BaseTask, Metrics, check_settings, naming_setting
-from lavis_lite.tasks.metrics.ranking import mean_reciprocal_rank, rank_of, roc_auc
+from lavis_lite.tasks.metrics.dialog import ndcg, ranks_of, sparse_metrics
+from lavis_lite.tasks.metrics.mean import Mean
+from lavis_lite.tasks.metrics.ranking import rank_of, roc_auc
 from lavis_lite.tasks.metrics.vqa_accuracy import by_kind, vqa_accuracy
 from lavis_lite.tasks.results import Result, as_list, per_sample, positions, unscored, write_json
 from lavis_lite.tasks.vqa import blanked
 
 GROUPS = ("group", "question_type", "answer_type")
 Metric = Literal["accuracy", "auc", "mrr"]
+ServerFile = Literal["aokvqa", "visdial"]
 
 
 class FollowsInstructions(Generates, ScoresCandidates, Protocol):
@@ -46,22 +49,39 @@ class InstructTask(BaseTask):
     repetition_penalty: float | None = None
     metric: Metric = "accuracy"
     """`accuracy`: the right candidate is the likeliest, or the cleaned text is a right answer; `mrr`: mean reciprocal
-    rank of the right candidate; `auc`: area under the ROC curve between two classes, and as `auc_likeliest` the area
-    where a class is as likely as its likeliest candidate."""
+    rank of the right candidate, with Visual Dialog's other metrics; `auc`: area under the ROC curve between two
+    classes, and as `auc_likeliest` the area where a class is as likely as its likeliest candidate."""
     blank_images: bool = False
     """Replace every image by one of the mean colour."""
+    server_file: ServerFile | None = None
+    """Also write the file of a leaderboard: A-OKVQA's multiple choice, or Visual Dialog's ranks."""
 
     model_methods: ClassVar[tuple[str, ...]] = method_names(Generates, ScoresCandidates)
     sample_keys: ClassVar[tuple[str, ...]] = ("question_id", "instance_id")
     bounds: ClassVar = DECODING_BOUNDS
-    choices: ClassVar = {"metric": get_args(Metric)}
+    choices: ClassVar = {"metric": get_args(Metric), "server_file": get_args(ServerFile)}
+
+    def metric_names(self) -> tuple[str, ...]:
+        """Return `metric`, the accuracy, and the tables by kind of question."""
+        tables = tuple(f"per_{kind}" for kind in GROUPS)
+        own = {"accuracy": tables, "auc": ("auc_likeliest",), "mrr": ("r1", "r5", "r10", "mean_rank", "ndcg", *tables)}
+        return (self.metric, "accuracy", *own[self.metric])
 
     def check(self, model_class: type, dataset: EvalDataset, batch: Samples, *, split: str) -> None:
         """Raise InputError for settings that the model does not take, or a metric that needs candidates."""
         if "candidates" not in batch:
             check_settings(model_class, "generate", self.decoding_settings())
-        if batch and "candidates" not in batch and self.metric != "accuracy":
-            raise InputError(f"run.metric {self.metric!r} ranks candidates, and {split} has none: choose accuracy")
+        if batch:
+            for key in ("metric", "server_file"):
+                self._check_choices("candidates" in batch, split, key=key)
+
+    def _check_choices(self, has_candidates: bool, split: str, *, key: str = "metric") -> None:
+        value = vars(self)[key]
+        if value not in ("accuracy", None) and not has_candidates:
+            advice = "choose accuracy" if key == "metric" else "leave it out"
+            raise InputError(
+                f"run.{key} {value!r} ranks candidates, and samples of the {split} split have none: {advice}"
+            )
 
     def check_model(self, model: BaseModel, dataset: EvalDataset, batches: Sequence[Samples], *, split: str) -> None:
         """Raise InputError for lengths that the model has no room for."""
@@ -95,22 +115,61 @@ class InstructTask(BaseTask):
         write_json(result_dir / f"{split}_predictions{'_blank' if self.blank_images else ''}.json", results)
         index = positions(dataset)
         pairs = [(dataset.annotation[index[result["instance_id"]]], result) for result in results]
+        if self.server_file is not None:
+            self._check_choices(all("losses" in result for result in results), split, key="server_file")
+            write_json(
+                result_dir / f"{split}_{self.server_file}_submission.json", SERVER_FILES[self.server_file](pairs)
+            )
         scored = [(record, result) for record, result in pairs if has_truth(record, result)]
         if not scored:
             return unscored(f"the {split} split has no answers")
         records = [record for record, _ in scored]
         hits = [hit(record, result) for record, result in scored]
-        accuracy = 100 * sum(hits) / len(hits)
+        accuracy = Mean(100 * sum(hits) / len(hits), [100 * hit for hit in hits])
         if self.metric == "accuracy":
             return {"accuracy": accuracy, "agg_metrics": accuracy, **by_kind(records, hits, GROUPS)}
         if self.metric == "auc":
             area, likeliest = class_areas(scored)
             return {"auc": area, "auc_likeliest": likeliest, "accuracy": accuracy, "agg_metrics": area}
-        ranks = [right_rank(record, result["losses"]) for record, result in scored]
-        mrr = mean_reciprocal_rank(ranks)
+        ranks = [
+            right_rank(record, result["losses"])
+            if record.get("classes")
+            else ranks_of(result["losses"])[record["label"]]
+            for record, result in scored
+        ]
+        found = sparse_metrics(ranks)
+        dense = [
+            (ranks_of(result["losses"]), record["relevance"]) for record, result in pairs if record.get("relevance")
+        ]
+        if dense:
+            found["ndcg"] = ndcg(*zip(*dense, strict=True))
         by_group = by_kind(records, [1 / rank for rank in ranks], GROUPS)
-        return {"mrr": mrr, "accuracy": accuracy, "agg_metrics": mrr, **by_group}
+        return {**found, "accuracy": accuracy, "agg_metrics": found["mrr"], **by_group}
 
+
+Pairs = Sequence[tuple[Record, Result]]
+
+
+def aokvqa_choices(pairs: Pairs) -> dict[str, dict[str, str]]:
+    """Return the multiple-choice entries of A-OKVQA's leaderboard file by question id."""
+    return {str(result["question_id"]): {"multiple_choice": result["prediction"]} for _, result in pairs}
+
+
+def visdial_ranks(pairs: Pairs) -> list[dict[str, Any]]:
+    """Return the entries of Visual Dialog's server file: the rank, from 1, of each option of a round."""
+    entries = []
+    for _, result in pairs:
+        image_id, _, round_id = str(result["question_id"]).rpartition("_")
+        if not (image_id.isdigit() and round_id.isdigit()):
+            raise InputError(
+                f"run.server_file: question_id {result['question_id']!r} is not <image id>_<round>, as the reader "
+                "`visdial` makes them"
+            )
+        entries.append({"image_id": int(image_id), "round_id": int(round_id), "ranks": ranks_of(result["losses"])})
+    return entries
+
+
+SERVER_FILES: dict[ServerFile, Callable[[Pairs], Any]] = {"aokvqa": aokvqa_choices, "visdial": visdial_ranks}
 
 ClassLosses = tuple[list[list[float]], int]
 """The losses of each class's candidates, and the index of the right class."""

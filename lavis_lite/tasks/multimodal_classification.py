@@ -11,7 +11,9 @@ from lavis_lite.common.registry import registry
 from lavis_lite.datasets.protocols import EvalDataset, HasLabels, Samples
 from lavis_lite.models.protocols import Classifies, method_names
 from lavis_lite.tasks.base import BaseTask, Metrics
-from lavis_lite.tasks.results import Result, per_sample, unscored, write_json
+from lavis_lite.tasks.metrics.mean import Mean
+from lavis_lite.tasks.metrics.nlvr import consistency
+from lavis_lite.tasks.results import Result, per_sample, positions, unscored, write_json
 
 
 @registry.register_task("multimodal_classification")
@@ -33,6 +35,10 @@ class MultimodalClassificationTask(BaseTask):
                 raise InputError(f"{where}: label {largest} is not below model.num_classes={num_classes}: raise it")
         return built
 
+    def metric_names(self) -> tuple[str, ...]:
+        """Return the accuracy's name, and that of pairs' consistency."""
+        return ("acc", "consistency")
+
     def valid_step(self, model: Classifies, samples: Samples) -> list[Result]:
         """Return `prediction` and `target` (class indices) of each sample; `target` is None without labels."""
         outputs = model.predict(samples)
@@ -47,5 +53,20 @@ class MultimodalClassificationTask(BaseTask):
         hits = [result["prediction"] == result["target"] for result in results if result["target"] is not None]
         if not hits:
             return unscored(f"the {split} split has no labels")
-        accuracy = 100 * sum(hits) / len(hits)
-        return {"acc": accuracy, "agg_metrics": accuracy}
+        accuracy = Mean(100 * sum(hits) / len(hits), [100 * hit for hit in hits])
+        metrics = {"acc": accuracy, "agg_metrics": accuracy}
+        index = positions(dataset)
+        labelled = [result for result in results if result["target"] is not None]
+        records = [dataset.annotation[index[result["instance_id"]]] for result in labelled]
+        is_pairs = all("images" in record and "sentence" in record for record in records)
+        return metrics | ({"consistency": consistency(records, hits)} if is_pairs else {})
+
+
+def check_labels(dataset: object, num_classes: int) -> None:
+    """Raise InputError, naming the record, for a label above those of the model's classes."""
+    if isinstance(dataset, HasLabels) and dataset.labels and (largest := max(dataset.labels)) >= num_classes:
+        raise InputError(
+            f"{dataset.place(list(dataset.labels).index(largest))} has label {largest}, but "
+            f"model.num_classes={num_classes} means labels 0 to {num_classes - 1}: correct the label, or set "
+            f"model.num_classes={largest + 1}"
+        )

@@ -39,6 +39,10 @@ class RetrievalTask(BaseTask):
     model_methods: ClassVar[tuple[str, ...]] = method_names(Retrieves)
     bounds: ClassVar = {"k_test": (0, 10**9)}
 
+    def metric_names(self) -> tuple[str, ...]:
+        """Return the recalls in both directions and their means."""
+        return (*(f"{side}_r{k}" for side in ("txt", "img") for k in RANKS), "txt_r_mean", "img_r_mean", "r_mean")
+
     def check(self, model_class: type, dataset: EvalDataset, batch: Samples, *, split: str) -> None:
         """Raise InputError for a split that is not laid out as a gallery."""
         as_gallery(dataset, split)

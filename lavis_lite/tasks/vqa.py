@@ -24,11 +24,14 @@ from lavis_lite.datasets.protocols import EvalDataset, HasAnswerList, Samples
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.protocols import AnswersQuestions, method_names
 from lavis_lite.tasks.base import DECODING_BOUNDS, BaseTask, Metrics, check_settings, naming_setting
-from lavis_lite.tasks.metrics.vqa_accuracy import Variant, vqa_metrics
+from lavis_lite.tasks.metrics.gqa import GQA_METRICS, gqa_metrics
+from lavis_lite.tasks.metrics.vqa_accuracy import RAW, Variant, vqa_accuracy, vqa_metrics
 from lavis_lite.tasks.results import Result, as_list, per_sample, unscored, write_json
 
 logger = logging.getLogger(__name__)
 
+SCRIPTS: tuple[Variant, ...] = ("official", "lavis")
+"""Published accuracies are of one or the other, so both are printed whatever `run.accuracy` is."""
 InferenceMethod = Literal["rank", "generate"]
 NUM_NEEDED: dict[Variant, int] = {"official": 4, "lavis": 4, "direct": 3, "ivqa": 2}
 """Answers that a question needs for a prediction to count fully; 1 for other rules."""
@@ -65,6 +68,14 @@ class VQATask(BaseTask):
         super().__post_init__()
         if self.prompt and "{}" not in self.prompt:
             raise InputError(f"run.prompt={self.prompt!r} has no '{{}}' to put the question into")
+
+    def metric_names(self) -> tuple[str, ...]:
+        """Return the accuracy, its tables, and the accuracies by other rules."""
+        return ("overall", "per_question_type", "per_answer_type", *self.further_rules())
+
+    def further_rules(self) -> tuple[Variant, ...]:
+        """Return the rules whose accuracy is printed too: of both scripts, and that of the raw strings."""
+        return (*SCRIPTS, RAW[self.accuracy]) if self.accuracy in RAW else SCRIPTS
 
     def build_datasets(self, cfg: Config) -> dict[str, dict[str, Any]]:
         """As BaseTask's. Raises InputError if two questions of an evaluated split have the same id."""
@@ -151,7 +162,8 @@ class VQATask(BaseTask):
                 f"{split}: {num_few} questions have fewer than {num_needed} answers, so a correct prediction cannot "
                 f"reach 100 % with run.accuracy={self.accuracy} (official: one answer counts 0): choose normalised"
             )
-        return vqa_metrics(truths, answers, variant=self.accuracy)
+        more = {name: vqa_metrics(truths, answers, variant=name)["overall"] for name in self.further_rules()}
+        return vqa_metrics(truths, answers, variant=self.accuracy) | more
 
 
 def blanked(samples: Samples) -> Samples:
@@ -162,9 +174,30 @@ def blanked(samples: Samples) -> Samples:
 @registry.register_task("gqa")
 @dataclass(kw_only=True)
 class GQATask(VQATask):
-    """Questions with one right answer: the prediction must equal it, both cleaned."""
+    """Questions with one right answer: the prediction must equal it, both cleaned. Also writes the server's file, and
+    measures what else GQA's owners do where the records have their fields.
+    """
 
     accuracy: Variant = "normalised"
+
+    def metric_names(self) -> tuple[str, ...]:
+        """As VQA's, and GQA's own."""
+        return (*super().metric_names(), *GQA_METRICS)
+
+    def score(self, results: list[Result], *, dataset: EvalDataset, split: str, result_dir: Path) -> Metrics:
+        """As VQA, with the metrics of metrics/gqa.py, and `<split>_gqa_submission.json`: [{questionId, prediction}]."""
+        answers = {str(result["question_id"]): result["answer"] for result in results}
+        entries = [{"questionId": key, "prediction": answer} for key, answer in answers.items()]
+        write_json(result_dir / f"{split}_gqa_submission.json", entries)
+        metrics = super().score(results, dataset=dataset, split=split, result_dir=result_dir)
+        if metrics["agg_metrics"] is None:
+            return metrics
+        found = {str(question_id(record)): record for record in dataset.annotation if record.get("answers")}
+        records = {key: record for key, record in found.items() if key in answers}
+        hits = {
+            key: vqa_accuracy(answers[key], record["answers"], variant=self.accuracy) for key, record in records.items()
+        }
+        return metrics | gqa_metrics(records, answers, hits)
 
 
 @registry.register_task("aok_vqa")

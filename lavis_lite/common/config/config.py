@@ -5,7 +5,7 @@ Merge order, later layers override: `RunConfig`'s defaults, configs/models/<arch
 files first), `--options`. Schemas are the constructors' signatures (schema.py).
 
 Note: a dataset without processors takes the model type's `preprocess`; a dataset that names its `builder` may have any
-name; `expected:` is free data, the result that a recipe has reached.
+name; `expected:` holds published values (expected.py).
 """
 
 import argparse
@@ -23,6 +23,7 @@ from typing import Any
 from lavis_lite.common.config import trained as trained_config
 from lavis_lite.common.config import zoo
 from lavis_lite.common.config.agreement import follow_model, linked, replaced_instructions
+from lavis_lite.common.config.expected import Alternative, Expected, read_alternatives, read_expected
 from lavis_lite.common.config.files import (
     ConfigError,
     Layer,
@@ -47,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["Config", "ConfigError", "RunConfig", "parser"]
 
-SECTIONS = ("model", "preprocess", "datasets", "run", "imports", "expected")
+SECTIONS = ("model", "preprocess", "datasets", "run", "imports", "expected", "alternatives")
 DEFAULTS = Layer("defaults", {"run": {key: value for key, value in vars(RunConfig(task="")).items() if key != "task"}})
 
 
@@ -68,7 +69,10 @@ class Config:
     prompts: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Dataset name -> the `instructions` that follow from an explicit prompt; not in `to_dict`."""
     imports: list[str] = field(default_factory=list)
-    expected: Any = None
+    expected: list[Expected] = field(default_factory=list)
+    """Published values of the recipe's metrics."""
+    alternatives: list[Alternative] = field(default_factory=list)
+    """Other readings of the protocol of these values."""
     source: str = ""
     """The project's YAML."""
 
@@ -83,12 +87,14 @@ class Config:
 
         Only evaluate.py's arguments have `checkpoint`.
         """
-        weights, resume = vars(args).get("checkpoint"), args.resume
+        weights, resume, limit = vars(args).get("checkpoint"), args.resume, vars(args).get("limit")
         if resume is not None and "checkpoint" in args and (resume == "auto" or weights is not None):
             raise ConfigError(f"--resume {resume}: an evaluation resumes nothing; name its weights by --checkpoint")
         flags = []
         if args.job_id is not None:
             flags.append(Layer("--job-id", {"run": {"job_id": args.job_id}}))
+        if limit is not None:
+            flags.append(Layer("--limit", {"run": {"evaluate": True, "limit": limit}}))
         if resume is not None:
             keys = {"resume": "auto", "resume_ckpt_path": None} if resume == "auto" else {"resume_ckpt_path": resume}
             flags.append(Layer("--resume", {"run": {"resume": None, **keys}}))
@@ -116,13 +122,18 @@ class Config:
                 logger.info("run.resume_ckpt_path %s is not read: --checkpoint names the weights", resumed)
             own.append(Layer("--checkpoint", {"model": {"checkpoint": checkpoint}, "run": {"resume_ckpt_path": None}}))
         own += flags
-        for source, key in ((layer.source, key) for layer in own for key in layer.tree if key not in SECTIONS):
-            raise ConfigError(f"{source}: {key}: unknown section. {did_you_mean(key, SECTIONS)}")
+        return cls.from_layers(own, source=str(path))
+
+    @classmethod
+    def from_layers(cls, own: Sequence[Layer], *, source: str) -> "Config":
+        """As `from_file`, of a project's layers: its files, options and flags; `source` is its file's name."""
+        for file, key in ((layer.source, key) for layer in own for key in layer.tree if key not in SECTIONS):
+            raise ConfigError(f"{file}: {key}: unknown section. {did_you_mean(key, SECTIONS)}")
         project = Checker(own)
         _import_user_modules(project)
         types, of_datasets = _dataset_layers(project)
         layers = [linked(layer) for layer in (*_model_layers(project), *of_datasets, *own)]
-        return _checked(resolve([DEFAULTS, *layers]), Checker(layers), types, source=str(path))
+        return _checked(resolve([DEFAULTS, *layers]), Checker(layers), types, source=source)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain dictionaries, such that a YAML of it is read as the same configuration."""
@@ -131,7 +142,8 @@ class Config:
         tree: dict[str, Any] = {"model": self.model, "preprocess": self.preprocess, "datasets": datasets}
         tree |= {"run": dataclasses.asdict(self.run) | self.task}
         tree |= {"imports": self.imports} if self.imports else {}
-        tree |= {"expected": self.expected} if self.expected is not None else {}
+        for name, entries in (("expected", self.expected), ("alternatives", self.alternatives)):
+            tree |= {name: [entry.to_dict() for entry in entries]} if entries else {}
         return _plain(tree)
 
     def to_yaml(self) -> str:
@@ -177,7 +189,8 @@ def _checked(tree: dict[str, Any], checker: Checker, types: dict[str, str], *, s
         dataset_types=types,
         prompts=replaced_instructions(task, model, datasets, types, checker),
         imports=tree.get("imports") or [],
-        expected=tree.get("expected"),
+        expected=read_expected(tree.get("expected"), checker),
+        alternatives=read_alternatives(tree.get("alternatives"), checker),
         source=source,
     )
 

@@ -28,6 +28,7 @@ BOUNDS: dict[str, Bounds] = {
     "seed": (0, 2**63 - 1),
     "keep_checkpoints": (0, 10**6),
     "step_timeout": (0.0, 1e6, 0.0),
+    "limit": (1, 10**9),
     "max_unreadable_share": (0.0, 1.0),
 }
 """Least and greatest value, and one that is excluded. The greatest are far above what runs need: a larger value is a
@@ -87,6 +88,8 @@ class RunConfig:
     """Metric that selects checkpoint_best.pth: `agg_metrics` of the first validation result, or the mean of all."""
     evaluate: bool = False
     """True: evaluate `valid_splits` and `test_splits` without training, as LAVIS does."""
+    limit: int | None = None
+    """Evaluate only the first samples of each split, this many; of a retrieval gallery the first images."""
     train_dataset_mixing: Literal["concat", "per_step"] | None = None
     """Several training sets: `concat` mixes them within each batch, as LAVIS and BLIP do; `per_step` takes each step's
     batch from one of them. None: `per_step` if one of the three settings below is given, else `concat`."""
@@ -147,6 +150,8 @@ class RunConfig:
             raise SettingError("run.iters_per_inner_epoch", "needs runner: runner_iter; runner_base counts epochs")
         if self.lr_sched == "linear_warmup_step_lr" and self.lr_decay_rate is None:
             raise SettingError("run.lr_decay_rate", "missing: linear_warmup_step_lr needs a factor per epoch, e.g. 0.9")
+        if self.limit is not None and not self.evaluate:
+            raise SettingError("run.limit", "is for evaluations only: leave it out, or set run.evaluate: true")
         self._check_mixture()
         self._apply_amp()
 

@@ -11,14 +11,19 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
+
 from lavis_lite.common.errors import InputError, MissingPackageError
 from lavis_lite.tasks.metrics import caption_java
 from lavis_lite.tasks.metrics.caption_tokens import are_unspaced, character_tokens, joined_as, ptb_like_tokens
+from lavis_lite.tasks.metrics.mean import Mean
 
 logger = logging.getLogger(__name__)
 
 LABELS = {"bleu": "BLEU", "meteor": "METEOR", "rouge": "ROUGE_L", "cider": "CIDEr", "spice": "SPICE"}
 DEFAULT_METRICS = ("bleu", "meteor", "rouge", "cider")
+KEYS = {name: (label,) for name, label in LABELS.items()} | {"bleu": tuple(f"Bleu_{n}" for n in range(1, 5))}
+"""Names in the results of each metric."""
 
 Texts = dict[str, list[str]]
 Tokens = Literal["auto", "ptb", "characters"]
@@ -38,6 +43,7 @@ def caption_metrics(
     *,
     tokens: Tokens = "auto",
     join_hyphens: bool = False,
+    groups: Mapping[Any, str] | None = None,
 ) -> dict[str, Any]:
     """Return those of `Bleu_1..4`, `METEOR`, `ROUGE_L`, `CIDEr`, `SPICE` in `metrics`, and `agg_metrics`.
 
@@ -45,7 +51,8 @@ def caption_metrics(
     of them in `metrics`, or the mean of the metrics. `left_out` says what could not be computed, and why. `tokenizer`
     is `ptb`, `ptb_like` (without Java) or `characters`; `tokens` chooses, `auto` takes characters where most letters
     of the references are of a language without spaces. `join_hyphens` writes "well - known" as "well-known" where a
-    reference of the image has that.
+    reference of the image has that. `groups` names a group of each image (nocaps' domains): the result has each group's
+    means over its images, as nocaps' server has them, with CIDEr's word weights of all images.
     Raises InputError if the images of the two differ, an image has no reference, or there are no images.
     """
     check_metrics(metrics)
@@ -67,12 +74,24 @@ def caption_metrics(
             left_out[LABELS[name]] = reason
         else:
             scores.update(_score(name, *tokenized))
+    own = {str(key): group for key, group in (groups or {}).items()}
+    tables = by_group(scores, [own.get(key) for key in references])
     chosen = [scores[name] for name in ("CIDEr", "Bleu_4") if name in scores]
     mean = sum(scores.values()) / len(scores) if scores else None
-    scores |= {"agg_metrics": sum(chosen) if chosen else mean, "tokenizer": tokenizer}
+    scores |= {"agg_metrics": sum(chosen) if chosen else mean, "tokenizer": tokenizer} | tables
     if tokenizer == "ptb_like":
         scores["approximate_tokenizer"] = True
     return {**scores, "left_out": left_out} if left_out else scores
+
+
+def by_group(scores: Mapping[str, float], groups: Sequence[str | None]) -> dict[str, dict[str, Mean]]:
+    """Return the means of each group's images; `groups` has that of each image, in the order of the scores."""
+    tables: dict[str, dict[str, Mean]] = {}
+    for name in sorted({group for group in groups if group is not None}):
+        chosen = np.array([group == name for group in groups])
+        means = {key: value.scores[chosen] for key, value in scores.items() if isinstance(value, Mean)}
+        tables[name] = {key: Mean(float(own.mean()), own) for key, own in means.items()}
+    return tables
 
 
 def check_images(references: Mapping[str, Sequence[str]], captions: Mapping[str, str]) -> None:
@@ -107,4 +126,6 @@ def _score(name: str, references: Texts, predictions: Texts) -> dict[str, float]
     if name == "bleu":
         bleu, _ = scorer(4).compute_score(references, predictions, verbose=0)
         return {f"Bleu_{n}": float(value) for n, value in enumerate(bleu, start=1)}
-    return {LABELS[name]: float(scorer().compute_score(references, predictions)[0])}
+    value, scores = scorer().compute_score(references, predictions)
+    values = [score["All"]["f"] for score in scores] if name == "spice" else scores
+    return {LABELS[name]: Mean(float(value), values)}

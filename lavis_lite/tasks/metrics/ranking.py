@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lavis_lite.common.errors import InputError
+from lavis_lite.tasks.metrics.mean import Mean
 
 
 def rank_of(losses: Sequence[float], right: int) -> int:
@@ -16,9 +17,9 @@ def rank_of(losses: Sequence[float], right: int) -> int:
     return 1 + sum((loss, index) < (losses[right], right) for index, loss in enumerate(losses))
 
 
-def mean_reciprocal_rank(ranks: Sequence[int]) -> float:
+def mean_reciprocal_rank(ranks: Sequence[int]) -> Mean:
     """Return 100 times the mean of 1/rank; ranks count from 1 (Visual Dialog's MRR)."""
-    return 100 * sum(1 / rank for rank in ranks) / len(ranks)
+    return Mean(100 * sum(1 / rank for rank in ranks) / len(ranks), [100 / rank for rank in ranks])
 
 
 def roc_auc(scores: Sequence[float], is_positive: Sequence[bool]) -> float:

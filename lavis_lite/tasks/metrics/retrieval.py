@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from lavis_lite.common.errors import InputError
+from lavis_lite.tasks.metrics.mean import Mean
 
 RANKS = (1, 5, 10)
 
@@ -50,7 +51,7 @@ def recall_metrics(
 
 def _recalls(
     scores: np.ndarray, right: Sequence[Sequence[int]], *, num_candidates: int, k_test: int, name: str
-) -> dict[int, float]:
+) -> dict[int, Mean]:
     """Return recall at each of `RANKS` that is known when `k_test` of the candidates were ranked (0: all)."""
     scores = np.asarray(scores)
     if scores.shape != (len(right), num_candidates):
@@ -62,4 +63,4 @@ def _recalls(
         [np.flatnonzero(np.isin(best_first(row), answers))[0] for row, answers in zip(scores, right, strict=True)]
     )
     known = [k for k in RANKS if k_test == 0 or k <= k_test or k_test >= num_candidates]
-    return {k: float(100 * np.mean(ranks < k)) for k in known}
+    return {k: Mean(float(100 * np.mean(ranks < k)), 100 * (ranks < k)) for k in known}

@@ -8,7 +8,9 @@ prediction is always cleaned, human answers lose only punctuation, and only if t
 Other datasets have other rules: `normalised` (GQA) asks the cleaned prediction to equal one of the answers cleaned
 alike ("t-shirt" is right where the answer is "t-shirt"), `direct` (A-OKVQA) counts min(1, matches/3) of the raw
 strings, `contains` looks for an answer inside the cleaned prediction, `ivqa` (five annotators) counts min(1, matches/2)
-of cleaned texts.
+of cleaned texts. `m4c` (TextVQA's own) is `official` with texts that are always cleaned, commas, question marks and
+possessives first. `exact` and `ivqa_exact` are `normalised` and `ivqa` of the raw strings, as GQA's and iVQA's owners
+count.
 """
 
 import re
@@ -16,7 +18,11 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-Variant = Literal["official", "lavis", "normalised", "direct", "contains", "ivqa"]
+from lavis_lite.tasks.metrics.mean import Mean
+
+Variant = Literal["official", "lavis", "normalised", "direct", "contains", "ivqa", "m4c", "exact", "ivqa_exact"]
+RAW: dict[Variant, Variant] = {"normalised": "exact", "ivqa": "ivqa_exact"}
+"""The rule of the raw strings, of one that cleans them."""
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -85,9 +91,12 @@ def vqa_accuracy(
     if variant == "contains":
         cleaned = clean_answer(prediction)
         return float(any(human in cleaned for human in humans))
-    if variant in ("normalised", "ivqa"):
-        num_matches = list(map(clean_answer, humans)).count(clean_answer(prediction))
-        return min(1.0, num_matches if variant == "normalised" else num_matches / 2)
+    if variant in ("normalised", "ivqa", "exact", "ivqa_exact"):
+        if variant in RAW:
+            humans, prediction = list(map(clean_answer, humans)), clean_answer(prediction)
+        return min(1.0, humans.count(prediction) / (2 if variant.startswith("ivqa") else 1))
+    if variant == "m4c":
+        return leave_one_out([human == m4c_clean(prediction) for human in map(m4c_clean, humans)])
     if variant == "official":
         humans, prediction = [_one_line(human) for human in humans], _one_line(prediction)
     differ = len(set(humans)) > 1
@@ -95,8 +104,17 @@ def vqa_accuracy(
         prediction = clean_answer(prediction)
     if differ:
         humans = [strip_punctuation(human) if variant == "lavis" else clean_answer(human) for human in humans]
-    matches = [human == prediction for human in humans]
+    return leave_one_out([human == prediction for human in humans])
+
+
+def leave_one_out(matches: Sequence[bool]) -> float:
+    """Return min(1, matches/3), averaged over leaving each human answer out."""
     return sum(min(1.0, (sum(matches) - match) / 3) for match in matches) / len(matches)
+
+
+def m4c_clean(text: str) -> str:
+    """Clean an answer as TextVQA's script does."""
+    return clean_answer(text.lower().replace(",", "").replace("?", "").replace("'s", " 's"))
 
 
 def vqa_metrics(
@@ -118,7 +136,7 @@ def by_kind(
     kinds: Sequence[str] = ("question_type", "answer_type"),
 ) -> dict[str, dict[str, float]]:
     """Return `per_<kind>` for each field that some record has: the mean score, in percent, by the field's value."""
-    tables = {}
+    tables: dict[str, dict[str, float]] = {}
     for kind in kinds:
         groups: dict[str, list[float]] = defaultdict(list)
         for record, score in zip(records, scores, strict=True):
@@ -129,5 +147,5 @@ def by_kind(
     return tables
 
 
-def _percent(values: Sequence[float]) -> float:
-    return round(100 * sum(values) / len(values), 2)
+def _percent(values: Sequence[float]) -> Mean:
+    return Mean(round(100 * sum(values) / len(values), 2), [100 * value for value in values])

@@ -1,0 +1,99 @@
+"""What an evaluation leaves: `evaluation.json` in the job's folder, with metrics, verdict and provenance."""
+
+import hashlib
+import logging
+import platform
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from lavis_lite import __version__
+from lavis_lite.cli import verdict
+from lavis_lite.common import dist
+from lavis_lite.common.config.config import Config
+from lavis_lite.models.base import BaseModel
+from lavis_lite.runners.runner import Runner
+from lavis_lite.tasks.metrics.mean import Mean
+from lavis_lite.tasks.results import write_json
+
+logger = logging.getLogger(__name__)
+
+FILE = "evaluation.json"
+PACKAGES = ("torch", "transformers", "timm", "pycocoevalcap", "peft", "bitsandbytes")
+
+
+def conclude(cfg: Config, runner: Runner, results: Mapping[str, Mapping[str, Any]]) -> list[verdict.Row]:
+    """Log the verdict, write `evaluation.json`, and return the verdict's rows. `results` are metrics by split.
+
+    Called on rank 0 only.
+    """
+    rows = verdict.judge(cfg, results, runner.num_samples)
+    if rows:
+        logger.info("%s", "\n".join(["published values", *verdict.table(rows)]))
+    content = {
+        "metrics": results,
+        "percent": {split: verdict.in_percent(cfg, metrics) for split, metrics in results.items()},
+        "intervals": {split: intervals(metrics) for split, metrics in results.items()},
+        "num_samples": runner.num_samples,
+        "verdict": verdict.to_json(rows),
+        "provenance": provenance(cfg, runner),
+    }
+    write_json(runner.job_dir / FILE, content)
+    return rows
+
+
+def intervals(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[float, float]]:
+    """Return the 95 % interval of every mean, in the metric's unit, by name with dots."""
+    found: dict[str, tuple[float, float]] = {}
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            found |= intervals(value, f"{prefix}{name}.")
+        elif isinstance(value, Mean):
+            found[f"{prefix}{name}"] = value.interval()
+    return found
+
+
+def provenance(cfg: Config, runner: Runner) -> dict[str, Any]:
+    """Return what is needed to know where the numbers are from."""
+    section = cfg.model
+    named = cfg.run.resume_ckpt_path or section.get("checkpoint")
+    packaged = [section.get(key) for key in ("finetuned", "pretrained") if section.get(f"load_{key}")]
+    return {
+        "recipe": cfg.source,
+        "command": sys.argv,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": f"{section['arch']}/{section['model_type']}",
+        "weights": named or next((path for path in packaged if path), None),
+        "weights_sha256": weights_digest(runner.model),
+        "config_sha256": hashlib.sha256(cfg.to_yaml().encode("utf-8", "surrogatepass")).hexdigest(),
+        "versions": {"lavis_lite": __version__, "python": platform.python_version()} | _versions(),
+        "device": torch.cuda.get_device_name(runner.device) if runner.device.type == "cuda" else str(runner.device),
+        "precision": str(runner.dtype).removeprefix("torch."),
+        "processes": dist.world_size(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def weights_digest(model: BaseModel) -> str:
+    """Return the SHA-256 of the weights that a checkpoint would hold: names, types, shapes and bytes, by name.
+
+    Frozen parts with a source of their own (a language model) are not in it.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.checkpoint_state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
