@@ -226,7 +226,9 @@ def test_vqa_scores_by_type_and_writes_the_servers_format(tmp_path: Path) -> Non
         {"question_id": "n", "answer": "yes"},
     ]
     assert json.loads((tmp_path / "val_vqa.json").read_text()) == answers
+    assert "official_per_answer_type" not in metrics
     old = VQATask(accuracy="lavis").evaluate(model, loader(questions()), split="val", result_dir=tmp_path)
+    assert metrics["lavis_per_answer_type"] == old["per_answer_type"]
     assert old["per_answer_type"]["number"] == 0.0, "the old script leaves 'two' as it is"
 
 

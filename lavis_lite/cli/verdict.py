@@ -27,6 +27,8 @@ OTHER = re.compile(
 """Settings that are not part of a protocol."""
 TRAINING = ("init_lr", "max_epoch", "max_iters", "weight_decay", "lr_layer_decay", "train_dataset_sampling")
 """Settings of the run that are part of a training's protocol."""
+PRECISIONS = ("run.precision", "model.vit_precision", "model.llm_precision")
+"""Settings that the machine may decide: left out or `auto`, they equal any value."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,7 @@ def judge(cfg: Config, results: Mapping[str, Mapping[str, Any]], num_samples: Ma
     """Return a row for each published value that is for this run, of those that its recipe measures itself.
 
     `results` and `num_samples` are by split. Of several values of one metric it is the one whose model and settings are
-    nearest to the run's.
+    nearest to the run's, and all others that were published of the same measurement.
     """
     candidates: dict[str, list[Expected]] = {}
     for entry in cfg.expected:
@@ -64,10 +66,11 @@ def judge(cfg: Config, results: Mapping[str, Mapping[str, Any]], num_samples: Ma
     for entries in candidates.values():
         found = [(entry, _reference(cfg, entry, protocols)) for entry in entries]
         own = [pair for pair in found if _model(pair[1]) == _model(cfg)] or found[:1]
-        entry, reasons, model = min(
+        nearest, reasons, model = min(
             ((entry, changes(cfg, reference), _model(reference)) for entry, reference in own), key=lambda c: len(c[1])
         )
-        rows.append(_row(cfg, entry, results[entry.split], num_samples.get(entry.split), reasons, model))
+        same = [entry for entry in entries if entry.changes() == nearest.changes()]
+        rows += [_row(cfg, entry, results[entry.split], num_samples.get(entry.split), reasons, model) for entry in same]
     return rows
 
 
@@ -117,7 +120,7 @@ def changes(cfg: Config, reference: Config) -> list[str]:
     lines = []
     for key in sorted(ours.keys() | theirs.keys()):
         here, there = ours.get(key), theirs.get(key)
-        if here != there and not (key == "run.precision" and "auto" in (here, there)):
+        if here != there and not (key in PRECISIONS and {here, there} & {None, "auto"}):
             lines.append(f"{key}: {_shown(here)}, the value is for {_shown(there)}")
     return lines
 
@@ -172,7 +175,7 @@ def _row(
         verdict = "reproduced" if abs(difference) <= entry.tolerance + 1e-9 else "differs"
     return Row(
         split=entry.split,
-        metric=entry.metric if entry.scorer is None else f"{entry.metric} ({entry.scorer})",
+        metric=label(entry),
         model=model,
         here=here,
         interval=interval,
@@ -186,11 +189,17 @@ def _row(
     )
 
 
+def label(entry: Expected) -> str:
+    """Return the metric's name in a row: with the scorer, if the entry names one."""
+    return entry.metric if entry.scorer is None else f"{entry.metric} ({entry.scorer})"
+
+
 def _lookup(metrics: Mapping[str, Any], entry: Expected, cfg: Config) -> float | None:
     """Return the metric of an entry, in the task's unit; None if it was not measured."""
     name = entry.metric
     if entry.scorer is not None and entry.scorer != cfg.task.get("accuracy"):
-        name = entry.scorer
+        # VQATask prints a script's overall accuracy under the script's name, and its tables with that as prefix
+        name = entry.scorer if name == "overall" else f"{entry.scorer}_{name}"
     node: Any = metrics
     for part in name.split("."):
         node = node.get(part) if isinstance(node, Mapping) else None

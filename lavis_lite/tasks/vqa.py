@@ -6,7 +6,7 @@ Note: `prompt` goes around the question in training too. Models that write one a
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -159,8 +159,17 @@ class VQATask(BaseTask):
                 f"run.accuracy={self.accuracy} a correct prediction cannot reach 100 % (official: a single answer "
                 "counts 0): choose normalised"
             )
-        both = {name: vqa_metrics(truths, answers, variant=name)["overall"] for name in SCRIPTS}
-        return vqa_metrics(truths, answers, variant=self.accuracy) | both
+        return vqa_metrics(truths, answers, variant=self.accuracy) | self.both_scripts(truths, answers)
+
+    def both_scripts(self, truths: Mapping[Any, Record], answers: Mapping[Any, str]) -> Metrics:
+        """Return the overall accuracy of each script; of those that `accuracy` does not name, also by answer type."""
+        found: Metrics = {}
+        for name in SCRIPTS:
+            metrics = vqa_metrics(truths, answers, variant=name)
+            found[name] = metrics["overall"]
+            if name != self.accuracy and "per_answer_type" in metrics:
+                found[f"{name}_per_answer_type"] = metrics["per_answer_type"]
+        return found
 
 
 def blanked(samples: Samples) -> Samples:
