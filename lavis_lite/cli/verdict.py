@@ -175,7 +175,7 @@ def _row(
         verdict = "reproduced" if abs(difference) <= entry.tolerance + 1e-9 else "differs"
     return Row(
         split=entry.split,
-        metric=label(entry),
+        metric=entry.label,
         model=model,
         here=here,
         interval=interval,
@@ -187,11 +187,6 @@ def _row(
         expected_samples=entry.num_samples,
         reasons=problems,
     )
-
-
-def label(entry: Expected) -> str:
-    """Return the metric's name in a row: with the scorer, if the entry names one."""
-    return entry.metric if entry.scorer is None else f"{entry.metric} ({entry.scorer})"
 
 
 def _lookup(metrics: Mapping[str, Any], entry: Expected, cfg: Config) -> float | None:
