@@ -226,7 +226,9 @@ def test_commands_are_understood(line: str):
     script = next(i for i, word in enumerate(words) if word.endswith(".py"))
     understood = parser()
     if words[script] == "evaluate.py":
-        understood.add_argument("--checkpoint")
+        for flag in ("--checkpoint", "--limit"):
+            understood.add_argument(flag)
+        understood.add_argument("--check", action="store_true")
     args = understood.parse_args(words[script + 1 :])
     assert Config.from_file(ROOT / args.cfg_path, args.options).run.task
 

@@ -48,7 +48,7 @@ def lines(found: Sequence[Number]) -> list[str]:
     text = []
     for (paper, table), rows in groupby(found, key=lambda number: (number.paper, number.table)):
         text += [f"{paper}, {'table ' if table[0].isdigit() else ''}{table}", *layout(list(rows)), ""]
-    counts = Counter(number.verdict or ("not measured" if "python" in number.how else "no recipe") for number in found)
+    counts = Counter(number.verdict or ("not measured" if number.recipe else "no recipe") for number in found)
     counted = ", ".join(f"{count} {what}" for what, count in sorted(counts.items(), key=lambda item: -item[1]))
     return [*text, f"{len(found)} numbers: {counted}"]
 
