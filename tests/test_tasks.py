@@ -206,6 +206,12 @@ def test_captioning_without_references_or_with_a_file(tmp_path: Path) -> None:
     assert task.evaluate(Toy(), loader(dataset), split="test", result_dir=tmp_path)["Bleu_1"] == pytest.approx(
         1, abs=1e-3
     )
+    images = [{"id": 1, "domain": "in-domain"}, {"id": 2, "domain": "out-domain"}, {"id": 99, "domain": "in-domain"}]
+    path.write_text(json.dumps({"annotations": annotations, "images": images}))
+    task = CaptionTask(annotation_file=str(path), metrics=["cider"])
+    metrics = task.evaluate(Toy(), loader(dataset), split="test", result_dir=tmp_path)
+    mean = (metrics["in-domain"]["CIDEr"] + metrics["out-domain"]["CIDEr"]) / 2
+    assert metrics["CIDEr"] == pytest.approx(mean, abs=1e-3), "one image of each domain"
     path.write_text("[1]")
     with pytest.raises(ValueError, match=r"gold\.json is not"):
         task.evaluate(Toy(), loader(dataset), split="test", result_dir=tmp_path)
