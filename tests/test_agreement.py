@@ -30,12 +30,12 @@ PIXELS = {
     "blip2_image_text_matching": (364, "coco"),
     "blip2_opt": (364, "caption_coco_opt2.7b", "caption_coco_opt6.7b"),
     "blip2_t5": (364, "caption_coco_flant5xl"),
-    "blip_caption": (384, "base_coco", "large_coco"),
+    "blip_caption": (384, "base_coco", "base_coco_paper", "large_coco"),
     "blip_classification": (384, "base"),
     "blip_image_text_matching": (384, "base", "large"),
     "blip_nlvr": (384, "nlvr"),
-    "blip_retrieval": (384, "coco", "flickr"),
-    "blip_vqa": (480, "aokvqa", "okvqa", "vqav2"),
+    "blip_retrieval": (384, "coco", "coco_paper", "flickr", "flickr_paper", "large_coco", "large_flickr"),
+    "blip_vqa": (480, "aokvqa", "okvqa", "vqav2", "vqav2_base"),
 }
 """Types of another size than 224, or than 48 for `tiny`."""
 SIZES = {f"{arch}/{kind}": size for arch, (size, *kinds) in PIXELS.items() for kind in kinds}

@@ -107,7 +107,8 @@ def test_recipe_trains_from_what_the_one_before_it_left(name: str, folder: Path)
 def test_evaluation_recipe_evaluates(name: str, dataset: str, metric: str, tmp_path: Path) -> None:
     """With random weights; the settings of all recipes of a task are the same kind."""
     settings = [f"model.{key}={value}" for key, value in MODEL.items()]
-    settings += [f"run.output_dir={tmp_path}", "run.num_workers=0"] + ["run.metrics=[bleu]"] * (metric == "Bleu_4")
+    settings += [f"run.output_dir={tmp_path}", "run.num_workers=0", "run.precision=auto"]  # OPT's is fp16, on a GPU
+    settings += ["run.metrics=[bleu]"] * (metric == "Bleu_4")
     settings += [f"datasets.{other}=false" for other in OTHER_DATA] + [f"datasets.{dataset}={SHAPES}"]
     assert cli_helpers.evaluate(RECIPES.parent / "eval" / f"{name}.yaml", *settings) == 0
     (row,) = cli_helpers.log(tmp_path / "evaluation")

@@ -226,7 +226,9 @@ def test_commands_are_understood(line: str):
     script = next(i for i, word in enumerate(words) if word.endswith(".py"))
     understood = parser()
     if words[script] == "evaluate.py":
-        understood.add_argument("--checkpoint")
+        for flag in ("--checkpoint", "--limit"):
+            understood.add_argument(flag)
+        understood.add_argument("--check", action="store_true")
     args = understood.parse_args(words[script + 1 :])
     assert Config.from_file(ROOT / args.cfg_path, args.options).run.task
 
@@ -247,7 +249,7 @@ def test_links_lead_somewhere(page: Path):
 @every_page
 def test_named_files_exist(page: Path):
     text = page.read_text(encoding="utf-8")
-    for name in re.findall(rf"(?<![\w./-])(?:{'|'.join(PLACES)})[\w./-]*", text):
+    for name in re.findall(rf"(?<!LAVIS, )(?<![\w./-])(?:{'|'.join(PLACES)})[\w./-]*", text):
         assert (ROOT / name.rstrip(".")).exists(), f"{page.name} names {name}"
 
 

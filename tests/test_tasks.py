@@ -206,6 +206,12 @@ def test_captioning_without_references_or_with_a_file(tmp_path: Path) -> None:
     assert task.evaluate(Toy(), loader(dataset), split="test", result_dir=tmp_path)["Bleu_1"] == pytest.approx(
         1, abs=1e-3
     )
+    images = [{"id": 1, "domain": "in-domain"}, {"id": 2, "domain": "out-domain"}, {"id": 99, "domain": "in-domain"}]
+    path.write_text(json.dumps({"annotations": annotations, "images": images}))
+    task = CaptionTask(annotation_file=str(path), metrics=["cider"])
+    metrics = task.evaluate(Toy(), loader(dataset), split="test", result_dir=tmp_path)
+    mean = (metrics["in-domain"]["CIDEr"] + metrics["out-domain"]["CIDEr"]) / 2
+    assert metrics["CIDEr"] == pytest.approx(mean, abs=1e-3), "one image of each domain"
     path.write_text("[1]")
     with pytest.raises(ValueError, match=r"gold\.json is not"):
         task.evaluate(Toy(), loader(dataset), split="test", result_dir=tmp_path)
@@ -226,7 +232,9 @@ def test_vqa_scores_by_type_and_writes_the_servers_format(tmp_path: Path) -> Non
         {"question_id": "n", "answer": "yes"},
     ]
     assert json.loads((tmp_path / "val_vqa.json").read_text()) == answers
+    assert "official_per_answer_type" not in metrics
     old = VQATask(accuracy="lavis").evaluate(model, loader(questions()), split="val", result_dir=tmp_path)
+    assert metrics["lavis_per_answer_type"] == old["per_answer_type"]
     assert old["per_answer_type"]["number"] == 0.0, "the old script leaves 'two' as it is"
 
 

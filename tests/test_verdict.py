@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ import pytest
 import yaml
 from cli_helpers import evaluate, project
 
+from lavis_lite.cli import verdict
 from lavis_lite.common.config.config import Config, ConfigError
+from lavis_lite.common.config.expected import Expected
 from lavis_lite.tasks.metrics.mean import Mean
 
 SOURCE = "A paper, table 1"
@@ -115,6 +118,23 @@ def test_of_several_entries_the_nearest_counts(tmp_path: Path, accuracy: float) 
     (row,) = evaluation(tmp_path)["verdict"]
     assert row["published"] == 1.0
     assert row["reasons"] == []
+
+
+def test_all_values_of_one_measurement_are_judged(tmp_path: Path, accuracy: float) -> None:
+    again = entry("overall", accuracy + 5, settings={"run.precision": "auto"})
+    entries = [entry("overall", accuracy), {**entry("overall", accuracy + 3), "source": "LAVIS, docs"}, again]
+    assert evaluate(recipe(tmp_path, entries), flags=["--check"]) == 1
+    rows = evaluation(tmp_path)["verdict"]
+    assert [(row["source"], row["verdict"]) for row in rows] == [(SOURCE, "reproduced"), ("LAVIS, docs", "differs")]
+
+
+def test_a_scripts_accuracy_by_answer_type_is_its_own() -> None:
+    value = Expected(split="val", metric="per_answer_type.yes/no", value=84.0, source=SOURCE, scorer="lavis")
+    metrics = {"per_answer_type": {"yes/no": 83.0}, "lavis_per_answer_type": {"yes/no": 84.5}}
+    cfg = SimpleNamespace(task={"accuracy": "official"})
+    assert verdict._lookup(metrics, value, cfg) == 84.5
+    cfg.task["accuracy"] = "lavis"
+    assert verdict._lookup(metrics, value, cfg) == 83.0
 
 
 def test_a_recipe_based_on_one_with_values_keeps_the_bases_protocol(tmp_path: Path, accuracy: float) -> None:

@@ -51,7 +51,7 @@ def test_zoo_iterates_counts_contains_and_prints():
     assert "blip_vqa" in model_zoo
     assert "blip_nothing" not in model_zoo
     row = next(line for line in str(model_zoo).splitlines() if line.startswith("blip_vqa"))
-    assert row.split(maxsplit=1)[1] == "aokvqa, okvqa, tiny, vqav2"
+    assert row.split(maxsplit=1)[1] == "aokvqa, okvqa, tiny, vqav2, vqav2_base"
     assert "coco_caption" in dataset_zoo
 
 
@@ -65,7 +65,7 @@ def test_unknown_architecture_and_type_suggest():
         model_zoo.path("blip_captions", "base_coco")
     with pytest.raises(KeyError, match=r"'blip_caption' has no type 'base'. Did you mean 'base_coco'"):
         model_zoo.path("blip_caption", "base")
-    with pytest.raises(KeyError, match="Known: aokvqa, okvqa, tiny, vqav2"):
+    with pytest.raises(KeyError, match="Known: aokvqa, okvqa, tiny, vqav2, vqav2_base"):
         load_model("blip_vqa", "xyz")
 
 

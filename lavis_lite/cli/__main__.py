@@ -1,4 +1,4 @@
-"""The command `lavis-lite`, also `python -m lavis_lite.cli`: train, evaluate and convert as subcommands."""
+"""The command `lavis-lite`, also `python -m lavis_lite.cli`: train, evaluate, table and convert as subcommands."""
 
 import sys
 from importlib import import_module
@@ -7,6 +7,7 @@ COMMANDS = {
     "train": ("lavis_lite.cli.main", "train_main", "train (and then test) what a YAML describes"),
     "evaluate": ("lavis_lite.cli.main", "evaluate_main", "evaluate a model on the splits of a YAML"),
     "sweep": ("lavis_lite.cli.sweep", "main", "evaluate a recipe by the alternatives of its protocol"),
+    "table": ("lavis_lite.cli.table", "table_main", "print a paper's tables next to what was measured here"),
     "convert": ("lavis_lite.convert.__main__", "main", "convert weights between LAVIS's layout and Hugging Face's"),
 }
 

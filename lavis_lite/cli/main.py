@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lavis_lite.cli.failures import exit_code, is_first_process
 from lavis_lite.common.config.config import Config, parser

@@ -147,7 +147,7 @@ class CaptionTask(BaseTask):
             self.metrics,
             tokens=self.caption_tokens,
             join_hyphens=self.join_hyphens,
-            groups={record["image_id"]: record["domain"] for record in dataset.annotation if record.get("domain")},
+            groups=self.domains(dataset),
         )
         return {**scores, **extra}
 
@@ -155,11 +155,21 @@ class CaptionTask(BaseTask):
         """Return the reference captions of each image id, from `annotation_file` or the dataset."""
         if self.annotation_file is None:
             return dataset.references() if isinstance(dataset, HasReferences) else {}
-        is_url = download.is_url(self.annotation_file)
-        path = download.fetch(self.annotation_file) if is_url else Path(self.annotation_file).expanduser()
+        return read_references(self.annotation_path(self.annotation_file))
+
+    def domains(self, dataset: EvalDataset) -> dict[Any, str]:
+        """Return the domain of each image of nocaps, from the dataset or `annotation_file`: LAVIS's file has none."""
+        found = {record["image_id"]: record["domain"] for record in dataset.annotation if record.get("domain")}
+        if found or self.annotation_file is None:
+            return found
+        return read_domains(self.annotation_path(self.annotation_file))
+
+    def annotation_path(self, source: str) -> Path:
+        """Return the path of `annotation_file`, downloaded if it is a URL. MissingFileError if there is none."""
+        path = download.fetch(source) if download.is_url(source) else Path(source).expanduser()
         if not path.is_file():
             raise MissingFileError(f"run.annotation_file: no such file: {path}")
-        return read_references(path)
+        return path
 
 
 def read_references(path: Path) -> dict[Any, list[str]]:
@@ -172,3 +182,10 @@ def read_references(path: Path) -> dict[Any, list[str]]:
     for annotation in section(content, "annotations", where, check):
         references.setdefault(str(annotation["image_id"]), []).append(annotation["caption"])
     return references
+
+
+def read_domains(path: Path) -> dict[Any, str]:
+    """Return the field `domain` of the file's images, as in nocaps' own file, by image id, of those that have it."""
+    images = json.loads(path.read_text(encoding="utf-8")).get("images")
+    records = [image for image in images if isinstance(image, dict)] if isinstance(images, list) else []
+    return {str(image.get("id")): image["domain"] for image in records if isinstance(image.get("domain"), str)}

@@ -6,7 +6,7 @@ Note: `prompt` goes around the question in training too. Models that write one a
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -162,8 +162,17 @@ class VQATask(BaseTask):
                 f"{split}: {num_few} questions have fewer than {num_needed} answers, so a correct prediction cannot "
                 f"reach 100 % with run.accuracy={self.accuracy} (official: one answer counts 0): choose normalised"
             )
-        more = {name: vqa_metrics(truths, answers, variant=name)["overall"] for name in self.further_rules()}
-        return vqa_metrics(truths, answers, variant=self.accuracy) | more
+        return vqa_metrics(truths, answers, variant=self.accuracy) | self.by_further_rules(truths, answers)
+
+    def by_further_rules(self, truths: Mapping[Any, Record], answers: Mapping[Any, str]) -> Metrics:
+        """Return the overall accuracy by each further rule; of those that `accuracy` does not name, also by type."""
+        found: Metrics = {}
+        for name in self.further_rules():
+            metrics = vqa_metrics(truths, answers, variant=name)
+            found[name] = metrics["overall"]
+            if name != self.accuracy and "per_answer_type" in metrics:
+                found[f"{name}_per_answer_type"] = metrics["per_answer_type"]
+        return found
 
 
 def blanked(samples: Samples) -> Samples:

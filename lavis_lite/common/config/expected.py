@@ -25,7 +25,7 @@ class Expected:
     value: float
     """In percent."""
     source: str
-    """Paper and table, or page, e.g. `BLIP-2, table 2`; what follows a semicolon is a remark."""
+    """Paper and table or tables, or page, e.g. `BLIP-2, tables 1, 2`; what follows a semicolon is a remark."""
     model: str | None = None
     """`<arch>/<model_type>`; None: the recipe's own."""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -43,6 +43,11 @@ class Expected:
 
     def __str__(self) -> str:
         return " ".join(part for part in (self.split, self.metric, self.scorer, self.server) if part)
+
+    @property
+    def label(self) -> str:
+        """The metric's name in a table: with the scorer, if the entry names one."""
+        return self.metric if self.scorer is None else f"{self.metric} ({self.scorer})"
 
     def changes(self) -> dict[str, Any]:
         """Return the keys, with dots, and values that turn the recipe into this entry's measurement."""
