@@ -1,4 +1,4 @@
-"""The command `lavis-lite`, also `python -m lavis_lite.cli`: train, evaluate and convert as subcommands."""
+"""The command `lavis-lite`, also `python -m lavis_lite.cli`: train, evaluate, data and convert as subcommands."""
 
 import sys
 from importlib import import_module
@@ -6,6 +6,7 @@ from importlib import import_module
 COMMANDS = {
     "train": ("lavis_lite.cli.main", "train_main", "train (and then test) what a YAML describes"),
     "evaluate": ("lavis_lite.cli.main", "evaluate_main", "evaluate a model on the splits of a YAML"),
+    "data": ("lavis_lite.cli.data.command", "main", "list, download, check and show datasets, and what a recipe needs"),
     "convert": ("lavis_lite.convert.__main__", "main", "convert weights between LAVIS's layout and Hugging Face's"),
 }
 

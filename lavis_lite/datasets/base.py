@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import logging
 import mmap
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,21 +20,26 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from lavis_lite.common import dist
-from lavis_lite.common.config.zoo import packaged_dataset
-from lavis_lite.common.errors import InputError, MissingFileError, UnknownNameError
+from lavis_lite.common.config.zoo import dataset_zoo, packaged_dataset
+from lavis_lite.common.errors import InputError, UnknownNameError
 from lavis_lite.common.pixels import is_constant
 from lavis_lite.common.records import Kind, Record, RecordCheck
 from lavis_lite.common.registry import did_you_mean, registry
-from lavis_lite.common.sources import download
-from lavis_lite.datasets.annotations import add_instance_ids, as_list, check_unique
+from lavis_lite.datasets.annotations import add_instance_ids, check_unique
 from lavis_lite.datasets.image import OpensImages, open_image
 from lavis_lite.datasets.readers import Reader, find_reader
 from lavis_lite.datasets.readers.files import PLACE, Places, SplitFiles
+from lavis_lite.datasets.storage import (
+    annotation_files,
+    check_keys,
+    missing_folder,
+    resolve_storage,
+    section_of,
+    visual_folder,
+)
 
 logger = logging.getLogger(__name__)
 
-VISUAL_FOLDERS = ("images", "videos")
-"""The keys of `build_info` that name the folder of images or videos."""
 BlankTexts = Literal["error", "skip"]
 
 
@@ -85,6 +88,8 @@ class BaseDataset(Dataset):
         self.record_check = replace(check, required=self.required, fields=self.fields)
         self.places = Places()
         self.kept: list[int] | None = None
+        self.num_blank = 0
+        """Records of which blank texts were left out."""
         files = SplitFiles(
             paths=self.annotation_paths, split=split, root=self.vis_root, columns=columns or {}, check=check
         )
@@ -120,7 +125,7 @@ class BaseDataset(Dataset):
         where = ", ".join(map(str, self.annotation_paths))
         if records and not kept:
             raise InputError(f"{where}: all {len(records)} records have blank texts; fill them in")
-        num_blank = sum(new is not old for new, old in zip(found, records, strict=True))
+        self.num_blank = num_blank = sum(new is not old for new, old in zip(found, records, strict=True))
         if num_blank:
             logger.warning(
                 "%s: blank texts of %d of %d records are left out, and %d of these records, which have no other",
@@ -185,9 +190,10 @@ class BaseDataset(Dataset):
 class BaseBuilder:
     """The keys of a dataset's YAML, and the datasets that are built from them.
 
-    `build_info`: `{annotations: {<split>: {url, md5, storage}}, images: {storage}}`; `url` and `storage` may be lists
-    of equal length. Relative storages are below the data root (environment variable LAVIS_LITE_DATA). `videos` is
-    another name for `images`, as in LAVIS.
+    `build_info`: `{annotations: {<split>: {url, md5, storage, num_samples}}, images: {storage, archives, listed,
+    needed}, homepage, licence}`, read by `datasets/storage.py`. `url` and `storage` may be lists of equal length.
+    Relative storages are below the data root (environment variable LAVIS_LITE_DATA). `videos` is another name for
+    `images`, as in LAVIS.
     """
 
     data_type: str = "images"
@@ -215,7 +221,7 @@ class BaseBuilder:
 
     def splits(self) -> list[str]:
         """Return the names of all splits."""
-        return [name for name, entry in self._section("annotations").items() if entry is not None]
+        return [name for name, entry in section_of(self.build_info, "annotations").items() if entry is not None]
 
     def build(self, splits: Iterable[str] | None = None) -> dict[str, BaseDataset]:
         """Return one dataset per split (all splits by default). Raises KeyError for a split that is not configured."""
@@ -241,46 +247,20 @@ class BaseBuilder:
 
     def annotation_paths(self, split: str) -> list[Path]:
         """Return the split's annotation files on disk, fetched if need be."""
-        entry = self._section("annotations")[split]
-        where = f"build_info.annotations.{split}"
-        check_keys(entry, ("url", "md5", "storage"), where)
-        urls, storages, sums = (as_list(entry[key]) if entry.get(key) else [] for key in ("url", "storage", "md5"))
-        count = max(len(urls), len(storages))
-        if not count:
-            raise InputError(f"{type(self).__name__}: {where} needs a url or a storage")
-        for key, values in (("url", urls), ("storage", storages), ("md5", sums)):
-            if values and len(values) != count:
-                raise InputError(f"{type(self).__name__}: {where}.{key} has {len(values)} entries, expected {count}")
-        blank: list[Any] = [None] * count
-        return [
-            locate(*files, where=where) for files in zip(urls or blank, storages or blank, sums or blank, strict=True)
-        ]
+        return [file.fetch() for file in annotation_files(self.build_info, split, owner=type(self).__name__)]
 
     def image_root(self) -> Path:
         """Return the folder that the annotations' paths of images or videos start from.
 
         Raises FileNotFoundError if it is missing, InputError if there are two.
         """
-        sections = {kind: self._section(kind) for kind in VISUAL_FOLDERS}
-        for kind, section in sections.items():
-            check_keys(section, ("storage",), f"build_info.{kind}")
-        given = {kind: section["storage"] for kind, section in sections.items() if section.get("storage")}
-        if len(given) > 1:
-            raise InputError(
-                f"{type(self).__name__}: build_info names two folders, images: {given['images']} and videos: "
-                f"{given['videos']}: set build_info.images or build_info.videos to null"
-            )
-        if not given:
+        owner = type(self).__name__
+        folder = visual_folder(self.build_info, owner=owner)
+        if folder is None:
             return resolve_storage("")
-        ((kind, storage),) = given.items()
-        root = resolve_storage(storage)
-        if not root.is_dir():
-            raise MissingFileError(
-                f"{type(self).__name__}: {kind[:-1]} folder not found: {root}. Put the {kind} there, name another "
-                f"folder in build_info.{kind}.storage, or set the environment variable LAVIS_LITE_DATA to the data "
-                "root."
-            )
-        return root
+        if not folder.path().is_dir():
+            raise missing_folder(folder, owner=owner, is_packaged=owner in dataset_zoo)
+        return folder.path()
 
     def dataset_class(self, split: str) -> type[BaseDataset]:
         """Return the class of the split's dataset."""
@@ -308,10 +288,6 @@ class BaseBuilder:
             dataset.training = split == "train"
         return dataset
 
-    def _section(self, key: str) -> dict[str, Any]:
-        check_keys(self.build_info, ("annotations", *VISUAL_FOLDERS), "build_info")
-        return self.build_info.get(key) or {}
-
 
 def make_processor(blocks: dict[str, Any], split: str) -> Callable[[Any], Any]:
     """Return the processor of the split's block (`train` for the split of that name, else `eval`), or `identity`."""
@@ -323,51 +299,6 @@ def make_processor(blocks: dict[str, Any], split: str) -> Callable[[Any], Any]:
         raise InputError(f"a processor block needs a `name`; found {block!r}")
     arguments = {key: value for key, value in block.items() if key != "name"}
     return registry.get_processor_class(block["name"])(**arguments)
-
-
-def check_keys(given: dict[str, Any], known: Sequence[str], where: str) -> None:
-    """Raise InputError for an unknown key, with the nearest one."""
-    for key in given:
-        if key not in known:
-            raise InputError(f"{where}: unknown key {key!r}. {did_you_mean(key, known)}")
-
-
-def resolve_storage(storage: str) -> Path:
-    """Return an absolute path as it is, a relative one below the data root."""
-    return download.data_root() / Path(storage).expanduser()
-
-
-def locate(url: str | None, storage: str | None, md5: str | None, *, where: str = "") -> Path:
-    """Return the file on disk: the storage if it exists, else a local `url` as it is, else fetched to the storage."""
-    target = resolve_storage(storage) if storage else None
-    if target is not None and target.is_file():
-        return target
-    if target is not None and target.is_dir():
-        raise InputError(f"{where}.storage: {target} is a folder; name the annotation file (.json, .jsonl, .csv, .tsv)")
-    if url and "://" not in url:
-        local = Path(url).expanduser()
-        if local.is_file():
-            return local
-        raise MissingFileError(
-            f"{where}: annotation file not found: {local.absolute()}" + (f", nor {target}" if target else "")
-        )
-    if not url:
-        raise MissingFileError(
-            f"{where}: annotation file not found: {target}, and no url to fetch it from. Put it there, give an "
-            "absolute path as storage, or set the environment variable LAVIS_LITE_DATA to the data root."
-        )
-    fetched = download.fetch(url, md5=md5)
-    return fetched if target is None else _copy_aside(fetched, target)
-
-
-def _copy_aside(source: Path, target: Path) -> Path:
-    """Copy so that `target` is never half written."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
-        aside = Path(folder) / target.name
-        shutil.copyfile(source, aside)
-        aside.replace(target)
-    return target
 
 
 def load_dataset(name: str, type: str = "default", splits: Iterable[str] | None = None) -> dict[str, BaseDataset]:

@@ -14,8 +14,9 @@ import http.client
 import logging
 import os
 import re
-import shutil
+import time
 from pathlib import Path
+from typing import Any, BinaryIO
 from urllib.error import HTTPError
 from urllib.parse import parse_qs, unquote, urldefrag, urlsplit
 from urllib.request import Request, url2pathname, urlopen
@@ -31,6 +32,8 @@ ATTEMPTS = 20
 TIMEOUT = 60
 """Seconds without a byte after which a connection counts as lost."""
 CHUNK = 2**20
+PROGRESS = 10
+"""Seconds between two lines about a download in the log."""
 MAX_NAME = 100
 """Characters of a URL's file name that a cached file keeps; file systems allow 255."""
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -166,9 +169,7 @@ def fetch(
         return path
     url, fragment = _split(str(source))
     sha256 = sha256 or _sha256_of(fragment, url=url)
-    folder = Path(cache_dir or _cache() / "downloads").expanduser()
-    target = folder / _cache_name(url)
-    assert target.parent.resolve() == folder.resolve(), f"{url} would be cached outside {folder}: {target}"
+    target = cached_path(url, cache_dir)
     if target.is_file() and size in (None, target.stat().st_size):
         return target
     if is_offline():
@@ -180,6 +181,29 @@ def fetch(
 
 
 _cache = cache_dir  # `fetch` has an argument of that name
+
+
+def cached_path(url: str, cache_dir: str | Path | None = None) -> Path:
+    """Return where `fetch` puts the file of a URL, whether or not it is there."""
+    url, _ = _split(url)
+    folder = Path(cache_dir or _cache() / "downloads").expanduser()
+    target = folder / _cache_name(url)
+    assert target.parent.resolve() == folder.resolve(), f"{url} would be cached outside {folder}: {target}"
+    return target
+
+
+def fetch_unlocked(url: str, target: Path) -> None:
+    """Download one of many files to `target`, resumed and written aside as by `fetch`, without a lock of its own.
+
+    The caller holds a lock on the folder. Raises as `fetch` does.
+    """
+    url, _ = _split(url)
+    if is_offline():
+        raise MissingFileError(
+            f"{url} is not here and LAVIS_LITE_OFFLINE is set: unset it, or put the file at {target}"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _complete(_mirrored(url), target, sha256=None, md5=None, size=None)
 
 
 def _local_path(source: str | Path) -> Path:
@@ -237,25 +261,30 @@ def _mirrored(url: str) -> str:
 
 def _download(url: str, target: Path, *, sha256: str | None, md5: str | None, size: int | None) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.part")
     with FileLock(f"{target}.lock"):
         if target.is_file() and size in (None, target.stat().st_size):
             return  # another process was faster
-        try:
-            headers = _transfer(url, partial)
-        except (OSError, http.client.HTTPException) as error:
-            kept = _kept_bytes(partial)
-            raise UnreachableError(
-                f"cannot download {url}: {error}. "
-                + (f"{kept:,} bytes are kept, and the next attempt resumes there. " if kept else "")
-                + f"Put the file at {target}, or set LAVIS_LITE_MIRROR=old-prefix=new"
-            ) from error
-        try:
-            _check(partial, source=url, sha256=sha256, md5=md5 or _published_md5(headers), size=size)
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
-            _tag(partial).unlink(missing_ok=True)
+        _complete(url, target, sha256=sha256, md5=md5, size=size)
+
+
+def _complete(url: str, target: Path, *, sha256: str | None, md5: str | None, size: int | None) -> None:
+    """Download to a file beside `target`, check it and rename it; a transfer that is cut off stays, to be resumed."""
+    partial = target.with_name(f".{target.name}.part")
+    try:
+        headers = _transfer(url, partial)
+    except (OSError, http.client.HTTPException) as error:
+        kept = _kept_bytes(partial)
+        raise UnreachableError(
+            f"cannot download {url}: {error}. "
+            + (f"{kept:,} bytes are kept, and the next attempt resumes there. " if kept else "")
+            + f"Put the file at {target}, or set LAVIS_LITE_MIRROR=old-prefix=new"
+        ) from error
+    try:
+        _check(partial, source=url, sha256=sha256, md5=md5 or _published_md5(headers), size=size)
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+        _tag(partial).unlink(missing_ok=True)
 
 
 def _transfer(url: str, partial: Path) -> email.message.Message:
@@ -296,11 +325,25 @@ def _receive(url: str, partial: Path) -> email.message.Message:
         expected = None if promised is None else int(promised) + (start if continues else 0)
         logger.info(f"downloading {url}" + ("" if expected is None else f" ({expected / 2**20:,.1f} MiB)"))
         with partial.open("ab" if continues else "wb") as file:
-            shutil.copyfileobj(response, file, CHUNK)
+            _copy(response, file, url=url, expected=expected)
         found = partial.stat().st_size
         if expected is not None and found < expected:
             raise UnreachableError(f"the connection ended after {found:,} of {expected:,} bytes")
         return response.headers
+
+
+def _copy(response: Any, file: BinaryIO, *, url: str, expected: int | None) -> None:
+    """Copy a response to a file; every `PROGRESS` seconds the log says how far it is."""
+    begun = reported = time.monotonic()
+    start = file.tell()
+    while chunk := response.read(CHUNK):
+        file.write(chunk)
+        now = time.monotonic()
+        if now - reported >= PROGRESS:
+            reported, done = now, file.tell()
+            rate = (done - start) / (now - begun) / 2**20
+            of = "" if not expected else f" of {expected / 2**20:,.0f} MiB, {done / expected:.0%}"
+            logger.info(f"{url}: {done / 2**20:,.0f}{of or ' MiB'}, {rate:,.1f} MiB/s")
 
 
 def _kept_bytes(partial: Path) -> int:
