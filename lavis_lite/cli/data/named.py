@@ -95,7 +95,7 @@ def published_sizes(builder: BaseBuilder, packaged: Mapping[str, Any] | None) ->
         number = num_samples(builder.build_info, split)
         before = theirs.get(split) or {}
         is_inherited = before.get("num_samples") == number
-        is_same = all(before.get(key) == own[split].get(key) for key in ("url", "storage"))
+        is_same = all(before.get(key) == (own.get(split) or {}).get(key) for key in ("url", "storage"))
         if number is not None and (is_same or not is_inherited):
             sizes[split] = number
     return sizes

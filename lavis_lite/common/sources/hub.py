@@ -64,7 +64,7 @@ def timm_model(name: str, *, pretrained: bool = True) -> nn.Module:
         if pretrained and not config.has_weights:
             raise InputError(f"timm has no published weights of {name}: give a file of weights instead")
         if pretrained and download.is_offline():
-            settings["pretrained_cfg_overlay"] = {"file": str(_cached_timm_weights(name, config))}
+            settings["pretrained_cfg_overlay"] = {"file": str(cached_timm_weights(name, config))}
     with _hub_offline(), _refusing_code(name):
         return timm.create_model(name, pretrained=pretrained, **settings)
 
@@ -82,7 +82,7 @@ def timm_config(name: str) -> "PretrainedCfg":
     return config
 
 
-def _cached_timm_weights(name: str, config: "PretrainedCfg") -> Path:
+def cached_timm_weights(name: str, config: "PretrainedCfg") -> Path:
     """Return the file of a timm model's weights in the hub's cache or torch's. FileNotFoundError if neither has it."""
     repository, _, revision = (config.hf_hub_id or "").partition("@")
     names = [config.hf_hub_filename] if config.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
