@@ -237,7 +237,8 @@ def check_files(dataset: BaseDataset, where: str, *, share: float | None) -> set
     raise MissingFileError(
         f"{text}. Check the dataset's build_info.{kind}s.storage{' or images.storage' if kind == 'video' else ''} "
         "(relative paths are below the data root, environment variable LAVIS_LITE_DATA) or remove the records from "
-        f"the annotations. ({NEVER_SKIPPED if share is None else MAY_BE_SKIPPED})"
+        "the annotations; `lavis-lite data check` names every such file. "
+        f"({NEVER_SKIPPED if share is None else MAY_BE_SKIPPED})"
     )
 
 

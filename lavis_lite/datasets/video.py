@@ -29,6 +29,6 @@ def read_frames(
         raise UnreadableSample(
             f"video file not found: {path}. Check the dataset's build_info.videos.storage, or images.storage (relative "
             "paths are below the data root, environment variable LAVIS_LITE_DATA) or remove the record from the "
-            "annotations."
+            "annotations. `lavis-lite data check` names every file that is missing or broken."
         ) from None
     return processed(frames, processor)

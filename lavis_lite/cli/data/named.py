@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from lavis_lite.common.config.config import Config
-from lavis_lite.common.config.sections import builder_name
 from lavis_lite.common.config.zoo import dataset_zoo, packaged_dataset
 from lavis_lite.common.errors import InputError, MissingFileError, UnknownNameError
 from lavis_lite.common.registry import did_you_mean, registry
@@ -69,8 +68,7 @@ def of_recipe(cfg: Config) -> list[NamedDataset]:
     wanted, found = wanted_splits(cfg.run), []
     for name, section in cfg.datasets.items():
         builder = make_builder(cfg, name)
-        packaged = _section_or_none(builder_name(name, section), cfg.dataset_types.get(name, "default"))
-        packaged = packaged or _section_or_none(name, cfg.dataset_types.get(name, "default"))
+        packaged = _section_or_none(section.get("builder") or name, cfg.dataset_types.get(name, "default"))
         found.append(
             NamedDataset(
                 name=name,

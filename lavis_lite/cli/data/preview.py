@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from lavis_lite.cli.data.check import spread
@@ -81,9 +81,8 @@ def tile_of(dataset: BaseDataset, number: int, title: str) -> Tile:
 
 
 def thumbnail(image: Image.Image) -> Tensor:
-    """Return the whole image as a tensor (3, SIZE, SIZE) of bytes, on grey."""
-    small = image.copy()
-    small.thumbnail((SIZE, SIZE))
+    """Return the whole image, as large as fits, as a tensor (3, SIZE, SIZE) of bytes, on grey."""
+    small = ImageOps.contain(image, (SIZE, SIZE))
     sheet = Image.new("RGB", (SIZE, SIZE), (236, 236, 236))
     sheet.paste(small, ((SIZE - small.width) // 2, (SIZE - small.height) // 2))
     return torch.from_numpy(np.array(sheet)).permute(2, 0, 1)

@@ -3,7 +3,6 @@
 import base64
 import html
 import io
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -13,8 +12,6 @@ from PIL import Image, ImageDraw, ImageFont
 COLUMNS = 4
 MARGIN, LINE = 12, 18
 FONT_SIZE = 14
-CHARACTERS = 40
-"""Characters of a line below an image 224 pixels wide."""
 MAX_LINES = 8
 MAX_FRAMES = 8
 PAGE = """<!doctype html>
@@ -87,6 +84,24 @@ def write_png(tiles: Sequence[Tile], path: Path, *, title: str) -> None:
     sheet.save(path, "PNG")
 
 
+def wrap(text: str, width: int) -> list[str]:
+    """Return the lines of a text that is drawn `width` pixels wide; a longer word is broken."""
+    font, lines, line = ImageFont.load_default(FONT_SIZE), [], ""
+    for word in text.split():
+        longer = f"{line} {word}" if line else word
+        if font.getlength(longer) <= width:
+            line = longer
+            continue
+        lines += [line] if line else []
+        line = ""
+        for character in word:
+            if font.getlength(line + character) > width and line:
+                lines.append(line)
+                line = ""
+            line += character
+    return [*lines, line] if line or not lines else lines
+
+
 def _card(tile: Tile) -> Image.Image:
     """Return the image of one sample: its images beside each other, and the lines of its texts below."""
     images = tile.images[:MAX_FRAMES]
@@ -94,7 +109,7 @@ def _card(tile: Tile) -> Image.Image:
     columns = max(1, len(images))
     lines = [(tile.title, "#888888")]
     for text, color in (*((text, "black") for text in tile.texts), *([(tile.error, "#b00020")] if tile.error else [])):
-        wrapped = textwrap.wrap(text, CHARACTERS * columns) or [""]
+        wrapped = wrap(text, side * columns - 4)
         lines += [(line, color) for line in wrapped[:MAX_LINES]]
         if len(wrapped) > MAX_LINES:
             lines[-1] = (f"{lines[-1][0]} ...", color)
