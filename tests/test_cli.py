@@ -164,10 +164,10 @@ def lavis_lite_command(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
 
 
 def test_every_subcommand_has_its_own_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, option in (("train", "--resume"), ("evaluate", "--checkpoint"), ("convert", "to-hf")):
+    for name, option in (("train", "--resume"), ("evaluate", "--checkpoint"), ("convert", "to-hf"), ("data", "status")):
         assert lavis_lite_command(monkeypatch, name, "--help") == 0
         assert option in capsys.readouterr().out
-    assert set(command.COMMANDS) == {"train", "evaluate", "convert"}
+    assert set(command.COMMANDS) == {"train", "evaluate", "data", "convert"}
 
 
 def test_the_command_alone_lists_subcommands(

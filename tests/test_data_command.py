@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 import threading
 import zipfile
@@ -174,6 +175,16 @@ def test_sizes_are_the_published_ones() -> None:
     assert sizes("gqa_instruct")["train"] is None  # other files than gqa's
     assert sizes("gqa_instruct", "balanced_val") == {"train": 943_000, "val": 132_062, "test": None}
     assert set(sizes("vsr_caption").values()) == {None}
+
+
+def test_commands_in_the_docs_are_understood() -> None:
+    text = (ROOT / "docs/data.md").read_text() + command.DESCRIPTION
+    lines = re.findall(r"^ *lavis-lite data (.+)$", text, re.MULTILINE)
+    parsed = [command.parser().parse_args(line.split("#")[0].split()) for line in lines]
+    assert {args.command for args in parsed} == {"list", "status", "download", "check", "preview"}
+    for args in parsed:
+        recipe = vars(args).get("recipe") or vars(args).get("dataset") or ""
+        assert not recipe.endswith(".yaml") or (ROOT / recipe).is_file()
 
 
 # list
@@ -356,7 +367,7 @@ def test_check_without_images_reads_the_annotations(
     (root / "own/val.json").write_text("[{")
     code, out, _ = data(capsys, "check", recipe, "--options", elsewhere)
     assert code == 1
-    assert f"PROBLEM: {root / 'own/val.json'}: JSON" in out
+    assert f"PROBLEM: {root / 'own/val.json'}" in out
     (root / "own/val.json").unlink()
     code, out, _ = data(capsys, "check", recipe, "--options", elsewhere)
     assert f"annotation file not found: {root / 'own/val.json'}" in out
