@@ -256,6 +256,7 @@ def test_status_is_satisfied_by_whole_data(root: Path, capsys: pytest.CaptureFix
         capsys, "status", recipe, "--options", "model.checkpoint=/no/such.pth", "run.report_metric=false"
     )
     assert code == 1
+    assert data(capsys, "check", recipe, "--split", "val", "--options", "model.checkpoint=/no/such.pth")[0] == 0
     missing = [line.split()[1:3] for line in out.splitlines() if line.startswith("MISSING")]
     assert missing == [["weights", "model.checkpoint"], ["annotations", "own/train"]]
 

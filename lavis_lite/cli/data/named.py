@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from lavis_lite.common.config.config import Config
+from lavis_lite.common.config.files import load_with_bases, parse_options, resolve_key
 from lavis_lite.common.config.zoo import dataset_zoo, packaged_dataset
 from lavis_lite.common.errors import InputError, MissingFileError, UnknownNameError
 from lavis_lite.common.registry import did_you_mean, registry
 from lavis_lite.datasets.base import BaseBuilder
 from lavis_lite.datasets.storage import num_samples, section_of
 from lavis_lite.tasks.base import make_builder, wanted_splits
+
+READ_BEFORE = ("model.checkpoint", "model.llm_lora")
+"""Settings whose files the configuration reads, since they say how a model was trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +55,7 @@ def find_datasets(name: str, *, splits: Sequence[str] = (), options: Sequence[st
     `splits` selects some of them. Raises UnknownNameError for an unknown dataset, and for a split that none has.
     """
     if is_recipe(name):
-        found = of_recipe(Config.from_file(name, options))
+        found = of_recipe(read_recipe(name, options)[0])
     else:
         found = [_packaged(name)]
         if options:
@@ -61,6 +65,22 @@ def find_datasets(name: str, *, splits: Sequence[str] = (), options: Sequence[st
         if split not in known:
             raise UnknownNameError(f"{name} has no split {split!r}. {did_you_mean(split, known)}")
     return [_selected(one, splits) for one in found] if splits else found
+
+
+def read_recipe(path: str, options: Sequence[str] = ()) -> tuple[Config, dict[str, str]]:
+    """Return a recipe's configuration, for which nothing is downloaded, and the sources that it would have read and
+    that are not here, by setting: a checkpoint's settings are then not in it.
+    """
+    with offline():
+        try:
+            return Config.from_file(path, options), {}
+        except MissingFileError:
+            own = [*load_with_bases(Path(path)), *([parse_options(options)] if options else [])]
+            named = {key: resolve_key(own, tuple(key.split("."))) for key in READ_BEFORE}
+            unread = {key: source for key, source in named.items() if isinstance(source, str)}
+            if not unread:
+                raise
+            return Config.from_file(path, [*options, *(f"{key}=null" for key in unread)]), unread
 
 
 def of_recipe(cfg: Config) -> list[NamedDataset]:

@@ -4,29 +4,24 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 
-from lavis_lite.cli.data.named import NamedDataset, of_recipe, offline
+from lavis_lite.cli.data.named import NamedDataset, of_recipe, offline, read_recipe
 from lavis_lite.cli.data.needs import Need, file_need, model_needs, package_needs, weights_need
 from lavis_lite.cli.data.table import size_text, table
 from lavis_lite.common.config.config import Config
-from lavis_lite.common.config.files import load_with_bases, parse_options, resolve_key
-from lavis_lite.common.errors import MissingFileError
 from lavis_lite.datasets.storage import ImageArchive, VisualFolder, annotation_files, has_files, visual_folder
 
 HEAD = ("", "what", "for", "size", "path", "from")
-READ_BEFORE = ("model.checkpoint", "model.llm_lora")
-"""Settings whose files the configuration reads, since they say how a model was trained."""
 DATA = ("annotations", "images", "videos")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; return 1 if something is missing."""
     with offline():
-        cfg, unread = read_config(args.recipe, args.options)
+        cfg, unread = read_recipe(args.recipe, args.options)
         found = of_recipe(cfg)
-        needs = [*unread, *all_needs(cfg, found)]
-    if any(need.name == "model.checkpoint" for need in unread):  # it replaces the type's own weights
+        needs = [*(weights_need(key, source) for key, source in unread.items()), *all_needs(cfg, found)]
+    if "model.checkpoint" in unread:  # it replaces the type's own weights
         needs = [need for need in needs if need.name not in ("model.finetuned", "model.pretrained")]
     needs = list({(need.kind, need.place or need.name): need for need in reversed(needs)}.values())[::-1]
     if args.json:
@@ -34,21 +29,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         print("\n".join(report(needs, found, recipe=args.recipe)))
     return 0 if all(need.is_there for need in needs) else 1
-
-
-def read_config(recipe: str, options: Sequence[str]) -> tuple[Config, list[Need]]:
-    """Return the configuration and, if a checkpoint that it reads is missing, that need; then without the checkpoint's
-    settings.
-    """
-    try:
-        return Config.from_file(recipe, options), []
-    except MissingFileError:
-        own = [*load_with_bases(Path(recipe)), *([parse_options(options)] if options else [])]
-        named = {key: resolve_key(own, tuple(key.split("."))) for key in READ_BEFORE}
-        needs = [weights_need(key, source) for key, source in named.items() if isinstance(source, str)]
-        if all(need.is_there for need in needs):
-            raise
-        return Config.from_file(recipe, [*options, *(f"{need.name}=null" for need in needs)]), needs
 
 
 def all_needs(cfg: Config, found: Sequence[NamedDataset]) -> Iterator[Need]:
