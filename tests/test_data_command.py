@@ -24,7 +24,7 @@ from lavis_lite.common.config.config import Config
 from lavis_lite.common.config.zoo import dataset_zoo, packaged_dataset
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.sources import download
-from lavis_lite.datasets.base import load_dataset
+from lavis_lite.datasets.base import BaseBuilder, load_dataset
 from lavis_lite.datasets.storage import annotation_files, num_samples, section_of, visual_folder
 
 ROOT = Path(__file__).parents[1]
@@ -372,6 +372,19 @@ def test_check_without_images_reads_the_annotations(
     (root / "own/val.json").unlink()
     code, out, _ = data(capsys, "check", recipe, "--options", elsewhere)
     assert f"annotation file not found: {root / 'own/val.json'}" in out
+
+
+def test_a_dataset_of_another_class_is_counted_only(
+    root: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BaseBuilder, "build", lambda self, splits: {split: [1, 2] for split in splits})
+    recipe = write_recipe(tmp_path, own_set(root))
+    code, out, _ = data(capsys, "check", recipe)
+    assert code == 0
+    assert out.count("2 samples; list is no BaseDataset") == 2
+    code, _, err = data(capsys, "preview", recipe, "--out", tmp_path / "x.png")
+    assert code == 2
+    assert "own/train: list is no BaseDataset" in err
 
 
 def test_a_recipe_with_other_files_has_another_size(root: Path, tmp_path: Path) -> None:

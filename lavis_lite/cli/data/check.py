@@ -77,6 +77,9 @@ def check_split(named: NamedDataset, split: str, *, num_decoded: int | None) -> 
     except (UserError, OSError) as error:
         check.problems.append(str(error))
         return check
+    if not isinstance(dataset, BaseDataset):
+        check.facts.append(f"{len(dataset):,} samples; {type(dataset).__name__} is no BaseDataset: no file is checked")
+        return check
     check_count(named, split, dataset, check)
     check_blank(named.builder, dataset, check)
     if repeated := num_repeated(dataset.annotation):
