@@ -296,3 +296,26 @@ def test_roots(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert download.data_root() == tmp_path / "data"
     monkeypatch.delenv("LAVIS_LITE_CACHE")
     assert download.cache_dir() == Path.home() / ".cache" / "lavis_lite"
+
+
+def test_the_log_says_how_far_a_download_is(
+    server: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(download, "PROGRESS", 0)
+    monkeypatch.setattr(download, "CHUNK", len(CONTENT) // 2)
+    with caplog.at_level("INFO", logger=download.__name__):
+        download.fetch(f"{server.url}/files/x.pth")
+    lines = [record.getMessage() for record in caplog.records if "MiB/s" in record.getMessage()]
+    assert [line.split(", ")[1] for line in lines] == ["50%", "100%"]
+
+
+def test_one_of_many_files_is_fetched_without_a_lock_file(
+    server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "images/a.jpg"
+    download.fetch_unlocked(f"{server.url}/files/a.jpg", target)
+    assert [path.name for path in target.parent.iterdir()] == ["a.jpg"]
+    assert target.read_bytes() == CONTENT
+    monkeypatch.setenv("LAVIS_LITE_OFFLINE", "1")
+    with pytest.raises(FileNotFoundError, match="LAVIS_LITE_OFFLINE"):
+        download.fetch_unlocked(f"{server.url}/files/b.jpg", tmp_path / "images/b.jpg")

@@ -25,7 +25,7 @@ from lavis_lite.common import checkpoint
 from lavis_lite.common.registry import registry
 from lavis_lite.common.sources import download, weights
 from lavis_lite.common.sources.weights import open_state
-from lavis_lite.datasets.base import locate
+from lavis_lite.datasets.storage import locate
 from lavis_lite.datasets.templates import load_templates
 from lavis_lite.models import from_pretrained, load_model
 from lavis_lite.models.tokenizers import load_tokenizer

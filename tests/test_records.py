@@ -15,7 +15,7 @@ from PIL import Image
 
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.logger import JsonLog, setup
-from lavis_lite.common.records import shown
+from lavis_lite.common.records import TEXTS, RecordCheck, shown
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets import instruct
 from lavis_lite.datasets.annotations import read_records
@@ -304,3 +304,11 @@ def test_values_are_shown_short_and_printable() -> None:
 def test_tables_keep_their_lines(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('\n\nimage,caption\n\na.png,"two\nlines"\nb.png,x\n')
     assert [record["image"] for record in read_records(tmp_path / "a.csv")] == ["a.png", "b.png"]
+
+
+def test_a_record_without_blanks_is_left_as_it_is() -> None:
+    """The log counts the records that changed."""
+    check = RecordCheck(required=("caption",), fields={"caption": TEXTS}, allow_blank=True)
+    record = {"caption": ["a daisy", "a tulip"]}
+    assert check.without_blank(record) is record
+    assert check.without_blank({"caption": ["a daisy", " "]}) == {"caption": ["a daisy"]}

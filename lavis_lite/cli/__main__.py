@@ -1,4 +1,4 @@
-"""The command `lavis-lite`, also `python -m lavis_lite.cli`: train, evaluate, table and convert as subcommands."""
+"""The command `lavis-lite`, also `python -m lavis_lite.cli`, and its subcommands."""
 
 import sys
 from importlib import import_module
@@ -8,6 +8,7 @@ COMMANDS = {
     "evaluate": ("lavis_lite.cli.main", "evaluate_main", "evaluate a model on the splits of a YAML"),
     "sweep": ("lavis_lite.cli.sweep", "main", "evaluate a recipe by the alternatives of its protocol"),
     "table": ("lavis_lite.cli.table", "table_main", "print a paper's tables next to what was measured here"),
+    "data": ("lavis_lite.cli.data.command", "main", "list, download, check and show datasets, and what a recipe needs"),
     "convert": ("lavis_lite.convert.__main__", "main", "convert weights between LAVIS's layout and Hugging Face's"),
 }
 

@@ -224,7 +224,8 @@ def check_files(dataset: BaseDataset, where: str, *, share: float | None) -> set
         text += f": {len(affected):,} samples, more than run.max_unreadable_share={share} allows"
     raise MissingFileError(
         f"{text}. Check the dataset's build_info.{kind}s.storage (relative paths are below the data root, "
-        f"LAVIS_LITE_DATA) or remove the records. ({NEVER_SKIPPED if share is None else MAY_BE_SKIPPED})"
+        "LAVIS_LITE_DATA) or remove the records; `lavis-lite data check` names every such file. "
+        f"({NEVER_SKIPPED if share is None else MAY_BE_SKIPPED})"
     )
 
 

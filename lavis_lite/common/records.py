@@ -91,7 +91,7 @@ class RecordCheck:
             kept = [item for item in value if not self.is_blank(item, kind)] if isinstance(value, list) else value
             if isinstance(kept, str) and self.is_blank(kept, kind):
                 kept = None
-            if kept is not value:
+            if kept != value:  # a list without blanks is a copy of itself
                 changed[name] = kept
         found = {**record, **changed} if changed else record
         is_empty = any(all(found.get(name) in (None, []) for name in names) for names in self._required)

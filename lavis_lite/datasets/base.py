@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import logging
 import mmap
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, TypedDict, get_args
@@ -24,19 +21,18 @@ from torch.utils.data import Dataset
 
 from lavis_lite.common import dist
 from lavis_lite.common.bounds import one_of
-from lavis_lite.common.checkpoint import atomic_write
 from lavis_lite.common.config.schema import schema_of
 from lavis_lite.common.config.sections import PROCESSOR_KEYS
-from lavis_lite.common.config.zoo import packaged_dataset
-from lavis_lite.common.errors import InputError, MissingFileError, UnknownNameError
+from lavis_lite.common.config.zoo import dataset_zoo, packaged_dataset
+from lavis_lite.common.errors import InputError, UnknownNameError
 from lavis_lite.common.pixels import is_constant
 from lavis_lite.common.records import Kind, Record, RecordCheck
 from lavis_lite.common.registry import registry
-from lavis_lite.common.sources import download
-from lavis_lite.datasets.annotations import as_list, check_unique, place_of
+from lavis_lite.datasets.annotations import check_unique, place_of
 from lavis_lite.datasets.image import OpensImages, open_image
 from lavis_lite.datasets.readers import Reader, find_reader
 from lavis_lite.datasets.readers.files import PLACE, SplitFiles
+from lavis_lite.datasets.storage import annotation_files, missing_folder, resolve_storage, section_of, visual_folder
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +79,8 @@ class BaseDataset(Dataset):
         check = RecordCheck(clean=text_processor, allow_blank=blank_texts == "skip")
         self.record_check = replace(check, required=self.required, fields=self.fields)
         self.places: list[tuple[str | Path, int]] = []
+        self.num_blank = 0
+        """Records of which blank texts were left out."""
         files = SplitFiles(
             paths=self.annotation_paths, split=split, root=self.vis_root, columns=columns or {}, check=check
         )
@@ -115,11 +113,12 @@ class BaseDataset(Dataset):
         where = ", ".join(map(str, self.annotation_paths))
         if not kept:
             raise InputError(f"{where}: all {len(records)} records have blank texts; fill them in")
-        if num_blank := sum(new is not old for new, old in zip(found, records, strict=True)):
-            counts = (
-                f"{num_blank} of {len(records)} records are left out, and {len(records) - len(kept)} of these records"
+        self.num_blank = sum(new is not old for new, old in zip(found, records, strict=True))
+        if self.num_blank:
+            logger.warning(
+                f"{where}: blank texts of {self.num_blank} of {len(records)} records are left out, and "
+                f"{len(records) - len(kept)} of these records, which have no other"
             )
-            logger.warning(f"{where}: blank texts of {counts}, which have no other")
         self.places = [self.places[number] for number in kept]
         return [record for record in found if record is not None]
 
@@ -187,12 +186,16 @@ class AnnotationFiles(TypedDict, total=False):
     url: str | list[str]
     md5: str | list[str]
     storage: str | list[str]
+    num_samples: int
 
 
 class VisualFolder(TypedDict, total=False):
     """The folder that the records' paths of images or videos start from."""
 
     storage: str | None
+    archives: dict[str, Any]
+    listed: dict[str, Any]
+    needed: dict[str, list[str]]
 
 
 class BuildInfo(TypedDict, total=False):
@@ -201,15 +204,18 @@ class BuildInfo(TypedDict, total=False):
     annotations: dict[str, AnnotationFiles | None] | None
     images: VisualFolder | None
     videos: VisualFolder | None
+    homepage: str | None
+    licence: str | None
 
 
 @dataclass(kw_only=True)
 class BaseBuilder:
     """The keys of a dataset's YAML, and the datasets that are built from them.
 
-    `build_info`: `{annotations: {<split>: {url, md5, storage}}, images: {storage}}`; `url` and `storage` may be lists
-    of equal length. Relative storages are below the data root (environment variable LAVIS_LITE_DATA). `videos` is
-    another name for `images`, as in LAVIS.
+    `build_info`: `{annotations: {<split>: {url, md5, storage, num_samples}}, images: {storage, archives, listed,
+    needed}, homepage, licence}`, read by `datasets/storage.py`. `url` and `storage` may be lists of equal length.
+    Relative storages are below the data root (environment variable LAVIS_LITE_DATA). `videos` is another name for
+    `images`, as in LAVIS.
     """
 
     data_type: str = "images"
@@ -237,7 +243,7 @@ class BaseBuilder:
 
     def splits(self) -> list[str]:
         """Return the names of all splits."""
-        return [name for name, entry in (self.build_info.get("annotations") or {}).items() if entry is not None]
+        return [name for name, entry in section_of(self.build_info, "annotations").items() if entry is not None]
 
     def build(self, splits: Iterable[str] | None = None) -> dict[str, BaseDataset]:
         """Return one dataset per split (all splits by default). Raises KeyError for a split that is not configured."""
@@ -262,34 +268,20 @@ class BaseBuilder:
 
     def annotation_paths(self, split: str) -> list[Path]:
         """Return the split's annotation files on disk, fetched if need be."""
-        entry = (self.build_info.get("annotations") or {})[split] or {}
-        where = f"{type(self).__name__}: build_info.annotations.{split}"
-        urls, storages, sums = (as_list(entry.get(key) or []) for key in ("url", "storage", "md5"))
-        count = max(len(urls), len(storages))
-        if not count or any(len(values) not in (0, count) for values in (urls, storages, sums)):
-            raise InputError(f"{where} needs a url or a storage, or lists of them of the same length; got {entry!r}")
-        return [locate(*files, where=where) for files in zip_longest(urls, storages, sums)]
+        return [file.fetch() for file in annotation_files(self.build_info, split, owner=type(self).__name__)]
 
     def image_root(self) -> Path:
         """Return the folder that the annotations' paths of images or videos start from.
 
         Raises FileNotFoundError if it is missing, InputError if there are two.
         """
-        folders = {"images": self.build_info.get("images"), "videos": self.build_info.get("videos")}
-        given = {kind: folder["storage"] or "" for kind, folder in folders.items() if folder and folder.get("storage")}
-        if len(given) > 1:
-            raise InputError(
-                f"{type(self).__name__}: build_info names two folders, {given}: set build_info.images or "
-                "build_info.videos to null"
-            )
-        kind, storage = next(iter(given.items()), ("images", ""))
-        root = resolve_storage(storage)
-        if given and not root.is_dir():
-            raise MissingFileError(
-                f"{type(self).__name__}: {kind[:-1]} folder not found: {root}. Set build_info.{kind}.storage, or the "
-                "environment variable LAVIS_LITE_DATA to the data root"
-            )
-        return root
+        owner = type(self).__name__
+        folder = visual_folder(self.build_info, owner=owner)
+        if folder is None:
+            return resolve_storage("")
+        if not folder.path().is_dir():
+            raise missing_folder(folder, owner=owner, is_packaged=owner in dataset_zoo)
+        return folder.path()
 
     def dataset_class(self, split: str) -> type[BaseDataset]:
         """Return the class of the split's dataset."""
@@ -314,32 +306,6 @@ def make_processor(blocks: dict[str, Any], split: str) -> Callable[[Any], Any]:
     """Return the processor of the split's block (`train` for the split of that name, else `eval`), or `identity`."""
     block = dict(blocks.get("train" if split == "train" else "eval") or {})
     return registry.get_processor_class(block.pop("name"))(**block) if block else identity
-
-
-def resolve_storage(storage: str) -> Path:
-    """Return an absolute path as it is, a relative one below the data root."""
-    return download.data_root() / Path(storage).expanduser()
-
-
-def locate(url: str | None, storage: str | None, md5: str | None, *, where: str = "") -> Path:
-    """Return the file on disk: the storage if it exists, else a local `url` as it is, else fetched to the storage."""
-    target = resolve_storage(storage) if storage else None
-    if target is not None and target.is_dir():
-        raise InputError(f"{where}.storage: {target} is a folder; name the annotation file (.json, .jsonl, .csv, .tsv)")
-    local = Path(url).expanduser().absolute() if url and "://" not in url else None
-    files = [file for file in (target, local) if file is not None]
-    if found := [file for file in files if file.is_file()]:
-        return found[0]
-    if url is None or local is not None:
-        raise MissingFileError(
-            f"{where}: annotation file not found: {', nor '.join(map(str, files))}, and no url to fetch it from. Give "
-            "an absolute path as storage, or set the environment variable LAVIS_LITE_DATA to the data root"
-        )
-    fetched = download.fetch(url, md5=md5)
-    if target is None:
-        return fetched
-    with fetched.open("rb") as file:
-        return atomic_write(target, partial(shutil.copyfileobj, file))
 
 
 def load_dataset(name: str, type: str = "default", splits: Iterable[str] | None = None) -> dict[str, BaseDataset]:

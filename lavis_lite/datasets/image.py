@@ -35,7 +35,8 @@ def open_image(path: str | Path, *, background: str = "white", max_pixels: int =
     except FileNotFoundError:
         raise UnreadableSample(
             f"image file not found: {path}. Check the dataset's build_info.images.storage (relative paths are below "
-            "the environment variable LAVIS_LITE_DATA), or remove the record"
+            "the environment variable LAVIS_LITE_DATA), or remove the record. `lavis-lite data check` names every file "
+            "that is missing or broken"
         ) from None
     except InputError as error:
         raise UnreadableSample(f"image file {path}: {error}") from None

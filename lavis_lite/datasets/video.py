@@ -24,6 +24,7 @@ def read_frames(
     except FileNotFoundError:
         raise UnreadableSample(
             f"video file not found: {path}. Check the dataset's build_info.videos.storage or images.storage "
-            "(relative paths are below the environment variable LAVIS_LITE_DATA), or remove the record"
+            "(relative paths are below the environment variable LAVIS_LITE_DATA), or remove the record. "
+            "`lavis-lite data check` names every file that is missing or broken"
         ) from None
     return processed(frames, processor)

@@ -65,9 +65,14 @@ def forward_parameters(model_class: Any) -> frozenset[str]:
     return frozenset(inspect.signature(model_class.forward).parameters)
 
 
+def packaged_names() -> list[str]:
+    """Return the names of this package's tiny models."""
+    return sorted(path.parent.name for path in PACKAGED.glob("*/tokenizer.json"))
+
+
 def locate(source: str | Path) -> str:
     """Return the folder of a packaged or local model, or the hub id. MissingFileError for a folder that is missing."""
-    packaged = sorted(path.parent.name for path in PACKAGED.glob("*/tokenizer.json"))
+    packaged = packaged_names()
     if str(source) in packaged:
         return str(PACKAGED / str(source))
     give = f"give a folder with config.json, tokenizer and weights, a hub id, or one of {', '.join(packaged)}"

@@ -20,7 +20,7 @@ from lavis_lite.common.config.schema import schema_of
 from lavis_lite.common.config.sections import builder_name
 from lavis_lite.common.errors import InputError, MissingInputError
 from lavis_lite.common.registry import registry
-from lavis_lite.datasets.base import BaseDataset
+from lavis_lite.datasets.base import BaseBuilder, BaseDataset
 from lavis_lite.datasets.protocols import EvalDataset, SampleDict, Samples
 from lavis_lite.models.base import BaseModel
 from lavis_lite.nn.decoding import BOUNDS
@@ -101,11 +101,8 @@ class BaseTask:
         """
         wanted = wanted_splits(cfg.run)
         built, existing = {}, {}
-        for name, section in cfg.datasets.items():
-            arguments = {key: value for key, value in section.items() if key not in ("type", "builder")}
-            if name in cfg.prompts:
-                arguments["instructions"] = cfg.prompts[name]
-            builder = registry.get_builder_class(builder_name(name, section))(**arguments)
+        for name in cfg.datasets:
+            builder = make_builder(cfg, name)
             existing[name] = list(builder.splits())
             if splits := builder.build([split for split in wanted if split in existing[name]]):
                 built[name] = splits
@@ -212,6 +209,16 @@ def check_settings(model_class: type, method: str, settings: Mapping[str, Any]) 
         takes = ", ".join(name for name in parameters if name not in ("self", "samples"))
         name = f"{model_class.__name__}.{method}"
         raise InputError(f"{name}: must take the setting {missing[0]!r}, takes only {takes}; accept **settings")
+
+
+def make_builder(cfg: Config, name: str) -> BaseBuilder:
+    """Return the builder of a dataset of the configuration."""
+    section = cfg.datasets[name]
+    arguments = {key: value for key, value in section.items() if key not in ("type", "builder")}
+    if name in cfg.prompts:
+        arguments["instructions"] = cfg.prompts[name]
+    builder: BaseBuilder = registry.get_builder_class(builder_name(name, section))(**arguments)
+    return builder
 
 
 def wanted_splits(run: RunConfig) -> list[str]:

@@ -186,6 +186,6 @@ def read_references(path: Path) -> dict[Any, list[str]]:
 
 def read_domains(path: Path) -> dict[Any, str]:
     """Return the field `domain` of the file's images, as in nocaps' own file, by image id, of those that have it."""
-    images = json.loads(path.read_text(encoding="utf-8")).get("images")
+    images = read_json(path).get("images")
     records = [image for image in images if isinstance(image, dict)] if isinstance(images, list) else []
     return {str(image.get("id")): image["domain"] for image in records if isinstance(image.get("domain"), str)}

@@ -14,8 +14,9 @@ import http.client
 import logging
 import os
 import re
-import shutil
+import time
 from pathlib import Path
+from typing import Any, BinaryIO
 from urllib.error import HTTPError
 from urllib.parse import parse_qs, unquote, urldefrag, urlsplit
 from urllib.request import Request, url2pathname, urlopen
@@ -31,8 +32,10 @@ ATTEMPTS = 20
 TIMEOUT = 60
 """Seconds without a byte after which a connection counts as lost."""
 CHUNK = 2**20
+PROGRESS = 10
+"""Seconds between two lines about a download in the log."""
 MAX_NAME = 100
-"""Last characters of a URL's file name that a cached file keeps; file systems allow 255."""
+"""Characters of a URL's file name that a cached file keeps; file systems allow 255."""
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 LOOSE_HUB_ID = re.compile(rf"[\w-][\w.-]*|{HUB_ID.pattern}")
 """Some old repositories, such as `bert-base-uncased`, have no owner."""
@@ -91,13 +94,22 @@ def local_folder(source: str | Path, *, what: str = "folder", give: str = "give 
     if is_id and not is_inside and not path.exists():
         return None
     problem = "is a file, not a folder" if path.exists() else "does not exist"
-    raise MissingFileError(f"{what} {name} {problem}; relative paths start at {Path.cwd()}: {give}")
+    near = similar_names(path, only_folders=True) if is_inside else []
+    listing = f" ({path.parent} has {', '.join(near)})" if near else ""
+    raise MissingFileError(f"{what} {name} {problem}{listing}; relative paths start at {Path.cwd()}: {give}")
+
+
+def similar_names(path: Path, *, only_folders: bool = False) -> list[str]:
+    """Return the names in the path's folder that are similar to its own, or else the first ones."""
+    entries = path.parent.iterdir() if path.parent.is_dir() else ()
+    visible = (entry for entry in entries if not entry.name.startswith("."))
+    names = sorted(entry.name for entry in visible if entry.is_dir() or not only_folders)
+    return difflib.get_close_matches(path.name, names, n=3) or names[:5]
 
 
 def missing_file(path: Path) -> MissingFileError:
     """Return the error about a file that is not there, with similar names in its folder."""
-    names = sorted(entry.name for entry in path.parent.glob("[!.]*"))
-    near = difflib.get_close_matches(path.name, names, n=3) or names[:5]
+    near = similar_names(path)
     hint = f"did you mean {', '.join(near)}?" if near else f"the folder {path.parent} is empty or does not exist"
     return MissingFileError(f"no file {path} (relative paths start at {Path.cwd()}); {hint}")
 
@@ -122,46 +134,104 @@ def fetch_folder(source: str | Path) -> Path:
             if any(folder.glob(weights)):
                 return folder
     except LocalEntryNotFoundError as error:
-        reason = " because LAVIS_LITE_OFFLINE is set" if is_offline() else ""
-        problem = f"is neither a folder here nor in the hub's cache, and the hub cannot be reached{reason}"
-        raise MissingFileError(f"{source} {problem}: give a local folder") from error
+        raise MissingFileError(
+            f"{source} is neither a folder here nor in the hub's cache, and the hub cannot be reached"
+            f"{' because LAVIS_LITE_OFFLINE is set' if is_offline() else ''}: give a local folder"
+        ) from error
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UnreachableError(f"{source} is not a folder here, and the hub's answer is: {reason}") from error
     return folder
 
 
-def fetch(source: str | Path, *, md5: str | None = None) -> Path:
+def fetch(
+    source: str | Path,
+    *,
+    cache_dir: str | Path | None = None,
+    sha256: str | None = None,
+    md5: str | None = None,
+    size: int | None = None,
+) -> Path:
     """Return the local path of `source`: a path or file:// URL as it is; an http(s) URL is downloaded once.
 
-    Hashes (`md5`, the URL's SHA-256, the server's MD5) and the server's size are checked after the download, not of a
-    file that is cached already. A download that was cut off is resumed, also by the next call.
+    `cache_dir` is the folder to download into (default `downloads` in the cache), `size` is in bytes. A cached file is
+    checked by `size` only; hashes, and the server's size and MD5, are checked after the download. A download that was
+    cut off is resumed, also by the next call.
 
     Raises:
         FileNotFoundError: a local file is missing, or the file is not cached and LAVIS_LITE_OFFLINE is set.
         ConnectionError: the download failed.
-        ValueError: a hash is not as expected, or this is not a URL.
+        ValueError: the size or a hash is not as expected.
     """
-    text = str(source)
-    if not is_url(text):
-        path = Path(url2pathname(urlsplit(text).path)) if text.startswith("file://") else Path(text).expanduser()
-        if not path.exists():
-            raise missing_file(path)
-        _check(path, source=path, md5=md5)
+    if not is_url(source):
+        path = _local_path(source)
+        _check(path, source=path, sha256=sha256, md5=md5, size=size)
         return path
-    try:
-        url, fragment = urldefrag(text)
-        target = cache_dir() / "downloads" / _cache_name(url)
-    except ValueError as error:
-        raise InputError(f"{text!r} is not a URL: {error}") from None
-    if target.is_file():
+    url, fragment = _split(str(source))
+    sha256 = sha256 or _sha256_of(fragment, url=url)
+    target = cached_path(url, cache_dir)
+    if target.is_file() and size in (None, target.stat().st_size):
         return target
     if is_offline():
         raise MissingFileError(
             f"{url} is not in the cache and LAVIS_LITE_OFFLINE is set: put the file at {target}, or unset the variable"
         )
-    _download(_mirrored(url), target, sha256=parse_qs(fragment).get("sha256", [None])[0], md5=md5)
+    _download(_mirrored(url), target, sha256=sha256, md5=md5, size=size)
     return target
+
+
+_cache = cache_dir  # `fetch` has an argument of that name
+
+
+def cached_path(url: str, cache_dir: str | Path | None = None) -> Path:
+    """Return where `fetch` puts the file of a URL, whether or not it is there."""
+    url, _ = _split(url)
+    folder = Path(cache_dir or _cache() / "downloads").expanduser()
+    target = folder / _cache_name(url)
+    assert target.parent.resolve() == folder.resolve(), f"{url} would be cached outside {folder}: {target}"
+    return target
+
+
+def fetch_unlocked(url: str, target: Path) -> None:
+    """Download one of many files to `target`, resumed and written aside as by `fetch`, without a lock of its own.
+
+    The caller holds a lock on the folder. Raises as `fetch` does.
+    """
+    url, _ = _split(url)
+    if is_offline():
+        raise MissingFileError(
+            f"{url} is not here and LAVIS_LITE_OFFLINE is set: unset it, or put the file at {target}"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _complete(_mirrored(url), target, sha256=None, md5=None, size=None)
+
+
+def _local_path(source: str | Path) -> Path:
+    text = str(source)
+    path = Path(url2pathname(urlsplit(text).path)) if text.startswith("file://") else Path(text).expanduser()
+    if not path.exists():
+        raise missing_file(path)
+    return path
+
+
+def _sha256_of(fragment: str, *, url: str) -> str | None:
+    """Return the checksum in a URL's fragment, if there is one."""
+    found = parse_qs(fragment).get("sha256", [None])[0]
+    if found is not None and not re.fullmatch("[0-9a-fA-F]{64}", found):
+        raise InputError(f"{url}: the checksum sha256={found} is not 64 hexadecimal digits")
+    return found
+
+
+def _split(source: str) -> tuple[str, str]:
+    """Return a URL and its fragment. ValueError for text that is not a URL."""
+    try:
+        url, fragment = urldefrag(source)
+        urlsplit(url)
+    except ValueError as error:
+        raise InputError(f"{source!r} is not a URL: {error}") from None
+    if not url.isascii() or not url.isprintable() or " " in url:
+        raise InputError(f"{source!r} is not a URL: write spaces and characters outside ASCII as %XX")
+    return url, fragment
 
 
 def _cache_name(url: str) -> str:
@@ -170,46 +240,51 @@ def _cache_name(url: str) -> str:
 
     Note: a server or a recipe chooses the URL, and `%2f..` in it would leave the cache, so it is cleaned after
     unquoting.
-
-    Raises:
-        ValueError: this is not a URL of ASCII characters.
     """
     component = unquote(urlsplit(url).path.rstrip("/")).rsplit("/", maxsplit=1)[-1]
-    name = re.sub(r"[^A-Za-z0-9._-]+", "_", component)[-MAX_NAME:] or "index"
-    return f"{hashlib.sha256(url.encode('ascii')).hexdigest()[:8]}-{name}"
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", component) or "index"
+    stem, dot, suffix = name.rpartition(".")
+    if len(name) > MAX_NAME:  # keep the suffix, which names the file's format
+        name = f"{stem[: MAX_NAME - 1 - len(suffix)]}.{suffix}" if dot and len(suffix) < 20 else name[:MAX_NAME]
+    return f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
 
 
 def _mirrored(url: str) -> str:
     for rule in filter(None, os.environ.get("LAVIS_LITE_MIRROR", "").split(",")):
-        old, _, new = rule.partition("=")
-        if not old or not new:
+        old, separator, new = rule.partition("=")
+        if not separator or not old or not new:
             raise InputError(f"LAVIS_LITE_MIRROR: {rule!r} is not of the form old-prefix=new-prefix")
         if url.startswith(old):
             return new + url.removeprefix(old)
     return url
 
 
-def _download(url: str, target: Path, *, sha256: str | None, md5: str | None) -> None:
+def _download(url: str, target: Path, *, sha256: str | None, md5: str | None, size: int | None) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.part")
     with FileLock(f"{target}.lock"):
-        if target.is_file():
+        if target.is_file() and size in (None, target.stat().st_size):
             return  # another process was faster
-        try:
-            headers = _transfer(url, partial)
-        except (OSError, http.client.HTTPException) as error:
-            raise UnreachableError(
-                f"cannot download {url}: {error}. {_kept_bytes(partial):,} bytes are kept for the next attempt; or put "
-                f"the file at {target}, or set LAVIS_LITE_MIRROR=old-prefix=new"
-            ) from error
-        try:
-            published = re.search(r"md5=([\w+/=]+)", ",".join(headers.get_all("x-goog-hash", [])))  # Google's storage
-            md5 = md5 or (base64.b64decode(published[1]).hex() if published else None)
-            _check(partial, source=url, sha256=sha256, md5=md5)
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
-            _tag(partial).unlink(missing_ok=True)
+        _complete(url, target, sha256=sha256, md5=md5, size=size)
+
+
+def _complete(url: str, target: Path, *, sha256: str | None, md5: str | None, size: int | None) -> None:
+    """Download to a file beside `target`, check it and rename it; a transfer that is cut off stays, to be resumed."""
+    partial = target.with_name(f".{target.name}.part")
+    try:
+        headers = _transfer(url, partial)
+    except (OSError, http.client.HTTPException) as error:
+        kept = _kept_bytes(partial)
+        raise UnreachableError(
+            f"cannot download {url}: {error}. "
+            + (f"{kept:,} bytes are kept, and the next attempt resumes there. " if kept else "")
+            + f"Put the file at {target}, or set LAVIS_LITE_MIRROR=old-prefix=new"
+        ) from error
+    try:
+        _check(partial, source=url, sha256=sha256, md5=md5 or _published_md5(headers), size=size)
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+        _tag(partial).unlink(missing_ok=True)
 
 
 def _transfer(url: str, partial: Path) -> email.message.Message:
@@ -250,11 +325,25 @@ def _receive(url: str, partial: Path) -> email.message.Message:
         expected = None if promised is None else int(promised) + (start if continues else 0)
         logger.info(f"downloading {url}" + ("" if expected is None else f" ({expected / 2**20:,.1f} MiB)"))
         with partial.open("ab" if continues else "wb") as file:
-            shutil.copyfileobj(response, file, CHUNK)
+            _copy(response, file, url=url, expected=expected)
         found = partial.stat().st_size
         if expected is not None and found < expected:
             raise UnreachableError(f"the connection ended after {found:,} of {expected:,} bytes")
         return response.headers
+
+
+def _copy(response: Any, file: BinaryIO, *, url: str, expected: int | None) -> None:
+    """Copy a response to a file; every `PROGRESS` seconds the log says how far it is."""
+    begun = reported = time.monotonic()
+    start = file.tell()
+    while chunk := response.read(CHUNK):
+        file.write(chunk)
+        now = time.monotonic()
+        if now - reported >= PROGRESS:
+            reported, done = now, file.tell()
+            rate = (done - start) / (now - begun) / 2**20
+            of = "" if not expected else f" of {expected / 2**20:,.0f} MiB, {done / expected:.0%}"
+            logger.info(f"{url}: {done / 2**20:,.0f}{of or ' MiB'}, {rate:,.1f} MiB/s")
 
 
 def _kept_bytes(partial: Path) -> int:
@@ -267,8 +356,21 @@ def _tag(partial: Path) -> Path:
     return partial.with_name(f"{partial.name}.tag")
 
 
-def _check(path: Path, *, source: str | Path, **hashes: str | None) -> None:
-    for name, expected in hashes.items():
+def _published_md5(headers: email.message.Message) -> str | None:
+    """Return the MD5 that Google's storage, where LAVIS's files lie, sends with a file."""
+    for value in headers.get_all("x-goog-hash", []):
+        for item in value.split(","):
+            if item.strip().startswith("md5="):
+                return base64.b64decode(item.strip().removeprefix("md5=")).hex()
+    return None
+
+
+def _check(path: Path, *, source: str | Path, sha256: str | None, md5: str | None, size: int | None) -> None:
+    if size is not None and path.stat().st_size != size:
+        raise InputError(
+            f"{source} has {path.stat().st_size} bytes, not {size}: the file is cut short, or is another file"
+        )
+    for name, expected in (("sha256", sha256), ("md5", md5)):
         if expected is None:
             continue
         with path.open("rb") as file:

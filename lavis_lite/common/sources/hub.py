@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+import huggingface_hub
 import torch
 from huggingface_hub import constants
 from torch import nn
@@ -32,11 +33,9 @@ def from_hub(load: Callable[..., Any], source: str | Path, **settings: Any) -> A
         FileNotFoundError: it cannot be loaded, or it is not on this machine and LAVIS_LITE_OFFLINE is set.
         ValueError: it needs code of its own, or its weights hold pickled code or compressed entries.
     """
-    if is_local := Path(source).is_dir():
-        for path in Path(source).glob("pytorch_model*.bin"):
-            checkpoint.refuse_compressed(path)
-        for index in Path(source).glob("*.index.json"):
-            folders.shards(index)  # refuses files outside the folder
+    is_local = Path(source).is_dir()
+    if is_local:
+        _check_folder(Path(source))
     reason: Exception | None = None
     for local_only in (True,) if is_local or download.is_offline() else (True, False):
         try:
@@ -59,22 +58,15 @@ def timm_model(name: str, *, pretrained: bool = True) -> nn.Module:
     """
     import timm
 
-    cached = None
+    settings: dict[str, Any] = {}
     if ":" not in name:  # hf_hub:owner/name is timm's name of a repository
         config = timm_config(name)
         if pretrained and not config.has_weights:
             raise InputError(f"timm has no published weights of {name}: give a file of weights instead")
-        if not config.hf_hub_id:  # else timm takes the hub's cache
-            cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(str(config.url)).path).name
-    try:
-        if pretrained and download.is_offline() and cached is not None and not cached.is_file():
-            raise FileNotFoundError(f"no file {cached}")
-        with _hub_offline(), _refusing_code(name):
-            return timm.create_model(name, pretrained=pretrained)
-    except OSError as error:
-        reason = "; LAVIS_LITE_OFFLINE is set" if download.is_offline() else ""
-        problem = f"the weights of timm's {name} are not on this machine and cannot be fetched{reason}"
-        raise MissingFileError(f"{problem}: give a file of weights instead of the name ({error})") from error
+        if pretrained and download.is_offline():
+            settings["pretrained_cfg_overlay"] = {"file": str(cached_timm_weights(name, config))}
+    with _hub_offline(), _refusing_code(name):
+        return timm.create_model(name, pretrained=pretrained, **settings)
 
 
 def timm_config(name: str) -> "PretrainedCfg":
@@ -88,6 +80,24 @@ def timm_config(name: str) -> "PretrainedCfg":
         raise InputError(f"unknown timm model {name}: {error} {did_you_mean(name, timm.list_pretrained())}") from error
     assert config is not None, f"timm returned no record of {name}"  # it does so only if unregistered names are allowed
     return config
+
+
+def cached_timm_weights(name: str, config: "PretrainedCfg") -> Path:
+    """Return the file of a timm model's weights in the hub's cache or torch's. FileNotFoundError if neither has it."""
+    repository, _, revision = (config.hf_hub_id or "").partition("@")
+    names = [config.hf_hub_filename] if config.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
+    for file in names if repository else []:
+        found = huggingface_hub.try_to_load_from_cache(repository, file, revision=revision or None)
+        if isinstance(found, str):
+            return Path(found)
+    if isinstance(config.url, str):
+        path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(config.url).path).name
+        if path.is_file():
+            return path
+    raise MissingFileError(
+        f"the weights of timm's {name} are not on this machine and LAVIS_LITE_OFFLINE is set: unset it, or give a file "
+        "of weights instead of the name"
+    )
 
 
 @contextlib.contextmanager
@@ -104,6 +114,16 @@ def _hub_offline() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
+def _check_folder(folder: Path) -> None:
+    """Raise ValueError for weight files that transformers would read without a check: those with compressed entries,
+    and those outside the folder, which an index may name.
+    """
+    for path in folder.glob("pytorch_model*.bin"):
+        checkpoint.refuse_compressed(path)
+    for index in folder.glob("*.index.json"):
+        folders.shards(index)
+
+
 @contextlib.contextmanager
 def _refusing_code(source: str | Path) -> Iterator[None]:
     """Replace an error of transformers, timm or torch about code in `source` by one that does not advise to run it."""
@@ -112,10 +132,14 @@ def _refusing_code(source: str | Path) -> Iterator[None]:
     except pickle.UnpicklingError as error:
         for path in Path(source).glob("pytorch_model*.bin"):
             checkpoint.load(path)  # names the file, and what it would import
-        problem = "its weights are damaged, or hold pickled code or objects, which reading would run"
-        raise InputError(f"{source}: {problem}: choose a revision with .safetensors files") from error
+        raise InputError(
+            f"{source}: its weights are damaged, or hold pickled code or objects and are refused, because reading them "
+            "would run them: choose a revision with .safetensors files"
+        ) from error
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
-        advice = "choose a model that the installed transformers has a class for, or register a class of yours"
-        raise InputError(f"{source} needs code of its own (auto_map), which is never run: {advice}") from None
+        raise InputError(
+            f"{source} needs code of its own (auto_map in its configuration), which is never run: choose a model that "
+            "the installed transformers has a class for, or register a class of yours (imports: in the YAML)"
+        ) from None

@@ -96,9 +96,7 @@ class Blip2Base(BaseModel):
             grad_checkpoint=use_grad_checkpoint,
             sizes=vit,
         )
-        if vit_weights is None:
-            vit_weights = PUBLISHED.get(vit_model, RANDOM) if vit_model in ENCODERS else f"{weights.TIMM}{vit_model}"
-        self.sources: dict[str, str | None] = {ENCODER: None if vit_weights == RANDOM else vit_weights}
+        self.sources: dict[str, str | None] = {ENCODER: encoder_source(vit_model, vit_weights)}
         self.visual_encoder.to(
             weight_dtype("vit_precision", vit_precision, auto=torch.float32, is_trained=not freeze_vit)
         )
@@ -212,6 +210,13 @@ class Blip2Base(BaseModel):
     def is_restorable(self, name: str) -> bool:
         """Return whether a frozen parameter can be fetched again from its own source."""
         return any(name.startswith(prefix) and source is not None for prefix, source in self.sources.items())
+
+
+def encoder_source(vit_model: str, vit_weights: str | None) -> str | None:
+    """Return the source of the encoder's weights: a file or URL, `timm:<name>`, or None for random ones."""
+    if vit_weights is None:
+        return PUBLISHED.get(vit_model) if vit_model in ENCODERS else f"{weights.TIMM}{vit_model}"
+    return None if vit_weights == RANDOM else vit_weights
 
 
 def encoder_state(state: LazyState) -> LazyState:
