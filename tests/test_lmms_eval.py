@@ -81,11 +81,12 @@ def test_wrong_generation_kwargs_are_named(given: dict[str, Any], parts: list[st
 # Imports
 
 
+@pytest.mark.slow
 def test_the_package_does_not_import_lmms_eval() -> None:
     code = (
         "import sys, lavis_lite, lavis_lite.integrations.lmms_eval_plugin\n"
         "assert not {'torch', 'lmms_eval'} & set(sys.modules)\n"
-        "import lavis_lite.models.loading, lavis_lite.cli.main\n"
+        "import lavis_lite.cli.main\n"
         "assert 'lmms_eval' not in sys.modules"
     )
     environment = {**os.environ, "PYTHONPATH": str(cli_helpers.ROOT)}
@@ -139,8 +140,8 @@ def caches(folder: Path) -> dict[str, str]:
     return {"HF_HOME": str(folder), "LMMS_EVAL_DATASETS_CACHE": str(folder / "datasets"), "HF_HUB_OFFLINE": "1"}
 
 
-def write_task(folder: Path, name: str, rows: list[dict[str, Any]], **settings: Any) -> dict[str, Any]:
-    """Write a task of lmms-eval, its rows (`image` is a path) as a parquet file; return its configuration."""
+def write_task(folder: Path, name: str, rows: list[dict[str, Any]], **settings: Any) -> None:
+    """Write a task of lmms-eval, and its rows (`image` is a path) as a parquet file."""
     import datasets
 
     data = folder / f"{name}.parquet"
@@ -154,11 +155,10 @@ def write_task(folder: Path, name: str, rows: list[dict[str, Any]], **settings: 
         **settings,
     }
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
-    return config
 
 
-def write_questions(folder: Path) -> tuple[dict[str, Any], list[Any]]:
-    """Write the task of answering generated questions; return its configuration, and the questions' ids in order."""
+def write_questions(folder: Path) -> list[Any]:
+    """Write the task `shapes_questions`, to answer generated questions; return their ids in order."""
     data = registry.get_builder_class("shapes_vqa")(**cli_helpers.SHAPES).build(["test"])["test"]
     rows = [
         {"image": str(data.vis_root / r["image"]), "question": r["question"], "answer": r["answers"][0]}
@@ -171,11 +171,12 @@ def write_questions(folder: Path) -> tuple[dict[str, Any], list[Any]]:
         "generation_kwargs": {"max_new_tokens": 5, "num_beams": 2, "length_penalty": 1.0, "temperature": 0},
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     }
-    return write_task(folder, "shapes_questions", rows, **settings), [r["question_id"] for r in data.annotation]
+    write_task(folder, "shapes_questions", rows, **settings)
+    return [r["question_id"] for r in data.annotation]
 
 
-def write_choices(folder: Path) -> dict[str, Any]:
-    """Write the task of choosing among each instruction's options; return its configuration."""
+def write_choices(folder: Path) -> list[int]:
+    """Write the task `shapes_options`, to choose among each instruction's candidates; return the right ones."""
     blocks = {"text_processor": {"eval": {"name": "blip_question"}}}
     builder = registry.get_builder_class("shapes_instruct_options")
     data = builder(**cli_helpers.SHAPES, **blocks).build(["test"])["test"]
@@ -195,7 +196,8 @@ def write_choices(folder: Path) -> dict[str, Any]:
         "doc_to_target": "label",
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }
-    return write_task(folder, "shapes_options", rows, **settings)
+    write_task(folder, "shapes_options", rows, **settings)
+    return [r["label"] for r in data.annotation]
 
 
 def outputs(samples: list[dict[str, Any]]) -> list[Any]:
@@ -203,20 +205,14 @@ def outputs(samples: list[dict[str, Any]]) -> list[Any]:
     return [sample["filtered_resps"] for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
 
 
-def run(model: Any, config: dict[str, Any], manager: Any) -> tuple[list[Any], dict[str, Any]]:
-    """The outputs of a model in lmms-eval's evaluator, and the metrics."""
+def run(model: Any, folder: Path, task: str) -> tuple[list[Any], dict[str, Any]]:
+    """The outputs of a model for a task of a folder in lmms-eval's evaluator, and the metrics."""
     from lmms_eval.evaluator import simple_evaluate
-
-    results = simple_evaluate(model=model, tasks=[dict(config)], task_manager=manager, device="cpu")
-    return outputs(results["samples"][config["task"]]), results["results"][config["task"]]
-
-
-@pytest.fixture(scope="module")
-def manager(adapter: Callable[..., Any]) -> Any:
-    """lmms-eval's index of its tasks, made once because it reads thousands of files."""
     from lmms_eval.tasks import TaskManager
 
-    return TaskManager("ERROR")
+    manager = TaskManager("ERROR", include_path=str(folder), include_defaults=False)
+    results = simple_evaluate(model=model, tasks=[task], task_manager=manager, device="cpu")
+    return outputs(results["samples"][task]), results["results"][task]
 
 
 def evaluated(folder: Path, arch: str, checkpoint: Path, dataset: str, file: str, **run: Any) -> list[dict[str, Any]]:
@@ -236,31 +232,31 @@ def evaluated(folder: Path, arch: str, checkpoint: Path, dataset: str, file: str
 # Same items, same outputs
 
 
-VQA = {"task": "vqa", "inference_method": "generate", "max_len": 5, "num_beams": 2, "length_penalty": 1.0}
+VQA = {"task": "vqa", "inference_method": "generate", "num_beams": 2, "length_penalty": 1.0}
 
 
 @needs_lmms_eval
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arch", "arguments"),
-    [("blip_vqa", {}), ("blip2_t5_instruct", {"prompt": TEMPLATE, "text_processor": "blip_question"})],
+    ("arch", "max_len", "arguments"),  # for five new tokens: `blip_vqa` counts its start token too
+    [("blip_vqa", 6, {}), ("blip2_t5_instruct", 5, {"prompt": TEMPLATE, "text_processor": "blip_question"})],
 )
 def test_answers_are_those_of_evaluate(
     adapter: Callable[..., Any],
     saved: Callable[[str], Path],
-    manager: Any,
     arch: str,
+    max_len: int,
     arguments: dict[str, Any],
     shapes_data: Path,
     tmp_path: Path,
 ) -> None:
-    config, ids = write_questions(tmp_path)
-    prompt = {"prompt": TEMPLATE} if "prompt" in arguments else {}
-    ours = evaluated(tmp_path, arch, saved(arch), "shapes_vqa", "test_vqa.json", **VQA, **prompt)
+    ids = write_questions(tmp_path)
+    settings = {**VQA, "max_len": max_len, "prompt": arguments.get("prompt", "")}
+    ours = evaluated(tmp_path, arch, saved(arch), "shapes_vqa", "test_vqa.json", **settings)
     expected = {entry["question_id"]: entry["answer"] for entry in ours}
     assert len(set(expected.values())) > 3, "answers depend on the item"
     for batch_size in (4, 1):
-        answers, _ = run(adapter(arch, **arguments, batch_size=batch_size), config, manager)
+        answers, _ = run(adapter(arch, **arguments, batch_size=batch_size), tmp_path, "shapes_questions")
         assert [answer for (answer,) in answers] == [expected[key] for key in ids]
 
 
@@ -270,31 +266,22 @@ def test_answers_are_those_of_evaluate(
 def test_candidates_are_ranked_as_by_evaluate(
     adapter: Callable[..., Any],
     saved: Callable[[str], Path],
-    manager: Any,
     arch: str,
     shapes_data: Path,
     tmp_path: Path,
 ) -> None:
-    config = write_choices(tmp_path)
+    labels = write_choices(tmp_path)
     ours = evaluated(tmp_path, arch, saved(arch), "shapes_instruct_options", "test_predictions.json", task="instruct")
     expected = [entry["losses"] for entry in sorted(ours, key=lambda entry: int(entry["instance_id"]))]
     chosen = [int(np.argmin(losses)) for losses in expected]
     assert len(set(chosen)) > 1, "choices depend on the item"
     for batch_size in (4, 1):
-        found, metrics = run(adapter(arch, batch_size=batch_size), config, manager)
+        found, metrics = run(adapter(arch, batch_size=batch_size), tmp_path, "shapes_options")
         losses = [[loss for loss, _ in candidates] for candidates in found]
         assert [int(np.argmin(own)) for own in losses] == chosen
         for own, other in zip(losses, expected, strict=True):
             assert own == pytest.approx(other, rel=1e-4)
-        labels = yaml_labels(tmp_path)
         assert metrics["acc,none"] == pytest.approx(np.mean([a == b for a, b in zip(chosen, labels, strict=True)]))
-
-
-def yaml_labels(folder: Path) -> list[int]:
-    """The labels in the written task of choices."""
-    import datasets
-
-    return datasets.Dataset.from_parquet(str(folder / "shapes_options.parquet"))["label"]
 
 
 @needs_lmms_eval
@@ -302,18 +289,19 @@ def yaml_labels(folder: Path) -> list[int]:
 def test_the_command_finds_the_model_by_its_entry_point(
     adapter: Callable[..., Any], saved: Callable[[str], Path], shapes_data: Path, tmp_path: Path
 ) -> None:
-    config, ids = write_questions(tmp_path)
+    ids = write_questions(tmp_path)
     arguments = f"arch=blip2_opt,model_type=tiny,checkpoint={saved('blip2_opt')},prompt={TEMPLATE}"
     command = ["--model", "lavis_lite", "--model_args", f"{arguments},text_processor=blip_question"]
-    command += ["--tasks", config["task"], "--include_path", str(tmp_path), "--batch_size", "4", "--device", "cpu"]
+    command += ["--tasks", "shapes_questions", "--include_path", str(tmp_path), "--batch_size", "4", "--device", "cpu"]
     command += ["--log_samples", "--output_path", str(tmp_path / "theirs")]
     environment = {**os.environ, "PYTHONPATH": str(cli_helpers.ROOT), **caches(tmp_path / "huggingface")}
     subprocess.run([sys.executable, "-m", "lmms_eval", *command], env=environment, cwd=tmp_path, check=True)
     (file,) = (tmp_path / "theirs").rglob("*_samples_shapes_questions.jsonl")
     answers = outputs([json.loads(line) for line in file.read_text().splitlines()])
-    ours = evaluated(tmp_path, "blip2_opt", saved("blip2_opt"), "shapes_vqa", "test_vqa.json", **VQA, prompt=TEMPLATE)
+    asked = {"max_len": 5, "prompt": TEMPLATE}
+    ours = evaluated(tmp_path, "blip2_opt", saved("blip2_opt"), "shapes_vqa", "test_vqa.json", **VQA, **asked)
     expected = {entry["question_id"]: entry["answer"] for entry in ours}
-    assert [answer for (answer,) in answers] == [expected[key] for key in ids]
+    assert answers == [expected[key] for key in ids]
 
 
 # Requests
@@ -346,14 +334,24 @@ def test_several_images_are_read_one_after_the_other(adapter: Callable[..., Any]
 
 
 @needs_lmms_eval
-def test_greedy_outputs_are_marked(adapter: Callable[..., Any]) -> None:
+def test_candidates_of_one_document_are_one_choice(
+    adapter: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = adapter("blip2_opt", batch_size=2)
-    (said,) = model.generate_until(requests(model, (PICTURES[:1], "what"), max_new_tokens=1, num_beams=1))
-    documents = [(PICTURES[:1], "what", f" {said}"), (PICTURES[:1], "what", "zebra")]
-    both = model.loglikelihood([*requests(model, *documents)])
-    sample = {"image": model.process_image(PICTURES[0])[None], "prompt": "what"}
-    losses = model.model.class_losses(sample, [said, "zebra"], divided=False)[0]
-    assert [loss for loss, _ in (result.text for result in both)] == pytest.approx(losses.tolist(), rel=1e-4)
+    documents = [(PICTURES[:1], "what", " red"), (PICTURES[:1], "what", " blue"), (PICTURES[1:2], "why", " zebra")]
+    made = requests(model, *documents)
+    made[1].args = (*made[0].args[:1], " blue", *made[0].args[2:])  # of the first document too
+    images = [model.process_image(image) for image in PICTURES[:2]]
+    expected = [
+        *model.model.class_losses({"image": images[0][None], "prompt": "what"}, ["red", "blue"], divided=False)[0],
+        *model.model.class_losses({"image": images[1][None], "prompt": "why"}, ["zebra"], divided=False)[0],
+    ]
+    settings: dict[str, Any] = {}
+    monkeypatch.setattr(model.model, "generate", lambda _, **given: settings.update(given) or ["blue", "zebra x"])
+    pairs = [result.text for result in model.loglikelihood(made)]
+    assert [loss for loss, _ in pairs] == pytest.approx([float(loss) for loss in expected], rel=1e-4)
+    assert [is_greedy for _, is_greedy in pairs] == [False, True, False]
+    assert (settings["num_beams"], settings["max_new_tokens"]) == (1, len("zebra") + 1)
 
 
 @needs_lmms_eval

@@ -113,7 +113,7 @@ class LavisLite(lmms):
                 "architecture for captions, questions or instructions"
             )
         self.model, self.process_image = model, images["eval"]
-        self.clean: Callable[[str], str] = text_cleaner(text_processor, model, texts)
+        self.clean_text: Callable[[str], str] = text_cleaner(text_processor, model, texts)
         self.prompt = default_prompt(model) if prompt is None else prompt
 
     @property
@@ -206,7 +206,7 @@ class LavisLite(lmms):
         """Return the query with its image and its text: the cleaned context inside `prompt`."""
         with naming(place):
             image = self.image(doc_to_visual(self.document(place)))
-            text = self.clean(context.replace(IMAGE_TAG, "").strip())
+            text = self.clean_text(context.replace(IMAGE_TAG, "").strip())
             text = text if self.prompt is None else fill_placeholders(self.prompt, [text])
         return Query(where=described(place), text=text, image=image, **fields)
 
