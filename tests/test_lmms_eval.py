@@ -7,10 +7,12 @@ lmms-eval (`pip install "lavis-lite[lmms-eval]"`) only the tests of settings and
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +27,7 @@ from PIL import Image
 from lavis_lite.common.errors import InputError, MissingPackageError
 from lavis_lite.common.registry import registry
 from lavis_lite.integrations.lmms_eval_settings import Generation
-from lavis_lite.models import load_model
+from lavis_lite.models import load_model, model_zoo
 
 ADAPTER = "lavis_lite.integrations.lmms_eval"
 TEMPLATE = "Question: {} Short answer:"
@@ -401,3 +403,20 @@ def test_what_a_model_cannot_do_is_an_error(adapter: Callable[..., Any]) -> None
         ranks.loglikelihood([SimpleNamespace(args=("", "red"))])
     with pytest.raises(InputError, match="several rounds"):
         ranks.generate_until_multi_round([])
+
+
+# Documentation
+
+
+def test_documented_commands_name_models_and_settings_that_exist() -> None:
+    page = (cli_helpers.ROOT / "docs" / "lmms_eval.md").read_text(encoding="utf-8")
+    found = re.findall(r'--model_args "([^"]+)"', page)
+    assert len(found) == 3
+    for text in found:
+        given = dict(part.split("=", 1) for part in text.split(","))
+        if "arch" in given:
+            assert given["model_type"] in model_zoo.types(given["arch"])
+            own = {"arch", "model_type", "checkpoint", "prompt", "text_processor", "num_frames", "precision"}
+            assert given.keys() - own <= set(signature(registry.get_model_class(given["arch"])).parameters)
+    for text in re.findall(r"--gen_kwargs ([\w.=,-]+)", page):
+        Generation.of({name: float(value) for name, value in (part.split("=") for part in text.split(","))})
