@@ -70,7 +70,7 @@ class Place(NamedTuple):
 
 
 class LavisLite(lmms):
-    """A model of the zoo, a checkpoint of train.py, or a Hugging Face folder, behind lmms-eval's interface.
+    """A model of the zoo, a checkpoint of train.py, or a Hugging Face folder, with the interface of lmms-eval.
 
     Args:
         arch, model_type, checkpoint: as in `load_model`; without `model_type` as in `from_pretrained`.
@@ -156,7 +156,7 @@ class LavisLite(lmms):
             samples = self.samples(queries)
             with naming(queries), torch.no_grad(), autocast(self._device, self.dtype):
                 losses = model.class_losses(samples, [list(query.candidates) for query in queries], divided=False)
-                greedy = model.generate(samples, **greedy_search(queries))
+                greedy = model.generate(samples, **greedy_search(model, queries))
             if losses.isnan().any():
                 raise InputError(
                     f"{queries[0].where}: losses are not numbers; set precision=fp32, or check the weights"
@@ -304,15 +304,16 @@ def whole_batch_size(value: int | str) -> int:
     return check_number("batch_size", number, 1, MAX_BATCH)
 
 
-def greedy_search(queries: Sequence[Query]) -> dict[str, Any]:
+def greedy_search(model: object, queries: Sequence[Query]) -> dict[str, Any]:
     """Return the settings of greedy search that can write the longest candidate and its end token.
 
-    A token has at least one byte, so a candidate's bytes limit its tokens.
+    A token has at least one byte, so a candidate's bytes limit its tokens, as `max_output_txt_len` does.
     """
     longest = max(len(text.encode()) for query in queries for text in query.candidates)
+    most = model.max_output_txt_len if isinstance(model, Blip2LLM) else MAX_TOKENS - 1
     return {
         "num_beams": 1,
-        "max_new_tokens": min(longest + 1, MAX_TOKENS),
+        "max_new_tokens": min(longest, most) + 1,
         "min_new_tokens": 0,
         "repetition_penalty": 1.0,
     }
