@@ -336,6 +336,17 @@ def test_several_images_are_read_one_after_the_other(adapter: Callable[..., Any]
 
 
 @needs_lmms_eval
+def test_a_video_is_read_by_its_path(adapter: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / "clip.gif"
+    PICTURES[0].save(path, save_all=True, append_images=PICTURES[1:], loop=0)
+    model = adapter("blip2_opt", num_frames=2)
+    asked = requests(model, ([str(path)], "what"), (PICTURES[:2], "what"), max_new_tokens=6, num_beams=1)
+    video, images = model.generate_until(asked)
+    assert video == images, "frames 0 and 1 of 3"
+    assert [video] != model.generate_until(requests(model, (PICTURES[1:], "what"), max_new_tokens=6, num_beams=1))
+
+
+@needs_lmms_eval
 def test_candidates_of_one_document_are_one_choice(
     adapter: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
