@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 
+@runtime_checkable
 class Generates(Protocol):
     """A model that writes texts about images (task `captioning`, and `instruct` without candidates)."""
 
@@ -22,6 +23,7 @@ class Generates(Protocol):
         ...
 
 
+@runtime_checkable
 class AnswersQuestions(Protocol):
     """A model that answers questions (task `vqa` and those derived from it)."""
 
@@ -35,6 +37,7 @@ class AnswersQuestions(Protocol):
         ...
 
 
+@runtime_checkable
 class ScoresCandidates(Protocol):
     """A model that tells how likely given texts are (task `instruct` with candidates)."""
 

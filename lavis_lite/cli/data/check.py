@@ -115,8 +115,7 @@ def without_stops(named: NamedDataset, check: SplitCheck) -> tuple[BaseBuilder, 
         return builder, True
     fetch = "; `lavis-lite data download --images` fetches them" if folder.is_published else ""
     check.problems.append(f"{folder.kind[:-1]} folder not found: {folder.path()}{fetch}")
-    without: Any = {**builder.build_info, folder.kind: None}
-    builder.build_info = without
+    builder.build_info = builder.build_info | {"images": None, "videos": None}
     return builder, False
 
 
