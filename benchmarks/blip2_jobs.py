@@ -24,7 +24,7 @@ from measure import Job, Watched
 from torch import Tensor, nn
 
 from lavis_lite.common.registry import registry
-from lavis_lite.convert.folders import hf_config, hf_model
+from lavis_lite.convert.folders import adapter_of, hf_model
 from lavis_lite.models.batches import Texts, stack_texts
 from lavis_lite.models.blip2.base import PRECISIONS
 from lavis_lite.models.blip2.llm_tokenizer import Batch
@@ -78,7 +78,7 @@ def build_with_llm(part: str, arguments: argparse.Namespace) -> Any:
 
 def build_hf(model: Any, arch: str) -> Any:
     """Build transformers' model with our tensors, frozen."""
-    config = hf_config(model, arch=arch)
+    config = adapter_of(model, arch=arch).config(model, arch=arch)
     if hasattr(model, "lm"):
         config.image_token_index = config.text_config.vocab_size - 1  # not in any text here
     return hf_model(model, config, model.state_dict(), arch=arch).requires_grad_(False)

@@ -193,7 +193,7 @@ def test_labels_that_the_model_has_not(tmp_path: Path, capsys: pytest.CaptureFix
     path = cli_helpers.project(tmp_path, "classification", SHORT)
     text = yaml.safe_load(path.read_text(encoding="utf-8")) | {"datasets": {"classification": own}}
     path.write_text(yaml.safe_dump(text), encoding="utf-8")
-    words = ("train.json: record 3 has label 3", "model.num_classes=3 means labels 0 to 2", "model.num_classes=4")
+    words = ("train.json: sample 3: label 3", "model.num_classes=3")
     complains(capsys, cli_helpers.train(path), *words)
     assert cli_helpers.train(path, "model.num_classes=4") == 0
 
@@ -275,7 +275,7 @@ def test_disk_full_while_saving(
         full.setattr(checkpoint, "save", counted)
         code = cli_helpers.train(path)
     last = tmp_path / "output" / "job" / "checkpoint_last.pth"
-    complains(capsys, code, str(last), "the disk is full", "previous file is intact", "--resume auto")
+    complains(capsys, code, str(last), "the disk is full", "nothing was replaced", "--resume auto")
     assert checkpoint.load(last)["step"] == 2
     assert not list(last.parent.glob(".*.tmp"))
     assert cli_helpers.train(path, flags=["--resume", "auto"], job=None) == 0

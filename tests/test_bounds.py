@@ -246,7 +246,7 @@ def test_the_command_line_shows_one_line(
 @pytest.mark.parametrize("size", [0, -1, 10**9, 1e308, "384", None])
 @pytest.mark.parametrize("name", ["blip_image_train", "blip_image_eval", "blip2_image_train", "blip_video_eval"])
 def test_a_processor_refuses_an_image_size_that_no_model_has(name: str, size: Any) -> None:
-    with pytest.raises(InputError, match=r"image_size:.*1 to 4,096.*got "):
+    with pytest.raises(InputError, match=r"image_size: (expected|must be) a whole number.*got "):
         load_processor(name, {"image_size": size})
 
 

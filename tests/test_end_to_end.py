@@ -14,7 +14,15 @@ from lavis_lite.common import checkpoint
 
 pytestmark = pytest.mark.usefixtures("shapes_data")
 
-OWN_FILES = {".lock", "config.yaml", "console.txt", "log.txt", "checkpoint_last.pth", "checkpoint_best.pth"}
+OWN_FILES = {
+    ".lock",
+    "evaluation.json",
+    "config.yaml",
+    "console.txt",
+    "log.txt",
+    "checkpoint_last.pth",
+    "checkpoint_best.pth",
+}
 
 
 @pytest.mark.slow

@@ -209,6 +209,9 @@ def test_official_questions_are_scored_by_the_vqa_task(data: Data, tmp_path: Pat
     assert metrics == {
         "overall": 100.0,
         "agg_metrics": 100.0,
+        "official": 100.0,
+        "lavis": 100.0,
+        "lavis_per_answer_type": {"other": 100.0},
         "per_question_type": {"what": 100.0},
         "per_answer_type": {"other": 100.0},
     }

@@ -394,7 +394,7 @@ def test_the_paper_s_prompt_is_asked_and_decoding_is_explicit(path: Path, tmp_pa
     task = registry.get_task_class(cfg.run.task)(**cfg.task)
     ((dataset, *_),) = (list(splits.values()) for splits in task.build_datasets(cfg).values())
     assert cfg.model["max_output_txt_len"] == 256
-    others = ("accuracy", "metric", "prompt", "metrics", "annotation_file")
+    others = ("accuracy", "metric", "prompt", "metrics", "annotation_file", "server_file")
     decoding = {key: value for key, value in cfg.task.items() if key not in others}
     if cfg.run.task == "captioning":
         penalties = {"length_penalty": 1.0, "repetition_penalty": 1.5}

@@ -530,7 +530,7 @@ class TestRefused:
             self.load(without(tmp_path, model_type="bert"))
 
     def test_a_class_without_keys_and_values(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"MambaForCausalLM .*past_key_values.* choose another"):
+        with pytest.raises(ValueError, match=r"MambaForCausalLM.*past_key_values.* choose another"):
             self.load(without(tmp_path, model_type="mamba"))
 
     @pytest.mark.parametrize("model_type", ["fsmt", "prophetnet"])
@@ -582,7 +582,7 @@ def test_lora_trains_adapters_alone() -> None:
     torch.testing.assert_close(loss, adapter(plain).loss(embeds, mask, labels))  # adapters start at zero
     loss.backward()
     assert any(p.grad is not None and p.grad.norm() > 0 for p in trained.values())
-    with pytest.raises(ValueError, match=r"llm_lora: .*ranks.*LoraConfig"):
+    with pytest.raises(ValueError, match=r"llm_lora\.ranks: unknown key"):
         load_language_model(TINY / "opt", dtype=torch.bfloat16, lora={"ranks": 4})
 
 

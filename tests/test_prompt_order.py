@@ -181,7 +181,7 @@ def test_captions_have_no_question_to_put_into_a_prompt(
     given = {"model": {}, "run": {}, key: {"prompt": QUESTION}}
     path = project(files, "captioning", "coco_caption", **given)
     code = cli_helpers.train(path, job=None, flags=["--dry-run"])
-    complains(capsys, code, f"coco_caption/val: {key}.prompt {QUESTION!r} has a '{{}}' for a question")
+    complains(capsys, code, f"coco_caption/val: the prompt {QUESTION!r} has a '{{}}', and these samples no question")
     samples = {"image": torch.zeros(1, 3, 48, 48), "prompt": QUESTION}
     with pytest.raises(ValueError, match=r"Question: .*text_input"):
         language_model().generate(samples)

@@ -4,7 +4,6 @@ import copy
 import json
 import pickle
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -131,10 +130,8 @@ def test_all_values_of_one_measurement_are_judged(tmp_path: Path, accuracy: floa
 def test_a_scripts_accuracy_by_answer_type_is_its_own() -> None:
     value = Expected(split="val", metric="per_answer_type.yes/no", value=84.0, source=SOURCE, scorer="lavis")
     metrics = {"per_answer_type": {"yes/no": 83.0}, "lavis_per_answer_type": {"yes/no": 84.5}}
-    cfg = SimpleNamespace(task={"accuracy": "official"})
-    assert verdict._lookup(metrics, value, cfg) == 84.5
-    cfg.task["accuracy"] = "lavis"
-    assert verdict._lookup(metrics, value, cfg) == 83.0
+    assert verdict.lookup(metrics, verdict.key_of(value, "official")) == 84.5
+    assert verdict.lookup(metrics, verdict.key_of(value, "lavis")) == 83.0
 
 
 def test_a_recipe_based_on_one_with_values_keeps_the_bases_protocol(tmp_path: Path, accuracy: float) -> None:

@@ -56,7 +56,7 @@ def report(cfg: Config, model: BaseModel, datasets: Datasets, found: preflight.D
     """Return the dry run's lines."""
     lines = ["# the merged configuration", cfg.to_yaml().rstrip(), ""]
     lines += ["# dry run: no step was run, no weights were read"]
-    lines += [f"model       {cfg.model['arch']} {cfg.model['model_type'] or ''}".rstrip()]
+    lines += [f"model       {cfg.model['arch']} {cfg.model.get('model_type') or ''}".rstrip()]
     lines += [f"parameters  {parameter_counts(model)}"]
     for name, splits in datasets.items():
         lines += [f"samples     {name}/{split}: {len(dataset):,}" for split, dataset in splits.items()]

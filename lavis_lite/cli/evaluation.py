@@ -66,7 +66,7 @@ def provenance(cfg: Config, runner: Runner) -> dict[str, Any]:
         "recipe": cfg.source,
         "command": sys.argv,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": f"{section['arch']}/{section['model_type']}",
+        "model": f"{section['arch']}/{section.get('model_type')}",
         "weights": named or next((path for path in packaged if path), None),
         "weights_sha256": weights_digest(runner.model),
         "config_sha256": hashlib.sha256(cfg.to_yaml().encode("utf-8", "surrogatepass")).hexdigest(),

@@ -159,8 +159,8 @@ def _execute(cfg: Config, runner: "Runner") -> "list[Row]":
     processes = f" x {dist.world_size()} processes" if dist.world_size() > 1 else ""
     if dist.is_main():
         logger.info(
-            f"{cfg.model['arch']} {cfg.model['model_type'] or ''}: parameters {parameter_counts(runner.model)}; task "
-            f"{cfg.run.task}\ndevice {runner.device}{processes}, {str(runner.dtype).removeprefix('torch.')}; seed "
+            f"{cfg.model['arch']} {cfg.model.get('model_type') or ''}: parameters {parameter_counts(runner.model)}; "
+            f"task {cfg.run.task}\ndevice {runner.device}{processes}, {str(runner.dtype).removeprefix('torch.')}; seed "
             f"{cfg.run.seed}\nfolder {runner.job_dir}"
         )
     started = time.perf_counter()

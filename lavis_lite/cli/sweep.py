@@ -97,7 +97,7 @@ def _evaluate(args: argparse.Namespace, alternative: Alternative, job: str) -> i
     argv = ["--cfg-path", args.cfg_path, "--job-id", job]
     argv += ["--checkpoint", args.checkpoint] if args.checkpoint else []
     argv += ["--limit", str(args.limit)] if args.limit is not None else []
-    options = [*args.options, *args.cfg_options]
+    options = list(args.options)
     options += [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in alternative.settings.items()]
     return cli.evaluate([*argv, *(["--options", *options] if options else [])])
 

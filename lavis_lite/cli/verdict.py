@@ -111,7 +111,7 @@ def check_expected(cfg: Config) -> None:
 
 
 def _model(cfg: Config) -> str:
-    return f"{cfg.model['arch']}/{cfg.model['model_type']}"
+    return f"{cfg.model['arch']}/{cfg.model.get('model_type')}"
 
 
 def changes(cfg: Config, reference: Config) -> list[str]:
@@ -154,10 +154,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _row(
     cfg: Config, entry: Expected, metrics: Mapping[str, Any], number: int | None, reasons: Sequence[str], model: str
 ) -> Row:
-    key = entry.metric
-    if entry.scorer is not None and entry.scorer != cfg.task.get("accuracy"):
-        # VQATask prints a script's overall accuracy under the script's name, and its tables with that as prefix
-        key = entry.scorer if key == "overall" else f"{entry.scorer}_{key}"
+    key = key_of(entry, cfg.task.get("accuracy"))
     value = lookup(metrics, key)
     scale = unit(cfg, key)
     here = None if value is None else scale * float(value)
@@ -194,6 +191,16 @@ def _row(
         expected_samples=entry.num_samples,
         reasons=problems,
     )
+
+
+def key_of(entry: Expected, accuracy: str | None) -> str:
+    """Return the key of an entry's metric in the results of a task with this `accuracy`.
+
+    VQATask prints a script's overall accuracy under the script's name, and its tables with that as prefix.
+    """
+    if entry.scorer in (None, accuracy):
+        return entry.metric
+    return str(entry.scorer) if entry.metric == "overall" else f"{entry.scorer}_{entry.metric}"
 
 
 def lookup(metrics: Mapping[str, Any], key: str) -> float | None:

@@ -183,19 +183,19 @@ class BaseDataset(Dataset):
 class AnnotationFiles(TypedDict, total=False):
     """The annotation files of one split; lists have one entry per file."""
 
-    url: str | list[str]
-    md5: str | list[str]
-    storage: str | list[str]
-    num_samples: int
+    url: str | list[str] | None
+    md5: str | list[str] | None
+    storage: str | list[str] | None
+    num_samples: int | None
 
 
 class VisualFolder(TypedDict, total=False):
     """The folder that the records' paths of images or videos start from."""
 
     storage: str | None
-    archives: dict[str, Any]
-    listed: dict[str, Any]
-    needed: dict[str, list[str]]
+    archives: dict[str, Any] | None
+    listed: dict[str, Any] | None
+    needed: dict[str, list[str]] | None
 
 
 class BuildInfo(TypedDict, total=False):

@@ -14,6 +14,7 @@ import torch
 
 from lavis_lite.common import checkpoint, dist
 from lavis_lite.common.config.config import Config
+from lavis_lite.common.errors import InputError
 from lavis_lite.common.optim import build_optimizer, build_schedule
 from lavis_lite.common.precision import autocast, resolve_precision
 from lavis_lite.common.registry import registry
@@ -60,6 +61,7 @@ class Runner:
         self.has_begun = False  # a first step or an evaluation
         self.saved_step: int | None = None
         self.progress = Progress(self.job_dir, tensorboard=self.run.tensorboard)
+        self.has_warned_of_no_best = False
         self.num_samples: dict[str, int] = {}
         """Samples of each split that was evaluated."""
 
@@ -138,7 +140,11 @@ class Runner:
         name, metric = aggregate(results, by=self.run.best_by)
         if metric is None:
             advice = "validate on a split with answers, references or labels, or set run.valid_splits=[]"
-            logger.warning(f"{name}: nothing was scored, so checkpoint_best.pth will hold the last weights; {advice}")
+            logger.log(
+                logging.INFO if self.has_warned_of_no_best else logging.WARNING,
+                f"{name}: nothing was scored, so checkpoint_best.pth will hold the last weights; {advice}",
+            )
+            self.has_warned_of_no_best = True
             return
         if name not in results:
             self.progress.report_metrics(name, {"agg_metrics": metric}, step=state.step, epoch=epoch)
@@ -208,8 +214,11 @@ def aggregate(results: Mapping[str, Mapping[str, Any]], *, by: str) -> tuple[str
     the metric is None.
 
     Raises:
-        KeyError: one of those has no `agg_metrics`.
+        InputError: one of those has no `agg_metrics`.
     """
     compared = list(results.items())[: 1 if by == "first" else None]
+    for split, metrics in compared:
+        if "agg_metrics" not in metrics:
+            raise InputError(f"the task's score gave no 'agg_metrics' for {split}: found {sorted(metrics)}")
     numbers = [float(metrics["agg_metrics"]) for _, metrics in compared if metrics["agg_metrics"] is not None]
     return compared[0][0] if by == "first" else by, statistics.fmean(numbers) if numbers else None

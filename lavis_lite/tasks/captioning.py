@@ -174,7 +174,11 @@ class CaptionTask(BaseTask):
 
 def read_references(path: Path) -> dict[Any, list[str]]:
     """Return the captions of a file in COCO's format by image id, a string. InputError names a wrong record."""
-    content, where = read_json(path), f"run.annotation_file: {path}"
+    where = f"run.annotation_file: {path}"
+    try:
+        content = read_json(path)
+    except InputError as error:
+        raise InputError(f"run.annotation_file: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f'{where} is not {{"annotations": [{{"image_id", "caption"}}, ...]}}')
     check = RecordCheck(required=("image_id", "caption"), fields={"image_id": ID, "caption": TEXT})
