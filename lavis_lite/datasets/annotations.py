@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,11 +19,20 @@ from lavis_lite.common.records import Record, RecordCheck, shown
 
 TABLES = {".csv": ",", ".tsv": "\t"}
 """The suffixes of tables, and the separators of their columns."""
+ADDRESSES = ("http://", "https://")
 
 
 def read_json(path: str | Path) -> Any:
     """Return the content of a JSON file. Raises FileNotFoundError, or InputError with file, line and column."""
-    return _parsed(_read_text(Path(path)), path)
+    text = _read_text(Path(path))
+    if re.match(r"\{[^\n]*\}\s*\n\s*\{", text):  # one object per line, as NLVR2's owners call it .json too
+        return _json_lines(text, path)
+    return _parsed(text, path)
+
+
+def _json_lines(text: str, path: str | Path) -> list[Any]:
+    # Not splitlines(): JSON may hold U+2028 unescaped, which does not end a line here.
+    return [_parsed(line, path, number) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
 
 
 def read_records(path: str | Path) -> list[Record]:
@@ -32,13 +42,13 @@ def read_records(path: str | Path) -> list[Record]:
     if suffix in TABLES:
         content: Any = [record for _, record in _table_rows(path)]
     elif suffix == ".jsonl":
-        # Not splitlines(): JSON may hold U+2028 unescaped, which does not end a line here.
-        lines = enumerate(_read_text(path).split("\n"), start=1)
-        content = [_parsed(line, path, number) for number, line in lines if line.strip()]
+        content = _json_lines(_read_text(path), path)
+    elif suffix == ".token":
+        content = _token_rows(path)
     elif suffix == ".json":
         content = read_json(path)
     else:
-        raise InputError(f"{path}: unknown kind of annotation file {suffix!r}; use .json, .jsonl, .csv or .tsv")
+        raise InputError(f"{path}: unknown kind of annotation file {suffix!r}; use .json, .jsonl, .csv, .tsv or .token")
     return as_records(content, path)
 
 
@@ -127,9 +137,39 @@ def _parsed(text: str, path: str | Path, line: int | None = None) -> Any:
         raise InputError(f"{path}: JSON at line {line or 1} that cannot be read ({error})") from error
 
 
+def _token_rows(path: Path) -> list[Record]:
+    """Return the captions of Flickr30K's own file, lines of <image>#<number>, a tab and the caption."""
+    records = []
+    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+        name, tab, caption = line.partition("\t")
+        image, mark, _ = name.rpartition("#")
+        if not (tab and mark and image):
+            raise InputError(
+                f"{path}: line {number}: expected <image>#<number>, a tab and a caption, got {shown(line)}"
+            )
+        records.append({"image": image, "caption": caption})
+    return records
+
+
+def _address_rows(text: str, path: Path) -> Iterator[tuple[int, Record]]:
+    """Yield the rows of a table without header of addresses and captions, in either order, as CC3M and CC12M have."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        cells = line.rstrip("\r").split("\t")
+        urls = [cell for cell in cells if cell.startswith(ADDRESSES)]
+        if len(cells) == 2 and urls:
+            yield number, {"url": urls[-1], "caption": cells[1 - cells.index(urls[-1])]}
+        elif line.strip():
+            raise InputError(f"{path}: line {number}: expected an address, a tab and a caption, got {shown(line)}")
+
+
 def _table_rows(path: Path) -> Iterator[tuple[int, Record]]:
     """Yield each row of a table as (number of its first line, record)."""
-    reader = csv.reader(_read_text(path).splitlines(keepends=True), delimiter=TABLES[path.suffix.lower()], strict=True)
+    text = _read_text(path)
+    first = text.partition("\n")[0].rstrip("\r").split("\t")
+    if path.suffix.lower() == ".tsv" and len(first) == 2 and any(cell.startswith(ADDRESSES) for cell in first):
+        yield from _address_rows(text, path)
+        return
+    reader = csv.reader(text.splitlines(keepends=True), delimiter=TABLES[path.suffix.lower()], strict=True)
     header: list[str] = []
     end = 0
     try:

@@ -12,7 +12,7 @@ from typing import Any
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.records import ID, NAME, PATH, TEXT, TEXTS, WORDS, Record, RecordCheck
 from lavis_lite.datasets.annotations import as_records, check_records, check_unique, place_of
-from lavis_lite.datasets.readers.files import SplitFiles, derived, read_content, with_places
+from lavis_lite.datasets.readers.files import SplitFiles, derived, with_places
 
 CAPTION_FIELDS = {
     **{"image": PATH, "file_name": PATH, "caption": TEXTS},
@@ -25,11 +25,11 @@ TEXTCAPS_FIELDS = {"image_id": NAME, "caption_str": TEXTS, "ocr_tokens": WORDS}
 def read_captions(files: SplitFiles) -> Iterator[Record]:
     """Yield records {image, caption[, image_id]}; of a COCO caption file its images, each with all its captions."""
     for path in files.paths:
-        content = read_content(path)
+        content, where = files.content(path)
         if isinstance(content, dict) and {"images", "annotations"} <= content.keys():
             records = with_places(coco_images(content, path, files), f"{path} (images)")
         else:
-            records = files.located(as_records(content, path), path)
+            records = files.located(as_records(content, where), where)
         for record in records:
             if record.get("image") is None and "file_name" in record:
                 record["image"] = record["file_name"]
@@ -66,7 +66,7 @@ def rows_with_words(files: SplitFiles, check: RecordCheck) -> list[Record]:
     rows: list[Record] = []
     words: dict[Any, list[str]] | None = None
     for path in files.paths:
-        content = read_content(path)
+        content, _ = files.content(path)
         if not isinstance(content, dict) or not isinstance(content.get("data"), list):
             raise InputError(f'{path}: expected {{"data": [...]}}, as TextCaps and TextVQA are published')
         where = f"{path} (data)"

@@ -9,7 +9,8 @@ from typing import Any
 
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.records import Kind, Record, RecordCheck
-from lavis_lite.datasets.annotations import check_records, read_json, read_records, section
+from lavis_lite.datasets.annotations import as_records, check_records, read_json, read_records, section
+from lavis_lite.datasets.readers.owners import owners_records
 
 PLACE = "_place"
 """The key under which a reader notes (file, number of the record in it); the dataset removes it, and errors name it."""
@@ -31,12 +32,26 @@ class SplitFiles:
     def records(self, check: RecordCheck | None = None) -> Iterator[Record]:
         """Yield the records of all files, their columns renamed, checked, with their places."""
         for path in self.paths:
-            yield from self.located(read_records(path), path, check)
+            content, where = self.content(path)
+            yield from self.located(as_records(content, where), where, check)
 
-    def located(self, records: list[Record], path: Path, check: RecordCheck | None = None) -> Iterator[Record]:
+    def content(self, path: Path) -> tuple[Any, str | Path]:
+        """Return the content of a file, and its name for `place_of`; of an owner's form its records (owners.py).
+
+        Raises InputError for an owner's file that has no record of the split.
+        """
+        content = read_json(path) if path.suffix.lower() == ".json" else read_records(path)
+        records = owners_records(content, split=self.split, root=self.root)
+        if records is None:
+            return content, path
+        if not records:
+            raise InputError(f"{path}: has no records of the split {self.split!r} below {self.root}")
+        return records, f"{path} (as read from its owner's form)"
+
+    def located(self, records: list[Record], where: str | Path, check: RecordCheck | None = None) -> Iterator[Record]:
         """Yield the records of one file, their columns renamed, checked, with their places."""
-        records = rename_columns(records, self.columns, path) if self.columns else records
-        return with_places(records if check is None else check_records(records, check, path), path)
+        records = rename_columns(records, self.columns, where) if self.columns else records
+        return with_places(records if check is None else check_records(records, check, where), where)
 
     def section(self, content: dict[str, Any], name: str, path: Path, check: RecordCheck) -> Iterator[Record]:
         """Yield the records under one key of a JSON file, checked, with their places."""
@@ -65,12 +80,7 @@ def derived(row: Record, **fields: Any) -> Record:
     return {**fields, PLACE: row[PLACE]}
 
 
-def read_content(path: Path) -> Any:
-    """Return the content of a JSON file, or the list of records of another annotation file."""
-    return read_json(path) if path.suffix.lower() == ".json" else read_records(path)
-
-
-def rename_columns(records: list[Record], columns: Mapping[str, str], path: Path) -> list[Record]:
+def rename_columns(records: list[Record], columns: Mapping[str, str], path: str | Path) -> list[Record]:
     """Return the records with our names of fields for the file's. Raises InputError if no record has such a field."""
     for ours, theirs in columns.items():
         if not any(theirs in record for record in records):

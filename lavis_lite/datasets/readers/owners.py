@@ -121,7 +121,7 @@ def snli_ve(content: list[Record], place: Place) -> Iterator[Record]:
 def iconqa(content: dict[str, Any], place: Place) -> Iterator[Record]:
     """IconQA's questions with choices in words."""
     for key, row in content.items():
-        if row["ques_type"] == "choose_txt" and row.get("split", place.split) == place.split:
+        if row["ques_type"] == "choose_txt" and row["split"] == place.split:
             folder = f"{place.split}/choose_txt/{key}"
             image = place.first(f"{folder}/image.png", f"iconqa/{folder}/image.png")
             yield {**row, "image": image, "question_id": key}
@@ -214,7 +214,7 @@ FORMS = (
     _form(dict, nocaps, "id file_name open_images_id", keys="images", absent="annotations"),
     _form(dict, sbu, "", keys="image_urls captions"),
     _form(dict, gqa, "imageId question", absent="image"),
-    _form(dict, iconqa, "ques_type question choices", absent="image"),
+    _form(dict, iconqa, "ques_type question choices split", absent="image"),
     _form(list, aokvqa, "question choices image_id", absent="image"),
     _form(list, nlvr2, "identifier sentence label", absent="images"),
     _form(list, snli_ve, "Flickr30K_ID sentence2 gold_label"),

@@ -32,7 +32,7 @@ from lavis_lite.common.records import (
 )
 from lavis_lite.datasets.annotations import as_list, as_records, check_records, place_of, read_json, section
 from lavis_lite.datasets.readers.captions import rows_with_words
-from lavis_lite.datasets.readers.files import PLACE, SplitFiles, derived, read_content, with_places
+from lavis_lite.datasets.readers.files import PLACE, SplitFiles, derived, with_places
 from lavis_lite.datasets.templates import fill
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def read_questions(files: SplitFiles, check: RecordCheck | None = None) -> list[
     official: list[Record] = []
     truths: dict[Any, Record] = {}
     for path in files.paths:
-        content = read_content(path)
+        content, where = files.content(path)
         if is_answer_list(content):
             continue
         if isinstance(content, dict) and "questions" in content:
@@ -116,7 +116,7 @@ def read_questions(files: SplitFiles, check: RecordCheck | None = None) -> list[
             needed = files.needs("question_id", "answers", **question_fields(TRUTHS))
             truths |= {truth["question_id"]: truth for truth in files.section(content, "annotations", path, needed)}
         else:
-            records += files.located(as_records(content, path), path, check)
+            records += files.located(as_records(content, where), where, check)
     if not (records or official):
         raise InputError(f"{files}: no file has questions; add the one that does")
     for record in records or official:
@@ -214,8 +214,16 @@ def read_visdial(files: SplitFiles) -> Iterator[Record]:
 
     A training file's rounds have no candidates; of a test file's dialogues only the last round is asked.
     """
-    for path in files.paths:
-        content = read_content(path)
+    contents = {path: read_json(path) for path in files.paths}
+    dense = {}
+    for content in contents.values():
+        if isinstance(content, list):  # the dense annotations
+            check = files.needs("image_id", "round_id", "gt_relevance|relevance", image_id=INDEX, round_id=INDEX)
+            for row in check_records(content, check, "dense annotations"):
+                dense[f"{row['image_id']}_{row['round_id']}"] = row.get("gt_relevance") or row["relevance"]
+    for path, content in contents.items():
+        if isinstance(content, list):
+            continue
         data = content.get("data") if isinstance(content, dict) else None
         if not isinstance(data, dict) or not {"questions", "answers", "dialogs"} <= data.keys():
             raise InputError(f'{path}: expected Visual Dialog\'s {{"data": {{"questions", "answers", "dialogs"}}}}')
@@ -223,7 +231,9 @@ def read_visdial(files: SplitFiles) -> Iterator[Record]:
         check = files.needs("image_id", "dialog", image_id=INDEX, caption=ANY_TEXT)
         for dialog in files.section(data, "dialogs", path, check):
             try:
-                yield from list(visdial_rounds(dialog, data, split))
+                for record in list(visdial_rounds(dialog, data, split)):
+                    found = dense.get(record["question_id"])
+                    yield record if found is None else {**record, "relevance": found}
             except (KeyError, IndexError, TypeError, AttributeError) as error:
                 problem = f"found {shown(dialog['dialog'])} ({type(error).__name__}: {error})"
                 where = f"{place_of(*dialog[PLACE])}: `dialog`"
