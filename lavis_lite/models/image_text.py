@@ -21,9 +21,17 @@ from lavis_lite.nn.attention import CrossAttentionKV
 logger = logging.getLogger(__name__)
 
 
+def scored(head: nn.Linear, states: Tensor) -> Tensor:
+    """Apply a head; in evaluation in float32, whatever autocast says: scores rounded to bf16 would tie."""
+    if head.training:
+        return head(states)
+    with torch.autocast(states.device.type, enabled=False):
+        return F.linear(states.float(), head.weight.float(), head.bias.float())
+
+
 def project(layer: nn.Linear, states: Tensor) -> Tensor:
     """Project and normalise to unit length."""
-    return F.normalize(layer(states), dim=-1)
+    return F.normalize(scored(layer, states), dim=-1)
 
 
 def training_output(metrics: dict[str, Tensor] | None = None, **losses: Tensor) -> Output:
@@ -67,6 +75,11 @@ class ImageTextModel(BaseModel):
     @abstractmethod
     def similarity(self, image_feat: Tensor, text_feat: Tensor) -> Tensor:
         """Return similarities (images, texts) of features."""
+
+    def full_similarity(self, image_feat: Tensor, text_feat: Tensor) -> Tensor:
+        """Return `similarity` in float32, whatever autocast says."""
+        with torch.autocast(image_feat.device.type, enabled=False):
+            return self.similarity(image_feat.float(), text_feat.float())
 
     @abstractmethod
     def project_kv(self, tokens: Tensor) -> CrossAttentionKV:
@@ -145,4 +158,4 @@ class MatchingModel(ImageTextModel):
         ids, mask = self.cut_texts(texts_of(samples, len(image) if is_paired else None))
         if match_head == "itm":
             return self.matching_logits(ids, mask, self.image_context(image))
-        return self.similarity(self.image_features(image)[1], self.encode_text(ids, mask))
+        return self.full_similarity(self.image_features(image)[1], self.encode_text(ids, mask))

@@ -86,7 +86,7 @@ def compare_images(
         if keep_tokens:
             tokens += in_compute_type(tokens_BSE).cpu().unbind()
         index.append(torch.as_tensor(batch["index"], device=model.device))
-        sims.append(model.similarity(image_feat, text_feat))
+        sims.append(model.full_similarity(image_feat, text_feat))
     return tokens, torch.cat(index), torch.cat(sims)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lavis_lite.common.bounds import MAX_WIDTH, check_number
 from lavis_lite.common.registry import registry
 from lavis_lite.models.blip.base import BlipBase
-from lavis_lite.models.image_text import FeatureModel, ImageTextModel, MatchingModel, project
+from lavis_lite.models.image_text import FeatureModel, ImageTextModel, MatchingModel, project, scored
 from lavis_lite.nn.attention import CrossAttentionKV
 from lavis_lite.nn.bert import BertModel
 
@@ -58,7 +58,7 @@ class BlipMatching(BlipBase, ImageTextModel):
         return self.text_encoder.project_kv(tokens)
 
     def matching_logits(self, ids: Tensor, mask: Tensor, context: CrossAttentionKV) -> Tensor:
-        return self.itm_head(self.text_states(ids, mask, context)[:, 0])
+        return scored(self.itm_head, self.text_states(ids, mask, context)[:, 0])
 
 
 @registry.register_model("blip_image_text_matching")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lavis_lite.common.bounds import MAX_WIDTH, check_number
 from lavis_lite.common.registry import registry
 from lavis_lite.models.blip2.base import Blip2Base
-from lavis_lite.models.image_text import FeatureModel, ImageTextModel, MatchingModel, project
+from lavis_lite.models.image_text import FeatureModel, ImageTextModel, MatchingModel, project, scored
 from lavis_lite.nn.attention import CrossAttentionKV
 from lavis_lite.nn.losses import best_query_similarity
 
@@ -62,7 +62,7 @@ class Blip2Matching(Blip2Base, ImageTextModel):
 
         The mean is float32: rounded to bf16, many candidates of an image would score the same.
         """
-        return self.itm_head(self.query_states(context, ids, mask)).float().mean(dim=1)
+        return scored(self.itm_head, self.query_states(context, ids, mask)).float().mean(dim=1)
 
 
 @registry.register_model("blip2_feature_extractor")
