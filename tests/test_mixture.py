@@ -302,5 +302,5 @@ def test_best_by_the_first_result_or_their_mean(tmp_path: Path, by: str, best: t
 def test_the_mean_needs_every_result(tmp_path: Path) -> None:
     changes = {"data": mixed_data(), "max_epoch": 1, "test_splits": []}
     make(tmp_path / "first", task=Judged(few_val=[0.9], many_val=[None]), **changes).train()
-    with pytest.raises(KeyError, match="agg_metrics"):
+    with pytest.raises(ValueError, match="agg_metrics"):
         make(tmp_path / "mean", task=Judged(few_val=[0.9], many_val=[None]), best_by="mean", **changes).train()
