@@ -56,7 +56,7 @@ class Expected:
         model = {"model.arch": arch, "model.model_type": model_type} if self.model else {}
         return {**model, **self.settings}
 
-    def layer(self, source: str) -> Layer:
+    def layer(self, source: str = "expected") -> Layer:
         """Return `changes` as a layer of the configuration; `source` is the entry's place, for messages."""
         return _layer(self.changes(), source)
 
