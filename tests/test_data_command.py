@@ -365,7 +365,7 @@ def test_check_counts_and_strictness(root: Path, capsys: pytest.CaptureFixture[s
     info["annotations"]["train"]["num_samples"] = 9
     code, out, _ = data(capsys, "check", write_recipe(tmp_path, info, blank_texts="skip"))
     assert code == 1
-    assert "3 samples, published are 9" in out
+    assert "3 samples, 9 were published" in out
     code, _, err = data(capsys, "check", recipe, "--decode", "some")
     assert code == 2
     assert "'some'" in err
@@ -399,10 +399,10 @@ def test_a_dataset_of_another_class_is_counted_only(
     recipe = write_recipe(tmp_path, own_set(root))
     code, out, _ = data(capsys, "check", recipe)
     assert code == 0
-    assert out.count("2 samples; list is no BaseDataset") == 2
+    assert out.count("2 samples; list is not a BaseDataset") == 2
     code, _, err = data(capsys, "preview", recipe, "--out", tmp_path / "x.png")
     assert code == 2
-    assert "own/train: list is no BaseDataset" in err
+    assert "own/train: list is not a BaseDataset" in err
 
 
 def test_a_recipe_with_other_files_has_another_size(root: Path, tmp_path: Path) -> None:

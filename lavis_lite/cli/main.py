@@ -53,7 +53,9 @@ def evaluate(argv: Sequence[str] | None = None, *, command: Sequence[str] = ()) 
     p = parser(description=EVALUATE_HELP)
     p.add_argument("--checkpoint", metavar="PATH", help="weights to evaluate, instead of those the YAML names")
     p.add_argument("--limit", type=int, metavar="N", help="evaluate the first N samples of each split (run.limit)")
-    p.add_argument("--check", action="store_true", help="end with 1 if a published value is missed, 3 if none compares")
+    p.add_argument(
+        "--check", action="store_true", help="exit with 1 if a published value differs, 3 if one is not comparable"
+    )
     return main(p, argv, evaluates=True, command=command)
 
 

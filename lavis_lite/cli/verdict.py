@@ -107,8 +107,8 @@ def _recipe(cfg: Config, *more: Layer) -> Config:
 def check_expected(cfg: Config) -> References:
     """Return the configurations that the recipe's values were measured with, before the run.
 
-    Raises ConfigError for an entry whose split the recipe does not evaluate, whose metric its task has not, or whose
-    model or settings are none.
+    Raises ConfigError for an entry whose split the recipe does not evaluate, whose metric its task does not compute, or
+    whose model or settings do not exist.
     """
     references: dict[str, Config] = {}
     if not cfg.expected:
