@@ -95,6 +95,12 @@ def test_full_disk_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
+def test_a_folder_in_the_way_is_to_be_moved(tmp_path: Path) -> None:
+    (tmp_path / "result.json").mkdir()
+    with pytest.raises(OSError, match=r"cannot write .*result\.json: .*Move this folder elsewhere$"):
+        checkpoint.write_text(tmp_path / "result.json", "new")
+
+
 def test_failed_rename_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = checkpoint.write_text(tmp_path / "config.yaml", "old")
 

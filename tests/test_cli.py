@@ -1,6 +1,7 @@
 """The command line: help, clean errors, the dry run's figures, and which job a run goes on with."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -9,10 +10,11 @@ import torch
 
 import lavis_lite
 from lavis_lite.cli import __main__ as command
-from lavis_lite.cli import dry_run
+from lavis_lite.cli import dry_run, failures
 from lavis_lite.cli import main as cli
 from lavis_lite.common.config.config import RunConfig, parser
 from lavis_lite.runners import jobs
+from lavis_lite.runners.stopping import Stopped
 
 PROJECT = """
 model: {arch: blip_caption, model_type: tiny}
@@ -188,6 +190,18 @@ def test_an_unknown_subcommand_names_the_nearest(
     assert lavis_lite_command(monkeypatch, "trian") == 2
     err = capsys.readouterr().err
     assert all(word in err for word in ("'trian'", "'train'"))
+
+
+@pytest.mark.parametrize(
+    ("program", "name"),
+    [("/opt/bin/lavis-lite", "lavis-lite"), ("/x/cli/__main__.py", "python -m lavis_lite.cli")],
+)
+def test_a_stopped_run_prints_a_command_to_type(program: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [program, "evaluate", "--help"])
+    with pytest.raises(SystemExit):
+        command.main()
+    typed = [sys.argv[0], "--cfg-path", "a b.yaml"]
+    assert failures._stop_line(Stopped(signal.SIGINT), typed).endswith(f": {name} evaluate --cfg-path 'a b.yaml'")
 
 
 def test_a_subcommand_passes_its_arguments_on(

@@ -135,6 +135,9 @@ def test_what_is_within_the_limits_is_read(tmp_path: Path):
 def test_missing_and_non_utf8_files_are_named(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"nope\.yaml: cannot be read: No such file"):
         Config.from_file(tmp_path / "nope.yaml")
+    (tmp_path / "caption_coco.yaml").touch()
+    with pytest.raises(ConfigError, match=r"cannot be read: No such file.*\. Did you mean 'caption_coco\.yaml'\?"):
+        Config.from_file(tmp_path / "coco_caption_coco.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"run: {task: caf\xe9}")
     with pytest.raises(ConfigError, match=r"latin\.yaml: not valid YAML"):
         Config.from_file(tmp_path / "latin.yaml")

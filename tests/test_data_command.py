@@ -194,6 +194,8 @@ def test_list_names_every_dataset_and_what_is_here(root: Path, capsys: pytest.Ca
     code, out, _ = data(capsys, "list")
     assert code == 0
     assert {line.split()[0] for line in out.splitlines()[1:] if line} >= set(dataset_zoo.names())
+    _, out, _ = data(capsys, "list", "--here", "coco_caption")
+    assert out.startswith("no file of these datasets is on this machine\n")
     path = root / "coco/annotations/coco_karpathy_val.json"
     path.parent.mkdir(parents=True)
     path.write_text("[]")
@@ -240,6 +242,22 @@ def test_status_lists_all_that_is_missing(root: Path, capsys: pytest.CaptureFixt
     assert ("weights", "model.vit_model") in rows  # the pretrained file lacks the frozen image encoder
     assert ("language model", "model.opt_model") in rows
     assert rows["tokenizer", "model.tokenizer"]["is_there"]
+
+
+def test_status_is_of_a_recipe(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = data(capsys, "status", "coco_caption")
+    assert code == 2
+    assert "coco_caption: is a packaged dataset, not a recipe's file" in err
+
+
+def test_status_of_references(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = ROOT / "projects/blip/eval/nocaps.yaml"
+    _, out, _ = data(capsys, "status", recipe, "--json", "--options", "model.tokenizer=shapes")
+    (references,) = (row for row in json.loads(out) if row["name"] == "run.annotation_file")
+    assert (references["kind"], references["source"].rpartition("/")[2]) == (
+        "references",
+        "nocaps_val_4500_captions.json",
+    )
 
 
 def test_status_is_satisfied_by_whole_data(root: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -347,7 +365,7 @@ def test_check_counts_and_strictness(root: Path, capsys: pytest.CaptureFixture[s
     info["annotations"]["train"]["num_samples"] = 9
     code, out, _ = data(capsys, "check", write_recipe(tmp_path, info, blank_texts="skip"))
     assert code == 1
-    assert "3 samples, published are 9" in out
+    assert "3 samples, 9 were published" in out
     code, _, err = data(capsys, "check", recipe, "--decode", "some")
     assert code == 2
     assert "'some'" in err
@@ -381,10 +399,10 @@ def test_a_dataset_of_another_class_is_counted_only(
     recipe = write_recipe(tmp_path, own_set(root))
     code, out, _ = data(capsys, "check", recipe)
     assert code == 0
-    assert out.count("2 samples; list is no BaseDataset") == 2
+    assert out.count("2 samples; list is not a BaseDataset") == 2
     code, _, err = data(capsys, "preview", recipe, "--out", tmp_path / "x.png")
     assert code == 2
-    assert "own/train: list is no BaseDataset" in err
+    assert "own/train: list is not a BaseDataset" in err
 
 
 def test_a_recipe_with_other_files_has_another_size(root: Path, tmp_path: Path) -> None:
@@ -471,7 +489,7 @@ def test_a_wrong_checksum_and_a_missing_file_leave_nothing(
     assert "own/train: " in out
     assert "error: own/val: " in err
     assert "sha256" in err
-    assert "2 of the above could not be had" in err
+    assert "2 of the above could not be downloaded" in err
     assert not any(path.is_file() for path in (root / "own/images").rglob("*.jpg"))
     assert not list((root / "own/images/.archives").glob("*.zip"))
 
@@ -495,7 +513,7 @@ def test_listed_images(server: Any, root: Path, capsys: pytest.CaptureFixture[st
     code, out, err = data(capsys, "download", recipe, "--images")
     assert code == 1
     assert "own/train: 1 images" in out
-    assert "1 of 2 images could not be had" in err
+    assert "1 of 2 images could not be downloaded" in err
     assert f"{server.url}/gone" in err
     assert [path.name for path in (root / "own/images/pics").glob("*.jpg")] == ["a.jpg"]
     server.files["/gone"] = jpeg()

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from lavis_lite.common.errors import InputError
 from lavis_lite.datasets.readers.owners import owners_records
 
 
@@ -252,6 +253,26 @@ def test_addresses_with_captions(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     touch(tmp_path, "00000/000000001.jpg")
     assert owners_records(BLIP, split="train", root=tmp_path) == [{"image": "00000/000000001.jpg", "caption": "a cat"}]
     assert "1 of 2 images are not there" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "where"),
+    [
+        (
+            {"images": [*KARPATHY_FLICKR["images"], {"split": "val", "sentences": [{}], "filename": "b.jpg"}]},
+            "record 1: ",
+        ),
+        ({**GQA, "2": {"question": "Is it?"}}, "record 1: .*'imageId'"),
+        ({**ICONQA, "2": 3}, "record 2: "),
+        ([*NLVR2, {"sentence": "a"}], "record 1: .*'identifier'"),
+        ([*GENOME_QUESTIONS, {"id": 8, "qas": 5}], "record 1: "),
+        ([*MSVD_QA, None], "record 1: "),
+        ({**SBU, "captions": []}, "captions and image_urls: "),
+    ],
+)
+def test_a_damaged_record_is_named(content: Any, where: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"^{where}"):
+        owners_records(content, split="val" if "images" in content else "test", root=tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,40 @@ def test_visual_dialogs_dense_annotations(tmp_path: Path) -> None:
     assert dataset.annotation[0]["relevance"] == [1.0, 0.2]
 
 
+DIALOG = {
+    "questions": ["is it red"],
+    "answers": ["yes", "no"],
+    "dialogs": [
+        {
+            "image_id": 3,
+            "dialog": [{"question": 0, "answer": 0, "answer_options": [0, 1], "gt_index": 0}],
+            "caption": "a",
+        }
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("annotation", "message"),
+    [
+        ({"image_id": 4, "gt_relevance": [1.0, 0.2]}, "no image_id and round_id is of these dialogues"),
+        ({"image_id": 3, "gt_relevance": [1.0]}, "round 3_1: the relevance must be 2 numbers from 0 to 1"),
+        ({"image_id": 3, "gt_relevance": [1.0, "a"]}, "round 3_1: the relevance must be 2 numbers from 0 to 1"),
+        ({"image_id": 3, "gt_relevance": [0, 0.0]}, "round 3_1: no candidate has a relevance above 0"),
+    ],
+)
+def test_dense_annotations_that_do_not_fit_are_an_error_at_loading(
+    annotation: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path, dense = tmp_path / "dialogs.json", tmp_path / "dense.json"
+    path.write_text(json.dumps({"data": DIALOG, "split": "val2018"}))
+    dense.write_text(json.dumps([{"round_id": 1, **annotation}]))
+    folder = {"annotations": {"val": {"storage": [str(path), str(dense)]}}, "images": {"storage": str(tmp_path)}}
+    builder = registry.get_builder_class("instruct")(reader="visdial", instructions="visdial", build_info=folder)
+    with pytest.raises(ValueError, match=rf"dense\.json: .*{message}"):
+        builder.build(["val"])
+
+
 def test_a_file_without_the_split_is_an_error(tmp_path: Path) -> None:
     content = {**owners.KARPATHY_FLICKR}
     with pytest.raises(ValueError, match=r"annotations.json: has no records of the split 'test' below"):

@@ -63,6 +63,32 @@ def test_only_some(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no alternative 'at 55'. Did you mean 'at 5'?" in capsys.readouterr().err
 
 
+def test_what_an_alternative_does_not_measure_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = recipe(tmp_path, expected=EXPECTED, alternatives=[{"name": "at 5", "metric": "text_r5"}])
+    assert run("--cfg-path", str(path)) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "  at 5              not measured",
+        "  closest: as the recipe is",
+    ]
+
+
+def test_a_mistake_in_an_alternative_is_found_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = recipe(tmp_path, expected=EXPECTED, alternatives=[*ALTERNATIVES, {"name": "b", "settings": {"run.k": 0}}])
+    assert run("--cfg-path", str(path)) == 2
+    assert f"{path}: alternatives: b: run.k: unknown key" in capsys.readouterr().err
+    assert not (tmp_path / "output").exists()
+    bad = recipe(tmp_path, expected=EXPECTED, alternatives=[{"name": "b", "settings": {"run": 0}}])
+    with pytest.raises(ConfigError, match=r"alternatives\.0\.settings: expected keys such as run\.max_len, got 'run'"):
+        Config.from_file(bad)
+
+
+def test_a_dry_run_evaluates_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = recipe(tmp_path, expected=EXPECTED, alternatives=ALTERNATIVES)
+    assert run("--cfg-path", str(path), "--dry-run") == 0
+    assert not list(tmp_path.rglob("evaluation.json"))
+    assert capsys.readouterr().out.count("# dry run: no step was run") == 3
+
+
 def test_a_recipe_without_alternatives_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--cfg-path", str(recipe(tmp_path, expected=EXPECTED))) == 2
     assert "has no `alternatives`" in capsys.readouterr().err

@@ -96,6 +96,21 @@ def test_the_newest_evaluation_counts(tmp_path: Path) -> None:
     assert missing.how == f"python evaluate.py --cfg-path {PROJECTS}/blip/eval/caption_coco.yaml"
 
 
+def test_a_later_trial_does_not_hide_a_comparison(tmp_path: Path) -> None:
+    result(tmp_path, "full", "2026-01-01T10:00:00+00:00", cider(133.25, "reproduced"))
+    result(tmp_path, "limit", "2026-01-02T10:00:00+00:00", cider(90.0, "not comparable", "10 of 5,000 samples"))
+    wanted = {"recipe": "blip/eval/caption_coco", "model": "blip_caption/base_coco", "metric": "CIDEr"}
+    assert find(numbers("lavis", PROJECTS, tmp_path), **wanted).verdict == "reproduced"
+
+
+def test_a_source_without_a_table(tmp_path: Path) -> None:
+    (tmp_path / "blip" / "eval").mkdir(parents=True)
+    tree = {"model": {"arch": "blip_vqa", "model_type": "tiny"}, "expected": [{"split": "val", "metric": "overall"}]}
+    tree["expected"][0] |= {"value": 50.0, "source": "BLIP"}
+    (tmp_path / "blip" / "eval" / "own.yaml").write_text(yaml.safe_dump(tree))
+    assert find(numbers("blip", tmp_path, tmp_path), recipe="blip/eval/own").table == ""
+
+
 @pytest.mark.parametrize(
     ("name", "wanted"),
     [
@@ -174,9 +189,11 @@ def test_errors_name_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (code, "gone" in err) == (2, True)
     code, _, err = table(capsys, "blip", "--projects", str(tmp_path))
     assert (code, "blip/eval" in err) == (2, True)
-    (tmp_path / "evaluation.json").write_text("{}")
-    code, _, err = table(capsys, "blip", "--output", str(tmp_path), "--projects", str(PROJECTS))
-    assert (code, "evaluation.json" in err) == (2, True)
+    for recipe, verdict in (("x", None), ("x", [3]), (3, [])):
+        content = {"provenance": {"date": "x", "recipe": recipe}, "verdict": verdict}
+        (tmp_path / "evaluation.json").write_text(json.dumps(content))
+        code, _, err = table(capsys, "blip", "--output", str(tmp_path), "--projects", str(PROJECTS))
+        assert (code, "evaluation.json: not the result of an evaluation" in err) == (2, True)
 
 
 def test_the_command_imports_no_torch() -> None:

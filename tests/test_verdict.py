@@ -92,7 +92,7 @@ def test_limit_evaluates_the_first_samples_and_says_so(tmp_path: Path, accuracy:
     assert evaluate(path, flags=["--limit", "3", "--check"]) == 3
     found = evaluation(tmp_path)
     assert found["num_samples"] == {"test": 3}
-    assert "3 of 14 samples" in found["verdict"][0]["reasons"]
+    assert found["verdict"][0]["reasons"] == ["run.limit: 3, the value is without it", "3 of 14 samples"]
     assert len(json.loads((tmp_path / "output/evaluation/result/test_vqa.json").read_text())) == 3
 
 
@@ -154,6 +154,12 @@ def test_without_values_check_ends_with_3(tmp_path: Path, capsys: pytest.Capture
     assert "expects no value" in capsys.readouterr().err
 
 
+def test_values_of_a_server_alone_do_not_pass_the_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = recipe(tmp_path, [entry("overall", 70.0, server="EvalAI test-dev")])
+    assert evaluate(path, flags=["--check"]) == 3
+    assert "--check: only a server prints the published values" in capsys.readouterr().err
+
+
 def test_provenance(tmp_path: Path) -> None:
     path = recipe(tmp_path, [])
     assert evaluate(path) == 0
@@ -172,6 +178,11 @@ def test_provenance(tmp_path: Path) -> None:
         ({"value": "high"}, "expected.0.value: expected a number"),
         ({"model": "blip_vqa"}, "expected.0.model: expected <arch>/<model_type>"),
         ({"tolerance": -1.0}, "expected.0.tolerance: must be at least 0"),
+        ({"num_samples": 0}, "expected.0.num_samples: must be at least 1, got 0"),
+        ({"source": " "}, "expected.0.source: must name a paper or page, got ' '"),
+        ({"settings": {"run": 3}}, "expected.0.settings: expected keys such as run.max_len, got 'run'"),
+        ({"settings": {"": 3}}, "expected.0.settings: expected keys such as run.max_len, got ''"),
+        ({"settings": {"run.a": 3, "run.a.b": 3}}, "expected.0.settings: run.a and run.a.b set the same key"),
     ],
 )
 def test_a_mistyped_entry_is_an_error(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -184,6 +195,39 @@ def test_a_mistyped_entry_is_an_error(tmp_path: Path, changes: dict[str, Any], m
 def test_an_entry_that_the_run_cannot_measure_is_an_error(tmp_path: Path, changes: dict[str, Any]) -> None:
     path = recipe(tmp_path, [{**entry("overall", 1.0), **changes}])
     assert evaluate(path) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"settings": {"run.num_beans": 3}}, "expected.1: run.num_beans: unknown key"),
+        ({"settings": {"run.num_beams": "x"}}, "expected.1: run.num_beams: expected a whole number"),
+        ({"model": "blip_vqaa/tiny"}, "expected.1: model.arch: unknown model 'blip_vqaa'"),
+        ({"model": "blip_vqa/tinny"}, "expected.1: model.model_type: 'blip_vqa' has no type 'tinny'"),
+    ],
+)
+def test_a_protocol_that_does_not_exist_is_an_error_before_the_run(
+    tmp_path: Path, changes: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = recipe(tmp_path, [entry("overall", 1.0), {**entry("overall", 2.0), **changes}])
+    assert evaluate(path) == 2
+    assert f"{path}: {message}" in capsys.readouterr().err
+    assert not (tmp_path / "output").exists() or not any((tmp_path / "output").iterdir())
+
+
+def test_a_task_without_scorers_says_so(tmp_path: Path) -> None:
+    path = recipe(tmp_path, [entry("txt_r1", 1.0, scorer="lavis")], name="retrieval")
+    with pytest.raises(ConfigError, match=r"expected\.0\.scorer: this recipe measures no 'lavis'\. Leave it out\."):
+        verdict.check_expected(Config.from_file(path))
+
+
+def test_reading_the_protocols_logs_nothing_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = recipe(tmp_path, [entry("overall", 1.0)])
+    tree = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({**tree, "run": {**tree["run"], "dist_url": "env://"}}))
+    caplog.set_level("INFO")
+    verdict.check_expected(Config.from_file(path))
+    assert [record.message for record in caplog.records] == ["ignored run keys of LAVIS: dist_url"]
 
 
 def test_mean_is_a_number_with_an_interval() -> None:

@@ -2,6 +2,7 @@
 
 import sys
 from importlib import import_module
+from pathlib import Path
 
 COMMANDS = {
     "train": ("lavis_lite.cli.main", "train_main", "train (and then test) what a YAML describes"),
@@ -30,7 +31,8 @@ def main() -> None:
         print(f"error: lavis-lite: unknown command {name!r}. {did_you_mean(name, COMMANDS)}", file=sys.stderr)
         sys.exit(2)
     module, function, _ = COMMANDS[name]
-    sys.argv = [f"{sys.argv[0]} {name}", *sys.argv[2:]]
+    program = Path(sys.argv[0]).name
+    sys.argv = [f"{'python -m lavis_lite.cli' if program == '__main__.py' else program} {name}", *sys.argv[2:]]
     vars(import_module(module))[function]()
 
 

@@ -26,12 +26,14 @@ FILE = "evaluation.json"
 PACKAGES = ("torch", "transformers", "timm", "pycocoevalcap", "peft", "bitsandbytes")
 
 
-def conclude(cfg: Config, runner: Runner, results: Mapping[str, Mapping[str, Any]]) -> list[verdict.Row]:
-    """Log the verdict, write `evaluation.json`, and return the verdict's rows. `results` are metrics by split.
+def conclude(
+    cfg: Config, runner: Runner, results: Mapping[str, Mapping[str, Any]], references: verdict.References
+) -> list[verdict.Row]:
+    """Log the verdict, write `evaluation.json`, and return the verdict's rows.
 
-    Called on rank 0 only.
+    `results` are metrics by split, `references` what the recipe's values were measured with. Called on rank 0 only.
     """
-    rows = verdict.judge(cfg, results, runner.num_samples)
+    rows = verdict.judge(cfg, results, runner.num_samples, references)
     if rows:
         logger.info("%s", "\n".join(["published values", *verdict.table(rows)]))
     content = {

@@ -109,9 +109,9 @@ def _shell(command: Sequence[str]) -> str:
     """Return the command line as typed: after `python` for a script, after `torchrun ...` under torchrun."""
     if not command:
         return ""
-    program, *arguments = command
+    program, *arguments = command  # `lavis-lite evaluate` is a program here
     is_script = program.endswith(".py")
-    text = shlex.join([program if is_script else Path(program).name, *arguments])
+    text = f"{shlex.quote(program) if is_script else Path(program).name} {shlex.join(arguments)}"
     if os.environ.get("WORLD_SIZE", "1") != "1":
         return f"torchrun ... {text}"
     return f"python {text}" if is_script else text

@@ -17,7 +17,7 @@ from lavis_lite.runners.jobs import LAST, discard_if_unused, held, start_job
 from lavis_lite.runners.stopping import Stopped, StopSignals
 
 if TYPE_CHECKING:
-    from lavis_lite.cli.verdict import Row
+    from lavis_lite.cli.verdict import References, Row
     from lavis_lite.runners.runner import Runner
 
 logger = logging.getLogger(__name__)
@@ -45,16 +45,23 @@ def evaluate_main(argv: Sequence[str] | None = None) -> None:
     sys.exit(evaluate(argv))
 
 
-def evaluate(argv: Sequence[str] | None = None) -> int:
-    """Evaluate as the command line says, and return the exit code."""
+def evaluate(argv: Sequence[str] | None = None, *, command: Sequence[str] = ()) -> int:
+    """Evaluate as the command line says, and return the exit code.
+
+    `command` is the command line of a caller of its own, to be shown if the run is stopped.
+    """
     p = parser(description=EVALUATE_HELP)
     p.add_argument("--checkpoint", metavar="PATH", help="weights to evaluate, instead of those the YAML names")
     p.add_argument("--limit", type=int, metavar="N", help="evaluate the first N samples of each split (run.limit)")
-    p.add_argument("--check", action="store_true", help="end with 1 if a published value is missed, 3 if none compares")
-    return main(p, argv, evaluates=True)
+    p.add_argument(
+        "--check", action="store_true", help="exit with 1 if a published value differs, 3 if one is not comparable"
+    )
+    return main(p, argv, evaluates=True, command=command)
 
 
-def main(p: argparse.ArgumentParser, argv: Sequence[str] | None, *, evaluates: bool = False) -> int:
+def main(
+    p: argparse.ArgumentParser, argv: Sequence[str] | None, *, evaluates: bool = False, command: Sequence[str] = ()
+) -> int:
     """Parse, run, and return the exit code; see failures.py."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv:
@@ -79,7 +86,7 @@ def main(p: argparse.ArgumentParser, argv: Sequence[str] | None, *, evaluates: b
     run_logger.setup()
     if not is_first_process():
         logging.getLogger().setLevel(logging.WARNING)
-    return exit_code(execute, command=[sys.argv[0], *argv])
+    return exit_code(execute, command=command or [sys.argv[0], *argv])
 
 
 def check_code(rows: "Sequence[Row]") -> int:
@@ -89,7 +96,9 @@ def check_code(rows: "Sequence[Row]") -> int:
     code = exit_code(rows)
     if code:
         reason = "a published value differs" if code == 1 else "not every published value could be compared"
-        print(f"--check: {reason}" if rows else "--check: the recipe expects no value of this run", file=sys.stderr)
+        if all(row.verdict == "by server" for row in rows):
+            reason = "only a server prints the published values" if rows else "the recipe expects no value of this run"
+        print(f"--check: {reason}", file=sys.stderr)
     return code
 
 
@@ -120,7 +129,7 @@ def _run_job(cfg: Config, stop: StopSignals) -> "list[Row]":
 
     task = registry.get_task_class(cfg.run.task)(**cfg.task)
     preflight.check_task(cfg, task)
-    check_expected(cfg)
+    references = check_expected(cfg)
     preflight.check_device(cfg)
     cfg.run, job_dir = start_job(cfg.run)
     with held(job_dir):
@@ -134,7 +143,7 @@ def _run_job(cfg: Config, stop: StopSignals) -> "list[Row]":
             preflight.check_model(cfg, task, model, datasets, found)
             runner = registry.get_runner_class(cfg.run.runner)(cfg, task, model, datasets, job_dir)
             runner.stop = stop
-            return _execute(cfg, runner)
+            return _execute(cfg, runner, references)
         except (UserError, Stopped, RuntimeError) as error:
             is_users = isinstance(error, UserError | RankZeroFailed)
             stopped = error if isinstance(error, Stopped) else None
@@ -150,8 +159,11 @@ def _run_job(cfg: Config, stop: StopSignals) -> "list[Row]":
             raise stopped from None
 
 
-def _execute(cfg: Config, runner: "Runner") -> "list[Row]":
-    """Evaluate or train, with a few lines about the run before and after it; return the verdict on rank 0."""
+def _execute(cfg: Config, runner: "Runner", references: "References") -> "list[Row]":
+    """Evaluate or train, with a few lines about the run before and after it; return the verdict on rank 0.
+
+    `references` are the configurations of the values that the recipe expects.
+    """
     from lavis_lite.cli.dry_run import parameter_counts
     from lavis_lite.cli.evaluation import conclude
     from lavis_lite.common import dist
@@ -176,4 +188,4 @@ def _execute(cfg: Config, runner: "Runner") -> "list[Row]":
             chosen = f"agg_metrics {best['metric']:.4g} after epoch {best['epoch'] + 1}"
         duration = timedelta(seconds=round(time.perf_counter() - started))
         logger.info(f"done in {duration}; {runner.job_dir / 'checkpoint_best.pth'}: {chosen}")
-    return conclude(cfg, runner, result["test"]) if result["test"] else []
+    return conclude(cfg, runner, result["test"], references) if result["test"] else []

@@ -78,7 +78,7 @@ def numbers(name: str, projects: Path, output: Path) -> list[Number]:
 
 def _order(number: Number) -> tuple[Any, ...]:
     first = re.search(r"\d+", number.table)
-    return number.paper, not number.table[0].isdigit(), int(first[0]) if first else 0, number.table
+    return number.paper, not number.table[:1].isdigit(), int(first[0]) if first else 0, number.table
 
 
 def read_recipes(projects: Path, families: Sequence[str]) -> Iterator[Recipe]:
@@ -116,11 +116,12 @@ def evaluations(output: Path) -> list[dict[str, Any]]:
     for path in output.rglob("evaluation.json"):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            found.append((content["provenance"]["date"], content["provenance"]["recipe"], content["verdict"]))
+            recipe = "/".join(Path(content["provenance"]["recipe"]).parts[-3:])
+            found.append((str(content["provenance"]["date"]), recipe, [dict(row) for row in content["verdict"]]))
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: not the result of an evaluation ({error!r}); move it elsewhere") from None
-    newest = sorted(found, key=lambda item: str(item[0]), reverse=True)
-    return [{"recipe": "/".join(Path(recipe).parts[-3:]), "rows": rows} for _, recipe, rows in newest]
+    newest = sorted(found, key=lambda item: item[0], reverse=True)
+    return [{"recipe": recipe, "rows": rows} for _, recipe, rows in newest]
 
 
 def _of_entry(recipe: Recipe, entry: Expected, measured: Sequence[Mapping[str, Any]]) -> list[Number]:
@@ -146,15 +147,15 @@ def _of_entry(recipe: Recipe, entry: Expected, measured: Sequence[Mapping[str, A
 def _measured(
     recipe: Recipe, entry: Expected, model: str, measured: Sequence[Mapping[str, Any]]
 ) -> Mapping[str, Any] | None:
-    """Return the verdict's row about an entry, of the newest evaluation that has one."""
+    """Return the verdict's row about an entry: of the newest evaluation that compares, else of the newest that has one.
+
+    A later trial with `--limit` or another model does not hide a comparison.
+    """
     wanted: dict[str, Any] = {"split": entry.split, "metric": entry.label, "model": model}
     wanted |= {"published": entry.value, "source": entry.source}
-    for evaluation in measured:
-        if evaluation["recipe"] == f"{recipe.name}.yaml":
-            for row in evaluation["rows"]:
-                if wanted.items() <= row.items():
-                    return row
-    return None
+    own = [evaluation["rows"] for evaluation in measured if evaluation["recipe"] == f"{recipe.name}.yaml"]
+    found = [row for rows in own for row in rows if wanted.items() <= row.items()]
+    return next((row for row in found if row["verdict"] in ("reproduced", "differs")), found[0] if found else None)
 
 
 def command(recipe: Recipe, entry: Expected) -> str:

@@ -6,6 +6,7 @@ not say.
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from lavis_lite.cli import main as cli
 from lavis_lite.cli.evaluation import FILE
 from lavis_lite.common.config.config import Config, parser
 from lavis_lite.common.config.expected import Alternative
+from lavis_lite.common.errors import UserError
 
 PUBLISHED = "as the recipe is"
 HELP = """Evaluate a recipe as it is, and with each of its `alternatives`, and print which comes closest to the
@@ -32,13 +34,17 @@ class Outcome:
 
     name: str
     metric: str
-    here: float
+    here: float | None
+    """None: the evaluation has no such metric."""
     published: float
 
     @property
     def distance(self) -> float:
-        """Return the difference from the published value, without its sign."""
-        return abs(self.here - self.published)
+        """Return the difference from the published value, without its sign; infinite if nothing was measured."""
+        return math.inf if self.here is None else abs(self.here - self.published)
+
+    def __str__(self) -> str:
+        return "not measured" if self.here is None else f"{self.here:8.2f}  {self.here - self.published:+8.2f}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -57,21 +63,28 @@ def sweep(args: argparse.Namespace) -> int:
     try:
         cfg = Config.from_args(args)
         chosen = alternatives(cfg, args.only)
-    except ValueError as error:
+        for alternative in chosen:  # a mistake in the last one is found before the first evaluation
+            layer = alternative.layer(f"{cfg.source}: alternatives: {alternative.name}")
+            Config.from_file(args.cfg_path, args.options, flags=[layer])
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     found: list[dict[str, Any]] = []
     outcomes: list[Outcome] = []
     for alternative in [Alternative(name=PUBLISHED), *chosen]:
-        if alternative.settings or not found:
+        if alternative.settings or alternative.name == PUBLISHED:
             job = _job(args.job_id, alternative.name)
             print(f"== {alternative.name}", file=sys.stderr)
             if code := _evaluate(args, alternative, job):
                 return code
+            if args.dry_run:
+                continue
             found.append(json.loads((Path(cfg.run.output_dir) / job / FILE).read_text(encoding="utf-8")))
-        percent = (found[-1] if alternative.settings else found[0])["percent"]
-        outcomes += outcomes_of(percent, found[0]["verdict"], alternative)
-    print("\n".join(table(outcomes)))
+        if not args.dry_run:
+            percent = (found[-1] if alternative.settings else found[0])["percent"]
+            outcomes += outcomes_of(percent, found[0]["verdict"], alternative)
+    if not args.dry_run:
+        print("\n".join(table(outcomes)))
     return 0
 
 
@@ -97,9 +110,11 @@ def _evaluate(args: argparse.Namespace, alternative: Alternative, job: str) -> i
     argv = ["--cfg-path", args.cfg_path, "--job-id", job]
     argv += ["--checkpoint", args.checkpoint] if args.checkpoint else []
     argv += ["--limit", str(args.limit)] if args.limit is not None else []
+    argv += ["--resume", args.resume] if args.resume is not None else []
+    argv += ["--dry-run"] if args.dry_run else []
     options = list(args.options)
     options += [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in alternative.settings.items()]
-    return cli.evaluate([*argv, *(["--options", *options] if options else [])])
+    return cli.evaluate([*argv, *(["--options", *options] if options else [])], command=sys.argv)
 
 
 def outcomes_of(
@@ -112,20 +127,19 @@ def outcomes_of(
     found = []
     for row in rows:
         here = percent.get(alternative.split or row["split"], {}).get(alternative.metric or row["key"])
-        if here is not None:
-            found.append(Outcome(alternative.name, f"{row['split']} {row['metric']}", here, row["published"]))
+        found.append(Outcome(alternative.name, f"{row['split']} {row['metric']}", here, row["published"]))
     return found
 
 
 def table(outcomes: Sequence[Outcome]) -> list[str]:
     """Return the lines of the table, nearest first, and what they say."""
-    if not outcomes:
+    if all(outcome.here is None for outcome in outcomes):
         return ["nothing was measured that has a published value"]
     lines = []
     for metric in dict.fromkeys(outcome.metric for outcome in outcomes):
         own = sorted((one for one in outcomes if one.metric == metric), key=lambda outcome: outcome.distance)
         width = max(len(one.name) for one in own)
         lines += [f"{metric}: published {own[0].published:g}"]
-        lines += [f"  {one.name.ljust(width)}  {one.here:8.2f}  {one.here - one.published:+8.2f}" for one in own]
-        lines += [f"  closest: {own[0].name}"]
+        lines += [f"  {one.name.ljust(width)}  {one}" for one in own]
+        lines += [f"  closest: {own[0].name}"] if own[0].here is not None else []
     return lines

@@ -13,7 +13,7 @@ from lavis_lite.cli.failures import exit_code
 from lavis_lite.cli.published import FAMILIES, Number, numbers
 from lavis_lite.common.errors import InputError
 
-HELP = """Print the tables of a paper. Each number stands next to what the newest evaluation below the output folder
+HELP = """Print the tables of a paper. Each number is next to what the newest evaluation below the output folder
 measured, with its verdict. Missing ones show the command that measures them, or why there is none.
 
 examples:
@@ -47,7 +47,7 @@ def lines(found: Sequence[Number]) -> list[str]:
     """Return the lines of all tables, and a last one that counts the verdicts."""
     text = []
     for (paper, table), rows in groupby(found, key=lambda number: (number.paper, number.table)):
-        text += [f"{paper}, {'table ' if table[0].isdigit() else ''}{table}", *layout(list(rows)), ""]
+        text += [f"{paper}, {'table ' if table[:1].isdigit() else ''}{table}", *layout(list(rows)), ""]
     counts = Counter(number.verdict or ("not measured" if number.recipe else "no recipe") for number in found)
     counted = ", ".join(f"{count} {what}" for what, count in sorted(counts.items(), key=lambda item: -item[1]))
     return [*text, f"{len(found)} numbers: {counted}"]

@@ -5,8 +5,10 @@ settings. A run that differs from it, or that evaluated another number of sample
 places of files are not part of the protocol, nor are batch sizes and the device.
 """
 
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -53,20 +55,26 @@ class Row:
     """Why the value is not comparable."""
 
 
-def judge(cfg: Config, results: Mapping[str, Mapping[str, Any]], num_samples: Mapping[str, int]) -> list[Row]:
+References = Mapping[str, Config]
+"""The configurations that a recipe's values were measured with, by `str` of an entry's `changes`."""
+
+
+def judge(
+    cfg: Config, results: Mapping[str, Mapping[str, Any]], num_samples: Mapping[str, int], references: References
+) -> list[Row]:
     """Return a row for each published value that is for this run, of those that its recipe measures itself.
 
-    `results` and `num_samples` are by split. Of several values of one metric it is the one whose model and settings are
-    nearest to the run's, and all others that were published of the same measurement.
+    `results` and `num_samples` are by split, `references` is what `check_expected` returns. Of several values of one
+    metric it is the one whose model and settings are nearest to the run's, and all others that were published of the
+    same measurement.
     """
     candidates: dict[str, list[Expected]] = {}
     for entry in cfg.expected:
         if entry.recipe is None and entry.split in results:
             candidates.setdefault(str(entry), []).append(entry)
-    protocols: dict[str, Config] = {}
     rows = []
     for entries in candidates.values():
-        found = [(entry, _reference(cfg, entry, protocols)) for entry in entries]
+        found = [(entry, references[str(entry.changes())]) for entry in entries]
         own = [pair for pair in found if _model(pair[1]) == _model(cfg)] or found[:1]
         nearest, reasons, model = min(
             ((entry, changes(cfg, reference), _model(reference)) for entry, reference in own), key=lambda c: len(c[1])
@@ -76,25 +84,35 @@ def judge(cfg: Config, results: Mapping[str, Mapping[str, Any]], num_samples: Ma
     return rows
 
 
-def _reference(cfg: Config, entry: Expected, known: dict[str, Config]) -> Config:
-    """Return the configuration that an entry was measured with; `known` has those that were read already."""
-    key = str(entry.changes())
-    if key not in known:
-        known[key] = _recipe(cfg, entry.layer())
-    return known[key]
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out what reading a configuration logs: the run's own was logged already."""
+    configuration = logging.getLogger("lavis_lite.common.config")
+    level = configuration.level
+    configuration.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        configuration.setLevel(level)
 
 
 def _recipe(cfg: Config, *more: Layer) -> Config:
     """Return the recipe as the file with `expected:` says, without options or files based on it."""
     layers = load_with_bases(Path(cfg.source))
     end = max(number for number, layer in enumerate(layers) if "expected" in layer.tree)
-    return Config.from_layers([*layers[: end + 1], *more], source=cfg.source)
+    with _quiet():
+        return Config.from_layers([*layers[: end + 1], *more], source=cfg.source)
 
 
-def check_expected(cfg: Config) -> None:
-    """Raise ConfigError for an entry whose split the recipe does not evaluate, or whose metric its task has not."""
+def check_expected(cfg: Config) -> References:
+    """Return the configurations that the recipe's values were measured with, before the run.
+
+    Raises ConfigError for an entry whose split the recipe does not evaluate, whose metric its task does not compute, or
+    whose model or settings do not exist.
+    """
+    references: dict[str, Config] = {}
     if not cfg.expected:
-        return
+        return references
     recipe = _recipe(cfg)
     task = registry.get_task_class(recipe.run.task)(**recipe.task)
     splits, names = [*recipe.run.valid_splits, *recipe.run.test_splits], task.metric_names()
@@ -106,8 +124,11 @@ def check_expected(cfg: Config) -> None:
             ("scorer", entry.scorer or "", scorers | {""}),
         ):
             if entry.recipe is None and known and value not in known:
-                advice = did_you_mean(value, known)
+                advice = did_you_mean(value, [*filter(None, known)]) if {*known} != {""} else "Leave it out."
                 raise ConfigError(f"{cfg.source}: expected.{number}.{key}: this recipe measures no {value!r}. {advice}")
+        if entry.recipe is None and (changes := str(entry.changes())) not in references:
+            references[changes] = _recipe(cfg, entry.layer(f"{cfg.source}: expected.{number}"))
+    return references
 
 
 def _model(cfg: Config) -> str:
@@ -123,12 +144,13 @@ def changes(cfg: Config, reference: Config) -> list[str]:
     for key in sorted(ours.keys() | theirs.keys()):
         here, there = ours.get(key), theirs.get(key)
         if here != there and not (key in PRECISIONS and {here, there} & {None, "auto"}):
-            lines.append(f"{key}: {_shown(here)}, the value is for {_shown(there)}")
+            value = "without it" if there is None else f"for {_shown(there)}"
+            lines.append(f"{key}: {'not set' if here is None else _shown(here)}, the value is {value}")
     return lines
 
 
 def _shown(value: Any) -> str:
-    return "nothing" if value is None else f"{value!r}" if isinstance(value, str) else str(value)
+    return repr(value) if isinstance(value, str) else str(value)
 
 
 def protocol(cfg: Config, *, training: bool = False) -> dict[str, Any]:
@@ -249,7 +271,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{row.split} {row.metric}",
         here if isinstance(here, str) else f"{here:.2f}",
         interval,
-        f"{row.published:g}",
+        str(row.published),
         difference if isinstance(difference, str) else f"{difference:+.2f}",
         row.verdict,
         row.source,

@@ -84,10 +84,13 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> Path:
             raise
         folder = next(parent for parent in path.absolute().parents if parent.is_dir())
         what = "the disk is full" if cause.errno in (errno.ENOSPC, errno.EDQUOT) else (cause.strerror or str(cause))
+        advice = "Free some space or set run.output_dir to another disk, then continue with --resume auto"
+        if path.is_dir():
+            advice = "Move this folder elsewhere"
         raise WriteError(
             cause.errno,
             f"cannot write {path}: {what} ({shutil.disk_usage(folder).free / 2**20:.1f} MiB free in {folder}); nothing "
-            "was replaced. Free some space or set run.output_dir to another disk, then continue with --resume auto",
+            f"was replaced. {advice}",
         ) from error
     return path
 

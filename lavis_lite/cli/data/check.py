@@ -78,7 +78,9 @@ def check_split(named: NamedDataset, split: str, *, num_decoded: int | None) -> 
         check.problems.append(str(error))
         return check
     if not isinstance(dataset, BaseDataset):
-        check.facts.append(f"{len(dataset):,} samples; {type(dataset).__name__} is no BaseDataset: no file is checked")
+        check.facts.append(
+            f"{len(dataset):,} samples; {type(dataset).__name__} is not a BaseDataset: no file is checked"
+        )
         return check
     check_count(named, split, dataset, check)
     check_blank(named.builder, dataset, check)
@@ -127,7 +129,9 @@ def check_count(named: NamedDataset, split: str, dataset: BaseDataset, check: Sp
     elif count < size <= count + dataset.num_blank:
         check.facts.append(f"{count:,} samples and {size - count:,} left out, as published")
     else:
-        check.problems.append(f"{count:,} samples, published are {size:,}: the files are cut short, or are others")
+        check.problems.append(
+            f"{count:,} samples, {size:,} were published: the files are incomplete or not the published ones"
+        )
 
 
 def check_blank(builder: BaseBuilder, dataset: BaseDataset, check: SplitCheck) -> None:

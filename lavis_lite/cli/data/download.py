@@ -30,7 +30,7 @@ FIELD = re.compile(r"\{(\w+)\}")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Download what is missing; return 1 if something could not be had, which is then named."""
+    """Download what is missing; return 1 if a download failed, which is then named."""
     found = find_datasets(args.dataset, splits=args.split, options=args.options)
     if all(one.name.startswith("shapes") for one in found):
         print("the shapes datasets are generated at first use: nothing to download")
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         if args.images:
             failed += download_images(named, keep_archives=args.keep_archives)
     if failed:
-        print(f"{failed} of the above could not be had", file=sys.stderr)
+        print(f"{failed} of the above could not be downloaded", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -113,7 +113,7 @@ def fetch_archive(archive: ImageArchive, folder: VisualFolder, *, keep: bool) ->
 def fetch_listed(listed: ImageList, named: NamedDataset, split: str, root: Path) -> str:
     """Download the images that a list names and that are missing; return what was done.
 
-    Raises InputError if some could not be had: addresses of the web vanish.
+    Raises InputError if some cannot be downloaded: addresses of the web vanish.
     """
     wanted = dict(wanted_files(listed, named, split, root))
     missing = {path: url for path, url in wanted.items() if not (path.is_file() and path.stat().st_size)}
@@ -121,8 +121,8 @@ def fetch_listed(listed: ImageList, named: NamedDataset, split: str, root: Path)
     if failures:
         first = "; ".join(failures[:SHOWN])
         raise InputError(
-            f"{len(failures):,} of {len(wanted):,} images could not be had, the others are in {root}: {first}. Run the "
-            "command again, or remove their records from the annotations"
+            f"{len(failures):,} of {len(wanted):,} images could not be downloaded, the others are in {root}: {first}. "
+            "Run the command again, or remove their records from the annotations"
         )
     return f"{len(wanted):,} images in {root}" + ("" if missing else ", all were there")
 

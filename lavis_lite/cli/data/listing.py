@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
         if name not in dataset_zoo:
             raise UnknownNameError(f"unknown dataset {name!r}. {did_you_mean(name, dataset_zoo.names())}")
     rows = [row for row in map(row_of, chosen(args.names)) if not args.here or is_here(row)]
-    print("\n".join(table(HEAD, rows)))
+    print("\n".join(table(HEAD, rows)) if rows else "no file of these datasets is on this machine")
     print(f"\npaths are below {download.data_root()} (environment variable LAVIS_LITE_DATA)")
     return 0
 

@@ -70,7 +70,13 @@ def find_datasets(name: str, *, splits: Sequence[str] = (), options: Sequence[st
 def read_recipe(path: str, options: Sequence[str] = ()) -> tuple[Config, dict[str, str]]:
     """Return a recipe's configuration, for which nothing is downloaded, and the sources that it would have read and
     that are not here, by setting: a checkpoint's settings are then not in it.
+
+    Raises InputError for a packaged dataset's name, and ConfigError for a mistake in the file.
     """
+    if not is_recipe(path) and path.partition("/")[0] in dataset_zoo:
+        raise InputError(
+            f"{path}: is a packaged dataset, not a recipe's file; `lavis-lite data check {path}` checks it"
+        )
     with offline():
         try:
             return Config.from_file(path, options), {}

@@ -3,7 +3,7 @@
 import importlib.util
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +189,7 @@ def package_needs(cfg: Config, *, has_videos: bool) -> Iterator[Need]:
     if isinstance(task, CaptionTask) and task.report_metric and (cfg.run.valid_splits or cfg.run.test_splits):
         yield from _metric_needs(task.metrics)
         if task.annotation_file:
-            yield weights_need("run.annotation_file", task.annotation_file)
+            yield replace(weights_need("run.annotation_file", task.annotation_file), kind="references")
 
 
 def _package(module: str, why: str, command: str) -> Need:

@@ -101,5 +101,5 @@ def report(needs: Sequence[Need], found: Sequence[NamedDataset], *, recipe: str)
         images = " --images" if any(need.kind in DATA[1:] for need in missing) else ""
         lines.append(f"data that its owner publishes: lavis-lite data download {recipe}{images}")
     if any(need.kind not in (*DATA, "package", "program") and need.source for need in missing):
-        lines.append("weights and tokenizers with an address are downloaded when a run starts")
+        lines.append("weights, tokenizers and references with an address are downloaded when a run starts")
     return lines

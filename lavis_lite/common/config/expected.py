@@ -4,6 +4,7 @@ An entry is a fact about a model and a protocol: the recipe as its file says, wi
 The verdict after an evaluation (cli/verdict.py) compares the run with it. Values are in percent, as papers print them.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,19 +56,12 @@ class Expected:
         model = {"model.arch": arch, "model.model_type": model_type} if self.model else {}
         return {**model, **self.settings}
 
-    def layer(self) -> Layer:
-        """Return `changes` as a layer of the configuration."""
-        tree: dict[str, Any] = {}
-        for key, value in self.changes().items():
-            *parents, last = key.split(".")
-            node = tree
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            node[last] = value
-        return Layer("expected", tree)
+    def layer(self, source: str = "expected") -> Layer:
+        """Return `changes` as a layer of the configuration; `source` is the entry's place, for messages."""
+        return _layer(self.changes(), source)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the entry as it stands in a YAML, without defaults."""
+        """Return the entry as a YAML has it, without defaults."""
         schema, _ = schema_of(Expected)
         return {key: value for key, value in vars(self).items() if value != schema[key].default}
 
@@ -84,9 +78,24 @@ class Alternative:
     metric: str | None = None
     """The metric to read instead of the published value's."""
 
+    def layer(self, source: str) -> Layer:
+        """Return `settings` as a layer of the configuration; `source` is the entry's place, for messages."""
+        return _layer(self.settings, source)
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the entry as it stands in a YAML, without defaults."""
+        """Return the entry as a YAML has it, without defaults."""
         return {key: value for key, value in vars(self).items() if value}
+
+
+def _layer(settings: Mapping[str, Any], source: str) -> Layer:
+    tree: dict[str, Any] = {}
+    for key, value in settings.items():
+        *parents, last = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return Layer(source, tree)
 
 
 def read_alternatives(entries: Any, checker: Checker) -> list[Alternative]:
@@ -97,6 +106,8 @@ def read_alternatives(entries: Any, checker: Checker) -> list[Alternative]:
         Alternative(**checker.section(entry, schema, ("alternatives", str(number))))
         for number, entry in enumerate(listed)
     ]
+    for number, alternative in enumerate(found):
+        _check_settings(alternative.settings, checker, ("alternatives", str(number)))
     names = [alternative.name for alternative in found]
     if len(set(names)) < len(names):
         raise checker.error(("alternatives",), f"names must differ, got {', '.join(names)}")
@@ -119,5 +130,19 @@ def read_expected(entries: Any, checker: Checker) -> list[Expected]:
             raise checker.error((*path, "model"), f"expected <arch>/<model_type>, got {own.model!r}")
         if own.tolerance < 0:
             raise checker.error((*path, "tolerance"), f"must be at least 0, got {own.tolerance}")
+        if own.num_samples is not None and own.num_samples < 1:
+            raise checker.error((*path, "num_samples"), f"must be at least 1, got {own.num_samples}")
+        if not own.source.strip():
+            raise checker.error((*path, "source"), f"must name a paper or page, got {own.source!r}")
+        _check_settings(own.changes(), checker, path)
         found.append(own)
     return found
+
+
+def _check_settings(settings: Mapping[str, Any], checker: Checker, path: tuple[str, ...]) -> None:
+    """Raise ConfigError for a key that is not `<section>.<key>`, or that is a part of another key."""
+    for key in settings:
+        if not re.fullmatch(r"[^.]+(\.[^.]+)+", key):
+            raise checker.error((*path, "settings"), f"expected keys such as run.max_len, got {key!r}")
+        if longer := next((other for other in settings if other.startswith(f"{key}.")), None):
+            raise checker.error((*path, "settings"), f"{key} and {longer} set the same key: leave one out")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lavis_lite.common.errors import InputError
+from lavis_lite.common.errors import InputError, did_you_mean
 
 KeyPath = tuple[str, ...]
 MAX_BYTES = 2**20
@@ -56,7 +56,9 @@ def load_yaml(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+        beside = [*path.parent.glob("*.yaml")] if isinstance(error, FileNotFoundError) else []
+        advice = f". {did_you_mean(path.name, [file.name for file in beside])}" if beside else ""
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}{advice}") from None
     if len(content) > MAX_BYTES:
         raise ConfigError(f"{path}: the file is larger than the {MAX_BYTES:,} bytes that a configuration may have")
     with reading_yaml(str(path)):

@@ -38,10 +38,13 @@ class SplitFiles:
     def content(self, path: Path) -> tuple[Any, str | Path]:
         """Return the content of a file, and its name for `place_of`; of an owner's form its records (owners.py).
 
-        Raises InputError for an owner's file that has no record of the split.
+        Raises InputError for an owner's file that has no record of the split, or a damaged one.
         """
         content = read_json(path) if path.suffix.lower() == ".json" else read_records(path)
-        records = owners_records(content, split=self.split, root=self.root)
+        try:
+            records = owners_records(content, split=self.split, root=self.root)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
         if records is None:
             return content, path
         if not records:

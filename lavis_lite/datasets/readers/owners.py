@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
+from lavis_lite.common.errors import InputError
 from lavis_lite.common.records import Record
 
 logger = logging.getLogger(__name__)
@@ -41,11 +42,33 @@ class Place:
         return set(os.listdir(path)) if path.is_dir() else set()
 
 
+class Rows(list[Any]):
+    """The records of a file; `number` is that of the one being read, for messages."""
+
+    number = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for self.number, row in enumerate(super().__iter__()):
+            yield row
+
+
 def owners_records(content: Any, *, split: str, root: Path) -> list[Record] | None:
-    """Return the records of an owner's file, or None for content of another form."""
+    """Return the records of an owner's file, or None for content of another form.
+
+    Raises InputError for a record that is not as the first one: without a key, or with a value of another kind.
+    """
     first = _first(content)
     form = next((form for form in FORMS if form.recognises(content, first)), None)
-    return None if form is None else list(form.records(content, Place(split, root)))
+    if form is None:
+        return None
+    rows = form.rows(content)
+    try:
+        return list(form.records(rows, Place(split, root)))
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        where = f"record {rows.number}" if isinstance(rows, Rows) else " and ".join(sorted(form.keys))
+        name = form.records.__name__
+        problem = f"not as in the other records of a file of the form {name!r} ({type(error).__name__}: {error})"
+        raise InputError(f"{where}: {problem}; download the file again, or remove the record") from error
 
 
 def _first(content: Any) -> dict[str, Any]:
@@ -55,9 +78,9 @@ def _first(content: Any) -> dict[str, Any]:
     return first if isinstance(first, dict) else {}
 
 
-def karpathy(content: dict[str, Any], place: Place) -> Iterator[Record]:
+def karpathy(images: list[Record], place: Place) -> Iterator[Record]:
     """COCO's and Flickr30K's images with their sentences, in Karpathy's split."""
-    for image in content["images"]:
+    for image in images:
         if KARPATHY_SPLITS.get(image["split"], image["split"]) == place.split:
             folder = f"{image['filepath']}/" if image.get("filepath") else ""
             yield {
@@ -67,16 +90,16 @@ def karpathy(content: dict[str, Any], place: Place) -> Iterator[Record]:
             }
 
 
-def nocaps(content: dict[str, Any], place: Place) -> Iterator[Record]:
+def nocaps(images: list[Record], place: Place) -> Iterator[Record]:
     """The images of nocaps, with their domain."""
-    for image in content["images"]:
+    for image in images:
         yield {**image, "image": image["file_name"], "image_id": image["id"]}
 
 
-def gqa(content: dict[str, Any], place: Place) -> Iterator[Record]:
+def gqa(content: list[tuple[str, Record]], place: Place) -> Iterator[Record]:
     """GQA's questions, with the fields that its metrics need."""
     kept = ("question", "answer", "types", "groups", "semantic")
-    for key, row in content.items():
+    for key, row in content:
         yield {
             **{name: row[name] for name in kept if name in row},
             "image": f"{row['imageId']}.jpg",
@@ -118,9 +141,9 @@ def snli_ve(content: list[Record], place: Place) -> Iterator[Record]:
         yield {"image": row["Flickr30K_ID"], "sentence": row["sentence2"], "label": row["gold_label"]}
 
 
-def iconqa(content: dict[str, Any], place: Place) -> Iterator[Record]:
+def iconqa(content: list[tuple[str, Record]], place: Place) -> Iterator[Record]:
     """IconQA's questions with choices in words."""
-    for key, row in content.items():
+    for key, row in content:
         if row["ques_type"] == "choose_txt" and row["split"] == place.split:
             folder = f"{place.split}/choose_txt/{key}"
             image = place.first(f"{folder}/image.png", f"iconqa/{folder}/image.png")
@@ -201,6 +224,12 @@ class Form:
         if self.keys == {"images"}:  # the record is below the key
             return self.fields <= _first(content["images"]).keys() and not self.absent & content.keys()
         return self.fields <= first.keys() and not self.absent & first.keys()
+
+    def rows(self, content: Any) -> Any:
+        """Return the records to read: of an object its items, or what is below the key; SBU's lists as they are."""
+        if self.keys:
+            return Rows(content["images"]) if self.keys == {"images"} else content
+        return Rows(content.items() if self.kind is dict else content)
 
 
 def _form(

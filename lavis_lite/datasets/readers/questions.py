@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -212,15 +212,11 @@ def read_textvqa(files: SplitFiles) -> Iterator[Record]:
 def read_visdial(files: SplitFiles) -> Iterator[Record]:
     """Yield one record per round of Visual Dialog 1.0's dialogues, with `history`, `question` and 100 candidates.
 
-    A training file's rounds have no candidates; of a test file's dialogues only the last round is asked.
+    A training file's rounds have no candidates; of a test file's dialogues only the last round is asked. A list among
+    the files has the dense annotations. Raises InputError for those that fit no round.
     """
     contents = {path: read_json(path) for path in files.paths}
-    dense = {}
-    for content in contents.values():
-        if isinstance(content, list):  # the dense annotations
-            check = files.needs("image_id", "round_id", "gt_relevance|relevance", image_id=INDEX, round_id=INDEX)
-            for row in check_records(content, check, "dense annotations"):
-                dense[f"{row['image_id']}_{row['round_id']}"] = row.get("gt_relevance") or row["relevance"]
+    dense, has_fitted = _dense_annotations(files, contents), False
     for path, content in contents.items():
         if isinstance(content, list):
             continue
@@ -233,11 +229,42 @@ def read_visdial(files: SplitFiles) -> Iterator[Record]:
             try:
                 for record in list(visdial_rounds(dialog, data, split)):
                     found = dense.get(record["question_id"])
-                    yield record if found is None else {**record, "relevance": found}
+                    has_fitted |= found is not None
+                    yield record if found is None else _with_relevance(record, *found)
             except (KeyError, IndexError, TypeError, AttributeError) as error:
                 problem = f"found {shown(dialog['dialog'])} ({type(error).__name__}: {error})"
                 where = f"{place_of(*dialog[PLACE])}: `dialog`"
                 raise InputError(f"{where} must be rounds with indices of questions and answers, {problem}") from error
+    if dense and not has_fitted:
+        _, path = next(iter(dense.values()))
+        raise InputError(f"{path}: no image_id and round_id is of these dialogues; give the file of the same split")
+
+
+def _dense_annotations(files: SplitFiles, contents: Mapping[Path, Any]) -> dict[str, tuple[Any, Path]]:
+    """Return the relevance of each annotated round's candidates and its file, by `question_id`."""
+    found = {}
+    for path, content in contents.items():
+        if isinstance(content, list):
+            check = files.needs("image_id", "round_id", "gt_relevance|relevance", image_id=INDEX, round_id=INDEX)
+            for row in check_records(content, check, path):
+                own = row.get("gt_relevance")
+                relevance = row["relevance"] if own is None else own
+                found[f"{row['image_id']}_{row['round_id']}"] = relevance, path
+    return found
+
+
+def _with_relevance(record: Record, relevance: Any, path: Path) -> Record:
+    """Return a round with its candidates' relevance, checked before it is needed, which is after the evaluation."""
+    if "candidates" in record:
+        count = len(record["candidates"])
+        numbers = relevance if isinstance(relevance, list) else []
+        if len(numbers) != count or not all(isinstance(one, int | float) and 0 <= one <= 1 for one in numbers):
+            problem = f"the relevance must be {count} numbers from 0 to 1, one per candidate, got {shown(relevance)}"
+            raise InputError(f"{path}: image and round {record['question_id']}: {problem}")
+        if not any(numbers):
+            problem = "no candidate has a relevance above 0, so NDCG cannot be normalised; leave this round out"
+            raise InputError(f"{path}: image and round {record['question_id']}: {problem}")
+    return {**record, "relevance": relevance}
 
 
 def visdial_rounds(dialog: Record, data: Record, split: str) -> Iterator[Record]:
