@@ -5,7 +5,7 @@ A task's dataclass fields are keys of the YAML's `run` section. Rank 0 computes 
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -18,8 +18,9 @@ from lavis_lite.common.config.config import Config
 from lavis_lite.common.config.run import RunConfig
 from lavis_lite.common.config.schema import schema_of
 from lavis_lite.common.config.sections import builder_name
-from lavis_lite.common.errors import InputError, MissingInputError
+from lavis_lite.common.errors import InputError, MissingFileError, MissingInputError
 from lavis_lite.common.registry import registry
+from lavis_lite.common.sources import download
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset
 from lavis_lite.datasets.protocols import EvalDataset, SampleDict, Samples
 from lavis_lite.models.base import BaseModel
@@ -88,6 +89,11 @@ class BaseTask:
         A name stands for what is below it too: `per_answer_type` for `per_answer_type.number`.
         """
         return ()
+
+    @classmethod
+    def lavis_defaults(cls, arch: str | None) -> dict[str, Any]:
+        """Return LAVIS's defaults of fields that have others here, for an architecture; for `run.defaults: lavis`."""
+        return {}
 
     def decoding_settings(self) -> dict[str, Any]:
         """Return the fields that set how a model decodes, without those left to the model (None)."""
@@ -219,6 +225,28 @@ def make_builder(cfg: Config, name: str) -> BaseBuilder:
         arguments["instructions"] = cfg.prompts[name]
     builder: BaseBuilder = registry.get_builder_class(builder_name(name, section))(**arguments)
     return builder
+
+
+def named_file(key: str, source: str) -> Path:
+    """Return the path of a file that a setting names, downloaded if it is a URL. MissingFileError if there is none."""
+    path = download.fetch(source) if download.is_url(source) else Path(source).expanduser()
+    if not path.is_file():
+        raise MissingFileError(f"{key}: no such file: {path}")
+    return path
+
+
+def with_columns(cfg: Config, **columns: str) -> Config:
+    """Return the configuration whose datasets read our fields from fields of other names: `caption="text"`.
+
+    A dataset's own `columns` replace these. A field of our name, and `instance_id`, which files lack, are left out.
+    """
+    renamed = {ours: theirs for ours, theirs in columns.items() if theirs not in (ours, "instance_id")}
+    if not renamed:
+        return cfg
+    datasets = {
+        name: section | {"columns": renamed | (section.get("columns") or {})} for name, section in cfg.datasets.items()
+    }
+    return replace(cfg, datasets=datasets)
 
 
 def wanted_splits(run: RunConfig) -> list[str]:

@@ -167,7 +167,7 @@ def parser(*, prog: str | None = None, description: str | None = None) -> argpar
 
 
 def _checked(tree: dict[str, Any], checker: Checker, types: dict[str, str], *, source: str) -> Config:
-    run, task = check_run(tree.get("run", {}), checker)
+    run, task = check_run(tree.get("run", {}), checker, arch=tree["model"].get("arch"))
     model = model_arguments(tree["model"], checker)
     preprocess = tree.get("preprocess", {})
     checker.section(preprocess, {key: Parameter(dict[str, Any]) for key in PROCESSOR_KEYS}, ("preprocess",))

@@ -65,6 +65,25 @@ def derived(row: Record, **fields: Any) -> Record:
     return {**fields, PLACE: row[PLACE]}
 
 
+def identified(reader: Reader, key: str) -> Reader:
+    """Return the reader with the field `key` of each record as its `instance_id`, as text.
+
+    Raises InputError for a record without the field.
+    """
+
+    def read(files: SplitFiles) -> Iterator[Record]:
+        for number, record in enumerate(reader(files)):
+            if record.get(key) is None:
+                where, number = record.get(PLACE, (str(files), number))
+                fields = ", ".join(name for name in record if name != PLACE)
+                raise InputError(
+                    f"{where}: record {number}: build_info.instance_id_key: no field {key!r}, there are {fields}"
+                )
+            yield record | {"instance_id": str(record[key])}
+
+    return read
+
+
 def read_content(path: Path) -> Any:
     """Return the content of a JSON file, or the list of records of another annotation file."""
     return read_json(path) if path.suffix.lower() == ".json" else read_records(path)
