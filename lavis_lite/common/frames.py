@@ -88,7 +88,7 @@ def decode(
         raise MissingFileError(f"video file not found: {path}")
     check_num_frames(num_frames)
 
-    def choose(num_available: int, rate: float | None = None) -> list[int]:
+    def choose(num_available: int, rate: float | None) -> list[int]:
         source, first = f"video file {path}", 0
         if part is not None:
             first, num_available = part_of(num_available, part, rate=rate, source=source)
@@ -106,11 +106,12 @@ def _unreadable(file: Path, error: Exception) -> UnreadableSample:
     return UnreadableSample(f"{problem}. Fetch or convert it again, or remove the record from the annotations.")
 
 
-def _decode_animation(file: Path, choose: Callable[[int], list[int]]) -> list[Image.Image]:
+def _decode_animation(file: Path, choose: Callable[[int, float | None], list[int]]) -> list[Image.Image]:
     """Return the chosen frames of an animation, on a white background."""
     try:
         with open_file(file) as animation:
-            numbers = choose(getattr(animation, "n_frames", 1))
+            duration = animation.info.get("duration")  # milliseconds of the first frame, taken to be all frames'
+            numbers = choose(getattr(animation, "n_frames", 1), 1000 / duration if duration else None)
             images = {}
             for number in sorted(set(numbers)):
                 animation.seek(number)
@@ -122,7 +123,7 @@ def _decode_animation(file: Path, choose: Callable[[int], list[int]]) -> list[Im
     return [images[number] for number in numbers]
 
 
-def _decode_video(file: Path, choose: Callable[[int, float], list[int]]) -> list[Image.Image]:
+def _decode_video(file: Path, choose: Callable[[int, float | None], list[int]]) -> list[Image.Image]:
     """Return the chosen frames of a video, decoded by decord."""
     try:
         import decord
