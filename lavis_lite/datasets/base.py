@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from lavis_lite.common import dist
 from lavis_lite.common.bounds import one_of
-from lavis_lite.common.config.schema import schema_of
+from lavis_lite.common.config.schema import as_read, schema_of
 from lavis_lite.common.config.sections import PROCESSOR_KEYS
 from lavis_lite.common.config.zoo import dataset_zoo, packaged_dataset
 from lavis_lite.common.errors import InputError, UnknownNameError
@@ -309,7 +309,11 @@ class BaseBuilder:
 def make_processor(blocks: dict[str, Any], split: str) -> Callable[[Any], Any]:
     """Return the processor of the split's block (`train` for the split of that name, else `eval`), or `identity`."""
     block = dict(blocks.get("train" if split == "train" else "eval") or {})
-    return registry.get_processor_class(block.pop("name"))(**block) if block else identity
+    if not block:
+        return identity
+    processor_class = registry.get_processor_class(block["name"])
+    processor: Callable[[Any], Any] = processor_class.from_config(as_read(processor_class, block))
+    return processor
 
 
 def load_dataset(name: str, type: str = "default", splits: Iterable[str] | None = None) -> dict[str, BaseDataset]:

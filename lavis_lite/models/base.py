@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lavis_lite.common import checkpoint
 from lavis_lite.common.config import trained as trained_config
-from lavis_lite.common.config.schema import ConstructorSignature
+from lavis_lite.common.config.schema import ConstructorSignature, as_read, reads_config
 from lavis_lite.common.config.sections import MODEL_KEYS
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.optim import parameter_groups
@@ -130,6 +130,15 @@ class BaseModel(nn.Module):
 
         return from_pretrained(source, model_class=cls, **settings)
 
+    def load_checkpoint(self, url_or_filename: str) -> None:
+        """Load complete weights: LAVIS's name of `load_weights`."""
+        self.load_weights(url_or_filename)
+
+    def load_checkpoint_from_config(self, cfg: Mapping[str, Any]) -> None:
+        """Load the weights that a model section names, if it names any, for a `from_config` written for LAVIS."""
+        if (chosen := chosen_weights(dict(cfg))) is not None:
+            self.load_weights(chosen[1], initialise=chosen[0] == "pretrained")
+
     def load_frozen(self, loaded: set[str]) -> None:
         """Load frozen parts from their own sources, unless the names `loaded` from a file cover them."""
 
@@ -225,6 +234,18 @@ class BaseModel(nn.Module):
 
     def forward(self, samples: dict[str, Any]) -> Output:
         raise NotImplementedError(f"{type(self).__name__} does not define forward")
+
+
+def build_model(
+    model_class: type[BaseModel], section: dict[str, Any], *, device: str | torch.device = "cpu"
+) -> BaseModel:
+    """Return the model of a `model` section with its weights.
+
+    A class with a `from_config(cfg)` of its own, as in LAVIS's tutorials, reads the section itself.
+    """
+    if reads_config(model_class):
+        return model_class.from_config(as_read(model_class, section))
+    return model_class.from_config(section, device=device)
 
 
 def starting_points(cfg: dict[str, Any]) -> dict[str, Any]:

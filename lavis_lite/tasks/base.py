@@ -23,7 +23,7 @@ from lavis_lite.common.registry import registry
 from lavis_lite.common.sources import download
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset
 from lavis_lite.datasets.protocols import EvalDataset, SampleDict, Samples
-from lavis_lite.models.base import BaseModel
+from lavis_lite.models.base import BaseModel, build_model
 from lavis_lite.nn.decoding import BOUNDS
 from lavis_lite.tasks.results import Result, gather
 
@@ -91,6 +91,11 @@ class BaseTask:
         return ()
 
     @classmethod
+    def setup_task(cls, cfg: Config) -> "BaseTask":
+        """Return the task of a configuration. A task that is written after LAVIS's tutorial overrides it."""
+        return cls(**cfg.task)
+
+    @classmethod
     def lavis_defaults(cls, arch: str | None) -> dict[str, Any]:
         """Return LAVIS's defaults of fields that have others here, for an architecture; for `run.defaults: lavis`."""
         return {}
@@ -123,13 +128,12 @@ class BaseTask:
     def build_model(self, cfg: Config) -> BaseModel:
         """Return the model of `cfg.model`, with its weights."""
         device = dist.resolve_device(cfg.run.device)
-        model: BaseModel = registry.get_model_class(cfg.model["arch"]).from_config(cfg.model, device=device)
-        return model
+        return build_model(registry.get_model_class(cfg.model["arch"]), cfg.model, device=device)
 
     def train_step(self, model: nn.Module, samples: Samples) -> dict[str, Any]:
         """Return the model's output for a batch: `loss`, which is differentiated, and its parts `loss_*`."""
         with naming_missing_keys(samples, model):
-            return model(samples)
+            return dict(model(samples))  # without what an Output computes later, which would hold its tensors
 
     def evaluate(self, model: nn.Module, loader: EvalLoader, *, split: str, result_dir: Path) -> Metrics:
         """Score all ranks' results for `loader.dataset`; files go to `result_dir`.
@@ -162,6 +166,12 @@ class BaseTask:
     def score(self, results: list[Result], *, dataset: EvalDataset, split: str, result_dir: Path) -> Metrics:
         """Return the metrics of all results, with `agg_metrics` (higher is better, or None). Called on rank 0 only."""
         raise NotImplementedError(f"{type(self).__name__} does not define score")
+
+
+def setup_task(cfg: Config) -> BaseTask:
+    """Return the task of a configuration."""
+    task: BaseTask = registry.get_task_class(cfg.run.task).setup_task(cfg)
+    return task
 
 
 def unwrap(model: nn.Module) -> nn.Module:
