@@ -33,14 +33,24 @@ PRETRAINED = {"text_encoder", "text_decoder", "itm_head"}
 """Parts of BLIP's pretraining model, from which every task starts."""
 
 
-class Output(dict[str, Tensor]):
-    """A model's output: a dict whose entries are attributes too, as in LAVIS (`output.loss`)."""
+class Output(dict[str, Any]):
+    """A model's output: a dict whose entries are attributes too, as in LAVIS (`output.loss`).
 
-    def __getattr__(self, name: str) -> Tensor:
-        try:
+    LAVIS's `intermediate_output` and `sims` are attributes only, which are computed when they are read: see `later`.
+    """
+
+    def later(self, **entries: Callable[[], Any]) -> Self:
+        """Let attributes be computed when they are first read; the functions keep the tensors that they need."""
+        self.__dict__.update({f"_{name}": function for name, function in entries.items()})
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self:
             return self[name]
-        except KeyError:
-            raise AttributeError(f"the output has no {name!r}; it has {', '.join(self)}") from None
+        if f"_{name}" in self.__dict__:
+            self.__dict__[name] = value = self.__dict__[f"_{name}"]()
+            return value
+        raise AttributeError(f"the output has no {name!r}; it has {', '.join(self)}")
 
 
 class BaseModel(nn.Module):
