@@ -316,8 +316,8 @@ class Blip2LLM(Blip2Base, AnswerModel):
         `predict_with_gen` `generate` writes, with `changes` of its settings: the first class that the text contains
         has 0, all others -inf.
         """
-        names = required(samples, "candidates", "the names of the classes")
-        lists = candidate_lists(names, len(image_of(samples, video=True, answering=True)))
+        count = len(image_of(samples, video=True, answering=True))
+        lists = candidate_lists(required(samples, "candidates", "the names of the classes"), count)
         lists = [[self.format_candidates_prompt.replace("{}", name) for name in own] for own in lists]
         if self.predict_with_gen:
             predictions = named_in(list(map(str, self.generate(samples, **changes))), lists).to(self.device)
@@ -325,7 +325,6 @@ class Blip2LLM(Blip2Base, AnswerModel):
             predictions = -self.class_losses(samples, lists if len(lists) > 1 else lists[0], n_segments)
         output = Output(predictions=predictions)
         if "label" in samples:
-            count = len(predictions)
             output["targets"] = integers(samples, "label", count, "the class of each sample", self.device)
         return output
 
