@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 PLACES = "{world_size: 1, dist_url: 'env://', distributed: True, device: cuda, seed: 42, resume_ckpt_path: null}"
-EVALUATE = "evaluate: True, valid_splits: [test], train_splits: [train], save_freq: -1, val_freq: 1"
+EVALUATE = "evaluate: True, valid_splits: [test], train_splits: [train], save_freq: -1, val_freq: null"
 SCHEDULE = (
     "lr_sched: linear_warmup_cosine_lr, init_lr: 1e-5, min_lr: 0, warmup_lr: 1e-8, warmup_steps: 1000, "
     "weight_decay: 0.05, max_epoch: 1, batch_size_train: 16, batch_size_eval: 16, num_workers: 4, accum_grad_iters: 1"
@@ -24,9 +24,32 @@ BLIP = "{{train: {{name: {}, image_size: {}}}, eval: {{name: blip_image_eval, im
 QUESTION = "{train: {name: blip_question}, eval: {name: blip_question}}"
 
 
+KEYS = {
+    "model": "alpha apply_lemmatizer arch format_candidates_prompt freeze_vit image_size load_finetuned "
+    "load_pretrained model_type negative_all_rank predict_with_gen pretrained prompt queue_size use_grad_checkpoint",
+    "datasets.*": "data_type type text_processor.train.name text_processor.train.prompt text_processor.eval.name "
+    "text_processor.eval.prompt pc_processor.train.name pc_processor.eval.name build_info.instance_id_key "
+    "build_info.annotations.test.md5 build_info.annotations.test.storage build_info.annotations.test.url "
+    "build_info.images.storage build_info.videos.storage build_info.pc.storage "
+    + " ".join(
+        f"vis_processor.{split}.{key}"
+        for split in ("train", "eval")
+        for key in ("name", "image_size", "n_frms", "full_video", "min_scale", "max_scale")
+    ),
+    "run": "accum_grad_iters amp anno_files.train anno_files.val anno_files.test annotation_file batch_size_eval "
+    "batch_size_train device dist_url distributed evaluate img_ids inference_method init_lr iters_per_inner_epoch "
+    "k_test length_penalty lr_decay_rate lr_layer_decay lr_sched max_epoch max_iters max_len min_len min_lr "
+    "num_ans_candidates num_beams num_workers output_dir prompt ques_files.train ques_files.val ques_files.test report_metric "
+    "resume_ckpt_path runner save_freq seed task test_splits train_splits use_dist_eval_sampler val_freq valid_splits "
+    "warmup_lr warmup_steps weight_decay world_size",
+}
+"""All keys of LAVIS's project YAMLs of BLIP, BLIP-2 and InstructBLIP, by section."""
+
+
 def files(stem: str, folder: str = "images", more: str = "") -> str:
     """`build_info` with the three splits of one file."""
-    entry = f"{{url: ['https://storage.googleapis.com/x/{stem}.json'], storage: ['/data/{stem}.json']}}"
+    url, md5 = f"https://storage.googleapis.com/x/{stem}.json", "3ff34b0ef2db02d01c37399f6a2a6cd1"
+    entry = f"{{url: ['{url}'], md5: ['{md5}'], storage: ['/data/{stem}.json']}}"
     splits = f"train: {entry}, val: {entry}, test: {entry}"
     return f"{{annotations: {{{splits}}}, {folder}: {{storage: /data}}{more}}}"
 

@@ -201,7 +201,8 @@ class RegressionTask(BaseTask):
         return [model(samples)["loss"].item()]
 
     def after_evaluation(self, val_result, split_name, epoch, **kwargs):
-        self.save_result([{"loss": loss} for loss in val_result], None, f"{split_name}_losses")
+        losses = [{"loss": loss} for loss in val_result]
+        self.save_result(result=losses, result_dir=registry.get_path("result_dir"), filename=f"{split_name}_losses")
         return self._report_metrics(val_result)
 
     @main_process

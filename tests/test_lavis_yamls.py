@@ -45,6 +45,21 @@ def test_a_yaml_of_lavis_resolves_as_it_is(name: str, data: Path) -> None:
     assert Config.from_file(path).run.task == lavis_yamls.tree(name, data)["run"]["task"]
 
 
+def test_the_yamls_have_every_key_of_lavis_s() -> None:
+    def given(content: Any, path: tuple[str, ...] = ()) -> set[str]:
+        if not isinstance(content, dict):
+            return {".".join(path)}
+        return {key for name, one in content.items() for key in given(one, (*path, str(name)))}
+
+    found: set[str] = set()
+    for name in YAMLS:
+        content = lavis_yamls.tree(name, Path("/data"))
+        found |= given({"model": content["model"], "run": content["run"]})
+        found |= {key for one in content["datasets"].values() for key in given(one, ("datasets", "*"))}
+    wanted = {f"{section}.{key}" for section, keys in lavis_yamls.KEYS.items() for key in keys.split()}
+    assert wanted <= found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", YAMLS)
 def test_a_yaml_of_lavis_runs(name: str, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,6 +69,7 @@ def test_a_yaml_of_lavis_runs(name: str, data: Path, capsys: pytest.CaptureFixtu
         for entry in dataset["build_info"]["annotations"].values():
             entry["storage"].append(str(data / "answer_list.json"))
             entry["url"].append("https://storage.googleapis.com/x/answer_list.json")
+            entry["md5"].append("aa31ac474cf6250ebb81d18348a07ed8")
     path = write(data, content)
     assert cli_helpers.train(path, flags=["--dry-run"], job=None) == 0  # device: cuda
     assert "no step was run" in capsys.readouterr().out

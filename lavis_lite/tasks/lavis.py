@@ -10,6 +10,7 @@ from torch import nn
 from lavis_lite.common import dist
 from lavis_lite.common.config.config import Config
 from lavis_lite.common.errors import InputError
+from lavis_lite.common.registry import registry
 from lavis_lite.datasets.protocols import EvalDataset, Samples
 from lavis_lite.tasks import base
 from lavis_lite.tasks.results import Result, write_json
@@ -31,6 +32,8 @@ class BaseTask(base.BaseTask):
         Raises InputError for metrics without `agg_metrics`.
         """
         model, self._result_dir = base.unwrap(model), Path(result_dir)
+        registry.register_path("result_dir", str(result_dir))
+        registry.register_path("output_dir", str(self._result_dir.parent))
         results: list[Any] = []
         with base.evaluating(model):
             for samples in loader:
