@@ -39,9 +39,9 @@ KEYS = {
     "run": "accum_grad_iters amp anno_files.train anno_files.val anno_files.test annotation_file batch_size_eval "
     "batch_size_train device dist_url distributed evaluate img_ids inference_method init_lr iters_per_inner_epoch "
     "k_test length_penalty lr_decay_rate lr_layer_decay lr_sched max_epoch max_iters max_len min_len min_lr "
-    "num_ans_candidates num_beams num_workers output_dir prompt ques_files.train ques_files.val ques_files.test report_metric "
-    "resume_ckpt_path runner save_freq seed task test_splits train_splits use_dist_eval_sampler val_freq valid_splits "
-    "warmup_lr warmup_steps weight_decay world_size",
+    "num_ans_candidates num_beams num_workers output_dir prompt ques_files.train ques_files.val ques_files.test "
+    "report_metric resume_ckpt_path runner save_freq seed task test_splits train_splits use_dist_eval_sampler val_freq "
+    "valid_splits warmup_lr warmup_steps weight_decay world_size",
 }
 """All keys of LAVIS's project YAMLs of BLIP, BLIP-2 and InstructBLIP, by section."""
 
