@@ -3,7 +3,10 @@
 Importing the package loads neither torch nor transformers: every name below is imported on first use.
 """
 
+from lavis_lite.common.lavis_names import install
 from lavis_lite.common.lazy import lazy_names
+
+install()
 
 __version__ = "0.1.0"
 

@@ -86,7 +86,7 @@ BY_READER: dict[str, Any] = {
     "msvd_qa msvd_qa_instruct msrvtt_qa msrvtt_qa_instruct": [
         {"video": "v.mp4", "question": "what?", "answer": "play", "question_id": 30}
     ],
-    "msvd_caption msvd_caption_instruct msrvtt_caption msrvtt_caption_instruct": [
+    "msvd_caption msvd_caption_instruct msrvtt_caption msrvtt_caption_instruct vatex_caption vatex_caption_instruct": [
         {"video": "v.mp4", "caption": "a dog"}
     ],
 }

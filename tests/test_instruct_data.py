@@ -437,7 +437,7 @@ def test_lists_of_candidates_may_differ_in_a_batch(root: Path) -> None:
 
 
 def test_a_video_is_read_by_its_frames(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(path: Path, num_frames: int, processor: Any, *, short_clips: str) -> torch.Tensor:
+    def read(path: Path, num_frames: int, processor: Any, *, short_clips: str, part: None) -> torch.Tensor:
         assert path == root / "a.avi"
         return torch.zeros(3, num_frames, 2, 2)
 

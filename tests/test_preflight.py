@@ -274,19 +274,17 @@ def test_a_task_that_the_model_cannot_do_is_refused_by_name(
     assert not (tmp_path / "output").exists()
 
 
-def test_an_instruct_model_is_told_to_take_instruct() -> None:
-    """Six recipes of LAVIS ask it for `predict`."""
-    cfg = SimpleNamespace(
-        source="snlive.yaml",
-        model={"arch": "blip2_t5_instruct"},
-        run=RunConfig(task="multimodal_classification", test_splits=["test"]),
-    )
+def test_a_language_model_classifies_only_into_named_classes() -> None:
     task = registry.get_task_class("multimodal_classification")()
-    expected = r"snlive\.yaml: run\.task: .*`predict`, which Blip2T5Instruct .*tasks that fit: .*captioning.*instruct"
-    with pytest.raises(ValueError, match=expected):
-        preflight.check_task(cfg, task)
-    cfg.run.test_splits = []
-    preflight.check_task(cfg, task)  # training alone does not evaluate
+    model_class, batch = registry.get_model_class("blip2_t5_instruct"), {"text_input": ["a dog"]}
+    unnamed, named = SimpleNamespace(classes=[]), SimpleNamespace(classes=["no", "yes"])
+    with pytest.raises(
+        ValueError, match=r"run\.task: Blip2T5Instruct chooses between names .* the test split has none"
+    ):
+        task.check(model_class, unnamed, batch, split="test")
+    task.check(model_class, named, batch, split="test")
+    task.check(model_class, unnamed, {**batch, "candidates": [["no", "yes"]]}, split="test")
+    task.check(registry.get_model_class("blip_nlvr"), unnamed, batch, split="test")
 
 
 @pytest.mark.parametrize("recipe", ["caption", "vqa_rank", "retrieval"])

@@ -251,3 +251,25 @@ def test_mistakes_are_named() -> None:
         load_processor("blip_image_eval")(np.zeros((3, 3, 3)))
     with pytest.raises(ValueError, match="max_words"):
         load_processor("blip_question", {"max_words": 0})
+
+
+def test_clip_s_evaluation_crops_the_centre() -> None:
+    """Of a wide image of three vertical stripes only the middle one is left; its shorter side fills the square."""
+    image = Image.new("RGB", (90, 30), "red")
+    image.paste("lime", (30, 0, 60, 30))
+    image.paste("blue", (60, 0, 90, 30))
+    plain = {"mean": [0, 0, 0], "std": [1, 1, 1]}
+    pixels = load_processor("clip_image_eval", {"image_size": 30, **plain})(image)
+    assert pixels.shape == (3, 30, 30)
+    assert torch.equal(pixels, torch.tensor([0.0, 1.0, 0.0])[:, None, None].expand(3, 30, 30))
+
+
+def test_clip_s_training_neither_mirrors_nor_augments() -> None:
+    image = Image.new("RGB", (40, 40), "red")
+    image.paste("blue", (20, 0, 40, 40))
+    process = load_processor("clip_image_train", {"image_size": 40, "mean": [0, 0, 0], "std": [1, 1, 1]})
+    for seed in range(8):
+        torch.manual_seed(seed)
+        pixels = process(image)
+        assert pixels[0, :, 0].min() > 0.9
+        assert pixels[2, :, -1].min() > 0.9

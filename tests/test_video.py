@@ -25,7 +25,7 @@ from lavis_lite.common import frames
 from lavis_lite.common.errors import UnreadableSample
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.base import identity
-from lavis_lite.datasets.video import read_frames
+from lavis_lite.datasets.video import read_frames, record_part
 from lavis_lite.models import load_model_and_preprocess, load_preprocess
 from lavis_lite.processors import load_processor
 
@@ -422,3 +422,37 @@ def test_an_instruct_dataset_of_videos_is_learned(tmp_path: Path) -> None:
     model, *_ = load_model_and_preprocess("blip2_t5_instruct", "tiny")
     model(batch)["loss"].backward()
     assert model.query_tokens.grad.abs().sum() > 0
+
+
+@pytest.fixture
+def animation(tmp_path: Path) -> Path:
+    """Eight frames of 250 ms; frame i is of the grey 30 i."""
+    frames = [Image.new("RGB", (16, 16), (30 * i,) * 3) for i in range(8)]
+    frames[0].save(tmp_path / "clip.png", save_all=True, append_images=frames[1:], duration=250)
+    return tmp_path / "clip.png"
+
+
+def greys(clip: torch.Tensor) -> list[int]:
+    return [round(255 * float(value)) for value in clip[0, :, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "expected"),
+    [(None, None, [0, 60, 120, 180]), (1.0, None, [120, 150, 180, 210]), (0.5, 1.5, [60, 90, 120, 150])],
+)
+def test_lavis_s_video_processor_reads_the_record_s_part(
+    start: float | None, end: float | None, expected: list[int], animation: Path
+) -> None:
+    keys = {"n_frms": 4, "image_size": 16, "mean": [0, 0, 0], "std": [1, 1, 1]}
+    process = load_processor("alpro_video_eval", {**keys, "full_video": False})
+    part = record_part({"video": "clip.png", "start_sec": start, "end": end})
+    assert greys(read_frames(animation, 9, process, part=part)) == expected
+    assert greys(load_processor("alpro_video_eval", keys)(animation)) == [0, 60, 120, 180]
+
+
+def test_a_part_outside_the_video_is_an_unreadable_sample(animation: Path) -> None:
+    process = load_processor("alpro_video_train", {"image_size": 16, "full_video": False})
+    with pytest.raises(UnreadableSample, match=r"clip\.png lasts 2\.0 s: it has no part of 2\.5 s to 3\.0 s"):
+        read_frames(animation, 4, process, part=(2.5, 3.0))
+    with pytest.raises(ValueError, match=r"clip\.png: start and end must be seconds, got 'soon'"):
+        record_part({"video": "clip.png", "start": "soon"})

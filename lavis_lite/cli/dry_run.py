@@ -9,15 +9,17 @@ from lavis_lite.cli.verdict import check_expected
 from lavis_lite.common import dist
 from lavis_lite.common.config import trained as trained_config
 from lavis_lite.common.config.config import Config
+from lavis_lite.common.config.schema import reads_config
 from lavis_lite.common.config.sections import MODEL_KEYS
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.optim import build_schedule
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.base import BaseDataset
-from lavis_lite.models.base import BaseModel, starting_points
+from lavis_lite.models.base import BaseModel, build_model, starting_points
 from lavis_lite.runners.loaders import Datasets
 from lavis_lite.runners.plan import Plan
 from lavis_lite.runners.resume import resume_line
+from lavis_lite.tasks.base import setup_task
 
 
 def dry_run(cfg: Config) -> None:
@@ -26,7 +28,7 @@ def dry_run(cfg: Config) -> None:
     """
     dist.init("cpu")  # nothing is computed, so this machine need not have the run's device
     try:
-        task = registry.get_task_class(cfg.run.task)(**cfg.task)
+        task = setup_task(cfg)
         preflight.check_task(cfg, task)
         check_expected(cfg)
         model = build_without_weights(cfg.model)
@@ -49,7 +51,8 @@ def build_without_weights(section: dict[str, Any]) -> BaseModel:
     """Return the model of a `model` section on the meta device: shapes and names, no memory, no weight file read."""
     arguments = {key: value for key, value in section.items() if key not in MODEL_KEYS}
     with torch.device("meta"), trained_config.fitting_adapters(section, section.get("checkpoint")):
-        return registry.get_model_class(section["arch"])(**arguments)
+        model_class = registry.get_model_class(section["arch"])
+        return build_model(model_class, arguments) if reads_config(model_class) else model_class(**arguments)
 
 
 def report(cfg: Config, model: BaseModel, datasets: Datasets, found: preflight.DataReport) -> list[str]:

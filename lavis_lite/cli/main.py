@@ -126,8 +126,9 @@ def _run_job(cfg: Config, stop: StopSignals) -> "list[Row]":
     from lavis_lite.common import dist
     from lavis_lite.common import logger as run_logger
     from lavis_lite.common.rng import seed_everything
+    from lavis_lite.tasks.base import setup_task
 
-    task = registry.get_task_class(cfg.run.task)(**cfg.task)
+    task = setup_task(cfg)
     preflight.check_task(cfg, task)
     references = check_expected(cfg)
     preflight.check_device(cfg)

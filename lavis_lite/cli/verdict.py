@@ -114,7 +114,9 @@ def check_expected(cfg: Config) -> References:
     if not cfg.expected:
         return references
     recipe = _recipe(cfg)
-    task = registry.get_task_class(recipe.run.task)(**recipe.task)
+    from lavis_lite.tasks.base import setup_task
+
+    task = setup_task(recipe)
     splits, names = [*recipe.run.valid_splits, *recipe.run.test_splits], task.metric_names()
     scorers = {*names} & {*get_args(Variant)} | {recipe.task.get("accuracy", "")}
     for number, entry in enumerate(cfg.expected):
@@ -156,7 +158,9 @@ def _shown(value: Any) -> str:
 def protocol(cfg: Config, *, training: bool = False) -> dict[str, Any]:
     """Return the settings that a measured value depends on, by key with dots; of a `training` also how it trains."""
     tree = cfg.to_dict()
-    task = registry.get_task_class(cfg.run.task)(**cfg.task)
+    from lavis_lite.tasks.base import setup_task
+
+    task = setup_task(cfg)
     run = {name: value for name, value in vars(task).items() if not name.startswith("_")}
     run |= {"task": cfg.run.task, "precision": cfg.run.precision, "limit": cfg.run.limit}
     if training:

@@ -9,6 +9,7 @@ open groups of pictures and HEVC. Because it reads ahead, damage after the last 
 depending on timing. Decoding to the end takes seconds only for videos of an hour.
 """
 
+import math
 import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ from lavis_lite.common.rng import cpu_state, restore_cpu
 
 ShortClips = Literal["repeat", "error"]
 """Whether a clip with fewer frames than requested repeats frames, or is an error."""
+Part = tuple[float | None, float | None]
+"""Start and end of a part of a video, in seconds; None: the video's own."""
 MAX_FRAMES = 10_000
 UNKNOWN_SIZE = 0xFFFFFFFF
 """Size in the header of a RIFF file that was written as a stream."""
@@ -52,8 +55,27 @@ def sampled(num_available: int, num_frames: int, *, source: object, short_clips:
     return [i * num_available // num_frames for i in range(num_frames)]
 
 
-def decode(path: str | Path, num_frames: int, *, short_clips: ShortClips = "repeat") -> list[Image.Image]:
+def part_of(num_available: int, part: Part, *, rate: float | None, source: object) -> tuple[int, int]:
+    """Return the first frame of a part of a video, and the number of its frames, at least one.
+
+    Raises UnreadableSample for a part outside the video, or of a file without a frame rate.
+    """
+    start, end = part[0] or 0.0, part[1]
+    if not rate:
+        raise UnreadableSample(f"{source} has no frame rate, so its part of {start} s to {end} s is unknown")
+    first, last = int(start * rate), num_available if end is None else min(math.ceil(end * rate), num_available)
+    if not 0 <= first < last:
+        length = num_available / rate
+        raise UnreadableSample(f"{source} lasts {length:.1f} s: it has no part of {start} s to {end} s")
+    return first, last - first
+
+
+def decode(
+    path: str | Path, num_frames: int, *, short_clips: ShortClips = "repeat", part: Part | None = None
+) -> list[Image.Image]:
     """Return `num_frames` RGB frames of a video file, or of an animated GIF, WebP or PNG, as `sampled` selects them.
+
+    `part` is the part of the video to sample, (start, end) in seconds; None: all of it.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -66,8 +88,11 @@ def decode(path: str | Path, num_frames: int, *, short_clips: ShortClips = "repe
         raise MissingFileError(f"video file not found: {path}")
     check_num_frames(num_frames)
 
-    def choose(num_available: int) -> list[int]:
-        return sampled(num_available, num_frames, source=f"video file {path}", short_clips=short_clips)
+    def choose(num_available: int, rate: float | None) -> list[int]:
+        source, first = f"video file {path}", 0
+        if part is not None:
+            first, num_available = part_of(num_available, part, rate=rate, source=source)
+        return [first + i for i in sampled(num_available, num_frames, source=source, short_clips=short_clips)]
 
     with file.open("rb") as stream:
         head = stream.read(12)
@@ -81,11 +106,12 @@ def _unreadable(file: Path, error: Exception) -> UnreadableSample:
     return UnreadableSample(f"{problem}. Fetch or convert it again, or remove the record from the annotations.")
 
 
-def _decode_animation(file: Path, choose: Callable[[int], list[int]]) -> list[Image.Image]:
+def _decode_animation(file: Path, choose: Callable[[int, float | None], list[int]]) -> list[Image.Image]:
     """Return the chosen frames of an animation, on a white background."""
     try:
         with open_file(file) as animation:
-            numbers = choose(getattr(animation, "n_frames", 1))
+            duration = animation.info.get("duration")  # milliseconds of the first frame, taken to be all frames'
+            numbers = choose(getattr(animation, "n_frames", 1), 1000 / duration if duration else None)
             images = {}
             for number in sorted(set(numbers)):
                 animation.seek(number)
@@ -97,7 +123,7 @@ def _decode_animation(file: Path, choose: Callable[[int], list[int]]) -> list[Im
     return [images[number] for number in numbers]
 
 
-def _decode_video(file: Path, choose: Callable[[int], list[int]]) -> list[Image.Image]:
+def _decode_video(file: Path, choose: Callable[[int, float | None], list[int]]) -> list[Image.Image]:
     """Return the chosen frames of a video, decoded by decord."""
     try:
         import decord
@@ -107,7 +133,7 @@ def _decode_video(file: Path, choose: Callable[[int], list[int]]) -> list[Image.
     try:
         check_whole(file)
         reader = decord.VideoReader(str(file), num_threads=1)  # loaders have workers; threads cost memory
-        numbers = choose(len(reader))
+        numbers = choose(len(reader), reader.get_avg_fps())
         images = dict(zip(sorted(set(numbers)), read_frames(reader, set(numbers)), strict=True))
     except (decord.DECORDError, RuntimeError, AssertionError, StopIteration, OSError, EOFError) as error:
         raise _unreadable(file, error) from error

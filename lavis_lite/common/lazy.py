@@ -6,11 +6,16 @@ from typing import Any
 
 
 def lazy_names(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return a package's `__getattr__` (PEP 562); `modules` maps each name to its module."""
+    """Return a package's `__getattr__` (PEP 562); `modules` maps each name to its module, or to `<module>.<Class>` for
+    a class of another name.
+    """
 
     def __getattr__(name: str) -> Any:
         if name not in modules:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return vars(import_module(modules[name]))[name]
+        module, _, own_name = modules[name].rpartition(".")
+        if not own_name[:1].isupper():
+            module, own_name = modules[name], name
+        return vars(import_module(module))[own_name]
 
     return __getattr__

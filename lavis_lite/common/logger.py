@@ -41,6 +41,9 @@ def setup(job_dir: str | Path | None = None) -> None:
     root.setLevel(logging.INFO if dist.is_main() else logging.WARNING)
 
 
+setup_logger = setup  # LAVIS's name
+
+
 def remove_handlers() -> None:
     """Undo `setup`, and close console.txt."""
     while _handlers:

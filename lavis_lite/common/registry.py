@@ -124,6 +124,17 @@ class Registry:
         self.register_runner, self.get_runner_class, self.list_runners = runner.register, runner.get, runner.names
         self.register_lr_scheduler, self.get_lr_scheduler_class = schedule.register, schedule.get
         self.list_lr_schedulers = schedule.names
+        self._paths: dict[str, str] = {}
+
+    def register_path(self, name: str, path: str) -> None:
+        """Set a path that a task written for LAVIS looks up: `result_dir`, `output_dir`."""
+        self._paths[name] = path
+
+    def get_path(self, name: str) -> str:
+        """Return a registered path; raise RegistryError, a KeyError, if there is none."""
+        if name not in self._paths:
+            raise RegistryError(f"unknown path {name!r}. {did_you_mean(name, self._paths)}")
+        return self._paths[name]
 
 
 registry = Registry()

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from lavis_lite.common import dist
 from lavis_lite.common.bounds import one_of
-from lavis_lite.common.config.schema import schema_of
+from lavis_lite.common.config.schema import as_read, schema_of
 from lavis_lite.common.config.sections import PROCESSOR_KEYS
 from lavis_lite.common.config.zoo import dataset_zoo, packaged_dataset
 from lavis_lite.common.errors import InputError, UnknownNameError
@@ -31,7 +31,7 @@ from lavis_lite.common.registry import registry
 from lavis_lite.datasets.annotations import check_unique, place_of
 from lavis_lite.datasets.image import OpensImages, open_image
 from lavis_lite.datasets.readers import Reader, find_reader
-from lavis_lite.datasets.readers.files import PLACE, SplitFiles
+from lavis_lite.datasets.readers.files import PLACE, SplitFiles, identified
 from lavis_lite.datasets.storage import annotation_files, missing_folder, resolve_storage, section_of, visual_folder
 
 logger = logging.getLogger(__name__)
@@ -206,6 +206,7 @@ class BuildInfo(TypedDict, total=False):
     videos: VisualFolder | None
     homepage: str | None
     licence: str | None
+    instance_id_key: str | None
 
 
 @dataclass(kw_only=True)
@@ -213,12 +214,12 @@ class BaseBuilder:
     """The keys of a dataset's YAML, and the datasets that are built from them.
 
     `build_info`: `{annotations: {<split>: {url, md5, storage, num_samples}}, images: {storage, archives, listed,
-    needed}, homepage, licence}`, read by `datasets/storage.py`. `url` and `storage` may be lists of equal length.
-    Relative storages are below the data root (environment variable LAVIS_LITE_DATA). `videos` is another name for
-    `images`, as in LAVIS.
+    needed}, homepage, licence, instance_id_key}`, read by `datasets/storage.py`. `url` and `storage` may be lists of
+    equal length. Relative storages are below the data root (environment variable LAVIS_LITE_DATA). `videos` is another
+    name for `images`, as in LAVIS. `instance_id_key` is the field that identifies a record, in place of `instance_id`.
     """
 
-    data_type: str = "images"
+    data_type: str | list[str] = "images"
     """LAVIS's key, which nothing reads: the records say whether they have images or videos."""
     layout: str = ""
     """The builder that lays out the samples of a dataset that is a YAML alone; it is chosen before this is read."""
@@ -292,7 +293,10 @@ class BaseBuilder:
         return find_reader(self.reader) if self.reader else None
 
     def _build_split(self, split: str) -> BaseDataset:
-        dataset_class, options = self.dataset_class(split), {"split": split, "reader": self.make_reader()}
+        dataset_class, reader = self.dataset_class(split), self.make_reader()
+        if key := self.build_info.get("instance_id_key"):
+            reader = identified(reader or find_reader(dataset_class.reader), key)
+        options: dict[str, Any] = {"split": split, "reader": reader}
         options |= {name: make_processor(vars(self)[name], split) for name in PROCESSOR_KEYS}
         options |= self.dataset_options(split)
         own = {name: value for name, value in vars(self).items() if name in schema_of(dataset_class)[0]}
@@ -305,7 +309,11 @@ class BaseBuilder:
 def make_processor(blocks: dict[str, Any], split: str) -> Callable[[Any], Any]:
     """Return the processor of the split's block (`train` for the split of that name, else `eval`), or `identity`."""
     block = dict(blocks.get("train" if split == "train" else "eval") or {})
-    return registry.get_processor_class(block.pop("name"))(**block) if block else identity
+    if not block:
+        return identity
+    processor_class = registry.get_processor_class(block["name"])
+    processor: Callable[[Any], Any] = processor_class.from_config(as_read(processor_class, block))
+    return processor
 
 
 def load_dataset(name: str, type: str = "default", splits: Iterable[str] | None = None) -> dict[str, BaseDataset]:

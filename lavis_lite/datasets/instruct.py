@@ -22,7 +22,7 @@ from lavis_lite.common.wording import joined_words, lettered, letters
 from lavis_lite.datasets.annotations import as_list
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset
 from lavis_lite.datasets.templates import PLACEHOLDER, Templates, fill, load_templates, with_prompt
-from lavis_lite.datasets.video import read_frames
+from lavis_lite.datasets.video import ReadsVideos, read_frames, record_part
 
 AnswerChoice = Literal["drawn", "most_frequent"]
 CandidateFormat = Literal["text", "letter_text", "letter"]
@@ -124,7 +124,9 @@ class InstructDataset(BaseDataset):
         if visual_field(record) == "image":
             return self.image(record["image"])
         path = self.vis_root / record["video"]
-        return read_frames(path, self.num_frames, self.vis_processor, short_clips=self.short_clips)
+        own = self.vis_processor
+        part = record_part(record) if isinstance(own, ReadsVideos) and not own.full_video else None
+        return read_frames(path, self.num_frames, own, short_clips=self.short_clips, part=part)
 
     def values(self, record: Record) -> dict[str, Any]:
         """Return the placeholders' fields and the learned one: one of several texts, cleaned if it is in CLEANED."""

@@ -46,7 +46,8 @@ class SampleDict(TypedDict, total=False):
     text_output: list[str]
     """Target text of a language model for `text_input`; one of several answers, drawn by its share."""
     candidates: list[list[str]]
-    """B lists, of any lengths: the texts to choose from. Made by `instruct` in evaluation, of all records or none."""
+    """B lists, of any lengths: the texts to choose from. Made by `instruct` in evaluation, of all records or none. The
+    task `multimodal_classification` sets it to one list for all samples, the names of the classes."""
     label: Tensor
     """Class indices, LongTensor (B). Made by `nlvr` and `classification`."""
     index: list[int]
@@ -116,6 +117,13 @@ class HasAnswerList(Protocol):
     """A split of questions that may come with a list of answers to rank."""
 
     answer_list: list[str] | None
+
+
+@runtime_checkable
+class HasClasses(Protocol):
+    """A classification split whose classes have names, by label; the list may be empty."""
+
+    classes: Sequence[str]
 
 
 @runtime_checkable

@@ -18,7 +18,7 @@ from lavis_lite.common.sources import download
 
 VISUAL_FOLDERS = ("images", "videos")
 """The keys of `build_info` that name the folder of images or videos."""
-INFO_KEYS = ("annotations", *VISUAL_FOLDERS, "homepage", "licence")
+INFO_KEYS = ("annotations", *VISUAL_FOLDERS, "homepage", "licence", "instance_id_key")
 STATUS_HINT = "`lavis-lite data status RECIPE` lists every file that a recipe needs, and whether it is there"
 
 

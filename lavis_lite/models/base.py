@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lavis_lite.common import checkpoint
 from lavis_lite.common.config import trained as trained_config
-from lavis_lite.common.config.schema import ConstructorSignature
+from lavis_lite.common.config.schema import ConstructorSignature, as_read, reads_config
 from lavis_lite.common.config.sections import MODEL_KEYS
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.optim import parameter_groups
@@ -33,14 +33,24 @@ PRETRAINED = {"text_encoder", "text_decoder", "itm_head"}
 """Parts of BLIP's pretraining model, from which every task starts."""
 
 
-class Output(dict[str, Tensor]):
-    """A model's output: a dict whose entries are attributes too, as in LAVIS (`output.loss`)."""
+class Output(dict[str, Any]):
+    """A model's output: a dict whose entries are attributes too, as in LAVIS (`output.loss`).
 
-    def __getattr__(self, name: str) -> Tensor:
-        try:
+    LAVIS's `intermediate_output` and `sims` are attributes only, which are computed when they are read: see `later`.
+    """
+
+    def later(self, **entries: Callable[[], Any]) -> Self:
+        """Let attributes be computed when they are first read; the functions keep the tensors that they need."""
+        self.__dict__.update({f"_{name}": function for name, function in entries.items()})
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self:
             return self[name]
-        except KeyError:
-            raise AttributeError(f"the output has no {name!r}; it has {', '.join(self)}") from None
+        if f"_{name}" in self.__dict__:
+            self.__dict__[name] = value = self.__dict__[f"_{name}"]()
+            return value
+        raise AttributeError(f"the output has no {name!r}; it has {', '.join(self)}")
 
 
 class BaseModel(nn.Module):
@@ -129,6 +139,15 @@ class BaseModel(nn.Module):
         from lavis_lite.models.loading import from_pretrained
 
         return from_pretrained(source, model_class=cls, **settings)
+
+    def load_checkpoint(self, url_or_filename: str) -> None:
+        """Load complete weights: LAVIS's name of `load_weights`."""
+        self.load_weights(url_or_filename)
+
+    def load_checkpoint_from_config(self, cfg: Mapping[str, Any]) -> None:
+        """Load the weights that a model section names, if it names any, for a `from_config` written for LAVIS."""
+        if (chosen := chosen_weights(dict(cfg))) is not None:
+            self.load_weights(chosen[1], initialise=chosen[0] == "pretrained")
 
     def load_frozen(self, loaded: set[str]) -> None:
         """Load frozen parts from their own sources, unless the names `loaded` from a file cover them."""
@@ -225,6 +244,18 @@ class BaseModel(nn.Module):
 
     def forward(self, samples: dict[str, Any]) -> Output:
         raise NotImplementedError(f"{type(self).__name__} does not define forward")
+
+
+def build_model(
+    model_class: type[BaseModel], section: dict[str, Any], *, device: str | torch.device = "cpu"
+) -> BaseModel:
+    """Return the model of a `model` section with its weights.
+
+    A class with a `from_config(cfg)` of its own, as in LAVIS's tutorials, reads the section itself.
+    """
+    if reads_config(model_class):
+        return model_class.from_config(as_read(model_class, section))
+    return model_class.from_config(section, device=device)
 
 
 def starting_points(cfg: dict[str, Any]) -> dict[str, Any]:

@@ -17,13 +17,13 @@ from lavis_lite.common.config import trained as trained_config
 from lavis_lite.common.config import zoo
 from lavis_lite.common.config.agreement import preprocess_of
 from lavis_lite.common.config.files import Layer, resolve
-from lavis_lite.common.config.schema import Checker
+from lavis_lite.common.config.schema import Checker, as_read
 from lavis_lite.common.config.sections import PROCESSOR_KEYS, check_processors, model_arguments
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.registry import registry
 from lavis_lite.common.sources import download
 from lavis_lite.common.sources.folders import read_config, read_image_settings
-from lavis_lite.models.base import BaseModel
+from lavis_lite.models.base import BaseModel, build_model
 from lavis_lite.models.blip.hf import BlipAdapter
 from lavis_lite.models.blip2.hf import Blip2Adapter, Blip2LLMAdapter
 from lavis_lite.models.hf import HFAdapter
@@ -221,14 +221,15 @@ def build(
     arguments = model_arguments(section, Checker(layers))
     if checkpoint is not None:
         arguments["checkpoint"] = str(checkpoint)
-    model = registry.get_model_class(arguments["arch"]).from_config(arguments, device=device).to(device)
+    model = build_model(registry.get_model_class(arguments["arch"]), arguments, device=device).to(device)
     if not any(arguments.get(key) for key in ("checkpoint", "finetuned", "pretrained")):
         logger.warning("%s/%s has no weights to load: they are random", arguments["arch"], arguments["model_type"])
     return model.train(not is_eval)
 
 
 def _processors(blocks: Mapping[str, Any]) -> Processors:
-    built = {split: registry.get_processor_class(block["name"]).from_config(block) for split, block in blocks.items()}
+    classes = {split: registry.get_processor_class(block["name"]) for split, block in blocks.items()}
+    built = {split: classes[split].from_config(as_read(classes[split], block)) for split, block in blocks.items()}
     unchanged = built.get("eval", _unchanged)
     return built if blocks.keys() == {"train"} else {"train": unchanged, "eval": unchanged, **built}
 

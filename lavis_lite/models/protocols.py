@@ -52,8 +52,11 @@ class ScoresCandidates(Protocol):
 class Classifies(Protocol):
     """A model that classifies images, pairs, or images with texts (task `multimodal_classification`)."""
 
-    def predict(self, samples: dict[str, Any], /) -> Mapping[str, Tensor]:
-        """Return `predictions`, the logits (B,C), and `targets`, the labels (B), if the samples have them."""
+    def predict(self, samples: dict[str, Any], /, **settings: Any) -> Mapping[str, Tensor]:
+        """Return `predictions`, the logits (B,C), and `targets`, the labels (B), if the samples have them.
+
+        A model that also `ScoresCandidates` gets the names of the classes as `candidates`, and settings by keyword.
+        """
         ...
 
 

@@ -12,6 +12,13 @@ class BaseProcessor:
     def __call__(self, item: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} does not define __call__")
 
+    def build(self, **changes: Any) -> Self:
+        """Return a processor of this class with other arguments, as in LAVIS; all that are not given are the defaults.
+
+        Raises InputError as `from_config` does.
+        """
+        return self.from_config(changes)
+
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any] | None = None) -> Self:
         """Build from a YAML block such as `{name: blip_caption, prompt: "a picture of "}`; `name` is ignored.

@@ -1,6 +1,6 @@
 """Video processors: a video file, or its frames as PIL images, in, a normalised float (3,F,S,S) tensor out.
 
-They are for single clips. Datasets read videos themselves and take image processors for the frames.
+They are for single clips, and for datasets of videos, which also take image processors for the frames.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from PIL import Image
 
 from lavis_lite.common.bounds import one_of
 from lavis_lite.common.errors import InputTypeError
-from lavis_lite.common.frames import ShortClips, check_num_frames, decode, processed, sampled
+from lavis_lite.common.frames import Part, ShortClips, check_num_frames, decode, processed, sampled
 from lavis_lite.common.registry import registry
 from lavis_lite.processors.image import BlipImageEvalProcessor, BlipImageTrainProcessor, ImageProcessor
 
@@ -29,6 +29,9 @@ class VideoProcessor(ImageProcessor):
     anything else. The next class in the order of inheritance makes images of the frames.
     """
 
+    full_video: bool = True
+    """False: a dataset reads only the part of a video that the record's `start` and `end` say."""
+
     def __init__(
         self, *, num_frames: int = 4, short_clips: ShortClips = "repeat", image_size: int = 224, **image: Any
     ) -> None:
@@ -39,13 +42,16 @@ class VideoProcessor(ImageProcessor):
     def __call__(self, video: Video) -> torch.Tensor:  # type: ignore[override]  # a clip, where the parent takes a frame
         """Return float32 (3, num_frames, image_size, image_size), whatever is random the same for all frames."""
         if isinstance(video, str | Path):
-            frames = decode(video, self.num_frames, short_clips=self.short_clips)
-        elif isinstance(video, list | tuple):
+            return self.read(video)
+        if isinstance(video, list | tuple):
             numbers = sampled(len(video), self.num_frames, source="the list of frames", short_clips=self.short_clips)
-            frames = [video[i] for i in numbers]
-        else:
-            kind = type(video).__name__
-            raise InputTypeError(f"a video processor takes a video's path or a list of PIL images, got {kind}")
+            return processed([video[i] for i in numbers], super().__call__)
+        kind = type(video).__name__
+        raise InputTypeError(f"a video processor takes a video's path or a list of PIL images, got {kind}")
+
+    def read(self, path: str | Path, *, part: Part | None = None) -> torch.Tensor:
+        """Return frames of a video file as calls do, of the `part` (start, end) in seconds if it is given."""
+        frames = decode(path, self.num_frames, short_clips=self.short_clips, part=part)
         return processed(frames, super().__call__)
 
 
@@ -57,3 +63,28 @@ class BlipVideoEvalProcessor(VideoProcessor, BlipImageEvalProcessor):
 @registry.register_processor("blip_video_train")
 class BlipVideoTrainProcessor(VideoProcessor, BlipImageTrainProcessor):
     """Frames as `blip_image_train` makes images, all with the same crop, mirror and RandAugment operations."""
+
+
+class AlproVideoProcessor(VideoProcessor):
+    """A video processor with LAVIS's keys: `n_frms` is `num_frames`; with `full_video: false` a dataset reads only the
+    part of a video that the record names.
+
+    Note: `n_frms` is 4 unless given, where LAVIS takes all frames. Frames are chosen as by all processors here.
+    """
+
+    def __init__(
+        self, *, n_frms: int | None = None, full_video: bool = True, image_size: int = 256, **frames: Any
+    ) -> None:
+        own = {} if n_frms is None else {"num_frames": n_frms}
+        super().__init__(**{"image_size": image_size, **frames, **own})
+        self.full_video = full_video
+
+
+@registry.register_processor("alpro_video_eval")
+class AlproVideoEvalProcessor(AlproVideoProcessor, BlipImageEvalProcessor):
+    """As `blip_video_eval`, with LAVIS's keys; 256 pixels by default."""
+
+
+@registry.register_processor("alpro_video_train")
+class AlproVideoTrainProcessor(AlproVideoProcessor, BlipImageTrainProcessor):
+    """As `blip_video_train`, with LAVIS's keys; 256 pixels by default."""

@@ -5,7 +5,7 @@ A task's dataclass fields are keys of the YAML's `run` section. Rank 0 computes 
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -18,11 +18,12 @@ from lavis_lite.common.config.config import Config
 from lavis_lite.common.config.run import RunConfig
 from lavis_lite.common.config.schema import schema_of
 from lavis_lite.common.config.sections import builder_name
-from lavis_lite.common.errors import InputError, MissingInputError
+from lavis_lite.common.errors import InputError, MissingFileError, MissingInputError
 from lavis_lite.common.registry import registry
+from lavis_lite.common.sources import download
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset
 from lavis_lite.datasets.protocols import EvalDataset, SampleDict, Samples
-from lavis_lite.models.base import BaseModel
+from lavis_lite.models.base import BaseModel, build_model
 from lavis_lite.nn.decoding import BOUNDS
 from lavis_lite.tasks.results import Result, gather
 
@@ -89,6 +90,16 @@ class BaseTask:
         """
         return ()
 
+    @classmethod
+    def setup_task(cls, cfg: Config) -> "BaseTask":
+        """Return the task of a configuration. A task that is written after LAVIS's tutorial overrides it."""
+        return cls(**cfg.task)
+
+    @classmethod
+    def lavis_defaults(cls, arch: str | None) -> dict[str, Any]:
+        """Return LAVIS's defaults of fields that have others here, for an architecture; for `run.defaults: lavis`."""
+        return {}
+
     def decoding_settings(self) -> dict[str, Any]:
         """Return the fields that set how a model decodes, without those left to the model (None)."""
         names = {*DECODING_BOUNDS, "use_nucleus_sampling"}
@@ -117,13 +128,12 @@ class BaseTask:
     def build_model(self, cfg: Config) -> BaseModel:
         """Return the model of `cfg.model`, with its weights."""
         device = dist.resolve_device(cfg.run.device)
-        model: BaseModel = registry.get_model_class(cfg.model["arch"]).from_config(cfg.model, device=device)
-        return model
+        return build_model(registry.get_model_class(cfg.model["arch"]), cfg.model, device=device)
 
     def train_step(self, model: nn.Module, samples: Samples) -> dict[str, Any]:
         """Return the model's output for a batch: `loss`, which is differentiated, and its parts `loss_*`."""
         with naming_missing_keys(samples, model):
-            return model(samples)
+            return dict(model(samples))  # without what an Output computes later, which would hold its tensors
 
     def evaluate(self, model: nn.Module, loader: EvalLoader, *, split: str, result_dir: Path) -> Metrics:
         """Score all ranks' results for `loader.dataset`; files go to `result_dir`.
@@ -156,6 +166,12 @@ class BaseTask:
     def score(self, results: list[Result], *, dataset: EvalDataset, split: str, result_dir: Path) -> Metrics:
         """Return the metrics of all results, with `agg_metrics` (higher is better, or None). Called on rank 0 only."""
         raise NotImplementedError(f"{type(self).__name__} does not define score")
+
+
+def setup_task(cfg: Config) -> BaseTask:
+    """Return the task of a configuration."""
+    task: BaseTask = registry.get_task_class(cfg.run.task).setup_task(cfg)
+    return task
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -219,6 +235,28 @@ def make_builder(cfg: Config, name: str) -> BaseBuilder:
         arguments["instructions"] = cfg.prompts[name]
     builder: BaseBuilder = registry.get_builder_class(builder_name(name, section))(**arguments)
     return builder
+
+
+def named_file(key: str, source: str) -> Path:
+    """Return the path of a file that a setting names, downloaded if it is a URL. MissingFileError if there is none."""
+    path = download.fetch(source) if download.is_url(source) else Path(source).expanduser()
+    if not path.is_file():
+        raise MissingFileError(f"{key}: no such file: {path}")
+    return path
+
+
+def with_columns(cfg: Config, **columns: str) -> Config:
+    """Return the configuration whose datasets read our fields from fields of other names: `caption="text"`.
+
+    A dataset's own `columns` replace these. A field of our name, and `instance_id`, which files lack, are left out.
+    """
+    renamed = {ours: theirs for ours, theirs in columns.items() if theirs not in (ours, "instance_id")}
+    if not renamed:
+        return cfg
+    datasets = {
+        name: section | {"columns": renamed | (section.get("columns") or {})} for name, section in cfg.datasets.items()
+    }
+    return replace(cfg, datasets=datasets)
 
 
 def wanted_splits(run: RunConfig) -> list[str]:

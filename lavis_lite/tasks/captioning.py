@@ -12,15 +12,25 @@ from typing import Any, ClassVar, get_args
 
 import torch
 
-from lavis_lite.common.errors import InputError, MissingFileError
-from lavis_lite.common.records import ID, TEXT, RecordCheck
+from lavis_lite.common.config.config import Config
+from lavis_lite.common.errors import InputError
+from lavis_lite.common.records import ID, TEXT, TEXTS, RecordCheck
 from lavis_lite.common.registry import registry
-from lavis_lite.common.sources import download
-from lavis_lite.datasets.annotations import read_json, section
+from lavis_lite.datasets.annotations import as_list as as_captions
+from lavis_lite.datasets.annotations import check_records, read_json, read_records, section
+from lavis_lite.datasets.base import BaseDataset
 from lavis_lite.datasets.protocols import EvalDataset, HasExtraMetrics, HasReferences, Samples
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.protocols import Generates, method_names
-from lavis_lite.tasks.base import DECODING_BOUNDS, BaseTask, Metrics, check_settings, naming_setting
+from lavis_lite.tasks.base import (
+    DECODING_BOUNDS,
+    BaseTask,
+    Metrics,
+    check_settings,
+    named_file,
+    naming_setting,
+    with_columns,
+)
 from lavis_lite.tasks.metrics.caption import DEFAULT_METRICS, KEYS, Tokens, caption_metrics, check_metrics
 from lavis_lite.tasks.results import Result, as_list, per_sample, unscored, write_json
 
@@ -58,6 +68,15 @@ class CaptionTask(BaseTask):
     BLIP's captions were taken without."""
     annotation_file: str | None = None
     """References in COCO's format, a file or URL, instead of the dataset's."""
+    load_gt_from_file: str | bool = False
+    """References in a file of records, a path or URL, instead of the dataset's: each has an id and a caption, or a
+    list of captions, under the two keys below."""
+    caption_key: str = "caption"
+    """Field of the captions, in the file of `load_gt_from_file` if there is one, else in the dataset's records."""
+    sample_id_key: str = "image_id"
+    """Field of the image id, in the same records."""
+    img_ids: list[str | int] = field(default_factory=list)
+    """Evaluate only these image ids; empty: all."""
     shuffle_images: bool = False
     """Caption the batch's next image in place of each: the score that the language alone earns."""
 
@@ -71,6 +90,10 @@ class CaptionTask(BaseTask):
         super().__post_init__()
         self._last_image: torch.Tensor | None = None
         check_metrics(self.metrics)
+        if self.load_gt_from_file is True:
+            raise InputError("run.load_gt_from_file: true names no file; give the path of the references")
+        if self.load_gt_from_file and self.annotation_file is not None:
+            raise InputError("run.load_gt_from_file and run.annotation_file both name references: give one of them")
         if self.num_captions > 1 and not self.use_nucleus_sampling and self.num_captions > self.num_beams:
             raise InputError(f"run.num_captions={self.num_captions} needs run.num_beams of at least as many")
 
@@ -78,15 +101,40 @@ class CaptionTask(BaseTask):
         """Return those of `metrics`, and nocaps' domains."""
         return (*(name for metric in self.metrics for name in KEYS[metric]), *NOCAPS_DOMAINS)
 
+    @classmethod
+    def lavis_defaults(cls, arch: str | None) -> dict[str, Any]:
+        return {"repetition_penalty": 1.15, "length_penalty": 0.0}
+
+    def build_datasets(self, cfg: Config) -> dict[str, dict[str, Any]]:
+        """As BaseTask's, with the images of `img_ids` only in the evaluated splits.
+
+        Raises InputError if a split has none of them.
+        """
+        if not self.load_gt_from_file:
+            cfg = with_columns(cfg, caption=self.caption_key, image_id=self.sample_id_key)
+        built = super().build_datasets(cfg)
+        for name, splits in built.items() if self.img_ids else ():
+            for split in splits.keys() & {*cfg.run.valid_splits, *cfg.run.test_splits}:
+                keep_images(splits[split], self.img_ids, where=f"{name}/{split}")
+        return built
+
+    @property
+    def reference_source(self) -> tuple[str, str] | None:
+        """The key of the setting that names a file of references, and that file; None without one."""
+        if self.annotation_file is not None:
+            return "run.annotation_file", self.annotation_file
+        return ("run.load_gt_from_file", str(self.load_gt_from_file)) if self.load_gt_from_file else None
+
     def check(self, model_class: type, dataset: EvalDataset, batch: Samples, *, split: str) -> None:
         """Raise InputError for settings that the model does not take, or references that miss images."""
         check_settings(model_class, "generate", self.decoding_settings())
-        references = self.references(dataset) if self.annotation_file is not None and self.report_metric else None
+        source = self.reference_source
+        references = self.references(dataset) if source is not None and self.report_metric else None
         ids = [record["image_id"] for record in dataset.annotation if record.get("image_id") is not None]
         unknown = [image_id for image_id in ids if references is not None and str(image_id) not in references]
-        if unknown:
+        if unknown and source is not None:
             images = f"{len(unknown):,} of {len(ids):,} images of the {split} split, e.g. image id {unknown[0]!r}"
-            raise InputError(f"run.annotation_file: {self.annotation_file} has no references for {images}")
+            raise InputError(f"{source[0]}: {source[1]} has no references for {images}")
 
     def check_model(self, model: BaseModel, dataset: EvalDataset, batches: Sequence[Samples], *, split: str) -> None:
         """Raise InputError for lengths that the model has no room for."""
@@ -139,7 +187,7 @@ class CaptionTask(BaseTask):
         if len(scored) < max(len(references), len(captions)):
             counts = len(scored), len(references), len(captions)
             logger.warning("%s: scoring %d images; %d have references, %d captions", split, *counts)
-        if self.annotation_file is None:  # captions that a file does not cover are an error of `caption_metrics`
+        if self.reference_source is None:  # captions that a file does not cover are an error of `caption_metrics`
             captions = {image_id: text for image_id, text in captions.items() if image_id in scored}
         scores = caption_metrics(
             scored,
@@ -152,24 +200,36 @@ class CaptionTask(BaseTask):
         return {**scores, **extra}
 
     def references(self, dataset: EvalDataset | None) -> dict[Any, list[str]]:
-        """Return the reference captions of each image id, from `annotation_file` or the dataset."""
-        if self.annotation_file is None:
+        """Return the reference captions of each image id, from a file that is named, else from the dataset."""
+        if self.reference_source is None:
             return dataset.references() if isinstance(dataset, HasReferences) else {}
-        return read_references(self.annotation_path(self.annotation_file))
+        key, source = self.reference_source
+        path = named_file(key, source)
+        if self.annotation_file is not None:
+            return read_references(path)
+        return read_captions(path, id_key=self.sample_id_key, caption_key=self.caption_key)
 
     def domains(self, dataset: EvalDataset) -> dict[Any, str]:
         """Return the domain of each image of nocaps, from the dataset or `annotation_file`: LAVIS's file has none."""
         found = {record["image_id"]: record["domain"] for record in dataset.annotation if record.get("domain")}
         if found or self.annotation_file is None:
             return found
-        return read_domains(self.annotation_path(self.annotation_file))
+        return read_domains(named_file("run.annotation_file", self.annotation_file))
 
-    def annotation_path(self, source: str) -> Path:
-        """Return the path of `annotation_file`, downloaded if it is a URL. MissingFileError if there is none."""
-        path = download.fetch(source) if download.is_url(source) else Path(source).expanduser()
-        if not path.is_file():
-            raise MissingFileError(f"run.annotation_file: no such file: {path}")
-        return path
+
+def keep_images(dataset: BaseDataset, image_ids: Sequence[Any], *, where: str) -> None:
+    """Leave out all samples but those of these image ids, which are compared as texts; log ids that are not there.
+
+    Raises InputError if none is there.
+    """
+    wanted = set(map(str, image_ids))
+    kept = [record for record in dataset.annotation if str(record.get("image_id")) in wanted]
+    if not kept:
+        there = [record.get("image_id") for record in dataset.annotation[:3]]
+        raise InputError(f"run.img_ids: {where} has none of these {len(wanted):,} images; its first are {there}")
+    if missing := wanted - {str(record["image_id"]) for record in kept}:
+        logger.warning(f"run.img_ids: {where} lacks {len(missing):,} of {len(wanted):,} images, e.g. {min(missing)}")
+    dataset.annotation = kept
 
 
 def read_references(path: Path) -> dict[Any, list[str]]:
@@ -185,6 +245,15 @@ def read_references(path: Path) -> dict[Any, list[str]]:
     references: dict[Any, list[str]] = {}
     for annotation in section(content, "annotations", where, check):
         references.setdefault(str(annotation["image_id"]), []).append(annotation["caption"])
+    return references
+
+
+def read_captions(path: Path, *, id_key: str, caption_key: str) -> dict[Any, list[str]]:
+    """Return the captions of a file of records by image id, a string. InputError names a wrong record."""
+    check = RecordCheck(required=(id_key, caption_key), fields={id_key: ID, caption_key: TEXTS})
+    references: dict[Any, list[str]] = {}
+    for record in check_records(read_records(path), check, f"run.load_gt_from_file: {path}"):
+        references.setdefault(str(record[id_key]), []).extend(as_captions(record[caption_key]))
     return references
 
 

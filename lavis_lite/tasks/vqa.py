@@ -7,7 +7,7 @@ Note: `prompt` goes around the question in training too. Models that write one a
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -17,13 +17,22 @@ from torch import nn
 
 from lavis_lite.common.config.config import Config
 from lavis_lite.common.errors import InputError
-from lavis_lite.common.records import Record
+from lavis_lite.common.records import TRUTHS, Record, RecordCheck
 from lavis_lite.common.registry import registry
-from lavis_lite.datasets.annotations import check_unique, place_of
+from lavis_lite.datasets.annotations import check_unique, place_of, read_json, section
 from lavis_lite.datasets.protocols import EvalDataset, HasAnswerList, Samples
+from lavis_lite.datasets.readers.questions import answers_of, question_fields
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.protocols import AnswersQuestions, method_names
-from lavis_lite.tasks.base import DECODING_BOUNDS, BaseTask, Metrics, check_settings, naming_setting
+from lavis_lite.tasks.base import (
+    DECODING_BOUNDS,
+    BaseTask,
+    Metrics,
+    check_settings,
+    named_file,
+    naming_setting,
+    with_columns,
+)
 from lavis_lite.tasks.metrics.gqa import GQA_METRICS, gqa_metrics
 from lavis_lite.tasks.metrics.vqa_accuracy import RAW, Variant, vqa_accuracy, vqa_metrics
 from lavis_lite.tasks.results import Result, as_list, per_sample, unscored, write_json
@@ -56,6 +65,12 @@ class VQATask(BaseTask):
     """False only writes the result file, for an evaluation server."""
     accuracy: Variant = "official"
     """Which script's text clean-up and rules; see tasks/metrics/vqa_accuracy.py."""
+    ques_files: dict[str, str | None] = field(default_factory=dict)
+    """Split to an official question file, or URL, whose questions alone are scored."""
+    anno_files: dict[str, str | None] = field(default_factory=dict)
+    """Split to an official annotation file, or URL, whose answers are scored instead of the dataset's."""
+    sample_id_key: str = "question_id"
+    """Field of the question id in the dataset's records."""
     blank_images: bool = False
     """Replace every image by one of the mean colour."""
 
@@ -69,6 +84,10 @@ class VQATask(BaseTask):
         if self.prompt and "{}" not in self.prompt:
             raise InputError(f"run.prompt={self.prompt!r} has no '{{}}' to put the question into")
 
+    @classmethod
+    def lavis_defaults(cls, arch: str | None) -> dict[str, Any]:
+        return {"length_penalty": 0.0} if arch in ("blip2_opt", "blip2_vicuna_instruct") else {}
+
     def metric_names(self) -> tuple[str, ...]:
         """Return the accuracy, its tables, and the accuracies by other rules."""
         return ("overall", "per_question_type", "per_answer_type", *self.further_rules())
@@ -79,7 +98,7 @@ class VQATask(BaseTask):
 
     def build_datasets(self, cfg: Config) -> dict[str, dict[str, Any]]:
         """As BaseTask's. Raises InputError if two questions of an evaluated split have the same id."""
-        built = super().build_datasets(cfg)
+        built = super().build_datasets(with_columns(cfg, question_id=self.sample_id_key))
         for name, splits in built.items():
             for split in splits.keys() & {*cfg.run.valid_splits, *cfg.run.test_splits}:
                 ids = [{"question_id": question_id(record)} for record in splits[split].annotation]
@@ -89,6 +108,7 @@ class VQATask(BaseTask):
     def check(self, model_class: type, dataset: EvalDataset, batch: Samples, *, split: str) -> None:
         """Raise InputError for settings that the model does not take, and for ranking without an answer list."""
         check_settings(model_class, "predict_answers", self.settings(self.batch_context(dataset)))
+        self.records(dataset, split)
 
     def check_model(self, model: BaseModel, dataset: EvalDataset, batches: Sequence[Samples], *, split: str) -> None:
         """Raise InputError for lengths and answers that the model has no room for."""
@@ -152,7 +172,7 @@ class VQATask(BaseTask):
         write_json(result_dir / f"{split}_vqa{'_blank' if self.blank_images else ''}.json", entries)
         if not self.report_metric:
             return unscored("run.report_metric is false")
-        records = {question_id(record): record for record in dataset.annotation}
+        records = self.records(dataset, split)
         truths = {key: record for key, record in records.items() if record.get("answers") and key in answers}
         if not truths:
             return unscored(f"the {split} split has no answers")
@@ -163,6 +183,24 @@ class VQATask(BaseTask):
                 f"reach 100 % with run.accuracy={self.accuracy} (official: one answer counts 0): choose normalised"
             )
         return vqa_metrics(truths, answers, variant=self.accuracy) | self.by_further_rules(truths, answers)
+
+    def records(self, dataset: EvalDataset, split: str) -> dict[Any, Record]:
+        """Return the records to score by question id; with `ques_files` and `anno_files` of the split, their questions
+        and answers.
+
+        Raises InputError if such a file lacks a question of the dataset.
+        """
+        records = {question_id(record): record for record in dataset.annotation}
+        questions, answers = (files.get(split) for files in (self.ques_files, self.anno_files))
+        if answers:
+            truths = official(named_file(f"run.anno_files.{split}", answers), "annotations", split)
+            records = {key: record | truth_of(truths, key, answers) for key, record in records.items()}
+        if questions:
+            asked = official(named_file(f"run.ques_files.{split}", questions), "questions", split)
+            records = {key: record for key, record in records.items() if str(key) in asked}
+            if not records:
+                raise InputError(f"run.ques_files.{split}: {questions} has no question of this split")
+        return records
 
     def by_further_rules(self, truths: Mapping[Any, Record], answers: Mapping[Any, str]) -> Metrics:
         """Return the overall accuracy by each further rule; of those that `accuracy` does not name, also by type."""
@@ -201,7 +239,8 @@ class GQATask(VQATask):
         metrics = super().score(results, dataset=dataset, split=split, result_dir=result_dir)
         if metrics["agg_metrics"] is None:
             return metrics
-        found = {str(question_id(record)): record for record in dataset.annotation if record.get("answers")}
+        truths = self.records(dataset, split)
+        found = {str(key): record for key, record in truths.items() if record.get("answers")}
         records = {key: record for key, record in found.items() if key in answers}
         hits = {
             key: vqa_accuracy(answers[key], record["answers"], variant=self.accuracy) for key, record in records.items()
@@ -233,6 +272,25 @@ class VizWizTask(VQATask):
         entries = [{"image": result["question_id"], "answer": result["answer"]} for result in results]
         write_json(result_dir / f"{split}_vizwiz_submission.json", entries)
         return super().score(results, dataset=dataset, split=split, result_dir=result_dir)
+
+
+def official(path: Path, key: str, split: str) -> dict[str, Record]:
+    """Return the records under a key of an official VQA file, `questions` or `annotations`, by question id as text."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise InputError(f'{path}: expected {{"{key}": [...]}}, as the VQA datasets are published')
+    fields = question_fields(TRUTHS)
+    check = RecordCheck(required=("question_id",), fields=fields)
+    return {str(record["question_id"]): record for record in section(content, key, path, check)}
+
+
+def truth_of(truths: Mapping[str, Record], key: Any, source: str) -> Record:
+    """Return the answers and kinds of a question. InputError if it is not among the truths."""
+    if str(key) not in truths:
+        raise InputError(f"run.anno_files: {source} has no question {key!r}, which the dataset has")
+    truth = truths[str(key)]
+    kept = {name: truth[name] for name in ("question_type", "answer_type") if name in truth}
+    return kept | {"answers": answers_of({"answers": truth.get("answers")})}
 
 
 def question_id(record: Record) -> Any:

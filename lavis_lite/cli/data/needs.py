@@ -16,7 +16,6 @@ from lavis_lite.common.config.agreement import model_setting
 from lavis_lite.common.config.config import Config
 from lavis_lite.common.config.trained import LANGUAGE_MODELS
 from lavis_lite.common.errors import InputError, MissingFileError
-from lavis_lite.common.registry import registry
 from lavis_lite.common.sources import download
 from lavis_lite.common.sources.hub import cached_timm_weights, timm_config
 from lavis_lite.common.sources.weights import TIMM
@@ -24,6 +23,7 @@ from lavis_lite.models.base import chosen_weights, starting_points
 from lavis_lite.models.blip2.base import encoder_source
 from lavis_lite.models.tokenizers import PACKAGED
 from lavis_lite.nn.llm_sources import WEIGHT_FILES, packaged_names
+from lavis_lite.tasks.base import setup_task
 from lavis_lite.tasks.captioning import CaptionTask
 from lavis_lite.tasks.metrics import caption_java
 
@@ -185,7 +185,7 @@ def package_needs(cfg: Config, *, has_videos: bool) -> Iterator[Need]:
     if model_setting(cfg.model, "apply_lemmatizer"):
         yield _package("spacy", "model.apply_lemmatizer", "pip install spacy")
         yield _package("en_core_web_sm", "model.apply_lemmatizer", "python -m spacy download en_core_web_sm")
-    task = registry.get_task_class(cfg.run.task)(**cfg.task)
+    task = setup_task(cfg)
     if isinstance(task, CaptionTask) and task.report_metric and (cfg.run.valid_splits or cfg.run.test_splits):
         yield from _metric_needs(task.metrics)
         if task.annotation_file:

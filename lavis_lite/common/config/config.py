@@ -20,6 +20,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from lavis_lite.common.config import trained as trained_config
 from lavis_lite.common.config import zoo
 from lavis_lite.common.config.agreement import follow_model, linked, replaced_instructions
@@ -42,7 +44,7 @@ from lavis_lite.common.config.sections import (
     check_run,
     model_arguments,
 )
-from lavis_lite.common.registry import RegistryError, did_you_mean
+from lavis_lite.common.registry import RegistryError, did_you_mean, registry
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +137,21 @@ class Config:
         layers = [linked(layer) for layer in (*_model_layers(project), *of_datasets, *own)]
         return _checked(resolve([DEFAULTS, *layers]), Checker(layers), types, source=source)
 
+    @property
+    def run_cfg(self) -> Any:
+        """The settings of the run and its task as LAVIS's tasks read them: `cfg.run_cfg.max_len`, or by `get`."""
+        return OmegaConf.create(_plain(dataclasses.asdict(self.run) | self.task))
+
+    @property
+    def model_cfg(self) -> Any:
+        """The model section, likewise."""
+        return OmegaConf.create(_plain(self.model))
+
+    @property
+    def datasets_cfg(self) -> Any:
+        """The datasets' sections, likewise."""
+        return OmegaConf.create(_plain(self.datasets))
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain dictionaries, such that a YAML of it is read as the same configuration."""
         typed = {name: {"type": kind} for name, kind in self.dataset_types.items() if kind != "default"}
@@ -167,7 +184,7 @@ def parser(*, prog: str | None = None, description: str | None = None) -> argpar
 
 
 def _checked(tree: dict[str, Any], checker: Checker, types: dict[str, str], *, source: str) -> Config:
-    run, task = check_run(tree.get("run", {}), checker)
+    run, task = check_run(tree.get("run", {}), checker, arch=tree["model"].get("arch"))
     model = model_arguments(tree["model"], checker)
     preprocess = tree.get("preprocess", {})
     checker.section(preprocess, {key: Parameter(dict[str, Any]) for key in PROCESSOR_KEYS}, ("preprocess",))
@@ -220,7 +237,8 @@ def _model_layers(project: Checker) -> list[Layer]:
     if not isinstance(arch, str):
         text = f"missing: it needs an architecture. {did_you_mean('', zoo.model_zoo.names())}"
         raise project.error(("model", "arch"), text)
-    packaged = [Layer(f"{arch}'s defaults", {})]  # a user's architecture: its constructor has the defaults
+    own_yaml = own_layers("model", arch, "PRETRAINED_MODEL_CONFIG_DICT", model_type)
+    packaged = own_yaml or [Layer(f"{arch}'s defaults", {})]  # a user's: its constructor has the defaults
     if arch in zoo.model_zoo:
         if model_type is None:
             types = did_you_mean("", zoo.model_zoo.types(arch))
@@ -249,8 +267,23 @@ def _dataset_layers(project: Checker) -> tuple[dict[str, str], list[Layer]]:
         if known and dataset_type not in known:
             text = f"{builder} has no type {dataset_type!r}. {did_you_mean(dataset_type, known)}"
             raise project.error(("datasets", name, "type"), text)
-        layers += zoo.dataset_layers(name, builder, dataset_type) if known else []
+        found = zoo.dataset_layers(name, builder, dataset_type) if known else []
+        layers += found or own_layers("builder", builder, "DATASET_CONFIG_DICT", dataset_type)
     return types, layers
+
+
+def own_layers(kind: str, name: str, table: str, type_name: Any) -> list[Layer]:
+    """Return the layers of the YAML that a user's class names for a type in its `table`, as in LAVIS; none without one.
+
+    The path is relative to the working folder, or else to the file of the class.
+    """
+    own = registry.tables[kind].items.get(name)
+    tables = [vars(owner)[table] for owner in own.__mro__ if table in vars(owner)] if isinstance(own, type) else []
+    path = tables[0].get(type_name) if tables else None
+    if path is None:
+        return []
+    beside = Path(str(vars(sys.modules[own.__module__]).get("__file__", ""))).parent / path
+    return load_with_bases(Path(path) if Path(path).is_file() or not beside.is_file() else beside)
 
 
 def _dataset_key(project: Checker, name: str, key: str) -> str | None:

@@ -15,6 +15,12 @@ IGNORED_LAVIS_KEYS = (
     *("save_freq", "save_last", "val_freq"),
 )
 """docs/lavis.md says for each of them what takes its place."""
+LAVIS_TASK_KEYS = (
+    *("num_beams", "max_len", "min_len", "length_penalty", "repetition_penalty", "use_nucleus_sampling", "top_p"),
+    *("temperature", "prompt", "inference_method", "num_ans_candidates", "report_metric", "annotation_file", "img_ids"),
+    *("caption_key", "sample_id_key", "load_gt_from_file", "ques_files", "anno_files", "segments", "k_test"),
+)
+"""Keys that tasks of LAVIS read. Its recipes also give them to tasks that do not read them: these only log them."""
 
 BOUNDS: dict[str, Bounds] = {
     **{key: (0.0, 1000.0) for key in ("init_lr", "min_lr", "warmup_lr", "weight_decay")},
@@ -86,6 +92,9 @@ class RunConfig:
     test_splits: list[str] = field(default_factory=list)
     best_by: Literal["first", "mean"] = "first"
     """Metric that selects checkpoint_best.pth: `agg_metrics` of the first validation result, or the mean of all."""
+    defaults: Literal["lavis"] | None = None
+    """`lavis`: the decoding settings that LAVIS uses where a YAML is silent, instead of the papers'; the task's
+    `lavis_defaults`."""
     evaluate: bool = False
     """True: evaluate `valid_splits` and `test_splits` without training, as LAVIS does."""
     limit: int | None = None

@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
+from omegaconf import OmegaConf
+
 from lavis_lite.common.config.files import ConfigError, KeyPath, Layer, origin
 from lavis_lite.common.registry import did_you_mean
 
@@ -33,6 +35,8 @@ Schema = dict[str, Parameter]
 
 def schema_of(item: Callable[..., Any]) -> tuple[Schema, bool]:
     """Return the parameters of a class or function, and whether it takes any further keyword."""
+    if reads_config(item):
+        return {}, True
     if is_dataclass(item):
         hints, schema = _hints(item), {}
         for own in fields(item):
@@ -45,6 +49,21 @@ def schema_of(item: Callable[..., Any]) -> tuple[Schema, bool]:
     parameters = signature_of(item).parameters.values()
     schema = {p.name: Parameter(p.annotation, p.default) for p in parameters if p.kind is not p.VAR_KEYWORD}
     return schema, len(schema) < len(parameters)
+
+
+def reads_config(item: object) -> bool:
+    """Return whether a class outside this package builds itself, as in LAVIS's tutorials.
+
+    It defines `from_config(cfg)`, or a task `setup_task(cfg)`. Its keys are what that reads, so none is checked here.
+    """
+    owners = item.__mro__ if isinstance(item, type) else ()
+    builds = ("from_config", "setup_task")
+    return any(name in vars(one) for one in owners if one.__module__.split(".")[0] != "lavis_lite" for name in builds)
+
+
+def as_read(item: object, section: dict[str, Any]) -> Any:
+    """Return a section as the class reads it: one that builds itself expects OmegaConf's attributes and `get`."""
+    return OmegaConf.create(section) if reads_config(item) else section
 
 
 def signature_of(item: Callable[..., Any]) -> inspect.Signature:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lavis_lite.common.config.adapters import lora_settings
-from lavis_lite.common.config.run import IGNORED_LAVIS_KEYS, RunConfig
+from lavis_lite.common.config.run import IGNORED_LAVIS_KEYS, LAVIS_TASK_KEYS, RunConfig
 from lavis_lite.common.config.schema import Checker, Parameter, Schema, schema_of
 from lavis_lite.common.errors import SettingError, UserError
 from lavis_lite.common.registry import RegistryError, did_you_mean, registry
@@ -22,6 +22,10 @@ MODEL_KEYS: Schema = {
     **dict.fromkeys(("init_text_token_type", "load_pretrained", "load_finetuned"), Parameter(bool)),
 }
 """Keys of every model section besides the constructor's arguments."""
+LAVIS_PROCESSOR_KEYS = ("prompt", "min_scale", "max_scale", "n_frms", "full_video")
+"""Arguments of processors that LAVIS's recipes also give to processors that do not read them."""
+LAVIS_MODALITIES, LAVIS_FOLDERS = ("pc_processor", "audio_processor"), ("pc", "audio")
+"""Keys of a dataset, and of its `build_info`, for modalities that are not here."""
 _STOCK_BERT_FILES = ("med_config.json", "med_large_config.json", "bert_config.json")
 BERT_TO_MED = {
     "vocab_size": "vocab_size",
@@ -64,8 +68,13 @@ def check_processors(blocks: Mapping[str, Any], checker: Checker, path: tuple[st
             checker.section(block, {"name": Parameter(str)} | schema, where, open_ended=open_ended)
 
 
-def check_run(section: Mapping[str, Any], checker: Checker) -> tuple[RunConfig, dict[str, Any]]:
-    """Return the run's settings and those of its task, both checked."""
+def check_run(
+    section: Mapping[str, Any], checker: Checker, *, arch: str | None = None
+) -> tuple[RunConfig, dict[str, Any]]:
+    """Return the run's settings and those of its task, both checked; with `defaults: lavis` those of `arch` too.
+
+    Keys of LAVIS without effect are logged.
+    """
     ignored = [key for key in IGNORED_LAVIS_KEYS if key in section]
     if ignored:
         logger.info(f"ignored run keys of LAVIS: {', '.join(ignored)}")
@@ -76,6 +85,12 @@ def check_run(section: Mapping[str, Any], checker: Checker) -> tuple[RunConfig, 
     run_schema, _ = schema_of(RunConfig)
     task_class = _looked_up(registry.get_task_class, section["task"], checker, ("run", "task"))
     task_schema, open_ended = schema_of(task_class)
+    unread = [key for key in LAVIS_TASK_KEYS if key in section and key not in task_schema and not open_ended]
+    if unread:
+        logger.info(f"run.task: {section['task']} does not read {', '.join(unread)}: no effect, as in LAVIS")
+        section = {key: value for key, value in section.items() if key not in unread}
+    if section.get("defaults") == "lavis":
+        section = task_class.lavis_defaults(arch) | section
     values = checker.section(section, task_schema | run_schema, ("run",), open_ended=open_ended)
     for key, get in (("runner", registry.get_runner_class), ("lr_sched", registry.get_lr_scheduler_class)):
         if key in values:
@@ -105,11 +120,34 @@ def check_dataset(
     where, advice = ((*path, key), "") if key else (path, " A name of your own needs the key builder.")
     builder = _looked_up(registry.get_builder_class, builder_name(name, body), checker, where, advice=advice)
     schema, open_ended = schema_of(builder)
-    ignored = {"type", "builder", "dataset_card"} - schema.keys()
-    body = {key: value for key, value in body.items() if key not in ignored}
+    ignored = {"type", "builder", "dataset_card", *LAVIS_MODALITIES} - schema.keys()
+    body = without_unread({key: value for key, value in body.items() if key not in ignored}, ".".join(path))
     defaults = {key: preprocess[key] for key in PROCESSOR_KEYS if key in preprocess and key in schema}
     check_processors(body, checker, path)
     return chosen | checker.section(defaults | body, schema, path, open_ended=open_ended)
+
+
+def without_unread(body: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return a dataset's section without keys that LAVIS's recipes give and its code does not read; log them.
+
+    These are arguments of one processor that a recipe gives to another, and folders of further modalities.
+    """
+    body, unread = dict(body), []
+    for kind in (kind for kind in PROCESSOR_KEYS if isinstance(body.get(kind), Mapping)):
+        body[kind] = dict(body[kind])
+        for split, block in body[kind].items():
+            if not isinstance(block, Mapping) or block.get("name") not in registry.list_processors():
+                continue  # an error of `check_processors`
+            schema, open_ended = schema_of(registry.get_processor_class(block["name"]))
+            keys = [key for key in LAVIS_PROCESSOR_KEYS if key in block and key not in schema and not open_ended]
+            body[kind][split] = {key: value for key, value in block.items() if key not in keys}
+            unread += [f"{kind}.{split}.{key}" for key in keys]
+    if isinstance(body.get("build_info"), Mapping):
+        unread += [f"build_info.{key}" for key in LAVIS_FOLDERS if key in body["build_info"]]
+        body["build_info"] = {key: value for key, value in body["build_info"].items() if key not in LAVIS_FOLDERS}
+    if unread:
+        logger.info(f"{where}: {', '.join(unread)} of LAVIS have no effect")
+    return body
 
 
 def _looked_up(

@@ -24,6 +24,8 @@ class Zoo:
         """Return the names that have at least one type, sorted."""
         return sorted({path.parent.name for path in self.folder.glob("*/*.yaml")})
 
+    get_names = names  # LAVIS's name
+
     def types(self, name: str) -> list[str]:
         """Return the types of `name`, sorted; an empty list if the name is unknown."""
         return sorted(path.stem for path in (self.folder / name).glob("*.yaml")) if name else []
@@ -57,7 +59,14 @@ class Zoo:
     __repr__ = __str__
 
 
-model_zoo = Zoo(CONFIGS / "models", heading="architecture")
+class ModelZoo(Zoo):
+    """The zoo of models, which counts its types, as LAVIS's does."""
+
+    def __len__(self) -> int:
+        return sum(len(types) for _, types in self)
+
+
+model_zoo = ModelZoo(CONFIGS / "models", heading="architecture")
 dataset_zoo = Zoo(CONFIGS / "datasets", heading="dataset")
 
 

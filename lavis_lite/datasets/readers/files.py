@@ -83,6 +83,25 @@ def derived(row: Record, **fields: Any) -> Record:
     return {**fields, PLACE: row[PLACE]}
 
 
+def identified(reader: Reader, key: str) -> Reader:
+    """Return the reader with the field `key` of each record as its `instance_id`, as text.
+
+    Raises InputError for a record without the field.
+    """
+
+    def read(files: SplitFiles) -> Iterator[Record]:
+        for number, record in enumerate(reader(files)):
+            if record.get(key) is None:
+                where, number = record.get(PLACE, (str(files), number))
+                fields = ", ".join(name for name in record if name != PLACE)
+                raise InputError(
+                    f"{where}: record {number}: build_info.instance_id_key: no field {key!r}, there are {fields}"
+                )
+            yield record | {"instance_id": str(record[key])}
+
+    return read
+
+
 def rename_columns(records: list[Record], columns: Mapping[str, str], path: str | Path) -> list[Record]:
     """Return the records with our names of fields for the file's. Raises InputError if no record has such a field."""
     for ours, theirs in columns.items():

@@ -46,11 +46,16 @@ class BlipCaption(BlipBase, CaptionModel):
             self.tokenizer, texts, start=self.decoder_start, max_length=self.max_txt_len, device=torch.device("cpu")
         )
         labels = self.caption_labels(ids, texts).to(self.device)
-        context = self.caption_context(image)
+        tokens = self.visual_encoder(image)
+        context = self.text_decoder.bert.project_kv(tokens)
         logits, _ = self.text_decoder(ids.to(self.device), mask.to(self.device), context=context)
         output = training_output(lm=language_modeling_loss(logits, labels))
         output["num_labels"] = (labels[:, 1:] != IGNORED).sum()
-        return output
+        return output.later(
+            intermediate_output=lambda: Output(
+                image_embeds=tokens, decoder_output=Output(logits=logits), decoder_labels=labels
+            )
+        )
 
     def caption_labels(self, ids: Tensor, texts: Sequence[str]) -> Tensor:
         """Return labels of the texts' ids (B,T), both on the CPU: `[DEC]` and, where a text begins with it, the prompt

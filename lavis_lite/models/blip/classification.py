@@ -67,7 +67,15 @@ class BlipClassification(BlipBase):
             alpha = ramp(samples, self.alpha, num_epochs=1)
             soft = self.momentum_logits(*inputs, update=torch.is_grad_enabled()).softmax(dim=1)
             loss = (1 - alpha) * loss + alpha * soft_cross_entropy(logits, soft)
-        return Output({"loss": loss, "logits": logits.detach()})
+
+        @torch.no_grad()
+        def intermediate_output() -> Output:
+            image, *text = inputs
+            tokens = self.visual_encoder(image)
+            states = self.text_encoder(*text, context=self.text_encoder.project_kv(tokens))[0]
+            return Output(image_embeds=tokens, encoder_output=Output(last_hidden_state=states))
+
+        return Output({"loss": loss, "logits": logits.detach()}).later(intermediate_output=intermediate_output)
 
     def predict(self, samples: dict[str, Any]) -> Output:
         """Return logits (B,num_classes) and the labels (B,)."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lavis_lite.common import dist
 from lavis_lite.common.bounds import check_number
+from lavis_lite.models.base import Output
 from lavis_lite.models.batches import Texts, fetch_texts, in_compute_type, stack_texts
 from lavis_lite.models.blip.matching import BlipMatching
 from lavis_lite.models.image_text import project
@@ -40,6 +41,19 @@ class MomentumFeatures(NamedTuple):
     image_all: Tensor
     text_all: Tensor
     num_current: int
+
+
+class StepParts(NamedTuple):
+    """Tensors of a training step, of which LAVIS's outputs have more than the losses."""
+
+    image: Tensor
+    tokens: Tensor
+    texts: Texts
+    features: tuple[Tensor, Tensor]
+    momentum: MomentumFeatures
+    hard: Tensor
+    alpha: float
+    pairs: Tensor
 
 
 class BlipMomentum(BlipMatching):
@@ -116,6 +130,45 @@ class BlipMomentum(BlipMatching):
         current = slice(0, momentum.num_current)
         positive = hard[:, current] > 0
         return loss, contrast_metrics(i2t[:, current], t2i[:, current], positive, image_feat, text_feat, self.temp)
+
+    def with_parts(self, output: Output, parts: StepParts, **more: Any) -> Output:
+        """Return the output with LAVIS's `sims` and `intermediate_output`, computed when they are read.
+
+        `sims` are similarities (B,N) and targets of the contrast, with the temperature at that time. Of
+        `intermediate_output`, embeddings of images and texts, also of the momentum encoders, are computed anew, so
+        they have another dropout than the losses; `itm_logits` (3B,2) and `more` are the step's own.
+        """
+
+        def sims() -> Output:
+            (image_feat, text_feat), momentum = parts.features, parts.momentum
+            with torch.no_grad():
+                own = {
+                    "i2t": (image_feat, momentum.image, momentum.text_all),
+                    "t2i": (text_feat, momentum.text, momentum.image_all),
+                }
+                found: dict[str, Tensor] = {}
+                for name, (feat, feat_m, others) in own.items():
+                    found[f"sim_{name}"], found[f"sim_{name}_m"] = (
+                        feat @ others / self.temp,
+                        feat_m @ others / self.temp,
+                    )
+                    found[f"sim_{name}_targets"] = momentum_targets(found[f"sim_{name}_m"], parts.hard, parts.alpha)
+            return Output(found)
+
+        def intermediate_output() -> Output:
+            with torch.no_grad():
+                is_match = torch.arange(len(parts.pairs), device=parts.pairs.device) < len(parts.tokens)
+                return Output(
+                    image_embeds=parts.tokens,
+                    text_embeds=self.text_states(*parts.texts),
+                    image_embeds_m=self.visual_encoder_m(parts.image),
+                    text_embeds_m=self.text_encoder_m(*parts.texts)[0],
+                    itm_logits=parts.pairs,
+                    itm_labels=is_match.long(),
+                    **more,
+                )
+
+        return output.later(sims=sims, intermediate_output=intermediate_output)
 
     @torch.no_grad()
     def enqueue_features(self, momentum: MomentumFeatures, *more: tuple[Tensor, Tensor]) -> None:

@@ -37,7 +37,16 @@ class BlipNLVR(BlipBase):
     def forward(self, samples: dict[str, Any]) -> Output:
         """Loss of `image0`, `image1` (B,3,H,W), `text_input` list[str], `label` (B,)."""
         logits = self.logits(samples)
-        return Output({"loss": F.cross_entropy(logits, class_targets(samples, logits)), "logits": logits.detach()})
+        output = Output({"loss": F.cross_entropy(logits, class_targets(samples, logits)), "logits": logits.detach()})
+
+        @torch.no_grad()
+        def intermediate_output() -> Output:
+            tokens = [self.visual_encoder(image_of(samples, key)) for key in ("image0", "image1")]
+            return Output(
+                image_embeds=torch.stack(tokens), encoder_output=Output(last_hidden_state=self.states(samples))
+            )
+
+        return output.later(intermediate_output=intermediate_output)
 
     def predict(self, samples: dict[str, Any]) -> Output:
         """Return logits (B,num_classes) and the labels (B,)."""

@@ -9,7 +9,7 @@ from lavis_lite.common import dist
 from lavis_lite.common.registry import registry
 from lavis_lite.models.base import Output
 from lavis_lite.models.blip.base import ramp
-from lavis_lite.models.blip.momentum import BlipMomentum
+from lavis_lite.models.blip.momentum import BlipMomentum, StepParts
 from lavis_lite.models.image_text import training_output
 from lavis_lite.models.inputs import image_of, texts_of
 from lavis_lite.nn.bert import BertLMHeadModel
@@ -55,9 +55,12 @@ class BlipPretrain(BlipMomentum):
         decoder_ids = ids.clone()
         decoder_ids[:, 0] = self.decoder_start
         logits, _ = self.text_decoder(decoder_ids, mask, context=context)  # it shares the encoder's cross-attention
-        return training_output(
+        output = training_output(
             {**metrics, "acc_itm": matching_accuracy(pairs, len(ids))},
             itc=loss_itc,
             itm=matching_loss(pairs, len(ids)),
             lm=language_modeling_loss(logits, self.labels(decoder_ids)),
         )
+        written = {"decoder_output": Output(logits=logits), "decoder_labels": self.labels(decoder_ids)}
+        parts = StepParts(image, tokens, (ids, mask), (image_feat, text_feat), momentum, hard, alpha, pairs)
+        return self.with_parts(output, parts, **written)

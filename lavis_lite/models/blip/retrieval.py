@@ -9,7 +9,7 @@ from torch import Tensor
 from lavis_lite.common.registry import registry
 from lavis_lite.models.base import Output
 from lavis_lite.models.blip.base import ramp
-from lavis_lite.models.blip.momentum import BlipMomentum
+from lavis_lite.models.blip.momentum import BlipMomentum, StepParts
 from lavis_lite.models.image_text import training_output
 from lavis_lite.models.inputs import image_of, integers, texts_of
 from lavis_lite.models.reranking import GalleryLoader, similarity_matrices
@@ -49,7 +49,9 @@ class BlipRetrieval(BlipMomentum):
         negatives = self.draw_negatives(image_feat, text_feat, (image_feat, text_feat), positive)
         pairs = self.pair_logits(tokens, (ids, mask), negatives, self.project_kv(tokens))
         metrics["acc_itm"] = matching_accuracy(pairs, len(ids))
-        return training_output(metrics, itc=loss_itc, itm=matching_loss(pairs, len(ids)))
+        output = training_output(metrics, itc=loss_itc, itm=matching_loss(pairs, len(ids)))
+        parts = StepParts(image, tokens, (ids, mask), (image_feat, text_feat), momentum, hard, alpha, pairs)
+        return self.with_parts(output, parts)
 
     def similarity(self, image_feat: Tensor, text_feat: Tensor) -> Tensor:
         """Return cosine similarities (images, texts) in float32, which ranks more finely than bf16."""

@@ -49,17 +49,29 @@ class BlipVQA(BlipBase, AnswerModel):
         `image` (B,3,H,W), `text_input` list[str] of B questions, `answer` flat list[str], `weight` (sum of
         n_answers), `n_answers` (B).
         """
-        states, mask = self.encode_questions(samples)
+        states, question_mask = self.encode_questions(samples)
         n_answers = integers(samples, "n_answers", len(states), "answers of each question", states.device)
         answers = texts_of(samples, int(n_answers.sum()), "answer")
         weight = required(samples, "weight", "the weight of each answer")
         if len(weight) != len(answers):
             raise InputError(f"samples['weight']: {len(weight)} weights were given for {len(answers)} answers")
         question = torch.arange(len(n_answers), device=states.device).repeat_interleave(n_answers)
-        context = self.text_decoder.bert.project_kv(states, mask=mask).select(question)
-        loss = self.answer_loss(*self.tokenize(answers, start=self.decoder_start), context)
+        context = self.text_decoder.bert.project_kv(states, mask=question_mask).select(question)
+        ids, mask = self.tokenize(answers, start=self.decoder_start)
+        loss = self.answer_loss(ids, mask, context)
         weight = torch.as_tensor(weight, device=loss.device, dtype=loss.dtype)
-        return training_output(lm=(weight * loss).sum() / len(states))
+
+        @torch.no_grad()
+        def intermediate_output() -> Output:
+            return Output(
+                image_embeds=self.visual_encoder(image_of(samples)),
+                encoder_output=Output(last_hidden_state=states),
+                decoder_output=Output(logits=self.text_decoder(ids, mask, context=context)[0]),
+                decoder_labels=self.labels(ids),
+            )
+
+        output = training_output(lm=(weight * loss).sum() / len(states))
+        return output.later(intermediate_output=intermediate_output)
 
     def encode_questions(self, samples: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the questions' image-grounded states (B,T,E) and their mask (B,T)."""

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from lavis_lite.common.bounds import check_number
+from lavis_lite.common.errors import SettingError
 from lavis_lite.common.registry import registry
 from lavis_lite.models.blip2.families import ANY, OPT, T5, VICUNA, instruct
 from lavis_lite.models.blip2.llm import Blip2LLM
@@ -76,7 +78,17 @@ class Blip2VicunaInstruct(Blip2Instruct, family=instruct(VICUNA)):
 
 @registry.register_model("blip2_t5_instruct")
 class Blip2T5Instruct(Blip2Instruct, family=instruct(T5)):
-    """With Flan-T5."""
+    """With Flan-T5.
 
-    def __init__(self, *, t5_model: str = T5.source, **parts: Any) -> None:
+    `few_shot_prob` and `num_few_shot_examples` are keys of LAVIS: no dataset, there or here, gives such examples, so
+    only a probability of 0 is accepted.
+    """
+
+    def __init__(
+        self, *, t5_model: str = T5.source, few_shot_prob: float = 0.0, num_few_shot_examples: int = 0, **parts: Any
+    ) -> None:
+        if few_shot_prob != 0:
+            problem = f"must be 0, got {few_shot_prob}: there are no few-shot examples; leave it out"
+            raise SettingError("model.few_shot_prob", problem)
+        check_number("model.num_few_shot_examples", num_few_shot_examples, 0, 10**6)
         super().__init__(t5_model, **parts)

@@ -27,8 +27,16 @@ from lavis_lite.models.blip2.hf import Blip2LLMAdapter
 from lavis_lite.models.blip2.llm_checks import family_config, llm_dtype, start_id
 from lavis_lite.models.blip2.llm_tokenizer import LLMTokenizer
 from lavis_lite.models.blip2.prompts import class_prompts, generation_prompts, lemmatize, question_prompts
-from lavis_lite.models.blip2.ranking import Candidates, candidate_lists, candidate_rows, segment_lengths, stacked
-from lavis_lite.models.inputs import image_of, text_list, texts_of
+from lavis_lite.models.blip2.ranking import (
+    Candidates,
+    candidate_lists,
+    candidate_rows,
+    check_template,
+    named_in,
+    segment_lengths,
+    stacked,
+)
+from lavis_lite.models.inputs import image_of, integers, required, text_list, texts_of
 from lavis_lite.nn import lora
 from lavis_lite.nn.decoding import Decoded, DecodingConfig, GenerationConfig, ScoredText
 from lavis_lite.nn.llm import LLMAdapter
@@ -46,6 +54,8 @@ class Blip2LLM(Blip2Base, AnswerModel):
     Q-Former reads the prompt too. `llm` overrides the language model's config; `llm_precision` is fp32, bf16, fp16 or
     auto (bf16, but for tiny and for trained models); `llm_quantization` is int8 or int4; `llm_lora` holds settings of
     peft's LoraConfig, or is a folder that peft wrote.
+    `format_candidates_prompt` goes around the names between which `predict` chooses; with `predict_with_gen` the model
+    writes one of them.
     """
 
     hf = Blip2LLMAdapter()
@@ -78,6 +88,8 @@ class Blip2LLM(Blip2Base, AnswerModel):
         llm_quantization: str | None = None,
         llm_grad_checkpoint: bool = False,
         freeze_llm: bool = True,
+        format_candidates_prompt: str = "{}",
+        predict_with_gen: bool = False,
         **parts: Any,
     ) -> None:
         if max_output_txt_len is not None:
@@ -99,6 +111,8 @@ class Blip2LLM(Blip2Base, AnswerModel):
         lengths = {"max_length": self.max_txt_len, "max_output_length": self.max_output_txt_len}
         is_encoder_decoder = config.is_encoder_decoder
         self.llm_tokenizer = LLMTokenizer(tokenizer, family, is_encoder_decoder=is_encoder_decoder, **lengths)
+        self.format_candidates_prompt = check_template(format_candidates_prompt)
+        self.predict_with_gen = predict_with_gen
         self.prompt, self.apply_lemmatizer, self.qformer_text_input = prompt, apply_lemmatizer, qformer_text_input
         begin, end = start_id(config, self.llm_tokenizer), self.llm_tokenizer.end_id
         self.lm = LLMAdapter(model, start_id=begin, end_id=end, pad_id=self.llm_tokenizer.pad_id)
@@ -292,6 +306,27 @@ class Blip2LLM(Blip2Base, AnswerModel):
         if len(set(lengths)) < 2:
             return order
         return [row[:length] for row, length in zip(order.tolist(), lengths, strict=True)]
+
+    @torch.no_grad()
+    def predict(self, samples: dict[str, Any], *, n_segments: int = 1, **changes: Any) -> Output:
+        """Return `predictions` (B,C), the negative losses of the `candidates` by `class_losses`, and `targets` (B,) if
+        the samples have `label`.
+
+        `candidates` are the classes' names, one list or one per sample; a sample with fewer has -inf. With
+        `predict_with_gen` `generate` writes, with `changes` of its settings: the first class that the text contains
+        has 0, all others -inf.
+        """
+        count = len(image_of(samples, video=True, answering=True))
+        lists = candidate_lists(required(samples, "candidates", "the names of the classes"), count)
+        lists = [[self.format_candidates_prompt.replace("{}", name) for name in own] for own in lists]
+        if self.predict_with_gen:
+            predictions = named_in(list(map(str, self.generate(samples, **changes))), lists).to(self.device)
+        else:
+            predictions = -self.class_losses(samples, lists if len(lists) > 1 else lists[0], n_segments)
+        output = Output(predictions=predictions)
+        if "label" in samples:
+            output["targets"] = integers(samples, "label", count, "the class of each sample", self.device)
+        return output
 
     @torch.no_grad()
     def class_losses(

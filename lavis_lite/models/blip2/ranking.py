@@ -69,3 +69,21 @@ def segment_lengths(rows: Sequence[Rows], n_segments: int) -> Tensor:
             segment = slice(number * size, len(own) if number == n_segments - 1 else (number + 1) * size)
             lengths[i, segment] = max(map(len, own[segment]))
     return lengths
+
+
+def check_template(template: str) -> str:
+    """Return the template of candidates; raise InputError unless it has one `{}`."""
+    if template.count("{}") != 1:
+        raise InputError(f"model.format_candidates_prompt: must have one '{{}}' for the candidate, got {template!r}")
+    return template
+
+
+def named_in(texts: Sequence[str], lists: Sequence[Sequence[str]]) -> Tensor:
+    """Return (B,C): 0 for the first candidate of each sample that its text contains, in any case, -inf elsewhere."""
+    lists = lists if len(lists) == len(texts) else list(lists) * len(texts)
+    named = torch.full((len(texts), max(map(len, lists))), float("-inf"))
+    for row, (text, own) in enumerate(zip(texts, lists, strict=True)):
+        found = next((number for number, name in enumerate(own) if name.lower() in text.lower()), None)
+        if found is not None:
+            named[row, found] = 0.0
+    return named

@@ -1,0 +1,31 @@
+"""LAVIS's image processors for CLIP, which some recipes of InstructBLIP use; 224 pixels by default.
+
+Note: unlike `blip_image_eval`, which resizes an image to a square, these keep its proportions and lose its edges.
+"""
+
+from typing import Any
+
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+from lavis_lite.common.bounds import MAX_IMAGE_SIZE, check_number
+from lavis_lite.common.registry import registry
+from lavis_lite.processors.image import ImageProcessor, ImageTrainProcessor
+
+
+@registry.register_processor("clip_image_train")
+class ClipImageTrainProcessor(ImageTrainProcessor):
+    """A random resized crop of `min_scale`..`max_scale` of the area; not mirrored, as in LAVIS, unless `hflip`."""
+
+    def __init__(self, *, image_size: int = 224, min_scale: float = 0.9, hflip: bool = False, **crop: Any) -> None:
+        super().__init__(image_size=image_size, min_scale=min_scale, hflip=hflip, **crop)
+
+
+@registry.register_processor("clip_image_eval")
+class ClipImageEvalProcessor(ImageProcessor):
+    """Resize the shorter side to `image_size` (bicubic), crop the centre, normalise; deterministic."""
+
+    def __init__(self, *, image_size: int = 224, **pixels: Any) -> None:
+        size = check_number("image_size", image_size, 1, MAX_IMAGE_SIZE)
+        resize = transforms.Resize(size, interpolation=InterpolationMode.BICUBIC)
+        super().__init__([resize, transforms.CenterCrop(size)], **pixels)
