@@ -27,6 +27,7 @@ from lavis_lite.common.config.files import (
     parse_options,
     resolve,
 )
+from lavis_lite.common.registry import registry
 
 SCALARS = st.none() | st.booleans() | st.integers(-9, 9) | st.sampled_from(["x", "001", "a b", ""])
 KEYS = st.sampled_from(["a", "b", "c", "d_processor", "name"])
@@ -152,6 +153,8 @@ def one_line(value: Any) -> str:
 @pytest.fixture
 def packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with packaged YAMLs of its own: two datasets and two types of a model, one from the other."""
+    for name in ("shapes_caption", "shapes_vqa"):
+        registry.get_builder_class(name)  # made of the package's own YAML, as long as its folder is known
     for kind in ("models", "datasets"):
         monkeypatch.setattr(getattr(zoo, f"{kind.removesuffix('s')}_zoo"), "folder", tmp_path / kind)
     files = {

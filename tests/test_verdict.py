@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,29 @@ def test_reading_the_protocols_logs_nothing_again(tmp_path: Path, caplog: pytest
     caplog.set_level("INFO")
     verdict.check_expected(Config.from_file(path))
     assert [record.message for record in caplog.records] == ["ignored run keys of LAVIS: dist_url"]
+
+
+def test_a_splits_samples_are_printed_once() -> None:
+    row = verdict.Row(
+        split="val",
+        metric="CIDEr",
+        key="CIDEr",
+        model="a/b",
+        here=1.0,
+        interval=(0.5, 1.5),
+        published=82.0,
+        difference=-81.0,
+        verdict="differs",
+        source=SOURCE,
+        num_samples=1200,
+        expected_samples=4500,
+        reasons=[],
+    )
+    assert verdict.table([row, replace(row, expected_samples=None)]) == [
+        "metric     here  95 % interval  published  difference  verdict  source",
+        *["val CIDEr  1.00  0.50 to 1.50   82.0       -81.00      differs  A paper, table 1"] * 2,
+        "val: 1,200 of 4,500 samples",
+    ]
 
 
 def test_mean_is_a_number_with_an_interval() -> None:

@@ -262,7 +262,10 @@ def table(rows: Sequence[Row]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
     sizes = {(row.split, row.num_samples, row.expected_samples) for row in rows if row.num_samples is not None}
+    with_total = {split for split, _, total in sizes if total is not None}
     for split, number, total in sorted(sizes, key=str):
+        if total is None and split in with_total:
+            continue
         lines.append(f"{split}: {number:,} samples" if total is None else f"{split}: {number:,} of {total:,} samples")
     reasons = {reason: None for row in rows for reason in row.reasons}
     return [*lines, *(f"{'by server' if 'prints it' in reason else 'not comparable'}: {reason}" for reason in reasons)]
