@@ -170,7 +170,10 @@ def test_gqa_is_evaluated_with_its_own_metrics(tmp_path: Path) -> None:
     image(tmp_path / "2354786.jpg")
     path = tmp_path / "gqa.json"
     path.write_text(json.dumps(owners.GQA))
-    section = {"builder": "gqa", "build_info": {"annotations": {"val": {"storage": str(path)}}}}
+    scopes = tmp_path / "choices.json"
+    scopes.write_text(json.dumps({"201640614": {"valid": ["yes", "no"], "plausible": ["yes"]}}))
+    files = {"storage": [str(path), str(scopes)], "url": None}
+    section = {"builder": "gqa", "build_info": {"annotations": {"val": files}}}
     section["build_info"]["images"] = {"storage": str(tmp_path)}
     changes = {
         "datasets": {"shapes_vqa": None, "mine": section},
@@ -179,6 +182,6 @@ def test_gqa_is_evaluated_with_its_own_metrics(tmp_path: Path) -> None:
     recipe = cli_helpers.project(tmp_path, "vqa_generate", changes)
     assert cli_helpers.evaluate(recipe) == 0
     metrics = json.loads((tmp_path / "output/evaluation/evaluation.json").read_text())["metrics"]["val"]
-    assert {"binary", "per_structural", "exact", "official"} <= metrics.keys()
+    assert {"binary", "per_structural", "exact", "official", "validity", "plausibility"} <= metrics.keys()
     written = json.loads((tmp_path / "output/evaluation/result/val_gqa_submission.json").read_text())
     assert written[0]["questionId"] == "201640614"

@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 ANSWER_FIELDS = ("answer", "answers", "direct_answers")
 OCR_VQA_SPLITS = {"train": 1, "val": 2, "test": 3}
+SCOPES = ("valid", "plausible")
+"""Fields of GQA's choices."""
 IVQA_ANSWERS = tuple(f"answer{number}" for number in range(1, 6))
 
 
@@ -106,9 +108,13 @@ def read_questions(files: SplitFiles, check: RecordCheck | None = None) -> list[
     records: list[Record] = []
     official: list[Record] = []
     truths: dict[Any, Record] = {}
+    scopes: dict[str, Record] = {}
     for path in files.paths:
         content, where = files.content(path)
         if is_answer_list(content):
+            continue
+        if is_choices(content):
+            scopes |= {str(key): row for key, row in content.items()}
             continue
         if isinstance(content, dict) and "questions" in content:
             official += official_questions(content, path, files, check)
@@ -123,7 +129,15 @@ def read_questions(files: SplitFiles, check: RecordCheck | None = None) -> list[
         key = record.get("question_id")
         truth = truths.get(key, {}) if isinstance(key, str | int | float) else {}
         record |= {key: truth[key] for key in ("answers", "question_type", "answer_type") if key in truth}
+        scope = scopes.get(str(key), {})
+        record |= {name: scope[name] for name in SCOPES if name in scope}
     return records or official
+
+
+def is_choices(content: Any) -> bool:
+    """Return whether the content is GQA's choices: by question id the answers in scope, of the question and images."""
+    first = next(iter(content.values()), None) if isinstance(content, dict) else None
+    return isinstance(first, dict) and set(SCOPES) <= first.keys() and "question" not in first
 
 
 def official_questions(
