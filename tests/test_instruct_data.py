@@ -140,7 +140,7 @@ def test_templates_from_a_file_a_mapping_and_a_base(tmp_path: Path) -> None:
         ("train: [a]\neval: 3", ["3"]),
         ('train: ["Question: {}"]', ["'Question: {}'", "{question}"]),
         ('train: ["{answer}?"]', ["'answer'"]),
-        ("train: [a", ["line 2"]),
+        ("train: [a", ["line"]),
     ],
 )
 def test_mistakes_in_templates_are_named(tmp_path: Path, content: str, words: list[str]) -> None:

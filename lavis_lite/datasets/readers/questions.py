@@ -260,7 +260,8 @@ def _dense_annotations(files: SplitFiles, contents: Mapping[Path, Any]) -> dict[
     for path, content in contents.items():
         if isinstance(content, list):
             check = files.needs("image_id", "round_id", "gt_relevance|relevance", image_id=INDEX, round_id=INDEX)
-            for row in check_records(content, check, path):
+            where = f"{path} (dense annotations)"  # the file may have any suffix
+            for row in check_records(as_records(content, where), check, where):
                 own = row.get("gt_relevance")
                 relevance = row["relevance"] if own is None else own
                 found[f"{row['image_id']}_{row['round_id']}"] = relevance, path
