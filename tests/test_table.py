@@ -14,7 +14,7 @@ import yaml
 from cli_helpers import evaluate, project
 
 from lavis_lite.cli.published import FAMILIES, PAPERS, REASONS, Number, data_file, numbers, read_recipes, tables_of
-from lavis_lite.cli.table import table_main
+from lavis_lite.cli.table import layout, table_main
 from lavis_lite.common.config.config import Config
 
 ROOT = Path(__file__).parents[1]
@@ -200,3 +200,12 @@ def test_the_command_imports_no_torch() -> None:
     source = "import sys; sys.argv[1:] = ['table', 'blip2']; from lavis_lite.cli import __main__ as m\n"
     source += "try: m.main()\nexcept SystemExit as end: sys.exit(end.code or 3 * ('torch' in sys.modules))"
     assert subprocess.run([sys.executable, "-c", source], cwd=ROOT, check=False, capture_output=True).returncode == 0
+
+
+def test_missing_numbers_refer_to_a_command_below_the_table() -> None:
+    rows = [row for row in numbers("blip2", PROJECTS, PROJECTS / "nothing") if row.table == "1"]
+    table = layout(rows)
+    commands = [line for line in table if line.startswith("  command ")]
+    assert len(commands) == len({row.how for row in rows}) == 3
+    assert commands[1] == f"  command 2: {rows[2].how}"
+    assert [line.split()[-1] for line in table[1:6]] == ["1", "1", "2", "2", "3"]

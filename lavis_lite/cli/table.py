@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -19,7 +19,8 @@ measured, with its verdict. Missing ones show the command that measures them, or
 examples:
   lavis-lite table blip2
   lavis-lite table instructblip --output /results --json"""
-COLUMNS = ("recipe", "model", "split", "metric", "published", "here", "difference", "verdict or how to get it")
+COLUMNS = ("recipe", "model", "split", "metric", "published", "here", "difference", "verdict, or command below")
+COMMAND = "python "
 OUTPUT = Path("output")
 
 
@@ -54,15 +55,18 @@ def lines(found: Sequence[Number]) -> list[str]:
 
 
 def layout(rows: Sequence[Number]) -> list[str]:
-    """Return the lines of one table, its columns aligned."""
-    cells = [COLUMNS, *map(_cells, rows)]
+    """Return the lines of one table, its columns aligned, and of the commands that it refers to by number."""
+    missing = dict.fromkeys(row.how for row in rows if row.how.startswith(COMMAND))
+    commands = {command: f"command {number}" for number, command in enumerate(missing, start=1)}
+    cells = [COLUMNS, *(_cells(row, commands) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return table + [f"  {name}: {command}" for command, name in commands.items()]
 
 
-def _cells(number: Number) -> tuple[str, ...]:
+def _cells(number: Number, commands: Mapping[str, str]) -> tuple[str, ...]:
     here = "" if number.here is None else f"{number.here:.2f}"
     difference = "" if number.difference is None else f"{number.difference:+.2f}"
-    last = ": ".join(part for part in (number.verdict, number.how) if part)
+    last = ": ".join(part for part in (number.verdict, commands.get(number.how, number.how)) if part)
     place = (number.recipe or "", number.model, number.split, number.metric)
     return (*place, number.published, here, difference, last)
