@@ -54,6 +54,7 @@ def sizes_of(blocks: dict[str, Any]) -> set[int]:
 
 
 @pytest.mark.parametrize(("arch", "kind"), TYPES, ids=map("/".join, TYPES))
+@pytest.mark.slow
 def test_every_type_has_its_published_size_and_follows_another(
     arch: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

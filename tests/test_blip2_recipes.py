@@ -104,6 +104,7 @@ def test_recipe_trains_from_what_the_one_before_it_left(name: str, folder: Path)
         ("ret_flickr", "shapes_retrieval", "txt_r1"),
     ],
 )
+@pytest.mark.slow
 def test_evaluation_recipe_evaluates(name: str, dataset: str, metric: str, tmp_path: Path) -> None:
     """With random weights; the settings of all recipes of a task are the same kind."""
     settings = [f"model.{key}={value}" for key, value in MODEL.items()]
@@ -128,6 +129,7 @@ def test_every_training_recipe_is_in_the_chain() -> None:
         ("retrieval_coco_ft", "blip2__coco"),
     ],
 )
+@pytest.mark.slow
 def test_dry_run_counts_what_the_original_had(
     name: str, manifest: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -221,6 +221,7 @@ def commands(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("line", [line for page in PAGES for line in commands(page)])
+@pytest.mark.slow
 def test_commands_are_understood(line: str):
     words = line.split("#")[0].split()
     script = next(i for i, word in enumerate(words) if word.endswith(".py"))

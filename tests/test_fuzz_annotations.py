@@ -130,6 +130,7 @@ def frames(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", dict.fromkeys(READERS))
 @settings(max_examples=24, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 10**9), changes=st.integers(0, 3), is_broken=st.integers(0, 5), other=st.integers(0, 9))
+@pytest.mark.slow
 def test_a_damaged_file_is_read_or_refused(
     folder: Path, name: str, suffix: str, seed: int, changes: int, is_broken: int, other: int
 ) -> None:
@@ -161,6 +162,7 @@ TOGETHER = (
 @pytest.mark.parametrize(("name", "contents"), TOGETHER)
 @settings(max_examples=60, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 10**9), changes=st.integers(1, 4))
+@pytest.mark.slow
 def test_damaged_files_that_belong_together(
     folder: Path, name: str, contents: list[Any], seed: int, changes: int
 ) -> None:

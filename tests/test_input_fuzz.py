@@ -78,6 +78,7 @@ def keywords(draw: st.DrawFn, method: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("arch", "method"), PAIRS)
+@pytest.mark.slow
 def test_answers_or_a_clear_error(arch: str, method: str) -> None:
     model = build(arch)
 

@@ -104,6 +104,7 @@ def frames(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@pytest.mark.slow
 def test_vsr_is_a_choice_among_words_of_two_classes(tmp_path: Path) -> None:
     for name in ("000000296471.jpg", "7.jpg"):
         picture(tmp_path / name)

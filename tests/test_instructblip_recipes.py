@@ -310,6 +310,7 @@ def test_own_data_trains_validates_and_mixes(folder: Path, tmp_path: Path, root:
     assert cli_helpers.metrics(tmp_path / "mix" / "job", "val")["accuracy"] == pytest.approx(100 * fmean(right))
 
 
+@pytest.mark.slow
 def test_own_videos_train(folder: Path, tmp_path: Path) -> None:
     records = [{"video": f"{i}.mp4", "instruction": "what is it?", "output": "a circle"} for i in range(8)]
     options = [*start_of("own_data", folder), *own_files(tmp_path, records), "datasets.instruct.num_frames=2"]
@@ -449,6 +450,7 @@ def test_the_published_averages_are_those_of_the_recipes() -> None:
     ("name", "manifest"),
     [("instruct_flant5xl", "blip2_t5_instruct__flant5xl"), ("instruct_vicuna7b", "blip2_vicuna_instruct__vicuna7b")],
 )
+@pytest.mark.slow
 def test_dry_run_counts_what_the_original_had(
     name: str, manifest: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -81,6 +81,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.slow
 def test_what_peft_trains_is_trained_saved_and_loaded(kind: str, tmp_path: Path) -> None:
     lora = KINDS[kind]
     reference = transformers.AutoModelForCausalLM.from_pretrained(TINY / "opt")
@@ -168,6 +169,7 @@ CASES = [*(("blip2_opt", kind) for kind in sorted(KINDS)), ("blip2_t5", "dora"),
 
 
 @pytest.mark.parametrize(("arch", "kind"), CASES)
+@pytest.mark.slow
 def test_transformers_loads_the_merged_model(arch: str, kind: str, tmp_path: Path) -> None:
     model = trained(arch, **KINDS[kind])
     before, still_trained = logits(model), names(model)
@@ -188,6 +190,7 @@ def test_transformers_answers_as_the_trained_model(arch: str, kind: str, tmp_pat
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.slow
 def test_peft_loads_our_adapters(kind: str, tmp_path: Path) -> None:
     model = trained(**KINDS[kind])
     write_folder(model, tmp_path / "hf", arch="blip2_opt", adapter=tmp_path / "adapter")

@@ -14,6 +14,7 @@ MANIFESTS = sorted(path.name.removesuffix(".json.gz") for path in FOLDER.glob("b
 
 
 @pytest.mark.parametrize("name", MANIFESTS)
+@pytest.mark.slow
 def test_state_dict(name: str) -> None:
     manifest = json.loads(gzip.decompress((FOLDER / f"{name}.json.gz").read_bytes()))
     model = full_size.meta_model(OmegaConf.to_container(OmegaConf.load(model_zoo.path(*name.split("__"))))["model"])

@@ -94,6 +94,7 @@ def test_square_roots_are_the_published_ones() -> None:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.slow
 def test_shares_are_these_and_draws_follow_them(name: str) -> None:
     """Draws by themselves, and in pairs of neighbours, which must be independent."""
     setting, expected = SETTINGS[name]

@@ -58,6 +58,7 @@ def lavis_file(model: Any, path: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("how", ["checkpoint", "finetuned", "pretrained"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.slow
 def test_a_lavis_file_loads(arch: str, how: str, tmp_path: Path) -> None:
     """The file is of 64-pixel images and of a queue twice as long."""
     longer = {"embed_dim": 16, "queue_size": 32} if arch in MOMENTUM else {}

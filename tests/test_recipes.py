@@ -114,6 +114,7 @@ def build_processors(section: dict[str, Any]) -> None:
 
 
 @recipes
+@pytest.mark.slow
 def test_recipe_builds_its_parts(path: Path) -> None:
     cfg = config(path)
     registry.get_task_class(cfg.run.task)(**cfg.task)

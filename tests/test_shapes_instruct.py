@@ -166,6 +166,7 @@ def test_the_second_reading_agrees(made: Callable[..., Any], group: str) -> None
     assert len(images) > 0.6 * SIZES["num_train"]
 
 
+@pytest.mark.slow
 def test_the_second_reading_finds_what_is_false(made: Callable[..., Any]) -> None:
     """Else it would prove nothing: instructions of one scene held against another."""
     for group in GROUPS:

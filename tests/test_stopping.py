@@ -215,6 +215,7 @@ def test_a_signal_in_a_destructor_is_raised_after_it() -> None:
 
 
 @pytest.mark.parametrize(("signum", "code"), SIGNALS.items(), ids=lambda value: str(value))
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once(signum: int, code: int) -> None:
     process = python(DEFERRED)
     process.send_signal(signum)

@@ -168,6 +168,7 @@ def table(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str
     return int(end.value.code or 0), *capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_the_printed_table_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result(tmp_path, "1", "2026-01-01", cider(131.0, "not comparable", "10 of 5,000 samples"))
     where = ("--output", str(tmp_path), "--projects", str(PROJECTS))
