@@ -92,6 +92,8 @@ def test_the_area_counts_pairs_and_ties_half() -> None:
 def test_the_area_needs_both_kinds() -> None:
     with pytest.raises(ValueError, match="there are 2 positive and 0 negative"):
         roc_auc([1, 2], [True, True])
+    with pytest.raises(ValueError, match="score 1 is not a number"):
+        roc_auc([1, float("nan")], [True, False])
 
 
 def test_reciprocal_ranks_by_hand() -> None:
@@ -99,6 +101,8 @@ def test_reciprocal_ranks_by_hand() -> None:
     assert [rank_of(losses, right) for right in range(4)] == [4, 1, 2, 3]
     assert mean_reciprocal_rank([1, 2, 4]) == pytest.approx(100 * (1 + 1 / 2 + 1 / 4) / 3)
     assert rank_of([-float("inf"), float("inf"), 0.0], 1) == 3
+    with pytest.raises(ValueError, match="not all numbers"):
+        rank_of([1.0, float("nan")], 0)
 
 
 def test_ivqa_counts_two_annotators_as_enough() -> None:

@@ -94,7 +94,7 @@ def test_equal_answers_do_not_exclude_each_other() -> None:
     assert vqa_accuracy(case["pred"], case["answers"]) == 1.0
 
 
-def test_vqa_metrics_by_type() -> None:
+def test_vqa_metrics_by_type_and_mistakes() -> None:
     truths = {
         "ä": {"answers": ["red"] * 10, "answer_type": "other", "question_type": "what"},
         2: {"answers": ["yes"] * 2 + ["no"] * 8, "answer_type": "yes/no", "question_type": "is"},
@@ -104,6 +104,8 @@ def test_vqa_metrics_by_type() -> None:
     assert metrics["overall"] == pytest.approx(100 * (1 + 0.6 + 0) / 3, abs=0.005)
     assert metrics["per_answer_type"] == {"other": 100.0, "yes/no": 30.0}
     assert metrics["per_question_type"] == {"what": 100.0, "is": 60.0}
+    with pytest.raises(ValueError, match=r"1 of 3 questions.*'ä'"):
+        vqa_metrics(truths, {2: "yes", 3: "no"})
 
 
 @sorts_as_recorded
@@ -130,6 +132,8 @@ def test_recall_mistakes() -> None:
         recall_metrics(np.zeros((1, 2)), np.zeros((3, 2)), [0, 0, 1], [[0, 1], [2]])
     with pytest.raises(ValueError, match="NaNs in row 1"):
         recall_metrics(np.array([[0.0, 1], [np.nan, 0]]), np.zeros((2, 2)), [0, 1], [[0], [1]])
+    with pytest.raises(ValueError, match="query 1 has no right answer"):
+        recall_metrics(np.zeros((2, 1)), np.zeros((1, 2)), [0], [[0], []])
 
 
 @pytest.mark.slow
@@ -255,6 +259,8 @@ def test_caption_mistakes() -> None:
         caption_metrics({1: ["a"]}, {1: "a", 2: "b"})
     with pytest.raises(ValueError, match=r"no caption.*'2'"):
         caption_metrics({1: ["a"], 2: ["b"]}, {1: "a"})
+    with pytest.raises(ValueError, match="two image ids are the same"):
+        caption_metrics({1: ["a"], "1": ["b"]}, {1: "a"})
     with pytest.raises(ValueError, match="no captions"):
         caption_metrics({}, {})
 

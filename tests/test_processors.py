@@ -249,6 +249,8 @@ def test_mistakes_are_named() -> None:
         load_processor("blip_image_train", {"magnitude": 11})
     with pytest.raises(TypeError, match="PIL"):
         load_processor("blip_image_eval")(np.zeros((3, 3, 3)))
+    with pytest.raises(TypeError, match="one string"):
+        load_processor("blip_caption")(None)
     with pytest.raises(ValueError, match="max_words"):
         load_processor("blip_question", {"max_words": 0})
 

@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import pickle
+import pickletools
 import re
 import secrets
 import shutil
@@ -152,7 +153,10 @@ def load(path: str | Path, *, map_location: str | torch.device = "cpu", verify: 
             return load_file(path, device=str(map_location))
         return torch.load(path, map_location=map_location, weights_only=True, mmap=is_mappable(path) or None)
     except Exception as error:
-        if isinstance(error, pickle.UnpicklingError) and (names := re.findall(r"GLOBAL ([\w.]+)", str(error))):
+        names = []
+        if isinstance(error, pickle.UnpicklingError):
+            names = re.findall(r"GLOBAL ([\w.]+)", str(error)) or _imported_names(path)
+        if names:
             raise InputError(
                 f"checkpoint {path} holds pickled code or objects, which reading would run: {', '.join(set(names))}. "
                 "If you trust its author, convert it on a machine that may run it: "
@@ -291,3 +295,24 @@ def _corrupt_error(path: Path, error: Exception) -> InputError:
         reason = "its content is neither torch's nor safetensors' format"
     what = f"checkpoint {path} ({path.stat().st_size:,} bytes) is truncated or not a checkpoint ({reason})"
     return InputError(f"{what}: name another file, or download or copy it again")
+
+
+def _imported_names(path: Path) -> list[str]:
+    """Return the names that a pickle of protocol 4 or 5 imports, without unpickling it. torch names those of older
+    protocols in its error; nothing is returned if the file is not a pickle.
+    """
+    strings: list[str] = []
+    names: list[str] = []
+    try:
+        data = path.read_bytes()
+        if is_mappable(path):
+            with zipfile.ZipFile(path) as archive:
+                data = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+        for opcode, argument, _ in pickletools.genops(data):
+            if opcode.name == "STACK_GLOBAL":
+                names.append(".".join(strings[-2:]))
+            elif isinstance(argument, str):
+                strings.append(argument)
+    except (ValueError, StopIteration, zipfile.BadZipFile) as error:
+        logger.debug(f"{path} is not a pickle: {error}")
+    return names

@@ -7,6 +7,7 @@ newlines and tabs. Equal to LAVIS's processors of the same names, string for str
 import re
 
 from lavis_lite.common.bounds import MAX_TOKENS, check_number
+from lavis_lite.common.errors import InputTypeError
 from lavis_lite.common.registry import registry
 from lavis_lite.processors.base import BaseProcessor
 
@@ -24,6 +25,12 @@ class TextProcessor(BaseProcessor):
     def __init__(self, *, max_words: int = 50) -> None:
         self.max_words = check_number("max_words", max_words, 1, MAX_TOKENS)
 
+    def check(self, text: str) -> str:
+        """Return `text`; raise TypeError if it is not a string (a missing caption, a number)."""
+        if not isinstance(text, str):
+            raise InputTypeError(f"{type(self).__name__} takes one string, got {type(text).__name__}: {text!r}")
+        return text
+
 
 @registry.register_processor("blip_caption")
 class BlipCaptionProcessor(TextProcessor):
@@ -37,7 +44,7 @@ class BlipCaptionProcessor(TextProcessor):
         self.prompt = prompt
 
     def __call__(self, text: str) -> str:
-        text = PUNCTUATION.sub(" ", text.lower())
+        text = PUNCTUATION.sub(" ", self.check(text).lower())
         text = re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
         return self.prompt + first_words(text, self.max_words)
 
@@ -47,5 +54,5 @@ class BlipQuestionProcessor(TextProcessor):
     """Question clean-up: lower case, punctuation deleted, trailing spaces off, at most `max_words` words."""
 
     def __call__(self, text: str) -> str:
-        text = PUNCTUATION.sub("", text.lower()).rstrip(" ")
+        text = PUNCTUATION.sub("", self.check(text).lower()).rstrip(" ")
         return first_words(text, self.max_words)

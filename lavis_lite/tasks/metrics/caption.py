@@ -56,8 +56,7 @@ def caption_metrics(
     Raises InputError if the images of the two differ, an image has no reference, or there are no images.
     """
     check_metrics(metrics)
-    references = {str(key): texts for key, texts in references.items()}
-    predictions = {str(key): text for key, text in captions.items()}
+    references, predictions = by_string(references, "references"), by_string(captions, "captions")
     check_images(references, predictions)
     if join_hyphens:
         predictions = {key: joined_as(text, references[key]) for key, text in predictions.items()}
@@ -74,7 +73,7 @@ def caption_metrics(
             left_out[LABELS[name]] = reason
         else:
             scores.update(_score(name, *tokenized))
-    own = {str(key): group for key, group in (groups or {}).items()}
+    own = by_string(groups or {}, "groups")
     tables = by_group(scores, [own.get(key) for key in references])
     chosen = [scores[name] for name in ("CIDEr", "Bleu_4") if name in scores]
     mean = sum(scores.values()) / len(scores) if scores else None
@@ -82,6 +81,14 @@ def caption_metrics(
     if tokenizer == "ptb_like":
         scores["approximate_tokenizer"] = True
     return {**scores, "left_out": left_out} if left_out else scores
+
+
+def by_string(table: Mapping[Any, Any], name: str) -> dict[str, Any]:
+    """Return `table` with its ids as strings. InputError if two ids become the same."""
+    keyed = {str(key): value for key, value in table.items()}
+    if len(keyed) < len(table):
+        raise InputError(f"{name}: two image ids are the same once written as strings")
+    return keyed
 
 
 def by_group(scores: Mapping[str, float], groups: Sequence[str | None]) -> dict[str, dict[str, Mean]]:

@@ -57,6 +57,11 @@ def _recalls(
     if scores.shape != (len(right), num_candidates):
         expected = (len(right), num_candidates)
         raise InputError(f"{name} has shape {scores.shape}, expected {expected} (queries, candidates)")
+    if not len(right):
+        raise InputError(f"{name} is empty: there are no queries to rank for")
+    if not all(map(len, right)):
+        query = [len(answers) for answers in right].index(0)
+        raise InputError(f"query {query} has no right answer: leave images without texts out of the gallery")
     if np.isnan(scores).any():
         raise InputError(f"{name} has NaNs in row {int(np.isnan(scores).any(axis=1).argmax())}: they have no rank")
     ranks = np.array(

@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from lavis_lite.common.errors import InputError
 from lavis_lite.tasks.metrics.mean import Mean
 
 Variant = Literal["official", "lavis", "normalised", "direct", "contains", "ivqa", "m4c", "exact", "ivqa_exact"]
@@ -125,6 +126,10 @@ def vqa_metrics(
     `truths` maps question ids to `{"answers": [...], "question_type": ..., "answer_type": ...}`, types optional.
     Raises InputError if a question has no prediction, or there are no questions.
     """
+    missing = [key for key in truths if key not in predictions]
+    if missing or not truths:
+        example = f", e.g. {missing[0]!r}" if missing else ""
+        raise InputError(f"{len(missing)} of {len(truths)} questions have no predicted answer{example}")
     scores = [vqa_accuracy(predictions[key], truth["answers"], variant=variant) for key, truth in truths.items()]
     overall = _percent(scores)
     return {"overall": overall, "agg_metrics": overall, **by_kind(list(truths.values()), scores)}
