@@ -153,7 +153,7 @@ def load(path: str | Path, *, map_location: str | torch.device = "cpu", verify: 
             return load_file(path, device=str(map_location))
         return torch.load(path, map_location=map_location, weights_only=True, mmap=is_mappable(path) or None)
     except Exception as error:
-        names = []
+        names: list[str] = []
         if isinstance(error, pickle.UnpicklingError):
             names = re.findall(r"GLOBAL ([\w.]+)", str(error)) or _imported_names(path)
         if names:
