@@ -11,20 +11,21 @@ tokens, C candidates of a sample, E width.
 
 import logging
 from collections.abc import Mapping, MutableMapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from lavis_lite.common.bounds import MAX_TOKENS, check_number
 from lavis_lite.common.config.adapters import ADAPTER, lora_settings
+from lavis_lite.common.sources import weights
 from lavis_lite.common.sources.weights import LazyState
 from lavis_lite.models.answers import AnswerModel
-from lavis_lite.models.base import Output
+from lavis_lite.models.base import Output, chosen_weights
 from lavis_lite.models.blip2.base import TEXT_PARTS, Blip2Base
 from lavis_lite.models.blip2.families import LLMFamily
 from lavis_lite.models.blip2.hf import Blip2LLMAdapter
-from lavis_lite.models.blip2.llm_checks import family_config, llm_dtype, start_id
+from lavis_lite.models.blip2.llm_checks import check_fit, family_config, llm_dtype, start_id
 from lavis_lite.models.blip2.llm_tokenizer import LLMTokenizer
 from lavis_lite.models.blip2.prompts import class_prompts, generation_prompts, lemmatize, question_prompts
 from lavis_lite.models.blip2.ranking import (
@@ -130,6 +131,16 @@ class Blip2LLM(Blip2Base, AnswerModel):
     def proj(self) -> nn.Module:
         """The projection from the queries' width to the language model's."""
         return self.get_submodule(f"{self.family.prefix}_proj")
+
+    @classmethod
+    def from_config(cls, cfg: dict[str, Any], *, device: str | torch.device = "cpu") -> Self:
+        """Build the model as `Blip2Base` does; sizes that do not fit are found before the language model is loaded."""
+        source = cfg.get(f"{cls.family.prefix}_model", cls.family.source)
+        config, chosen = family_config(cls.family, source, cfg.get("llm")), chosen_weights(cfg)
+        if chosen is not None:
+            place = chosen[1]
+            check_fit(weights.open_state(place), config, prefix=cls.family.prefix, source=place, llm=source)
+        return super().from_config(cfg, device=device)
 
     def adapt_state_dict(self, state: MutableMapping[str, Tensor]) -> MutableMapping[str, Tensor]:
         """Adapt as `Blip2Base` does; tensors of layers without LoRA go into the layers that LoRA wraps or copies."""

@@ -1,9 +1,10 @@
-"""What settings say about the language model, checked before its weights are read."""
+"""Checks of settings and checkpoints against the language model, made before its weights are read."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from lavis_lite.common.errors import InputError
@@ -18,7 +19,9 @@ TINY_WIDTH = 512
 
 
 def family_config(family: LLMFamily, source: str, overrides: dict[str, Any] | None) -> PreTrainedConfig:
-    """Return the language model's config. InputError if the family does not have its type."""
+    """Return the language model's config. InputError if the family does not have its type, or without a source."""
+    if not source:
+        raise InputError(f"model.{family.prefix}_model: missing; give a folder, a hub id or a packaged tiny one")
     config, _ = read_config(source, overrides)
     if family.model_types and config.model_type not in family.model_types:
         takes = " or ".join(family.model_types)
@@ -42,3 +45,20 @@ def start_id(config: PreTrainedConfig, tokenizer: LLMTokenizer) -> int:
     name = "decoder_start_token_id" if config.is_encoder_decoder else "bos_token_id"
     found = (getattr(part, name, None) for part in (config, config.get_text_config()))
     return next((i for i in found if i is not None), (*tokenizer.prefix_ids, tokenizer.end_id)[0])
+
+
+def check_fit(state: Mapping[str, Tensor], config: PreTrainedConfig, *, prefix: str, source: str, llm: str) -> None:
+    """Raise InputError if a checkpoint was made with a language model of another width or vocabulary."""
+    width, vocabulary = embedding_width(config), config.get_text_config().vocab_size
+    advice = f"set model.{prefix}_model to the one that it was made with"
+    for name in state:
+        if name == f"{prefix}_proj.weight" and len(state[name]) != width:
+            raise InputError(
+                f"{source} was made for a language model of width {len(state[name])}, but {llm} has {width}: {advice}"
+            )
+        is_vocabulary = name.endswith(("embed_tokens.weight", "lm_head.weight", "shared.weight"))
+        if name.startswith(f"{prefix}_model.") and is_vocabulary and not 0 <= len(state[name]) - vocabulary <= 1:
+            raise InputError(
+                f"{source} was made with a vocabulary of {len(state[name])} tokens ({name}), but {llm} has "
+                f"{vocabulary}: {advice}"
+            )
