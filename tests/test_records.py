@@ -185,7 +185,9 @@ def test_blank_texts_can_be_left_out(folder: Path, caplog: pytest.LogCaptureFixt
 @pytest.mark.parametrize(
     ("kind", "content", "message"),
     [
-        ("csv", "image;caption\na.png;x\n", "line 2 has no field .*; fields there: 'image;caption'"),
+        ("csv", "image;caption\na.png;x, y\n", r"separated by a semicolon \(';'\), those of a \.csv file by a comma"),
+        ("csv", "image\tcaption\na.png\tx\n", r"separated by a tab .* or call it \.tsv"),
+        ("tsv", "image,caption\na.png,x\n", r"separated by a comma \(','\), those of a \.tsv file by a tab"),
         ("csv", "image,caption\n", "holds no records"),
         ("csv", "", "is empty"),
         ("csv", "image,caption\n\na.png\n", "line 3 has 1 columns, not 2 as the header"),

@@ -17,6 +17,7 @@ from typing import Any
 from lavis_lite.common.errors import InputError, MissingFileError
 from lavis_lite.common.records import Record, RecordCheck, shown
 
+DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
 TABLES = {".csv": ",", ".tsv": "\t"}
 """The suffixes of tables, and the separators of their columns."""
 ADDRESSES = ("http://", "https://")
@@ -177,8 +178,7 @@ def _table_rows(path: Path) -> Iterator[tuple[int, Record]]:
             line, end = end + 1, reader.line_num
             if not header:
                 header = row
-                if twice := [name for name in header if name and header.count(name) > 1]:
-                    raise InputError(f"{path}: line {line} names the column {shown(twice[0])} twice")
+                _check_header(header, path, line)
             elif row:
                 if len(row) != len(header):
                     raise InputError(
@@ -188,3 +188,17 @@ def _table_rows(path: Path) -> Iterator[tuple[int, Record]]:
                 yield line, dict(zip(header, row, strict=True))
     except csv.Error as error:
         raise InputError(f"{path}: line {reader.line_num} is not a row of a table ({error}); quote it") from error
+
+
+def _check_header(header: list[str], path: Path, line: int) -> None:
+    """Raise InputError for a header with another delimiter than the suffix says, or with one name twice."""
+    wanted = TABLES[path.suffix.lower()]
+    other = next((mark for mark in DELIMITERS if mark != wanted and mark in header[0]), None) if header else None
+    if len(header) == 1 and other:
+        raise InputError(
+            f"{path}: the columns are separated by {DELIMITERS[other]} ({other!r}), those of a {path.suffix} file by "
+            f"{DELIMITERS[wanted]}: save it so" + (", or call it .tsv" if other == "\t" else "")
+        )
+    twice = next((name for name in header if header.count(name) > 1 and name), None)
+    if twice is not None:
+        raise InputError(f"{path}: line {line} names the column {shown(twice)} twice")

@@ -18,7 +18,7 @@ from lavis_lite.common.config.config import Config
 from lavis_lite.common.config.run import RunConfig
 from lavis_lite.common.config.schema import schema_of
 from lavis_lite.common.config.sections import builder_name
-from lavis_lite.common.errors import InputError, MissingFileError, MissingInputError
+from lavis_lite.common.errors import InputError, MissingFileError, MissingInputError, did_you_mean
 from lavis_lite.common.registry import registry
 from lavis_lite.common.sources import download
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset
@@ -273,4 +273,5 @@ def check_splits(wanted: Iterable[str], existing: Mapping[str, Iterable[str]]) -
     for split in wanted:
         if not any(split in splits for splits in known.values()):
             where = "run.train_splits, valid_splits, test_splits"
-            raise InputError(f"{where}: no dataset has the split {split!r}; there are {known}")
+            hint = did_you_mean(split, {name for splits in known.values() for name in splits})
+            raise InputError(f"{where}: no dataset has the split {split!r}. {hint} There are {known}")
