@@ -1,4 +1,4 @@
-"""What an evaluation leaves: `evaluation.json` in the job's folder, with metrics, verdict and provenance."""
+"""Write `evaluation.json` into the job's folder: metrics, verdict and provenance of an evaluation."""
 
 import hashlib
 import logging

@@ -21,7 +21,7 @@ from lavis_lite.common.errors import InputError
 
 ALL = ("blip", "blip2", "instructblip")
 FAMILIES: dict[str, tuple[str, ...]] = {**{name: (name,) for name in ALL}, "lavis": ALL}
-"""What `lavis-lite table` prints, and the folders of recipes that measure it."""
+"""The published numbers that `lavis-lite table` prints, and the folders of recipes that measure it."""
 PAPERS = {"blip": ("BLIP",), "blip2": ("BLIP-2",), "instructblip": ("InstructBLIP",), "lavis": ("LAVIS", "mmpretrain")}
 DATA_FILE = CONFIGS / "published.csv"
 REASONS = ("not released", "ablation", "cited", "third party", "needs training", "no code")

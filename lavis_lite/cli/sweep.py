@@ -30,7 +30,7 @@ example:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one reading of the protocol gave."""
+    """The value that one reading of the protocol gave."""
 
     name: str
     metric: str

@@ -39,7 +39,7 @@ def table_main(argv: Sequence[str] | None = None) -> None:
 
 def _print(args: argparse.Namespace) -> None:
     if args.output is not None and not args.output.is_dir():
-        raise InputError(f"--output: there is no folder {args.output}: name the one that has the jobs' folders")
+        raise InputError(f"--output: not a folder: {args.output}; name the one that has the jobs' folders")
     found = numbers(args.paper, args.projects, args.output or OUTPUT)
     print(json.dumps([asdict(number) for number in found], indent=1) if args.json else "\n".join(lines(found)))
 

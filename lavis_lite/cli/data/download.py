@@ -137,7 +137,7 @@ def wanted_files(listed: ImageList, named: NamedDataset, split: str, root: Path)
             file, url = filled(listed.file, record, where), filled(listed.address, record, where)
             check_path(file, Path(source))
             if not download.is_url(url):
-                raise InputError(f"{where}: {url!r} is no http address")
+                raise InputError(f"{where}: {url!r} is not an http address")
             yield root / file, url
 
 

@@ -1,4 +1,4 @@
-"""What a configuration needs beside its data: weights, tokenizer, language model, packages. Nothing is loaded."""
+"""The needs of a configuration beside its data: weights, tokenizer, language model, packages. Nothing is loaded."""
 
 import importlib.util
 import json
