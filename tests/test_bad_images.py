@@ -14,7 +14,7 @@ import pytest
 from PIL import EpsImagePlugin, Image, ImageFile
 
 from lavis_lite.common.errors import UnreadableSample
-from lavis_lite.common.pixels import to_rgb
+from lavis_lite.common.image_io import to_rgb
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.image import open_image
 

@@ -43,21 +43,21 @@ def check_rows(rank: int) -> None:
     for case in (even, UNEVEN, EMPTY):
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool):
             rows, own, index = rows_of(case, dtype)
-            assert torch.equal(dist.fetch_rows(own[rank], index[rank]), rows[index[rank]])
-            assert torch.equal(dist.fetch_rows(own[rank][:, 0, 1], index[rank]), rows[index[rank]][:, 0, 1])
+            assert torch.equal(dist.gather_rows(own[rank], index[rank]), rows[index[rank]])
+            assert torch.equal(dist.gather_rows(own[rank][:, 0, 1], index[rank]), rows[index[rank]][:, 0, 1])
         rows, own, index = rows_of(case, torch.float32)
         local = own[rank].transpose(1, 2).contiguous().requires_grad_().transpose(1, 2)  # not contiguous
         local.retain_grad()
-        fetched = dist.fetch_rows(local, index[rank])
+        fetched = dist.gather_rows(local, index[rank])
         (fetched * weights(len(fetched), rank)).sum().backward()
         expected = torch.zeros_like(rows)
         for r, wanted in enumerate(index):
             expected.index_add_(0, wanted, weights(len(wanted), r).expand(-1, 2, 3))
         torch.testing.assert_close(local.grad, expected.split(case["sizes"])[rank])
-    assert not dist.fetch_rows(own[rank], index[rank]).requires_grad
+    assert not dist.gather_rows(own[rank], index[rank]).requires_grad
     for wrong in (2, -1):
         with pytest.raises(IndexError, match="the ranks have 2 together"):
-            dist.fetch_rows(own[rank], torch.tensor([wrong] if rank else [0]))
+            dist.gather_rows(own[rank], torch.tensor([wrong] if rank else [0]))
 
 
 def weights(count: int, rank: int) -> torch.Tensor:
@@ -69,7 +69,7 @@ def check_alone(rank: int) -> None:
     """One rank has more to do than the other, and nobody waits."""
     model = build("blip2")
     for _ in range(2 - rank):
-        with dist.alone(), torch.no_grad():
+        with dist.single_process(), torch.no_grad():
             assert (dist.rank(), dist.world_size()) == (0, 1)
             losses = model(samples(slice(0, 2 + rank)))
     assert dist.world_size() == 2
@@ -199,8 +199,8 @@ def test_alone_ranks_need_not_keep_step(folder: Path) -> None:
 def test_one_process_only_picks_rows() -> None:
     rows = torch.randn(3, 2, requires_grad=True)
     index = torch.tensor([2, 0, 2])
-    assert torch.equal(dist.fetch_rows(rows, index), rows[index])
-    dist.fetch_rows(rows, index).sum().backward()
+    assert torch.equal(dist.gather_rows(rows, index), rows[index])
+    dist.gather_rows(rows, index).sum().backward()
     assert rows.grad[:, 0].tolist() == [1.0, 0.0, 2.0]
-    with dist.alone():
+    with dist.single_process():
         assert (dist.rank(), dist.world_size()) == (0, 1)

@@ -21,8 +21,8 @@ from lavis_lite.common.config.schema import Checker
 from lavis_lite.common.config.sections import model_arguments
 from lavis_lite.common.config.zoo import model_zoo
 from lavis_lite.common.errors import InputError, UserError
-from lavis_lite.common.frames import check_num_frames
 from lavis_lite.common.registry import registry
+from lavis_lite.common.video_io import check_num_frames
 from lavis_lite.models import load_model
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.reranking import similarity_matrices

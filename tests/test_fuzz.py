@@ -20,8 +20,8 @@ from PIL import Image
 from lavis_lite.common.config.config import Config, RunConfig
 from lavis_lite.common.config.files import load_yaml, parse_options
 from lavis_lite.common.errors import UserError
-from lavis_lite.common.frames import decode
-from lavis_lite.common.pixels import formats
+from lavis_lite.common.image_io import formats
+from lavis_lite.common.video_io import decode
 from lavis_lite.datasets.image import open_image
 from lavis_lite.models.tokenizers import blip2_tokenizer, blip_tokenizer, tokenize
 from lavis_lite.processors import load_processor

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lavis_lite.common.errors import InputError
-from lavis_lite.common.wording import joined_words, lettered
+from lavis_lite.common.prompts import joined_words, lettered
 from lavis_lite.datasets import instruct, load_dataset
 from lavis_lite.datasets.instruct import InstructBuilder, InstructDataset
 from lavis_lite.datasets.templates import PLACEHOLDER, PROMPTS, Templates, fill, load_templates, with_prompt

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lavis_lite.common import frames
+from lavis_lite.common import video_io
 from lavis_lite.common.errors import UnreadableSample
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.base import identity
@@ -128,7 +128,7 @@ def pixels(image: Image.Image) -> Tensor:
     ],
 )
 def test_frames_are_spread_uniformly(there: int, asked: int, numbers: list[int]) -> None:
-    assert frames.sampled(there, asked, source="it") == numbers
+    assert video_io.sampled(there, asked, source="it") == numbers
 
 
 @pytest.mark.parametrize("num_frames", [1, 4, 10])
@@ -340,7 +340,7 @@ def test_one_frame_s_worth_of_randomness_is_used() -> None:
     def drawn(_: Image.Image) -> Tensor:
         return torch.tensor([random.random(), np.random.random(), torch.rand(()).item()])[:, None, None]
 
-    first, second = frames.processed(images, drawn), frames.processed(images, drawn)
+    first, second = video_io.processed(images, drawn), video_io.processed(images, drawn)
     assert first.shape == (3, 3, 1, 1)
     assert all(len(set(row)) == 1 for row in first.flatten(1).tolist())
     assert not (first == second).any()
@@ -372,9 +372,9 @@ def test_video_processors_refuse_what_is_no_video() -> None:
     with pytest.raises(ValueError, match="num_frames: must be a whole number from 1 to 10,000, got 0"):
         load_processor("blip_video_eval", {"num_frames": 0})
     with pytest.raises(ValueError, match="num_frames: must be a whole number from 1 to 10,000, got 1000000"):
-        frames.sampled(3, 1_000_000, source="it")
+        video_io.sampled(3, 1_000_000, source="it")
     with pytest.raises(ValueError, match=r"vis_processor .*Image"):
-        frames.processed(images, identity)
+        video_io.processed(images, identity)
     for name in ("blip_video_eval", "blip_video_train"):
         with pytest.raises(ValueError, match=r"num_frame.*num_frames"):
             load_preprocess({"vis_processor": {"eval": {"name": name, "num_frame": 8}}})

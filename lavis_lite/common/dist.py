@@ -2,8 +2,8 @@
 
 Ranks come from torchrun's environment (RANK, LOCAL_RANK, WORLD_SIZE). A world of one has no process group and every
 collective is then the identity, so callers never branch. All collectives must be entered by every rank; except in
-`fetch_rows`, tensors must have the same shape on all ranks (unchecked, for speed: run with
-`TORCH_DISTRIBUTED_DEBUG=DETAIL` to have torch check). Where ranks take different numbers of steps, `alone()` makes each
+`gather_rows`, tensors must have the same shape on all ranks (unchecked, for speed: run with
+`TORCH_DISTRIBUTED_DEBUG=DETAIL` to have torch check). Where ranks take different numbers of steps, `single_process()` makes each
 of them a world of one.
 """
 
@@ -84,7 +84,7 @@ def world_size() -> int:
 
 
 @contextlib.contextmanager
-def alone() -> Iterator[None]:
+def single_process() -> Iterator[None]:
     """Make this rank a world of one in the body: nothing is exchanged, so no rank waits.
 
     For computations in which ranks take different numbers of steps, as in evaluation, where one may have more batches.
@@ -211,7 +211,7 @@ def all_gather_with_grad(tensor: torch.Tensor) -> torch.Tensor:
     return _GatherWithGrad.apply(tensor) if world_size() > 1 else tensor
 
 
-def fetch_rows(local: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def gather_rows(local: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Rows `index` (M,) of all ranks' `local` (B, ...), counted as if joined in rank order -> (M, ...), differentiable.
 
     Only these rows are exchanged. B and M may differ between ranks, the rest of the shape may not. As with

@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 from PIL import Image
 
 from lavis_lite.common.errors import InputError, UnreadableSample
-from lavis_lite.common.pixels import BROKEN, MAX_PIXELS, formats, open_file, to_rgb
+from lavis_lite.common.image_io import BROKEN, MAX_PIXELS, formats, open_file, to_rgb
 
 
 @runtime_checkable

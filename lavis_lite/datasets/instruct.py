@@ -15,10 +15,10 @@ from typing import Any, Literal, get_args
 
 from lavis_lite.common.bounds import one_of
 from lavis_lite.common.errors import InputError
-from lavis_lite.common.frames import ShortClips, check_num_frames
+from lavis_lite.common.prompts import joined_words, lettered, letters
 from lavis_lite.common.records import ANSWERS, GROUP, ID, PATH, TEXTS, TRUTHS, VALUES, WORDS, Kind, Record
 from lavis_lite.common.registry import registry
-from lavis_lite.common.wording import joined_words, lettered, letters
+from lavis_lite.common.video_io import ShortClips, check_num_frames
 from lavis_lite.datasets.annotations import as_list
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset
 from lavis_lite.datasets.templates import PLACEHOLDER, Templates, fill, load_templates, with_prompt

@@ -1,4 +1,4 @@
-"""The video of a sample; `lavis_lite/common/frames.py` chooses its frames."""
+"""The video of a sample; `lavis_lite/common/video_io.py` chooses its frames."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +8,8 @@ from PIL import Image
 from torch import Tensor
 
 from lavis_lite.common.errors import InputError, UnreadableSample
-from lavis_lite.common.frames import Part, ShortClips, decode, processed
 from lavis_lite.common.records import Record
+from lavis_lite.common.video_io import Part, ShortClips, decode, processed
 
 
 @runtime_checkable

@@ -21,10 +21,10 @@ from tqdm import tqdm
 from lavis_lite.common import dist
 from lavis_lite.common.bounds import MAX_TOKENS, check_number
 from lavis_lite.common.errors import InputError, MissingPackageError
-from lavis_lite.common.frames import check_num_frames, decode, processed
 from lavis_lite.common.precision import autocast, resolve_precision
+from lavis_lite.common.prompts import fill_placeholders
 from lavis_lite.common.registry import registry
-from lavis_lite.common.wording import fill_placeholders
+from lavis_lite.common.video_io import check_num_frames, decode, processed
 from lavis_lite.integrations.lmms_eval_settings import Generation
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.blip2.llm import Blip2LLM

@@ -34,7 +34,7 @@ def fetch_texts(texts: Texts, index: Tensor, *, max_length: int) -> Texts:
     """Return these rows of all ranks' batches, which may be of different lengths up to `max_length`."""
     if dist.world_size() == 1:
         return texts[0][index], texts[1][index]
-    rows = dist.fetch_rows(torch.stack(padded(texts, max_length), dim=1), index)
+    rows = dist.gather_rows(torch.stack(padded(texts, max_length), dim=1), index)
     return trimmed((rows[:, 0], rows[:, 1]))
 
 

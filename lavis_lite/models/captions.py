@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lavis_lite.common.wording import without_false_spaces
+from lavis_lite.common.prompts import without_false_spaces
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.inputs import image_of, optional_texts
 from lavis_lite.nn.attention import CrossAttentionKV, KeyValueCache

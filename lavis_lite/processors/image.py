@@ -1,7 +1,7 @@
 """Image processors of BLIP and BLIP-2: a PIL image of any mode in, a normalised float (3,S,S) tensor out.
 
 Note: evaluation squashes the image to a square (no centre crop), and all resizing is Pillow's bicubic with
-antialiasing. CMYK, palette, grey, transparent and 16-bit images become 8-bit RGB first (`common.pixels.to_rgb`).
+antialiasing. CMYK, palette, grey, transparent and 16-bit images become 8-bit RGB first (`common.image_io.to_rgb`).
 """
 
 import math
@@ -16,7 +16,7 @@ from torchvision.transforms import InterpolationMode, functional
 
 from lavis_lite.common.bounds import MAX_IMAGE_SIZE, check_number
 from lavis_lite.common.errors import InputError
-from lavis_lite.common.pixels import MAX_PIXELS, check_background, check_max_pixels, to_rgb
+from lavis_lite.common.image_io import MAX_PIXELS, check_background, check_max_pixels, to_rgb
 from lavis_lite.common.registry import registry
 from lavis_lite.processors.base import BaseProcessor
 from lavis_lite.processors.randaugment import RandomAugment

@@ -14,8 +14,8 @@ from PIL import Image
 
 from lavis_lite.common.bounds import one_of
 from lavis_lite.common.errors import InputTypeError
-from lavis_lite.common.frames import Part, ShortClips, check_num_frames, decode, processed, sampled
 from lavis_lite.common.registry import registry
+from lavis_lite.common.video_io import Part, ShortClips, check_num_frames, decode, processed, sampled
 from lavis_lite.processors.image import BlipImageEvalProcessor, BlipImageTrainProcessor, ImageProcessor
 
 Video = str | Path | Sequence[Image.Image]
@@ -24,7 +24,7 @@ Video = str | Path | Sequence[Image.Image]
 class VideoProcessor(ImageProcessor):
     """Takes `num_frames` frames of a video file, or of the list of its frames in time order; each as an image.
 
-    They are spread as in `lavis_lite.common.frames.sampled`. Fewer are repeated, or with `short_clips: error` an
+    They are spread as in `lavis_lite.common.video_io.sampled`. Fewer are repeated, or with `short_clips: error` an
     UnreadableSample (a ValueError), as a broken file is. Raises FileNotFoundError for a missing file, TypeError for
     anything else. The next class in the order of inheritance makes images of the frames.
     """

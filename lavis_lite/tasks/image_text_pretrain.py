@@ -39,7 +39,7 @@ class ImageTextPretrainTask(BaseTask):
 
     def valid_step(self, model: nn.Module, samples: Samples) -> list[Result]:
         """Return the batch's mean losses and accuracies for each of its samples, so batches count by their size."""
-        with dist.alone():
+        with dist.single_process():
             output = model(samples)
         size = len(samples["text_input"])
         names = [name for name in output if name.startswith("loss") or name in ACCURACIES]

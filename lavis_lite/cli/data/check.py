@@ -16,7 +16,7 @@ from pathlib import Path
 from lavis_lite.cli.data.named import NamedDataset, find_datasets, offline, require_samples
 from lavis_lite.cli.preflight import num_repeated, wrong_files
 from lavis_lite.common.errors import InputError, UnreadableSample, UserError
-from lavis_lite.common.frames import decode
+from lavis_lite.common.video_io import decode
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset
 from lavis_lite.datasets.image import open_image
 from lavis_lite.datasets.storage import annotation_files, section_of, visual_folder

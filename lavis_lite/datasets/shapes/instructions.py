@@ -13,8 +13,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from lavis_lite.common.errors import InputError
+from lavis_lite.common.prompts import lettered
 from lavis_lite.common.records import Record
-from lavis_lite.common.wording import lettered
 from lavis_lite.datasets.annotations import as_list, read_json
 from lavis_lite.datasets.shapes.build import image_name, not_written
 from lavis_lite.datasets.shapes.groups import Instruction, InstructionGenerator

@@ -195,7 +195,7 @@ class BlipMomentum(BlipMatching):
         """
         negative_image, negative_text = negatives
         if self.negative_all_rank and dist.world_size() > 1:
-            other = self.project_kv(dist.fetch_rows(in_compute_type(tokens), negative_image))
+            other = self.project_kv(dist.gather_rows(in_compute_type(tokens), negative_image))
             wrong = fetch_texts(texts, negative_text, max_length=self.max_txt_len)
         else:
             other = context.select(negative_image)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lavis_lite.common.errors import InputError
+from lavis_lite.common.prompts import without_false_spaces
 from lavis_lite.common.registry import registry
-from lavis_lite.common.wording import without_false_spaces
 from lavis_lite.models.answers import AnswerModel
 from lavis_lite.models.base import Output
 from lavis_lite.models.blip.base import BlipBase

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lavis_lite.common.errors import InputError, MissingPackageError
-from lavis_lite.common.wording import fill_placeholders, joined_words, lettered
+from lavis_lite.common.prompts import fill_placeholders, joined_words, lettered
 from lavis_lite.models.inputs import optional_texts, text_list, texts_of, word_lists
 
 FRAMES = {

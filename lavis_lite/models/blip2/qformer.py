@@ -119,7 +119,7 @@ class Blip2Qformer(Blip2Matching, CaptionModel):
         if dist.world_size() == 1:
             other = context.select(negative_image)
         else:
-            other = self.project_kv(dist.fetch_rows(in_compute_type(tokens), negative_image))
+            other = self.project_kv(dist.gather_rows(in_compute_type(tokens), negative_image))
         both = stack_texts(texts, fetch_texts(texts, negative_text, max_length=self.max_txt_len))
         ids, mask = (part.unflatten(0, (2, num_samples)).transpose(0, 1).flatten(0, 1) for part in both)
         own = self.matching_logits(ids, mask, context).unflatten(0, (num_samples, 2))

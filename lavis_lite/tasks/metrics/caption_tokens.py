@@ -9,7 +9,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-from lavis_lite.common.wording import IDEOGRAPHS, KANA
+from lavis_lite.common.prompts import IDEOGRAPHS, KANA
 
 # A number, a word (perhaps with apostrophes, dots, slashes and hyphens), or a symbol that counts as a word
 WORD = re.compile(r"\d+(?:[.,:]\d+)*|[^\W_]+(?:['./&_-][^\W_]+)*|[$£€%#&+=*@<>()\[\]{}]")

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from transformers import BertTokenizer
 
-from lavis_lite.common.wording import without_false_spaces
+from lavis_lite.common.prompts import without_false_spaces
 from lavis_lite.models import captions, tokenizers
 from lavis_lite.nn.decoding import Decoded
 

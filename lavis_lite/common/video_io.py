@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lavis_lite.common.bounds import check_number
 from lavis_lite.common.errors import InputError, MissingFileError, MissingPackageError, SettingError, UnreadableSample
-from lavis_lite.common.pixels import BROKEN, open_file, to_rgb
+from lavis_lite.common.image_io import BROKEN, open_file, to_rgb
 from lavis_lite.common.rng import cpu_state, restore_cpu
 
 ShortClips = Literal["repeat", "error"]
