@@ -3,8 +3,8 @@
 Ranks come from torchrun's environment (RANK, LOCAL_RANK, WORLD_SIZE). A world of one has no process group and every
 collective is then the identity, so callers never branch. All collectives must be entered by every rank; except in
 `gather_rows`, tensors must have the same shape on all ranks (unchecked, for speed: run with
-`TORCH_DISTRIBUTED_DEBUG=DETAIL` to have torch check). Where ranks take different numbers of steps, `single_process()` makes
-each of them a world of one.
+`TORCH_DISTRIBUTED_DEBUG=DETAIL` to have torch check). Where ranks take different numbers of steps,
+`single_process()` makes each of them a world of one.
 """
 
 import contextlib
