@@ -20,6 +20,7 @@ from lavis_lite.common import dist
 from lavis_lite.common.config.agreement import model_setting
 from lavis_lite.common.config.config import Config, ConfigError
 from lavis_lite.common.errors import InputError, MissingFileError, UnreadableSample
+from lavis_lite.common.members import file_on_disk
 from lavis_lite.common.precision import resolve_precision
 from lavis_lite.common.registry import registry
 from lavis_lite.common.rng import preserve_rng_state
@@ -231,11 +232,13 @@ def check_files(dataset: BaseDataset, where: str, *, share: float | None) -> set
 
 def wrong_files(files: Iterable[str]) -> dict[str, str]:
     """Return, in alphabetical order, those of `files` that are not regular files with content, and why."""
-    paths = sorted(files)
+    on_disk = {path: file_on_disk(path) for path in sorted(files)}
+    paths = list(dict.fromkeys(on_disk.values()))
     chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
     with ThreadPoolExecutor(max(1, min(NUM_THREADS, len(chunks)))) as pool:
         found = pool.map(lambda chunk: [(path, reason) for path in chunk if (reason := _wrong(path))], chunks)
-        return dict(pair for pairs in found for pair in pairs)
+        wrong = dict(pair for pairs in found for pair in pairs)
+    return {path: wrong[file] for path, file in on_disk.items() if file in wrong}
 
 
 def _wrong(path: str) -> str | None:

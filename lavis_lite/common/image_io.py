@@ -8,6 +8,7 @@ import functools
 import stat
 import struct
 import zlib
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +28,13 @@ BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, RuntimeError, 
 """Errors of Pillow about a broken file (RuntimeError: an AVIF)."""
 
 
-def open_file(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Return an image that is not decoded yet, as a context manager.
+def open_file(path: str | Path | BytesIO, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Return an image that is not decoded yet, as a context manager; of a path, or of a file's content.
 
     Raises InputError if it is not a regular file or has too many pixels, FileNotFoundError, and Pillow's errors about
     a broken file (`BROKEN`).
     """
-    if not stat.S_ISREG(Path(path).stat().st_mode):
+    if not isinstance(path, BytesIO) and not stat.S_ISREG(Path(path).stat().st_mode):
         raise InputError("it is not a regular file")
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow has no other way to set its limit

@@ -32,6 +32,7 @@ from lavis_lite.datasets.annotations import check_unique, place_of
 from lavis_lite.datasets.image import OpensImages, open_image
 from lavis_lite.datasets.readers import Reader, find_reader
 from lavis_lite.datasets.readers.files import PLACE, SplitFiles, identified
+from lavis_lite.datasets.shards import IncompleteSamples, index_all, is_shard
 from lavis_lite.datasets.storage import annotation_files, missing_folder, resolve_storage, section_of, visual_folder
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ class BaseDataset(Dataset):
         blank_texts: BlankTexts = "error",
         reader: Reader | None = None,
         columns: Mapping[str, str] | None = None,
+        incomplete_samples: IncompleteSamples = "error",
     ) -> None:
         self.annotation_paths = [Path(path) for path in annotation_paths]
         self.vis_root, self.split = Path(vis_root), split
@@ -82,7 +84,12 @@ class BaseDataset(Dataset):
         self.num_blank = 0
         """Records of which blank texts were left out."""
         files = SplitFiles(
-            paths=self.annotation_paths, split=split, root=self.vis_root, columns=columns or {}, check=check
+            paths=self.annotation_paths,
+            split=split,
+            root=self.vis_root,
+            columns=columns or {},
+            check=check,
+            incomplete_samples=one_of("incomplete_samples", incomplete_samples, get_args(IncompleteSamples)),
         )
         self.annotation = self.arrange(self.load(files, reader or find_reader(self.reader)))
         for index, record in enumerate(self.annotation):
@@ -232,6 +239,8 @@ class BaseBuilder:
     text_processor: dict[str, Any] = field(default_factory=dict)
     blank_texts: BlankTexts = "error"
     """`skip` leaves out empty and blank captions, questions and answers, and counts them in the log."""
+    incomplete_samples: IncompleteSamples = "error"
+    """`skip` leaves out what is incomplete in shards: samples without image or text, and the rest of a cut shard."""
 
     train_dataset: ClassVar[type[BaseDataset]]
     eval_dataset: ClassVar[type[BaseDataset]]
@@ -240,7 +249,7 @@ class BaseBuilder:
         """Fetch the missing files of these splits (default: all); rank 0 first, so that the others find them."""
         with dist.main_first():
             for split in self.splits() if splits is None else splits:
-                self.annotation_paths(split)
+                index_all(list(filter(is_shard, self.annotation_paths(split))))
 
     def splits(self) -> list[str]:
         """Return the names of all splits."""

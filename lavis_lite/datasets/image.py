@@ -6,6 +6,7 @@ measured so). Unlike there, transparency is composited on a background, and 16-b
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 from lavis_lite.common.errors import InputError, UnreadableSample
 from lavis_lite.common.image_io import BROKEN, MAX_PIXELS, formats, open_file, to_rgb
+from lavis_lite.common.members import find_member
 
 
 @runtime_checkable
@@ -24,13 +26,14 @@ class OpensImages(Protocol):
 
 
 def open_image(path: str | Path, *, background: str = "white", max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Return the image as RGB, fully decoded; `background` and `max_pixels` are `to_rgb`'s.
+    """Return the image as RGB, fully decoded, of a file or a member of a shard; `background` and `max_pixels` are `to_rgb`'s.
 
     Raises UnreadableSample, naming the file, when it is missing, broken, too large, or not a regular file of a format
     that is read.
     """
     try:
-        with open_file(path, max_pixels=max_pixels) as image:
+        member = find_member(path)
+        with open_file(BytesIO(member.read()) if member else path, max_pixels=max_pixels) as image:
             return to_rgb(image, background=background, max_pixels=max_pixels)
     except FileNotFoundError:
         raise UnreadableSample(
@@ -38,6 +41,8 @@ def open_image(path: str | Path, *, background: str = "white", max_pixels: int =
             "the environment variable LAVIS_LITE_DATA), or remove the record. `lavis-lite data check` names every file "
             "that is missing or broken"
         ) from None
+    except UnreadableSample:
+        raise
     except InputError as error:
         raise UnreadableSample(f"image file {path}: {error}") from None
     except BROKEN as error:

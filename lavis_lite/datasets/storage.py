@@ -5,6 +5,7 @@ Importing this loads no torch: `lavis-lite data` reads packaged YAMLs with it.
 
 from __future__ import annotations
 
+import glob
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lavis_lite.common.errors import InputError, MissingFileError
+from lavis_lite.common.errors import InputError, MissingFileError, MissingPackageError
 from lavis_lite.common.registry import did_you_mean
 from lavis_lite.common.sources import download
 
@@ -144,7 +145,8 @@ def annotation_files(build_info: Mapping[str, Any], split: str, *, owner: str) -
     """
     entry, where = section_of(build_info, "annotations")[split], f"build_info.annotations.{split}"
     check_keys(entry, ("url", "md5", "storage", "num_samples"), where)
-    given = {key: _as_list(entry[key]) if entry.get(key) else [] for key in ("url", "storage", "md5")}
+    given = {key: expanded(entry[key], where) if entry.get(key) else [] for key in ("url", "storage")}
+    given["md5"] = _as_list(entry["md5"]) if entry.get("md5") else []
     count = max(len(given["url"]), len(given["storage"]))
     if not count:
         raise InputError(f"{owner}: {where} needs a url or a storage")
@@ -272,6 +274,33 @@ def _copy_aside(source: Path, target: Path) -> Path:
         shutil.copyfile(source, aside)
         aside.replace(target)
     return target
+
+
+def expanded(names: Any, where: str) -> list[Any]:
+    """Return the names of shards or other files, patterns replaced by what they stand for.
+
+    `{0000..1279}` and `{a,b}` are expanded as a shell does; `*`, `?` and `[...]` find files below the data root. Raises
+    InputError for a pattern that no file matches.
+    """
+    found = [one for name in _as_list(names) for one in (_braces(name) if "{" in str(name) else [name])]
+    return [path for name in found for path in _glob(name, where)]
+
+
+def _braces(name: str) -> list[str]:
+    try:
+        from braceexpand import braceexpand
+    except ImportError as error:
+        raise MissingPackageError(f"{name}: names with braces need `pip install lavis-lite[shards]`") from error
+    return list(braceexpand(name))
+
+
+def _glob(name: Any, where: str) -> list[Any]:
+    if not isinstance(name, str) or "://" in name or not glob.has_magic(name) or resolve_storage(name).exists():
+        return [name]
+    found = sorted(glob.glob(str(resolve_storage(name))))
+    if not found:
+        raise MissingFileError(f"{where}: no file matches {resolve_storage(name)}")
+    return found
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -11,6 +11,7 @@ from lavis_lite.common.errors import InputError
 from lavis_lite.common.records import Kind, Record, RecordCheck
 from lavis_lite.datasets.annotations import as_records, check_records, read_json, read_records, section
 from lavis_lite.datasets.readers.owners import owners_records
+from lavis_lite.datasets.shards import IncompleteSamples, is_shard, shard_records
 
 PLACE = "_place"
 """The key under which a reader notes (file, number of the record in it); the dataset removes it, and errors name it."""
@@ -28,6 +29,8 @@ class SplitFiles:
     """Our name of a field to the file's: `{caption: text}`."""
     check: RecordCheck = field(default_factory=RecordCheck)
     """The dataset's rule for blank texts, without fields."""
+    incomplete_samples: IncompleteSamples = "error"
+    """The dataset's rule for samples of a shard that lack image or text."""
 
     def records(self, check: RecordCheck | None = None) -> Iterator[Record]:
         """Yield the records of all files, their columns renamed, checked, with their places."""
@@ -40,6 +43,8 @@ class SplitFiles:
 
         Raises InputError for an owner's file that has no record of the split, or a damaged one.
         """
+        if is_shard(path):
+            return shard_records(path, self.incomplete_samples), path
         content = read_json(path) if path.suffix.lower() == ".json" else read_records(path)
         try:
             records = owners_records(content, split=self.split, root=self.root)

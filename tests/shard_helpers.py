@@ -1,0 +1,54 @@
+"""Small WebDataset shards, written by the `webdataset` package itself."""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import webdataset
+from PIL import Image
+
+SIZE = 16
+
+
+def picture(number: int) -> Image.Image:
+    """A picture whose colour tells its number."""
+    return Image.new("RGB", (SIZE, SIZE), (number % 256, number // 256, 200))
+
+
+def png(number: int) -> bytes:
+    """The picture as a file."""
+    buffer = io.BytesIO()
+    picture(number).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def sample(number: int) -> dict[str, Any]:
+    """A pair: picture and caption, both of which tell the number."""
+    return {"__key__": f"{number:06d}", "png": png(number), "txt": f"picture number {number}"}
+
+
+def write_shard(path: Path, samples: Sequence[Mapping[str, Any]]) -> Path:
+    """Write samples by `webdataset.TarWriter`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with webdataset.TarWriter(str(path), encoder=False) as writer:
+        for one in samples:
+            writer.write({key: encoded(value) if key != "__key__" else value for key, value in one.items()})
+    return path
+
+
+def encoded(value: Any) -> bytes:
+    """Bytes as they are, a text in UTF-8, anything else as JSON."""
+    if isinstance(value, bytes):
+        return value
+    return (value if isinstance(value, str) else json.dumps(value)).encode()
+
+
+def write_shards(folder: Path, sizes: Sequence[int], *, name: str = "train") -> list[Path]:
+    """Shards `<name>-0000.tar` ... of these sizes, whose samples are numbered throughout."""
+    paths, first = [], 0
+    for number, size in enumerate(sizes):
+        paths.append(write_shard(folder / f"{name}-{number:04d}.tar", [sample(n) for n in range(first, first + size)]))
+        first += size
+    return paths
