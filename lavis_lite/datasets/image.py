@@ -26,7 +26,7 @@ class OpensImages(Protocol):
 
 
 def open_image(path: str | Path, *, background: str = "white", max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Return the image as RGB, fully decoded, of a file or a member of a shard; `background` and `max_pixels` are `to_rgb`'s.
+    """Return the image of a file or of a shard's member as RGB, fully decoded; the settings are `to_rgb`'s.
 
     Raises UnreadableSample, naming the file, when it is missing, broken, too large, or not a regular file of a format
     that is read.
