@@ -13,8 +13,10 @@ SIZE = 16
 
 
 def picture(number: int) -> Image.Image:
-    """A picture whose colour tells its number."""
-    return Image.new("RGB", (SIZE, SIZE), (number % 256, number // 256, 200))
+    """A picture of two colours, the left of which tells its number."""
+    image = Image.new("RGB", (SIZE, SIZE), "white")
+    image.paste((number % 256, number // 256, 200), (0, 0, SIZE // 2, SIZE))
+    return image
 
 
 def png(number: int) -> bytes:

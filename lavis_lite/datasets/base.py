@@ -33,7 +33,16 @@ from lavis_lite.datasets.image import OpensImages, open_image
 from lavis_lite.datasets.readers import Reader, find_reader
 from lavis_lite.datasets.readers.files import PLACE, SplitFiles, identified
 from lavis_lite.datasets.shards import IncompleteSamples, index_all, is_shard
-from lavis_lite.datasets.storage import annotation_files, missing_folder, resolve_storage, section_of, visual_folder
+from lavis_lite.datasets.storage import (
+    annotation_files,
+    missing_folder,
+    resolve_storage,
+    section_of,
+    stream_names,
+    visual_folder,
+)
+from lavis_lite.datasets.stream_shards import Loaded
+from lavis_lite.datasets.streams import StreamDataset, StreamSettings, stream_settings
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +68,8 @@ class BaseDataset(Dataset):
     reader: ClassVar[str] = "records"
     training: bool = True
     """Whether samples hold what is learned; else they are made for evaluation."""
+    contents: Mapping[str, bytes] = MappingProxyType({})
+    """The images that are in memory, by the paths that records give them."""
 
     def __init__(
         self,
@@ -76,7 +87,7 @@ class BaseDataset(Dataset):
         self.annotation_paths = [Path(path) for path in annotation_paths]
         self.vis_root, self.split = Path(vis_root), split
         self.vis_processor, self.text_processor = vis_processor, text_processor
-        self.warned_of_constant = np.frombuffer(mmap.mmap(-1, 1), dtype=np.bool_)  # of all loader workers together
+        self.warned_of_constant = _shared_flag()
         self.blank_texts = one_of("blank_texts", blank_texts, get_args(BlankTexts))
         check = RecordCheck(clean=text_processor, allow_blank=blank_texts == "skip")
         self.record_check = replace(check, required=self.required, fields=self.fields)
@@ -106,6 +117,11 @@ class BaseDataset(Dataset):
         records = self.without_blank(records)
         check_unique(records, "instance_id", self.place)
         return records
+
+    @property
+    def source(self) -> Path:
+        """The first of the annotation files."""
+        return self.annotation_paths[0]
 
     def place(self, number: int) -> str:
         """Return where the record is that `arrange` gets as its `number`th: file and line, or file and number."""
@@ -156,12 +172,11 @@ class BaseDataset(Dataset):
 
     def image(self, file: str) -> Any:
         """Return the processed image of a path as the annotation gives it: absolute, or below `vis_root`."""
-        path = self.vis_root / file
-        own = self.vis_processor
+        path, own, content = self.vis_root / file, self.vis_processor, self.contents.get(file)
         if isinstance(own, OpensImages):
-            image = open_image(path, background=own.background, max_pixels=own.max_pixels)
+            image = open_image(path, content, background=own.background, max_pixels=own.max_pixels)
         else:
-            image = open_image(path)
+            image = open_image(path, content)
         if self.split == "train" and not self.warned_of_constant and is_constant(image):
             self.warned_of_constant.fill(True)
             logger.warning(
@@ -241,6 +256,8 @@ class BaseBuilder:
     """`skip` leaves out empty and blank captions, questions and answers, and counts them in the log."""
     incomplete_samples: IncompleteSamples = "error"
     """`skip` leaves out what is incomplete in shards: samples without image or text, and the rest of a cut shard."""
+    stream: StreamSettings | None = None
+    """Read the shards of the split `train` in their order, without an index; see `StreamSettings`."""
 
     train_dataset: ClassVar[type[BaseDataset]]
     eval_dataset: ClassVar[type[BaseDataset]]
@@ -249,13 +266,14 @@ class BaseBuilder:
         """Fetch the missing files of these splits (default: all); rank 0 first, so that the others find them."""
         with dist.main_first():
             for split in self.splits() if splits is None else splits:
-                index_all(list(filter(is_shard, self.annotation_paths(split))))
+                if not self.is_stream(split):
+                    index_all(list(filter(is_shard, self.annotation_paths(split))))
 
     def splits(self) -> list[str]:
         """Return the names of all splits."""
         return [name for name, entry in section_of(self.build_info, "annotations").items() if entry is not None]
 
-    def build(self, splits: Iterable[str] | None = None) -> dict[str, BaseDataset]:
+    def build(self, splits: Iterable[str] | None = None) -> dict[str, BaseDataset | StreamDataset]:
         """Return one dataset per split (all splits by default). Raises KeyError for a split that is not configured."""
         there, name = self.splits(), type(self).__name__
         if not there:
@@ -267,8 +285,12 @@ class BaseBuilder:
         built = {}
         for split in wanted:
             built[split] = self._build_split(split)
-            logger.info("%s: %d samples from %s", split, len(built[split]), built[split].annotation_paths[0])
+            logger.info("%s: %d samples from %s", split, len(built[split]), built[split].source)
         return built
+
+    def is_stream(self, split: str) -> bool:
+        """Return whether the split is read as a stream."""
+        return self.stream is not None and split == "train"
 
     def dataset_options(self, split: str) -> dict[str, Any]:
         """Return keyword arguments of the split's dataset besides the fields of the same names; subclasses override
@@ -301,18 +323,49 @@ class BaseBuilder:
         """Return the reader of the annotation files; None for that of the dataset class."""
         return find_reader(self.reader) if self.reader else None
 
-    def _build_split(self, split: str) -> BaseDataset:
+    def _build_split(self, split: str) -> BaseDataset | StreamDataset:
         dataset_class, reader = self.dataset_class(split), self.make_reader()
         if key := self.build_info.get("instance_id_key"):
             reader = identified(reader or find_reader(dataset_class.reader), key)
-        options: dict[str, Any] = {"split": split, "reader": reader}
+        options: dict[str, Any] = {"split": split}
         options |= {name: make_processor(vars(self)[name], split) for name in PROCESSOR_KEYS}
         options |= self.dataset_options(split)
         own = {name: value for name, value in vars(self).items() if name in schema_of(dataset_class)[0]}
-        dataset = dataset_class(self.annotation_paths(split), self.image_root(), **own | options)
-        if self.dataset_class("train") is not self.dataset_class("val"):
-            dataset.training = split == "train"
+        options = own | options | {"reader": reader}
+
+        def make(paths: Sequence[str | Path], **changes: Any) -> BaseDataset:
+            dataset = dataset_class(paths, self.image_root(), **options | changes)
+            if self.dataset_class("train") is not self.dataset_class("val"):
+                dataset.training = split == "train"
+            return dataset
+
+        if not self.is_stream(split):
+            return make(self.annotation_paths(split))
+        assert self.stream is not None, split
+        block = BlockMaker(make, reader or find_reader(dataset_class.reader))
+        shards = stream_names(self.build_info, split, owner=type(self).__name__)
+        return StreamDataset(type(self).__name__, shards, stream_settings(self.stream), make_block=block)
+
+
+class BlockMaker:
+    """Makes the datasets of some samples of a stream, whose images are in memory."""
+
+    def __init__(self, make: Callable[..., BaseDataset], reader: Reader) -> None:
+        self.make, self.reader = make, reader
+        self.warned_of_constant = _shared_flag()
+
+    def __call__(self, loaded: Sequence[Loaded]) -> BaseDataset:
+        """Return the dataset of these samples. Raises InputError for a record that does not fit the layout."""
+        records = [dict(one.record) for one in loaded]
+        dataset = self.make([loaded[0].shard], reader=lambda files: self.reader(replace(files, loaded=records)))
+        dataset.contents = {path: content for one in loaded for path, content in one.files.items()}
+        dataset.warned_of_constant = self.warned_of_constant
         return dataset
+
+
+def _shared_flag() -> np.ndarray:
+    """Return an array of one False that all loader workers share."""
+    return np.frombuffer(mmap.mmap(-1, 1), dtype=np.bool_)
 
 
 def make_processor(blocks: dict[str, Any], split: str) -> Callable[[Any], Any]:

@@ -25,15 +25,20 @@ class OpensImages(Protocol):
     max_pixels: int
 
 
-def open_image(path: str | Path, *, background: str = "white", max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(
+    path: str | Path, content: bytes | None = None, *, background: str = "white", max_pixels: int = MAX_PIXELS
+) -> Image.Image:
     """Return the image of a file or of a shard's member as RGB, fully decoded; the settings are `to_rgb`'s.
+
+    `content` is the file's, if it is in memory; the path then serves for errors.
 
     Raises UnreadableSample, naming the file, when it is missing, broken, too large, or not a regular file of a format
     that is read.
     """
     try:
-        member = find_member(path)
-        with open_file(BytesIO(member.read()) if member else path, max_pixels=max_pixels) as image:
+        if content is None and (member := find_member(path)):
+            content = member.read()
+        with open_file(path if content is None else BytesIO(content), max_pixels=max_pixels) as image:
             return to_rgb(image, background=background, max_pixels=max_pixels)
     except FileNotFoundError:
         raise UnreadableSample(

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from lavis_lite.common.errors import InputError, MissingFileError, MissingPackageError
 from lavis_lite.common.registry import did_you_mean
 from lavis_lite.common.sources import download
+from lavis_lite.datasets.stream_shards import is_address
 
 VISUAL_FOLDERS = ("images", "videos")
 """The keys of `build_info` that name the folder of images or videos."""
@@ -160,6 +161,22 @@ def annotation_files(build_info: Mapping[str, Any], split: str, *, owner: str) -
     ]
 
 
+def stream_names(build_info: Mapping[str, Any], split: str, *, owner: str) -> list[str]:
+    """Return the names of the shards of a split that is read as a stream: addresses, and paths on this machine.
+
+    Raises MissingFileError for a path that is not there.
+    """
+    names = []
+    for file in annotation_files(build_info, split, owner=owner):
+        name = file.storage or file.url or ""
+        if not is_address(name):
+            name = str(resolve_storage(name))
+            if not Path(name).is_file():
+                raise MissingFileError(f"{file.where}: shard not found: {name}. {STATUS_HINT}")
+        names.append(name)
+    return names
+
+
 def num_samples(build_info: Mapping[str, Any], split: str) -> int | None:
     """Return the published number of samples of a split, if the YAML has it. InputError if it is no whole number."""
     value = (section_of(build_info, "annotations").get(split) or {}).get("num_samples")
@@ -295,7 +312,7 @@ def _braces(name: str) -> list[str]:
 
 
 def _glob(name: Any, where: str) -> list[Any]:
-    if not isinstance(name, str) or "://" in name or not glob.has_magic(name) or resolve_storage(name).exists():
+    if not isinstance(name, str) or is_address(name) or not glob.has_magic(name) or resolve_storage(name).exists():
         return [name]
     found = sorted(glob.glob(str(resolve_storage(name))))
     if not found:

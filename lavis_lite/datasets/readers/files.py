@@ -31,6 +31,8 @@ class SplitFiles:
     """The dataset's rule for blank texts, without fields."""
     incomplete_samples: IncompleteSamples = "error"
     """The dataset's rule for samples of a shard that lack image or text."""
+    loaded: Sequence[Record] | None = None
+    """Records of a stream that were read already, in place of the content of the (one) path."""
 
     def records(self, check: RecordCheck | None = None) -> Iterator[Record]:
         """Yield the records of all files, their columns renamed, checked, with their places."""
@@ -43,6 +45,8 @@ class SplitFiles:
 
         Raises InputError for an owner's file that has no record of the split, or a damaged one.
         """
+        if self.loaded is not None:
+            return list(self.loaded), path
         if is_shard(path):
             return shard_records(path, self.incomplete_samples), path
         content = read_json(path) if path.suffix.lower() == ".json" else read_records(path)
