@@ -54,3 +54,16 @@ def write_shards(folder: Path, sizes: Sequence[int], *, name: str = "train") -> 
         paths.append(write_shard(folder / f"{name}-{number:04d}.tar", [sample(n) for n in range(first, first + size)]))
         first += size
     return paths
+
+
+def stream_section(folder: Path, *, world: int = 1, **changes: Any) -> dict[str, Any]:
+    """The section of a captioning set whose training split is a stream of five small shards per process."""
+    shards = write_shards(folder / f"shards{world}", [7, 5, 9, 4, 6] * world)
+    crops = {"name": "blip_image_train", "image_size": 48}
+    return {
+        "layout": "caption",
+        "build_info": {"annotations": {"train": {"storage": [str(path) for path in shards]}}},
+        "stream": {"epoch_length": 24, "shuffle_buffer": 4, **changes},
+        "vis_processor": {"train": crops, "eval": crops | {"name": "blip_image_eval"}},
+        "text_processor": {"train": {"name": "blip_caption", "prompt": "a picture of "}},
+    }

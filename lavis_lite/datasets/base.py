@@ -344,7 +344,7 @@ class BaseBuilder:
         assert self.stream is not None, split
         block = BlockMaker(make, reader or find_reader(dataset_class.reader))
         shards = stream_names(self.build_info, split, owner=type(self).__name__)
-        return StreamDataset(type(self).__name__, shards, stream_settings(self.stream), make_block=block)
+        return StreamDataset(shards, stream_settings(self.stream), make_block=block)
 
 
 class BlockMaker:

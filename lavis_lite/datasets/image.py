@@ -51,7 +51,8 @@ def open_image(
     except InputError as error:
         raise UnreadableSample(f"image file {path}: {error}") from None
     except BROKEN as error:
+        reason = str(error).partition(" <_io.BytesIO")[0]
         raise UnreadableSample(
-            f"image file broken, truncated or of another kind: {path} ({type(error).__name__}: {error}). Fetch it "
+            f"image file broken, truncated or of another kind: {path} ({type(error).__name__}: {reason}). Fetch it "
             f"again, convert it to one of {', '.join(formats())}, or remove the record"
         ) from error

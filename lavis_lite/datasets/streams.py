@@ -21,6 +21,7 @@ from lavis_lite.common.bounds import check_numbers
 from lavis_lite.common.errors import InputError, SettingError, UnreadableSample
 from lavis_lite.common.rng import hash_seed, seed_sample
 from lavis_lite.datasets.protocols import SampleDataset, Samples
+from lavis_lite.datasets.shard_records import KEY
 from lavis_lite.datasets.stream_shards import Loaded, check_installed, read_shard
 
 logger = logging.getLogger(__name__)
@@ -94,9 +95,9 @@ class StreamDataset:
         InputError: none of the first samples can be read or fits the layout.
     """
 
-    def __init__(self, name: str, shards: Sequence[str], settings: StreamSettings, *, make_block: MakeBlock) -> None:
+    def __init__(self, shards: Sequence[str], settings: StreamSettings, *, make_block: MakeBlock) -> None:
         check_installed()
-        self.name, self.shards, self.settings, self.make_block = name, list(shards), settings, make_block
+        self.shards, self.settings, self.make_block = list(shards), settings, make_block
         self.collater: Callable[[list[dict[str, Any]]], Samples] = self._first_block().collater
 
     def __len__(self) -> int:
@@ -104,7 +105,7 @@ class StreamDataset:
         return self.settings.epoch_length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        raise InputError(f"{self.name}: is a stream, whose samples have no index; leave out its key `stream`")
+        raise InputError(f"{self.source}: is read as a stream, whose samples have no index; leave out its key `stream`")
 
     @property
     def source(self) -> str:
@@ -117,11 +118,11 @@ class StreamDataset:
         order = "drawn with replacement" if self.settings.resampled else "one pass after another"
         return f"a stream of {len(self.shards)} shards, {order}, shuffle_buffer {self.settings.shuffle_buffer}"
 
-    def check_parts(self, count: int) -> None:
-        """Raise InputError if there are fewer shards than parts, so that some would have none."""
+    def check_parts(self, count: int, name: str) -> None:
+        """Raise InputError about the dataset `name` if there are fewer shards than parts."""
         if not self.settings.resampled and len(self.shards) < count:
             raise InputError(
-                f"dataset {self.name!r}: {len(self.shards)} shards cannot be divided among {count} parts (processes x "
+                f"dataset {name!r}: {len(self.shards)} shards cannot be divided among {count} parts (processes x "
                 "run.num_workers): lower run.num_workers, make more shards, or set stream.resampled: true"
             )
 
@@ -140,11 +141,11 @@ class StreamDataset:
                 yield Item(None, problem, at)
                 if in_a_row == MOST_PROBLEMS:
                     return
-            places = block.order(hash_seed(seed, "block", self.name, part.number, at.number))
+            places = block.order(hash_seed(seed, "block", part.number, at.number))
             end = replace(block.end, number=at.number + len(places))
             for taken in range(at.taken, len(places)):
                 position = end if taken + 1 == len(places) else replace(at, taken=taken + 1)
-                seed_sample(hash_seed(seed, self.name, part.number, at.number + taken))
+                seed_sample(hash_seed(seed, "sample", part.number, at.number + taken))
                 try:
                     sample = block.sample(places[taken])
                 except UnreadableSample as error:
@@ -175,14 +176,14 @@ class StreamDataset:
     def shard_at(self, part: Part, draw: int, *, seed: int) -> str:
         """Return the shard that the part reads as its `draw`th."""
         if self.settings.resampled:
-            return self.shards[hash_seed(seed, "shard", self.name, part.number, draw) % len(self.shards)]
+            return self.shards[hash_seed(seed, "shard", part.number, draw) % len(self.shards)]
         mine = range(part.number, len(self.shards), part.count)
         number, place = divmod(draw, len(mine))
         return self.shards[self._pass(seed, number)[mine[place]]]
 
     @functools.lru_cache(maxsize=2)  # noqa: B019  # a run has one or two streams, for its whole life
     def _pass(self, seed: int, number: int) -> list[int]:
-        generator = np.random.Generator(np.random.PCG64(hash_seed(seed, "pass", self.name, number)))
+        generator = np.random.Generator(np.random.PCG64(hash_seed(seed, "pass", number)))
         order: list[int] = generator.permutation(len(self.shards)).tolist()
         return order
 
@@ -197,7 +198,7 @@ class StreamDataset:
                     self.make_block([one])
                     fitting.append(one)
                 except InputError as error:
-                    problems.append(str(error))
+                    problems.append(f"{error} (sample {one.record[KEY]})")
             return (self.make_block(fitting) if fitting else None), problems
 
     def _first_block(self) -> SampleDataset:
@@ -205,7 +206,7 @@ class StreamDataset:
         dataset, problems = self.fitting([loaded for loaded in first if not loaded.problem])
         if dataset is None:
             reason = [*problems, *(loaded.problem for loaded in first if loaded.problem)][0]
-            raise InputError(f"{self.name}: none of the first samples can be used: {reason}")
+            raise InputError(f"{self.source}: none of the first samples can be used: {reason}")
         return dataset
 
 

@@ -100,7 +100,7 @@ class TrainLoader:
         options = {"num_workers": run.num_workers, "pin_memory": pin, "batch_sampler": self.sampler}
         self.loader = _data_loader(reader, seed=run.seed, **options)
         self.streams = {
-            name: StreamLoader(dataset, run, number=reader.positions[name], rank=rank, world=world, pin=pin)
+            name: StreamLoader(name, dataset, run, number=reader.positions[name], rank=rank, world=world, pin=pin)
             for name, dataset in datasets.items()
             if isinstance(dataset, StreamDataset)
         }

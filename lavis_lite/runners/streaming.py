@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lavis_lite.common.config.run import RunConfig
-from lavis_lite.common.rng import preserve_rng_state
+from lavis_lite.common.rng import hash_seed, preserve_rng_state
 from lavis_lite.datasets.protocols import SampleDataset
 from lavis_lite.datasets.streams import Part, Position, StreamDataset
 from lavis_lite.runners.mixing import with_own_image_id
@@ -44,22 +44,34 @@ def describe_streams(datasets: Mapping[str, SampleDataset], run: RunConfig, *, w
     """
     num_parts = world * max(run.num_workers, 1)
     streams = {name: dataset for name, dataset in datasets.items() if isinstance(dataset, StreamDataset)}
-    for stream in streams.values():
-        stream.check_parts(num_parts)
+    for name, stream in streams.items():
+        stream.check_parts(num_parts, name)
     parts = f"in {num_parts} parts (processes x run.num_workers) of batches of {run.batch_size_train}"
     return {name: f"{stream.description}, {parts}" for name, stream in streams.items()}
 
 
 class StreamLoader:
-    """Endless batches of this rank's parts of a stream, on the CPU. `number` is the dataset's among those of a run."""
+    """Endless batches of this rank's parts of a stream, on the CPU.
+
+    `name` is the dataset's, `number` its position among those of the run.
+    """
 
     def __init__(
-        self, stream: StreamDataset, run: RunConfig, *, number: int, rank: int, world: int, pin: bool = False
+        self,
+        name: str,
+        stream: StreamDataset,
+        run: RunConfig,
+        *,
+        number: int,
+        rank: int,
+        world: int,
+        pin: bool = False,
     ) -> None:
         self.num_workers, self.pin = run.num_workers, pin
         self.num_batches = 0
         self.positions = [asdict(Position()) for _ in range(max(run.num_workers, 1))]
-        self.reader = _PartReader(stream, run, number=number, rank=rank, world=world)
+        seed = hash_seed(run.seed, "stream", name)
+        self.reader = _PartReader(stream, run, seed=seed, number=number, rank=rank, world=world)
 
     def __iter__(self) -> Iterator[Batch]:
         self.reader.begin_at(self.num_batches, self.positions)
@@ -92,9 +104,9 @@ class StreamLoader:
 class _PartReader(IterableDataset[PartBatch]):
     """Reads one part in each loader worker, or the only part in the process itself."""
 
-    def __init__(self, stream: StreamDataset, run: RunConfig, *, number: int, rank: int, world: int) -> None:
-        self.stream, self.number, self.rank, self.world = stream, number, rank, world
-        self.seed, self.batch_size, self.skips = run.seed, run.batch_size_train, run.max_unreadable_share > 0
+    def __init__(self, stream: StreamDataset, run: RunConfig, *, seed: int, number: int, rank: int, world: int) -> None:
+        self.stream, self.seed, self.number, self.rank, self.world = stream, seed, number, rank, world
+        self.batch_size, self.skips = run.batch_size_train, run.max_unreadable_share > 0
         self.num_batches, self.positions = 0, [asdict(Position())]
 
     def begin_at(self, num_batches: int, positions: list[dict[str, int]]) -> None:
