@@ -26,13 +26,23 @@ from lavis_lite.common.config.sections import PROCESSOR_KEYS
 from lavis_lite.common.config.zoo import dataset_zoo, packaged_dataset
 from lavis_lite.common.errors import InputError, UnknownNameError
 from lavis_lite.common.image_io import is_constant
-from lavis_lite.common.records import Kind, Record, RecordCheck
+from lavis_lite.common.records import Kind, Record, RecordCheck, StoredImage
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.annotations import check_unique, place_of
 from lavis_lite.datasets.image import OpensImages, open_image
+from lavis_lite.datasets.parts import WHOLE, Part, part_of, warn_of_overlap
 from lavis_lite.datasets.readers import Reader, find_reader
 from lavis_lite.datasets.readers.files import PLACE, SplitFiles, identified
-from lavis_lite.datasets.storage import annotation_files, missing_folder, resolve_storage, section_of, visual_folder
+from lavis_lite.datasets.storage import (
+    annotation_files,
+    missing_folder,
+    resolve_storage,
+    section_of,
+    split_folder,
+    visual_folder,
+)
+from lavis_lite.datasets.table_samples import Selection
+from lavis_lite.datasets.tables import Table, TableRecords, is_saved, is_table, open_tables
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +66,10 @@ class BaseDataset(Dataset):
     fields: Mapping[str, Kind] = MappingProxyType({})
     long_keys: tuple[str, ...] = ("label",)
     reader: ClassVar[str] = "records"
+    reads_tables: ClassVar[bool] = False
+    """Whether tables are read row by row, by `arrange_table`; else their records are loaded into memory."""
+    item_field: ClassVar[str] = ""
+    """The field of which each item of a list makes a sample, in tables."""
     training: bool = True
     """Whether samples hold what is learned; else they are made for evaluation."""
 
@@ -70,6 +84,7 @@ class BaseDataset(Dataset):
         blank_texts: BlankTexts = "error",
         reader: Reader | None = None,
         columns: Mapping[str, str] | None = None,
+        part: Part | None = None,
     ) -> None:
         self.annotation_paths = [Path(path) for path in annotation_paths]
         self.vis_root, self.split = Path(vis_root), split
@@ -78,15 +93,21 @@ class BaseDataset(Dataset):
         self.blank_texts = one_of("blank_texts", blank_texts, get_args(BlankTexts))
         check = RecordCheck(clean=text_processor, allow_blank=blank_texts == "skip")
         self.record_check = replace(check, required=self.required, fields=self.fields)
+        self.part = part
         self.places: list[tuple[str | Path, int]] = []
         self.num_blank = 0
         """Records of which blank texts were left out."""
         files = SplitFiles(
             paths=self.annotation_paths, split=split, root=self.vis_root, columns=columns or {}, check=check
         )
-        self.annotation = self.arrange(self.load(files, reader or find_reader(self.reader)))
-        for index, record in enumerate(self.annotation):
-            record.setdefault("instance_id", str(index))
+        self.annotation: Sequence[Record]
+        if self.reads_tables and reader is None and files.are_tables():
+            self.table = files.table()
+            self.annotation = self.arrange_table(self.load_table(self.table))
+        else:
+            self.annotation = self.arrange(self.load(files, reader or find_reader(self.reader)))
+            for index, record in enumerate(self.annotation):
+                record.setdefault("instance_id", str(index))
         self.places = []  # every loader process would have them
 
     def load(self, files: SplitFiles, reader: Reader) -> list[Record]:
@@ -98,7 +119,23 @@ class BaseDataset(Dataset):
         self.record_check(records, self.place)
         records = self.without_blank(records)
         check_unique(records, "instance_id", self.place)
+        if self.part is not None:
+            kept = [number for number, record in enumerate(records) if self.part.has(record)]
+            records, self.places = [records[n] for n in kept], [self.places[n] for n in kept]
+            if not records:
+                raise InputError(f"{files}: split_off leaves no image to the split {self.split!r}: raise its share")
         return records
+
+    def load_table(self, table: Table) -> TableRecords:
+        """Return the samples of a table, checked, without blank texts, which are read at access."""
+        selection = Selection(table, self.record_check, item_field=self.item_field, part=self.part)
+        samples = selection.samples()
+        self.num_blank = selection.num_blank
+        return samples
+
+    def arrange_table(self, samples: TableRecords) -> TableRecords:
+        """Return the samples of a table; subclasses note here what they need of all."""
+        return samples
 
     def place(self, number: int) -> str:
         """Return where the record is that `arrange` gets as its `number`th: file and line, or file and number."""
@@ -135,7 +172,8 @@ class BaseDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.annotation[index]
-        image = self.image(*self.files_of(record))
+        stored = record.get("image")
+        image = self.image(stored) if isinstance(stored, StoredImage) else self.image(*self.files_of(record))
         return {"image": image, **self.entries(record, index), "instance_id": str(index)}
 
     def entries(self, record: Record, index: int) -> dict[str, Any]:
@@ -147,9 +185,11 @@ class BaseDataset(Dataset):
         file = record.get("image")
         return [file] if isinstance(file, str) else []
 
-    def image(self, file: str) -> Any:
-        """Return the processed image of a path as the annotation gives it: absolute, or below `vis_root`."""
-        path = self.vis_root / file
+    def image(self, file: str | StoredImage) -> Any:
+        """Return the processed image of a table, or of a path as the annotation gives it: absolute, or below
+        `vis_root`.
+        """
+        path = file if isinstance(file, StoredImage) else self.vis_root / file
         own = self.vis_processor
         if isinstance(own, OpensImages):
             image = open_image(path, background=own.background, max_pixels=own.max_pixels)
@@ -187,6 +227,7 @@ class AnnotationFiles(TypedDict, total=False):
     md5: str | list[str] | None
     storage: str | list[str] | None
     num_samples: int | None
+    images: str | None
 
 
 class VisualFolder(TypedDict, total=False):
@@ -213,10 +254,11 @@ class BuildInfo(TypedDict, total=False):
 class BaseBuilder:
     """The keys of a dataset's YAML, and the datasets that are built from them.
 
-    `build_info`: `{annotations: {<split>: {url, md5, storage, num_samples}}, images: {storage, archives, listed,
-    needed}, homepage, licence, instance_id_key}`, read by `datasets/storage.py`. `url` and `storage` may be lists of
-    equal length. Relative storages are below the data root (environment variable LAVIS_LITE_DATA). `videos` is another
-    name for `images`, as in LAVIS. `instance_id_key` is the field that identifies a record, in place of `instance_id`.
+    `build_info`: `{annotations: {<split>: {url, md5, storage, num_samples, images}}, images: {storage, archives,
+    listed, needed}, homepage, licence, instance_id_key}`, read by `datasets/storage.py`. `url` and `storage` may be
+    lists of equal length. Relative storages are below the data root (environment variable LAVIS_LITE_DATA). `videos` is
+    another name for `images`, as in LAVIS. `instance_id_key` is the field that identifies a record, in place of
+    `instance_id`.
     """
 
     data_type: str | list[str] = "images"
@@ -228,6 +270,8 @@ class BaseBuilder:
     columns: dict[str, str] = field(default_factory=dict)
     """Our name of a field to the file's: `{caption: text}`."""
     build_info: BuildInfo = field(default_factory=BuildInfo)
+    split_off: dict[str, float] = field(default_factory=dict)
+    """Splits that are cut from `train`, and their shares of its images: `{val: 0.05}`."""
     vis_processor: dict[str, Any] = field(default_factory=dict)
     text_processor: dict[str, Any] = field(default_factory=dict)
     blank_texts: BlankTexts = "error"
@@ -240,11 +284,18 @@ class BaseBuilder:
         """Fetch the missing files of these splits (default: all); rank 0 first, so that the others find them."""
         with dist.main_first():
             for split in self.splits() if splits is None else splits:
-                self.annotation_paths(split)
+                paths = self.annotation_paths(split)
+                if paths and all(map(is_table, paths)):
+                    open_tables(paths, split=split)  # which converts parquet
 
     def splits(self) -> list[str]:
-        """Return the names of all splits."""
-        return [name for name, entry in section_of(self.build_info, "annotations").items() if entry is not None]
+        """Return the names of all splits, also of those that are cut from another."""
+        named = [name for name, entry in section_of(self.build_info, "annotations").items() if entry is not None]
+        if self.split_off and WHOLE not in named:
+            raise InputError(f"split_off: cuts splits from {WHOLE!r}, which build_info.annotations does not name")
+        if twice := [name for name in self.split_off if name in named]:
+            raise InputError(f"split_off.{twice[0]}: build_info.annotations names files of this split; leave out one")
+        return [*named, *self.split_off]
 
     def build(self, splits: Iterable[str] | None = None) -> dict[str, BaseDataset]:
         """Return one dataset per split (all splits by default). Raises KeyError for a split that is not configured."""
@@ -259,6 +310,7 @@ class BaseBuilder:
         for split in wanted:
             built[split] = self._build_split(split)
             logger.info("%s: %d samples from %s", split, len(built[split]), built[split].annotation_paths[0])
+        warn_of_overlap(built)
         return built
 
     def dataset_options(self, split: str) -> dict[str, Any]:
@@ -268,8 +320,13 @@ class BaseBuilder:
         return {}
 
     def annotation_paths(self, split: str) -> list[Path]:
-        """Return the split's annotation files on disk, fetched if need be."""
-        return [file.fetch() for file in annotation_files(self.build_info, split, owner=type(self).__name__)]
+        """Return the split's annotation files and folders on disk, fetched if need be."""
+        files = annotation_files(self.build_info, self._source(split), owner=type(self).__name__)
+        return [path for file in files for path in file.fetch()]
+
+    def _source(self, split: str) -> str:
+        """Return the split that has the files: itself, or the one that it is cut from."""
+        return WHOLE if split in self.split_off else split
 
     def image_root(self) -> Path:
         """Return the folder that the annotations' paths of images or videos start from.
@@ -283,6 +340,20 @@ class BaseBuilder:
         if not folder.path().is_dir():
             raise missing_folder(folder, owner=owner, is_packaged=owner in dataset_zoo)
         return folder.path()
+
+    def split_root(self, split: str) -> Path:
+        """Return the folder of a split's images: its own, the folder of images that is its storage, or `image_root`."""
+        owner, source = type(self).__name__, self._source(split)
+        entry = section_of(self.build_info, "annotations").get(source) or {}
+        if entry.get("images"):
+            folder = split_folder(self.build_info, source, owner=owner)
+            if not folder.path().is_dir():
+                raise missing_folder(folder, owner=owner, is_packaged=False)
+            return folder.path()
+        paths = self.annotation_paths(split)
+        if len(paths) == 1 and paths[0].is_dir() and not is_saved(paths[0]):
+            return paths[0]
+        return self.image_root()
 
     def dataset_class(self, split: str) -> type[BaseDataset]:
         """Return the class of the split's dataset."""
@@ -299,8 +370,10 @@ class BaseBuilder:
         options: dict[str, Any] = {"split": split, "reader": reader}
         options |= {name: make_processor(vars(self)[name], split) for name in PROCESSOR_KEYS}
         options |= self.dataset_options(split)
+        if part := part_of(split, self.split_off):
+            options["part"] = part
         own = {name: value for name, value in vars(self).items() if name in schema_of(dataset_class)[0]}
-        dataset = dataset_class(self.annotation_paths(split), self.image_root(), **own | options)
+        dataset = dataset_class(self.annotation_paths(split), self.split_root(split), **own | options)
         if self.dataset_class("train") is not self.dataset_class("val"):
             dataset.training = split == "train"
         return dataset

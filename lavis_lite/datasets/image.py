@@ -13,6 +13,7 @@ from PIL import Image
 
 from lavis_lite.common.errors import InputError, UnreadableSample
 from lavis_lite.common.image_io import BROKEN, MAX_PIXELS, formats, open_file, to_rgb
+from lavis_lite.common.records import StoredImage
 
 
 @runtime_checkable
@@ -23,8 +24,10 @@ class OpensImages(Protocol):
     max_pixels: int
 
 
-def open_image(path: str | Path, *, background: str = "white", max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Return the image as RGB, fully decoded; `background` and `max_pixels` are `to_rgb`'s.
+def open_image(
+    path: str | Path | StoredImage, *, background: str = "white", max_pixels: int = MAX_PIXELS
+) -> Image.Image:
+    """Return the image of a file or a table as RGB, fully decoded; `background` and `max_pixels` are `to_rgb`'s.
 
     Raises UnreadableSample, naming the file, when it is missing, broken, too large, or not a regular file of a format
     that is read.
