@@ -34,6 +34,24 @@ def build(storage: Any, layout: str = "pairs", **more: Any) -> BaseDataset:
     return dataset
 
 
+def mixed(tmp_path: Path) -> BaseDataset:
+    """Samples whose JSON objects differ in fields and types."""
+    fields = [
+        {"caption": "one", "width": 3, "similarity": None},
+        {"caption": ["two", "too"], "width": 2.5, "similarity": 0.25, "exif": {"a": [1]}},
+        {"caption": "three", "width": "wide", "exif": {}},
+    ]
+    samples = [{"__key__": f"{n}", "png": shard_helpers.png(n), "json": one} for n, one in enumerate(fields)]
+    return build([shard_helpers.write_shard(tmp_path / f"{n}.tar", [one]) for n, one in enumerate(samples)])
+
+
+def test_json_fields_need_not_be_alike(tmp_path: Path) -> None:
+    records = list(mixed(tmp_path).annotation)
+    assert [record["caption"] for record in records] == ["one", "two", "too", "three"]
+    assert [record["similarity"] for record in records] == [None, 0.25, 0.25, None]
+    assert [record["width"] for record in records] == ["3", "2.5", "2.5", "wide"]
+
+
 def texts(dataset: BaseDataset) -> list[str]:
     return [record["caption"] for record in dataset.annotation]
 
@@ -60,7 +78,7 @@ def test_fields_of_members(tmp_path: Path) -> None:
         {"__key__": "a/1", "left.png": png, "right.png": png, "json": ["first", "second"], "cls": "12"},
         {"__key__": "a/2", "webp": png, "blip.txt": "synthetic", "cls": "tulip"},
     ]
-    first, second, third = shards.shard_records(shard_helpers.write_shard(tmp_path / "a.tar", samples), "error")
+    first, second, third = shards.make_index(shard_helpers.write_shard(tmp_path / "a.tar", samples)).records
     assert {key: value for key, value in first.items() if key != "image"} == {
         "__key__": "a/0",
         "caption": "text",
@@ -116,7 +134,7 @@ def test_a_shard_cut_anywhere(tmp_path: Path) -> None:
             assert index.cut_at is None
 
 
-def test_a_member_without_its_pair(tmp_path: Path) -> None:
+def test_a_member_without_its_pair(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     samples = [shard_helpers.sample(n) for n in range(8)]
     del samples[2]["png"], samples[5]["txt"]
     samples[6]["txt"] = b"\xff\xff"
@@ -124,6 +142,7 @@ def test_a_member_without_its_pair(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"a\.tar.*000002.*000005.*000006"):
         build(path)
     assert texts(build(path, incomplete_samples="skip")) == numbered(0, 1, 3, 4, 7)
+    assert "sample 000002 has no image" in caplog.text
     with pytest.raises(SettingError, match="incomplete_samples"):
         build(path, incomplete_samples="drop")
 
@@ -182,7 +201,7 @@ def test_a_shard_that_changes_during_a_run(tmp_path: Path) -> None:
 
 def test_paths_of_members() -> None:
     member = Member("/data/a b.tar", 1536, 70, "folder/x.y.jpg")
-    assert find_member(member.path()) == member
+    assert find_member(str(member)) == member
     for path in ("/data/a.tar", "/data/a.tar/x.jpg", "a.jpg", "/data/a.tar/@1+/x.jpg", "/data/@1+2/x.jpg"):
         assert find_member(path) is None
 

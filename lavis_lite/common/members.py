@@ -9,16 +9,18 @@ from __future__ import annotations
 import os
 import re
 import tarfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from lavis_lite.common.errors import UnreadableSample
+from lavis_lite.common.records import StoredImage
 
 _MEMBER = re.compile(r"(?P<shard>.+\.tar)/@(?P<offset>\d{1,18})\+(?P<size>\d{1,18})/(?P<name>.+)", re.DOTALL)
 BLOCK = tarfile.BLOCKSIZE
 
 
-class Member(NamedTuple):
+@dataclass(frozen=True)
+class Member(StoredImage):
     """A member of a tar file: `size` bytes from `offset` on."""
 
     shard: str
@@ -26,7 +28,7 @@ class Member(NamedTuple):
     size: int
     name: str
 
-    def path(self) -> str:
+    def __str__(self) -> str:
         """Return the path that `find_member` reads."""
         return f"{self.shard}/@{self.offset}+{self.size}/{self.name}"
 

@@ -6,7 +6,6 @@ measured so). Unlike there, transparency is composited on a background, and 16-b
 
 from __future__ import annotations
 
-from io import BytesIO
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -15,6 +14,7 @@ from PIL import Image
 from lavis_lite.common.errors import InputError, UnreadableSample
 from lavis_lite.common.image_io import BROKEN, MAX_PIXELS, formats, open_file, to_rgb
 from lavis_lite.common.members import find_member
+from lavis_lite.common.records import StoredImage
 
 
 @runtime_checkable
@@ -26,19 +26,16 @@ class OpensImages(Protocol):
 
 
 def open_image(
-    path: str | Path, content: bytes | None = None, *, background: str = "white", max_pixels: int = MAX_PIXELS
+    path: str | Path | StoredImage, *, background: str = "white", max_pixels: int = MAX_PIXELS
 ) -> Image.Image:
-    """Return the image of a file or of a shard's member as RGB, fully decoded; the settings are `to_rgb`'s.
-
-    `content` is the file's, if it is in memory; the path then serves for errors.
+    """Return the image of a file, table or shard as RGB, fully decoded; `background` and `max_pixels` are `to_rgb`'s.
 
     Raises UnreadableSample, naming the file, when it is missing, broken, too large, or not a regular file of a format
     that is read.
     """
     try:
-        if content is None and (member := find_member(path)):
-            content = member.read()
-        with open_file(path if content is None else BytesIO(content), max_pixels=max_pixels) as image:
+        member = None if isinstance(path, StoredImage) else find_member(path)
+        with open_file(member or path, max_pixels=max_pixels) as image:
             return to_rgb(image, background=background, max_pixels=max_pixels)
     except FileNotFoundError:
         raise UnreadableSample(

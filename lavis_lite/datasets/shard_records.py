@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lavis_lite.common.errors import InputError
-from lavis_lite.common.records import Record
+from lavis_lite.common.records import Record, StoredImage
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ppm", "jp2")
 TEXTS = ("txt", "cls", "json")
@@ -42,8 +42,9 @@ def is_image(extension: str) -> bool:
     return extension.rpartition(".")[2] in IMAGES
 
 
-def make_record(key: str, members: Mapping[str, str | bytes]) -> Record:
-    """Return the record of a sample from its extensions: to bytes of texts, to the paths of all other members.
+def make_record(key: str, members: Mapping[str, str | bytes | StoredImage]) -> Record:
+    """Return the record of a sample from its extensions: to bytes of texts, to paths or images of all other
+    members.
 
     Raises InputError for a text that is not UTF-8 and for broken JSON; the message names the member.
     """
@@ -57,8 +58,8 @@ def make_record(key: str, members: Mapping[str, str | bytes]) -> Record:
     return {KEY: key, **record}
 
 
-def _decoded(name: str, extension: str, value: str | bytes) -> Any:
-    if isinstance(value, str):
+def _decoded(name: str, extension: str, value: str | bytes | StoredImage) -> Any:
+    if not isinstance(value, bytes):
         return value
     try:
         text = value.decode("utf-8-sig").strip()

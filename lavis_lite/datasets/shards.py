@@ -51,8 +51,8 @@ def is_shard(path: str | Path) -> bool:
     return os.fspath(path).lower().endswith(SUFFIX)
 
 
-def shard_records(path: Path, incomplete: IncompleteSamples) -> list[Record]:
-    """Return the samples of a shard, in order.
+def shard_records(path: Path, incomplete: IncompleteSamples) -> tuple[list[Record], str]:
+    """Return the samples of a shard, in order, and what is left out of it, in words.
 
     Raises:
         InputError: the shard is compressed or has no whole sample; or `incomplete` is "error" and the shard is cut, or
@@ -61,19 +61,15 @@ def shard_records(path: Path, incomplete: IncompleteSamples) -> list[Record]:
     index = indexed(path)
     problems = list(index.problems)
     if index.cut_at is not None:
-        problems.insert(
-            0,
-            f"is cut at byte {index.cut_at:,}, after {len(index.records):,} whole samples (fetch it again)",
-        )
-    if problems:
-        more = f", and {len(problems) - SHOWN:,} more" if len(problems) > SHOWN else ""
-        text = f"{path}: {'; '.join(problems[:SHOWN])}{more}"
-        if incomplete == "error":
-            raise InputError(f"{text}. Correct the shard, or set the dataset's incomplete_samples: skip")
-        logger.warning(f"{text}: left out; {len(index.records):,} samples remain")
+        cut = f"is cut at byte {index.cut_at:,}, after {len(index.records):,} whole samples (fetch it again)"
+        problems.insert(0, cut)
+    more = f", and {len(problems) - SHOWN:,} more" if len(problems) > SHOWN else ""
+    left_out = f"{path}: {'; '.join(problems[:SHOWN])}{more}" if problems else ""
+    if left_out and incomplete == "error":
+        raise InputError(f"{left_out}. Correct the shard, or set the dataset's incomplete_samples: skip")
     if not index.records:
         raise InputError(f"{path}: has no whole sample: expected members such as 000.jpg and 000.txt")
-    return index.records
+    return index.records, left_out
 
 
 def index_all(paths: Sequence[Path]) -> None:
@@ -94,12 +90,6 @@ def index_path(path: Path) -> Path:
     name = f"{path.absolute()}|{status.st_size}|{status.st_mtime_ns}|{VERSION}"
     digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
     return download.cache_dir() / "shards" / f"{path.stem[:80]}-{digest}.json"
-
-
-def shard_listing(path: Path) -> bytes:
-    """Return what a shard holds, for digests: its texts, and the places of its images, wherever the shard is."""
-    indexed(path)
-    return index_path(path).read_bytes().replace(json.dumps(os.fspath(path.absolute()))[1:-1].encode(), b"")
 
 
 def indexed(path: Path) -> ShardIndex:
@@ -146,6 +136,8 @@ def _index_of(tar: tarfile.TarFile, num_bytes: int) -> ShardIndex:
         index.cut_at = end
     if index.cut_at is None and not _ends(tar, end):
         index.cut_at = end
+    if index.cut_at is not None and samples:
+        _drop_last_unless_whole(samples)
     needs_image, needs_text = (
         2 * sum(any(map(kind, members)) for members in samples.values()) > len(samples) for kind in (is_image, is_text)
     )
@@ -162,10 +154,18 @@ def _index_of(tar: tarfile.TarFile, num_bytes: int) -> ShardIndex:
     return index
 
 
+def _drop_last_unless_whole(samples: dict[str, dict[str, str | bytes]]) -> None:
+    """Drop the last sample before a cut if it has fewer members than the first one, or is alone and has no pair."""
+    first, last = next(iter(samples)), next(reversed(samples))
+    has_pair = any(map(is_image, samples[last])) and any(map(is_text, samples[last]))
+    if not samples[last].keys() >= samples[first].keys() or (first == last and not has_pair):
+        del samples[last]
+
+
 def _content(tar: tarfile.TarFile, info: tarfile.TarInfo, extension: str) -> str | bytes:
     """Return a text's bytes, or the path of any other member."""
     if not is_text(extension):
-        return Member(os.fspath(tar.name), info.offset_data, info.size, info.name).path()
+        return str(Member(os.fspath(tar.name), info.offset_data, info.size, info.name))
     file = tar.extractfile(info)
     assert file is not None, info.name  # a regular file
     return file.read()

@@ -16,17 +16,21 @@ from typing import Any, ClassVar
 from lavis_lite.common.errors import InputError, MissingFileError, MissingPackageError
 from lavis_lite.common.registry import did_you_mean
 from lavis_lite.common.sources import download
+from lavis_lite.datasets import hub
 from lavis_lite.datasets.stream_shards import is_address
 
 VISUAL_FOLDERS = ("images", "videos")
 """The keys of `build_info` that name the folder of images or videos."""
+SPLIT_KEYS = ("url", "md5", "storage", "num_samples", "images")
 INFO_KEYS = ("annotations", *VISUAL_FOLDERS, "homepage", "licence", "instance_id_key")
 STATUS_HINT = "`lavis-lite data status RECIPE` lists every file that a recipe needs, and whether it is there"
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnnotationFile:
-    """One annotation file of a split: its address, its path below the data root, or both."""
+    """One source of a split's records: a file, a folder or a data set of the hub (`hf://`); its address, its path below
+    the data root, or both.
+    """
 
     url: str | None
     storage: str | None
@@ -36,6 +40,8 @@ class AnnotationFile:
 
     def path(self) -> Path:
         """Return where the file is expected: its storage, else its local `url`, else its name in the cache."""
+        if self.hub_split:
+            return self.hub_split.cache_folder()
         if self.storage:
             return resolve_storage(self.storage)
         assert self.url is not None, f"{self.where}: neither url nor storage"
@@ -45,16 +51,26 @@ class AnnotationFile:
     def is_remote(self) -> bool:
         return self.url is not None and "://" in self.url
 
+    @property
+    def hub_split(self) -> hub.HubSplit | None:
+        """The data set of the hub that the storage names; None for a path."""
+        split = self.where.rpartition(".")[2]
+        return hub.parse(self.storage, split, where=f"{self.where}.storage") if hub.is_hub(self.storage) else None
+
     def found(self) -> Path | None:
-        """Return the file if it is on this machine; a copy in the cache of downloads counts."""
+        """Return the file or folder if it is on this machine; a copy in the cache of downloads counts."""
+        if self.hub_split:
+            return self.path() if self.hub_split.is_cached() else None
         paths = [self.path()]
         if self.url:
             paths.append(download.cached_path(self.url) if self.is_remote else Path(self.url).expanduser())
-        return next((path for path in paths if path.is_file()), None)
+        return next((path for path in paths if path.is_file() or path.is_dir()), None)
 
-    def fetch(self) -> Path:
-        """Return the file on disk, fetched if need be; see `locate`."""
-        return locate(self.url, self.storage, self.md5, where=self.where)
+    def fetch(self) -> list[Path]:
+        """Return the file or folder on disk, fetched if need be (see `locate`); of the hub's data set its files."""
+        if self.hub_split:
+            return self.hub_split.files()
+        return [locate(self.url, self.storage, self.md5, where=self.where)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,14 +156,18 @@ class VisualFolder:
 
 
 def annotation_files(build_info: Mapping[str, Any], split: str, *, owner: str) -> list[AnnotationFile]:
-    """Return the annotation files of a split. `owner` is the dataset's name for messages.
+    """Return the annotation files of a split; of a pattern in `storage`, such as `part-*.parquet`, those that match it.
+    `owner` is the dataset's name for messages.
 
-    Raises InputError for unknown keys, and for lists of different lengths.
+    Raises InputError for unknown keys, and for lists of different lengths; MissingFileError if nothing matches.
     """
     entry, where = section_of(build_info, "annotations")[split], f"build_info.annotations.{split}"
-    check_keys(entry, ("url", "md5", "storage", "num_samples"), where)
-    given = {key: expanded(entry[key], where) if entry.get(key) else [] for key in ("url", "storage")}
-    given["md5"] = _as_list(entry["md5"]) if entry.get("md5") else []
+    check_keys(entry, SPLIT_KEYS, where)
+    given = {key: _as_list(entry[key]) if entry.get(key) else [] for key in ("url", "storage", "md5")}
+    for key in ("url", "storage"):
+        given[key] = [name for pattern in given[key] for name in _in_braces(pattern)]
+    if not given["url"]:
+        given["storage"] = [path for storage in given["storage"] for path in _matches(storage, where)]
     count = max(len(given["url"]), len(given["storage"]))
     if not count:
         raise InputError(f"{owner}: {where} needs a url or a storage")
@@ -159,6 +179,17 @@ def annotation_files(build_info: Mapping[str, Any], split: str, *, owner: str) -
         AnnotationFile(url=url, storage=storage, md5=md5, where=where)
         for url, storage, md5 in zip(*filled, strict=True)
     ]
+
+
+def _in_braces(pattern: str) -> list[str]:
+    """Return the names that a pattern with `{0000..1279}` or `{a,b}` stands for, as a shell expands it."""
+    if "{" not in pattern or resolve_storage(pattern).exists():
+        return [pattern]
+    try:
+        from braceexpand import braceexpand
+    except ImportError as error:
+        raise MissingPackageError(f"{pattern}: names in braces need `pip install lavis-lite[shards]`") from error
+    return list(braceexpand(pattern))
 
 
 def stream_names(build_info: Mapping[str, Any], split: str, *, owner: str) -> list[str]:
@@ -175,6 +206,17 @@ def stream_names(build_info: Mapping[str, Any], split: str, *, owner: str) -> li
                 raise MissingFileError(f"{file.where}: shard not found: {name}. {STATUS_HINT}")
         names.append(name)
     return names
+
+
+def _matches(storage: str, where: str) -> list[str]:
+    """Return the paths that match a pattern, sorted; a storage that is not a pattern, or exists as it is, itself."""
+    path = resolve_storage(storage)
+    if is_address(storage) or not glob.has_magic(storage) or path.exists():
+        return [storage]
+    found = sorted(glob.glob(str(path), recursive=True))
+    if not found:
+        raise MissingFileError(f"{where}.storage: no file matches {path}; correct the pattern. {STATUS_HINT}.")
+    return found
 
 
 def num_samples(build_info: Mapping[str, Any], split: str) -> int | None:
@@ -208,6 +250,12 @@ def visual_folder(build_info: Mapping[str, Any], *, owner: str) -> VisualFolder 
         if name not in known:
             raise InputError(f"build_info.{kind}.needed.{split}: no {name!r}. {did_you_mean(name, known)}")
     return VisualFolder(kind=kind, storage=section["storage"], archives=archives, listed=listed, needed=needed)
+
+
+def split_folder(build_info: Mapping[str, Any], split: str, *, owner: str) -> VisualFolder | None:
+    """Return the folder of a split's images or videos: its own (`annotations.<split>.images`), else the dataset's."""
+    own = (section_of(build_info, "annotations").get(split) or {}).get("images")
+    return VisualFolder(kind="images", storage=own) if own else visual_folder(build_info, owner=owner)
 
 
 def _sources(kind: type[Any], entries: Any, where: str) -> tuple[Any, ...]:
@@ -260,12 +308,12 @@ def has_files(folder: Path) -> bool:
 
 
 def locate(url: str | None, storage: str | None, md5: str | None, *, where: str = "") -> Path:
-    """Return the file on disk: the storage if it exists, else a local `url` as it is, else fetched to the storage."""
+    """Return the file or folder on disk: the storage if it exists, else a local `url` as it is, else fetched to the
+    storage.
+    """
     target = resolve_storage(storage) if storage else None
-    if target is not None and target.is_file():
+    if target is not None and (target.is_file() or target.is_dir()):
         return target
-    if target is not None and target.is_dir():
-        raise InputError(f"{where}.storage: {target} is a folder; name the annotation file (.json, .jsonl, .csv, .tsv)")
     if url and "://" not in url:
         local = Path(url).expanduser()
         if local.is_file():
@@ -291,33 +339,6 @@ def _copy_aside(source: Path, target: Path) -> Path:
         shutil.copyfile(source, aside)
         aside.replace(target)
     return target
-
-
-def expanded(names: Any, where: str) -> list[Any]:
-    """Return the names of shards or other files, patterns replaced by what they stand for.
-
-    `{0000..1279}` and `{a,b}` are expanded as a shell does; `*`, `?` and `[...]` find files below the data root. Raises
-    InputError for a pattern that no file matches.
-    """
-    found = [one for name in _as_list(names) for one in (_braces(name) if "{" in str(name) else [name])]
-    return [path for name in found for path in _glob(name, where)]
-
-
-def _braces(name: str) -> list[str]:
-    try:
-        from braceexpand import braceexpand
-    except ImportError as error:
-        raise MissingPackageError(f"{name}: names with braces need `pip install lavis-lite[shards]`") from error
-    return list(braceexpand(name))
-
-
-def _glob(name: Any, where: str) -> list[Any]:
-    if not isinstance(name, str) or is_address(name) or not glob.has_magic(name) or resolve_storage(name).exists():
-        return [name]
-    found = sorted(glob.glob(str(resolve_storage(name))))
-    if not found:
-        raise MissingFileError(f"{where}: no file matches {resolve_storage(name)}")
-    return found
 
 
 def _as_list(value: Any) -> list[Any]:

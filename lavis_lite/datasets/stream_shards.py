@@ -10,24 +10,41 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import urlparse
 
 from lavis_lite.common.errors import InputError, MissingPackageError
 from lavis_lite.common.members import BLOCK
-from lavis_lite.common.records import Record
+from lavis_lite.common.records import Record, StoredImage
 from lavis_lite.datasets.shard_records import KEY, is_text, make_record
 
 BROKEN = (OSError, EOFError, ValueError, tarfile.TarError, zlib.error)
 """Errors of `webdataset`, `tarfile` and the openers about a shard."""
 
 
+@dataclass(frozen=True)
+class LoadedFile(StoredImage):
+    """The content of a member that was read, and its place for messages."""
+
+    place: str
+    content: bytes = field(repr=False)
+
+    def read(self) -> bytes:
+        return self.content
+
+    def __str__(self) -> str:
+        return self.place
+
+    def __fspath__(self) -> str:
+        return self.place
+
+
 class Loaded(NamedTuple):
-    """One sample of a shard: its record, and the content of the files that the record names; or a problem."""
+    """One sample of a shard: its record, whose images are loaded files; or a problem."""
 
     shard: str
     record: Record
-    files: dict[str, bytes]
     problem: str = ""
 
 
@@ -99,10 +116,10 @@ def read_shard(name: str) -> Iterator[Loaded]:
         file.check_end(is_plain=name.endswith(".tar"))
         file.close()
         if not count:
-            yield Loaded(name, {}, {}, f"shard {name}: has no samples: expected members such as 000.jpg and 000.txt")
+            yield Loaded(name, {}, f"shard {name}: has no samples: expected members such as 000.jpg and 000.txt")
     except BROKEN as error:
         problem = f"cut, damaged or unreachable after {count:,} samples ({_reason(error)})"
-        yield Loaded(name, {}, {}, f"shard {name}: {problem}")
+        yield Loaded(name, {}, f"shard {name}: {problem}")
     finally:
         if file is not None:
             with suppress(OSError):  # of a command that is ended early
@@ -118,16 +135,12 @@ def _reason(error: Exception) -> str:
 
 def _loaded(sample: dict[str, Any], shard: str) -> Loaded:
     key = sample[KEY]
-    members: dict[str, str | bytes] = {}
-    files: dict[str, bytes] = {}
-    for extension, value in sample.items():
-        if extension.startswith("__"):
-            continue
-        members[extension] = value
-        if not is_text(extension):
-            members[extension] = f"{shard}/{key}.{extension}"
-            files[f"{shard}/{key}.{extension}"] = value
+    members = {
+        extension: value if is_text(extension) else LoadedFile(f"{shard}/{key}.{extension}", value)
+        for extension, value in sample.items()
+        if not extension.startswith("__")
+    }
     try:
-        return Loaded(shard, make_record(key, members), files)
+        return Loaded(shard, make_record(key, members))
     except InputError as error:
-        return Loaded(shard, {}, {}, f"shard {shard}: {error}")
+        return Loaded(shard, {}, f"shard {shard}: {error}")
