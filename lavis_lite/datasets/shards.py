@@ -165,7 +165,7 @@ def _drop_last_unless_whole(samples: dict[str, dict[str, str | bytes]]) -> None:
 def _content(tar: tarfile.TarFile, info: tarfile.TarInfo, extension: str) -> str | bytes:
     """Return a text's bytes, or the path of any other member."""
     if not is_text(extension):
-        return str(Member(os.fspath(tar.name), info.offset_data, info.size, info.name))
+        return str(Member(str(tar.name), info.offset_data, info.size, info.name))
     file = tar.extractfile(info)
     assert file is not None, info.name  # a regular file
     return file.read()

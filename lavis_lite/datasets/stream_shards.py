@@ -92,15 +92,17 @@ def open_shard(name: str) -> BinaryIO:
     from webdataset.gopen import gopen, gopen_schemes
 
     scheme = urlparse(name).scheme
+    opened: BinaryIO
     if not is_address(name) or scheme in gopen_schemes or scheme == "file":
-        opened: BinaryIO = gopen(name)
+        opened = gopen(name)
         return opened
-    import fsspec
+    import fsspec  # type: ignore[import-untyped]
 
     try:
-        return fsspec.open(name, "rb").open()  # type: ignore[no-any-return]
+        opened = fsspec.open(name, "rb").open()
     except ImportError as error:
         raise MissingPackageError(f"{name}: {error}") from error
+    return opened
 
 
 def read_shard(name: str) -> Iterator[Loaded]:

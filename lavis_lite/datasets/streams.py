@@ -64,10 +64,10 @@ class Position:
 
 
 class Part(NamedTuple):
-    """A worker's part of a stream: its number, of how many."""
+    """A worker's part of a stream: its number from 0, and how many parts there are."""
 
     number: int
-    count: int
+    of: int
 
 
 class Item(NamedTuple):
@@ -170,14 +170,14 @@ class StreamDataset:
         """Return the sample with ids that no other of the stream has; `first` is the number of its block's first."""
         own: dict[str, Any] = {"instance_id": f"{part.number}-{first + taken}"}
         if isinstance(sample.get("image_id"), int):  # the image's number in its block
-            own["image_id"] = (first + sample["image_id"]) * part.count + part.number
+            own["image_id"] = (first + sample["image_id"]) * part.of + part.number
         return {**sample, **own}
 
     def shard_at(self, part: Part, draw: int, *, seed: int) -> str:
         """Return the shard that the part reads as its `draw`th."""
         if self.settings.resampled:
             return self.shards[hash_seed(seed, "shard", part.number, draw) % len(self.shards)]
-        mine = range(part.number, len(self.shards), part.count)
+        mine = range(part.number, len(self.shards), part.of)
         number, place = divmod(draw, len(mine))
         return self.shards[self._pass(seed, number)[mine[place]]]
 

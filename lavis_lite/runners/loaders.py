@@ -111,6 +111,7 @@ class TrainLoader:
             self.seen += self.sampler.batch_size
             if batch.errors:
                 self._count(batch)
+            assert batch.samples is not None, batch.errors
             yield batch.samples
 
     def _batches(self) -> Iterator[Batch]:
