@@ -24,6 +24,7 @@ from lavis_lite.datasets import streams
 from lavis_lite.datasets.base import BaseBuilder
 from lavis_lite.datasets.streams import Item, Part, StreamDataset
 from lavis_lite.runners.loaders import TrainLoader, train_sets
+from lavis_lite.runners.resume import annotation_digests
 
 SIZES = [7, 5, 9, 4, 1, 6]
 TOTAL = sum(SIZES)
@@ -410,6 +411,12 @@ def test_samples_are_those_of_the_layout(
             {key: value for key, value in found.items() if key not in ids},
             {key: value for key, value in expected.items() if key not in ids},
         )
+
+
+def test_digests_follow_the_names_not_the_place(shards: list[Path]) -> None:
+    plain, other = stream(shards), stream([f"pipe:cat {path}" for path in shards])
+    assert annotation_digests({"web": plain}) == annotation_digests({"web": other})
+    assert annotation_digests({"web": plain}) != annotation_digests({"web": stream(shards[1:])})
 
 
 # The real entry points

@@ -311,6 +311,11 @@ def locate(url: str | None, storage: str | None, md5: str | None, *, where: str 
     """Return the file or folder on disk: the storage if it exists, else a local `url` as it is, else fetched to the
     storage.
     """
+    if storage and is_address(storage):
+        raise InputError(
+            f"{where}.storage: {storage} is an address, which only a stream reads (the key `stream`, for the split "
+            "train): download the file, or give its address as `url`"
+        )
     target = resolve_storage(storage) if storage else None
     if target is not None and (target.is_file() or target.is_dir()):
         return target
