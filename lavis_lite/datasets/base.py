@@ -321,10 +321,10 @@ class BaseBuilder:
 
     def annotation_paths(self, split: str) -> list[Path]:
         """Return the split's annotation files and folders on disk, fetched if need be."""
-        files = annotation_files(self.build_info, self._source(split), owner=type(self).__name__)
+        files = annotation_files(self.build_info, self.source_of(split), owner=type(self).__name__)
         return [path for file in files for path in file.fetch()]
 
-    def _source(self, split: str) -> str:
+    def source_of(self, split: str) -> str:
         """Return the split that has the files: itself, or the one that it is cut from."""
         return WHOLE if split in self.split_off else split
 
@@ -343,17 +343,13 @@ class BaseBuilder:
 
     def split_root(self, split: str) -> Path:
         """Return the folder of a split's images: its own, the folder of images that is its storage, or `image_root`."""
-        owner, source = type(self).__name__, self._source(split)
-        entry = section_of(self.build_info, "annotations").get(source) or {}
-        if entry.get("images"):
-            folder = split_folder(self.build_info, source, owner=owner)
-            if not folder.path().is_dir():
-                raise missing_folder(folder, owner=owner, is_packaged=False)
-            return folder.path()
+        folder = split_folder(self.build_info, self.source_of(split))
+        if folder is not None and not folder.path().is_dir():
+            raise missing_folder(folder, owner=type(self).__name__, is_packaged=False)
         paths = self.annotation_paths(split)
-        if len(paths) == 1 and paths[0].is_dir() and not is_saved(paths[0]):
+        if folder is None and len(paths) == 1 and paths[0].is_dir() and not is_saved(paths[0]):
             return paths[0]
-        return self.image_root()
+        return self.image_root() if folder is None else folder.path()
 
     def dataset_class(self, split: str) -> type[BaseDataset]:
         """Return the class of the split's dataset."""

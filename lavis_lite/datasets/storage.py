@@ -54,7 +54,8 @@ class AnnotationFile:
     def hub_split(self) -> hub.HubSplit | None:
         """The data set of the hub that the storage names; None for a path."""
         split = self.where.rpartition(".")[2]
-        return hub.parse(self.storage, split, where=f"{self.where}.storage") if hub.is_hub(self.storage) else None
+        storage = self.storage or ""
+        return hub.parse(storage, split, where=f"{self.where}.storage") if hub.is_hub(storage) else None
 
     def found(self) -> Path | None:
         """Return the file or folder if it is on this machine; a copy in the cache of downloads counts."""
@@ -222,10 +223,10 @@ def visual_folder(build_info: Mapping[str, Any], *, owner: str) -> VisualFolder 
     return VisualFolder(kind=kind, storage=section["storage"], archives=archives, listed=listed, needed=needed)
 
 
-def split_folder(build_info: Mapping[str, Any], split: str, *, owner: str) -> VisualFolder | None:
-    """Return the folder of a split's images or videos: its own (`annotations.<split>.images`), else the dataset's."""
+def split_folder(build_info: Mapping[str, Any], split: str) -> VisualFolder | None:
+    """Return the folder of images or videos that a split has for itself (`annotations.<split>.images`), if any."""
     own = (section_of(build_info, "annotations").get(split) or {}).get("images")
-    return VisualFolder(kind="images", storage=own) if own else visual_folder(build_info, owner=owner)
+    return VisualFolder(kind="images", storage=own) if own else None
 
 
 def _sources(kind: type[Any], entries: Any, where: str) -> tuple[Any, ...]:
