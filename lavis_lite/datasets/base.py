@@ -303,6 +303,8 @@ class BaseBuilder:
         if not there:
             raise InputError(f"{name}: build_info.annotations names no split; give {{train: {{storage: FILE}}}}")
         wanted = there if splits is None else list(splits)
+        if lost := self.split_off.keys() - set(there):
+            raise InputError(f"split_off.{min(lost)}: {name} has files of its own, and no split is cut from them")
         if unknown := [split for split in wanted if split not in there]:
             raise UnknownNameError(f"{name} has no split {unknown[0]!r}; there are {', '.join(there)}")
         self.prepare(wanted)

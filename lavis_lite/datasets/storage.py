@@ -159,13 +159,13 @@ def annotation_files(build_info: Mapping[str, Any], split: str, *, owner: str) -
     """Return the annotation files of a split; of a pattern in `storage`, such as `part-*.parquet`, those that match it.
     `owner` is the dataset's name for messages.
 
-    Raises InputError for unknown keys, and for lists of different lengths; MissingFileError if nothing matches.
+    Raises InputError for unknown keys, and for lists of different lengths.
     """
     entry, where = section_of(build_info, "annotations")[split], f"build_info.annotations.{split}"
     check_keys(entry, SPLIT_KEYS, where)
     given = {key: _as_list(entry[key]) if entry.get(key) else [] for key in ("url", "storage", "md5")}
     if not given["url"]:
-        given["storage"] = [path for storage in given["storage"] for path in _matches(storage, where)]
+        given["storage"] = [path for storage in given["storage"] for path in _matches(storage)]
     count = max(len(given["url"]), len(given["storage"]))
     if not count:
         raise InputError(f"{owner}: {where} needs a url or a storage")
@@ -179,15 +179,14 @@ def annotation_files(build_info: Mapping[str, Any], split: str, *, owner: str) -
     ]
 
 
-def _matches(storage: str, where: str) -> list[str]:
-    """Return the paths that match a pattern, sorted; a storage that is not a pattern, or exists as it is, itself."""
+def _matches(storage: str) -> list[str]:
+    """Return the paths that match a pattern, sorted; a storage that is not a pattern, exists as it is, or matches
+    nothing, itself.
+    """
     path = resolve_storage(storage)
     if hub.is_hub(storage) or not glob.has_magic(storage) or path.exists():
         return [storage]
-    found = sorted(glob.glob(str(path), recursive=True))
-    if not found:
-        raise MissingFileError(f"{where}.storage: no file matches {path}; correct the pattern. {STATUS_HINT}.")
-    return found
+    return sorted(glob.glob(str(path), recursive=True)) or [storage]
 
 
 def num_samples(build_info: Mapping[str, Any], split: str) -> int | None:
