@@ -378,6 +378,11 @@ def test_a_missing_shard(shards: list[Path]) -> None:
         stream([*shards, Path("/absent.tar")])
 
 
+def test_split_off_is_refused(shards: list[Path]) -> None:
+    with pytest.raises(InputError, match="split_off"):
+        stream(shards, more={"split_off": {"val": 0.1}})
+
+
 def test_columns_that_no_sample_has(shards: list[Path]) -> None:
     with pytest.raises(InputError, match="alt_text"):
         stream(shards, more={"columns": {"caption": "alt_text"}})
