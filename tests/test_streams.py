@@ -378,6 +378,12 @@ def test_a_missing_shard(shards: list[Path]) -> None:
         stream([*shards, Path("/absent.tar")])
 
 
+def test_a_set_without_shards_is_refused(shapes_data: Path) -> None:
+    small = {"num_train": 4, "num_val": 2, "num_test": 2}
+    with pytest.raises(InputError, match="stream"):
+        registry.get_builder_class("shapes_caption")(stream={"epoch_length": 4}, **small).build(["train"])
+
+
 def test_split_off_is_refused(shards: list[Path]) -> None:
     with pytest.raises(InputError, match="split_off"):
         stream(shards, more={"split_off": {"val": 0.1}})
