@@ -1,4 +1,4 @@
-"""CapFilt's two models in one (BLIP, section 3.3): the filter, which scores texts, and the captioner, which writes them."""
+"""CapFilt's two models in one: the filter scores texts, and the captioner writes them (BLIP, section 3.3)."""
 
 import hashlib
 import logging
