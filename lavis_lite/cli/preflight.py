@@ -181,7 +181,7 @@ def _check_splits(cfg: Config, task: BaseTask, datasets: Datasets) -> list[Split
     for name, splits in datasets.items():
         for split, dataset in splits.items():
             where, is_evaluated = f"{name}/{split}", split in evaluated
-            share = None if is_evaluated else cfg.run.max_unreadable_share
+            share = cfg.run.max_unreadable_share if task.skips_unreadable or not is_evaluated else None
             files = check_files(dataset, where, share=share) if isinstance(dataset, BaseDataset) else set()
             kind = _kind(dataset)
             samples = read_some(dataset, where, count=NUM_READ[kind], share=share)

@@ -1,0 +1,90 @@
+"""CapFilt's two models in one: the filter scores texts, and the captioner writes them (BLIP, section 3.3)."""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lavis_lite.common.config.agreement import model_setting
+from lavis_lite.common.errors import InputError
+from lavis_lite.common.registry import registry
+from lavis_lite.models.base import BaseModel
+from lavis_lite.models.inputs import image_of
+from lavis_lite.models.loading import build, configured
+from lavis_lite.models.protocols import Generates, ScoresPairs
+
+SAMPLED = 64
+"""Values of a tensor that count in `fingerprint`."""
+
+
+class CapFiltModel(BaseModel):
+    """A model that scores pairs, and one that writes captions, or None.
+
+    It is built by the task `capfilt` of two model sections, and is not in the registry.
+    """
+
+    def __init__(self, *, scorer: BaseModel, captioner: BaseModel | None, image_size: int | None) -> None:
+        super().__init__()
+        self.scorer, self.captioner, self.image_size = scorer, captioner, image_size
+
+    def match_scores(self, samples: dict[str, Any]) -> dict[str, Tensor]:
+        """Return the scorer's scores of each text."""
+        assert isinstance(self.scorer, ScoresPairs), type(self.scorer)
+        return dict(self.scorer.match_scores(samples))
+
+    def generate(self, samples: dict[str, Any], **settings: Any) -> list[list[str]]:
+        """Return the captioner's texts of each image, without blank ones and repetitions; none without a captioner."""
+        image = image_of(samples)
+        if self.captioner is None:
+            return [[] for _ in image]
+        assert isinstance(self.captioner, Generates), type(self.captioner)
+        texts = self.captioner.generate({**samples, "image": resized(image, self.image_size)}, **settings)
+        each = len(texts) // len(image)
+        groups = (texts[start : start + each] for start in range(0, len(texts), each))
+        return [without_repetitions(group) for group in groups]
+
+    def check_generate(self, samples: dict[str, Any], **changes: Any) -> None:
+        if self.captioner is not None:
+            self.captioner.check_generate(samples, **changes)
+
+
+def without_repetitions(texts: Sequence[str]) -> list[str]:
+    """Return the texts that are not blank, each once."""
+    return list(dict.fromkeys(text for text in texts if text.strip()))
+
+
+def resized(image: Tensor, size: int | None) -> Tensor:
+    """Return images (B,3,H,W) in the height and width of a model that takes others."""
+    if size is None or image.shape[-2:] == (size, size):
+        return image
+    return F.interpolate(image, (size, size), mode="bicubic", antialias=True)
+
+
+def fingerprint(model: BaseModel) -> str:
+    """Return a short digest that differs if the weights do: of the first values of every tensor."""
+    digest = hashlib.blake2b(digest_size=8)
+    for tensor in model.state_dict().values():
+        digest.update(tensor.detach().flatten()[:SAMPLED].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_captioner(section: dict[str, Any], where: str) -> None:
+    """Raise InputError, before anything is built, for a section that names no model that writes captions."""
+    if not {"arch", "model_type"} <= section.keys():
+        raise InputError(f"{where}: needs arch and model_type, as the section `model`; got {section}")
+    model_class = registry.get_model_class(section["arch"])
+    if not issubclass(model_class, Generates):
+        raise InputError(f"{where}.arch: {section['arch']} writes no captions; choose blip_caption, blip2_opt ...")
+
+
+def load_captioner(section: dict[str, Any], *, device: str | torch.device = "cpu") -> tuple[BaseModel, int | None]:
+    """Return the model of a `captioner` section with its weights, and the height and width of its images."""
+    named = dict(section)
+    arch, model_type, checkpoint = named.pop("arch"), named.pop("model_type"), named.pop("checkpoint", None)
+    layers, tree = configured(arch, model_type, checkpoint, named, level=logging.INFO)
+    model = build(tree["model"], layers, is_eval=True, device=device, checkpoint=checkpoint)
+    return model, model_setting(tree["model"], "image_size")
