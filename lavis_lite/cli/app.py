@@ -15,12 +15,12 @@ import typer
 from lavis_lite.cli.commands import chat, doctor, images, search, zoos
 
 COMMANDS = {
-    "train": ("lavis_lite.cli.main", "train_main", "train (and then test) what a YAML describes"),
-    "evaluate": ("lavis_lite.cli.main", "evaluate_main", "evaluate a model on the splits of a YAML"),
-    "sweep": ("lavis_lite.cli.sweep", "main", "evaluate a recipe by the alternatives of its protocol"),
-    "table": ("lavis_lite.cli.table", "table_main", "print a paper's tables next to what was measured here"),
-    "data": ("lavis_lite.cli.data.command", "main", "list, download, check and show datasets, and what a recipe needs"),
-    "convert": ("lavis_lite.convert.__main__", "main", "convert weights between LAVIS's layout and Hugging Face's"),
+    "train": ("lavis_lite.cli.main", "train_main", "Train (and then test) what a YAML describes."),
+    "evaluate": ("lavis_lite.cli.main", "evaluate_main", "Evaluate a model on the splits of a YAML."),
+    "sweep": ("lavis_lite.cli.sweep", "main", "Evaluate a recipe by the alternatives of its protocol."),
+    "table": ("lavis_lite.cli.table", "table_main", "Print a paper's tables next to what was measured here."),
+    "data": ("lavis_lite.cli.data.command", "main", "List, download, check and show datasets."),
+    "convert": ("lavis_lite.convert.__main__", "main", "Convert weights to and from Hugging Face's layout."),
 }
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 

@@ -70,8 +70,11 @@ class BatchSizer(Generic[T, R]):
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         logger.warning(f"a batch of {len(batch)} images does not fit in memory; batches now have {self.size}")
-        halves = batch[: self.size], batch[self.size :]
-        return [result for half in halves for result in self._apply(half)]
+        results, rest = [], batch
+        while rest:  # parts may become smaller still
+            part, rest = rest[: self.size], rest[self.size :]
+            results += self._apply(part)
+        return results
 
     def _grow(self, used: int) -> None:
         if not self.grows or used < self.size:

@@ -119,12 +119,12 @@ class Pipeline(ABC):
         """Return the items with their texts; takes the settings that are texts out of `settings`."""
         return [Query(item, "") for item in items]
 
-    def check(self, settings: dict[str, Any]) -> None:
+    def check(self, settings: dict[str, Any]) -> None:  # noqa: B027  # most have nothing to check
         """Raise InputError for settings that `predict` would refuse."""
 
     @abstractmethod
-    def predict(self, image: Tensor, texts: list[str], **settings: Any) -> list[Prediction]:
-        """Return the results of a batch of images (B,3,S,S) with their texts."""
+    def predict(self, image: Tensor, own_texts: list[str], **settings: Any) -> list[Prediction]:
+        """Return the results of a batch of images (B,3,S,S), each with its own text."""
 
 
 class CaptionPipeline(Pipeline):
@@ -141,10 +141,10 @@ class CaptionPipeline(Pipeline):
         return [Query(item, prompt) for item, prompt in zip(items, prompts, strict=True)]
 
     def predict(
-        self, image: Tensor, texts: list[str], *, prompt: bool = False, scores: bool = False, **settings: Any
+        self, image: Tensor, own_texts: list[str], *, prompt: bool = False, scores: bool = False, **settings: Any
     ) -> list[Prediction]:
         assert isinstance(self.model, Generates)
-        samples = {"image": image, **({"prompt": texts} if prompt else {})}
+        samples = {"image": image, **({"prompt": own_texts} if prompt else {})}
         extra = {"return_scores": True} if scores else {}
         written: Sequence[Any] = self.model.generate(samples, **settings, **extra)
         each = len(written) // len(image)
@@ -177,16 +177,22 @@ class AskPipeline(Pipeline):
             candidate_texts(settings["answers"], " in answers")
 
     def predict(
-        self, image: Tensor, texts: list[str], *, answers: list[str] | None = None, prompt: str = "", **settings: Any
+        self,
+        image: Tensor,
+        own_texts: list[str],
+        *,
+        answers: list[str] | None = None,
+        prompt: str = "",
+        **settings: Any,
     ) -> list[Prediction]:
         assert isinstance(self.model, AnswersQuestions)
         prompt = prompt or self.default_prompt()
         how: dict[str, Any] = {"inference_method": "generate" if answers is None else "rank", "prompt": prompt}
         if answers is not None:
             how["answer_list"] = list(answers)
-        cleaned = [self.loaded.process_text(text) for text in texts]
+        cleaned = [self.loaded.process_text(text) for text in own_texts]
         found = self.model.predict_answers({"image": image, "text_input": cleaned}, **how, **settings)
-        return [{"question": text, "answer": answer} for text, answer in zip(texts, found, strict=True)]
+        return [{"question": text, "answer": answer} for text, answer in zip(own_texts, found, strict=True)]
 
     def default_prompt(self) -> str:
         """Return the template around questions: the model's own, or BLIP-2's where it has none."""
@@ -208,19 +214,18 @@ class MatchPipeline(Pipeline):
         texts = settings.get("texts")
         settings["texts"] = candidate_texts([texts] if isinstance(texts, str) else texts, " in texts")
 
-    def predict(self, image: Tensor, texts: list[str], **settings: Any) -> list[Prediction]:
+    def predict(self, image: Tensor, own_texts: list[str], *, texts: list[str]) -> list[Prediction]:
         assert isinstance(self.model, ScoresPairs)
-        shown: list[str] = settings["texts"]
         parts = []
-        for start in range(0, len(shown), TEXTS_PER_STEP):
-            part = [self.loaded.process_text(text) for text in shown[start : start + TEXTS_PER_STEP]]
+        for start in range(0, len(texts), TEXTS_PER_STEP):
+            part = [self.loaded.process_text(text) for text in texts[start : start + TEXTS_PER_STEP]]
             scores = self.model.match_scores({"image": image, "text_input": part * len(image)})
             parts.append({name: value.reshape(len(image), len(part)) for name, value in scores.items()})
         found = {name: torch.cat([part[name] for part in parts], dim=1).tolist() for name in parts[0]}
         return [
             {
                 "scores": [
-                    {"text": text} | {name: rows[i][j] for name, rows in found.items()} for j, text in enumerate(shown)
+                    {"text": text} | {name: rows[i][j] for name, rows in found.items()} for j, text in enumerate(texts)
                 ]
             }
             for i in range(len(image))
@@ -245,7 +250,7 @@ class EmbedPipeline(Pipeline):
     def check(self, settings: dict[str, Any]) -> None:
         one_of("features", settings.get("features", FEATURES[0]), FEATURES)
 
-    def predict(self, image: Tensor, texts: list[str], *, features: str = FEATURES[0]) -> list[Prediction]:
+    def predict(self, image: Tensor, own_texts: list[str], *, features: str = FEATURES[0]) -> list[Prediction]:
         found = self.image_features(image, features)
         return [{"features": row} for row in found.float().cpu().numpy()]
 

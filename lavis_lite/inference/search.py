@@ -39,8 +39,8 @@ class Hit(NamedTuple):
 class ImageIndex:
     """Features of the images below `folder`, as `pipeline` computes them; `name` says by which model.
 
-    It is in `storage` (default: a folder of the cache, of this folder and model): `features.npy` and `files.json`, which
-    has each row's path, size and time of change.
+    It is in `storage` (default: a folder of the cache): `features.npy`, and `files.json` with each row's path, size and
+    time of change.
     """
 
     def __init__(

@@ -37,7 +37,7 @@ class Line(NamedTuple):
 
 
 def doctor() -> None:
-    """Report versions, devices, programs, folders and optional packages, and what is missing for what."""
+    """Report versions, devices and what is missing."""
     finish(report)
 
 

@@ -79,7 +79,10 @@ def ask(
     min_length: MinLength = None,
     max_length: MaxLength = None,
 ) -> None:
-    """Answer a question about each image, or a table's column of questions."""
+    """Answer a question about each image.
+
+    The question is the same for all images, or a column of a table.
+    """
     if (question is None) == (question_column is None):
         raise typer.BadParameter("give either --question or --question-column")
 
@@ -100,7 +103,10 @@ def match(
     texts: Annotated[Path | None, typer.Option(help="file with one text per line")] = None,
     out: Out = None,
 ) -> None:
-    """Score how well texts fit each image: probability of a match (itm) and cosine similarity (itc)."""
+    """Score how well texts fit each image.
+
+    The scores are the probability of a match (itm) and the cosine similarity (itc).
+    """
     if not text and texts is None:
         raise typer.BadParameter("give --text or --texts")
 

@@ -21,7 +21,7 @@ def search(
     batch_size: BatchSize = None,
     num_threads: Threads = 4,
 ) -> None:
-    """List the images of a folder that fit a text, or are like an image, best first.
+    """Find images of a folder by a text or an image.
 
     The folder's features are computed once and kept; new and changed files are added at the next search.
     """

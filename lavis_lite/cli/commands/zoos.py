@@ -11,7 +11,7 @@ from lavis_lite.cli.commands.common import finish
 def models(
     names: Annotated[list[str] | None, typer.Argument(metavar="[ARCHITECTURE]...", show_default=False)] = None,
 ) -> None:
-    """List the architectures and their types, whose name is ARCHITECTURE/TYPE."""
+    """List the model types, as --model takes them."""
 
     def execute() -> None:
         from lavis_lite.common.config.zoo import model_zoo
@@ -24,7 +24,7 @@ def models(
 
 
 def datasets() -> None:
-    """List the packaged datasets, and which of their files are on this machine."""
+    """List the packaged datasets and their files here."""
 
     def execute() -> int:
         from argparse import Namespace
@@ -45,7 +45,7 @@ def recipes(
         Path | None, typer.Option(help="copy the recipe that is named to this file, with what it is based on")
     ] = None,
 ) -> None:
-    """List the recipes, whose names `--cfg-path` takes; print or copy one."""
+    """List the recipes, as --cfg-path takes them."""
 
     def execute() -> None:
         from lavis_lite.common.config.recipes import find_recipe, recipe_names

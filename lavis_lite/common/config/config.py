@@ -112,7 +112,8 @@ class Config:
         checkpoint: str | None = None,
         flags: Sequence[Layer] = (),
     ) -> "Config":
-        """Read a project's YAML (or the recipe of a name) and `a.b=c` options. Raises ConfigError for any mistake, before anything is built.
+        """Read a project's YAML, or the recipe of a name, and `a.b=c` options. Raises ConfigError for any mistake,
+        before anything is built.
 
         `checkpoint` names the weights, in place of `model.checkpoint` and `run.resume_ckpt_path`. `flags` are the
         last layers.
