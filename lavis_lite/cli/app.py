@@ -57,8 +57,9 @@ def pass_on(name: str) -> Callable[[typer.Context], None]:
 
     def command(context: typer.Context) -> None:
         module, function, _ = COMMANDS[name]
-        program = Path(sys.argv[0]).name
-        program = "python -m lavis_lite" if program == "__main__.py" else program
+        started = Path(sys.argv[0])
+        module_name = "lavis_lite.cli" if started.parent.name == "cli" else "lavis_lite"
+        program = f"python -m {module_name}" if started.name == "__main__.py" else started.name
         sys.argv = [f"{program} {name}", *context.args]
         vars(import_module(module))[function]()
 
