@@ -9,6 +9,7 @@ COMMANDS = {
     "evaluate": ("lavis_lite.cli.main", "evaluate_main", "evaluate a model on the splits of a YAML"),
     "sweep": ("lavis_lite.cli.sweep", "main", "evaluate a recipe by the alternatives of its protocol"),
     "table": ("lavis_lite.cli.table", "table_main", "print a paper's tables next to what was measured here"),
+    "capfilt": ("lavis_lite.cli.capfilt", "main", "caption and filter a web set, and pretrain on the kept texts"),
     "data": ("lavis_lite.cli.data.command", "main", "list, download, check and show datasets, and what a recipe needs"),
     "convert": ("lavis_lite.convert.__main__", "main", "convert weights between LAVIS's layout and Hugging Face's"),
 }

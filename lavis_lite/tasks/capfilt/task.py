@@ -37,7 +37,7 @@ from lavis_lite.tasks.base import (
     naming_setting,
     unwrap,
 )
-from lavis_lite.tasks.capfilt.report import summarise
+from lavis_lite.tasks.capfilt.report import summarise, write_page
 from lavis_lite.tasks.capfilt.shards import OutputFormat, Shards
 
 logger = logging.getLogger(__name__)
@@ -184,7 +184,9 @@ class CapFiltTask(BaseTask):
 
         def conclude() -> Metrics:
             shards.finish()
-            return summarise(shards, seed=self.seed, title=f"CapFilt: {split}")
+            summary = summarise(shards.manifest, seed=self.seed)
+            logger.info(f"wrote {write_page(shards.manifest, summary, title=f'Texts of {split}')}")
+            return summary.metrics()
 
         return dist.on_main(conclude)
 
