@@ -23,7 +23,7 @@ from lavis_lite.datasets.readers.capfilt import Manifest, finished_manifest, rea
 NUM_EXAMPLES = 8
 """Texts shown of each source, kept and dropped."""
 PIXELS = 112
-BINS = {"itm": (0.0, 1.0), "itc": (-1.0, 1.0)}
+BINS = {"itm": (0.0, 1.0), "itc": (-1.0, 1.0), "clip": (-1.0, 1.0)}
 """The range of each score's histogram."""
 NUM_BINS = 40
 PAGE = "report.html"
