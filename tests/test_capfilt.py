@@ -285,7 +285,7 @@ def test_texts_are_kept_by_threshold_and_rank(settings: dict[str, Any], kept: li
     ("options", "words"),
     [
         (["run.captioner={arch: blip_retrieval, model_type: tiny}"], ("run.captioner.arch", "blip_retrieval")),
-        (["run.captioner={arch: blip_caption}"], ("run.captioner", "model_type")),
+        (["run.captioner.model_type=null"], ("run.captioner", "model_type")),
         (["run.captioner.checkpoint=/nowhere/a.pth"], ("run.captioner.checkpoint", "/nowhere/a.pth")),
         (["run.score=clip"], ("run.score", "run.ranker")),
         (["run.ranker={model: /nowhere/clip}"], ("run.ranker.model", "/nowhere/clip")),
@@ -295,7 +295,6 @@ def test_texts_are_kept_by_threshold_and_rank(settings: dict[str, Any], kept: li
             ("run.ranker.weights", "/nowhere/a.pt"),
         ),
         (["run.ranker={library: open_clip, model: ViT-Q-14}"], ("run.ranker.model", "ViT-Q-14")),
-        (["model={arch: blip_vqa, embed_dim: null}"], ("blip_vqa",)),
         (["run.shard_size=0"], ("run.shard_size", "0")),
     ],
 )
@@ -308,14 +307,17 @@ def test_mistakes_are_named_before_anything_is_written(
     assert not folder_of(recipe).exists()
 
 
-def test_a_captioner_alone_needs_a_ranker(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("arch", ["blip_caption", "blip_vqa"])
+def test_a_model_that_scores_nothing_needs_a_ranker(
+    arch: str, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     cfg = yaml.safe_load(recipe.read_text())
-    cfg["model"] = CAPTIONER
+    cfg["model"] = {**CAPTIONER, "arch": arch}
     cfg["run"]["captioner"] = None
     recipe.write_text(yaml.safe_dump(cfg))
     assert cli_helpers.evaluate(recipe) == 2
     error = last_error(capsys)
-    assert all(word in error for word in ("blip_caption", "match_scores", "run.ranker")), error
+    assert all(word in error for word in (arch, "match_scores", "run.ranker")), error
 
 
 # Read again

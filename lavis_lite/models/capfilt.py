@@ -90,7 +90,7 @@ def fingerprint(model: nn.Module) -> str:
 
 def check_captioner(section: dict[str, Any], where: str) -> None:
     """Raise InputError, before anything is built, for a section that names no model that writes captions."""
-    if not {"arch", "model_type"} <= section.keys():
+    if not (section.get("arch") and section.get("model_type")):
         raise InputError(f"{where}: needs arch and model_type, as the section `model`; got {section}")
     if not issubclass(registry.get_model_class(section["arch"]), Generates):
         raise InputError(f"{where}.arch: {section['arch']} writes no captions; choose blip_caption, blip2_opt ...")
