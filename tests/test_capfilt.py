@@ -269,7 +269,7 @@ def judged(**settings: Any) -> list[bool]:
         ({"threshold": 0.65}, [False, True, False, True]),
         ({"threshold": None}, [True, True, True, True]),
         ({"keep_best": 2}, [False, True, False, True]),
-        ({"threshold": None, "keep_best": 1, "score": "itc"}, [True, False, False, False]),
+        ({"threshold": None, "keep_best": 1, "filter_by": "itc"}, [True, False, False, False]),
         ({"filtered_sources": ["synthetic"], "threshold": 0.8}, [True, True, False, False]),
         ({"filtered_sources": ["web"]}, [False, True, True, True]),
     ],
@@ -287,7 +287,7 @@ def test_texts_are_kept_by_threshold_and_rank(settings: dict[str, Any], kept: li
         (["run.captioner={arch: blip_retrieval, model_type: tiny}"], ("run.captioner.arch", "blip_retrieval")),
         (["run.captioner.model_type=null"], ("run.captioner", "model_type")),
         (["run.captioner.checkpoint=/nowhere/a.pth"], ("run.captioner.checkpoint", "/nowhere/a.pth")),
-        (["run.score=clip"], ("run.score", "run.ranker")),
+        (["run.filter_by=clip"], ("run.filter_by", "run.ranker")),
         (["run.ranker={model: /nowhere/clip}"], ("run.ranker.model", "/nowhere/clip")),
         (["run.ranker={library: open_clip, model: ViT-L-14}"], ("run.ranker.weights", "openai")),
         (
@@ -392,7 +392,7 @@ def test_a_clip_of_transformers_ranks_a_captioners_texts(recipe: Path, tmp_path:
     cfg["run"] |= {
         "captioner": None,
         "ranker": ranker,
-        "score": "clip",
+        "filter_by": "clip",
         "threshold": None,
         "keep_best": 2,
         "num_captions": 4,

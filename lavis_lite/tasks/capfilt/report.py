@@ -99,7 +99,7 @@ def charts(summary: Summary, manifest: Manifest) -> Iterator[dict[str, Any]]:
     settings = manifest["settings"]
     for (name, source), counts in sorted(summary.histograms.items()):
         low, high = BINS[name]
-        is_judged = name == settings["score"] and source in settings["filtered_sources"]
+        is_judged = name == settings["filter_by"] and source in settings["filtered_sources"]
         line = settings["threshold"] if is_judged else None
         yield {
             "score": name,

@@ -74,7 +74,7 @@ class CapFiltTask(BaseTask):
     repetition_penalty: float = 1.0
     prompt: str | None = None
     """Start of every caption; None leaves it to the captioner."""
-    score: Literal["itm", "itc", "clip"] = "itm"
+    filter_by: Literal["itm", "itc", "clip"] = "itm"
     """The score that decides: the matching head's probability of a match, the cosine similarity, or the ranker's."""
     threshold: float | None = 0.5
     """Texts with a score above it are kept; 0.5 of `itm` is the head's own decision. None: no threshold."""
@@ -93,7 +93,7 @@ class CapFiltTask(BaseTask):
     sample_keys: ClassVar[tuple[str, ...]] = ("text_input", "instance_id")
     skips_unreadable: ClassVar[bool] = True
     bounds: ClassVar = {**DECODING_BOUNDS, "threshold": (-1.0, 1.0), "keep_best": (1, 10**6), "shard_size": (1, 10**7)}
-    choices: ClassVar = {"score": ("itm", "itc", "clip"), "output_format": get_args(OutputFormat)}
+    choices: ClassVar = {"filter_by": ("itm", "itc", "clip"), "output_format": get_args(OutputFormat)}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,8 +101,8 @@ class CapFiltTask(BaseTask):
         self.made_with: dict[str, Any] = {}
         if isinstance(self.ranker, Mapping):  # as the configuration has it
             self.ranker = RankerConfig(**self.ranker)
-        if (self.score == "clip") > (self.ranker is not None):
-            raise InputError("run.score: clip is the ranker's: give run.ranker")
+        if (self.filter_by == "clip") > (self.ranker is not None):
+            raise InputError("run.filter_by: clip is the ranker's: give run.ranker")
         if self.captioner is not None:
             check_captioner(self.captioner, "run.captioner")
         if self.num_captions > self.num_beams and not self.use_nucleus_sampling:
@@ -125,10 +125,8 @@ class CapFiltTask(BaseTask):
             raise InputError(f"run.ranker: reads images normalised as CLIP's; those of {arch} have {statistics}")
         if issubclass(model_class, ScoresPairs):
             return
-        if self.ranker is None or self.score != "clip" or not issubclass(model_class, Generates):
-            advice = (
-                "choose blip_retrieval, blip_image_text_matching ..., or a captioner with run.ranker and score: clip"
-            )
+        if self.ranker is None or self.filter_by != "clip" or not issubclass(model_class, Generates):
+            advice = "choose blip_retrieval, blip_image_text_matching ..., or a captioner with run.ranker and filter_by: clip"
             raise InputError(f"run.task: capfilt filters by match_scores, which {arch} does not have: {advice}")
         if self.captioner is not None:
             raise InputError(f"run.captioner: the run's model, {arch}, is a captioner already: leave one out")
@@ -229,8 +227,8 @@ class CapFiltTask(BaseTask):
         padded = [text for texts in read for text in texts + texts[-1:] * (most - len(texts))]
         scores = model.match_scores({"image": samples["image"], "text_input": padded})
         rows = {name: values.float().reshape(len(read), most).tolist() for name, values in scores.items()}
-        if self.score not in rows:
-            raise InputError(f"run.score={self.score}: the model gives only {', '.join(rows)}")
+        if self.filter_by not in rows:
+            raise InputError(f"run.filter_by={self.filter_by}: the model gives only {', '.join(rows)}")
         for row, (index, texts) in enumerate(zip(samples["positions"], written, strict=True)):
             record = annotation[index]
             shared = {"image": record["image"], "sample": index}
@@ -248,7 +246,7 @@ class CapFiltTask(BaseTask):
 
     def decide(self, texts: Sequence[Mapping[str, Any]]) -> list[bool]:
         """Return which texts of an image are kept."""
-        scores = [text[self.score] for text in texts]
+        scores = [text[self.filter_by] for text in texts]
         judged = [number for number, text in enumerate(texts) if text["source"] in self.filtered_sources]
         passed = [n for n in judged if self.threshold is None or scores[n] > self.threshold]
         best = sorted(passed, key=lambda number: -scores[number])[: self.keep_best]
