@@ -1,5 +1,6 @@
 """`lavis-lite capfilt`: chains of steps, their rows and seeds, what is done already, and the table."""
 
+import importlib.util
 import json
 import math
 import statistics
@@ -123,6 +124,27 @@ def test_gains_are_taken_seed_by_seed() -> None:
     assert lines[0] == ["TR"]
     assert lines[1] == ["none", "70.00", "±", f"{4.303 * 10 / math.sqrt(3):.2f}"]
     assert lines[3] == ["both", "-", "none", "+2.00", "±", f"{half:.2f}"]
+
+
+# The figures of the quickstart
+
+
+def test_precision_and_recall_are_of_wrong_web_texts() -> None:
+    spec = importlib.util.spec_from_file_location("capfilt_truth", ROOT / "run_scripts/capfilt_truth.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = module.Text
+    web = [text("web", kept, true) for kept, true in [(True, True)] * 5 + [(True, False)] + [(False, False)] * 3]
+    written = [text("synthetic", True, True)] * 2 + [text("synthetic", False, False)]
+    found = module.figures([*web, text("web", False, True), *written])
+    assert found["filter: precision on wrong web texts"] == pytest.approx(75)  # three of the four that were dropped
+    assert found["filter: recall on wrong web texts"] == pytest.approx(75)  # three of the four wrong ones
+    assert found["filter: recall on wrong written texts"] == 100
+    assert found["true texts: web, all"] == pytest.approx(60)
+    assert found["true texts: web, kept"] == pytest.approx(100 * 5 / 6)
+    assert found["true texts: after CapFilt"] == pytest.approx(100 * 7 / 8)
+    assert found["kept of the true web texts"] == pytest.approx(100 * 5 / 6)
+    assert module.figures([text("web", True, True)])["filter: precision on wrong web texts"] is None
 
 
 # From beginning to end

@@ -126,7 +126,7 @@ class CapFiltTask(BaseTask):
         if issubclass(model_class, ScoresPairs):
             return
         if self.ranker is None or self.filter_by != "clip" or not issubclass(model_class, Generates):
-            advice = "choose blip_retrieval, blip_image_text_matching ..., or a captioner with run.ranker and filter_by: clip"
+            advice = "choose blip_retrieval ..., or a captioner with run.ranker and run.filter_by: clip"
             raise InputError(f"run.task: capfilt filters by match_scores, which {arch} does not have: {advice}")
         if self.captioner is not None:
             raise InputError(f"run.captioner: the run's model, {arch}, is a captioner already: leave one out")
