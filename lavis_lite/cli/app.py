@@ -19,6 +19,7 @@ COMMANDS = {
     "evaluate": ("lavis_lite.cli.main", "evaluate_main", "Evaluate a model on the splits of a YAML."),
     "sweep": ("lavis_lite.cli.sweep", "main", "Evaluate a recipe by the alternatives of its protocol."),
     "table": ("lavis_lite.cli.table", "table_main", "Print a paper's tables next to what was measured here."),
+    "capfilt": ("lavis_lite.cli.capfilt", "main", "Caption and filter a web set, and pretrain on the kept texts."),
     "data": ("lavis_lite.cli.data.command", "main", "List, download, check and show datasets."),
     "convert": ("lavis_lite.convert.__main__", "main", "Convert weights to and from Hugging Face's layout."),
 }

@@ -1,4 +1,6 @@
-"""CapFilt's two models in one: the filter scores texts, and the captioner writes them (BLIP, section 3.3)."""
+"""CapFilt's models in one: the filter scores texts, the captioner writes them (BLIP, section 3.3), CLIP ranks them
+(BLIP-2, section 3.4).
+"""
 
 import hashlib
 import logging
@@ -7,12 +9,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lavis_lite.common.config.agreement import model_setting
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.registry import registry
 from lavis_lite.models.base import BaseModel
+from lavis_lite.models.clip_ranker import ClipRanker
 from lavis_lite.models.inputs import image_of
 from lavis_lite.models.loading import build, configured
 from lavis_lite.models.protocols import Generates, ScoresPairs
@@ -22,19 +25,32 @@ SAMPLED = 64
 
 
 class CapFiltModel(BaseModel):
-    """A model that scores pairs, and one that writes captions, or None.
+    """A filter, a captioner that takes images of `image_size`, and a ranker; any may be None, but not all that score.
 
-    It is built by the task `capfilt` of two model sections, and is not in the registry.
+    It is built by the task `capfilt` of its parts' sections, and is not in the registry.
     """
 
-    def __init__(self, *, scorer: BaseModel, captioner: BaseModel | None, image_size: int | None) -> None:
+    def __init__(
+        self,
+        *,
+        filter: BaseModel | None = None,
+        captioner: BaseModel | None = None,
+        ranker: ClipRanker | None = None,
+        image_size: int | None = None,
+    ) -> None:
         super().__init__()
-        self.scorer, self.captioner, self.image_size = scorer, captioner, image_size
+        self.filter, self.captioner, self.ranker, self.image_size = filter, captioner, ranker, image_size
 
     def match_scores(self, samples: dict[str, Any]) -> dict[str, Tensor]:
-        """Return the scorer's scores of each text."""
-        assert isinstance(self.scorer, ScoresPairs), type(self.scorer)
-        return dict(self.scorer.match_scores(samples))
+        """Return the scores of each text: the filter's `itm` and `itc`, the ranker's `clip`."""
+        scores: dict[str, Tensor] = {}
+        if self.filter is not None:
+            assert isinstance(self.filter, ScoresPairs), type(self.filter)
+            scores |= self.filter.match_scores(samples)
+        if self.ranker is not None:
+            image = resized(image_of(samples), self.ranker.image_size)
+            scores |= self.ranker.match_scores({**samples, "image": image})
+        return scores
 
     def generate(self, samples: dict[str, Any], **settings: Any) -> list[list[str]]:
         """Return the captioner's texts of each image, without blank ones and repetitions; none without a captioner."""
@@ -64,7 +80,7 @@ def resized(image: Tensor, size: int | None) -> Tensor:
     return F.interpolate(image, (size, size), mode="bicubic", antialias=True)
 
 
-def fingerprint(model: BaseModel) -> str:
+def fingerprint(model: nn.Module) -> str:
     """Return a short digest that differs if the weights do: of the first values of every tensor."""
     digest = hashlib.blake2b(digest_size=8)
     for tensor in model.state_dict().values():
@@ -74,10 +90,9 @@ def fingerprint(model: BaseModel) -> str:
 
 def check_captioner(section: dict[str, Any], where: str) -> None:
     """Raise InputError, before anything is built, for a section that names no model that writes captions."""
-    if not {"arch", "model_type"} <= section.keys():
+    if not (section.get("arch") and section.get("model_type")):
         raise InputError(f"{where}: needs arch and model_type, as the section `model`; got {section}")
-    model_class = registry.get_model_class(section["arch"])
-    if not issubclass(model_class, Generates):
+    if not issubclass(registry.get_model_class(section["arch"]), Generates):
         raise InputError(f"{where}.arch: {section['arch']} writes no captions; choose blip_caption, blip2_opt ...")
 
 

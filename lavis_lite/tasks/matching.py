@@ -51,7 +51,7 @@ class MatchingTask(BaseTask):
                 raise InputError("run.shuffle_images needs other images in the batch: set run.batch_size_eval above 1")
             samples = {**samples, "image": samples["image"].roll(1, dims=0)}
         scores = model.match_scores(samples)
-        return per_sample(samples, **{name: scores[name].float() for name in SCORES if name in scores})
+        return per_sample(samples, **{name: scores[name].float().tolist() for name in SCORES if name in scores})
 
     def score(self, results: list[Result], *, dataset: EvalDataset, split: str, result_dir: Path) -> Metrics:
         """Write `<split>_matching.json`, one entry per record; return `auc_itm` and `auc_itc` in percent."""

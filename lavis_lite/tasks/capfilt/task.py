@@ -1,10 +1,12 @@
 """CapFilt: write captions of a web set's images, score these and the web's texts, and keep the fitting ones (BLIP,
 section 3.3).
 
-The run's model scores; the captioner is a second one. Each process works on whole shards of samples, so what is
+The run's model is the filter, which scores texts; the captioner is a second one. BLIP-2's way (section 3.4) has a
+captioner as the run's model, and a CLIP that ranks its texts. Each process works on whole shards of samples, so what is
 written depends neither on the number of processes nor on interruptions.
 """
 
+import dataclasses
 import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +18,7 @@ import torch
 from torch import nn
 
 from lavis_lite.common import dist
+from lavis_lite.common.config.agreement import model_setting
 from lavis_lite.common.config.config import Config
 from lavis_lite.common.errors import InputError, MissingFileError
 from lavis_lite.common.records import Record
@@ -26,7 +29,8 @@ from lavis_lite.datasets.base import BaseDataset
 from lavis_lite.datasets.protocols import EvalDataset, Samples
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.capfilt import CapFiltModel, check_captioner, fingerprint, load_captioner
-from lavis_lite.models.protocols import ScoresPairs, method_names
+from lavis_lite.models.clip_ranker import RankerConfig, load_ranker
+from lavis_lite.models.protocols import Generates, ScoresPairs
 from lavis_lite.tasks.base import (
     DECODING_BOUNDS,
     BaseTask,
@@ -37,7 +41,7 @@ from lavis_lite.tasks.base import (
     naming_setting,
     unwrap,
 )
-from lavis_lite.tasks.capfilt.report import summarise
+from lavis_lite.tasks.capfilt.report import summarise, write_page
 from lavis_lite.tasks.capfilt.shards import OutputFormat, Shards
 
 logger = logging.getLogger(__name__)
@@ -53,8 +57,10 @@ class CapFiltTask(BaseTask):
     """Captions and filters the texts of a set of pairs, and writes them as shards that the reader `capfilt` reads."""
 
     captioner: dict[str, Any] | None = None
-    """Model that writes captions: `{arch, model_type, checkpoint, ...}`, as the section `model`. None: none are
-    written."""
+    """Model that writes captions, as a section `model`: `{arch, model_type, checkpoint, ...}`. None: the run's model
+    if it is one, else no captions are written."""
+    ranker: RankerConfig | None = None
+    """CLIP that scores texts, as `clip`; a run needs it whose model is a captioner."""
     num_captions: int = 1
     """Captions written per image; repeated ones count once."""
     use_nucleus_sampling: bool = True
@@ -68,8 +74,8 @@ class CapFiltTask(BaseTask):
     repetition_penalty: float = 1.0
     prompt: str | None = None
     """Start of every caption; None leaves it to the captioner."""
-    score: Literal["itm", "itc"] = "itm"
-    """The score that decides: the matching head's probability of a match, or the cosine similarity."""
+    filter_by: Literal["itm", "itc", "clip"] = "itm"
+    """The score that decides: the matching head's probability of a match, the cosine similarity, or the ranker's."""
     threshold: float | None = 0.5
     """Texts with a score above it are kept; 0.5 of `itm` is the head's own decision. None: no threshold."""
     keep_best: int | None = None
@@ -84,16 +90,19 @@ class CapFiltTask(BaseTask):
     shard_size: int = 1000
     """Samples per shard. A run that is continued repeats at most this many per process."""
 
-    model_methods: ClassVar[tuple[str, ...]] = method_names(ScoresPairs)
     sample_keys: ClassVar[tuple[str, ...]] = ("text_input", "instance_id")
     skips_unreadable: ClassVar[bool] = True
     bounds: ClassVar = {**DECODING_BOUNDS, "threshold": (-1.0, 1.0), "keep_best": (1, 10**6), "shard_size": (1, 10**7)}
-    choices: ClassVar = {"score": ("itm", "itc"), "output_format": get_args(OutputFormat)}
+    choices: ClassVar = {"filter_by": ("itm", "itc", "clip"), "output_format": get_args(OutputFormat)}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.seed = 0
         self.made_with: dict[str, Any] = {}
+        if isinstance(self.ranker, Mapping):  # as the configuration has it
+            self.ranker = RankerConfig(**self.ranker)
+        if (self.filter_by == "clip") > (self.ranker is not None):
+            raise InputError("run.filter_by: clip is the ranker's: give run.ranker")
         if self.captioner is not None:
             check_captioner(self.captioner, "run.captioner")
         if self.num_captions > self.num_beams and not self.use_nucleus_sampling:
@@ -101,12 +110,26 @@ class CapFiltTask(BaseTask):
 
     @classmethod
     def setup_task(cls, cfg: Config) -> Self:
+        """Return the task. Raises InputError if the run's model has no part in it."""
         task = cls(**cfg.task)
+        task._check_model_class(cfg.model)
         task.seed = cfg.run.seed
-        scorer = {key: cfg.model.get(key) for key in ("arch", "model_type", "checkpoint", "pretrained", "finetuned")}
-        own = {key: value for key, value in vars(task).items() if key != "made_with"}
-        task.made_with = {**own, "model": scorer, "batch_size_eval": cfg.run.batch_size_eval, "limit": cfg.run.limit}
+        named = {key: cfg.model.get(key) for key in ("arch", "model_type", "checkpoint", "pretrained", "finetuned")}
+        run = {"seed": cfg.run.seed, "batch_size_eval": cfg.run.batch_size_eval, "limit": cfg.run.limit}
+        task.made_with = {**dataclasses.asdict(task), **run, "model": named}
         return task
+
+    def _check_model_class(self, model: Mapping[str, Any]) -> None:
+        arch, model_class = model["arch"], registry.get_model_class(model["arch"])
+        if self.ranker is not None and (statistics := model_class.image_statistics(model)) is not None:
+            raise InputError(f"run.ranker: reads images normalised as CLIP's; those of {arch} have {statistics}")
+        if issubclass(model_class, ScoresPairs):
+            return
+        if self.ranker is None or self.filter_by != "clip" or not issubclass(model_class, Generates):
+            advice = "choose blip_retrieval ..., or a captioner with run.ranker and run.filter_by: clip"
+            raise InputError(f"run.task: capfilt filters by match_scores, which {arch} does not have: {advice}")
+        if self.captioner is not None:
+            raise InputError(f"run.captioner: the run's model, {arch}, is a captioner already: leave one out")
 
     def check(self, model_class: type, dataset: EvalDataset, batch: Samples, *, split: str) -> None:
         """Raise InputError for a dataset whose records name no image files, or a captioner without its weights."""
@@ -118,6 +141,8 @@ class CapFiltTask(BaseTask):
             download.is_url(weights) or download.is_folder(weights) or Path(weights).expanduser().exists()
         ):
             raise MissingFileError(f"run.captioner.checkpoint: no such file: {weights}")
+        if self.ranker is not None:
+            self.ranker.check()
 
     def check_model(self, model: BaseModel, dataset: EvalDataset, batches: Sequence[Samples], *, split: str) -> None:
         """Raise InputError for lengths that the captioner has no room for."""
@@ -126,13 +151,17 @@ class CapFiltTask(BaseTask):
                 model.check_generate(self.prompted(samples), **self.decoding_settings())
 
     def build_model(self, cfg: Config) -> CapFiltModel:
-        """Return the configuration's model as the scorer, with the captioner."""
-        scorer, captioner, size = super().build_model(cfg), None, None
+        """Return the configuration's model, the captioner and the ranker as one."""
+        device = dist.resolve_device(cfg.run.device)
+        ranker = None if self.ranker is None else load_ranker(self.ranker, device=device)
+        model, size = super().build_model(cfg), model_setting(cfg.model, "image_size")
+        is_filter = isinstance(model, ScoresPairs)
+        captioner = None if is_filter else model
         if self.captioner is not None:
-            captioner, size = load_captioner(self.captioner, device=dist.resolve_device(cfg.run.device))
-        weights = [fingerprint(model) for model in (scorer, captioner) if model is not None]
-        self.made_with["weights"] = " ".join(weights)
-        return CapFiltModel(scorer=scorer, captioner=captioner, image_size=size)
+            captioner, size = load_captioner(self.captioner, device=device)
+        parts = [part for part in (model, self.captioner and captioner, ranker) if isinstance(part, nn.Module)]
+        self.made_with["weights"] = " ".join(map(fingerprint, parts))
+        return CapFiltModel(filter=model if is_filter else None, captioner=captioner, ranker=ranker, image_size=size)
 
     def prompted(self, samples: Samples) -> Samples:
         """Return the image, and the prompt if there is one, for the captioner."""
@@ -184,7 +213,9 @@ class CapFiltTask(BaseTask):
 
         def conclude() -> Metrics:
             shards.finish()
-            return summarise(shards, seed=self.seed, title=f"CapFilt: {split}")
+            summary = summarise(shards.manifest, seed=self.seed)
+            logger.info(f"wrote {write_page(shards.manifest, summary, title=f'Texts of {split}')}")
+            return summary.metrics()
 
         return dist.on_main(conclude)
 
@@ -196,8 +227,8 @@ class CapFiltTask(BaseTask):
         padded = [text for texts in read for text in texts + texts[-1:] * (most - len(texts))]
         scores = model.match_scores({"image": samples["image"], "text_input": padded})
         rows = {name: values.float().reshape(len(read), most).tolist() for name, values in scores.items()}
-        if self.score not in rows:
-            raise InputError(f"run.score={self.score}: the model gives only {', '.join(rows)}")
+        if self.filter_by not in rows:
+            raise InputError(f"run.filter_by={self.filter_by}: the model gives only {', '.join(rows)}")
         for row, (index, texts) in enumerate(zip(samples["positions"], written, strict=True)):
             record = annotation[index]
             shared = {"image": record["image"], "sample": index}
@@ -215,7 +246,7 @@ class CapFiltTask(BaseTask):
 
     def decide(self, texts: Sequence[Mapping[str, Any]]) -> list[bool]:
         """Return which texts of an image are kept."""
-        scores = [text[self.score] for text in texts]
+        scores = [text[self.filter_by] for text in texts]
         judged = [number for number, text in enumerate(texts) if text["source"] in self.filtered_sources]
         passed = [n for n in judged if self.threshold is None or scores[n] > self.threshold]
         best = sorted(passed, key=lambda number: -scores[number])[: self.keep_best]
