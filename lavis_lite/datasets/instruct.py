@@ -117,7 +117,8 @@ class InstructDataset(BaseDataset):
         return sample | {key: record[key] for key in kept if record.get(key) is not None}
 
     def files_of(self, record: Record) -> list[str]:
-        return [record[visual_field(record)]]
+        file = record[visual_field(record)]
+        return [file] if isinstance(file, str) else []
 
     def visual(self, record: Record) -> Any:
         """Return the record's image, or its video's frames."""

@@ -21,6 +21,8 @@ class RetrievalEvalDataset(CaptionDataset):
     `img2txt[i]` lists the texts of image i, `txt2img[t]` is the image of text t.
     """
 
+    reads_tables = False
+
     def arrange(self, records: list[Record]) -> list[Record]:
         images = merge_images(records, self.place, root=self.vis_root)
         self.text: list[str] = []

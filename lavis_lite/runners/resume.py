@@ -15,6 +15,7 @@ from lavis_lite.common.errors import DamagedFileError, InputError
 from lavis_lite.common.optim import build_optimizer
 from lavis_lite.datasets.base import BaseDataset
 from lavis_lite.datasets.protocols import SampleDataset
+from lavis_lite.datasets.shard_tables import content_digest
 from lavis_lite.models.base import BaseModel
 from lavis_lite.runners import jobs
 from lavis_lite.runners.loaders import Datasets, JoinedSplits, train_sets
@@ -213,6 +214,9 @@ def _digest(dataset: SampleDataset) -> str | None:
         return None
     digest = hashlib.blake2b(digest_size=8)
     for path in files:
+        if own := content_digest(path):  # of a table of shards, wherever they are
+            digest.update(own)
+            continue
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "blake2b").digest())
     return digest.hexdigest()

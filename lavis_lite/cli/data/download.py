@@ -51,7 +51,7 @@ def download_annotations(named: NamedDataset) -> int:
     failed = 0
     for key in named.annotation_keys():
         for file in annotation_files(named.build_info, key, owner=named.name):
-            failed += not _tried(f"{named.name}/{key}", file.fetch)
+            failed += not _tried(f"{named.name}/{key}", lambda file=file: ", ".join(map(str, file.fetch())))
     return failed
 
 
@@ -146,8 +146,8 @@ def _list_records(
 ) -> Iterator[tuple[str, Sequence[Mapping[str, Any]]]]:
     if listed.url is None:
         for file in annotation_files(named.build_info, split, owner=named.name):
-            path = file.fetch()
-            yield str(path), read_records(path)
+            for path in file.fetch():
+                yield str(path), read_records(path)
         return
     path = download.fetch(listed.url)
     content = read_json(path)
