@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import cli_helpers
 import numpy as np
 import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from lavis_lite.cli.data.command import main
 from lavis_lite.common.errors import InputError, MissingFileError, UnreachableError, UnreadableSample
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets import folders, hub
@@ -152,7 +154,7 @@ def test_several_tables_and_patterns(root: Path, tmp_path: Path) -> None:
     assert seen(build(str(tmp_path / "part-*.parquet"), root)) == flat()
     both = [str(tmp_path / "part-1.parquet"), str(tmp_path / "more.jsonl")]
     assert seen(build(both, root)) == flat({name: CAPTIONS[name] for name in ("blue", "grey")}) + flat()
-    with pytest.raises(MissingFileError, match=r"annotations\.train\.storage: .*shard-\*\.parquet"):
+    with pytest.raises(MissingFileError, match=r"annotations\.train: .*shard-\*\.parquet"):
         build(str(tmp_path / "shard-*.parquet"), root)
 
 
@@ -444,3 +446,65 @@ def test_a_split_has_an_image_folder_of_its_own(root: Path, tmp_path: Path) -> N
     info["annotations"]["train"]["images"] = str(tmp_path / "gone")
     with pytest.raises(MissingFileError, match=r"image folder not found: .*gone"):
         registry.get_builder_class("pairs")(build_info=info).build(["train"])
+
+
+# The commands
+
+
+def recipe(tmp_path: Path, root: Path) -> Path:
+    """A recipe with two sources: a table with images, of which a split is cut off, and a folder."""
+    rows = [{"image": (root / f"{name}.png").read_bytes(), "caption": name, "image_id": name} for name in COLOURS]
+    pq.write_table(pa.Table.from_pylist(rows * 5), tmp_path / "a.parquet")
+    for name in COLOURS:
+        (root / f"{name}.txt").write_text(name)
+    path = tmp_path / "own.yaml"
+    path.write_text(f"""
+model: {{arch: blip_caption, model_type: tiny}}
+datasets:
+  cards:
+    layout: caption
+    split_off: {{val: 0.5}}
+    build_info: {{annotations: {{train: {{storage: {tmp_path}/a.parquet}}}}}}
+  folder:
+    layout: caption
+    build_info: {{annotations: {{train: {{storage: {root}}}}}}}
+run: {{task: captioning, train_splits: [train], valid_splits: [val], output_dir: {tmp_path}/out, max_epoch: 1,
+  batch_size_train: 2, batch_size_eval: 2, report_metric: false, train_dataset_sampling: sqrt, num_workers: 0}}
+""")
+    return path
+
+
+def run_data(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(list(map(str, argv)))
+    return ended.value.code, "".join(capsys.readouterr())
+
+
+def test_the_data_commands_know_all_sources(tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = recipe(tmp_path, root)
+    code, out = run_data(capsys, "status", path)
+    assert code == 0, out
+    assert str(tmp_path / "a.parquet") in out
+    code, out = run_data(capsys, "check", path, "--decode", "all")
+    assert code == 0, out
+    assert "4 images, all there" in out
+    sizes = [int(line.split()[0]) for line in out.splitlines() if line.endswith("samples with images in the table")]
+    assert sum(sizes[:1]) % 5 == 0
+    assert run_data(capsys, "preview", path, "--out", tmp_path / "sheet.png", "-n", 3)[0] == 0
+    assert Image.open(tmp_path / "sheet.png").width > 300
+    pq.write_table(pa.Table.from_pylist([{"image": b"broken", "caption": "x"}]), tmp_path / "a.parquet")
+    path.write_text(path.read_text().replace("    split_off: {val: 0.5}\n", ""))
+    code, out = run_data(capsys, "check", path, "--decode", "all")
+    assert code == 1
+    assert "1 of 1 images cannot be decoded" in out
+    assert "a.parquet: row 0" in out
+    path.write_text(path.read_text().replace("a.parquet", "b-*.parquet"))
+    code, out = run_data(capsys, "status", path)
+    assert code == 1
+    assert "MISSING" in out
+    assert "b-*.parquet" in out
+
+
+@pytest.mark.slow
+def test_a_run_trains_on_all_sources(tmp_path: Path, root: Path) -> None:
+    assert cli_helpers.train(recipe(tmp_path, root), "run.valid_splits=[]") == 0

@@ -288,6 +288,8 @@ class BaseBuilder:
         if not there:
             raise InputError(f"{name}: build_info.annotations names no split; give {{train: {{storage: FILE}}}}")
         wanted = there if splits is None else list(splits)
+        if lost := self.split_off.keys() - set(there):
+            raise InputError(f"split_off.{min(lost)}: {name} has files of its own, and no split is cut from them")
         if unknown := [split for split in wanted if split not in there]:
             raise UnknownNameError(f"{name} has no split {unknown[0]!r}; there are {', '.join(there)}")
         self.prepare(wanted)
@@ -312,11 +314,11 @@ class BaseBuilder:
         """Return the split's annotation files and folders on disk, fetched if need be; of shards the table of their
         samples.
         """
-        files = annotation_files(self.build_info, self._source(split), owner=type(self).__name__)
+        files = annotation_files(self.build_info, self.source_of(split), owner=type(self).__name__)
         paths = [path for file in files for path in file.fetch()]
         return [shard_table(paths, self.incomplete_samples)] if paths and all(map(is_shard, paths)) else paths
 
-    def _source(self, split: str) -> str:
+    def source_of(self, split: str) -> str:
         """Return the split that has the files: itself, or the one that it is cut from."""
         return WHOLE if split in self.split_off else split
 
@@ -335,17 +337,13 @@ class BaseBuilder:
 
     def split_root(self, split: str) -> Path:
         """Return the folder of a split's images: its own, the folder of images that is its storage, or `image_root`."""
-        owner, source = type(self).__name__, self._source(split)
-        entry = section_of(self.build_info, "annotations").get(source) or {}
-        if entry.get("images"):
-            folder = split_folder(self.build_info, source, owner=owner)
-            if not folder.path().is_dir():
-                raise missing_folder(folder, owner=owner, is_packaged=False)
-            return folder.path()
+        folder = split_folder(self.build_info, self.source_of(split))
+        if folder is not None and not folder.path().is_dir():
+            raise missing_folder(folder, owner=type(self).__name__, is_packaged=False)
         paths = self.annotation_paths(split)
-        if len(paths) == 1 and paths[0].is_dir() and not is_saved(paths[0]):
+        if folder is None and len(paths) == 1 and paths[0].is_dir() and not is_saved(paths[0]):
             return paths[0]
-        return self.image_root()
+        return self.image_root() if folder is None else folder.path()
 
     def dataset_class(self, split: str) -> type[BaseDataset]:
         """Return the class of the split's dataset."""

@@ -103,9 +103,9 @@ class HubSplit:
         )
 
 
-def is_hub(storage: str | None) -> bool:
+def is_hub(storage: str) -> bool:
     """Return whether a storage is an address of the hub."""
-    return storage is not None and storage.startswith(SCHEME)
+    return storage.startswith(SCHEME)
 
 
 def parse(storage: str, split: str, *, where: str) -> HubSplit:

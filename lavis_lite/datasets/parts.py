@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from lavis_lite.common.errors import InputError
@@ -81,10 +82,8 @@ def image_identity(record: Record) -> bytes:
 class HasFiles(Protocol):
     """A dataset whose samples name files."""
 
-    vis_root: os.PathLike[str]
-
-    @property
-    def annotation(self) -> Sequence[Record]: ...
+    vis_root: Path
+    annotation: Sequence[Record]
 
     def __len__(self) -> int: ...
 

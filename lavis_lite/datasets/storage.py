@@ -55,7 +55,8 @@ class AnnotationFile:
     def hub_split(self) -> hub.HubSplit | None:
         """The data set of the hub that the storage names; None for a path."""
         split = self.where.rpartition(".")[2]
-        return hub.parse(self.storage, split, where=f"{self.where}.storage") if hub.is_hub(self.storage) else None
+        storage = self.storage or ""
+        return hub.parse(storage, split, where=f"{self.where}.storage") if hub.is_hub(storage) else None
 
     def found(self) -> Path | None:
         """Return the file or folder if it is on this machine; a copy in the cache of downloads counts."""
@@ -159,7 +160,7 @@ def annotation_files(build_info: Mapping[str, Any], split: str, *, owner: str) -
     """Return the annotation files of a split; of a pattern in `storage`, such as `part-*.parquet`, those that match it.
     `owner` is the dataset's name for messages.
 
-    Raises InputError for unknown keys, and for lists of different lengths; MissingFileError if nothing matches.
+    Raises InputError for unknown keys, and for lists of different lengths.
     """
     entry, where = section_of(build_info, "annotations")[split], f"build_info.annotations.{split}"
     check_keys(entry, SPLIT_KEYS, where)
@@ -167,7 +168,7 @@ def annotation_files(build_info: Mapping[str, Any], split: str, *, owner: str) -
     for key in ("url", "storage"):
         given[key] = [name for pattern in given[key] for name in _in_braces(pattern)]
     if not given["url"]:
-        given["storage"] = [path for storage in given["storage"] for path in _matches(storage, where)]
+        given["storage"] = [path for storage in given["storage"] for path in _matches(storage)]
     count = max(len(given["url"]), len(given["storage"]))
     if not count:
         raise InputError(f"{owner}: {where} needs a url or a storage")
@@ -208,15 +209,14 @@ def stream_names(build_info: Mapping[str, Any], split: str, *, owner: str) -> li
     return names
 
 
-def _matches(storage: str, where: str) -> list[str]:
-    """Return the paths that match a pattern, sorted; a storage that is not a pattern, or exists as it is, itself."""
+def _matches(storage: str) -> list[str]:
+    """Return the paths that match a pattern, sorted; a storage that is not a pattern, exists as it is, or matches
+    nothing, itself.
+    """
     path = resolve_storage(storage)
     if is_address(storage) or not glob.has_magic(storage) or path.exists():
         return [storage]
-    found = sorted(glob.glob(str(path), recursive=True))
-    if not found:
-        raise MissingFileError(f"{where}.storage: no file matches {path}; correct the pattern. {STATUS_HINT}.")
-    return found
+    return sorted(glob.glob(str(path), recursive=True)) or [storage]
 
 
 def num_samples(build_info: Mapping[str, Any], split: str) -> int | None:
@@ -252,10 +252,10 @@ def visual_folder(build_info: Mapping[str, Any], *, owner: str) -> VisualFolder 
     return VisualFolder(kind=kind, storage=section["storage"], archives=archives, listed=listed, needed=needed)
 
 
-def split_folder(build_info: Mapping[str, Any], split: str, *, owner: str) -> VisualFolder | None:
-    """Return the folder of a split's images or videos: its own (`annotations.<split>.images`), else the dataset's."""
+def split_folder(build_info: Mapping[str, Any], split: str) -> VisualFolder | None:
+    """Return the folder of images or videos that a split has for itself (`annotations.<split>.images`), if any."""
     own = (section_of(build_info, "annotations").get(split) or {}).get("images")
-    return VisualFolder(kind="images", storage=own) if own else visual_folder(build_info, owner=owner)
+    return VisualFolder(kind="images", storage=own) if own else None
 
 
 def _sources(kind: type[Any], entries: Any, where: str) -> tuple[Any, ...]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os.path
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 
@@ -31,7 +33,7 @@ class Selection:
         chunks = [np.zeros((0, 2), dtype=np.int32)]
         for start in range(0, len(self.table), CHUNK):
             records = self.table.records(range(start, min(start + CHUNK, len(self.table))))
-            self.check(records, lambda number, start=start: self.table.place(start + number))
+            self.check(records, partial(self._place, start))
             pairs = [(start + n, item) for n, record in enumerate(records) for item in self._items(record)]
             chunks.append(np.array(pairs, dtype=np.int32).reshape(-1, 2))
         chosen = np.concatenate(chunks)
@@ -45,6 +47,9 @@ class Selection:
         rows, items = np.ascontiguousarray(chosen.T)
         check_unique_ids(self.table, rows[np.diff(rows, prepend=-1) != 0])
         return TableRecords(self.table, rows, items, item_field=self.item_field)
+
+    def _place(self, start: int, number: int) -> str:
+        return self.table.place(start + number)
 
     def _items(self, record: Record) -> Iterator[int]:
         """Yield the items of a record that are samples."""
@@ -124,8 +129,7 @@ def image_numbers(samples: TableRecords) -> np.ndarray:
 
 
 def _check_images(table: Table, rows: np.ndarray, ids: np.ndarray, paths: np.ndarray) -> None:
-    import os.path
-
+    """Raise InputError, with both rows, if two different images of these rows have the same id."""
     order = np.lexsort((paths[rows], ids[rows]))
     chosen = rows[order]
     differ = (ids[chosen][1:] == ids[chosen][:-1]) & (paths[chosen][1:] != paths[chosen][:-1])
