@@ -111,7 +111,7 @@ class ImageTextModel(BaseModel):
         if mode == "text":
             states = self.text_states(*self.cut_texts(texts_of(samples, None)))
             return Output({"text_embeds": states, "text_embeds_proj": project(self.text_proj, states)})
-        image = image_of(samples, answering=True)
+        image = image_of(samples, video=self.takes_video, answering=True)
         if mode == "image":
             states = self.image_states(image)
             return Output({"image_embeds": states, "image_embeds_proj": project(self.vision_proj, states)})
@@ -153,7 +153,7 @@ class MatchingModel(ImageTextModel):
         texts, whose number is that of the images for BLIP. The first `max_txt_len` tokens of a text count.
         """
         one_of("match_head", match_head, ("itm", "itc"))
-        image = image_of(samples, answering=True)
+        image = image_of(samples, video=self.takes_video, answering=True)
         is_paired = match_head == "itm" or self.one_text_per_image
         ids, mask = self.cut_texts(texts_of(samples, len(image) if is_paired else None))
         if match_head == "itm":

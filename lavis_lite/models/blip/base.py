@@ -24,6 +24,7 @@ from lavis_lite.models.initialise import (
 from lavis_lite.models.tokenizers import blip_tokenizer
 from lavis_lite.nn.attention import MAX_VOCABULARY, BertConfig
 from lavis_lite.nn.momentum import ModulePair, copy_parameters
+from lavis_lite.nn.video import frame_tokens
 from lavis_lite.nn.vision import BlipViT, check_sizes, encoder_scale, interpolate_pos_embed, vit_config
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,6 @@ class BlipBase(BaseModel):
     """
 
     hf = BlipAdapter()
-    takes_video: ClassVar[bool] = False
     learns_answers: ClassVar[bool] = False
     momentum_parts: tuple[str, ...] = ()
     """Modules that have a momentum encoder, `<name>_m`."""
@@ -81,6 +81,10 @@ class BlipBase(BaseModel):
         """Return sizes of a text transformer that attends to states of this width (default: the image encoder's)."""
         width = self.visual_encoder.width if context_width is None else context_width
         return BertConfig(**self.med, context_width=width, **sizes)
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """Return the tokens (B,S,E) of images, or of videos (B,3,F,H,W) those of all frames."""
+        return frame_tokens(self.visual_encoder, image)
 
     @property
     def encoder_start(self) -> int:

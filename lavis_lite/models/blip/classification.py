@@ -6,7 +6,7 @@ Unlike the other image-grounded models it keeps `[CLS]` as the text's first toke
 
 import logging
 from collections.abc import MutableMapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ MOMENTUM_PARTS = ("visual_encoder", "text_encoder", "cls_head")
 class BlipClassification(BlipBase):
     """Classifies (image, text)."""
 
+    takes_video: ClassVar[bool] = False
     newly_initialized = ("cls_head.",)
     visual_encoder_m: BlipViT
     text_encoder_m: BertModel

@@ -24,6 +24,7 @@ from lavis_lite.nn.bert import BertModel
 from lavis_lite.nn.learning import TEMPERATURE_LIMITS, contrast_metrics
 from lavis_lite.nn.losses import draw_negatives, momentum_targets, soft_cross_entropy
 from lavis_lite.nn.momentum import enqueue, update_momentum
+from lavis_lite.nn.video import first_tokens, frame_tokens
 from lavis_lite.nn.vision import BlipViT
 
 MAX_QUEUE = 10**7
@@ -104,7 +105,7 @@ class BlipMomentum(BlipMatching):
         if update:
             self.temp.clamp_(*TEMPERATURE_LIMITS)
             update_momentum(self.momentum_pairs(), self.momentum)
-        image_feat = project(self.vision_proj_m, self.visual_encoder_m(image)[:, 0])
+        image_feat = project(self.vision_proj_m, first_tokens(frame_tokens(self.visual_encoder_m, image), image))
         text_feat = project(self.text_proj_m, self.text_encoder_m(ids, mask)[0][:, 0])
         images, texts = self.candidates(image_feat).t(), self.candidates(text_feat).t()
         return MomentumFeatures(
@@ -161,7 +162,7 @@ class BlipMomentum(BlipMatching):
                 return Output(
                     image_embeds=parts.tokens,
                     text_embeds=self.text_states(*parts.texts),
-                    image_embeds_m=self.visual_encoder_m(parts.image),
+                    image_embeds_m=frame_tokens(self.visual_encoder_m, parts.image),
                     text_embeds_m=self.text_encoder_m(*parts.texts)[0],
                     itm_logits=parts.pairs,
                     itm_labels=is_match.long(),

@@ -4,7 +4,7 @@
 
 import re
 from collections.abc import MutableMapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ SINGLE_STREAM = re.compile(r"\.crossattention\.(self|output\.dense)(?=\.)")
 class BlipNLVR(BlipBase):
     """Classifies (image0, image1, statement)."""
 
+    takes_video: ClassVar[bool] = False
     newly_initialized = ("cls_head.", "merge_layer")
 
     def __init__(self, *, num_classes: int = 2, **parts: Any) -> None:
