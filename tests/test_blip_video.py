@@ -1,4 +1,4 @@
-"""Videos in BLIP's models and in retrieval: against frames encoded one by one, and through evaluate.py on small clips."""
+"""Videos in BLIP's models and in retrieval: against frames encoded one by one, and through evaluate.py on clips."""
 
 import json
 from pathlib import Path
