@@ -17,8 +17,12 @@ def frame_tokens(encoder: ImageEncoder, image: Tensor) -> Tensor:
     return encoder(frames_BF.flatten(0, 1)).unflatten(0, frames_BF.shape[:2]).flatten(1, 2)
 
 
-def first_tokens(tokens: Tensor, image: Tensor) -> Tensor:
-    """Return the first token (B,E) of the images, or of videos (B,3,F,H,W) the mean of the frames' first tokens."""
+def visual_summary(encoder: ImageEncoder, tokens: Tensor, image: Tensor) -> Tensor:
+    """Return what stands for a whole image among its tokens, (B,E): the class token, or the mean of all tokens if the
+    encoder has none. Of videos (B,3,F,H,W) it is the mean over the frames.
+    """
+    if not encoder.has_class_token:
+        return tokens.mean(dim=1)
     if image.dim() == 4:
         return tokens[:, 0]
     return tokens.unflatten(1, (image.shape[2], -1))[:, :, 0].mean(dim=1)

@@ -34,7 +34,7 @@ class BlipCaption(BlipBase, CaptionModel):
 
     def __init__(self, *, prompt: str | None = "a picture of ", max_txt_len: int = 40, **parts: Any) -> None:
         super().__init__(max_txt_len=max_txt_len, **parts)
-        self.text_decoder = BertLMHeadModel(self.text_config())
+        self.text_decoder = self.adapted(BertLMHeadModel(self.text_config()))
         self.prompt = prompt or ""
         self._warned_of_prompt = False
 

@@ -40,7 +40,7 @@ class BlipVisDial(BlipBase):
         super().__init__(max_txt_len=max_txt_len, **parts)
         self.tokenizer.truncation_side = "left"
         config = self.text_config()
-        self.text_encoder = BertModel(config)
+        self.text_encoder = self.adapted(BertModel(config))
         self.itm_head = nn.Linear(config.hidden_size, 2)
         width = self.visual_encoder.width
         self.caption_proj = nn.Identity() if width == config.hidden_size else nn.Linear(config.hidden_size, width)

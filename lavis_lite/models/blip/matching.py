@@ -13,7 +13,7 @@ from lavis_lite.models.blip.base import BlipBase
 from lavis_lite.models.image_text import FeatureModel, ImageTextModel, MatchingModel, project, scored
 from lavis_lite.nn.attention import CrossAttentionKV
 from lavis_lite.nn.bert import BertModel
-from lavis_lite.nn.video import first_tokens
+from lavis_lite.nn.video import visual_summary
 
 
 class BlipMatching(BlipBase, ImageTextModel):
@@ -27,7 +27,7 @@ class BlipMatching(BlipBase, ImageTextModel):
         super().__init__(**parts)
         check_number("model.embed_dim", embed_dim, 1, MAX_WIDTH)
         config = self.text_config()
-        self.text_encoder = BertModel(config)
+        self.text_encoder = self.adapted(BertModel(config))
         self.vision_proj = nn.Linear(self.visual_encoder.width, embed_dim)
         self.text_proj = nn.Linear(config.hidden_size, embed_dim)
 
@@ -37,7 +37,7 @@ class BlipMatching(BlipBase, ImageTextModel):
     def image_features(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Return tokens and normalised features; a video's is that of the mean over its frames."""
         tokens = self.encode_image(image)
-        return tokens, project(self.vision_proj, first_tokens(tokens, image))
+        return tokens, project(self.vision_proj, visual_summary(self.visual_encoder, tokens, image))
 
     def text_states(self, ids: Tensor, mask: Tensor, context: CrossAttentionKV | None = None) -> Tensor:
         """Return states (B,T,E) of the texts, alone or, with `[ENC]` as first token, grounded in images."""

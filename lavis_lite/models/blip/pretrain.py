@@ -26,7 +26,7 @@ class BlipPretrain(BlipMomentum):
 
     def __init__(self, *, prompt: str = "a picture of ", max_txt_len: int = 30, **parts: Any) -> None:
         super().__init__(max_txt_len=max_txt_len, **parts)
-        self.text_decoder = BertLMHeadModel(self.text_config())
+        self.text_decoder = self.adapted(BertLMHeadModel(self.text_config()))
         self.text_decoder.share_with_encoder(self.text_encoder)
 
     def forward(self, samples: dict[str, Any]) -> Output:

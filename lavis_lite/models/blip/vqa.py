@@ -40,8 +40,8 @@ class BlipVQA(BlipBase, AnswerModel):
         super().__init__(max_txt_len=max_txt_len, **parts)
         self.decoder_sees_padding = decoder_sees_padding
         config = self.text_config()
-        self.text_encoder = BertModel(config)
-        self.text_decoder = BertLMHeadModel(self.text_config(context_width=config.hidden_size))
+        self.text_encoder = self.adapted(BertModel(config))
+        self.text_decoder = self.adapted(BertLMHeadModel(self.text_config(context_width=config.hidden_size)))
 
     def forward(self, samples: dict[str, Any]) -> Output:
         """Loss of the answers, each weighted, summed over a question's answers and averaged over the batch.
