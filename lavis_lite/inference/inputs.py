@@ -146,17 +146,19 @@ def load_image(item: Item, processor: Any) -> torch.Tensor:
         image = Image.fromarray(image.squeeze())
     if isinstance(image, str | Path):
         path = download.fetch(image) if isinstance(image, str) and download.is_url(image) else Path(image)
-        own = (
-            {"background": processor.background, "max_pixels": processor.max_pixels}
-            if isinstance(processor, ImageProcessor)
-            else {}
-        )
-        image = open_image(path, **own)
+        image = open_image(path, **settings_of(processor))
     if not isinstance(image, Image.Image):
         kind = type(image).__name__
         raise InputTypeError(f"image {item.name}: expected a path, a PIL image, an array or a tensor, got {kind}")
     tensor: torch.Tensor = processor(image)
     return tensor
+
+
+def settings_of(processor: Any) -> dict[str, Any]:
+    """Return the settings of an image processor that hold for opening files, too."""
+    if not isinstance(processor, ImageProcessor):
+        return {}
+    return {"background": processor.background, "max_pixels": processor.max_pixels}
 
 
 def column_of(items: Sequence[Item], column: str, flag: str) -> list[str]:

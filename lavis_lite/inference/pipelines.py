@@ -123,8 +123,8 @@ class Pipeline(ABC):
         """Raise InputError for settings that `predict` would refuse."""
 
     @abstractmethod
-    def predict(self, image: Tensor, own_texts: list[str], **settings: Any) -> list[Prediction]:
-        """Return the results of a batch of images (B,3,S,S), each with its own text."""
+    def predict(self, *batch: Any, **settings: Any) -> list[Prediction]:
+        """Return the results of a batch: images (B,3,S,S), and each one's own text."""
 
 
 class CaptionPipeline(Pipeline):
@@ -214,7 +214,7 @@ class MatchPipeline(Pipeline):
         texts = settings.get("texts")
         settings["texts"] = candidate_texts([texts] if isinstance(texts, str) else texts, " in texts")
 
-    def predict(self, image: Tensor, own_texts: list[str], *, texts: list[str]) -> list[Prediction]:
+    def predict(self, image: Tensor, own_texts: list[str], *, texts: Sequence[str]) -> list[Prediction]:
         assert isinstance(self.model, ScoresPairs)
         parts = []
         for start in range(0, len(texts), TEXTS_PER_STEP):

@@ -84,7 +84,7 @@ def with_options(kind: type[Any], **defaults: Any) -> Callable[[Callable[..., No
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         shared_hints = get_type_hints(kind, include_extras=True)
         own_hints = get_type_hints(function, include_extras=True)
-        own = [name for name in own_hints if name in (function.__kwdefaults__ or {})]
+        own: dict[str, Any] = function.__kwdefaults__ or {}
         shared = {
             one.name: defaults.get(one.name, Parameter.empty if one.default is MISSING else one.default)
             for one in fields(kind)
@@ -100,8 +100,8 @@ def with_options(kind: type[Any], **defaults: Any) -> Callable[[Callable[..., No
         ]
         at = sum(parameter.default is Parameter.empty for parameter in parameters)  # own options come after arguments
         parameters[at:at] = [
-            Parameter(name, Parameter.KEYWORD_ONLY, default=function.__kwdefaults__[name], annotation=own_hints[name])
-            for name in own
+            Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=own_hints[name])
+            for name, default in own.items()
         ]
         command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
         command.__name__, command.__doc__ = function.__name__, function.__doc__

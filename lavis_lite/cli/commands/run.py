@@ -76,7 +76,12 @@ class Job:
 
     def _to_file(self, out: Path, items: Sequence[Item]) -> int:
         options = self.options
-        made_with = {"task": self.task, "model": options.model, "checkpoint": options.checkpoint, "seed": self.seed}
+        made_with: dict[str, Any] = {
+            "task": self.task,
+            "model": options.model,
+            "checkpoint": options.checkpoint,
+            "seed": self.seed,
+        }
         made_with |= {"option": options.option, "question_column": self.column, **self.settings}
         results = Results(out, made_with, resume=options.resume, overwrite=options.overwrite)
         with results:
