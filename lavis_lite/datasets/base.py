@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, TypedDict, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -29,18 +29,24 @@ from lavis_lite.common.image_io import is_constant
 from lavis_lite.common.records import Kind, Record, RecordCheck, StoredImage
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.annotations import check_unique, place_of
+from lavis_lite.datasets.build_info import BuildInfo
 from lavis_lite.datasets.image import OpensImages, open_image
 from lavis_lite.datasets.parts import WHOLE, Part, part_of, warn_of_overlap
 from lavis_lite.datasets.readers import Reader, find_reader
 from lavis_lite.datasets.readers.files import PLACE, SplitFiles, identified
+from lavis_lite.datasets.shard_tables import shard_table
+from lavis_lite.datasets.shards import IncompleteSamples, is_shard
 from lavis_lite.datasets.storage import (
     annotation_files,
     missing_folder,
     resolve_storage,
     section_of,
     split_folder,
+    stream_names,
     visual_folder,
 )
+from lavis_lite.datasets.stream_blocks import BlockMaker
+from lavis_lite.datasets.streams import StreamDataset, StreamSettings, stream_settings
 from lavis_lite.datasets.table_samples import Selection
 from lavis_lite.datasets.tables import Table, TableRecords, is_saved, is_table, open_tables
 
@@ -89,7 +95,7 @@ class BaseDataset(Dataset):
         self.annotation_paths = [Path(path) for path in annotation_paths]
         self.vis_root, self.split = Path(vis_root), split
         self.vis_processor, self.text_processor = vis_processor, text_processor
-        self.warned_of_constant = np.frombuffer(mmap.mmap(-1, 1), dtype=np.bool_)  # of all loader workers together
+        self.warned_of_constant = _shared_flag()
         self.blank_texts = one_of("blank_texts", blank_texts, get_args(BlankTexts))
         check = RecordCheck(clean=text_processor, allow_blank=blank_texts == "skip")
         self.record_check = replace(check, required=self.required, fields=self.fields)
@@ -125,6 +131,11 @@ class BaseDataset(Dataset):
             if not records:
                 raise InputError(f"{files}: split_off leaves no image to the split {self.split!r}: raise its share")
         return records
+
+    @property
+    def source(self) -> Path:
+        """The first of the annotation files."""
+        return self.annotation_paths[0]
 
     def load_table(self, table: Table) -> TableRecords:
         """Return the samples of a table, checked, without blank texts, which are read at access."""
@@ -172,9 +183,7 @@ class BaseDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.annotation[index]
-        stored = record.get("image")
-        image = self.image(stored) if isinstance(stored, StoredImage) else self.image(*self.files_of(record))
-        return {"image": image, **self.entries(record, index), "instance_id": str(index)}
+        return {"image": self.visual(record), **self.entries(record, index), "instance_id": str(index)}
 
     def entries(self, record: Record, index: int) -> dict[str, Any]:
         """Return the entries of a record's sample besides `image` and `instance_id`."""
@@ -184,6 +193,11 @@ class BaseDataset(Dataset):
         """Return the image or video files of a record's sample, as `image` takes them."""
         file = record.get("image")
         return [file] if isinstance(file, str) else []
+
+    def visual(self, record: Record) -> Any:
+        """Return what a record's sample has as `image`."""
+        stored = record.get("image")
+        return self.image(stored) if isinstance(stored, StoredImage) else self.image(*self.files_of(record))
 
     def image(self, file: str | StoredImage) -> Any:
         """Return the processed image of a table, or of a path as the annotation gives it: absolute, or below
@@ -220,36 +234,6 @@ class BaseDataset(Dataset):
         return values
 
 
-class AnnotationFiles(TypedDict, total=False):
-    """The annotation files of one split; lists have one entry per file."""
-
-    url: str | list[str] | None
-    md5: str | list[str] | None
-    storage: str | list[str] | None
-    num_samples: int | None
-    images: str | None
-
-
-class VisualFolder(TypedDict, total=False):
-    """The folder that the records' paths of images or videos start from."""
-
-    storage: str | None
-    archives: dict[str, Any] | None
-    listed: dict[str, Any] | None
-    needed: dict[str, list[str]] | None
-
-
-class BuildInfo(TypedDict, total=False):
-    """Where the files of a dataset are."""
-
-    annotations: dict[str, AnnotationFiles | None] | None
-    images: VisualFolder | None
-    videos: VisualFolder | None
-    homepage: str | None
-    licence: str | None
-    instance_id_key: str | None
-
-
 @dataclass(kw_only=True)
 class BaseBuilder:
     """The keys of a dataset's YAML, and the datasets that are built from them.
@@ -276,6 +260,10 @@ class BaseBuilder:
     text_processor: dict[str, Any] = field(default_factory=dict)
     blank_texts: BlankTexts = "error"
     """`skip` leaves out empty and blank captions, questions and answers, and counts them in the log."""
+    incomplete_samples: IncompleteSamples = "error"
+    """`skip` leaves out what is incomplete in shards: samples without image or text, and the rest of a cut shard."""
+    stream: StreamSettings | None = None
+    """Read the shards of the split `train` in their order, without an index; see `StreamSettings`."""
 
     train_dataset: ClassVar[type[BaseDataset]]
     eval_dataset: ClassVar[type[BaseDataset]]
@@ -284,7 +272,7 @@ class BaseBuilder:
         """Fetch the missing files of these splits (default: all); rank 0 first, so that the others find them."""
         with dist.main_first():
             for split in self.splits() if splits is None else splits:
-                paths = self.annotation_paths(split)
+                paths = [] if self.is_stream(split) else self.annotation_paths(split)
                 if paths and all(map(is_table, paths)):
                     open_tables(paths, split=split)  # which converts parquet
 
@@ -297,7 +285,7 @@ class BaseBuilder:
             raise InputError(f"split_off.{twice[0]}: build_info.annotations names files of this split; leave out one")
         return [*named, *self.split_off]
 
-    def build(self, splits: Iterable[str] | None = None) -> dict[str, BaseDataset]:
+    def build(self, splits: Iterable[str] | None = None) -> dict[str, BaseDataset | StreamDataset]:
         """Return one dataset per split (all splits by default). Raises KeyError for a split that is not configured."""
         there, name = self.splits(), type(self).__name__
         if not there:
@@ -308,12 +296,16 @@ class BaseBuilder:
         if unknown := [split for split in wanted if split not in there]:
             raise UnknownNameError(f"{name} has no split {unknown[0]!r}; there are {', '.join(there)}")
         self.prepare(wanted)
-        built = {}
+        built: dict[str, BaseDataset | StreamDataset] = {}
         for split in wanted:
             built[split] = self._build_split(split)
-            logger.info("%s: %d samples from %s", split, len(built[split]), built[split].annotation_paths[0])
-        warn_of_overlap(built)
+            logger.info("%s: %d samples from %s", split, len(built[split]), built[split].source)
+        warn_of_overlap({split: one for split, one in built.items() if isinstance(one, BaseDataset)})
         return built
+
+    def is_stream(self, split: str) -> bool:
+        """Return whether the split is read as a stream."""
+        return self.stream is not None and split == "train"
 
     def dataset_options(self, split: str) -> dict[str, Any]:
         """Return keyword arguments of the split's dataset besides the fields of the same names; subclasses override
@@ -322,9 +314,12 @@ class BaseBuilder:
         return {}
 
     def annotation_paths(self, split: str) -> list[Path]:
-        """Return the split's annotation files and folders on disk, fetched if need be."""
+        """Return the split's annotation files and folders on disk, fetched if need be; of shards the table of their
+        samples.
+        """
         files = annotation_files(self.build_info, self.source_of(split), owner=type(self).__name__)
-        return [path for file in files for path in file.fetch()]
+        paths = [path for file in files for path in file.fetch()]
+        return [shard_table(paths, self.incomplete_samples)] if paths and all(map(is_shard, paths)) else paths
 
     def source_of(self, split: str) -> str:
         """Return the split that has the files: itself, or the one that it is cut from."""
@@ -361,20 +356,35 @@ class BaseBuilder:
         """Return the reader of the annotation files; None for that of the dataset class."""
         return find_reader(self.reader) if self.reader else None
 
-    def _build_split(self, split: str) -> BaseDataset:
+    def _build_split(self, split: str) -> BaseDataset | StreamDataset:
         dataset_class, reader = self.dataset_class(split), self.make_reader()
         if key := self.build_info.get("instance_id_key"):
             reader = identified(reader or find_reader(dataset_class.reader), key)
-        options: dict[str, Any] = {"split": split, "reader": reader}
+        options: dict[str, Any] = {"split": split}
         options |= {name: make_processor(vars(self)[name], split) for name in PROCESSOR_KEYS}
         options |= self.dataset_options(split)
         if part := part_of(split, self.split_off):
             options["part"] = part
         own = {name: value for name, value in vars(self).items() if name in schema_of(dataset_class)[0]}
-        dataset = dataset_class(self.annotation_paths(split), self.split_root(split), **own | options)
-        if self.dataset_class("train") is not self.dataset_class("val"):
-            dataset.training = split == "train"
-        return dataset
+        options = own | options
+
+        def make(paths: Sequence[str | Path], root: Path, reader: Reader | None) -> BaseDataset:
+            dataset = dataset_class(paths, root, **options | {"reader": reader})
+            if self.dataset_class("train") is not self.dataset_class("val"):
+                dataset.training = split == "train"
+            return dataset
+
+        if not self.is_stream(split):
+            return make(self.annotation_paths(split), self.split_root(split), reader)
+        assert self.stream is not None, split
+        shards = stream_names(self.build_info, split, owner=type(self).__name__)
+        blocks = BlockMaker(make, self.image_root(), reader=reader or find_reader(dataset_class.reader))
+        return StreamDataset(shards, stream_settings(self.stream), make_block=blocks)
+
+
+def _shared_flag() -> np.ndarray:
+    """Return an array of one False that all loader workers share."""
+    return np.frombuffer(mmap.mmap(-1, 1), dtype=np.bool_)
 
 
 def make_processor(blocks: dict[str, Any], split: str) -> Callable[[Any], Any]:

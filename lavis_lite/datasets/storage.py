@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lavis_lite.common.errors import InputError, MissingFileError
+from lavis_lite.common.errors import InputError, MissingFileError, MissingPackageError
 from lavis_lite.common.registry import did_you_mean
 from lavis_lite.common.sources import download
 from lavis_lite.datasets import hub
+from lavis_lite.datasets.stream_shards import is_address
 
 VISUAL_FOLDERS = ("images", "videos")
 """The keys of `build_info` that name the folder of images or videos."""
@@ -164,6 +165,8 @@ def annotation_files(build_info: Mapping[str, Any], split: str, *, owner: str) -
     entry, where = section_of(build_info, "annotations")[split], f"build_info.annotations.{split}"
     check_keys(entry, SPLIT_KEYS, where)
     given = {key: _as_list(entry[key]) if entry.get(key) else [] for key in ("url", "storage", "md5")}
+    for key in ("url", "storage"):
+        given[key] = [name for pattern in given[key] for name in _in_braces(pattern)]
     if not given["url"]:
         given["storage"] = [path for storage in given["storage"] for path in _matches(storage)]
     count = max(len(given["url"]), len(given["storage"]))
@@ -179,12 +182,39 @@ def annotation_files(build_info: Mapping[str, Any], split: str, *, owner: str) -
     ]
 
 
+def _in_braces(pattern: str) -> list[str]:
+    """Return the names that a pattern with `{0000..1279}` or `{a,b}` stands for, as a shell expands it."""
+    if "{" not in pattern or resolve_storage(pattern).exists():
+        return [pattern]
+    try:
+        from braceexpand import braceexpand
+    except ImportError as error:
+        raise MissingPackageError(f"{pattern}: names in braces need `pip install lavis-lite[shards]`") from error
+    return list(braceexpand(pattern))
+
+
+def stream_names(build_info: Mapping[str, Any], split: str, *, owner: str) -> list[str]:
+    """Return the names of the shards of a split that is read as a stream: addresses, and paths on this machine.
+
+    Raises MissingFileError for a path that is not there.
+    """
+    names = []
+    for file in annotation_files(build_info, split, owner=owner):
+        name = file.storage or file.url or ""
+        if not is_address(name):
+            name = str(resolve_storage(name))
+            if not Path(name).is_file():
+                raise MissingFileError(f"{file.where}: shard not found: {name}. {STATUS_HINT}")
+        names.append(name)
+    return names
+
+
 def _matches(storage: str) -> list[str]:
     """Return the paths that match a pattern, sorted; a storage that is not a pattern, exists as it is, or matches
     nothing, itself.
     """
     path = resolve_storage(storage)
-    if hub.is_hub(storage) or not glob.has_magic(storage) or path.exists():
+    if is_address(storage) or not glob.has_magic(storage) or path.exists():
         return [storage]
     return sorted(glob.glob(str(path), recursive=True)) or [storage]
 

@@ -15,6 +15,7 @@ from lavis_lite.common.errors import DamagedFileError, InputError
 from lavis_lite.common.optim import build_optimizer
 from lavis_lite.datasets.base import BaseDataset
 from lavis_lite.datasets.protocols import SampleDataset
+from lavis_lite.datasets.shard_tables import content_digest
 from lavis_lite.datasets.tables import is_table
 from lavis_lite.models.base import BaseModel
 from lavis_lite.runners import jobs
@@ -216,6 +217,9 @@ def _digest(dataset: SampleDataset) -> str | None:
         return None
     digest = hashlib.blake2b(digest_size=8)
     for path in files:
+        if own := content_digest(path):  # of a table of shards, wherever they are
+            digest.update(own)
+            continue
         with path.open("rb") as file:
             if is_table(path):  # may hold terabytes of images: its size, begin and end, which is parquet's index
                 size = path.stat().st_size

@@ -31,6 +31,8 @@ class SplitFiles:
     """Our name of a field to the file's: `{caption: text}`."""
     check: RecordCheck = field(default_factory=RecordCheck)
     """The dataset's rule for blank texts, without fields."""
+    loaded: Sequence[Record] | None = None
+    """Records of a stream that were read already, in place of the content of the (one) path."""
 
     def records(self, check: RecordCheck | None = None) -> Iterator[Record]:
         """Yield the records of all files, their columns renamed, checked, with their places."""
@@ -44,6 +46,8 @@ class SplitFiles:
 
         Raises InputError for an owner's file that has no record of the split, or a damaged one.
         """
+        if self.loaded is not None:
+            return list(self.loaded), path
         if is_table(path):
             table = Table([path], split=self.split, columns={}, root=self.root)
             return table.records(range(len(table))), str(path)
