@@ -186,7 +186,7 @@ def _check_splits(cfg: Config, task: BaseTask, datasets: Datasets) -> list[Split
     for name, splits in datasets.items():
         for split, dataset in splits.items():
             where, is_evaluated = f"{name}/{split}", split in evaluated
-            share = None if is_evaluated else cfg.run.max_unreadable_share
+            share = cfg.run.max_unreadable_share if task.skips_unreadable or not is_evaluated else None
             files = check_files(dataset, where, share=share) if isinstance(dataset, BaseDataset) else set()
             kind = _kind(dataset)
             samples = read_some(dataset, where, count=NUM_READ[kind], share=share)
@@ -321,7 +321,8 @@ def check_size(model: Mapping[str, Any], batch: Mapping[str, Any], where: str) -
         return None
     if image.dim() == 5 and not registry.get_model_class(model["arch"]).takes_video:
         problem = f"samples show videos, {tuple(image.shape[1:])}, and {model['arch']} takes images only"
-        raise InputError(f"{where}: {problem}: choose an architecture of BLIP-2 with a language model, or other data")
+        advice = "choose an architecture of BLIP, or of BLIP-2 with a language model, or other data"
+        raise InputError(f"{where}: {problem}: {advice}")
     size = model_setting(model, "image_size")
     if size is not None and tuple(image.shape[-2:]) != (size, size):
         sizes = f"the processor gives {image.shape[-2]} x {image.shape[-1]} pixels, the model takes {size} x {size}"

@@ -183,9 +183,7 @@ class BaseDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.annotation[index]
-        stored = record.get("image")
-        image = self.image(stored) if isinstance(stored, StoredImage) else self.image(*self.files_of(record))
-        return {"image": image, **self.entries(record, index), "instance_id": str(index)}
+        return {"image": self.visual(record), **self.entries(record, index), "instance_id": str(index)}
 
     def entries(self, record: Record, index: int) -> dict[str, Any]:
         """Return the entries of a record's sample besides `image` and `instance_id`."""
@@ -195,6 +193,11 @@ class BaseDataset(Dataset):
         """Return the image or video files of a record's sample, as `image` takes them."""
         file = record.get("image")
         return [file] if isinstance(file, str) else []
+
+    def visual(self, record: Record) -> Any:
+        """Return what a record's sample has as `image`."""
+        stored = record.get("image")
+        return self.image(stored) if isinstance(stored, StoredImage) else self.image(*self.files_of(record))
 
     def image(self, file: str | StoredImage) -> Any:
         """Return the processed image of a table, or of a path as the annotation gives it: absolute, or below

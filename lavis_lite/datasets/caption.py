@@ -97,7 +97,7 @@ def expand_captions(records: list[Record]) -> list[Record]:
 
 def image_key(record: Record) -> str:
     """Return what identifies a record's image: ids are compared as texts, as result files and scores have them."""
-    return str(record["image"] if record.get("image_id") is None else record["image_id"])
+    return str(visual_path(record) if record.get("image_id") is None else record["image_id"])
 
 
 def check_images(

@@ -125,13 +125,19 @@ class TrainLoader:
     def _count(self, batch: Batch) -> None:
         """Count a batch's unreadable samples; raise UnreadableSample if they are more than allowed."""
         self.unreadable += len(batch.errors)
-        example = batch.errors[-1]
-        counts = f"{self.unreadable} of {self.seen} training samples are unreadable"
-        if self.max_share == 0:
-            raise UnreadableSample(f"{example} (To skip such samples, set run.max_unreadable_share to a small share.)")
-        if batch.samples is None or self.unreadable > self.max_share * max(self.seen, self.window):
-            raise UnreadableSample(f"{counts}, more than run.max_unreadable_share={self.max_share} allows: {example}")
-        logger.warning(f"{counts} so far; skipped: {example}")
+        counts = f"{self.unreadable} of {self.seen} training samples"
+        is_few = batch.samples is not None and self.unreadable <= self.max_share * max(self.seen, self.window)
+        warn_of_unreadable(batch.errors[-1], counts, self.max_share, is_few=is_few)
+
+
+def warn_of_unreadable(example: str, counts: str, max_share: float, *, is_few: bool) -> None:
+    """Log that unreadable samples are skipped, or raise UnreadableSample if they are more than a few."""
+    if max_share == 0:
+        raise UnreadableSample(f"{example} (To skip such samples, set run.max_unreadable_share to a small share.)")
+    if not is_few:
+        allowed = f"more than run.max_unreadable_share={max_share} allows"
+        raise UnreadableSample(f"{counts} are unreadable, {allowed}: {example}")
+    logger.warning(f"{counts} are unreadable so far; skipped: {example}")
 
 
 def first_samples_missing(datasets: Mapping[str, SampleDataset]) -> dict[str, list[str]]:
@@ -152,38 +158,79 @@ def first_samples_missing(datasets: Mapping[str, SampleDataset]) -> dict[str, li
 
 
 class _Collated(Dataset[Batch]):
-    """A dataset whose items are whole batches, or the error about the sample that prevented one."""
+    """A dataset whose items are whole batches, or the error about the sample that prevented one.
 
-    def __init__(self, dataset: SampleDataset) -> None:
-        self.dataset = dataset
+    With `skip_unreadable` batches have the readable samples, whose indices are added as `positions`, and all errors.
+    """
+
+    def __init__(self, dataset: SampleDataset, *, skip_unreadable: bool) -> None:
+        self.dataset, self.skip_unreadable = dataset, skip_unreadable
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        try:
-            return Batch(self.dataset.collater([self.dataset[index] for index in indices]), [])
-        except UnreadableSample as error:
-            return Batch(None, [str(error)])
+        samples: dict[int, Sample] = {}
+        errors: list[str] = []
+        for index in indices:
+            try:
+                samples[index] = self.dataset[index]
+            except UnreadableSample as error:
+                errors.append(str(error))
+                if not self.skip_unreadable:
+                    return Batch(None, errors)
+        if not self.skip_unreadable:
+            return Batch(self.dataset.collater([*samples.values()]), [])
+        collated = self.dataset.collater([*samples.values()]) if samples else {}
+        return Batch({**collated, "positions": [*samples]}, errors)
 
 
 class EvalLoader:
-    """Evaluation batches of one rank, on `device`: samples rank, rank + world, ... of `dataset`, each exactly once."""
+    """Evaluation batches of one rank, on `device`: samples rank, rank + world, ... of `dataset`, each exactly once.
+
+    A task may choose the `batches` itself, lists of indices. Then up to `run.max_unreadable_share` of the samples are
+    left out of them, and batches have the key `positions`, the indices of the others.
+    """
 
     def __init__(
-        self, dataset: EvalDataset, run: RunConfig, *, rank: int = 0, world: int = 1, device: torch.device | str = "cpu"
+        self,
+        dataset: EvalDataset,
+        run: RunConfig,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | str = "cpu",
+        batches: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        self.dataset, self.device = dataset, torch.device(device)
+        self.dataset, self.device, self.batches = dataset, torch.device(device), batches
+        self.max_share, self.seen, self.unreadable = run.max_unreadable_share, 0, 0
         indices = range(rank, len(dataset), world)
-        workers = {"num_workers": min(run.num_workers, len(indices)), "pin_memory": self.device.type == "cuda"}
-        batches = {"batch_size": run.batch_size_eval, "sampler": indices}
-        self.loader = _data_loader(_Collated(dataset), seed=0, **batches, **workers)
+        count = len(indices if batches is None else batches)
+        workers = {"num_workers": min(run.num_workers, count), "pin_memory": self.device.type == "cuda"}
+        order: dict[str, Any] = {"batch_size": run.batch_size_eval, "sampler": indices}
+        order = order if batches is None else {"batch_sampler": batches}
+        reader = _Collated(dataset, skip_unreadable=batches is not None)
+        self.loader = _data_loader(reader, seed=0, **order, **workers)
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Sample]:
         for batch in _started(self.loader):
-            if batch.errors:
+            if batch.errors and self.batches is None:
                 raise UnreadableSample(f"{batch.errors[0]} (Evaluation never skips samples.)")
+            if self.batches is not None:
+                self._count(batch)
             yield to_device(batch.samples, self.device)
+
+    def _count(self, batch: Batch) -> None:
+        """Count a batch's unreadable samples; raise UnreadableSample if they are more than allowed."""
+        assert batch.samples is not None
+        self.seen += len(batch.samples["positions"]) + len(batch.errors)
+        self.unreadable += len(batch.errors)
+        if batch.errors:
+            window = min(SHARE_WINDOW, sum(map(len, self.batches or ())))
+            is_few = self.unreadable <= self.max_share * max(self.seen, window)
+            warn_of_unreadable(
+                batch.errors[-1], f"{self.unreadable} of {self.seen} samples", self.max_share, is_few=is_few
+            )
 
 
 def _data_loader(dataset: Dataset[Any], *, seed: int, **options: Any) -> DataLoader[Any]:

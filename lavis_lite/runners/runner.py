@@ -159,9 +159,12 @@ class Runner:
         results: Results = {}
         for key, dataset in eval_sets(self.datasets, splits).items():
             self.num_samples[key] = len(dataset)
-            loader = EvalLoader(dataset, self.run, rank=dist.rank(), world=dist.world_size(), device=self.device)
+            folder, size = self.job_dir / "result", self.run.batch_size_eval
+            batches = self.task.eval_batches(dataset, batch_size=size, split=key, result_dir=folder)
+            ranks = {"rank": dist.rank(), "world": dist.world_size()}
+            loader = EvalLoader(dataset, self.run, **ranks, device=self.device, batches=batches)
             with torch.no_grad(), autocast(self.device, self.dtype):
-                results[key] = self.task.evaluate(self.model, loader, split=key, result_dir=self.job_dir / "result")
+                results[key] = self.task.evaluate(self.model, loader, split=key, result_dir=folder)
             self.progress.report_metrics(key, results[key], step=step, epoch=epoch)
         return results
 

@@ -179,8 +179,9 @@ def package_needs(cfg: Config, *, has_videos: bool) -> Iterator[Need]:
     if has_videos:
         name = next(filter(importlib.util.find_spec, DECODERS), next(iter(DECODERS)))
         yield _package(name, "reading videos", f"pip install {name}")
-    if model_setting(cfg.model, "llm_lora"):
-        yield _package("peft", "model.llm_lora", "pip install peft")
+    for key in ("llm_lora", "vit_lora", "text_lora"):
+        if model_setting(cfg.model, key):
+            yield _package("peft", f"model.{key}", "pip install peft")
     if model_setting(cfg.model, "llm_quantization"):
         yield _package("bitsandbytes", "model.llm_quantization", "pip install bitsandbytes")
         yield _package("accelerate", "model.llm_quantization", "pip install accelerate")
