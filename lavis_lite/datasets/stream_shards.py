@@ -120,12 +120,22 @@ def read_shard(name: str) -> Iterator[Loaded]:
         if not count:
             yield Loaded(name, {}, f"shard {name}: has no samples: expected members such as 000.jpg and 000.txt")
     except BROKEN as error:
-        problem = f"cut, damaged or unreachable after {count:,} samples ({_reason(error)})"
+        problem = f"cut, damaged or unreachable after {count:,} samples ({_exit_of(file) or _reason(error)})"
         yield Loaded(name, {}, f"shard {name}: {problem}")
     finally:
         if file is not None:
             with suppress(OSError):  # of a command that is ended early
                 file.close()
+
+
+def _exit_of(file: _Tail | None) -> str:
+    """Return the exit status of the command that a shard is read from, such as curl, if it failed; else nothing."""
+    try:
+        if file is not None:
+            file.close()
+    except OSError as error:
+        return str(error)[:200]
+    return ""
 
 
 def _reason(error: Exception) -> str:
