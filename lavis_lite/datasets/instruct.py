@@ -18,11 +18,11 @@ from lavis_lite.common.errors import InputError
 from lavis_lite.common.prompts import joined_words, lettered, letters
 from lavis_lite.common.records import ANSWERS, GROUP, ID, PATH, TEXTS, TRUTHS, VALUES, WORDS, Kind, Record
 from lavis_lite.common.registry import registry
-from lavis_lite.common.video_io import ShortClips, check_num_frames
+from lavis_lite.common.video_io import ShortClips
 from lavis_lite.datasets.annotations import as_list
-from lavis_lite.datasets.base import BaseBuilder, BaseDataset
+from lavis_lite.datasets.base import BaseBuilder
 from lavis_lite.datasets.templates import PLACEHOLDER, Templates, fill, load_templates, with_prompt
-from lavis_lite.datasets.video import ReadsVideos, read_frames, record_part
+from lavis_lite.datasets.visual import VisualDataset, visual_field
 
 AnswerChoice = Literal["drawn", "most_frequent"]
 CandidateFormat = Literal["text", "letter_text", "letter"]
@@ -31,7 +31,7 @@ TEXT_FIELDS = (*CLEANED, "statement", "instruction")
 """Fields of texts. The text processor cleans the first two, whether in the instruction or learned; no others are."""
 
 
-class InstructDataset(BaseDataset):
+class InstructDataset(VisualDataset):
     """Samples {image (3,H,W) or (3,F,H,W), text_input (the instruction), prompt, text_output, instance_id}.
 
     `prompt` is "{}": the instruction is complete, and no other prompt is put around it.
@@ -50,16 +50,12 @@ class InstructDataset(BaseDataset):
         *files: Any,
         templates: Templates,
         training: bool,
-        num_frames: int,
-        short_clips: ShortClips = "repeat",
         answer_choice: AnswerChoice,
         candidate_format: CandidateFormat,
         answer_list: list[str] | None = None,
         **options: Any,
     ) -> None:
         self.templates, self.training, self.answer_list = templates, training, answer_list
-        self.num_frames: int = check_num_frames(num_frames)
-        self.short_clips: ShortClips = one_of("short_clips", short_clips, get_args(ShortClips))
         self.answer_choice = one_of("answer_choice", answer_choice, get_args(AnswerChoice))
         self.candidate_format = one_of("candidate_format", candidate_format, get_args(CandidateFormat))
         self.used = templates.train if training else (templates.eval,)
@@ -116,18 +112,6 @@ class InstructDataset(BaseDataset):
         kept = ("question_id", "candidates")
         return sample | {key: record[key] for key in kept if record.get(key) is not None}
 
-    def files_of(self, record: Record) -> list[str]:
-        return [record[visual_field(record)]]
-
-    def visual(self, record: Record) -> Any:
-        """Return the record's image, or its video's frames."""
-        if visual_field(record) == "image":
-            return self.image(record["image"])
-        path = self.vis_root / record["video"]
-        own = self.vis_processor
-        part = record_part(record) if isinstance(own, ReadsVideos) and not own.full_video else None
-        return read_frames(path, self.num_frames, own, short_clips=self.short_clips, part=part)
-
     def values(self, record: Record) -> dict[str, Any]:
         """Return the placeholders' fields and the learned one: one of several texts, cleaned if it is in CLEANED."""
         fields = {name: self.value(record, name) for name in self.placeholders}
@@ -163,11 +147,6 @@ def instruct_fields(placeholders: Iterable[str], output: str, *, training: bool)
         output: ANSWERS if training else TRUTHS,
         **dict.fromkeys(TEXT_FIELDS, TEXTS),
     }
-
-
-def visual_field(record: Record) -> str:
-    """Return the field with the path of the image or video: "video" if the record has one, else "image"."""
-    return "image" if record.get("video") is None else "video"
 
 
 def missing_field(record: Record, field: str, why: str) -> InputError:

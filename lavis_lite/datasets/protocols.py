@@ -19,8 +19,8 @@ class SampleDict(TypedDict, total=False):
     """The keys of a batch of B samples."""
 
     image: Tensor
-    """Normalised pixels, float (B,3,H,W). Of videos (B,3,F,H,W) with F frames in time order, read by BLIP-2 with a
-    language model only."""
+    """Normalised pixels, float (B,3,H,W). Of videos (B,3,F,H,W) with F frames in time order, read by the models
+    whose class has `takes_video`."""
     image0: Tensor
     """As `image`: the first image of a pair. Made by `nlvr`, read by `blip_nlvr`."""
     image1: Tensor

@@ -24,7 +24,7 @@ class CaptionModel(BaseModel):
 
     @abstractmethod
     def caption_context(self, image: Tensor) -> Context:
-        """Return what captions of the images (B,3,H,W) are decoded after."""
+        """Return what captions of the images (B,3,H,W), or videos, are decoded after."""
 
     @abstractmethod
     def step(self, context: Any) -> Step:
@@ -40,7 +40,7 @@ class CaptionModel(BaseModel):
         `generation`. With `return_scores` the captions are pairs (text, score); see `Decoded`.
         """
         config = self.decoding(self.generation.changed(*unnamed, **changes), return_scores=return_scores)
-        image = image_of(samples, answering=True)
+        image = image_of(samples, video=self.takes_video, answering=True)
         prompts = optional_texts(samples, "prompt", len(image), self.prompt)
         context = self.caption_context(image)
         captions: dict[int, list[str | ScoredText]] = {}
@@ -63,6 +63,7 @@ class CaptionModel(BaseModel):
 
     def check_generate(self, samples: dict[str, Any], **changes: Any) -> None:
         config = self.decoding(self.generation.changed(**changes))
-        for prompt in dict.fromkeys(optional_texts(samples, "prompt", len(image_of(samples)), self.prompt)):
+        count = len(image_of(samples, video=self.takes_video))
+        for prompt in dict.fromkeys(optional_texts(samples, "prompt", count, self.prompt)):
             num_tokens = len(self.tokenizer(prompt).input_ids) - 1
             check_prompt(num_tokens, config.resolved(num_tokens))

@@ -21,6 +21,9 @@ from lavis_lite.nn.attention import CrossAttentionKV
 
 logger = logging.getLogger(__name__)
 
+TEXTS_PER_STEP = 256
+"""Texts that are encoded at once."""
+
 
 def scored(head: nn.Linear, states: Tensor) -> Tensor:
     """Apply a head; in evaluation in float32, whatever autocast says: scores rounded to bf16 would tie."""
@@ -112,11 +115,53 @@ class ImageTextModel(BaseModel):
         if mode == "text":
             states = self.text_states(*self.cut_texts(texts_of(samples, None)))
             return Output({"text_embeds": states, "text_embeds_proj": project(self.text_proj, states)})
-        image = image_of(samples, answering=True)
+        image = image_of(samples, video=self.takes_video, answering=True)
         if mode == "image":
             states = self.image_states(image)
             return Output({"image_embeds": states, "image_embeds_proj": project(self.vision_proj, states)})
         return Output(self.multimodal_states(image, *self.cut_texts(texts_of(samples, len(image)))))
+
+    @torch.no_grad()
+    def class_features(self, prompts: Sequence[Sequence[str]]) -> Tensor:
+        """Return each class's feature (C,D): the normalised mean of the features of its prompts, as CLIP's."""
+        texts = [text for own in prompts for text in own]
+        parts = [texts[start : start + TEXTS_PER_STEP] for start in range(0, len(texts), TEXTS_PER_STEP)]
+        features = torch.cat([self.encode_text(*self.cut_texts(part)).float() for part in parts])
+        means = [own.mean(dim=0) for own in features.split([len(own) for own in prompts])]
+        return F.normalize(torch.stack(means), dim=-1)
+
+    @torch.no_grad()
+    def class_scores(
+        self,
+        samples: dict[str, Any],
+        prompts: Sequence[Sequence[str]],
+        features: Tensor,
+        *,
+        match_head: str = "itc",
+        k_test: int = 0,
+    ) -> Tensor:
+        """Return the score (B,C) of each class, given as its `prompts` and their `class_features`, for each `image`.
+
+        `itc`: the similarity of image and class. `itm`: the mean over the class's prompts of the log-probability of a
+        match, of the `k_test` most similar classes (0: all); the others have -inf.
+        """
+        one_of("match_head", match_head, ("itc", "itm"))
+        image = image_of(samples, video=self.takes_video, answering=True)
+        tokens, image_feat = self.image_features(image)
+        scores = self.full_similarity(image_feat, features)
+        if match_head == "itc":
+            return scores
+        chosen = scores.topk(min(k_test or len(prompts), len(prompts)), dim=1).indices
+        matched = torch.full_like(scores, float("-inf"))
+        for row, classes in enumerate(chosen.tolist()):
+            context = self.project_kv(tokens[row : row + 1])
+            texts = [text for number in classes for text in prompts[number]]
+            parts = [texts[start : start + TEXTS_PER_STEP] for start in range(0, len(texts), TEXTS_PER_STEP)]
+            logits = torch.cat([self.matching_logits(*self.cut_texts(part), context) for part in parts])
+            match = logits.float().log_softmax(dim=1)[:, 1]
+            means = [own.mean() for own in match.split([len(prompts[number]) for number in classes])]
+            matched[row, chosen[row]] = torch.stack(means).to(matched.dtype)
+        return matched
 
     def cut_texts(self, texts: Sequence[str]) -> Texts:
         """Return ids and mask, cut to `max_txt_len` tokens; log a warning once per model if a text was cut."""
@@ -177,7 +222,7 @@ class MatchingModel(PairModel):
         texts, whose number is that of the images for BLIP. The first `max_txt_len` tokens of a text count.
         """
         one_of("match_head", match_head, ("itm", "itc"))
-        image = image_of(samples, answering=True)
+        image = image_of(samples, video=self.takes_video, answering=True)
         is_paired = match_head == "itm" or self.one_text_per_image
         ids, mask = self.cut_texts(texts_of(samples, len(image) if is_paired else None))
         if match_head == "itm":

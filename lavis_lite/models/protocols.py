@@ -4,7 +4,7 @@ A model need not derive from anything here: it conforms by having the method. Sa
 `datasets/protocols.py`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -70,6 +70,28 @@ class ScoresPairs(Protocol):
 
         `text_input` has as many texts as there are images, or k times as many, the k texts of an image in a row.
         """
+        ...
+
+
+@runtime_checkable
+class ClassifiesByPrompts(Protocol):
+    """A model that compares images with texts about classes (task `zero_shot_classification`)."""
+
+    def class_features(self, prompts: Sequence[Sequence[str]], /) -> Tensor:
+        """Return the feature (C,D) of each class, given its prompts."""
+        ...
+
+    def class_scores(
+        self,
+        samples: dict[str, Any],
+        prompts: Sequence[Sequence[str]],
+        features: Tensor,
+        /,
+        *,
+        match_head: str,
+        k_test: int,
+    ) -> Tensor:
+        """Return the score (B,C) of each class for each image, by `itc` (features) or `itm` (the matching head)."""
         ...
 
 

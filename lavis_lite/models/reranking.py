@@ -82,7 +82,9 @@ def compare_images(
     index = [torch.empty(0, dtype=torch.long, device=model.device)]
     sims = [text_feat.new_empty(0, len(text_feat))]
     for batch in loader:
-        tokens_BSE, image_feat = model.image_features(image_of(batch, answering=True).to(model.device))
+        tokens_BSE, image_feat = model.image_features(
+            image_of(batch, video=model.takes_video, answering=True).to(model.device)
+        )
         if keep_tokens:
             tokens += in_compute_type(tokens_BSE).cpu().unbind()
         index.append(torch.as_tensor(batch["index"], device=model.device))

@@ -60,6 +60,11 @@ def build_encoder(
     return encoder
 
 
+def is_encoder(name: str) -> bool:
+    """Return whether there is an image encoder of that name."""
+    return name in ENCODERS or timm.is_model(name)
+
+
 def encoder_statistics(vit_model: str) -> dict[str, list[float]] | None:
     """Return `mean` and `std` of the images that timm's encoder of that name was trained on; None for our own names,
     whose images have CLIP's, and for names that timm does not know.

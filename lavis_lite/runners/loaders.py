@@ -8,7 +8,7 @@ import bisect
 import itertools
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
@@ -18,9 +18,11 @@ from lavis_lite.common.errors import InputError, UnreadableSample
 from lavis_lite.common.rng import preserve_rng_state, seed_sample
 from lavis_lite.datasets.base import BaseDataset
 from lavis_lite.datasets.protocols import EvalDataset, SampleDataset
+from lavis_lite.datasets.streams import StreamDataset
 from lavis_lite.runners.mixing import check_mixable, join_batches, missing_keys, with_own_image_id
 from lavis_lite.runners.sampling import Key, make_sampler
 from lavis_lite.runners.stopping import ignore_stop_signals, signals_blocked
+from lavis_lite.runners.streaming import Batch, StreamLoader, describe_streams
 from lavis_lite.tasks.base import check_splits
 
 logger = logging.getLogger(__name__)
@@ -34,13 +36,6 @@ Sample = dict[str, Any]
 
 Datasets = Mapping[str, Mapping[str, EvalDataset]]
 """{dataset name: {split: dataset}}"""
-
-
-class Batch(NamedTuple):
-    """A collated batch (None if an unreadable sample had no replacement) and the errors of unreadable samples."""
-
-    samples: Sample | None
-    errors: list[str]
 
 
 class SeededDatasets(Dataset[Batch]):
@@ -86,30 +81,46 @@ class TrainLoader:
     datasets that lack them. `pin` puts batches into pinned memory.
 
     Raises:
-        InputError: as `make_sampler`; or datasets that are mixed within batches do not fit.
+        InputError: as `make_sampler` and `describe_streams`; or datasets that are mixed within batches do not fit.
     """
 
     def __init__(
         self, datasets: Mapping[str, SampleDataset], run: RunConfig, *, rank: int = 0, world: int = 1, pin: bool = False
     ) -> None:
         lengths = {name: len(dataset) for name, dataset in datasets.items()}
-        self.sampler = make_sampler(run, lengths, rank=rank, world=world)
+        streams = describe_streams(datasets, run, world=world)
+        self.sampler = make_sampler(run, lengths, rank=rank, world=world, streams=streams)
         missing = first_samples_missing(datasets) if self.sampler.is_concat else {}
         self.left_out = {key: names for key, names in missing.items() if names}
         keys = [key for key, names in missing.items() if not names] if self.sampler.is_concat else None
-        self.max_share = run.max_unreadable_share
+        self.accumulate, self.max_share = run.accum_grad_iters, run.max_unreadable_share
         self.window = min(SHARE_WINDOW, sum(self.sampler.lengths.values()) // world)
         self.seen = self.unreadable = 0
         reader = SeededDatasets(datasets, skip_unreadable=self.max_share > 0, keys=keys)
         options = {"num_workers": run.num_workers, "pin_memory": pin, "batch_sampler": self.sampler}
         self.loader = _data_loader(reader, seed=run.seed, **options)
+        self.streams = {
+            name: StreamLoader(name, dataset, run, number=reader.positions[name], rank=rank, world=world, pin=pin)
+            for name, dataset in datasets.items()
+            if isinstance(dataset, StreamDataset)
+        }
+        """The loaders of the datasets that are streams; each has its own workers."""
 
     def __iter__(self) -> Generator[Sample]:
-        for batch in _started(self.loader):
+        for batch in self._batches():
             self.seen += self.sampler.batch_size
             if batch.errors:
                 self._count(batch)
+            assert batch.samples is not None, batch.errors
             yield batch.samples
+
+    def _batches(self) -> Iterator[Batch]:
+        if not self.streams:
+            return _started(self.loader)
+        numbered = iter(()) if len(self.streams) == len(self.sampler.names) else _started(self.loader)
+        sources = dict.fromkeys(self.sampler.names, numbered) | {name: iter(one) for name, one in self.streams.items()}
+        steps = itertools.count(self.sampler.start_step)
+        return (next(sources[self.sampler.dataset_at(step)]) for step in steps for _ in range(self.accumulate))
 
     def _count(self, batch: Batch) -> None:
         """Count a batch's unreadable samples; raise UnreadableSample if they are more than allowed."""
@@ -262,6 +273,11 @@ def train_sets(datasets: Datasets, splits: Sequence[str]) -> dict[str, SampleDat
                     f"run.train_splits: {name!r} lays out {split!r} for evaluation, as all splits but 'train'; name "
                     "its files under build_info.annotations.train, whose storage may be a list"
                 )
+        if any(isinstance(dataset, StreamDataset) for dataset in found.values()) and len(found) > 1:
+            raise InputError(
+                f"run.train_splits: of {name!r}, {', '.join(found)} cannot be joined, as one is a stream; list all "
+                "shards under build_info.annotations.train, or make each split a dataset of its own"
+            )
         if found:
             sets[name] = JoinedSplits(list(found.values())) if len(found) > 1 else next(iter(found.values()))
     return sets

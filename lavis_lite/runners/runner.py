@@ -104,7 +104,7 @@ class Runner:
         self.data = annotation_digests(sets)
         world, pin = dist.world_size(), self.device.type == "cuda"
         loader = TrainLoader(sets, run, rank=dist.rank(), world=world, pin=pin)
-        plan = make_plan(run, loader.sampler.lengths, world)
+        plan = make_plan(run, loader.sampler.lengths, world, streams=loader.sampler.streams)
         for key, names in loader.left_out.items():
             logger.info(f"mixed batches have no {key!r}, which the samples of {', '.join(names)} lack")
         schedule = build_schedule(run, max_epoch=plan.num_epochs, iters_per_epoch=plan.inner, total_steps=plan.total)

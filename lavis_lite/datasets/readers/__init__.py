@@ -23,6 +23,7 @@ READERS: dict[str, Reader] = {
     "vizwiz": questions.read_vizwiz,
     "textvqa": questions.read_textvqa,
     "visdial": questions.read_visdial,
+    "visdial_options": questions.read_visdial_options,
     "video_questions": questions.read_video_questions,
     "vsr": choices.read_vsr,
     "hateful_memes": choices.read_hateful_memes,
