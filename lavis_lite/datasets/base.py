@@ -95,7 +95,7 @@ class BaseDataset(Dataset):
         self.annotation_paths = [Path(path) for path in annotation_paths]
         self.vis_root, self.split = Path(vis_root), split
         self.vis_processor, self.text_processor = vis_processor, text_processor
-        self.warned_of_constant = _shared_flag()
+        self.warned_of_constant = np.frombuffer(mmap.mmap(-1, 1), dtype=np.bool_)  # of all loader workers together
         self.blank_texts = one_of("blank_texts", blank_texts, get_args(BlankTexts))
         check = RecordCheck(clean=text_processor, allow_blank=blank_texts == "skip")
         self.record_check = replace(check, required=self.required, fields=self.fields)
@@ -357,6 +357,8 @@ class BaseBuilder:
         return find_reader(self.reader) if self.reader else None
 
     def _build_split(self, split: str) -> BaseDataset | StreamDataset:
+        if self.stream and self.split_off:
+            raise InputError("split_off: cuts no stream, whose samples have no order; name the shards of each split")
         dataset_class, reader = self.dataset_class(split), self.make_reader()
         if key := self.build_info.get("instance_id_key"):
             reader = identified(reader or find_reader(dataset_class.reader), key)
@@ -380,11 +382,6 @@ class BaseBuilder:
         shards = stream_names(self.build_info, split, owner=type(self).__name__)
         blocks = BlockMaker(make, self.image_root(), reader=reader or find_reader(dataset_class.reader))
         return StreamDataset(shards, stream_settings(self.stream), make_block=blocks)
-
-
-def _shared_flag() -> np.ndarray:
-    """Return an array of one False that all loader workers share."""
-    return np.frombuffer(mmap.mmap(-1, 1), dtype=np.bool_)
 
 
 def make_processor(blocks: dict[str, Any], split: str) -> Callable[[Any], Any]:

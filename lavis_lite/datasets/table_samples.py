@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import logging
 import os.path
-from collections.abc import Iterator
-from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.records import Record, RecordCheck
 from lavis_lite.datasets.parts import Part
-from lavis_lite.datasets.tables import CHUNK, Table, TableRecords
+from lavis_lite.datasets.table_check import plain_rows
+from lavis_lite.datasets.tables import Table, TableRecords
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 logger = logging.getLogger(__name__)
 
+ROWS = 20_000
+"""Rows that are checked at a time."""
 WHOLE_FIELD = -1
 """The item of a sample that has all of its row."""
 
@@ -30,42 +35,56 @@ class Selection:
 
     def samples(self) -> TableRecords:
         """Return the samples. InputError for the first invalid record, and if nothing is left."""
-        chunks = [np.zeros((0, 2), dtype=np.int32)]
-        for start in range(0, len(self.table), CHUNK):
-            records = self.table.records(range(start, min(start + CHUNK, len(self.table))))
-            self.check(records, partial(self._place, start))
-            pairs = [(start + n, item) for n, record in enumerate(records) for item in self._items(record)]
-            chunks.append(np.array(pairs, dtype=np.int32).reshape(-1, 2))
-        chosen = np.concatenate(chunks)
-        if not len(chosen):
+        chunks = [self._chunk(start, min(start + ROWS, len(self.table))) for start in range(0, len(self.table), ROWS)]
+        rows, items = (np.concatenate(parts) for parts in zip(*chunks, strict=True))
+        if not len(rows):
             reason = "all texts are blank, or split_off leaves no image"
             raise InputError(f"{self.table.name}: no record of {len(self.table):,} is left: {reason}")
         if self.num_blank:
-            logger.warning(
-                f"{self.table.name}: blank texts of {self.num_blank} of {len(self.table)} records are left out"
-            )
-        rows, items = np.ascontiguousarray(chosen.T)
+            counts = f"{self.num_blank} of {len(self.table)} records"
+            logger.warning(f"{self.table.name}: blank texts of {counts} are left out")
         check_unique_ids(self.table, rows[np.diff(rows, prepend=-1) != 0])
         return TableRecords(self.table, rows, items, item_field=self.item_field)
 
-    def _place(self, start: int, number: int) -> str:
-        return self.table.place(start + number)
+    def _chunk(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return row and item of the samples of some rows (N); the item -1 is all of the row."""
+        columns = self.table.columns(start, stop)
+        plain = plain_rows(columns, set(self.table.stored), self.check, stop - start)
+        rows, items = _items(columns.get(self.item_field), stop - start)
+        is_kept = np.ones(len(rows), dtype=bool)
+        odd = np.nonzero(~plain)[0]
+        for row, record in zip(odd, self.table.records(start + odd), strict=True):
+            if problem := self.check.problem(record):
+                raise InputError(self.table.place(int(start + row)) + problem)
+            if self.check.allow_blank:
+                self._leave_out_blank(record, is_kept[np.searchsorted(rows, row) : np.searchsorted(rows, row + 1)])
+        if self.part is not None:
+            has = [self.part.has(record) for record in self.table.records(range(start, stop))]
+            is_kept &= np.array(has)[rows]
+        return (rows[is_kept] + start).astype(np.int32), items[is_kept].astype(np.int32)
 
-    def _items(self, record: Record) -> Iterator[int]:
-        """Yield the items of a record that are samples."""
-        if self.part is not None and not self.part.has(record):
-            return
-        if self.check.allow_blank:
-            cleaned = self.check.without_blank(record)
-            self.num_blank += cleaned is not record
-            if cleaned is None:
-                return
+    def _leave_out_blank(self, record: Record, is_kept: np.ndarray) -> None:
+        """Set `is_kept` of a record's samples to False where their text is blank."""
+        cleaned = self.check.without_blank(record)
+        self.num_blank += cleaned is not record
         values = record.get(self.item_field)
-        if not isinstance(values, list):
-            yield WHOLE_FIELD
-            return
-        kind = self.check.fields[self.item_field]
-        yield from (n for n, value in enumerate(values) if not self.check.is_blank(value, kind))
+        if cleaned is None:
+            is_kept[:] = False
+        elif isinstance(values, list):
+            kind = self.check.fields[self.item_field]
+            is_kept[:] = [not self.check.is_blank(value, kind) for value in values]
+
+
+def _items(values: pa.Array | None, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the row and the number of each item (N) of a column of lists; of another column its rows, with -1."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if values is None or not (pa.types.is_list(values.type) or pa.types.is_large_list(values.type)):
+        return np.arange(count), np.full(count, WHOLE_FIELD)
+    lengths = pc.list_value_length(values).fill_null(0).to_numpy(zero_copy_only=False)
+    rows = np.repeat(np.arange(count), lengths)
+    return rows, np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
 
 def codes(table: Table, *names: str) -> np.ndarray | None:

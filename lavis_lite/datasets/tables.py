@@ -187,6 +187,18 @@ class Table:
         found: pa.ChunkedArray = self.fields[:][self.names[name]]
         return found
 
+    def columns(self, start: int, stop: int) -> dict[str, pa.Array]:
+        """Return the columns of some rows by our names, without images; of labels, a number below 0 is null."""
+        import pyarrow.compute as pc
+
+        if not self.names:
+            return {}
+        table = self.fields[start:stop]
+        found = {ours: table[theirs].combine_chunks() for ours, theirs in self.names.items()}
+        for ours in self.classes:
+            found[ours] = pc.if_else(pc.greater_equal(found[ours], 0), found[ours], None)
+        return found
+
     def records(self, rows: Iterable[int]) -> list[Record]:
         """Return the records of these rows, with images that are not read yet."""
         numbers = [int(row) for row in rows]
