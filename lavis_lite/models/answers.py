@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lavis_lite.common.bounds import one_of
 from lavis_lite.models.base import BaseModel
-from lavis_lite.models.inputs import image_of, ranked_answers
+from lavis_lite.models.inputs import ranked_answers
 from lavis_lite.nn.decoding import DecodingConfig, GenerationConfig
 
 
@@ -41,7 +41,7 @@ class AnswerModel(BaseModel):
         """
         method = one_of("inference_method", inference_method or self.inference_method, ("rank", "generate"))
         config = self.answer_decoding(self.answer_generation.changed(*unnamed, **changes))
-        image_of(samples, video=self.takes_video, answering=not check_only)
+        self.checked_image(samples, answering=not check_only)
         prompts = self.answer_prompts(samples, prompt)
         answers = ranked_answers(answer_list, num_ans_candidates) if method == "rank" else None
         if check_only:

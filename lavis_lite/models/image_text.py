@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lavis_lite.common.bounds import one_of
 from lavis_lite.models.base import BaseModel, Output
 from lavis_lite.models.batches import Texts
-from lavis_lite.models.inputs import image_of, texts_of
+from lavis_lite.models.inputs import texts_of
 from lavis_lite.nn.attention import CrossAttentionKV
 
 logger = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ class ImageTextModel(BaseModel):
         if mode == "text":
             states = self.text_states(*self.cut_texts(texts_of(samples, None)))
             return Output({"text_embeds": states, "text_embeds_proj": project(self.text_proj, states)})
-        image = image_of(samples, answering=True)
+        image = self.checked_image(samples, answering=True)
         if mode == "image":
             states = self.image_states(image)
             return Output({"image_embeds": states, "image_embeds_proj": project(self.vision_proj, states)})
@@ -153,7 +153,7 @@ class MatchingModel(ImageTextModel):
         texts, whose number is that of the images for BLIP. The first `max_txt_len` tokens of a text count.
         """
         one_of("match_head", match_head, ("itm", "itc"))
-        image = image_of(samples, answering=True)
+        image = self.checked_image(samples, answering=True)
         is_paired = match_head == "itm" or self.one_text_per_image
         ids, mask = self.cut_texts(texts_of(samples, len(image) if is_paired else None))
         if match_head == "itm":

@@ -36,6 +36,7 @@ from lavis_lite.tasks.results import Result, as_list, per_sample, unscored, writ
 
 logger = logging.getLogger(__name__)
 
+IMAGE_KEYS = ("image", "image_mask")
 NOCAPS_DOMAINS = ("in-domain", "near-domain", "out-domain")
 
 
@@ -88,7 +89,7 @@ class CaptionTask(BaseTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._last_image: torch.Tensor | None = None
+        self._last_image: dict[str, torch.Tensor] | None = None
         check_metrics(self.metrics)
         if self.load_gt_from_file is True:
             raise InputError("run.load_gt_from_file: true names no file; give the path of the references")
@@ -150,7 +151,7 @@ class CaptionTask(BaseTask):
         """Return `image_id` and `caption` of each sample, and `captions`, all of them, if there are several."""
         samples = self.inside_prompt(samples)
         if self.shuffle_images:
-            samples = {**samples, "image": self._next_images(samples["image"])}
+            samples = {**samples, **self._next_images({key: samples[key] for key in IMAGE_KEYS if key in samples})}
         texts = model.generate(samples, **self.decoding_settings())
         ids = as_list(samples["image_id"])
         if len(texts) != len(ids) * self.num_captions:
@@ -159,11 +160,13 @@ class CaptionTask(BaseTask):
         columns = {"image_id": ids, "caption": [group[0] for group in groups]}
         return per_sample(samples, **columns, **({"captions": groups} if self.num_captions > 1 else {}))
 
-    def _next_images(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the batch's images (B,...) rolled by one; for a batch of one the last image of the batch before."""
-        previous, self._last_image = self._last_image, images[-1:]
-        if len(images) > 1:
-            return images.roll(1, dims=0)
+    def _next_images(self, images: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the batch's images (B,...), and their masks, rolled by one; for a batch of one the last image of the
+        batch before.
+        """
+        previous, self._last_image = self._last_image, {key: value[-1:] for key, value in images.items()}
+        if len(images["image"]) > 1:
+            return {key: value.roll(1, dims=0) for key, value in images.items()}
         if previous is None:
             raise InputError("run.shuffle_images needs other images in the batch: set run.batch_size_eval above 1")
         return previous

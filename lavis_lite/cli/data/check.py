@@ -16,6 +16,7 @@ from pathlib import Path
 from lavis_lite.cli.data.named import NamedDataset, find_datasets, offline, require_samples
 from lavis_lite.cli.preflight import num_repeated, wrong_files
 from lavis_lite.common.errors import InputError, UnreadableSample, UserError
+from lavis_lite.common.feature_io import is_feature_file, read_features
 from lavis_lite.common.video_io import decode
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset
 from lavis_lite.datasets.image import open_image
@@ -173,9 +174,9 @@ def _decoded(paths: Sequence[str], is_video: dict[str, bool]) -> Iterator[str | 
     """Yield the error of each file that cannot be decoded, None for the others."""
 
     def problem(path: str) -> str | None:
-        read: Callable[[], object] = (lambda: decode(path, 1)) if is_video[path] else (lambda: open_image(path))
+        still: Callable[[str], object] = read_features if is_feature_file(path) else open_image
         try:
-            read()
+            decode(path, 1) if is_video[path] else still(path)
         except UnreadableSample as error:
             return str(error)
         return None

@@ -10,11 +10,12 @@ from dataclasses import fields
 from typing import Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lavis_lite.common import checkpoint
+from lavis_lite.common import checkpoint, dist
 from lavis_lite.common.bounds import MAX_IMAGE_SIZE, MAX_TOKENS, check_number, one_of
-from lavis_lite.common.errors import InputError
+from lavis_lite.common.errors import InputError, SettingError
 from lavis_lite.common.precision import PRECISIONS
 from lavis_lite.common.sources import weights
 from lavis_lite.common.sources.download import is_weight_file
@@ -31,9 +32,11 @@ from lavis_lite.models.initialise import (
     qformer_weights,
     trained_qformer_weights,
 )
+from lavis_lite.models.inputs import features_of
 from lavis_lite.models.tokenizers import blip2_tokenizer
 from lavis_lite.nn.attention import MAX_VOCABULARY, CrossAttentionKV
 from lavis_lite.nn.encoders import ENCODERS, PUBLISHED, build_encoder, encoder_statistics
+from lavis_lite.nn.features import FEATURES, pack, unpack
 from lavis_lite.nn.qformer import QFormer, QFormerConfig
 from lavis_lite.nn.vision import check_sizes, encoder_scale
 
@@ -55,6 +58,7 @@ class Blip2Base(BaseModel):
     and `vit_weights` says where a pretrained encoder comes from (a file or URL with LAVIS's, BLIP's or timm's names;
     "random" for none; default the published weights of that encoder). `vit_precision`: fp32, bf16, fp16, or auto,
     which is fp16 on a GPU (as published) and fp32 on the CPU. `qformer` overrides sizes of the Q-Former.
+    `vit_model: features` takes tokens (B,N,W) that another encoder computed, `vit: {width: W}`.
     """
 
     hf: ClassVar[HFAdapter[Any] | None] = Blip2Adapter()
@@ -96,7 +100,8 @@ class Blip2Base(BaseModel):
             grad_checkpoint=use_grad_checkpoint,
             sizes=vit,
         )
-        self.sources: dict[str, str | None] = {ENCODER: encoder_source(vit_model, vit_weights)}
+        self.takes_features = vit_model == FEATURES
+        self.sources: dict[str, str | None] = {ENCODER: encoder_source(vit_model, vit_weights, frozen=freeze_vit)}
         self.visual_encoder.to(
             weight_dtype("vit_precision", vit_precision, auto=torch.float32, is_trained=not freeze_vit)
         )
@@ -132,19 +137,44 @@ class Blip2Base(BaseModel):
         return super().from_config(cfg, device=device)
 
     @classmethod
-    def image_statistics(cls, cfg: Mapping[str, Any]) -> dict[str, list[float]] | None:
-        """Return timm's `mean` and `std` for an encoder of timm's; None for all others, which take CLIP's."""
+    def image_statistics(cls, cfg: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return timm's `mean` and `std` for an encoder of timm's, and the width of features; None for all others,
+        which take CLIP's.
+        """
+        if cfg.get("vit_model") == FEATURES:
+            return {"width": (cfg.get("vit") or {}).get("width")}
         return encoder_statistics(cfg.get("vit_model", DEFAULT_VIT))
+
+    def checked_image(self, samples: Mapping[str, Any], *, answering: bool = False) -> Tensor:
+        """Return the batch's `image` as `BaseModel` does, or its features with their mask in the last channel."""
+        if self.takes_features:
+            return features_of(samples, self.visual_encoder.width, answering=answering)
+        return super().checked_image(samples, answering=answering)
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Return the image's tokens (B,S,E) after `ln_vision`, in its precision (float32, unless the whole model was
-        cast); a frozen encoder runs without gradient, and one of low precision without autocast.
+        cast); a frozen encoder runs without gradient, and one of low precision without autocast. Features keep their
+        mask, in the last channel.
         """
+        if self.takes_features:
+            features, mask = unpack(image)
+            return pack(self.ln_vision(self.visual_encoder(features).to(self.ln_vision.weight.dtype)), mask)
         is_low = next(self.visual_encoder.parameters()).dtype != torch.float32
         autocast = torch.autocast(image.device.type, enabled=False) if is_low else contextlib.nullcontext()
         with torch.no_grad() if self.freeze_vit else contextlib.nullcontext(), autocast:
             tokens = self.visual_encoder(image)
         return self.ln_vision(tokens.to(self.ln_vision.weight.dtype))
+
+    def project_kv(self, tokens: Tensor) -> CrossAttentionKV:
+        """Return the Q-Former's keys and values of tokens from `encode_image`, with the mask of features."""
+        return self.Qformer.project_kv(*unpack(tokens)) if self.takes_features else self.Qformer.project_kv(tokens)
+
+    def of_equal_length(self, tokens: Tensor) -> Tensor:
+        """Return tokens that all ranks have in the same number: features are padded to the longest."""
+        if not self.takes_features or dist.world_size() == 1:
+            return tokens
+        longest = max(dist.gather_objects([tokens.shape[1]]))
+        return F.pad(tokens, (0, 0, 0, longest - tokens.shape[1]))
 
     def query_states(self, context: CrossAttentionKV, ids: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Return the queries' states (B,Q,E) after reading the images and, if given, a text (ids and mask, (B,T))."""
@@ -212,8 +242,13 @@ class Blip2Base(BaseModel):
         return any(name.startswith(prefix) and source is not None for prefix, source in self.sources.items())
 
 
-def encoder_source(vit_model: str, vit_weights: str | None) -> str | None:
+def encoder_source(vit_model: str, vit_weights: str | None, *, frozen: bool) -> str | None:
     """Return the source of the encoder's weights: a file or URL, `timm:<name>`, or None for random ones."""
+    if vit_model == FEATURES:
+        for key, value in (("vit_weights", vit_weights), ("freeze_vit", None if frozen else False)):
+            if value is not None:
+                raise SettingError(f"model.{key}", f"vit_model {FEATURES} has no weights; leave it out, got {value}")
+        return None
     if vit_weights is None:
         return PUBLISHED.get(vit_model) if vit_model in ENCODERS else f"{weights.TIMM}{vit_model}"
     return None if vit_weights == RANDOM else vit_weights
