@@ -53,7 +53,8 @@ def test_both_kinds_of_files_give_float32(tmp_path: Path):
     save_file({"only": torch.tensor(values).bfloat16()}, tmp_path / "c.safetensors")
     for name in ("a.npy", "b.safetensors#x", "c.safetensors"):
         found = read_features(tmp_path / name)
-        assert found.dtype == torch.float32 and found.tolist() == [[0, 1, 2], [3, 4, 5]]
+        assert found.dtype == torch.float32
+        assert found.tolist() == [[0, 1, 2], [3, 4, 5]]
     assert read_features(tmp_path / "b.safetensors#y").tolist() == [[1, 1, 1]]
 
 
@@ -75,7 +76,7 @@ BAD = {
 def test_wrong_arrays_name_their_file(name: str, tmp_path: Path):
     path = tmp_path / f"{name}.npy"
     np.save(path, BAD[name], allow_pickle=True)
-    with pytest.raises(UnreadableSample, match=f"{name}.npy"):
+    with pytest.raises(UnreadableSample, match=rf"{name}\.npy"):
         read_features(path, width=3)
 
 
@@ -92,14 +93,14 @@ def test_a_tensor_of_a_file_is_named(tmp_path: Path):
     save_file({"x": torch.ones(1, 3), "y": torch.ones(1, 3)}, tmp_path / "b.safetensors")
     with pytest.raises(UnreadableSample, match="2 tensors"):
         read_features(tmp_path / "b.safetensors")
-    with pytest.raises(UnreadableSample, match="'z'.*x, y"):
+    with pytest.raises(UnreadableSample, match=r"'z'.*x, y"):
         read_features(tmp_path / "b.safetensors#z")
 
 
 def test_the_processor_takes_arrays_of_its_width_only():
     processor = load_processor("features", {"width": 3})
     assert processor(np.ones((2, 3))).dtype == torch.float32
-    with pytest.raises(InputError, match="width 4.*takes 3"):
+    with pytest.raises(InputError, match=r"width 4.*takes 3"):
         processor(torch.ones(2, 4))
     with pytest.raises(TypeError, match="list"):
         processor([[1.0, 2.0, 3.0]])
@@ -140,7 +141,7 @@ def test_training_losses_do_not_depend_on_padding():
 
 
 @pytest.mark.parametrize(
-    "batch, match",
+    ("batch", "match"),
     [
         ({"image": torch.randn(2, 3, 8, 8)}, r"\(B,N,16\)"),
         ({"image": torch.randn(2, 5, 8)}, "model.vit.width"),
@@ -155,7 +156,7 @@ def test_wrong_batches_are_refused(batch: dict[str, Any], match: str):
 
 
 @pytest.mark.parametrize(
-    "settings, key",
+    ("settings", "key"),
     [
         ({"vit": None}, "model.vit"),
         ({"vit": {"width": 16, "depth": 2}}, "model.vit"),
@@ -178,7 +179,8 @@ def test_there_is_no_hugging_face_class(tmp_path: Path):
 def test_datasets_of_other_lengths_share_a_batch():
     parts = [("a", padded(features(3), extra=0)), ("b", padded(features(5), extra=0))]
     batch = join_batches(parts, keys=["image", "image_mask"])
-    assert batch["image"].shape == (2, 5, WIDTH) and batch["image_mask"].tolist() == [[1, 1, 1, 0, 0], [1] * 5]
+    assert batch["image"].shape == (2, 5, WIDTH)
+    assert batch["image_mask"].tolist() == [[1, 1, 1, 0, 0], [1] * 5]
 
 
 # Runs
@@ -237,7 +239,8 @@ def project(case: str, data: Path, folder: Path, **model: Any) -> Path:
 def test_every_run_takes_features(case: str, data: Path, tmp_path: Path):
     assert cli_helpers.train(project(case, data, tmp_path)) == 0
     rows = cli_helpers.steps(tmp_path / "job")
-    assert len(rows) == 2 and all(np.isfinite(row["loss"]) for row in rows)
+    assert len(rows) == 2
+    assert all(np.isfinite(row["loss"]) for row in rows)
     if CASES[case][2].get("valid_splits") != []:
         assert cli_helpers.metrics(tmp_path / "job", "val")
 
@@ -249,7 +252,8 @@ def test_the_width_is_the_datas_unless_given(data: Path, tmp_path: Path, capsys:
     capsys.readouterr()
     assert cli_helpers.train(path, flags=["--dry-run"]) == 2
     error = capsys.readouterr().err
-    assert "width 16" in error and "model.vit.width=16" in error
+    assert "width 16" in error
+    assert "model.vit.width=16" in error
 
 
 def test_images_for_features_and_features_for_images(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -270,7 +270,9 @@ def _check_fit(
     adapters = [key for key in state if key not in own and ADAPTER.search(key)]
     if adapters:
         found = f"{len(adapters)} tensors of adapters (LoRA) that have no place in the model: {_listed(adapters)}"
-        raise AdapterError(f"{source} holds {found}. Set model.llm_lora as it was in training")
+        raise AdapterError(
+            f"{source} holds {found}. Set model.llm_lora and model.qformer_lora as they were in training"
+        )
     shapes = [
         f"{key} {tuple(state[key].shape)} (model: {tuple(own[key].shape)})"  # read anew: shards are open one at a time
         for key in state

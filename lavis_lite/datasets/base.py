@@ -24,7 +24,7 @@ from lavis_lite.common.bounds import one_of
 from lavis_lite.common.config.schema import as_read, schema_of
 from lavis_lite.common.config.sections import PROCESSOR_KEYS
 from lavis_lite.common.config.zoo import dataset_zoo, packaged_dataset
-from lavis_lite.common.errors import InputError, UnknownNameError
+from lavis_lite.common.errors import InputError, UnknownNameError, UnreadableSample
 from lavis_lite.common.feature_io import is_feature_file
 from lavis_lite.common.image_io import is_constant
 from lavis_lite.common.records import Kind, Record, RecordCheck

@@ -1,7 +1,7 @@
 """BLIP-2's image encoders by name; constructors download nothing.
 
-`eva_clip_g` and `clip_L` are the paper's (section 4.1), `blip_*` are BLIP's, `*_tiny` are small enough for a CPU; `features`
-takes the tokens of another encoder, and any other name is timm's.
+`eva_clip_g` and `clip_L` are the paper's (section 4.1), `blip_*` are BLIP's, `*_tiny` are small enough for a CPU;
+`features` takes the tokens of another encoder, and any other name is timm's.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""Adapters in a language model (LoRA, Hu et al. 2021), by peft: training, merging, and peft's own folders.
+"""Adapters (LoRA, Hu et al. 2021) in a language model or Q-Former, by peft: training, merging, peft's own folders.
 
 Note: `modules_to_save` and `bias` of peft's LoraConfig train whole parts of the language model. All trained tensors are
 float32, so that such a model must be float32 itself.
@@ -38,8 +38,8 @@ def trains_whole_parts(lora: Mapping[str, Any] | None) -> bool:
     return lora is not None and (lora.get("bias", "none") != "none" or any(lora.get(key) for key in WHOLE_PARTS))
 
 
-def add_lora(model: nn.Module, lora: Mapping[str, Any]) -> None:
-    """Put adapters into the model's layers; only what peft trains is then trained, in float32.
+def add_lora(model: nn.Module, lora: Mapping[str, Any], *, setting: str = "llm_lora") -> None:
+    """Put adapters, as a `setting` says, into the model's layers; only what peft trains is then trained, in float32.
 
     Raises AdapterError for `target_modules` or `modules_to_save` that the model does not have.
     """
@@ -47,7 +47,7 @@ def add_lora(model: nn.Module, lora: Mapping[str, Any]) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
 
-    config = lora_config(lora)
+    config = lora_config(lora, setting)
     known = {
         "target_modules": _names(model, nn.Linear, nn.Embedding, Conv1D),
         "modules_to_save": _names(model, nn.Module),
@@ -57,14 +57,14 @@ def add_lora(model: nn.Module, lora: Mapping[str, Any]) -> None:
     except (ValueError, TypeError, IndexError) as error:  # the last for a token that the vocabulary does not have
         is_name = "target" in str(error).lower()
         advice = f": set target_modules to some of {', '.join(known['target_modules'])}" if is_name else ""
-        raise AdapterError(f"model.llm_lora: {str(error).rstrip('.')}{advice}") from error
+        raise AdapterError(f"model.{setting}: {str(error).rstrip('.')}{advice}") from error
     for key, kind in (("target_modules", BaseTunerLayer), ("modules_to_save", AuxiliaryTrainingWrapper)):
         found = [f".{name}" for name, module in model.named_modules() if isinstance(module, kind)]
         wanted = lora.get(key) or ()
         for name in () if isinstance(wanted, str) else wanted:  # a text is a pattern, which peft checks
             if not any(other.endswith(f".{name}") for other in found):
                 has = ", ".join(known[key])
-                raise AdapterError(f"model.llm_lora.{key}: the language model has no {name}; it has {has}")
+                raise AdapterError(f"model.{setting}.{key}: this part of the model has no {name}; it has {has}")
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -108,8 +108,9 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def plain_state_dict(model: nn.Module, *, merge: bool = True) -> dict[str, Tensor]:
-    """Return the model's tensors under the names of a model without adapters, these merged or left out.
+def plain_state_dict(model: nn.Module, *, merge: bool = True, keep: str | None = None) -> dict[str, Tensor]:
+    """Return the model's tensors under the names of a model without adapters, these merged or left out; those of the
+    layers whose names begin with `keep` are left out.
 
     The model is not changed; only what is merged is copied.
     """
@@ -117,7 +118,8 @@ def plain_state_dict(model: nn.Module, *, merge: bool = True) -> dict[str, Tenso
     if not has_adapters(model):
         return state
     for prefix, layer in _wrapped(model):
-        plain = plain_state_dict(_merged(layer) if merge else _without(layer), merge=merge)
+        merges = merge and not (keep and prefix.startswith(keep))
+        plain = plain_state_dict(_merged(layer) if merges else _without(layer), merge=merges)
         state = {name: tensor for name, tensor in state.items() if not name.startswith(f"{prefix}.")}
         state |= {f"{prefix}.{name}": tensor for name, tensor in plain.items()}
     return state

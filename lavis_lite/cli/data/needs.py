@@ -177,8 +177,9 @@ def package_needs(cfg: Config, *, has_videos: bool) -> Iterator[Need]:
     """Yield the optional packages and programs that the recipe uses."""
     if has_videos:
         yield _package("decord", "reading videos", "pip install decord")
-    if model_setting(cfg.model, "llm_lora"):
-        yield _package("peft", "model.llm_lora", "pip install peft")
+    for key in ("llm_lora", "qformer_lora"):
+        if model_setting(cfg.model, key):
+            yield _package("peft", f"model.{key}", "pip install peft")
     if model_setting(cfg.model, "llm_quantization"):
         yield _package("bitsandbytes", "model.llm_quantization", "pip install bitsandbytes")
         yield _package("accelerate", "model.llm_quantization", "pip install accelerate")

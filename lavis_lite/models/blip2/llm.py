@@ -10,7 +10,7 @@ tokens, C candidates of a sample, E width.
 """
 
 import logging
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import torch
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from lavis_lite.common.bounds import MAX_TOKENS, check_number
 from lavis_lite.common.config.adapters import ADAPTER, lora_settings
 from lavis_lite.common.sources import weights
-from lavis_lite.common.sources.weights import LazyState
 from lavis_lite.models.answers import AnswerModel
 from lavis_lite.models.base import Output, chosen_weights
 from lavis_lite.models.blip2.base import TEXT_PARTS, Blip2Base
@@ -141,10 +140,6 @@ class Blip2LLM(Blip2Base, AnswerModel):
             place = chosen[1]
             check_fit(weights.open_state(place), config, prefix=cls.family.prefix, source=place, llm=source)
         return super().from_config(cfg, device=device)
-
-    def adapt_state_dict(self, state: MutableMapping[str, Tensor]) -> MutableMapping[str, Tensor]:
-        """Adapt as `Blip2Base` does; tensors of layers without LoRA go into the layers that LoRA wraps or copies."""
-        return lora.into_wrapped(LazyState.of(super().adapt_state_dict(state)), self.state_dict())
 
     def text_readers(self, samples: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
         """Return them as `BaseModel` does; the Q-Former reads questions, and of captions the prompt only."""
