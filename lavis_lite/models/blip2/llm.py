@@ -283,8 +283,11 @@ class Blip2LLM(Blip2Base, AnswerModel):
             rows = self.llm_tokenizer.continuations(answers, end=not self.family.score_without_eos)
             self.lm.check_length(num_inputs, max(map(len, rows)) - (not self.lm.is_encoder_decoder))
 
-    def write_answers(self, samples: dict[str, Any], prompts: list[str], config: DecodingConfig) -> list[str]:
-        return self.llm_tokenizer.decode(self.write(samples, prompts, config).ids)
+    def write_answers(
+        self, samples: dict[str, Any], prompts: list[str], config: DecodingConfig
+    ) -> tuple[list[str], Tensor | None]:
+        ids, scores = self.write(samples, prompts, config)
+        return self.llm_tokenizer.decode(ids), scores
 
     # Choice between candidates
 
