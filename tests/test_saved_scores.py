@@ -72,7 +72,7 @@ RUNS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "captions": ({"arch": "blip_caption"}, "shapes_caption", {**cli_helpers.CAPTIONING, "num_captions": 2}),
     "rank": ({"arch": "blip_vqa"}, "shapes_vqa", {"task": "vqa", "num_ans_candidates": 12}),
     "generate": ({"arch": "blip2_t5"}, "shapes_vqa", {"task": "vqa", "inference_method": "generate"}),
-    "instruct": ({"arch": "blip2_vicuna_instruct"}, "shapes_instruct_color", {"task": "instruct", "max_len": 4}),
+    "instruct": ({"arch": "blip2_vicuna_instruct"}, "shapes_instruct_caption", {"task": "instruct", "max_len": 4}),
 }
 FILES = {"captions": "val_captions.json", "instruct": "val_predictions.json"}
 
