@@ -1,6 +1,7 @@
 """Features of another encoder in the place of images: files, batches, masks, and every kind of run."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -260,3 +261,25 @@ def test_images_for_features_and_features_for_images(data: Path, tmp_path: Path,
     path = project("caption_opt", data, tmp_path, vit_model="eva_tiny", vit_weights="random", vit=None, image_size=48)
     assert cli_helpers.train(path, flags=["--dry-run"]) == 2
     assert "vis_processor {name: features}" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_pages_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    page = (cli_helpers.ROOT / "docs" / "features.md").read_text(encoding="utf-8")
+    files = dict(re.findall(r"```(?:python|yaml)\n# (tones\.\w+)\n(.*?)```", page, re.DOTALL))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LAVIS_LITE_DATA", str(tmp_path))
+    exec(
+        compile(
+            files["tones.py"].replace('(("train", 600), ("val", 90))', '(("train", 48), ("val", 4))'), "tones", "exec"
+        ),
+        {},
+    )
+    (tmp_path / "tones.yaml").write_text(files["tones.yaml"])
+    assert (
+        cli_helpers.train(tmp_path / "tones.yaml", "run.max_iters=4", "run.log_freq=1", "run.batch_size_train=12") == 0
+    )
+    job = tmp_path / "output" / "tones" / "job"
+    losses = [row["loss"] for row in cli_helpers.steps(job)]
+    assert losses[-1] < losses[0]
+    assert cli_helpers.metrics(job, "val")["CIDEr"] >= 0

@@ -40,8 +40,8 @@ class InstructDataset(BaseDataset):
     A record has `image` (a path, or a list of paths, shown one after another as frames) or `video` (a path), the fields
     that the templates' placeholders name, and in `templates.output` what is learned: a text, or a list of which one is;
     without it, the candidate that `label` points to. In evaluation a sample has no text_output, but `question_id`, and,
-    if the records have them, `candidates` (list[str]). The truth is in `annotation[i]`: `answers` (list[str]), `label` (index into candidates), perhaps
-    `classes` (one per candidate, equal where they mean the same).
+    if the records have them, `candidates` (list[str]). The truth is in `annotation[i]`: `answers` (list[str]), `label`
+    (index into candidates), perhaps `classes` (one per candidate, equal where they mean the same).
     """
 
     reader = "instructions"

@@ -56,7 +56,8 @@ def read_idx(path: Path, *, num_dims: int) -> np.ndarray:
     except (OSError, EOFError) as error:
         raise InputError(f"{path}: damaged ({error}); install it again") from error
     start = HEADERS[num_dims]
-    shape = np.frombuffer(content[4:start], dtype=">i4").tolist()
-    if content[:4] != bytes((0, 0, 8, num_dims)) or len(content) - start != np.prod(shape):
+    is_idx = len(content) >= start and content[:4] == bytes((0, 0, 8, num_dims))
+    shape = np.frombuffer(content[4:start], dtype=">i4").tolist() if is_idx else []
+    if not is_idx or len(content) - start != np.prod(shape):
         raise InputError(f"{path}: not an IDX file of bytes with {num_dims} dimensions; install it again")
     return np.frombuffer(content[start:], dtype=np.uint8).reshape(shape)

@@ -1,14 +1,15 @@
-"""Openclipart: some 8,000 public-domain pictures whose titles, descriptions and keywords people wrote, with a web's noise.
+"""Openclipart: 8,000 public-domain pictures with people's own titles and keywords, and with a web's noise.
 
-Debian's `openclipart-png` has the pictures, `openclipart-svg` the texts. Pictures that look alike (equal fingerprints), or
-have the same title and similar fingerprints, are in one split.
+Debian's `openclipart-png` has the pictures, `openclipart-svg` the texts. Pictures that look the same (equal
+fingerprints), or have one title and similar fingerprints, are in one split; large groups of them are in `train`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from xml.etree import ElementTree
@@ -20,6 +21,8 @@ from lavis_lite.common.errors import UnreadableSample
 from lavis_lite.common.records import Record
 from lavis_lite.datasets.image import open_image
 from lavis_lite.datasets.packaged.store import SPLITS, Splits
+
+logger = logging.getLogger(__name__)
 
 PLACES = ("/usr/share/openclipart",)
 NEEDED = ("png", "svg")
@@ -35,28 +38,35 @@ NEAR = SIDE * SIDE // 10
 """Pixels in which fingerprints of similar pictures differ at most."""
 SHARES = {"test": 0.1, "val": 0.05}
 """Of the groups of similar pictures."""
+MOST_ALIKE = 5
+"""Pictures of a group that is not in `train`; some series of icons have hundreds."""
 
 
 def make(root: Path, aside: Path) -> Splits:
     """Return the records of each split: `image` (below `root`), `caption` (the title), and, where there are some,
     `description`, `keywords`; `folder` is the picture's place in the collection. Pictures without title are left out.
     """
-    records, prints = [], {}
+    records, prints, num_left_out = [], {}, 0
     for path in sorted((root / "png").rglob("*.png")):
         place = path.relative_to(root / "png")
         texts = texts_of(root / "svg" / place.with_suffix(".svg"))
         if not texts.get("caption"):
+            num_left_out += 1
             continue
         try:
             prints[str(place)] = fingerprint(open_image(path))
-        except UnreadableSample:
+        except UnreadableSample as error:
+            logger.warning(f"left out: {error}")
             continue
         file = f"png/{place}"
         records.append({"image": file, "image_id": str(place), **texts, "folder": str(place.parent)})
+    logger.info(f"{num_left_out:,} pictures without title are left out")
     groups = grouped({row["image_id"]: row["caption"] for row in records}, prints)
     found: dict[str, list[Record]] = {split: [] for split in SPLITS}
+    sizes = Counter(groups.values())
     for row in records:
-        found[split_of(groups[row["image_id"]])].append(row)
+        group = groups[row["image_id"]]
+        found["train" if sizes[group] > MOST_ALIKE else split_of(group)].append(row)
     return found
 
 
