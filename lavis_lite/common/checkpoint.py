@@ -263,16 +263,15 @@ def _check_fit(
     if own and not given:
         keys = f"{name} has none of its {len(state)} keys: {_listed(state)}; the model has {_listed(own)}"
         raise InputError(f"{source} is a checkpoint of another architecture: {keys}")
-    trainable = {id(value): key for key, value in own.items() if value.requires_grad}
+    trainable = {id(value): key for key, value in own.items() if value.requires_grad and not ADAPTER.search(key)}
     if trainable and not given.keys() & trainable.keys():
         keys = f"only {_listed(given.values())}. Its trainable ones are {_listed(trainable.values())}"
         raise InputError(f"{source} holds no trainable key of {name}, {keys}")
     adapters = [key for key in state if key not in own and ADAPTER.search(key)]
     if adapters:
         found = f"{len(adapters)} tensors of adapters (LoRA) that have no place in the model: {_listed(adapters)}"
-        raise AdapterError(
-            f"{source} holds {found}. Set model.llm_lora and model.qformer_lora as they were in training"
-        )
+        advice = "Set model.llm_lora, qformer_lora, of BLIP vit_lora and text_lora, as it was in training"
+        raise AdapterError(f"{source} holds {found}. {advice}")
     shapes = [
         f"{key} {tuple(state[key].shape)} (model: {tuple(own[key].shape)})"  # read anew: shards are open one at a time
         for key in state

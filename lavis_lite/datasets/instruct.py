@@ -19,12 +19,13 @@ from lavis_lite.common.errors import InputError, SettingError
 from lavis_lite.common.prompts import joined_words, lettered, letters
 from lavis_lite.common.records import ANSWERS, GROUP, ID, IMAGES, PATH, TEXTS, TRUTHS, VALUES, WORDS, Kind, Record
 from lavis_lite.common.registry import did_you_mean, registry
-from lavis_lite.common.video_io import ShortClips, check_num_frames
+from lavis_lite.common.video_io import ShortClips
 from lavis_lite.datasets.annotations import as_list
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset
 from lavis_lite.datasets.few_shot import FewShot, files_of, joined
+from lavis_lite.datasets.streams import StreamDataset
 from lavis_lite.datasets.templates import PLACEHOLDER, Templates, fill, load_templates, with_prompt
-from lavis_lite.datasets.video import ReadsVideos, read_frames, record_part
+from lavis_lite.datasets.visual import VisualDataset, visual_field
 
 AnswerChoice = Literal["drawn", "most_frequent"]
 CandidateFormat = Literal["text", "letter_text", "letter"]
@@ -33,7 +34,7 @@ TEXT_FIELDS = (*CLEANED, "statement", "instruction")
 """Fields of texts. The text processor cleans the first two, whether in the instruction or learned; no others are."""
 
 
-class InstructDataset(BaseDataset):
+class InstructDataset(VisualDataset):
     """Samples {image (3,H,W) or (3,F,H,W), text_input (the instruction), prompt, text_output, instance_id}.
 
     `prompt` is "{}": the instruction is complete, and no other prompt is put around it.
@@ -52,8 +53,6 @@ class InstructDataset(BaseDataset):
         *files: Any,
         templates: Templates,
         training: bool,
-        num_frames: int,
-        short_clips: ShortClips = "repeat",
         answer_choice: AnswerChoice,
         candidate_format: CandidateFormat,
         answer_list: list[str] | None = None,
@@ -61,8 +60,6 @@ class InstructDataset(BaseDataset):
     ) -> None:
         self.templates, self.training, self.answer_list = templates, training, answer_list
         self.few_shot: FewShot | None = None
-        self.num_frames: int = check_num_frames(num_frames)
-        self.short_clips: ShortClips = one_of("short_clips", short_clips, get_args(ShortClips))
         self.answer_choice = one_of("answer_choice", answer_choice, get_args(AnswerChoice))
         self.candidate_format = one_of("candidate_format", candidate_format, get_args(CandidateFormat))
         self.used = templates.train if training else (templates.eval,)
@@ -113,7 +110,7 @@ class InstructDataset(BaseDataset):
         fields = self.values(record)
         text, visuals = fill(random.choice(self.used) if self.training else self.used[0], fields), [self.visual(record)]
         if self.few_shot is not None:
-            examples = self.few_shot.draw(index, self.files_of(record))
+            examples = self.few_shot.draw(index, files_of(record))
             text = "".join(map(self.example, examples)) + text
             visuals = [*map(self.visual, examples if self.few_shot.has_images else ()), *visuals]
         sample = {
@@ -127,24 +124,11 @@ class InstructDataset(BaseDataset):
         kept = ("question_id", "candidates")
         return sample | {key: record[key] for key in kept if record.get(key) is not None}
 
-    def files_of(self, record: Record) -> list[str]:
-        return files_of(record)
-
     def example(self, record: Record) -> str:
         """Return the text of a record as an example before an instruction."""
         assert self.few_shot is not None
         fields = {"instruction": fill(self.used[0], self.values(record)), "answer": self.choose(record["answers"])}
         return fill(self.few_shot.template, fields)
-
-    def visual(self, record: Record) -> Any:
-        """Return the record's image, or the frames of its images or video."""
-        if visual_field(record) == "image":
-            images = [self.image(file) for file in files_of(record)]
-            return joined(images, str(self.annotation_paths[0])) if isinstance(record["image"], list) else images[0]
-        path = self.vis_root / record["video"]
-        own = self.vis_processor
-        part = record_part(record) if isinstance(own, ReadsVideos) and not own.full_video else None
-        return read_frames(path, self.num_frames, own, short_clips=self.short_clips, part=part)
 
     def values(self, record: Record) -> dict[str, Any]:
         """Return the placeholders' fields and the learned one: one of several texts, cleaned if it is in CLEANED."""
@@ -186,11 +170,6 @@ def instruct_fields(placeholders: Iterable[str], output: str, *, training: bool)
 def _num_images(record: Record) -> int | None:
     """Return the number of a record's images; None for a single one that is not in a list."""
     return len(record["image"]) if isinstance(record.get("image"), list) else None
-
-
-def visual_field(record: Record) -> str:
-    """Return the field with the path of the image or video: "video" if the record has one, else "image"."""
-    return "image" if record.get("video") is None else "video"
 
 
 def missing_field(record: Record, field: str, why: str) -> InputError:
@@ -291,11 +270,14 @@ class InstructBuilder(BaseBuilder):
         if split not in self.splits():
             raise SettingError("few_shot_split", f"no split {split!r}. {did_you_mean(split, self.splits())}")
         self.prepare([split])
-        records = super()._build_split(split).annotation
+        source = super()._build_split(split)
+        if not isinstance(source, InstructDataset):
+            raise SettingError("few_shot_split", f"examples are drawn from a table of records; {split!r} is a stream")
+        records = source.annotation
         own = {"num": self.few_shot_num, "seed": self.few_shot_seed, "template": self.few_shot_template}
         return FewShot.of(records, split=split, has_images=self.few_shot_images, **own)
 
-    def _build_split(self, split: str) -> BaseDataset:
+    def _build_split(self, split: str) -> BaseDataset | StreamDataset:
         dataset = super()._build_split(split)
         if split != "train" and isinstance(dataset, InstructDataset):
             dataset.few_shot = self.few_shot

@@ -1,25 +1,40 @@
-"""Image-text retrieval: training pairs with image ids; evaluation sets, a gallery of all images and all texts."""
+"""Image-text and video-text retrieval: training pairs with image ids; evaluation sets, a gallery of all images (or
+videos) and all texts.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from lavis_lite.common.records import Record
+from lavis_lite.common.records import PATH, Record
 from lavis_lite.common.registry import registry
+from lavis_lite.common.video_io import ShortClips
 from lavis_lite.datasets.base import BaseBuilder
 from lavis_lite.datasets.caption import CaptionDataset, CaptionTrainDataset, merge_images
+from lavis_lite.datasets.readers.captions import CAPTION_FIELDS
+from lavis_lite.datasets.visual import VisualDataset
+
+REQUIRED = ("image|file_name|video", "caption")
+FIELDS = {**CAPTION_FIELDS, "video": PATH}
 
 
-class RetrievalTrainDataset(CaptionTrainDataset):
+class RetrievalTrainDataset(VisualDataset, CaptionTrainDataset):
     """Samples {image, text_input, image_id (index in first-seen order), instance_id}."""
 
+    required = REQUIRED
+    fields = FIELDS
 
-class RetrievalEvalDataset(CaptionDataset):
+
+class RetrievalEvalDataset(VisualDataset, CaptionDataset):
     """Items {image, index, image_id, instance_id}, one per image; all texts are in `text` (processed), in order.
 
     `img2txt[i]` lists the texts of image i, `txt2img[t]` is the image of text t.
     """
+
+    reads_tables = False
+    required = REQUIRED
+    fields = FIELDS
 
     def arrange(self, records: list[Record]) -> list[Record]:
         images = merge_images(records, self.place, root=self.vis_root)
@@ -47,7 +62,12 @@ class RetrievalEvalDataset(CaptionDataset):
 @registry.register_builder("retrieval")
 @dataclass(kw_only=True)
 class RetrievalBuilder(BaseBuilder):
-    """Records {image, caption[, image_id]}; one per caption, or one per image with a list of captions."""
+    """Records {image or video, caption[, image_id]}; one per caption, or one per image with a list of captions."""
+
+    num_frames: int = 4
+    """Frames of a video, sampled uniformly."""
+    short_clips: ShortClips = "repeat"
+    """For a video with fewer frames: repeat them, or treat it as an unreadable sample."""
 
     train_dataset = RetrievalTrainDataset
     eval_dataset = RetrievalEvalDataset

@@ -24,7 +24,7 @@ class CaptionModel(BaseModel):
 
     @abstractmethod
     def caption_context(self, image: Tensor) -> Context:
-        """Return what captions of the images (B,3,H,W) are decoded after."""
+        """Return what captions of the images (B,3,H,W), or videos, are decoded after."""
 
     @abstractmethod
     def step(self, context: Any) -> Step:
@@ -63,6 +63,7 @@ class CaptionModel(BaseModel):
 
     def check_generate(self, samples: dict[str, Any], **changes: Any) -> None:
         config = self.decoding(self.generation.changed(**changes))
-        for prompt in dict.fromkeys(optional_texts(samples, "prompt", len(self.checked_image(samples)), self.prompt)):
+        count = len(self.checked_image(samples))
+        for prompt in dict.fromkeys(optional_texts(samples, "prompt", count, self.prompt)):
             num_tokens = len(self.tokenizer(prompt).input_ids) - 1
             check_prompt(num_tokens, config.resolved(num_tokens))

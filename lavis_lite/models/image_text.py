@@ -13,12 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lavis_lite.common.bounds import one_of
+from lavis_lite.common.errors import InputError
 from lavis_lite.models.base import BaseModel, Output
 from lavis_lite.models.batches import Texts
 from lavis_lite.models.inputs import texts_of
 from lavis_lite.nn.attention import CrossAttentionKV
 
 logger = logging.getLogger(__name__)
+
+TEXTS_PER_STEP = 256
+"""Texts that are encoded at once."""
 
 
 def scored(head: nn.Linear, states: Tensor) -> Tensor:
@@ -117,6 +121,48 @@ class ImageTextModel(BaseModel):
             return Output({"image_embeds": states, "image_embeds_proj": project(self.vision_proj, states)})
         return Output(self.multimodal_states(image, *self.cut_texts(texts_of(samples, len(image)))))
 
+    @torch.no_grad()
+    def class_features(self, prompts: Sequence[Sequence[str]]) -> Tensor:
+        """Return each class's feature (C,D): the normalised mean of the features of its prompts, as CLIP's."""
+        texts = [text for own in prompts for text in own]
+        parts = [texts[start : start + TEXTS_PER_STEP] for start in range(0, len(texts), TEXTS_PER_STEP)]
+        features = torch.cat([self.encode_text(*self.cut_texts(part)).float() for part in parts])
+        means = [own.mean(dim=0) for own in features.split([len(own) for own in prompts])]
+        return F.normalize(torch.stack(means), dim=-1)
+
+    @torch.no_grad()
+    def class_scores(
+        self,
+        samples: dict[str, Any],
+        prompts: Sequence[Sequence[str]],
+        features: Tensor,
+        *,
+        match_head: str = "itc",
+        k_test: int = 0,
+    ) -> Tensor:
+        """Return the score (B,C) of each class, given as its `prompts` and their `class_features`, for each `image`.
+
+        `itc`: the similarity of image and class. `itm`: the mean over the class's prompts of the log-probability of a
+        match, of the `k_test` most similar classes (0: all); the others have -inf.
+        """
+        one_of("match_head", match_head, ("itc", "itm"))
+        image = self.checked_image(samples, answering=True)
+        tokens, image_feat = self.image_features(image)
+        scores = self.full_similarity(image_feat, features)
+        if match_head == "itc":
+            return scores
+        chosen = scores.topk(min(k_test or len(prompts), len(prompts)), dim=1).indices
+        matched = torch.full_like(scores, float("-inf"))
+        for row, classes in enumerate(chosen.tolist()):
+            context = self.project_kv(tokens[row : row + 1])
+            texts = [text for number in classes for text in prompts[number]]
+            parts = [texts[start : start + TEXTS_PER_STEP] for start in range(0, len(texts), TEXTS_PER_STEP)]
+            logits = torch.cat([self.matching_logits(*self.cut_texts(part), context) for part in parts])
+            match = logits.float().log_softmax(dim=1)[:, 1]
+            means = [own.mean() for own in match.split([len(prompts[number]) for number in classes])]
+            matched[row, chosen[row]] = torch.stack(means).to(matched.dtype)
+        return matched
+
     def cut_texts(self, texts: Sequence[str]) -> Texts:
         """Return ids and mask, cut to `max_txt_len` tokens; log a warning once per model if a text was cut."""
         ids, mask = self.tokenize(texts, max_length=self.max_txt_len)
@@ -145,7 +191,30 @@ class FeatureModel(ImageTextModel):
         return self.extract_features(samples, mode=mode)
 
 
-class MatchingModel(ImageTextModel):
+class PairModel(ImageTextModel):
+    """Scores pairs of images and texts by both the matching head and the contrast (task `matching`)."""
+
+    @torch.no_grad()
+    def match_scores(self, samples: dict[str, Any]) -> dict[str, Tensor]:
+        """Return `itm`, the matching head's probability of a match, and `itc`, the cosine similarity, of each text.
+
+        `image` is (B,3,H,W), `text_input` B texts, or k times as many: the k texts of an image in a row. Scores are
+        float32 (k*B).
+        """
+        image, texts = self.checked_image(samples, answering=True), texts_of(samples, None)
+        if len(texts) % len(image):
+            raise InputError(
+                f"text_input: {len(texts)} texts do not divide among {len(image)} images: give each as many"
+            )
+        ids, mask = self.cut_texts(texts)
+        tokens, image_feat = self.image_features(image)
+        logits = self.matching_logits(ids, mask, self.project_kv(tokens))
+        similarities = self.full_similarity(image_feat, self.encode_text(ids, mask))
+        rows = torch.arange(len(texts), device=logits.device) // (len(texts) // len(image))
+        return {"itm": logits.float().softmax(dim=-1)[:, 1], "itc": similarities[rows, torch.arange(len(texts))]}
+
+
+class MatchingModel(PairModel):
     """Scores how well texts fit images."""
 
     def forward(self, samples: dict[str, Any], match_head: str = "itm") -> Tensor:  # type: ignore[override]  # LAVIS's

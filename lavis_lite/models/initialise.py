@@ -22,7 +22,7 @@ from lavis_lite.common.errors import InputError, MissingFileError
 from lavis_lite.common.sources import download, folders, hub, weights
 from lavis_lite.models.tokenizers import vocabulary
 from lavis_lite.nn.attention import BertConfig
-from lavis_lite.nn.vision import BlipViT, interpolate_pos_embed
+from lavis_lite.nn.vision import BlipViT, ImageEncoder, interpolate_pos_embed
 
 logger = logging.getLogger(__name__)
 
@@ -51,14 +51,17 @@ class TextModel:
         return max(self.tokenizer.vocab_size, self.tokenizer.bos_token_id)
 
 
-def vit_weights(source: str, encoder: BlipViT) -> dict[str, Tensor]:
-    """Return a ViT's tensors under `visual_encoder.`: of a weight file or URL, or of timm's published model of that
-    name. Position embeddings are resized to those of `encoder`.
+def vit_weights(source: str, encoder: ImageEncoder) -> dict[str, Tensor]:
+    """Return an image encoder's tensors under `visual_encoder.`: of a weight file or URL, or of timm's published model
+    of that name. Position embeddings are resized to those of `encoder`.
 
     Raises:
         FileNotFoundError: there is no such file, or it is not on this machine and LAVIS_LITE_OFFLINE is set.
         ValueError: timm has no model of this name, or its attention has another number of heads.
     """
+    if not isinstance(encoder, BlipViT):
+        state = weights.open_state(source if download.is_weight_file(source) else f"{weights.TIMM}{source}")
+        return {f"visual_encoder.{name}": tensor for name, tensor in encoder.adapt_state_dict(dict(state)).items()}
     if not download.is_weight_file(source):
         with torch.device("meta"):
             modules = hub.timm_model(source, pretrained=False).modules()

@@ -24,6 +24,8 @@ UNLISTED = (bytes, Mapping, set, frozenset)
 MAX_RANKED = 10**9
 SHOWN = 60
 """Characters of a wrong value in a message."""
+Candidates = Sequence[str] | Sequence[Sequence[str]]
+"""Texts to choose between: those of all samples, or a list per sample."""
 
 
 def required(samples: Mapping[str, Any], key: str, what: str) -> Any:
@@ -146,6 +148,18 @@ def candidate_texts(candidates: Any, owner: str = "") -> list[str]:
         if not checked_text(text, f"candidate {index}{owner}").strip():
             raise InputError(f"candidate {index}{owner}: {text!r} is blank; give a text")
     return texts
+
+
+def candidate_lists(candidates: Candidates, count: int) -> list[list[str]]:
+    """Return the candidates of all samples (one list), or of each of `count` samples. InputError for an empty list, a
+    candidate that is not a text or blank, and another number of lists.
+    """
+    lists = as_list(candidates, "candidates", "a list of texts, or one such list for each image")
+    if not lists or isinstance(lists[0], str):
+        return [candidate_texts(lists)]
+    if len(lists) != count:
+        raise InputError(f"candidates: {len(lists)} lists were given for {count} images")
+    return [candidate_texts(own, f" of sample {row}") for row, own in enumerate(lists)]
 
 
 def ranked_answers(answer_list: Any, num_ans_candidates: Any) -> list[str]:

@@ -4,7 +4,7 @@ A model need not derive from anything here: it conforms by having the method. Sa
 `datasets/protocols.py`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -68,6 +68,41 @@ class Classifies(Protocol):
 
         A model that also `ScoresCandidates` gets the names of the classes as `candidates`, and settings by keyword.
         """
+        ...
+
+
+@runtime_checkable
+class ScoresPairs(Protocol):
+    """A model that tells how well texts fit images (tasks `matching` and `capfilt`)."""
+
+    def match_scores(self, samples: dict[str, Any], /) -> Mapping[str, Tensor]:
+        """Return scores of each text for its image, float32, higher where it fits better: `itm`, the probability of a
+        match, from a matching head, and `itc`, the cosine similarity. At least one of them is there.
+
+        `text_input` has as many texts as there are images, or k times as many, the k texts of an image in a row.
+        """
+        ...
+
+
+@runtime_checkable
+class ClassifiesByPrompts(Protocol):
+    """A model that compares images with texts about classes (task `zero_shot_classification`)."""
+
+    def class_features(self, prompts: Sequence[Sequence[str]], /) -> Tensor:
+        """Return the feature (C,D) of each class, given its prompts."""
+        ...
+
+    def class_scores(
+        self,
+        samples: dict[str, Any],
+        prompts: Sequence[Sequence[str]],
+        features: Tensor,
+        /,
+        *,
+        match_head: str,
+        k_test: int,
+    ) -> Tensor:
+        """Return the score (B,C) of each class for each image, by `itc` (features) or `itm` (the matching head)."""
         ...
 
 

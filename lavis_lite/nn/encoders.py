@@ -75,6 +75,11 @@ def feature_encoder(sizes: Mapping[str, Any], *, drop_path_rate: float, grad_che
     return FeatureEncoder(width=sizes["width"])
 
 
+def is_encoder(name: str) -> bool:
+    """Return whether there is an image encoder of that name."""
+    return name in ENCODERS or timm.is_model(name)
+
+
 def encoder_statistics(vit_model: str) -> dict[str, list[float]] | None:
     """Return `mean` and `std` of the images that timm's encoder of that name was trained on; None for our own names,
     whose images have CLIP's, and for names that timm does not know.

@@ -38,8 +38,9 @@ def trains_whole_parts(lora: Mapping[str, Any] | None) -> bool:
     return lora is not None and (lora.get("bias", "none") != "none" or any(lora.get(key) for key in WHOLE_PARTS))
 
 
-def add_lora(model: nn.Module, lora: Mapping[str, Any], *, setting: str = "llm_lora") -> None:
-    """Put adapters, as a `setting` says, into the model's layers; only what peft trains is then trained, in float32.
+def add_lora(model: nn.Module, lora: Mapping[str, Any], *, section: str = "model.llm_lora") -> None:
+    """Put adapters into the model's layers; only what peft trains is then trained, in float32. `section` is the key of
+    the settings, for messages.
 
     Raises AdapterError for `target_modules` or `modules_to_save` that the model does not have.
     """
@@ -47,7 +48,7 @@ def add_lora(model: nn.Module, lora: Mapping[str, Any], *, setting: str = "llm_l
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
 
-    config = lora_config(lora, setting)
+    config = lora_config(lora, section=section)
     known = {
         "target_modules": _names(model, nn.Linear, nn.Embedding, Conv1D),
         "modules_to_save": _names(model, nn.Module),
@@ -57,14 +58,14 @@ def add_lora(model: nn.Module, lora: Mapping[str, Any], *, setting: str = "llm_l
     except (ValueError, TypeError, IndexError) as error:  # the last for a token that the vocabulary does not have
         is_name = "target" in str(error).lower()
         advice = f": set target_modules to some of {', '.join(known['target_modules'])}" if is_name else ""
-        raise AdapterError(f"model.{setting}: {str(error).rstrip('.')}{advice}") from error
+        raise AdapterError(f"{section}: {str(error).rstrip('.')}{advice}") from error
     for key, kind in (("target_modules", BaseTunerLayer), ("modules_to_save", AuxiliaryTrainingWrapper)):
         found = [f".{name}" for name, module in model.named_modules() if isinstance(module, kind)]
         wanted = lora.get(key) or ()
         for name in () if isinstance(wanted, str) else wanted:  # a text is a pattern, which peft checks
             if not any(other.endswith(f".{name}") for other in found):
                 has = ", ".join(known[key])
-                raise AdapterError(f"model.{setting}.{key}: this part of the model has no {name}; it has {has}")
+                raise AdapterError(f"{section}.{key}: the model has no {name}; it has {has}")
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -93,6 +93,9 @@ class ImageEncoder(nn.Module):
     embedding_names: ClassVar[tuple[str, ...]] = ("cls_token", "pos_embed", "patch_embed")
     """Modules and parameters before the first block."""
 
+    has_class_token: bool = True
+    """Whether the first token stands for the whole image."""
+
     def __init__(self, *, width: int, depth: int, image_size: int) -> None:
         super().__init__()
         self.width, self.depth, self.image_size = width, depth, image_size

@@ -36,6 +36,7 @@ class TimmEncoder(TimmBased):
         blocks = [number for name, number in numbers.items() if name.startswith(self.block_names)]
         depth = max(blocks or numbers.values(), default=0)
         super().__init__(model, width=model.num_features, depth=depth, image_size=image_size)
+        self.has_class_token = self._parameters.get("cls_token") is not None
         self.layer_numbers = numbers
         """timm's layer of each parameter, 0 for the embeddings; empty where timm does not number them."""
 
@@ -75,6 +76,8 @@ class TimmEncoder(TimmBased):
         if not self.layer_numbers:
             kind = type(self.model).__name__
             raise InputError(f"run.lr_layer_decay: timm does not number the layers of {kind}; set it to 1")
+        if name not in self.layer_numbers:
+            raise InputError(f"run.lr_layer_decay: {name}, an adapter's, has no layer; set it to 1")
         return decay ** max(self.depth + 1 - self.layer_numbers[name], 0)
 
 

@@ -58,7 +58,7 @@ class InstructTask(BaseTask):
     server_file: ServerFile | None = None
     """Also write the file of a leaderboard: A-OKVQA's multiple choice, or Visual Dialog's ranks."""
 
-    model_methods: ClassVar[tuple[str, ...]] = method_names(Generates, ScoresCandidates)
+    model_methods: ClassVar[tuple[str, ...]] = method_names(ScoresCandidates)
     sample_keys: ClassVar[tuple[str, ...]] = ("question_id", "instance_id")
     bounds: ClassVar = DECODING_BOUNDS
     choices: ClassVar = {"metric": get_args(Metric), "server_file": get_args(ServerFile)}
@@ -70,7 +70,12 @@ class InstructTask(BaseTask):
         return (self.metric, "accuracy", *own[self.metric])
 
     def check(self, model_class: type, dataset: EvalDataset, batch: Samples, *, split: str) -> None:
-        """Raise InputError for settings that the model does not take, or a metric that needs candidates."""
+        """Raise InputError for settings that the model does not take, a model that does not write and has no candidates
+        to score, or a metric that needs candidates.
+        """
+        if batch and "candidates" not in batch and not issubclass(model_class, Generates):
+            problem = f"{model_class.__name__} scores candidates, and samples of the {split} split have none"
+            raise InputError(f"run.task instruct: {problem}: choose other data, or a model that generates")
         if "candidates" not in batch:
             check_settings(model_class, "generate", self.generate_settings())
         if batch:

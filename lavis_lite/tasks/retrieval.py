@@ -1,4 +1,5 @@
-"""Image-text retrieval in both directions: recall at 1, 5 and 10 in percent, and each query's best ten.
+"""Image-text and video-text retrieval in both directions: recall at 1, 5 and 10 in percent, the median rank, and each
+query's best ten with their scores.
 
 The model scores the whole gallery (`compute_sim_matrix`); this task turns scores into ranks and files.
 """
@@ -13,16 +14,19 @@ from torch import nn
 
 from lavis_lite.common import dist
 from lavis_lite.common.errors import InputError
+from lavis_lite.common.records import Record
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.protocols import EvalDataset, Gallery, Samples
 from lavis_lite.models.protocols import Retrieves, method_names
 from lavis_lite.tasks.base import BaseTask, EvalLoader, Metrics, evaluating, unwrap
-from lavis_lite.tasks.metrics.retrieval import RANKS, best_first, recall_metrics
+from lavis_lite.tasks.metrics.retrieval import RANKS, best_first, gallery_ranks, median_ranks, recalls
 from lavis_lite.tasks.results import write_json
 
 logger = logging.getLogger(__name__)
 
 NUM_BEST = 10
+MEDIANS = ("txt_mdr", "img_mdr")
+"""Median ranks, from 1."""
 
 
 @registry.register_task("retrieval")
@@ -40,8 +44,14 @@ class RetrievalTask(BaseTask):
     bounds: ClassVar = {"k_test": (0, 10**9)}
 
     def metric_names(self) -> tuple[str, ...]:
-        """Return the recalls in both directions and their means."""
-        return (*(f"{side}_r{k}" for side in ("txt", "img") for k in RANKS), "txt_r_mean", "img_r_mean", "r_mean")
+        """Return the recalls in both directions, their means, and the median ranks."""
+        return (
+            *(f"{side}_r{k}" for side in ("txt", "img") for k in RANKS),
+            "txt_r_mean",
+            "img_r_mean",
+            "r_mean",
+            *MEDIANS,
+        )
 
     def check(self, model_class: type, dataset: EvalDataset, batch: Samples, *, split: str) -> None:
         """Raise InputError for a split that is not laid out as a gallery."""
@@ -57,7 +67,8 @@ class RetrievalTask(BaseTask):
         return dist.on_main(lambda: self._score(score_i2t, score_t2i, gallery, split, path))
 
     def _score(self, score_i2t: np.ndarray, score_t2i: np.ndarray, gallery: Gallery, split: str, path: Path) -> Metrics:
-        metrics = recall_metrics(score_i2t, score_t2i, gallery.txt2img, gallery.img2txt, k_test=self.k_test)
+        ranks = gallery_ranks(score_i2t, score_t2i, gallery.txt2img, gallery.img2txt)
+        metrics = recalls(ranks, k_test=self.k_test) | median_ranks(ranks, k_test=self.k_test)
         unknown = [name for name in (f"{side}_r{k}" for side in ("txt", "img") for k in RANKS) if name not in metrics]
         if unknown:
             reason = f"run.k_test={self.k_test} ranks {self.k_test} candidates: set it to {max(RANKS)} or more, or to 0"
@@ -65,14 +76,26 @@ class RetrievalTask(BaseTask):
         num_best = min(NUM_BEST, self.k_test or NUM_BEST)
         value = {
             "metrics": metrics,
-            "images": [record.get("image") for record in gallery.annotation],
+            "images": [visual_name(record) for record in gallery.annotation],
             "texts": list(gallery.text),
             "img2txt": [list(map(int, texts)) for texts in gallery.img2txt],
-            "top_texts_of_image": [best_first(row)[:num_best].tolist() for row in score_i2t],
-            "top_images_of_text": [best_first(row)[:num_best].tolist() for row in score_t2i],
+            **best(score_i2t, num_best, "top_texts_of_image"),
+            **best(score_t2i, num_best, "top_images_of_text"),
         }
         write_json(path, value)
         return metrics
+
+
+def best(scores: np.ndarray, number: int, name: str) -> dict[str, list[list[float]]]:
+    """Return each query's best candidates under a name, and their scores as `<name>_scores`."""
+    order = [best_first(row)[:number] for row in scores]
+    values = [[round(float(score), 6) for score in row[own]] for row, own in zip(scores, order, strict=True)]
+    return {name: [own.tolist() for own in order], f"{name}_scores": values}
+
+
+def visual_name(record: Record) -> str | None:
+    """Return the path of the record's image or video."""
+    return record.get("image") if record.get("video") is None else record["video"]
 
 
 def as_gallery(dataset: EvalDataset, split: str) -> Gallery:
@@ -83,6 +106,6 @@ def as_gallery(dataset: EvalDataset, split: str) -> Gallery:
     if not len(dataset.text) or not len(dataset.img2txt):
         raise InputError(f"the {split} split is empty: there is nothing to retrieve")
     pairs = zip(dataset.annotation, dataset.img2txt, strict=True)
-    if without := [record.get("image") for record, texts in pairs if not len(texts)]:
+    if without := [visual_name(record) for record, texts in pairs if not len(texts)]:
         raise InputError(f"{len(without)} images of the {split} split have no texts, e.g. {without[0]}: leave them out")
     return dataset

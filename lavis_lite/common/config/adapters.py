@@ -51,13 +51,12 @@ def lora_settings(value: Mapping[str, Any] | str | Path | None) -> dict[str, Any
     return {**kept, ADAPTER: str(value)}
 
 
-def lora_config(lora: Mapping[str, Any], setting: str = "llm_lora") -> Any:
-    """Return peft's LoraConfig of a `setting`. ValueError for an unknown key or value, ImportError without peft."""
+def lora_config(lora: Mapping[str, Any], *, section: str = "model.llm_lora") -> Any:
+    """Return peft's LoraConfig. ValueError for an unknown key or value, ImportError without peft."""
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise MissingPackageError(f"{setting} needs peft: `pip install peft`, or leave the setting out") from error
-    section = f"model.{setting}"
+        raise MissingPackageError(f"{section} needs peft: `pip install peft`, or leave the setting out") from error
     settings: dict[str, Any] = {
         key: list(one) if isinstance(one, set) else one for key, one in lora.items() if key != ADAPTER
     }

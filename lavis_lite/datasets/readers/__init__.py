@@ -7,7 +7,7 @@ from importlib import import_module
 
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.registry import did_you_mean
-from lavis_lite.datasets.readers import captions, choices, instructions, questions
+from lavis_lite.datasets.readers import capfilt, captions, choices, instructions, questions
 from lavis_lite.datasets.readers.files import Reader, SplitFiles
 
 READERS: dict[str, Reader] = {
@@ -23,11 +23,13 @@ READERS: dict[str, Reader] = {
     "vizwiz": questions.read_vizwiz,
     "textvqa": questions.read_textvqa,
     "visdial": questions.read_visdial,
+    "visdial_options": questions.read_visdial_options,
     "video_questions": questions.read_video_questions,
     "vsr": choices.read_vsr,
     "hateful_memes": choices.read_hateful_memes,
     "snli_ve": choices.read_snli_ve,
     "iconqa": choices.read_iconqa,
+    "capfilt": capfilt.read_texts,
     "instructions": instructions.read_instructions,
 }
 

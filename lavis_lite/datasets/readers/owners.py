@@ -158,6 +158,13 @@ def video_questions(content: list[Record], place: Place) -> Iterator[Record]:
         yield {"video": video, "question": row["question"], "answer": row["answer"], "question_id": row.get("id")}
 
 
+def msrvtt_retrieval(content: list[Record], place: Place) -> Iterator[Record]:
+    """The sentences of MSRVTT's 1k test split, one per clip: the table of JSFusion, or the lines that BLIP reads."""
+    for row in content:
+        clip, caption = (row["clip_name"], row["caption"]) if "clip_name" in row else (row["video_id"], row["sentence"])
+        yield {"video": place.first(f"{clip}.mp4", f"{clip}.avi"), "caption": caption}
+
+
 def genome_path(first_folder: set[str], image_id: int) -> str:
     """Return the path of an image of Visual Genome, which is in one of its two archives."""
     name = f"{image_id}.jpg"
@@ -248,6 +255,8 @@ FORMS = (
     _form(list, nlvr2, "identifier sentence label", absent="images"),
     _form(list, snli_ve, "Flickr30K_ID sentence2 gold_label"),
     _form(list, video_questions, "video_id question answer", absent="video image"),
+    _form(list, msrvtt_retrieval, "clip_name caption", absent="video image"),
+    _form(list, msrvtt_retrieval, "vid_key video_id sentence"),
     _form(list, genome_regions, "regions"),
     _form(list, genome_questions, "qas"),
     _form(list, url_pairs, "url caption", absent="image file_name"),

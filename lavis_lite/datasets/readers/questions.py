@@ -223,11 +223,16 @@ def read_textvqa(files: SplitFiles) -> Iterator[Record]:
 # Dialogues
 
 
-def read_visdial(files: SplitFiles) -> Iterator[Record]:
+def read_visdial_options(files: SplitFiles) -> Iterator[Record]:
+    """Yield records as `read_visdial`, of a training file with candidates too."""
+    return read_visdial(files, training_options=True)
+
+
+def read_visdial(files: SplitFiles, *, training_options: bool = False) -> Iterator[Record]:
     """Yield one record per round of Visual Dialog 1.0's dialogues, with `history`, `question` and 100 candidates.
 
-    A training file's rounds have no candidates; of a test file's dialogues only the last round is asked. A list among
-    the files has the dense annotations. Raises InputError for those that fit no round.
+    A training file's rounds have none unless `training_options`; of a test file's dialogues only the last round is
+    asked. A list among the files has the dense annotations. Raises InputError for those that fit no round.
     """
     contents = {path: read_json(path) for path in files.paths}
     dense, has_fitted = _dense_annotations(files, contents), False
@@ -241,7 +246,7 @@ def read_visdial(files: SplitFiles) -> Iterator[Record]:
         check = files.needs("image_id", "dialog", image_id=INDEX, caption=ANY_TEXT)
         for dialog in files.section(data, "dialogs", path, check):
             try:
-                for record in list(visdial_rounds(dialog, data, split)):
+                for record in list(visdial_rounds(dialog, data, split, training_options=training_options)):
                     found = dense.get(record["question_id"])
                     has_fitted |= found is not None
                     yield record if found is None else _with_relevance(record, *found)
@@ -282,7 +287,7 @@ def _with_relevance(record: Record, relevance: Any, path: Path) -> Record:
     return {**record, "relevance": relevance}
 
 
-def visdial_rounds(dialog: Record, data: Record, split: str) -> Iterator[Record]:
+def visdial_rounds(dialog: Record, data: Record, split: str, *, training_options: bool = False) -> Iterator[Record]:
     """Yield the rounds that are asked. `history` is written as LAVIS does; `caption` is the sentence that began the
     dialogue, for templates that name it.
     """
@@ -293,7 +298,7 @@ def visdial_rounds(dialog: Record, data: Record, split: str) -> Iterator[Record]
         ids = {"question_id": f"{dialog['image_id']}_{number}", "caption": dialog.get("caption")}
         ids |= {"image": f"{folder}/{folder}_{dialog['image_id']:012d}.jpg", "history": history.strip()}
         record = derived(dialog, question=question, answer=answer, **ids)
-        if split != "train" and "answer_options" in turn:
+        if (split != "train" or training_options) and "answer_options" in turn:
             options = [data["answers"][index] for index in turn["answer_options"]]
             yield {**record, "candidates": options, "label": turn.get("gt_index")}
         elif split == "train" and answer is not None:

@@ -1,42 +1,44 @@
 """Base class of BLIP's models: tokenizer, image encoder, text transformer sizes, loading of published files."""
 
 import logging
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from copy import deepcopy
 from dataclasses import fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from lavis_lite.common.bounds import MAX_LAYERS, MAX_TOKENS, check_number
-from lavis_lite.common.errors import InputError
-from lavis_lite.models.base import BaseModel
+from lavis_lite.common.bounds import MAX_TOKENS, check_number
+from lavis_lite.common.sources.weights import LazyState
 from lavis_lite.models.blip.hf import BlipAdapter, blip_from_hf, is_hf_blip
+from lavis_lite.models.blip.vision import BlipVision, adapt
 from lavis_lite.models.initialise import (
     TextModel,
     bert_weights,
     blip_text_weights,
     check_bert,
-    check_weight_file,
     init_from_state_dict,
-    vit_weights,
 )
 from lavis_lite.models.tokenizers import blip_tokenizer
 from lavis_lite.nn.attention import MAX_VOCABULARY, BertConfig
+from lavis_lite.nn.lora import into_wrapped
 from lavis_lite.nn.momentum import ModulePair, copy_parameters
-from lavis_lite.nn.vision import BlipViT, check_sizes, encoder_scale, interpolate_pos_embed, vit_config
+from lavis_lite.nn.vision import check_sizes
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T", bound=nn.Module)
+TEXT_PARTS = ("text_encoder", "text_decoder")
 
-class BlipBase(BaseModel):
+
+class BlipBase(BlipVision):
     """Image encoder and tokenizer of a BLIP model.
 
-    `vit` and `med` override sizes of the image encoder (`ViTConfig`) and of the text transformer (`BertConfig`).
+    `med` overrides sizes of the text transformer (`BertConfig`). `freeze_text` keeps text encoder and decoder as they
+    are, `text_lora` trains adapters in them alone, with the settings of peft's LoraConfig.
     """
 
     hf = BlipAdapter()
-    takes_video: ClassVar[bool] = False
     learns_answers: ClassVar[bool] = False
     momentum_parts: tuple[str, ...] = ()
     """Modules that have a momentum encoder, `<name>_m`."""
@@ -44,31 +46,16 @@ class BlipBase(BaseModel):
     def __init__(
         self,
         *,
-        vit_type: str = "base",
-        image_size: int = 224,
-        vit: dict[str, Any] | None = None,
-        vit_grad_ckpt: bool = False,
-        vit_ckpt_layer: int = 0,
-        vit_drop_path_rate: float | None = None,
-        vit_layer_norm_epsilon: float = 1e-6,
         med: dict[str, Any] | None = None,
         tokenizer: str = "bert-base-uncased",
         max_txt_len: int = 35,
+        freeze_text: bool = False,
+        text_lora: dict[str, Any] | None = None,
+        **vision: Any,
     ) -> None:
-        super().__init__()
-        others = {"image_size": "image_size", "num_checkpointed": "vit_grad_ckpt and model.vit_ckpt_layer"}
-        for size, instead in others.items():
-            if size in (vit or {}):
-                raise InputError(f"model.vit.{size}: set model.{instead} instead")
-        check_number("model.vit_ckpt_layer", vit_ckpt_layer, 0, MAX_LAYERS)
+        super().__init__(**vision)
         check_number("model.max_txt_len", max_txt_len, 3, MAX_TOKENS)
-        check_number("model.vit_layer_norm_epsilon", vit_layer_norm_epsilon, 0.0, 1.0)
-        overrides = {"image_size": image_size, "norm_eps": vit_layer_norm_epsilon, **(vit or {})}
-        if vit_drop_path_rate is not None:
-            overrides["drop_path_rate"] = check_number("model.vit_drop_path_rate", vit_drop_path_rate, 0.0, 1.0)
-        self.visual_encoder = BlipViT(
-            vit_config(vit_type, num_checkpointed=vit_ckpt_layer if vit_grad_ckpt else 0, **overrides)
-        )
+        self.freeze_text, self.text_lora = freeze_text, text_lora
         self.tokenizer = blip_tokenizer(tokenizer)
         self.max_txt_len = max_txt_len
         self.med = {"vocab_size": len(self.tokenizer), **(med or {})}
@@ -82,29 +69,38 @@ class BlipBase(BaseModel):
         width = self.visual_encoder.width if context_width is None else context_width
         return BertConfig(**self.med, context_width=width, **sizes)
 
+    def adapted(self, text: T) -> T:
+        """Return a text transformer, frozen or with adapters as the settings say."""
+        adapt(text, freeze=self.freeze_text, lora=self.text_lora, part="text")
+        return text
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; frozen parts stay in evaluation mode, without dropout."""
+        super().train(mode)
+        for name, part in self.named_children():
+            if self.freeze_text and name in TEXT_PARTS:
+                part.eval()
+        return self
+
     @property
     def encoder_start(self) -> int:
         """Id of `[ENC]`."""
         return self.tokenizer.enc_token_id
 
-    def layer_scale(self, decay: float) -> Callable[[str], float]:
-        return encoder_scale(self.visual_encoder, decay)
-
     def start_from(self, *, vit: str | None = None, text: str | None = None, add_token_type: bool = True) -> None:
         """Initialise from an ImageNet ViT (timm's name or a file) and/or a BERT (folder or hub id) as in BLIP's
         pretraining; momentum encoders become copies. `add_token_type` as in `bert_weights`.
         """
-        if vit is not None:
-            init_from_state_dict(self, vit_weights(vit, self.visual_encoder), source=vit, parts=("visual_encoder.",))
+        super().start_from(vit=vit)
         if text is not None:
             bert = bert_weights(text, self.text_model(), add_token_type=add_token_type)
-            parts = [f"{name}." for name in ("text_encoder", "text_decoder") if name in dict(self.named_children())]
-            init_from_state_dict(self, blip_text_weights(bert), source=text, parts=parts)
+            parts = [f"{name}." for name in TEXT_PARTS if name in dict(self.named_children())]
+            state = into_wrapped(LazyState.of(blip_text_weights(bert)), self.state_dict())
+            init_from_state_dict(self, state, source=text, parts=parts)
         self.after_loading({})
 
     def check_start(self, *, vit: str | None = None, text: str | None = None, add_token_type: bool = True) -> None:
-        if vit is not None:
-            check_weight_file(vit, setting="init_vit")
+        super().check_start(vit=vit)
         if text is not None:
             check_bert(text, self.text_model())
 
@@ -136,13 +132,10 @@ class BlipBase(BaseModel):
         """Translate Hugging Face's names, resize position embeddings to this image size, leave out feature queues of
         another length.
         """
+        state = super().adapt_state_dict(blip_from_hf(state) if is_hf_blip(state) else state)
         own = self.state_dict()
-        if is_hf_blip(state):
-            state = blip_from_hf(state)
         for name in [name for name in state if name in own]:
-            if name.endswith(".pos_embed"):
-                state[name] = interpolate_pos_embed(state[name], own[name].shape[1], quiet="_m." in name)
-            elif name.endswith("_queue") and own[name].shape != state[name].shape:
+            if name.endswith("_queue") and own[name].shape != state[name].shape:
                 logger.info(
                     f"{name} of {state[name].shape[-1]} columns is left out: the model's has {own[name].shape[-1]}"
                 )

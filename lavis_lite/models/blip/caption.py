@@ -34,19 +34,19 @@ class BlipCaption(BlipBase, CaptionModel):
 
     def __init__(self, *, prompt: str | None = "a picture of ", max_txt_len: int = 40, **parts: Any) -> None:
         super().__init__(max_txt_len=max_txt_len, **parts)
-        self.text_decoder = BertLMHeadModel(self.text_config())
+        self.text_decoder = self.adapted(BertLMHeadModel(self.text_config()))
         self.prompt = prompt or ""
         self._warned_of_prompt = False
 
     def forward(self, samples: dict[str, Any]) -> Output:
-        """Language-model loss of `text_input` (list[str], B) given `image` (B,3,H,W)."""
-        image = image_of(samples)
+        """Language-model loss of `text_input` (list[str], B) given `image` (B,3,H,W) or videos (B,3,F,H,W)."""
+        image = image_of(samples, video=True)
         texts = texts_of(samples, len(image))
         ids, mask = tokenize(
             self.tokenizer, texts, start=self.decoder_start, max_length=self.max_txt_len, device=torch.device("cpu")
         )
         labels = self.caption_labels(ids, texts).to(self.device)
-        tokens = self.visual_encoder(image)
+        tokens = self.encode_image(image)
         context = self.text_decoder.bert.project_kv(tokens)
         logits, _ = self.text_decoder(ids.to(self.device), mask.to(self.device), context=context)
         output = training_output(lm=language_modeling_loss(logits, labels))
@@ -82,7 +82,7 @@ class BlipCaption(BlipBase, CaptionModel):
         return labels
 
     def caption_context(self, image: Tensor) -> CrossAttentionKV:
-        return self.text_decoder.bert.project_kv(self.visual_encoder(image))
+        return self.text_decoder.bert.project_kv(self.encode_image(image))
 
     def step(self, context: CrossAttentionKV) -> Step:
         return decoding_step(self.text_decoder, context)

@@ -6,7 +6,7 @@ Unlike the other image-grounded models it keeps `[CLS]` as the text's first toke
 
 import logging
 from collections.abc import MutableMapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from lavis_lite.models.inputs import image_of, texts_of
 from lavis_lite.nn.bert import BertModel
 from lavis_lite.nn.losses import soft_cross_entropy
 from lavis_lite.nn.momentum import update_momentum
-from lavis_lite.nn.vision import BlipViT
+from lavis_lite.nn.vision import ImageEncoder
 
 logger = logging.getLogger(__name__)
 MOMENTUM_PARTS = ("visual_encoder", "text_encoder", "cls_head")
@@ -30,8 +30,9 @@ MOMENTUM_PARTS = ("visual_encoder", "text_encoder", "cls_head")
 class BlipClassification(BlipBase):
     """Classifies (image, text)."""
 
+    takes_video: ClassVar[bool] = False
     newly_initialized = ("cls_head.",)
-    visual_encoder_m: BlipViT
+    visual_encoder_m: ImageEncoder
     text_encoder_m: BertModel
     cls_head_m: nn.Sequential
 
@@ -47,7 +48,7 @@ class BlipClassification(BlipBase):
     ) -> None:
         super().__init__(max_txt_len=max_txt_len, **parts)
         config = self.text_config()
-        self.text_encoder = BertModel(config)
+        self.text_encoder = self.adapted(BertModel(config))
         self.cls_head = classification_head(config.hidden_size, num_classes)
         self.use_distill = use_distill
         self.add_momentum_encoders(MOMENTUM_PARTS if use_distill else (), momentum=momentum, alpha=alpha)
@@ -71,7 +72,7 @@ class BlipClassification(BlipBase):
         @torch.no_grad()
         def intermediate_output() -> Output:
             image, *text = inputs
-            tokens = self.visual_encoder(image)
+            tokens = self.encode_image(image)
             states = self.text_encoder(*text, context=self.text_encoder.project_kv(tokens))[0]
             return Output(image_embeds=tokens, encoder_output=Output(last_hidden_state=states))
 
@@ -94,12 +95,11 @@ class BlipClassification(BlipBase):
         """Initialise the encoder from the decoder's text transformer if the file, as LAVIS's captioning file, has a
         decoder only; LAVIS left it random.
         """
-        state = super().adapt_state_dict(state)
         decoder = {name: tensor for name, tensor in state.items() if name.startswith("text_decoder.bert.")}
         if decoder and not any(name.startswith("text_encoder.") for name in state):
             logger.info("the file holds no text encoder: its decoder's text transformer initialises it")
             state.update({name.replace("decoder.bert", "encoder", 1): tensor for name, tensor in decoder.items()})
-        return state
+        return super().adapt_state_dict(state)
 
 
 def classify(vision: nn.Module, text: BertModel, head: nn.Module, image: Tensor, ids: Tensor, mask: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from lavis_lite.models.blip.base import BlipBase
 from lavis_lite.models.image_text import FeatureModel, ImageTextModel, MatchingModel, project, scored
 from lavis_lite.nn.attention import CrossAttentionKV
 from lavis_lite.nn.bert import BertModel
+from lavis_lite.nn.video import visual_summary
 
 
 class BlipMatching(BlipBase, ImageTextModel):
@@ -26,19 +27,17 @@ class BlipMatching(BlipBase, ImageTextModel):
         super().__init__(**parts)
         check_number("model.embed_dim", embed_dim, 1, MAX_WIDTH)
         config = self.text_config()
-        self.text_encoder = BertModel(config)
+        self.text_encoder = self.adapted(BertModel(config))
         self.vision_proj = nn.Linear(self.visual_encoder.width, embed_dim)
         self.text_proj = nn.Linear(config.hidden_size, embed_dim)
 
-    def encode_image(self, image: Tensor) -> Tensor:
-        return self.visual_encoder(image)
-
     def image_states(self, image: Tensor) -> Tensor:
-        return self.visual_encoder(image)
+        return self.encode_image(image)
 
     def image_features(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = self.visual_encoder(image)
-        return tokens, project(self.vision_proj, tokens[:, 0])
+        """Return tokens and normalised features; a video's is that of the mean over its frames."""
+        tokens = self.encode_image(image)
+        return tokens, project(self.vision_proj, visual_summary(self.visual_encoder, tokens, image))
 
     def text_states(self, ids: Tensor, mask: Tensor, context: CrossAttentionKV | None = None) -> Tensor:
         """Return states (B,T,E) of the texts, alone or, with `[ENC]` as first token, grounded in images."""
@@ -48,7 +47,7 @@ class BlipMatching(BlipBase, ImageTextModel):
         return self.text_encoder(ids, mask, context=context)[0]
 
     def multimodal_states(self, image: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        tokens = self.visual_encoder(image)
+        tokens = self.encode_image(image)
         return {"image_embeds": tokens, "multimodal_embeds": self.text_states(ids, mask, self.project_kv(tokens))}
 
     def similarity(self, image_feat: Tensor, text_feat: Tensor) -> Tensor:

@@ -18,13 +18,14 @@ from lavis_lite.common.bounds import check_number
 from lavis_lite.models.base import Output
 from lavis_lite.models.batches import Texts, fetch_texts, in_compute_type, stack_texts
 from lavis_lite.models.blip.matching import BlipMatching
-from lavis_lite.models.image_text import project
+from lavis_lite.models.image_text import PairModel, project
 from lavis_lite.nn.attention import CrossAttentionKV
 from lavis_lite.nn.bert import BertModel
 from lavis_lite.nn.learning import TEMPERATURE_LIMITS, contrast_metrics
 from lavis_lite.nn.losses import draw_negatives, momentum_targets, soft_cross_entropy
 from lavis_lite.nn.momentum import enqueue, update_momentum
-from lavis_lite.nn.vision import BlipViT
+from lavis_lite.nn.video import frame_tokens, visual_summary
+from lavis_lite.nn.vision import ImageEncoder
 
 MAX_QUEUE = 10**7
 """Features in the queue, 10 GB of 256 numbers each."""
@@ -56,10 +57,10 @@ class StepParts(NamedTuple):
     pairs: Tensor
 
 
-class BlipMomentum(BlipMatching):
+class BlipMomentum(BlipMatching, PairModel):
     """A matching model with momentum encoders (`*_m`) and feature queues."""
 
-    visual_encoder_m: BlipViT
+    visual_encoder_m: ImageEncoder
     text_encoder_m: BertModel
     vision_proj_m: nn.Linear
     text_proj_m: nn.Linear
@@ -98,13 +99,19 @@ class BlipMomentum(BlipMatching):
         """
         return own if self.has_queue else dist.all_gather(own)
 
+    def momentum_tokens(self, image: Tensor) -> Tensor:
+        """Return the momentum encoder's tokens (B,S,E)."""
+        return frame_tokens(self.visual_encoder_m, image)
+
     @torch.no_grad()
     def momentum_features(self, image: Tensor, ids: Tensor, mask: Tensor, *, update: bool) -> MomentumFeatures:
         """Update the momentum encoders (and clamp the temperature) and compute their features."""
         if update:
             self.temp.clamp_(*TEMPERATURE_LIMITS)
             update_momentum(self.momentum_pairs(), self.momentum)
-        image_feat = project(self.vision_proj_m, self.visual_encoder_m(image)[:, 0])
+        image_feat = project(
+            self.vision_proj_m, visual_summary(self.visual_encoder_m, self.momentum_tokens(image), image)
+        )
         text_feat = project(self.text_proj_m, self.text_encoder_m(ids, mask)[0][:, 0])
         images, texts = self.candidates(image_feat).t(), self.candidates(text_feat).t()
         return MomentumFeatures(
@@ -161,7 +168,7 @@ class BlipMomentum(BlipMatching):
                 return Output(
                     image_embeds=parts.tokens,
                     text_embeds=self.text_states(*parts.texts),
-                    image_embeds_m=self.visual_encoder_m(parts.image),
+                    image_embeds_m=self.momentum_tokens(parts.image),
                     text_embeds_m=self.text_encoder_m(*parts.texts)[0],
                     itm_logits=parts.pairs,
                     itm_labels=is_match.long(),

@@ -4,7 +4,7 @@
 
 import re
 from collections.abc import MutableMapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +26,13 @@ SINGLE_STREAM = re.compile(r"\.crossattention\.(self|output\.dense)(?=\.)")
 class BlipNLVR(BlipBase):
     """Classifies (image0, image1, statement)."""
 
+    takes_video: ClassVar[bool] = False
     newly_initialized = ("cls_head.", "merge_layer")
 
     def __init__(self, *, num_classes: int = 2, **parts: Any) -> None:
         super().__init__(**parts)
         config = self.text_config(num_context_streams=2)
-        self.text_encoder = BertModel(config)
+        self.text_encoder = self.adapted(BertModel(config))
         self.cls_head = classification_head(config.hidden_size, num_classes)
 
     def forward(self, samples: dict[str, Any]) -> Output:
@@ -41,7 +42,7 @@ class BlipNLVR(BlipBase):
 
         @torch.no_grad()
         def intermediate_output() -> Output:
-            tokens = [self.visual_encoder(image_of(samples, key)) for key in ("image0", "image1")]
+            tokens = [self.encode_image(image_of(samples, key)) for key in ("image0", "image1")]
             return Output(
                 image_embeds=torch.stack(tokens), encoder_output=Output(last_hidden_state=self.states(samples))
             )
@@ -61,7 +62,7 @@ class BlipNLVR(BlipBase):
         if first.shape != second.shape:
             raise InputError(f"samples['image0'] has shape {tuple(first.shape)}, 'image1' has {tuple(second.shape)}")
         ids, mask = self.tokenize(texts_of(samples, len(first)), start=self.encoder_start)
-        tokens = self.visual_encoder(torch.cat([first, second]))
+        tokens = self.encode_image(torch.cat([first, second]))
         context = self.text_encoder.project_kv(*tokens.chunk(2))
         return self.text_encoder(ids, mask, context=context)[0]
 
@@ -71,11 +72,10 @@ class BlipNLVR(BlipBase):
 
     def adapt_state_dict(self, state: MutableMapping[str, Tensor]) -> MutableMapping[str, Tensor]:
         """Initialise both streams from a file's single cross-attention."""
-        state = super().adapt_state_dict(state)
         for name in [name for name in state if SINGLE_STREAM.search(name)]:
             tensor = state.pop(name)
             state.update({SINGLE_STREAM.sub(rf"\g<0>{i}", name): tensor for i in (0, 1)})
-        return state
+        return super().adapt_state_dict(state)
 
 
 def classification_head(width: int, num_classes: int) -> nn.Sequential:

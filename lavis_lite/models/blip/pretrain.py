@@ -26,13 +26,15 @@ class BlipPretrain(BlipMomentum):
 
     def __init__(self, *, prompt: str = "a picture of ", max_txt_len: int = 30, **parts: Any) -> None:
         super().__init__(max_txt_len=max_txt_len, **parts)
-        self.text_decoder = BertLMHeadModel(self.text_config())
+        self.text_decoder = self.adapted(BertLMHeadModel(self.text_config()))
         self.text_decoder.share_with_encoder(self.text_encoder)
 
     def forward(self, samples: dict[str, Any]) -> Output:
-        """`image` (B,3,H,W), `text_input` list[str]; the loss is the sum of `loss_itc`, `loss_itm` and `loss_lm`."""
+        """`image` (B,3,H,W) or videos (B,3,F,H,W), `text_input` list[str]; the loss is the sum of `loss_itc`,
+        `loss_itm` and `loss_lm`.
+        """
         update = torch.is_grad_enabled()
-        image = image_of(samples)
+        image = image_of(samples, video=True)
         ids, mask = self.tokenize(texts_of(samples, len(image)), max_length=self.max_txt_len)
         tokens, image_feat = self.image_features(image)
         text_feat = self.encode_text(ids, mask)

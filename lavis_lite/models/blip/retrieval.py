@@ -28,11 +28,11 @@ class BlipRetrieval(BlipMomentum):
         self.register_buffer("idx_queue", torch.full((1, queue_size), -100))
 
     def forward(self, samples: dict[str, Any]) -> Output:
-        """`image` (B,3,H,W), `text_input` list[str], `image_id` (B,); the loss is the sum of `loss_itc` and
-        `loss_itm`.
+        """`image` (B,3,H,W) or videos (B,3,F,H,W), `text_input` list[str], `image_id` (B,); the loss is the sum of
+        `loss_itc` and `loss_itm`.
         """
         update = torch.is_grad_enabled()
-        image = image_of(samples)
+        image = image_of(samples, video=True)
         ids, mask = self.tokenize(texts_of(samples, len(image)), max_length=self.max_txt_len)
         image_id = integers(samples, "image_id", len(image), "the index of each image", self.device)
         tokens, image_feat = self.image_features(image)

@@ -40,14 +40,14 @@ class BlipVQA(BlipBase, AnswerModel):
         super().__init__(max_txt_len=max_txt_len, **parts)
         self.decoder_sees_padding = decoder_sees_padding
         config = self.text_config()
-        self.text_encoder = BertModel(config)
-        self.text_decoder = BertLMHeadModel(self.text_config(context_width=config.hidden_size))
+        self.text_encoder = self.adapted(BertModel(config))
+        self.text_decoder = self.adapted(BertLMHeadModel(self.text_config(context_width=config.hidden_size)))
 
     def forward(self, samples: dict[str, Any]) -> Output:
         """Loss of the answers, each weighted, summed over a question's answers and averaged over the batch.
 
-        `image` (B,3,H,W), `text_input` list[str] of B questions, `answer` flat list[str], `weight` (sum of
-        n_answers), `n_answers` (B).
+        `image` (B,3,H,W) or videos (B,3,F,H,W), `text_input` list[str] of B questions, `answer` flat list[str],
+        `weight` (sum of n_answers), `n_answers` (B).
         """
         states, question_mask = self.encode_questions(samples)
         n_answers = integers(samples, "n_answers", len(states), "answers of each question", states.device)
@@ -64,7 +64,7 @@ class BlipVQA(BlipBase, AnswerModel):
         @torch.no_grad()
         def intermediate_output() -> Output:
             return Output(
-                image_embeds=self.visual_encoder(image_of(samples)),
+                image_embeds=self.encode_image(image_of(samples, video=True)),
                 encoder_output=Output(last_hidden_state=states),
                 decoder_output=Output(logits=self.text_decoder(ids, mask, context=context)[0]),
                 decoder_labels=self.labels(ids),
@@ -75,9 +75,9 @@ class BlipVQA(BlipBase, AnswerModel):
 
     def encode_questions(self, samples: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the questions' image-grounded states (B,T,E) and their mask (B,T)."""
-        image = image_of(samples)
+        image = image_of(samples, video=True)
         ids, mask = self.tokenize(texts_of(samples, len(image)), start=self.encoder_start, max_length=self.max_txt_len)
-        context = self.text_encoder.project_kv(self.visual_encoder(image))
+        context = self.text_encoder.project_kv(self.encode_image(image))
         return self.text_encoder(ids, mask, context=context)[0], mask
 
     def answer_loss(self, ids: Tensor, mask: Tensor, context: CrossAttentionKV) -> Tensor:

@@ -273,7 +273,7 @@ def add_qformer_lora(qformer: QFormer, settings: Mapping[str, Any], *, freeze_qf
     if init not in (True, False, "gaussian"):
         problem = f"{init!r} derives adapters from weights, which are loaded later; leave it out, or set gaussian"
         raise SettingError(f"{where}.init_lora_weights", problem)
-    lora.add_lora(qformer, {"target_modules": ["query", "value"], **settings}, setting="qformer_lora")
+    lora.add_lora(qformer, {"target_modules": ["query", "value"], **settings}, section="model.qformer_lora")
 
 
 def encoder_source(vit_model: str, vit_weights: str | None, *, frozen: bool = True) -> str | None:

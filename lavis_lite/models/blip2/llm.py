@@ -28,15 +28,13 @@ from lavis_lite.models.blip2.llm_checks import check_fit, family_config, llm_dty
 from lavis_lite.models.blip2.llm_tokenizer import LLMTokenizer
 from lavis_lite.models.blip2.prompts import class_prompts, generation_prompts, lemmatize, question_prompts
 from lavis_lite.models.blip2.ranking import (
-    Candidates,
-    candidate_lists,
     candidate_rows,
     check_template,
     named_in,
     segment_lengths,
     stacked,
 )
-from lavis_lite.models.inputs import integers, required, text_list, texts_of
+from lavis_lite.models.inputs import Candidates, candidate_lists, integers, required, text_list, texts_of
 from lavis_lite.nn import lora
 from lavis_lite.nn.decoding import Decoded, DecodingConfig, GenerationConfig, ScoredText
 from lavis_lite.nn.llm import LLMAdapter

@@ -13,21 +13,7 @@ from torch import Tensor
 from lavis_lite.common.bounds import check_number
 from lavis_lite.common.errors import InputError
 from lavis_lite.models.blip2.llm_tokenizer import LLMTokenizer, Rows
-from lavis_lite.models.inputs import as_list, candidate_texts, shown
-
-Candidates = Sequence[str] | Sequence[Sequence[str]]
-
-
-def candidate_lists(candidates: Candidates, count: int) -> list[list[str]]:
-    """Return the candidates of all samples (one list), or of each of `count` samples. InputError for an empty list, a
-    candidate that is not a text or blank, and another number of lists.
-    """
-    lists = as_list(candidates, "candidates", "a list of texts, or one such list for each image")
-    if not lists or isinstance(lists[0], str):
-        return [candidate_texts(lists)]
-    if len(lists) != count:
-        raise InputError(f"candidates: {len(lists)} lists were given for {count} images")
-    return [candidate_texts(own, f" of sample {row}") for row, own in enumerate(lists)]
+from lavis_lite.models.inputs import shown
 
 
 def candidate_rows(
