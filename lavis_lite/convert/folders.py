@@ -75,7 +75,9 @@ def write_folder(
             lora.write_adapter(llm, folder, num_tokens=config.text_config.vocab_size)
         logger.info(f"the adapters (LoRA) were written to {adapter}")
     elif lora.has_adapters(model):
-        logger.info("the adapters (LoRA) were merged")
+        language = model if model.llm_prefix is None else model.get_submodule(f"{model.llm_prefix}_model")
+        owner = "language model" if model.llm_prefix and lora.has_adapters(language) else "model"
+        logger.info(f"the adapters (LoRA) were merged into the {owner}")
     logger.info(f"{type(theirs).__name__} written to {target}")
     return target
 

@@ -208,8 +208,10 @@ class BaseDataset(Dataset):
         path = file if isinstance(file, StoredImage) else self.vis_root / file
         own = self.vis_processor
         if isinstance(own, ReadsFeatures):
+            if isinstance(path, StoredImage):
+                raise UnreadableSample(f"{path}: features are read from .npy and .safetensors files, not from tables")
             return own.read_features(path)
-        if is_feature_file(path):
+        if isinstance(path, Path) and is_feature_file(path):
             raise UnreadableSample(f"{path} holds features: name the processor {{name: features}} in vis_processor")
         if isinstance(own, OpensImages):
             image = open_image(path, background=own.background, max_pixels=own.max_pixels)

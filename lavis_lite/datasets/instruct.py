@@ -273,9 +273,14 @@ class InstructBuilder(BaseBuilder):
         source = super()._build_split(split)
         if not isinstance(source, InstructDataset):
             raise SettingError("few_shot_split", f"examples are drawn from a table of records; {split!r} is a stream")
-        records = source.annotation
-        own = {"num": self.few_shot_num, "seed": self.few_shot_seed, "template": self.few_shot_template}
-        return FewShot.of(records, split=split, has_images=self.few_shot_images, **own)
+        return FewShot.of(
+            source.annotation,
+            split=split,
+            num=self.few_shot_num,
+            template=self.few_shot_template,
+            seed=self.few_shot_seed,
+            has_images=self.few_shot_images,
+        )
 
     def _build_split(self, split: str) -> BaseDataset | StreamDataset:
         dataset = super()._build_split(split)
