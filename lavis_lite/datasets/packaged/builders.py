@@ -6,7 +6,7 @@ import hashlib
 import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -106,6 +106,8 @@ class OpenMojiBuilder(PackagedBuilder):
     """Pixels per side of the prepared pictures."""
     skin_tones: bool = False
     """Also the variants with skin tones."""
+    drawings: list[openmoji.Drawing] = field(default_factory=lambda: list(openmoji.DRAWINGS))
+    """The kinds of drawings: `color`, `black` or both."""
 
     name: ClassVar[str] = "openmoji"
     places: ClassVar[Sequence[str]] = openmoji.PLACES
@@ -114,10 +116,13 @@ class OpenMojiBuilder(PackagedBuilder):
 
     def settings(self) -> Mapping[str, Any]:
         check_number("drawing_size", self.drawing_size, 8, 2048)
-        return {"size": self.drawing_size, "skin_tones": self.skin_tones}
+        for drawing in self.drawings:
+            one_of("drawings", drawing, openmoji.DRAWINGS)
+        return {"size": self.drawing_size, "skin_tones": self.skin_tones, "drawings": sorted(set(self.drawings))}
 
     def make(self, root: Path, aside: Path) -> Splits:
-        return openmoji.make(root, aside, size=self.drawing_size, skin_tones=self.skin_tones)
+        kinds = [drawing for drawing in openmoji.DRAWINGS if drawing in self.drawings]
+        return openmoji.make(root, aside, size=self.drawing_size, skin_tones=self.skin_tones, drawings=kinds)
 
 
 @registry.register_builder("openclipart")

@@ -7,8 +7,9 @@ both drawings of an emoji are in one split.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 from PIL import Image
 
@@ -20,13 +21,14 @@ from lavis_lite.datasets.packaged.store import SPLITS, Splits, split_of_keys
 INDEX = "data/openmoji.json"
 PLACES = ("openmoji", "node_modules/openmoji", "package")
 ADVICE = "run `npm install openmoji`, or `npm pack openmoji` and `tar xzf openmoji-*.tgz`"
-DRAWINGS = ("color", "black")
+Drawing = Literal["color", "black"]
+DRAWINGS: tuple[Drawing, ...] = ("color", "black")
 PNG_FOLDERS = ("618x618", "72x72")
 NUM_TEST, NUM_VAL = 500, 300
 """Emoji, without their skin tones."""
 
 
-def make(root: Path, aside: Path, *, size: int, skin_tones: bool) -> Splits:
+def make(root: Path, aside: Path, *, size: int, skin_tones: bool, drawings: Sequence[Drawing] = DRAWINGS) -> Splits:
     """Write the drawings as PNG files of `size` pixels on white, and return the records of each split.
 
     A record has `image`, `caption` (the name), `tags`, `group`, `subgroup`, `drawing` and `emoji_id`, that of the emoji
@@ -40,7 +42,7 @@ def make(root: Path, aside: Path, *, size: int, skin_tones: bool) -> Splits:
     for entry in entries:
         if entry["skintone"] and not skin_tones:
             continue
-        for drawing, picture in _drawings(root, entry["hexcode"], size):
+        for drawing, picture in _drawings(root, entry["hexcode"], size, drawings):
             file = f"images/{drawing}/{entry['hexcode']}.png"
             (aside / file).parent.mkdir(parents=True, exist_ok=True)
             picture.save(aside / file)
@@ -58,8 +60,8 @@ def record(entry: Record, drawing: str, file: str) -> Record:
     }
 
 
-def _drawings(root: Path, hexcode: str, size: int) -> Iterator[tuple[str, Image.Image]]:
-    for drawing in DRAWINGS:
+def _drawings(root: Path, hexcode: str, size: int, drawings: Sequence[Drawing]) -> Iterator[tuple[str, Image.Image]]:
+    for drawing in drawings:
         pngs = [root / drawing / folder / f"{hexcode}.png" for folder in PNG_FOLDERS]
         path = next((png for png in pngs if png.is_file()), root / drawing / "svg" / f"{hexcode}.svg")
         if path.is_file():
