@@ -24,12 +24,14 @@ from lavis_lite.common.bounds import one_of
 from lavis_lite.common.config.schema import as_read, schema_of
 from lavis_lite.common.config.sections import PROCESSOR_KEYS
 from lavis_lite.common.config.zoo import dataset_zoo, packaged_dataset
-from lavis_lite.common.errors import InputError, UnknownNameError
+from lavis_lite.common.errors import InputError, UnknownNameError, UnreadableSample
+from lavis_lite.common.feature_io import is_feature_file
 from lavis_lite.common.image_io import is_constant
 from lavis_lite.common.records import Kind, Record, RecordCheck, StoredImage
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.annotations import check_unique, place_of
 from lavis_lite.datasets.build_info import BuildInfo
+from lavis_lite.datasets.features import ReadsFeatures, is_features, padded_features
 from lavis_lite.datasets.image import OpensImages, open_image
 from lavis_lite.datasets.parts import WHOLE, Part, part_of, warn_of_overlap
 from lavis_lite.datasets.readers import Reader, find_reader
@@ -200,11 +202,17 @@ class BaseDataset(Dataset):
         return self.image(stored) if isinstance(stored, StoredImage) else self.image(*self.files_of(record))
 
     def image(self, file: str | StoredImage) -> Any:
-        """Return the processed image of a table, or of a path as the annotation gives it: absolute, or below
-        `vis_root`.
+        """Return the processed image of a table, or the image or features (N,W) of a path as the annotation gives it:
+        absolute, or below `vis_root`.
         """
         path = file if isinstance(file, StoredImage) else self.vis_root / file
         own = self.vis_processor
+        if isinstance(own, ReadsFeatures):
+            if isinstance(path, StoredImage):
+                raise UnreadableSample(f"{path}: features are read from .npy and .safetensors files, not from tables")
+            return own.read_features(path)
+        if isinstance(path, Path) and is_feature_file(path):
+            raise UnreadableSample(f"{path} holds features: name the processor {{name: features}} in vis_processor")
         if isinstance(own, OpensImages):
             image = open_image(path, background=own.background, max_pixels=own.max_pixels)
         else:
@@ -218,8 +226,13 @@ class BaseDataset(Dataset):
         return self.vis_processor(image)
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return a batch: tensors stacked, `long_keys` as LongTensor (B), everything else as lists."""
-        return {key: self._collate(key, [sample[key] for sample in samples]) for key in samples[0]}
+        """Return a batch: tensors stacked, `long_keys` as LongTensor (B), everything else as lists.
+
+        Features (N,W) as `image` are padded to the longest; `image_mask` (B,N) is 1 where a token counts.
+        """
+        values = {key: [sample[key] for sample in samples] for key in samples[0]}
+        batch = padded_features(values.pop("image")) if is_features(samples[0].get("image")) else {}
+        return batch | {key: self._collate(key, own) for key, own in values.items()}
 
     def _collate(self, key: str, values: list[Any]) -> Any:
         if torch.is_tensor(values[0]):

@@ -17,6 +17,7 @@ from typing import TypeVar
 from lavis_lite.cli.data.named import NamedDataset, find_datasets, offline, require_samples
 from lavis_lite.cli.preflight import num_repeated, wrong_files
 from lavis_lite.common.errors import InputError, UnreadableSample, UserError
+from lavis_lite.common.feature_io import is_feature_file, read_features
 from lavis_lite.common.records import StoredImage
 from lavis_lite.common.video_io import decode
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset
@@ -204,7 +205,12 @@ def _decoded(paths: Sequence[str | StoredImage], is_video: Mapping[str, bool]) -
 
     def problem(path: str | StoredImage) -> str | None:
         try:
-            decode(path, 1) if isinstance(path, str) and is_video[path] else open_image(path)
+            if isinstance(path, str) and is_video[path]:
+                decode(path, 1)
+            elif isinstance(path, str) and is_feature_file(path):
+                read_features(path)
+            else:
+                open_image(path)
         except UnreadableSample as error:
             return str(error)
         return None
