@@ -1,9 +1,11 @@
 """Sources of a split's records: tables, folders of images, saved data sets, the hub; splits that are cut off."""
 
+import importlib.util
 import json
 import logging
 import os
 import pickle
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,13 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from lavis_lite.cli.data.command import main
-from lavis_lite.common.errors import InputError, MissingFileError, UnreachableError, UnreadableSample
+from lavis_lite.common.errors import (
+    InputError,
+    MissingFileError,
+    MissingPackageError,
+    UnreachableError,
+    UnreadableSample,
+)
 from lavis_lite.common.records import ANSWERS, ID, INDEX, PATH, TEXTS, RecordCheck
 from lavis_lite.common.records import WORDS as WORD_LIST
 from lavis_lite.common.registry import registry
@@ -159,6 +167,23 @@ def test_several_tables_and_patterns(root: Path, tmp_path: Path) -> None:
     assert seen(build(both, root)) == flat({name: CAPTIONS[name] for name in ("blue", "grey")}) + flat()
     with pytest.raises(MissingFileError, match=r"annotations\.train: .*shard-\*\.parquet"):
         build(str(tmp_path / "shard-*.parquet"), root)
+
+
+@pytest.mark.parametrize("storage", ["a.parquet", "hf://someone/cards"])
+def test_a_missing_package_is_named(
+    root: Path, tmp_path: Path, storage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = recipe(tmp_path, root)
+    path.write_text(path.read_text().replace(f"{tmp_path}/a.parquet", storage))
+    monkeypatch.setenv("LAVIS_LITE_DATA", str(tmp_path))
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "datasets" else find_spec(name))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MissingPackageError, match=r"pip install lavis-lite\[data\]"):
+        build(storage)
+    code, out = run_data(capsys, "status", path)
+    assert code == 1
+    assert "pip install lavis-lite[data]" in out
 
 
 # What is wrong in tables

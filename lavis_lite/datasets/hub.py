@@ -7,6 +7,7 @@ this does not load `datasets`.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import urllib.error
 import urllib.request
@@ -64,7 +65,10 @@ class HubSplit:
 
     def cache_folder(self) -> Path:
         """Return the folder below which `datasets` keeps what it prepared."""
-        return Path(datasets_library().config.HF_DATASETS_CACHE)
+        try:
+            return Path(datasets_library().config.HF_DATASETS_CACHE)
+        except MissingPackageError:  # where it will be
+            return Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME, "datasets"))
 
     def __str__(self) -> str:
         return f"{SCHEME}{self.repo}{f'/{self.config}' if self.config else ''}:{self.split}"
