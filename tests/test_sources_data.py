@@ -358,6 +358,12 @@ def test_an_empty_folder_is_named(tmp_path: Path) -> None:
         build(str(tmp_path / "empty"))
 
 
+def test_links_in_a_circle_are_named(root: Path) -> None:
+    (root / "again").symlink_to(root)
+    with pytest.raises(InputError, match=r"images: cannot be listed"):
+        folders.list_files(root)
+
+
 def test_a_folder_is_listed_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = 1_000_000_000
     os.utime(root, (old, old))

@@ -49,10 +49,13 @@ class HubSplit:
             UnreachableError: it is not in the cache, and the hub does not answer or refuses.
             InputError: the data set has no such split or configuration.
         """
-        with contextlib.suppress(MissingFileError):
+        try:
             return self._loaded(is_offline=True)
-        if constants.HF_HUB_OFFLINE or download.is_offline():
-            raise MissingFileError(f"{self.where}: {self} is not in {self.cache_folder()}, and {self._how_to_fetch()}")
+        except MissingFileError as error:
+            if constants.HF_HUB_OFFLINE or download.is_offline():
+                raise MissingFileError(
+                    f"{error}; it is not in {self.cache_folder()}, and {self._how_to_fetch()}"
+                ) from error
         self._probe()
         return self._loaded(is_offline=False)
 
