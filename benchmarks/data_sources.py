@@ -5,12 +5,13 @@
     python benchmarks/data_sources.py --tiny                  # some seconds, to check that it runs
 
 Every source has the same JPEGs, in a random order, with the image processor of training at 224 pixels, in batches of
-32. The first pass is a warm-up (the files are then in memory), the fastest of the others counts: other processes only
-make it slower.
+32. The first pass is a warm-up (the files are then in memory), the fastest of the others counts. `per core` divides by
+the processor time of the workers, which other processes on the machine hardly change.
 """
 
 import argparse
 import json
+import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -69,15 +70,19 @@ def from_parquet(images: Path, out: Path, processor: dict[str, Any]) -> BaseData
 SOURCES: dict[str, Make] = {"files": from_files, "parquet": from_parquet}
 
 
-def seconds(dataset: BaseDataset, *, workers: int, batch: int) -> float:
-    """Return the time of one pass over a dataset."""
+def seconds(dataset: BaseDataset, *, workers: int, batch: int) -> tuple[float, float]:
+    """Return the time of one pass over a dataset, and the processor time of its workers."""
     loader = DataLoader(
         dataset, batch_size=batch, shuffle=True, num_workers=workers, collate_fn=dataset.collater, drop_last=True
     )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     iterator, start = iter(loader), time.perf_counter()  # starting workers does not count
     for _ in iterator:
         pass
-    return time.perf_counter() - start
+    taken = time.perf_counter() - start
+    del iterator, _  # ends the workers, whose times are known then
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return taken, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -85,7 +90,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sources", nargs="+", default=list(SOURCES), choices=SOURCES, help="default: all")
     parser.add_argument("--count", type=int, default=2000, help="images")
-    parser.add_argument("--workers", type=int, default=2, help="loader processes")
+    parser.add_argument("--workers", type=int, default=2, help="loader processes, at least 1")
     parser.add_argument("--batch", type=int, default=32, help="images per batch")
     parser.add_argument("--repeats", type=int, default=3, help="passes that are measured")
     parser.add_argument("--tiny", action="store_true", help="16 small images, to check that it runs")
@@ -105,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
         images = Path(folder, "images")
         images.mkdir()
         draw(images, arguments.count, (48, 36) if arguments.tiny else SIZE)
-        print(f"{'source':10} {'images/s':>10} {'per worker':>12}")
+        print(f"{'source':10} {'images/s':>10} {'per core':>10}")
         for name in arguments.sources:
             out = Path(folder, name)
             out.mkdir()
@@ -113,10 +118,9 @@ def main(argv: list[str] | None = None) -> None:
             passes = [
                 seconds(dataset, workers=arguments.workers, batch=arguments.batch) for _ in range(1 + arguments.repeats)
             ]
-            speed = arguments.count / min(passes[1:])
-            per_worker = speed / max(1, arguments.workers)
-            rows.append({"source": name, "images_per_second": speed, "per_worker": per_worker})
-            print(f"{name:10} {speed:10.1f} {per_worker:12.1f}", flush=True)
+            speed, per_core = (arguments.count / min(times) for times in zip(*passes[1:], strict=True))
+            rows.append({"source": name, "images_per_second": speed, "per_core": per_core})
+            print(f"{name:10} {speed:10.1f} {per_core:10.1f}", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1))
 

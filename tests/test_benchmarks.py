@@ -227,3 +227,13 @@ def test_a_loss_that_is_not_finite_ends_the_run(throughput: ModuleType):
 )
 def test_peaks_are_known_by_name(throughput: ModuleType, name: str, peak: float | None):
     assert throughput.known_peak(name) == peak
+
+
+@pytest.mark.slow
+def test_sources_are_measured(throughput: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    pytest.importorskip("datasets")
+    importlib.import_module("data_sources").main(["--tiny", "--json", str(tmp_path / "rows.json")])
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["source"] for row in rows] == ["files", "parquet"]
+    assert all(row["images_per_second"] > 0 and row["per_core"] > 0 for row in rows)
+    assert "parquet" in capsys.readouterr().out

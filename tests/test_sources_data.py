@@ -1,9 +1,11 @@
 """Sources of a split's records: tables, folders of images, saved data sets, the hub; splits that are cut off."""
 
+import importlib.util
 import json
 import logging
 import os
 import pickle
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,19 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from lavis_lite.cli.data.command import main
-from lavis_lite.common.errors import InputError, MissingFileError, UnreachableError, UnreadableSample
+from lavis_lite.common.errors import (
+    InputError,
+    MissingFileError,
+    MissingPackageError,
+    UnreachableError,
+    UnreadableSample,
+)
+from lavis_lite.common.records import ANSWERS, ID, INDEX, PATH, TEXTS, RecordCheck
+from lavis_lite.common.records import WORDS as WORD_LIST
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets import folders, hub
 from lavis_lite.datasets.base import BaseDataset
+from lavis_lite.datasets.table_check import plain_rows
 from lavis_lite.datasets.tables import TableRecords
 
 datasets = pytest.importorskip("datasets")
@@ -158,6 +169,23 @@ def test_several_tables_and_patterns(root: Path, tmp_path: Path) -> None:
         build(str(tmp_path / "shard-*.parquet"), root)
 
 
+@pytest.mark.parametrize("storage", ["a.parquet", "hf://someone/cards"])
+def test_a_missing_package_is_named(
+    root: Path, tmp_path: Path, storage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = recipe(tmp_path, root)
+    path.write_text(path.read_text().replace(f"{tmp_path}/a.parquet", storage))
+    monkeypatch.setenv("LAVIS_LITE_DATA", str(tmp_path))
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "datasets" else find_spec(name))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MissingPackageError, match=r"pip install lavis-lite\[data\]"):
+        build(storage)
+    code, out = run_data(capsys, "status", path)
+    assert code == 1
+    assert "pip install lavis-lite[data]" in out
+
+
 # What is wrong in tables
 
 
@@ -232,6 +260,32 @@ def test_saved_splits_are_chosen_by_name(root: Path, tmp_path: Path) -> None:
     assert len(build(str(tmp_path / "saved" / "val"), split="test")) == 2
 
 
+WORDS = ["a card", "a card", "red", "red", "_x", "9", "", " ", "..!", "['x', 'y']", "ünï", "中文", None, "a\0b", "x é"]
+LISTS = [*([word] for word in WORDS), [], ["a", " "], ["a", "b"], ["c"], None]
+
+
+def test_a_row_that_is_taken_for_valid_is(tmp_path: Path) -> None:
+    """The check by columns against that by records, on fields of all kinds."""
+    rng = np.random.default_rng(0)
+    kinds = {"image": PATH, "caption": TEXTS, "answer": ANSWERS, "words": WORD_LIST, "image_id": ID, "label": INDEX}
+    num_plain = 0
+    for clean, allow_blank in ((str, False), (str, True), (lambda text: text.strip(".!"), False)):
+        check = RecordCheck(required=("image|label", "caption"), fields=kinds, clean=clean, allow_blank=allow_blank)
+        for values in (WORDS, LISTS, [1, -3, None], [0.5, 2.0]):
+            for name in kinds:
+                columns = {other: [WORDS[i] for i in rng.integers(0, 6, 60)] for other in kinds}
+                columns |= {"label": [1, None] * 30, name: [values[i] for i in rng.integers(0, len(values), 60)]}
+                table = pa.table(columns)
+                arrays = {column: table[column].combine_chunks() for column in kinds}
+                plain = plain_rows(arrays, set(), check, 60)
+                problems = [check.problem(record) for record in table.to_pylist()]
+                assert [
+                    problem for problem, is_plain in zip(problems, plain, strict=True) if is_plain and problem
+                ] == []
+                num_plain += plain.sum()
+    assert num_plain > 1000
+
+
 # Text tables
 
 
@@ -302,6 +356,12 @@ def test_an_empty_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"empty is a folder; name an annotation file"):
         build(str(tmp_path / "empty"))
+
+
+def test_links_in_a_circle_are_named(root: Path) -> None:
+    (root / "again").symlink_to(root)
+    with pytest.raises(InputError, match=r"images: cannot be listed"):
+        folders.list_files(root)
 
 
 def test_a_folder_is_listed_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,6 +477,20 @@ def test_a_split_is_cut_off_by_image(tmp_path: Path) -> None:
 def test_shares_that_cannot_be_cut(tmp_path: Path, shares: dict[str, float], message: str) -> None:
     with pytest.raises(InputError, match=message):
         build(str(many(tmp_path)), tmp_path, split_off=shares)
+
+
+def test_a_split_is_cut_off_only_where_it_can_be(tmp_path: Path) -> None:
+    path = str(many(tmp_path))
+    for files, message in (
+        ({"train": {"storage": path}, "val": {"storage": path}}, r"split_off\.val: .*annotations"),
+        ({"test": {"storage": path}}, r"split_off: .*'train'"),
+    ):
+        builder = registry.get_builder_class("pairs")(build_info={"annotations": files}, split_off={"val": 0.1})
+        with pytest.raises(InputError, match=message):
+            builder.build()
+    shapes = registry.get_builder_class("shapes_caption")(split_off={"val": 0.1})
+    with pytest.raises(InputError, match=r"split_off"):
+        shapes.build(["train"])
 
 
 def test_images_in_two_splits_are_counted(root: Path, tmp_path: Path, caplog: Any) -> None:

@@ -33,7 +33,7 @@ from lavis_lite.datasets.annotations import check_unique, place_of
 from lavis_lite.datasets.build_info import BuildInfo
 from lavis_lite.datasets.features import ReadsFeatures, is_features, padded_features
 from lavis_lite.datasets.image import OpensImages, open_image
-from lavis_lite.datasets.parts import WHOLE, Part, part_of, warn_of_overlap
+from lavis_lite.datasets.parts import WHOLE, Part, cut_splits, part_of, warn_of_overlap
 from lavis_lite.datasets.readers import Reader, find_reader
 from lavis_lite.datasets.readers.files import PLACE, SplitFiles, identified
 from lavis_lite.datasets.shard_tables import shard_table
@@ -41,8 +41,8 @@ from lavis_lite.datasets.shards import IncompleteSamples, is_shard
 from lavis_lite.datasets.storage import (
     annotation_files,
     missing_folder,
+    named_splits,
     resolve_storage,
-    section_of,
     split_folder,
     stream_names,
     visual_folder,
@@ -291,12 +291,8 @@ class BaseBuilder:
 
     def splits(self) -> list[str]:
         """Return the names of all splits, also of those that are cut from another."""
-        named = [name for name, entry in section_of(self.build_info, "annotations").items() if entry is not None]
-        if self.split_off and WHOLE not in named:
-            raise InputError(f"split_off: cuts splits from {WHOLE!r}, which build_info.annotations does not name")
-        if twice := [name for name in self.split_off if name in named]:
-            raise InputError(f"split_off.{twice[0]}: build_info.annotations names files of this split; leave out one")
-        return [*named, *self.split_off]
+        named = named_splits(self.build_info)
+        return [*named, *cut_splits(self.split_off, named, has_stream=self.stream is not None)]
 
     def build(self, splits: Iterable[str] | None = None) -> dict[str, BaseDataset | StreamDataset]:
         """Return one dataset per split (all splits by default). Raises KeyError for a split that is not configured."""
@@ -304,8 +300,7 @@ class BaseBuilder:
         if not there:
             raise InputError(f"{name}: build_info.annotations names no split; give {{train: {{storage: FILE}}}}")
         wanted = there if splits is None else list(splits)
-        if lost := self.split_off.keys() - set(there):
-            raise InputError(f"split_off.{min(lost)}: {name} has files of its own, and no split is cut from them")
+        cut_splits(self.split_off, named_splits(self.build_info), has_stream=False)  # `splits` may be a subclass's
         if unknown := [split for split in wanted if split not in there]:
             raise UnknownNameError(f"{name} has no split {unknown[0]!r}; there are {', '.join(there)}")
         self.prepare(wanted)

@@ -64,7 +64,10 @@ def class_names(folder: Path) -> list[str]:
 
 
 def list_files(folder: Path) -> list[str]:
-    """Return the paths of all files below a folder, relative to it, sorted; hidden ones are left out."""
+    """Return the paths of all files below a folder, relative to it, sorted; hidden ones are left out.
+
+    Raises InputError for a folder that cannot be listed.
+    """
     folder = folder.absolute()
     cached = download.cache_dir() / "listings" / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]}.json"
     try:
@@ -74,7 +77,10 @@ def list_files(folder: Path) -> list[str]:
     except (OSError, ValueError):
         pass  # not there, of a folder that is gone, or damaged: it is listed again
     stamps = {}
-    files = sorted(_walk(folder, "", stamps))
+    try:
+        files = sorted(_walk(folder, "", stamps))
+    except OSError as error:  # no permission, or links in a circle
+        raise InputError(f"{folder}: cannot be listed ({error}); correct its rights or links") from error
     if time.time() - max(stamps.values()) / 1e9 > SETTLED:
         _write(cached, json.dumps([stamps, files]))
     return files

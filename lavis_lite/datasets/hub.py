@@ -7,6 +7,7 @@ this does not load `datasets`.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import urllib.error
 import urllib.request
@@ -48,10 +49,13 @@ class HubSplit:
             UnreachableError: it is not in the cache, and the hub does not answer or refuses.
             InputError: the data set has no such split or configuration.
         """
-        with contextlib.suppress(MissingFileError):
+        try:
             return self._loaded(is_offline=True)
-        if constants.HF_HUB_OFFLINE or download.is_offline():
-            raise MissingFileError(f"{self.where}: {self} is not in {self.cache_folder()}, and {self._how_to_fetch()}")
+        except MissingFileError as error:
+            if constants.HF_HUB_OFFLINE or download.is_offline():
+                raise MissingFileError(
+                    f"{error}; it is not in {self.cache_folder()}, and {self._how_to_fetch()}"
+                ) from error
         self._probe()
         return self._loaded(is_offline=False)
 
@@ -64,7 +68,10 @@ class HubSplit:
 
     def cache_folder(self) -> Path:
         """Return the folder below which `datasets` keeps what it prepared."""
-        return Path(datasets_library().config.HF_DATASETS_CACHE)
+        try:
+            return Path(datasets_library().config.HF_DATASETS_CACHE)
+        except MissingPackageError:  # where it will be
+            return Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME, "datasets"))
 
     def __str__(self) -> str:
         return f"{SCHEME}{self.repo}{f'/{self.config}' if self.config else ''}:{self.split}"

@@ -35,6 +35,21 @@ class Part:
         return self.start <= fraction(record) < self.end
 
 
+def cut_splits(shares: Mapping[str, float], named: Sequence[str], *, has_stream: bool) -> list[str]:
+    """Return the splits that are cut off. `named` are the splits with files of their own.
+
+    Raises InputError if there is no split to cut from, if it is a stream, or if a split has files too.
+    """
+    if shares and WHOLE not in named:
+        raise InputError(f"split_off: cuts splits from {WHOLE!r}, which build_info.annotations does not name")
+    if shares and has_stream:
+        raise InputError(f"split_off: {WHOLE!r} is a stream, of which nothing can be cut; name shards of their own")
+    for name in shares:
+        if name in named and name != WHOLE:
+            raise InputError(f"split_off.{name}: build_info.annotations names files of this split; leave out one")
+    return [name for name in shares if name != WHOLE]
+
+
 def part_of(split: str, shares: Mapping[str, float]) -> Part | None:
     """Return the part of a split that `split_off: {val: 0.05}` cuts from `train`, or leaves of it; None for others.
 

@@ -221,6 +221,11 @@ def _matches(storage: str) -> list[str]:
     return sorted(glob.glob(str(path), recursive=True)) or [storage]
 
 
+def named_splits(build_info: Mapping[str, Any]) -> list[str]:
+    """Return the splits with files of their own."""
+    return [name for name, entry in section_of(build_info, "annotations").items() if entry is not None]
+
+
 def num_samples(build_info: Mapping[str, Any], split: str) -> int | None:
     """Return the published number of samples of a split, if the YAML has it. InputError if it is no whole number."""
     value = (section_of(build_info, "annotations").get(split) or {}).get("num_samples")

@@ -129,9 +129,8 @@ def without_stops(named: NamedDataset, split: str, check: SplitCheck) -> tuple[B
     check.problems.append(f"{folder.kind[:-1]} folder not found: {folder.path()}{fetch}")
     builder.build_info = builder.build_info | {"images": None, "videos": None}
     if own is not None:
-        files = copy.deepcopy(builder.build_info["annotations"])
-        files[builder.source_of(split)]["images"] = None
-        builder.build_info["annotations"] = files
+        files, source = dict(section_of(builder.build_info, "annotations")), builder.source_of(split)
+        builder.build_info = builder.build_info | {"annotations": {**files, source: {**files[source], "images": None}}}
     return builder, False
 
 

@@ -174,8 +174,10 @@ def _found(source: str, file: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def package_needs(cfg: Config, *, has_videos: bool) -> Iterator[Need]:
+def package_needs(cfg: Config, *, has_videos: bool, has_tables: bool = False) -> Iterator[Need]:
     """Yield the optional packages and programs that the recipe uses."""
+    if has_tables:
+        yield _package("datasets", "reading tables and the hub", "pip install lavis-lite[data]")
     if has_videos:
         name = next(filter(importlib.util.find_spec, DECODERS), next(iter(DECODERS)))
         yield _package(name, "reading videos", f"pip install {name}")

@@ -17,6 +17,7 @@ from lavis_lite.datasets.storage import (
     split_folder,
     visual_folder,
 )
+from lavis_lite.datasets.tables import is_table
 
 HEAD = ("", "what", "for", "size", "path", "from")
 DATA = ("annotations", "images", "videos")
@@ -40,12 +41,14 @@ def run(args: argparse.Namespace) -> int:
 
 def all_needs(cfg: Config, found: Sequence[NamedDataset]) -> Iterator[Need]:
     """Yield what the recipe needs: data, weights, tokenizers, packages."""
-    has_videos = False
+    has_videos = has_tables = False
     for named in found:
         if not named.splits:
             continue
         yield from annotation_needs(named)
         for key in named.annotation_keys():
+            files = annotation_files(named.build_info, key, owner=named.name)
+            has_tables = has_tables or any(file.hub_split or is_table(file.path()) for file in files)
             if (own := split_folder(named.build_info, key)) is not None:
                 is_there, place = has_files(own.path()), str(own.path())
                 yield Need(kind=own.kind, name=f"{named.name}/{key}", is_there=is_there, place=place)
@@ -54,7 +57,7 @@ def all_needs(cfg: Config, found: Sequence[NamedDataset]) -> Iterator[Need]:
             has_videos = has_videos or folder.kind == "videos"
             yield from folder_needs(named, folder)
     yield from model_needs(cfg)
-    yield from package_needs(cfg, has_videos=has_videos)
+    yield from package_needs(cfg, has_videos=has_videos, has_tables=has_tables)
 
 
 def annotation_needs(named: NamedDataset) -> Iterator[Need]:
