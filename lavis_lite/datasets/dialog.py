@@ -22,7 +22,7 @@ class DialogDataset(InstructDataset):
     index of the right one, 0. In evaluation they are all, and there is `question_id`.
     """
 
-    reader = "visdial_options"
+    reader = "records"
     required = ("candidates",)
 
     def __init__(self, *files: Any, num_negatives: int = 1, **options: Any) -> None:
