@@ -7,7 +7,7 @@ of captions and the grounded encoder are one text transformer; the paper does no
 Letters: B samples, C candidates of each, S image tokens, T caption tokens, E width.
 """
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,6 @@ class BlipVisDial(BlipBase):
     read, the candidate included.
     """
 
-    learns_answers: ClassVar[bool] = True
     newly_initialized = ("caption_proj.",)
 
     def __init__(self, *, max_txt_len: int = 256, **parts: Any) -> None:
