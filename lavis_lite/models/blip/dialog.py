@@ -7,6 +7,7 @@ of captions and the grounded encoder are one text transformer; the paper does no
 Letters: B samples, C candidates of each, S image tokens, T caption tokens, E width.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -100,5 +101,5 @@ class BlipVisDial(BlipBase):
                 losses[row, start : start + len(part)] = -logits.float().log_softmax(dim=1)[:, 1]
         return losses
 
-    def text_readers(self, samples: dict[str, Any]) -> list[tuple[str, str, Any]]:
+    def text_readers(self, samples: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
         return [(key, "tokenizer", self.tokenizer) for key in ("text_input", "caption") if key in samples]
