@@ -17,6 +17,7 @@ _MODULES = {
     "load_model_and_preprocess": "lavis_lite.models.loading",
     "load_preprocess": "lavis_lite.models.loading",
     "model_zoo": "lavis_lite.common.config.zoo",
+    "pipeline": "lavis_lite.inference.pipelines",
     "registry": "lavis_lite.common.registry",
 }
 __all__ = ["__version__", *_MODULES]

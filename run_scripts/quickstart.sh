@@ -3,6 +3,7 @@
 #   bash run_scripts/quickstart.sh                          BLIP
 #   bash run_scripts/quickstart.sh --family blip2           BLIP-2, with the image encoder of the former
 #   bash run_scripts/quickstart.sh --family instructblip    InstructBLIP, from the latter
+#   bash run_scripts/quickstart.sh --family capfilt         CapFilt, from the first one's pretrained model
 # The weights that a family starts from are trained first if they are missing, and completed if that was interrupted.
 # Writes <output>/{results.json,report.html} and one folder per step with its log, checkpoints and results.
 set -euo pipefail
@@ -10,13 +11,13 @@ family=blip
 while [ $# -gt 0 ]; do
     case "$1" in
         --family) family=${2:-} && shift 2 ;;
-        *) echo "usage: $0 [--family blip|blip2|instructblip]" >&2 && exit 2 ;;
+        *) echo "usage: $0 [--family blip|blip2|instructblip|capfilt]" >&2 && exit 2 ;;
     esac
 done
 case "$family" in
     blip) out=output/quickstart ;;
-    blip2 | instructblip) out=output/quickstart_$family ;;
-    *) echo "error: --family must be blip, blip2 or instructblip, not '$family'" >&2 && exit 2 ;;
+    blip2 | instructblip | capfilt) out=output/quickstart_$family ;;
+    *) echo "error: --family must be blip, blip2, instructblip or capfilt, not '$family'" >&2 && exit 2 ;;
 esac
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
 
@@ -129,10 +130,29 @@ quickstart_instructblip() {
     evaluate held_out "$blip2/stage2_t5" held_out_blip2 model.arch=blip2_t5
 }
 
+# raw web texts against bootstrapped ones, over three seeds; the two rows run side by side
+capfilt() { "$python" -m lavis_lite.cli capfilt --cfg-path "$recipes/_chain.yaml" --seeds 1 2 3 "$@"; }
+capfilt_none() { capfilt --rows none; }
+capfilt_both() { capfilt --rows both; }
+captioner() { capfilt --rows both --only captioner; }
+filter() { capfilt --rows both --only filter; }
+quickstart_capfilt() {
+    echo "== the first quickstart's pretrained model"
+    train blip/pretrain
+    begin captioner filter
+    finish captioner filter
+    capfilt --rows both --only texts
+    "$python" run_scripts/capfilt_truth.py "$out/texts/result/train_texts/manifest.json" --out "$out/truth.json"
+    begin capfilt_none capfilt_both
+    finish capfilt_none capfilt_both
+    capfilt --rows none both
+}
+
 if [ -d "$out" ]; then
     echo "== removing the results of an earlier quickstart in $out"
     rm -rf "$out"
 fi
 mkdir -p "$out"
 "quickstart_$family"
-"$python" run_scripts/quickstart_report.py "$out" --family "$family" --seconds $((SECONDS - started))
+[ "$family" = capfilt ] || "$python" run_scripts/quickstart_report.py "$out" --family "$family" --seconds $((SECONDS - started))
+echo "== $(((SECONDS - started) / 60)) minutes"

@@ -1,7 +1,7 @@
 """Kills and stops real trainings at random moments until it is done, and compares it with a run that nobody disturbed.
 
-`python tests/chaos.py [--kills 40] [--terms 20] [--processes 1 2] [--seed 0]` prints what it tried and each difference;
-`test_chaos.py` runs a few rounds of it.
+`python tests/chaos.py [--kills 40] [--terms 20] [--processes 1 2] [--seed 0] [--stream]` prints what it tried and each
+difference; `test_chaos.py` runs a few rounds of it. With `--stream` the run trains on a stream of shards, too.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import cli_helpers
+import shard_helpers
 import torch
 from ports import free_port
 
@@ -57,7 +58,7 @@ class Ranks:
         file = os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1)
         os.dup2(file, 2)
-        os.environ.update({"LAVIS_LITE_DATA": str(data), "LAVIS_LITE_OFFLINE": "1"})
+        os.environ.update({"LAVIS_LITE_DATA": str(data), "LAVIS_LITE_CACHE": str(data), "LAVIS_LITE_OFFLINE": "1"})
         if world > 1:
             os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)})
             os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
@@ -94,11 +95,15 @@ class Ranks:
 class Round:
     """One run of STEPS steps in `folder`, started again with `--resume auto` after each signal until it is done."""
 
-    def __init__(self, folder: Path, *, world: int, data: Path) -> None:
+    def __init__(self, folder: Path, *, world: int, data: Path, stream: bool = False) -> None:
         folder.mkdir(parents=True)
         (dataset,) = cli_helpers.RECIPES["caption"]["datasets"]
         crops = {"vis_processor": {"train": {"name": "blip_image_train", "image_size": 48}}}
-        self.path = cli_helpers.project(folder, "caption", {"datasets": {dataset: crops}, "run": RUN})
+        datasets, run = {dataset: crops}, RUN
+        if stream:
+            datasets["web"] = shard_helpers.stream_section(data, world=world)
+            run = RUN | {"train_dataset_ratios": {dataset: 1, "web": 2}}
+        self.path = cli_helpers.project(folder, "caption", {"datasets": datasets, "run": run})
         self.job, self.world, self.data = folder / "output" / "job", world, data
         self.output = folder / "output.txt"
 
@@ -176,18 +181,18 @@ def compare(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
 
 
 def chaos(
-    folder: Path, *, world: int, signals: list[int], seed: int, data: Path
+    folder: Path, *, world: int, signals: list[int], seed: int, data: Path, stream: bool = False
 ) -> tuple[collections.Counter[str], list[str]]:
     """Send all signals, over as many rounds as it takes; returns how the processes ended, and every difference."""
     rng, signals = random.Random(seed), list(signals)
     rng.shuffle(signals)
-    whole = Round(folder / "whole", world=world, data=data)
+    whole = Round(folder / "whole", world=world, data=data, stream=stream)
     whole.finish()  # builds the data
-    duration = Round(folder / "timed", world=world, data=data).finish()
+    duration = Round(folder / "timed", world=world, data=data, stream=stream).finish()
     expected, wrong, endings, number = whole.outcome(), [], collections.Counter(), 0
     while signals:
         number += 1
-        disturbed = Round(folder / f"round{number}", world=world, data=data)
+        disturbed = Round(folder / f"round{number}", world=world, data=data, stream=stream)
         while signals:
             name = signal.Signals(signals[-1]).name
             ending = disturbed.disturb(signals[-1], after=rng.uniform(0.0, 1.0) * duration, rng=rng)
@@ -217,13 +222,15 @@ def main() -> None:
     p.add_argument("--terms", type=int, default=20, help="SIGTERMs for each number of processes")
     p.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--stream", action="store_true", help="a stream of shards among the training sets")
     arguments = p.parse_args()
     signals = [signal.SIGKILL] * arguments.kills + [signal.SIGTERM] * arguments.terms
     failed = False
     for world in arguments.processes:
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder)
-            endings, wrong = chaos(root, world=world, signals=signals, seed=arguments.seed, data=root / "data")
+            options = {"signals": signals, "seed": arguments.seed, "stream": arguments.stream}
+            endings, wrong = chaos(root, world=world, data=root / "data", **options)
         print(f"{world} processes: {dict(endings)}; {len(wrong)} differences")
         print("".join(f"  {text}\n" for text in wrong), end="", flush=True)
         failed = failed or bool(wrong)

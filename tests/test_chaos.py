@@ -8,10 +8,10 @@ import pytest
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", ["1", "2"])
-def test_chaos(processes: str) -> None:
+@pytest.mark.parametrize(("processes", "source"), [("1", []), ("2", []), ("1", ["--stream"]), ("2", ["--stream"])])
+def test_chaos(processes: str, source: list[str]) -> None:
     script = Path(__file__).with_name("chaos.py")
-    counts = ["--kills", "2", "--terms", "2", "--processes", processes]
+    counts = ["--kills", "2", "--terms", "2", "--processes", processes, *source]
     result = subprocess.run(
         [sys.executable, str(script), *counts], capture_output=True, text=True, cwd=script.parents[1]
     )

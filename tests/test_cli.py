@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lavis_lite
-from lavis_lite.cli import __main__ as command
+from lavis_lite.cli import app as command
 from lavis_lite.cli import dry_run, failures
 from lavis_lite.cli import main as cli
 from lavis_lite.common.config.config import RunConfig, parser
@@ -179,7 +179,7 @@ def test_the_command_alone_lists_subcommands(
 ) -> None:
     assert lavis_lite_command(monkeypatch) == 2
     err = capsys.readouterr().err
-    assert all(name in err for name in command.COMMANDS)
+    assert all(name in err for name in (*command.COMMANDS, "caption", "ask", "doctor"))
     assert lavis_lite_command(monkeypatch, "--version") == 0
     assert capsys.readouterr().out.strip() == f"lavis_lite {lavis_lite.__version__}"
 
@@ -194,7 +194,11 @@ def test_an_unknown_subcommand_names_the_nearest(
 
 @pytest.mark.parametrize(
     ("program", "name"),
-    [("/opt/bin/lavis-lite", "lavis-lite"), ("/x/cli/__main__.py", "python -m lavis_lite.cli")],
+    [
+        ("/opt/bin/lavis-lite", "lavis-lite"),
+        ("/x/cli/__main__.py", "python -m lavis_lite.cli"),
+        ("/lavis_lite/__main__.py", "python -m lavis_lite"),
+    ],
 )
 def test_a_stopped_run_prints_a_command_to_type(program: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [program, "evaluate", "--help"])

@@ -7,6 +7,7 @@ import csv
 import inspect
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,8 +19,10 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 from PIL import Image
+from typer.testing import CliRunner
 
 from lavis_lite.cli import main as cli
+from lavis_lite.cli.app import app
 from lavis_lite.common.config.config import Config, parser
 from lavis_lite.common.config.run import IGNORED_LAVIS_KEYS, RunConfig
 from lavis_lite.common.config.schema import schema_of
@@ -233,6 +236,21 @@ def test_commands_are_understood(line: str):
         understood.add_argument("--check", action="store_true")
     args = understood.parse_args(words[script + 1 :])
     assert Config.from_file(ROOT / args.cfg_path, args.options).run.task
+
+
+def test_commands_over_images_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Every line of docs/commands.md parses; the command then stops at its images, which are not there."""
+    monkeypatch.chdir(tmp_path)
+    lines = [line for block in blocks(ROOT / "docs/commands.md") for line in block.text.splitlines()]
+    lines = [line for line in lines if line.startswith("lavis-lite ")]
+    assert len(lines) > 5
+    for line in lines:
+        words = ["nowhere" if word.startswith(("photo", "questions")) else word for word in shlex.split(line)[1:]]
+        if words[0] in ("search", "chat"):
+            words += ["--model", "nowhere"]
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 2, line
+        assert "nowhere" in result.stderr, result.stderr
 
 
 @every_page

@@ -11,6 +11,7 @@ import struct
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -309,10 +310,11 @@ def test_a_missing_video(tmp_path: Path) -> None:
 
 def test_decord_is_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "decord", None)
+    monkeypatch.setitem(sys.modules, "av", None)
     images = [Image.fromarray(image) for image in noise(4)]
     processor = load_processor("blip_video_eval", {"image_size": 16})
     assert processor(images).shape == (3, 4, 16, 16)
-    with pytest.raises(ImportError, match="reading videos needs decord: `pip install decord`"):
+    with pytest.raises(ImportError, match="reading videos needs decord or av: `pip install decord`"):
         read_frames(written(tmp_path / "clip.avi", noise(4)), 4, pixels)
 
 
@@ -456,3 +458,89 @@ def test_a_part_outside_the_video_is_an_unreadable_sample(animation: Path) -> No
         read_frames(animation, 4, process, part=(2.5, 3.0))
     with pytest.raises(ValueError, match=r"clip\.png: start and end must be seconds, got 'soon'"):
         record_part({"video": "clip.png", "start": "soon"})
+
+
+# other packages than decord
+
+
+def encoded(path: Path, codec: str, *, size: tuple[int, int] = (64, 48), is_vfr: bool = False) -> Path:
+    """A clip of 20 frames written by PyAV; with `is_vfr` of uneven durations."""
+    av = pytest.importorskip("av")
+    width, height = size
+    ramp = np.add.outer(np.arange(height) * 3, np.arange(width) * 2)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        if is_vfr:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for number in range(20):
+            image = np.stack([ramp + 10 * number, 255 - ramp, ramp * number], axis=2) % 256
+            frame = av.VideoFrame.from_ndarray(image.astype(np.uint8), format="rgb24")
+            if is_vfr:
+                frame.pts, frame.time_base = 40 * number + 9 * (number % 4), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "settings"),
+    [
+        ("a.mp4", "libx264", {}),
+        ("odd.mp4", "libx264", {"size": (70, 46)}),
+        ("vfr.mp4", "libx264", {"is_vfr": True}),
+        ("a.avi", "mpeg4", {}),
+        ("h264.avi", "libx264", {}),
+    ],
+)
+def test_both_packages_read_the_same_pixels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, codec: str, settings: dict[str, Any]
+) -> None:
+    path, clips = encoded(tmp_path / name, codec, **settings), []
+    for package in ("decord", "av"):
+        monkeypatch.setenv("LAVIS_LITE_VIDEO", package)
+        clips.append(read_frames(path, 7, pixels))
+        clips.append(read_frames(path, 20, pixels))
+        clips.append(torch.stack([pixels(image) for image in video_io.decode(path, 3, part=(0.5, 1.2))]))
+    for by_decord, by_av in zip(clips[:3], clips[3:], strict=True):
+        assert torch.equal(by_decord, by_av)
+    assert len({bytes(clips[1][:, number].numpy()) for number in range(20)}) == 20
+
+
+@pytest.mark.parametrize("degrees", [90, 180, 270])
+def test_both_packages_turn_a_clip_upright(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, degrees: int) -> None:
+    path = encoded(tmp_path / "a.mp4", "libx264")
+    content = bytearray(path.read_bytes())
+    cos, sin = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
+    at = content.index(b"tkhd") + 44  # the track's matrix
+    content[at : at + 36] = struct.pack(">9i", *(65536 * n for n in (cos, sin, 0, -sin, cos, 0, 0, 0)), 2**30)
+    path.write_bytes(content)
+    clips = []
+    for package in ("decord", "av"):
+        monkeypatch.setenv("LAVIS_LITE_VIDEO", package)
+        clips.append(read_frames(path, 4, pixels))
+    assert clips[0].shape == ((3, 4, 48, 64) if degrees == 180 else (3, 4, 64, 48))
+    assert torch.equal(*clips)
+
+
+def test_the_other_package_reads_what_decord_does_not_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AV1, and all videos where there is no decord."""
+    path = encoded(tmp_path / "a.mp4", "libx264")
+    expected = read_frames(path, 4, pixels)
+    try:
+        unknown = encoded(tmp_path / "a.mkv", "libsvtav1")
+    except Exception as error:
+        pytest.skip(f"PyAV cannot write AV1 here: {error}")
+    assert read_frames(unknown, 5, pixels).shape == (3, 5, 48, 64)
+    monkeypatch.setenv("LAVIS_LITE_VIDEO", "decord")
+    with pytest.raises(UnreadableSample, match=r"unknown codec: .*a\.mkv .*DECORDError"):
+        read_frames(unknown, 5, pixels)
+    monkeypatch.setenv("LAVIS_LITE_VIDEO", "ffmpeg")
+    with pytest.raises(ValueError, match=r"LAVIS_LITE_VIDEO: .*decord or av.*'ffmpeg'"):
+        read_frames(path, 4, pixels)
+    monkeypatch.delenv("LAVIS_LITE_VIDEO")
+    monkeypatch.setitem(sys.modules, "decord", None)
+    assert torch.equal(read_frames(path, 4, pixels), expected)
+    path.write_bytes(path.read_bytes()[:1500])
+    with pytest.raises(UnreadableSample, match=r"a\.mp4"):
+        read_frames(path, 4, pixels)

@@ -8,9 +8,10 @@ import contextlib
 import logging
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,19 @@ from lavis_lite.common import dist
 from lavis_lite.common.config.agreement import model_setting
 from lavis_lite.common.config.config import Config, ConfigError
 from lavis_lite.common.errors import InputError, MissingFileError, UnreadableSample
+from lavis_lite.common.members import file_on_disk
 from lavis_lite.common.precision import resolve_precision
 from lavis_lite.common.registry import registry
 from lavis_lite.common.rng import preserve_rng_state
 from lavis_lite.common.sources import download
 from lavis_lite.datasets.base import BaseDataset
 from lavis_lite.datasets.protocols import SampleDataset
+from lavis_lite.datasets.streams import StreamDataset
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.tokenizers import unknown_share
 from lavis_lite.runners.loaders import Datasets, first_samples_missing, train_sets
 from lavis_lite.runners.plan import Plan, make_plan
+from lavis_lite.runners.streaming import describe_streams
 from lavis_lite.tasks.base import BaseTask
 
 logger = logging.getLogger(__name__)
@@ -122,7 +126,8 @@ def check_data(cfg: Config, task: BaseTask, datasets: Datasets) -> DataReport:
     if not cfg.run.evaluate:
         sets = train_sets(datasets, cfg.run.train_splits)
         lengths = {name: len(dataset) for name, dataset in sets.items()}
-        report.plan = make_plan(cfg.run, lengths, dist.world_size())
+        streams = describe_streams(sets, cfg.run, world=dist.world_size())
+        report.plan = make_plan(cfg.run, lengths, dist.world_size(), streams=streams)
         if report.plan.sampler.is_concat:
             report.left_out = {key: names for key, names in first_samples_missing(sets).items() if names}
     return report
@@ -181,7 +186,7 @@ def _check_splits(cfg: Config, task: BaseTask, datasets: Datasets) -> list[Split
     for name, splits in datasets.items():
         for split, dataset in splits.items():
             where, is_evaluated = f"{name}/{split}", split in evaluated
-            share = None if is_evaluated else cfg.run.max_unreadable_share
+            share = cfg.run.max_unreadable_share if task.skips_unreadable or not is_evaluated else None
             files = check_files(dataset, where, share=share) if isinstance(dataset, BaseDataset) else set()
             kind = _kind(dataset)
             samples = read_some(dataset, where, count=NUM_READ[kind], share=share)
@@ -231,11 +236,13 @@ def check_files(dataset: BaseDataset, where: str, *, share: float | None) -> set
 
 def wrong_files(files: Iterable[str]) -> dict[str, str]:
     """Return, in alphabetical order, those of `files` that are not regular files with content, and why."""
-    paths = sorted(files)
+    on_disk = {path: file_on_disk(path) for path in sorted(files)}
+    paths = list(dict.fromkeys(on_disk.values()))
     chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
     with ThreadPoolExecutor(max(1, min(NUM_THREADS, len(chunks)))) as pool:
         found = pool.map(lambda chunk: [(path, reason) for path in chunk if (reason := _wrong(path))], chunks)
-        return dict(pair for pairs in found for pair in pairs)
+        wrong = dict(pair for pairs in found for pair in pairs)
+    return {path: wrong[file] for path, file in on_disk.items() if file in wrong}
 
 
 def _wrong(path: str) -> str | None:
@@ -266,9 +273,9 @@ def read_some(dataset: SampleDataset, where: str, *, count: int, share: float | 
     samples, error, length = [], None, len(dataset)
     count = min(count, length)
     with preserve_rng_state():
-        for index in (number * length // count for number in range(count)):
+        for read in _reads(dataset, count):
             try:
-                samples.append(dataset[index])
+                samples.append(read())
             except UnreadableSample as caught:
                 error = caught
                 if not share:
@@ -278,6 +285,14 @@ def read_some(dataset: SampleDataset, where: str, *, count: int, share: float | 
     if error is not None and not samples:
         raise UnreadableSample(f"{where}: none of {count} samples can be read. One of them: {error}") from error
     return samples
+
+
+def _reads(dataset: SampleDataset, count: int) -> Iterator[Callable[[], dict[str, Any]]]:
+    """Yield functions that read `count` samples spread over the split, or the first ones of a stream."""
+    if isinstance(dataset, StreamDataset):
+        yield from (item.read for item in dataset.first(count))
+    else:
+        yield from (partial(dataset.__getitem__, number * len(dataset) // count) for number in range(count))
 
 
 def _on_meta(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ would pass an EPS to Ghostscript, and block at a named pipe.
 """
 
 import functools
+import io
 import stat
 import struct
 import zlib
@@ -15,6 +16,7 @@ from PIL import Image, ImageColor
 
 from lavis_lite.common.bounds import check_number
 from lavis_lite.common.errors import InputError, InputTypeError, SettingError
+from lavis_lite.common.records import StoredImage
 
 IGNORE_ALPHA = "ignore_alpha"
 """In place of a background colour: transparency is dropped, and the colour of transparent pixels shows, as in LAVIS."""
@@ -27,18 +29,18 @@ BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, RuntimeError, 
 """Errors of Pillow about a broken file (RuntimeError: an AVIF)."""
 
 
-def open_file(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_file(path: str | Path | StoredImage, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Return an image that is not decoded yet, as a context manager.
 
     Raises InputError if it is not a regular file or has too many pixels, FileNotFoundError, and Pillow's errors about
     a broken file (`BROKEN`).
     """
-    if not stat.S_ISREG(Path(path).stat().st_mode):
+    if not isinstance(path, StoredImage) and not stat.S_ISREG(Path(path).stat().st_mode):
         raise InputError("it is not a regular file")
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow has no other way to set its limit
     try:
-        return Image.open(path, formats=formats())
+        return Image.open(io.BytesIO(path.read()) if isinstance(path, StoredImage) else path, formats=formats())
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(f"{error}; max_pixels is {max_pixels:,}") from error
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +23,14 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _NO_BYTE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 """Surrogates, except those that represent the bytes of a file name that is not UTF-8."""
 _LISTED = re.compile(r"""\s*\[\s*(['"]).*\1\s*\]\s*""", re.DOTALL)
+
+
+class StoredImage(ABC):
+    """An image that a record has in place of a path: its bytes are in a table. `str()` says where, for messages."""
+
+    @abstractmethod
+    def read(self) -> bytes:
+        """Return the bytes of the image file. OSError if they cannot be read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +160,8 @@ class RecordCheck:
         if type(value) is float and not math.isfinite(value):
             hint = "; a table's empty cell was written so: leave the field out" if math.isnan(value) else ""
             return f"is {shown(value)}; expected {kind.name}{hint}"
+        if kind.is_path and isinstance(value, StoredImage):
+            return None
         if type(value) not in kind.types:
             given = "null" if value is None else f"{shown(value)}, {_TYPE_WORDS.get(type(value), type(value).__name__)}"
             return f"is {given}; expected {kind.name}"

@@ -4,34 +4,28 @@ As in BLIP, frame i of n is number floor(i x T / n) of the T frames: the first o
 frames, not in seconds. Frames are RGB, upright, and of the video's size. (LAVIS's video processors took frames 0, T/3,
 2T/3 and 2T/3 again, with red and blue exchanged.) A clip shorter than n repeats frames by the same rule.
 
-Note: the whole video is decoded, in order. decord seeks to wrong frames in many files, such as MPEG-4 and H.264 in AVI,
-open groups of pictures and HEVC. Because it reads ahead, damage after the last selected frame would be detected or not,
-depending on timing. Decoding to the end takes seconds only for videos of an hour.
+Note: the whole video is decoded, in order (`video_decoders.py`): decoders seek to wrong frames in many files.
 """
 
 import math
-import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from lavis_lite.common.bounds import check_number
-from lavis_lite.common.errors import InputError, MissingFileError, MissingPackageError, SettingError, UnreadableSample
-from lavis_lite.common.image_io import BROKEN, open_file, to_rgb
+from lavis_lite.common.errors import InputError, MissingFileError, SettingError, UnreadableSample
 from lavis_lite.common.rng import cpu_state, restore_cpu
+from lavis_lite.common.video_decoders import decode_animation, decode_video
 
 ShortClips = Literal["repeat", "error"]
 """Whether a clip with fewer frames than requested repeats frames, or is an error."""
 Part = tuple[float | None, float | None]
 """Start and end of a part of a video, in seconds; None: the video's own."""
 MAX_FRAMES = 10_000
-UNKNOWN_SIZE = 0xFFFFFFFF
-"""Size in the header of a RIFF file that was written as a stream."""
 
 
 def check_num_frames(num_frames: int) -> int:
@@ -81,7 +75,7 @@ def decode(
         FileNotFoundError: there is no such file.
         UnreadableSample: it is broken, not a video, shorter than its AVI header says, or too short. (A truncated
             Matroska or MPEG stream is a shorter video.)
-        ImportError: decord is not installed.
+        ImportError: neither decord nor PyAV is installed.
     """
     file = Path(path).absolute()  # FFmpeg takes a relative name with a colon for a URL
     if not file.is_file():
@@ -97,68 +91,7 @@ def decode(
     with file.open("rb") as stream:
         head = stream.read(12)
     is_animation = head.startswith((b"GIF87a", b"GIF89a", b"\x89PNG\r\n")) or head[:4] + head[8:] == b"RIFFWEBP"
-    return _decode_animation(file, choose) if is_animation else _decode_video(file, choose)
-
-
-def _unreadable(file: Path, error: Exception) -> UnreadableSample:
-    reason = re.sub(r"\[[\d:]+\] \S+: ", "", str(error).partition("\n")[0])  # without decord's own source lines
-    problem = f"video file broken, truncated or of an unknown codec: {file} ({type(error).__name__}: {reason})"
-    return UnreadableSample(f"{problem}. Fetch or convert it again, or remove the record from the annotations.")
-
-
-def _decode_animation(file: Path, choose: Callable[[int, float | None], list[int]]) -> list[Image.Image]:
-    """Return the chosen frames of an animation, on a white background."""
-    try:
-        with open_file(file) as animation:
-            duration = animation.info.get("duration")  # milliseconds of the first frame, taken to be all frames'
-            numbers = choose(getattr(animation, "n_frames", 1), 1000 / duration if duration else None)
-            images = {}
-            for number in sorted(set(numbers)):
-                animation.seek(number)
-                images[number] = to_rgb(animation.copy())
-    except UnreadableSample:
-        raise
-    except BROKEN as error:
-        raise _unreadable(file, error) from error
-    return [images[number] for number in numbers]
-
-
-def _decode_video(file: Path, choose: Callable[[int, float | None], list[int]]) -> list[Image.Image]:
-    """Return the chosen frames of a video, decoded by decord."""
-    try:
-        import decord
-    except ImportError as error:
-        advice = "`pip install decord` (for x86-64), or give the processor `blip_video_eval` the list of PIL images"
-        raise MissingPackageError(f"reading videos needs decord: {advice}") from error
-    try:
-        check_whole(file)
-        reader = decord.VideoReader(str(file), num_threads=1)  # loaders have workers; threads cost memory
-        numbers = choose(len(reader), reader.get_avg_fps())
-        images = dict(zip(sorted(set(numbers)), read_frames(reader, set(numbers)), strict=True))
-    except (decord.DECORDError, RuntimeError, AssertionError, StopIteration, OSError, EOFError) as error:
-        raise _unreadable(file, error) from error
-    return [images[number] for number in numbers]
-
-
-def check_whole(file: Path) -> None:
-    """Raise EOFError for an AVI file that is shorter than its header says; decord would read a shorter video."""
-    with file.open("rb") as stream:
-        head = stream.read(8)
-    declared = int.from_bytes(head[4:], "little")
-    size = file.stat().st_size
-    if head[:4] == b"RIFF" and declared != UNKNOWN_SIZE and size < declared + 7:  # the last byte may be padding
-        raise EOFError(f"{size} bytes of {declared + 8}")
-
-
-def read_frames(reader: Any, numbers: Collection[int]) -> list[Image.Image]:
-    """Return the frames with these numbers, in time order, from a new reader of decord; reads the others too."""
-    images = []
-    for number in range(len(reader)):
-        frame = reader.next()
-        if number in numbers:
-            native = hasattr(frame, "asnumpy")  # else decord.bridge makes it another library's tensor
-            images.append(Image.fromarray(frame.asnumpy() if native else np.asarray(frame)))
-    return images
+    return decode_animation(file, choose) if is_animation else decode_video(file, choose)
 
 
 def processed(frames: Sequence[Image.Image], processor: Callable[[Image.Image], Tensor]) -> Tensor:

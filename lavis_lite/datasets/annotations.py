@@ -1,25 +1,31 @@
-"""Annotation files (JSON, JSONL, CSV, TSV) as one list of records.
+"""Annotation files of text (JSON, JSONL, CSV, TSV) as one list of records.
 
 The kind of a file follows from its suffix. A JSON object of records becomes records with `sample_id` (its key), as in
-LAVIS; a `.tsv` is split at tabs, unlike there. Every error names the file and the place in it.
+LAVIS; a `.tsv` is split at tabs, unlike there, and a `.csv` at the mark that its header has. Every error names the file
+and the place in it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from lavis_lite.common.errors import InputError, MissingFileError
 from lavis_lite.common.records import Record, RecordCheck, shown
+from lavis_lite.datasets.folders import folder_records
 
 DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
 TABLES = {".csv": ",", ".tsv": "\t"}
 """The suffixes of tables, and the separators of their columns."""
+PEEKED = 20
+"""Lines of a table that are looked at for its separator; a quoted field may have several."""
 ADDRESSES = ("http://", "https://")
 
 
@@ -49,7 +55,8 @@ def read_records(path: str | Path) -> list[Record]:
     elif suffix == ".json":
         content = read_json(path)
     else:
-        raise InputError(f"{path}: unknown kind of annotation file {suffix!r}; use .json, .jsonl, .csv, .tsv or .token")
+        known = ".json, .jsonl, .csv, .tsv, .token, .parquet, .arrow, or a folder"
+        raise InputError(f"{path}: unknown kind of annotation file {suffix!r}; use {known}")
     return as_records(content, path)
 
 
@@ -72,6 +79,8 @@ def place_of(path: str | Path, number: int) -> str:
 
     `path` is the file that has the record as its `number`th (from 0), or a text that describes its source.
     """
+    if isinstance(path, Path) and path.is_dir():
+        return f"{path}: {folder_records(path)[number]['image']}"
     suffix = path.suffix.lower() if isinstance(path, Path) else ""
     if isinstance(path, str) or suffix not in (".jsonl", *TABLES):
         return f"{path}: record {number}"
@@ -170,7 +179,8 @@ def _table_rows(path: Path) -> Iterator[tuple[int, Record]]:
     if path.suffix.lower() == ".tsv" and len(first) == 2 and any(cell.startswith(ADDRESSES) for cell in first):
         yield from _address_rows(text, path)
         return
-    reader = csv.reader(text.splitlines(keepends=True), delimiter=TABLES[path.suffix.lower()], strict=True)
+    delimiter = _delimiter(text, path.suffix.lower())
+    reader = csv.reader(text.splitlines(keepends=True), delimiter=delimiter, strict=True)
     header: list[str] = []
     end = 0
     try:
@@ -188,6 +198,21 @@ def _table_rows(path: Path) -> Iterator[tuple[int, Record]]:
                 yield line, dict(zip(header, row, strict=True))
     except csv.Error as error:
         raise InputError(f"{path}: line {reader.line_num} is not a row of a table ({error}); quote it") from error
+
+
+def _delimiter(text: str, suffix: str) -> str:
+    """Return the separator of a table's columns: of a `.csv` the mark in its header that splits the first row into as
+    many columns, a comma if there are several or none.
+    """
+    if suffix != ".csv":
+        return TABLES[suffix]
+    lines = text.split("\n", PEEKED)[:PEEKED]
+    for mark in DELIMITERS:
+        with contextlib.suppress(csv.Error, ValueError):  # ValueError: fewer than two rows
+            header, row = islice(filter(None, csv.reader(lines, delimiter=mark)), 2)
+            if len(header) == len(row) > 1:
+                return mark
+    return TABLES[suffix]
 
 
 def _check_header(header: list[str], path: Path, line: int) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, TypedDict, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -26,13 +26,29 @@ from lavis_lite.common.config.sections import PROCESSOR_KEYS
 from lavis_lite.common.config.zoo import dataset_zoo, packaged_dataset
 from lavis_lite.common.errors import InputError, UnknownNameError
 from lavis_lite.common.image_io import is_constant
-from lavis_lite.common.records import Kind, Record, RecordCheck
+from lavis_lite.common.records import Kind, Record, RecordCheck, StoredImage
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.annotations import check_unique, place_of
+from lavis_lite.datasets.build_info import BuildInfo
 from lavis_lite.datasets.image import OpensImages, open_image
+from lavis_lite.datasets.parts import WHOLE, Part, part_of, warn_of_overlap
 from lavis_lite.datasets.readers import Reader, find_reader
 from lavis_lite.datasets.readers.files import PLACE, SplitFiles, identified
-from lavis_lite.datasets.storage import annotation_files, missing_folder, resolve_storage, section_of, visual_folder
+from lavis_lite.datasets.shard_tables import shard_table
+from lavis_lite.datasets.shards import IncompleteSamples, is_shard
+from lavis_lite.datasets.storage import (
+    annotation_files,
+    missing_folder,
+    resolve_storage,
+    section_of,
+    split_folder,
+    stream_names,
+    visual_folder,
+)
+from lavis_lite.datasets.stream_blocks import BlockMaker
+from lavis_lite.datasets.streams import StreamDataset, StreamSettings, stream_settings
+from lavis_lite.datasets.table_samples import Selection
+from lavis_lite.datasets.tables import Table, TableRecords, is_saved, is_table, open_tables
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +72,10 @@ class BaseDataset(Dataset):
     fields: Mapping[str, Kind] = MappingProxyType({})
     long_keys: tuple[str, ...] = ("label",)
     reader: ClassVar[str] = "records"
+    reads_tables: ClassVar[bool] = False
+    """Whether tables are read row by row, by `arrange_table`; else their records are loaded into memory."""
+    item_field: ClassVar[str] = ""
+    """The field of which each item of a list makes a sample, in tables."""
     training: bool = True
     """Whether samples hold what is learned; else they are made for evaluation."""
 
@@ -70,23 +90,30 @@ class BaseDataset(Dataset):
         blank_texts: BlankTexts = "error",
         reader: Reader | None = None,
         columns: Mapping[str, str] | None = None,
+        part: Part | None = None,
     ) -> None:
         self.annotation_paths = [Path(path) for path in annotation_paths]
         self.vis_root, self.split = Path(vis_root), split
         self.vis_processor, self.text_processor = vis_processor, text_processor
-        self.warned_of_constant = np.frombuffer(mmap.mmap(-1, 1), dtype=np.bool_)  # of all loader workers together
+        self.warned_of_constant = _shared_flag()
         self.blank_texts = one_of("blank_texts", blank_texts, get_args(BlankTexts))
         check = RecordCheck(clean=text_processor, allow_blank=blank_texts == "skip")
         self.record_check = replace(check, required=self.required, fields=self.fields)
+        self.part = part
         self.places: list[tuple[str | Path, int]] = []
         self.num_blank = 0
         """Records of which blank texts were left out."""
         files = SplitFiles(
             paths=self.annotation_paths, split=split, root=self.vis_root, columns=columns or {}, check=check
         )
-        self.annotation = self.arrange(self.load(files, reader or find_reader(self.reader)))
-        for index, record in enumerate(self.annotation):
-            record.setdefault("instance_id", str(index))
+        self.annotation: Sequence[Record]
+        if self.reads_tables and reader is None and files.are_tables():
+            self.table = files.table()
+            self.annotation = self.arrange_table(self.load_table(self.table))
+        else:
+            self.annotation = self.arrange(self.load(files, reader or find_reader(self.reader)))
+            for index, record in enumerate(self.annotation):
+                record.setdefault("instance_id", str(index))
         self.places = []  # every loader process would have them
 
     def load(self, files: SplitFiles, reader: Reader) -> list[Record]:
@@ -98,7 +125,28 @@ class BaseDataset(Dataset):
         self.record_check(records, self.place)
         records = self.without_blank(records)
         check_unique(records, "instance_id", self.place)
+        if self.part is not None:
+            kept = [number for number, record in enumerate(records) if self.part.has(record)]
+            records, self.places = [records[n] for n in kept], [self.places[n] for n in kept]
+            if not records:
+                raise InputError(f"{files}: split_off leaves no image to the split {self.split!r}: raise its share")
         return records
+
+    @property
+    def source(self) -> Path:
+        """The first of the annotation files."""
+        return self.annotation_paths[0]
+
+    def load_table(self, table: Table) -> TableRecords:
+        """Return the samples of a table, checked, without blank texts, which are read at access."""
+        selection = Selection(table, self.record_check, item_field=self.item_field, part=self.part)
+        samples = selection.samples()
+        self.num_blank = selection.num_blank
+        return samples
+
+    def arrange_table(self, samples: TableRecords) -> TableRecords:
+        """Return the samples of a table; subclasses note here what they need of all."""
+        return samples
 
     def place(self, number: int) -> str:
         """Return where the record is that `arrange` gets as its `number`th: file and line, or file and number."""
@@ -148,11 +196,14 @@ class BaseDataset(Dataset):
 
     def visual(self, record: Record) -> Any:
         """Return what a record's sample has as `image`."""
-        return self.image(*self.files_of(record))
+        stored = record.get("image")
+        return self.image(stored) if isinstance(stored, StoredImage) else self.image(*self.files_of(record))
 
-    def image(self, file: str) -> Any:
-        """Return the processed image of a path as the annotation gives it: absolute, or below `vis_root`."""
-        path = self.vis_root / file
+    def image(self, file: str | StoredImage) -> Any:
+        """Return the processed image of a table, or of a path as the annotation gives it: absolute, or below
+        `vis_root`.
+        """
+        path = file if isinstance(file, StoredImage) else self.vis_root / file
         own = self.vis_processor
         if isinstance(own, OpensImages):
             image = open_image(path, background=own.background, max_pixels=own.max_pixels)
@@ -183,43 +234,15 @@ class BaseDataset(Dataset):
         return values
 
 
-class AnnotationFiles(TypedDict, total=False):
-    """The annotation files of one split; lists have one entry per file."""
-
-    url: str | list[str] | None
-    md5: str | list[str] | None
-    storage: str | list[str] | None
-    num_samples: int | None
-
-
-class VisualFolder(TypedDict, total=False):
-    """The folder that the records' paths of images or videos start from."""
-
-    storage: str | None
-    archives: dict[str, Any] | None
-    listed: dict[str, Any] | None
-    needed: dict[str, list[str]] | None
-
-
-class BuildInfo(TypedDict, total=False):
-    """Where the files of a dataset are."""
-
-    annotations: dict[str, AnnotationFiles | None] | None
-    images: VisualFolder | None
-    videos: VisualFolder | None
-    homepage: str | None
-    licence: str | None
-    instance_id_key: str | None
-
-
 @dataclass(kw_only=True)
 class BaseBuilder:
     """The keys of a dataset's YAML, and the datasets that are built from them.
 
-    `build_info`: `{annotations: {<split>: {url, md5, storage, num_samples}}, images: {storage, archives, listed,
-    needed}, homepage, licence, instance_id_key}`, read by `datasets/storage.py`. `url` and `storage` may be lists of
-    equal length. Relative storages are below the data root (environment variable LAVIS_LITE_DATA). `videos` is another
-    name for `images`, as in LAVIS. `instance_id_key` is the field that identifies a record, in place of `instance_id`.
+    `build_info`: `{annotations: {<split>: {url, md5, storage, num_samples, images}}, images: {storage, archives,
+    listed, needed}, homepage, licence, instance_id_key}`, read by `datasets/storage.py`. `url` and `storage` may be
+    lists of equal length. Relative storages are below the data root (environment variable LAVIS_LITE_DATA). `videos` is
+    another name for `images`, as in LAVIS. `instance_id_key` is the field that identifies a record, in place of
+    `instance_id`.
     """
 
     data_type: str | list[str] = "images"
@@ -231,10 +254,16 @@ class BaseBuilder:
     columns: dict[str, str] = field(default_factory=dict)
     """Our name of a field to the file's: `{caption: text}`."""
     build_info: BuildInfo = field(default_factory=BuildInfo)
+    split_off: dict[str, float] = field(default_factory=dict)
+    """Splits that are cut from `train`, and their shares of its images: `{val: 0.05}`."""
     vis_processor: dict[str, Any] = field(default_factory=dict)
     text_processor: dict[str, Any] = field(default_factory=dict)
     blank_texts: BlankTexts = "error"
     """`skip` leaves out empty and blank captions, questions and answers, and counts them in the log."""
+    incomplete_samples: IncompleteSamples = "error"
+    """`skip` leaves out what is incomplete in shards: samples without image or text, and the rest of a cut shard."""
+    stream: StreamSettings | None = None
+    """Read the shards of the split `train` in their order, without an index; see `StreamSettings`."""
 
     train_dataset: ClassVar[type[BaseDataset]]
     eval_dataset: ClassVar[type[BaseDataset]]
@@ -243,26 +272,40 @@ class BaseBuilder:
         """Fetch the missing files of these splits (default: all); rank 0 first, so that the others find them."""
         with dist.main_first():
             for split in self.splits() if splits is None else splits:
-                self.annotation_paths(split)
+                paths = [] if self.is_stream(split) else self.annotation_paths(split)
+                if paths and all(map(is_table, paths)):
+                    open_tables(paths, split=split)  # which converts parquet
 
     def splits(self) -> list[str]:
-        """Return the names of all splits."""
-        return [name for name, entry in section_of(self.build_info, "annotations").items() if entry is not None]
+        """Return the names of all splits, also of those that are cut from another."""
+        named = [name for name, entry in section_of(self.build_info, "annotations").items() if entry is not None]
+        if self.split_off and WHOLE not in named:
+            raise InputError(f"split_off: cuts splits from {WHOLE!r}, which build_info.annotations does not name")
+        if twice := [name for name in self.split_off if name in named]:
+            raise InputError(f"split_off.{twice[0]}: build_info.annotations names files of this split; leave out one")
+        return [*named, *self.split_off]
 
-    def build(self, splits: Iterable[str] | None = None) -> dict[str, BaseDataset]:
+    def build(self, splits: Iterable[str] | None = None) -> dict[str, BaseDataset | StreamDataset]:
         """Return one dataset per split (all splits by default). Raises KeyError for a split that is not configured."""
         there, name = self.splits(), type(self).__name__
         if not there:
             raise InputError(f"{name}: build_info.annotations names no split; give {{train: {{storage: FILE}}}}")
         wanted = there if splits is None else list(splits)
+        if lost := self.split_off.keys() - set(there):
+            raise InputError(f"split_off.{min(lost)}: {name} has files of its own, and no split is cut from them")
         if unknown := [split for split in wanted if split not in there]:
             raise UnknownNameError(f"{name} has no split {unknown[0]!r}; there are {', '.join(there)}")
         self.prepare(wanted)
-        built = {}
+        built: dict[str, BaseDataset | StreamDataset] = {}
         for split in wanted:
             built[split] = self._build_split(split)
-            logger.info("%s: %d samples from %s", split, len(built[split]), built[split].annotation_paths[0])
+            logger.info("%s: %d samples from %s", split, len(built[split]), built[split].source)
+        warn_of_overlap({split: one for split, one in built.items() if isinstance(one, BaseDataset)})
         return built
+
+    def is_stream(self, split: str) -> bool:
+        """Return whether the split is read as a stream."""
+        return self.stream is not None and split == "train"
 
     def dataset_options(self, split: str) -> dict[str, Any]:
         """Return keyword arguments of the split's dataset besides the fields of the same names; subclasses override
@@ -271,8 +314,16 @@ class BaseBuilder:
         return {}
 
     def annotation_paths(self, split: str) -> list[Path]:
-        """Return the split's annotation files on disk, fetched if need be."""
-        return [file.fetch() for file in annotation_files(self.build_info, split, owner=type(self).__name__)]
+        """Return the split's annotation files and folders on disk, fetched if need be; of shards the table of their
+        samples.
+        """
+        files = annotation_files(self.build_info, self.source_of(split), owner=type(self).__name__)
+        paths = [path for file in files for path in file.fetch()]
+        return [shard_table(paths, self.incomplete_samples)] if paths and all(map(is_shard, paths)) else paths
+
+    def source_of(self, split: str) -> str:
+        """Return the split that has the files: itself, or the one that it is cut from."""
+        return WHOLE if split in self.split_off else split
 
     def image_root(self) -> Path:
         """Return the folder that the annotations' paths of images or videos start from.
@@ -287,6 +338,16 @@ class BaseBuilder:
             raise missing_folder(folder, owner=owner, is_packaged=owner in dataset_zoo)
         return folder.path()
 
+    def split_root(self, split: str) -> Path:
+        """Return the folder of a split's images: its own, the folder of images that is its storage, or `image_root`."""
+        folder = split_folder(self.build_info, self.source_of(split))
+        if folder is not None and not folder.path().is_dir():
+            raise missing_folder(folder, owner=type(self).__name__, is_packaged=False)
+        paths = self.annotation_paths(split)
+        if folder is None and len(paths) == 1 and paths[0].is_dir() and not is_saved(paths[0]):
+            return paths[0]
+        return self.image_root() if folder is None else folder.path()
+
     def dataset_class(self, split: str) -> type[BaseDataset]:
         """Return the class of the split's dataset."""
         return self.train_dataset if split == "train" else self.eval_dataset
@@ -295,18 +356,35 @@ class BaseBuilder:
         """Return the reader of the annotation files; None for that of the dataset class."""
         return find_reader(self.reader) if self.reader else None
 
-    def _build_split(self, split: str) -> BaseDataset:
+    def _build_split(self, split: str) -> BaseDataset | StreamDataset:
         dataset_class, reader = self.dataset_class(split), self.make_reader()
         if key := self.build_info.get("instance_id_key"):
             reader = identified(reader or find_reader(dataset_class.reader), key)
-        options: dict[str, Any] = {"split": split, "reader": reader}
+        options: dict[str, Any] = {"split": split}
         options |= {name: make_processor(vars(self)[name], split) for name in PROCESSOR_KEYS}
         options |= self.dataset_options(split)
+        if part := part_of(split, self.split_off):
+            options["part"] = part
         own = {name: value for name, value in vars(self).items() if name in schema_of(dataset_class)[0]}
-        dataset = dataset_class(self.annotation_paths(split), self.image_root(), **own | options)
-        if self.dataset_class("train") is not self.dataset_class("val"):
-            dataset.training = split == "train"
-        return dataset
+        options = own | options
+
+        def make(paths: Sequence[str | Path], root: Path, reader: Reader | None) -> BaseDataset:
+            dataset = dataset_class(paths, root, **options | {"reader": reader})
+            if self.dataset_class("train") is not self.dataset_class("val"):
+                dataset.training = split == "train"
+            return dataset
+
+        if not self.is_stream(split):
+            return make(self.annotation_paths(split), self.split_root(split), reader)
+        assert self.stream is not None, split
+        shards = stream_names(self.build_info, split, owner=type(self).__name__)
+        blocks = BlockMaker(make, self.image_root(), reader=reader or find_reader(dataset_class.reader))
+        return StreamDataset(shards, stream_settings(self.stream), make_block=blocks)
+
+
+def _shared_flag() -> np.ndarray:
+    """Return an array of one False that all loader workers share."""
+    return np.frombuffer(mmap.mmap(-1, 1), dtype=np.bool_)
 
 
 def make_processor(blocks: dict[str, Any], split: str) -> Callable[[Any], Any]:

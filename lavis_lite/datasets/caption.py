@@ -7,17 +7,20 @@ Evaluation ids come from the annotation (`image_id`, `img_id`), else from the fi
 from __future__ import annotations
 
 import os.path
-from collections.abc import Callable, Iterable
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
 from lavis_lite.common.errors import InputError
-from lavis_lite.common.records import Record
+from lavis_lite.common.records import Record, StoredImage
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.annotations import as_list
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset
 from lavis_lite.datasets.readers.captions import CAPTION_FIELDS
+from lavis_lite.datasets.table_samples import image_numbers
+from lavis_lite.datasets.tables import TableRecords
 
 MAX_ID_DIGITS = 19
 """More digits at the end of a file name are not taken as an id: they do not fit a 64-bit integer."""
@@ -29,6 +32,8 @@ class CaptionDataset(BaseDataset):
     required: tuple[str, ...] = ("image|file_name", "caption")
     fields = CAPTION_FIELDS
     reader = "captions"
+    reads_tables = True
+    item_field = "caption"
 
     def arrange(self, records: list[Record]) -> list[Record]:
         return expand_captions(records)
@@ -47,8 +52,13 @@ class CaptionTrainDataset(CaptionDataset):
         expanded = expand_captions(records)
         ids = {key: index for index, key in enumerate(dict.fromkeys(map(image_key, expanded)))}
         self.num_images = len(ids)
-        self.image_index = [ids[image_key(record)] for record in expanded]
+        self.image_index: Sequence[int] = [ids[image_key(record)] for record in expanded]
         return expanded
+
+    def arrange_table(self, samples: TableRecords) -> TableRecords:
+        self.image_index = array("i", image_numbers(samples).tobytes())
+        self.num_images = max(self.image_index) + 1
+        return samples
 
     def entries(self, record: Record, index: int) -> dict[str, Any]:
         return super().entries(record, index) | {"image_id": self.image_index[index]}
@@ -57,6 +67,7 @@ class CaptionTrainDataset(CaptionDataset):
 class CaptionEvalDataset(CaptionDataset):
     """Samples {image, image_id, instance_id}, one per image; `references()` has the captions."""
 
+    reads_tables = False
     required = ("image|file_name",)
 
     def arrange(self, records: list[Record]) -> list[Record]:
@@ -97,7 +108,8 @@ def check_images(
     for number, (record, image_id) in enumerate(zip(records, ids, strict=True)):
         file = visual_path(record)
         other, its_file = first.setdefault(str(image_id), (number, file))
-        if file != its_file and os.path.normpath(root / file) != os.path.normpath(root / its_file):
+        is_path = isinstance(file, str) and isinstance(its_file, str)  # images in a table may be there once per caption
+        if is_path and file != its_file and os.path.normpath(root / file) != os.path.normpath(root / its_file):
             raise InputError(
                 f"{place(other)} ({its_file}) and {place(number)} ({file}) are two pictures under one image_id "
                 f"{image_id!r}; give each picture an id of its own, or leave image_id out"
@@ -126,6 +138,8 @@ def evaluation_ids(records: list[Record]) -> list[Any]:
         if records and all(record.get(key) is not None for record in records):
             return [record[key] for record in records]
     paths = [visual_path(record) for record in records]
+    if any(isinstance(path, StoredImage) for path in paths):
+        return list(map(str, paths))
     numbers = [PurePath(path).stem.split("_")[-1] for path in paths]
     if not all(n.isascii() and n.isdigit() and len(n) < MAX_ID_DIGITS for n in numbers):
         return paths

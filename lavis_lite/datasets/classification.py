@@ -5,15 +5,18 @@ SNLI-VE's classes are contradiction 0, neutral 1, entailment 2, the order that L
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from lavis_lite.common.errors import InputError
-from lavis_lite.common.records import ANY_TEXT, ID, NAME, Record
+from lavis_lite.common.records import ANY_TEXT, ID, NAME, Record, StoredImage
 from lavis_lite.common.registry import did_you_mean, registry
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset
+from lavis_lite.datasets.folders import class_names, metadata_file
+from lavis_lite.datasets.tables import Table, TableRecords, is_table
 
 MAX_DIGITS = 9
 """Digits of a label that fits an index."""
@@ -29,16 +32,21 @@ class ClassificationDataset(BaseDataset):
 
     required = ("image", "label")
     fields = CLASSIFICATION_FIELDS
+    reads_tables = True
 
     def __init__(self, *files: Any, classes: Sequence[str] = (), **options: Any) -> None:
         self.classes = list(classes)
         super().__init__(*files, **options)
 
     def arrange(self, records: list[Record]) -> list[Record]:
-        self.labels = [self.label(record, index) for index, record in enumerate(records)]
+        self.labels: Sequence[int] = [self.label(record, self.place, index) for index, record in enumerate(records)]
         return records
 
-    def label(self, record: Record, index: int) -> int:
+    def arrange_table(self, samples: TableRecords) -> TableRecords:
+        self.labels = array("i", (self.label(record, samples.place, i) for i, record in enumerate(samples)))
+        return samples
+
+    def label(self, record: Record, place: Callable[[int], str], index: int) -> int:
         """Return the class index of a record. Raises InputError for a label that is not one of the classes."""
         label = str(record["label"])
         if label in self.classes:
@@ -46,9 +54,11 @@ class ClassificationDataset(BaseDataset):
         if not self.classes and label.isascii() and label.isdigit() and len(label) <= MAX_DIGITS:
             return int(label)
         known = did_you_mean(label, self.classes) if self.classes else "Without `classes: [...]` they are integers"
-        raise InputError(f"{self.place(index)} has label {label!r}, which is not a class. {known}")
+        raise InputError(f"{place(index)} has label {label!r}, which is not a class. {known}")
 
     def files_of(self, record: Record) -> list[str]:
+        if isinstance(record["image"], StoredImage):
+            return []
         file = str(record["image"])
         return [file if PurePath(file).suffix else f"{file}.jpg"]
 
@@ -66,3 +76,18 @@ class ClassificationBuilder(BaseBuilder):
 
     train_dataset = ClassificationDataset
     eval_dataset = ClassificationDataset
+
+    def dataset_options(self, split: str) -> dict[str, Any]:
+        return {} if self.classes else {"classes": self.stored_classes(split)}
+
+    def stored_classes(self, split: str) -> list[str]:
+        """Return the names of the classes that the files have: those of a table's labels, or the sub-folders of all
+        splits, sorted; none of other files.
+        """
+        paths = self.annotation_paths(split)
+        if all(map(is_table, paths)):
+            table = Table(paths, split=split, columns=self.columns, root=Path())
+            return table.classes.get("label", [])
+        every = {path for one in self.splits() for path in self.annotation_paths(one) if path.is_dir()}
+        folders = [path for path in every if not is_table(path) and metadata_file(path) is None]
+        return sorted({name for folder in folders for name in class_names(folder)})

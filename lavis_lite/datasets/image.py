@@ -13,6 +13,8 @@ from PIL import Image
 
 from lavis_lite.common.errors import InputError, UnreadableSample
 from lavis_lite.common.image_io import BROKEN, MAX_PIXELS, formats, open_file, to_rgb
+from lavis_lite.common.members import find_member
+from lavis_lite.common.records import StoredImage
 
 
 @runtime_checkable
@@ -23,14 +25,17 @@ class OpensImages(Protocol):
     max_pixels: int
 
 
-def open_image(path: str | Path, *, background: str = "white", max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Return the image as RGB, fully decoded; `background` and `max_pixels` are `to_rgb`'s.
+def open_image(
+    path: str | Path | StoredImage, *, background: str = "white", max_pixels: int = MAX_PIXELS
+) -> Image.Image:
+    """Return the image of a file, table or shard as RGB, fully decoded; `background` and `max_pixels` are `to_rgb`'s.
 
     Raises UnreadableSample, naming the file, when it is missing, broken, too large, or not a regular file of a format
     that is read.
     """
     try:
-        with open_file(path, max_pixels=max_pixels) as image:
+        member = None if isinstance(path, StoredImage) else find_member(path)
+        with open_file(member or path, max_pixels=max_pixels) as image:
             return to_rgb(image, background=background, max_pixels=max_pixels)
     except FileNotFoundError:
         raise UnreadableSample(
@@ -38,10 +43,13 @@ def open_image(path: str | Path, *, background: str = "white", max_pixels: int =
             "the environment variable LAVIS_LITE_DATA), or remove the record. `lavis-lite data check` names every file "
             "that is missing or broken"
         ) from None
+    except UnreadableSample:
+        raise
     except InputError as error:
         raise UnreadableSample(f"image file {path}: {error}") from None
     except BROKEN as error:
+        reason = str(error).partition(" <_io.BytesIO")[0]
         raise UnreadableSample(
-            f"image file broken, truncated or of another kind: {path} ({type(error).__name__}: {error}). Fetch it "
+            f"image file broken, truncated or of another kind: {path} ({type(error).__name__}: {reason}). Fetch it "
             f"again, convert it to one of {', '.join(formats())}, or remove the record"
         ) from error

@@ -18,6 +18,7 @@ from lavis_lite.common.errors import InputError
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets import base
 from lavis_lite.datasets.storage import VISUAL_FOLDERS
+from lavis_lite.datasets.streams import StreamDataset
 
 
 class BaseDataset(base.BaseDataset):
@@ -70,7 +71,7 @@ class BaseDatasetBuilder(base.BaseBuilder):
             raise InputError(f"{type(self).__name__}: has no {name}, which the split {split!r} needs: set it")
         return chosen
 
-    def build_datasets(self) -> dict[str, base.BaseDataset]:
+    def build_datasets(self) -> dict[str, base.BaseDataset | StreamDataset]:
         """Return the datasets of all splits."""
         return self.build()
 

@@ -36,6 +36,7 @@ class RetrievalEvalDataset(VisualDataset, CaptionDataset):
     `img2txt[i]` lists the texts of image i, `txt2img[t]` is the image of text t.
     """
 
+    reads_tables = False
     required = REQUIRED
     fields = FIELDS
 

@@ -5,6 +5,7 @@ Importing this loads no torch: `lavis-lite data` reads packaged YAMLs with it.
 
 from __future__ import annotations
 
+import glob
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -12,19 +13,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lavis_lite.common.errors import InputError, MissingFileError
+from lavis_lite.common.errors import InputError, MissingFileError, MissingPackageError
 from lavis_lite.common.registry import did_you_mean
 from lavis_lite.common.sources import download
+from lavis_lite.datasets import hub
+from lavis_lite.datasets.stream_shards import is_address
 
 VISUAL_FOLDERS = ("images", "videos")
 """The keys of `build_info` that name the folder of images or videos."""
+SPLIT_KEYS = ("url", "md5", "storage", "num_samples", "images")
 INFO_KEYS = ("annotations", *VISUAL_FOLDERS, "homepage", "licence", "instance_id_key")
 STATUS_HINT = "`lavis-lite data status RECIPE` lists every file that a recipe needs, and whether it is there"
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnnotationFile:
-    """One annotation file of a split: its address, its path below the data root, or both."""
+    """One source of a split's records: a file, a folder or a data set of the hub (`hf://`); its address, its path below
+    the data root, or both.
+    """
 
     url: str | None
     storage: str | None
@@ -34,6 +40,8 @@ class AnnotationFile:
 
     def path(self) -> Path:
         """Return where the file is expected: its storage, else its local `url`, else its name in the cache."""
+        if self.hub_split:
+            return self.hub_split.cache_folder()
         if self.storage:
             return resolve_storage(self.storage)
         assert self.url is not None, f"{self.where}: neither url nor storage"
@@ -43,16 +51,27 @@ class AnnotationFile:
     def is_remote(self) -> bool:
         return self.url is not None and "://" in self.url
 
+    @property
+    def hub_split(self) -> hub.HubSplit | None:
+        """The data set of the hub that the storage names; None for a path."""
+        split = self.where.rpartition(".")[2]
+        storage = self.storage or ""
+        return hub.parse(storage, split, where=f"{self.where}.storage") if hub.is_hub(storage) else None
+
     def found(self) -> Path | None:
-        """Return the file if it is on this machine; a copy in the cache of downloads counts."""
+        """Return the file or folder if it is on this machine; a copy in the cache of downloads counts."""
+        if self.hub_split:
+            return self.path() if self.hub_split.is_cached() else None
         paths = [self.path()]
         if self.url:
             paths.append(download.cached_path(self.url) if self.is_remote else Path(self.url).expanduser())
-        return next((path for path in paths if path.is_file()), None)
+        return next((path for path in paths if path.is_file() or path.is_dir()), None)
 
-    def fetch(self) -> Path:
-        """Return the file on disk, fetched if need be; see `locate`."""
-        return locate(self.url, self.storage, self.md5, where=self.where)
+    def fetch(self) -> list[Path]:
+        """Return the file or folder on disk, fetched if need be (see `locate`); of the hub's data set its files."""
+        if self.hub_split:
+            return self.hub_split.files()
+        return [locate(self.url, self.storage, self.md5, where=self.where)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,13 +157,18 @@ class VisualFolder:
 
 
 def annotation_files(build_info: Mapping[str, Any], split: str, *, owner: str) -> list[AnnotationFile]:
-    """Return the annotation files of a split. `owner` is the dataset's name for messages.
+    """Return the annotation files of a split; of a pattern in `storage`, such as `part-*.parquet`, those that match it.
+    `owner` is the dataset's name for messages.
 
     Raises InputError for unknown keys, and for lists of different lengths.
     """
     entry, where = section_of(build_info, "annotations")[split], f"build_info.annotations.{split}"
-    check_keys(entry, ("url", "md5", "storage", "num_samples"), where)
+    check_keys(entry, SPLIT_KEYS, where)
     given = {key: _as_list(entry[key]) if entry.get(key) else [] for key in ("url", "storage", "md5")}
+    for key in ("url", "storage"):
+        given[key] = [name for pattern in given[key] for name in _in_braces(pattern)]
+    if not given["url"]:
+        given["storage"] = [path for storage in given["storage"] for path in _matches(storage)]
     count = max(len(given["url"]), len(given["storage"]))
     if not count:
         raise InputError(f"{owner}: {where} needs a url or a storage")
@@ -156,6 +180,43 @@ def annotation_files(build_info: Mapping[str, Any], split: str, *, owner: str) -
         AnnotationFile(url=url, storage=storage, md5=md5, where=where)
         for url, storage, md5 in zip(*filled, strict=True)
     ]
+
+
+def _in_braces(pattern: str) -> list[str]:
+    """Return the names that a pattern with `{0000..1279}` or `{a,b}` stands for, as a shell expands it."""
+    if "{" not in pattern or resolve_storage(pattern).exists():
+        return [pattern]
+    try:
+        from braceexpand import braceexpand
+    except ImportError as error:
+        raise MissingPackageError(f"{pattern}: names in braces need `pip install lavis-lite[shards]`") from error
+    return list(braceexpand(pattern))
+
+
+def stream_names(build_info: Mapping[str, Any], split: str, *, owner: str) -> list[str]:
+    """Return the names of the shards of a split that is read as a stream: addresses, and paths on this machine.
+
+    Raises MissingFileError for a path that is not there.
+    """
+    names = []
+    for file in annotation_files(build_info, split, owner=owner):
+        name = file.storage or file.url or ""
+        if not is_address(name):
+            name = str(resolve_storage(name))
+            if not Path(name).is_file():
+                raise MissingFileError(f"{file.where}: shard not found: {name}. {STATUS_HINT}")
+        names.append(name)
+    return names
+
+
+def _matches(storage: str) -> list[str]:
+    """Return the paths that match a pattern, sorted; a storage that is not a pattern, exists as it is, or matches
+    nothing, itself.
+    """
+    path = resolve_storage(storage)
+    if is_address(storage) or not glob.has_magic(storage) or path.exists():
+        return [storage]
+    return sorted(glob.glob(str(path), recursive=True)) or [storage]
 
 
 def num_samples(build_info: Mapping[str, Any], split: str) -> int | None:
@@ -189,6 +250,12 @@ def visual_folder(build_info: Mapping[str, Any], *, owner: str) -> VisualFolder 
         if name not in known:
             raise InputError(f"build_info.{kind}.needed.{split}: no {name!r}. {did_you_mean(name, known)}")
     return VisualFolder(kind=kind, storage=section["storage"], archives=archives, listed=listed, needed=needed)
+
+
+def split_folder(build_info: Mapping[str, Any], split: str) -> VisualFolder | None:
+    """Return the folder of images or videos that a split has for itself (`annotations.<split>.images`), if any."""
+    own = (section_of(build_info, "annotations").get(split) or {}).get("images")
+    return VisualFolder(kind="images", storage=own) if own else None
 
 
 def _sources(kind: type[Any], entries: Any, where: str) -> tuple[Any, ...]:
@@ -241,12 +308,12 @@ def has_files(folder: Path) -> bool:
 
 
 def locate(url: str | None, storage: str | None, md5: str | None, *, where: str = "") -> Path:
-    """Return the file on disk: the storage if it exists, else a local `url` as it is, else fetched to the storage."""
+    """Return the file or folder on disk: the storage if it exists, else a local `url` as it is, else fetched to the
+    storage.
+    """
     target = resolve_storage(storage) if storage else None
-    if target is not None and target.is_file():
+    if target is not None and (target.is_file() or target.is_dir()):
         return target
-    if target is not None and target.is_dir():
-        raise InputError(f"{where}.storage: {target} is a folder; name the annotation file (.json, .jsonl, .csv, .tsv)")
     if url and "://" not in url:
         local = Path(url).expanduser()
         if local.is_file():

@@ -24,7 +24,8 @@ class VisualDataset(BaseDataset):
         super().__init__(*files, **options)
 
     def files_of(self, record: Record) -> list[str]:
-        return [record[visual_field(record)]]
+        file = record[visual_field(record)]
+        return [file] if isinstance(file, str) else []
 
     def visual(self, record: Record) -> Any:
         """Return the record's image, or its video's frames."""

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lavis_lite.common.bounds import one_of
+from lavis_lite.common.errors import InputError
 from lavis_lite.models.base import BaseModel, Output
 from lavis_lite.models.batches import Texts
 from lavis_lite.models.inputs import image_of, texts_of
@@ -190,7 +191,30 @@ class FeatureModel(ImageTextModel):
         return self.extract_features(samples, mode=mode)
 
 
-class MatchingModel(ImageTextModel):
+class PairModel(ImageTextModel):
+    """Scores pairs of images and texts by both the matching head and the contrast (task `matching`)."""
+
+    @torch.no_grad()
+    def match_scores(self, samples: dict[str, Any]) -> dict[str, Tensor]:
+        """Return `itm`, the matching head's probability of a match, and `itc`, the cosine similarity, of each text.
+
+        `image` is (B,3,H,W), `text_input` B texts, or k times as many: the k texts of an image in a row. Scores are
+        float32 (k*B).
+        """
+        image, texts = image_of(samples, answering=True), texts_of(samples, None)
+        if len(texts) % len(image):
+            raise InputError(
+                f"text_input: {len(texts)} texts do not divide among {len(image)} images: give each as many"
+            )
+        ids, mask = self.cut_texts(texts)
+        tokens, image_feat = self.image_features(image)
+        logits = self.matching_logits(ids, mask, self.project_kv(tokens))
+        similarities = self.full_similarity(image_feat, self.encode_text(ids, mask))
+        rows = torch.arange(len(texts), device=logits.device) // (len(texts) // len(image))
+        return {"itm": logits.float().softmax(dim=-1)[:, 1], "itc": similarities[rows, torch.arange(len(texts))]}
+
+
+class MatchingModel(PairModel):
     """Scores how well texts fit images."""
 
     def forward(self, samples: dict[str, Any], match_head: str = "itm") -> Tensor:  # type: ignore[override]  # LAVIS's

@@ -61,6 +61,19 @@ class Classifies(Protocol):
 
 
 @runtime_checkable
+class ScoresPairs(Protocol):
+    """A model that tells how well texts fit images (tasks `matching` and `capfilt`)."""
+
+    def match_scores(self, samples: dict[str, Any], /) -> Mapping[str, Tensor]:
+        """Return scores of each text for its image, float32, higher where it fits better: `itm`, the probability of a
+        match, from a matching head, and `itc`, the cosine similarity. At least one of them is there.
+
+        `text_input` has as many texts as there are images, or k times as many, the k texts of an image in a row.
+        """
+        ...
+
+
+@runtime_checkable
 class ClassifiesByPrompts(Protocol):
     """A model that compares images with texts about classes (task `zero_shot_classification`)."""
 

@@ -8,7 +8,7 @@ import bisect
 import itertools
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
@@ -18,9 +18,11 @@ from lavis_lite.common.errors import InputError, UnreadableSample
 from lavis_lite.common.rng import preserve_rng_state, seed_sample
 from lavis_lite.datasets.base import BaseDataset
 from lavis_lite.datasets.protocols import EvalDataset, SampleDataset
+from lavis_lite.datasets.streams import StreamDataset
 from lavis_lite.runners.mixing import check_mixable, join_batches, missing_keys, with_own_image_id
 from lavis_lite.runners.sampling import Key, make_sampler
 from lavis_lite.runners.stopping import ignore_stop_signals, signals_blocked
+from lavis_lite.runners.streaming import Batch, StreamLoader, describe_streams
 from lavis_lite.tasks.base import check_splits
 
 logger = logging.getLogger(__name__)
@@ -34,13 +36,6 @@ Sample = dict[str, Any]
 
 Datasets = Mapping[str, Mapping[str, EvalDataset]]
 """{dataset name: {split: dataset}}"""
-
-
-class Batch(NamedTuple):
-    """A collated batch (None if an unreadable sample had no replacement) and the errors of unreadable samples."""
-
-    samples: Sample | None
-    errors: list[str]
 
 
 class SeededDatasets(Dataset[Batch]):
@@ -86,41 +81,63 @@ class TrainLoader:
     datasets that lack them. `pin` puts batches into pinned memory.
 
     Raises:
-        InputError: as `make_sampler`; or datasets that are mixed within batches do not fit.
+        InputError: as `make_sampler` and `describe_streams`; or datasets that are mixed within batches do not fit.
     """
 
     def __init__(
         self, datasets: Mapping[str, SampleDataset], run: RunConfig, *, rank: int = 0, world: int = 1, pin: bool = False
     ) -> None:
         lengths = {name: len(dataset) for name, dataset in datasets.items()}
-        self.sampler = make_sampler(run, lengths, rank=rank, world=world)
+        streams = describe_streams(datasets, run, world=world)
+        self.sampler = make_sampler(run, lengths, rank=rank, world=world, streams=streams)
         missing = first_samples_missing(datasets) if self.sampler.is_concat else {}
         self.left_out = {key: names for key, names in missing.items() if names}
         keys = [key for key, names in missing.items() if not names] if self.sampler.is_concat else None
-        self.max_share = run.max_unreadable_share
+        self.accumulate, self.max_share = run.accum_grad_iters, run.max_unreadable_share
         self.window = min(SHARE_WINDOW, sum(self.sampler.lengths.values()) // world)
         self.seen = self.unreadable = 0
         reader = SeededDatasets(datasets, skip_unreadable=self.max_share > 0, keys=keys)
         options = {"num_workers": run.num_workers, "pin_memory": pin, "batch_sampler": self.sampler}
         self.loader = _data_loader(reader, seed=run.seed, **options)
+        self.streams = {
+            name: StreamLoader(name, dataset, run, number=reader.positions[name], rank=rank, world=world, pin=pin)
+            for name, dataset in datasets.items()
+            if isinstance(dataset, StreamDataset)
+        }
+        """The loaders of the datasets that are streams; each has its own workers."""
 
     def __iter__(self) -> Generator[Sample]:
-        for batch in _started(self.loader):
+        for batch in self._batches():
             self.seen += self.sampler.batch_size
             if batch.errors:
                 self._count(batch)
+            assert batch.samples is not None, batch.errors
             yield batch.samples
+
+    def _batches(self) -> Iterator[Batch]:
+        if not self.streams:
+            return _started(self.loader)
+        numbered = iter(()) if len(self.streams) == len(self.sampler.names) else _started(self.loader)
+        sources = dict.fromkeys(self.sampler.names, numbered) | {name: iter(one) for name, one in self.streams.items()}
+        steps = itertools.count(self.sampler.start_step)
+        return (next(sources[self.sampler.dataset_at(step)]) for step in steps for _ in range(self.accumulate))
 
     def _count(self, batch: Batch) -> None:
         """Count a batch's unreadable samples; raise UnreadableSample if they are more than allowed."""
         self.unreadable += len(batch.errors)
-        example = batch.errors[-1]
-        counts = f"{self.unreadable} of {self.seen} training samples are unreadable"
-        if self.max_share == 0:
-            raise UnreadableSample(f"{example} (To skip such samples, set run.max_unreadable_share to a small share.)")
-        if batch.samples is None or self.unreadable > self.max_share * max(self.seen, self.window):
-            raise UnreadableSample(f"{counts}, more than run.max_unreadable_share={self.max_share} allows: {example}")
-        logger.warning(f"{counts} so far; skipped: {example}")
+        counts = f"{self.unreadable} of {self.seen} training samples"
+        is_few = batch.samples is not None and self.unreadable <= self.max_share * max(self.seen, self.window)
+        warn_of_unreadable(batch.errors[-1], counts, self.max_share, is_few=is_few)
+
+
+def warn_of_unreadable(example: str, counts: str, max_share: float, *, is_few: bool) -> None:
+    """Log that unreadable samples are skipped, or raise UnreadableSample if they are more than a few."""
+    if max_share == 0:
+        raise UnreadableSample(f"{example} (To skip such samples, set run.max_unreadable_share to a small share.)")
+    if not is_few:
+        allowed = f"more than run.max_unreadable_share={max_share} allows"
+        raise UnreadableSample(f"{counts} are unreadable, {allowed}: {example}")
+    logger.warning(f"{counts} are unreadable so far; skipped: {example}")
 
 
 def first_samples_missing(datasets: Mapping[str, SampleDataset]) -> dict[str, list[str]]:
@@ -141,38 +158,79 @@ def first_samples_missing(datasets: Mapping[str, SampleDataset]) -> dict[str, li
 
 
 class _Collated(Dataset[Batch]):
-    """A dataset whose items are whole batches, or the error about the sample that prevented one."""
+    """A dataset whose items are whole batches, or the error about the sample that prevented one.
 
-    def __init__(self, dataset: SampleDataset) -> None:
-        self.dataset = dataset
+    With `skip_unreadable` batches have the readable samples, whose indices are added as `positions`, and all errors.
+    """
+
+    def __init__(self, dataset: SampleDataset, *, skip_unreadable: bool) -> None:
+        self.dataset, self.skip_unreadable = dataset, skip_unreadable
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        try:
-            return Batch(self.dataset.collater([self.dataset[index] for index in indices]), [])
-        except UnreadableSample as error:
-            return Batch(None, [str(error)])
+        samples: dict[int, Sample] = {}
+        errors: list[str] = []
+        for index in indices:
+            try:
+                samples[index] = self.dataset[index]
+            except UnreadableSample as error:
+                errors.append(str(error))
+                if not self.skip_unreadable:
+                    return Batch(None, errors)
+        if not self.skip_unreadable:
+            return Batch(self.dataset.collater([*samples.values()]), [])
+        collated = self.dataset.collater([*samples.values()]) if samples else {}
+        return Batch({**collated, "positions": [*samples]}, errors)
 
 
 class EvalLoader:
-    """Evaluation batches of one rank, on `device`: samples rank, rank + world, ... of `dataset`, each exactly once."""
+    """Evaluation batches of one rank, on `device`: samples rank, rank + world, ... of `dataset`, each exactly once.
+
+    A task may choose the `batches` itself, lists of indices. Then up to `run.max_unreadable_share` of the samples are
+    left out of them, and batches have the key `positions`, the indices of the others.
+    """
 
     def __init__(
-        self, dataset: EvalDataset, run: RunConfig, *, rank: int = 0, world: int = 1, device: torch.device | str = "cpu"
+        self,
+        dataset: EvalDataset,
+        run: RunConfig,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | str = "cpu",
+        batches: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        self.dataset, self.device = dataset, torch.device(device)
+        self.dataset, self.device, self.batches = dataset, torch.device(device), batches
+        self.max_share, self.seen, self.unreadable = run.max_unreadable_share, 0, 0
         indices = range(rank, len(dataset), world)
-        workers = {"num_workers": min(run.num_workers, len(indices)), "pin_memory": self.device.type == "cuda"}
-        batches = {"batch_size": run.batch_size_eval, "sampler": indices}
-        self.loader = _data_loader(_Collated(dataset), seed=0, **batches, **workers)
+        count = len(indices if batches is None else batches)
+        workers = {"num_workers": min(run.num_workers, count), "pin_memory": self.device.type == "cuda"}
+        order: dict[str, Any] = {"batch_size": run.batch_size_eval, "sampler": indices}
+        order = order if batches is None else {"batch_sampler": batches}
+        reader = _Collated(dataset, skip_unreadable=batches is not None)
+        self.loader = _data_loader(reader, seed=0, **order, **workers)
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Sample]:
         for batch in _started(self.loader):
-            if batch.errors:
+            if batch.errors and self.batches is None:
                 raise UnreadableSample(f"{batch.errors[0]} (Evaluation never skips samples.)")
+            if self.batches is not None:
+                self._count(batch)
             yield to_device(batch.samples, self.device)
+
+    def _count(self, batch: Batch) -> None:
+        """Count a batch's unreadable samples; raise UnreadableSample if they are more than allowed."""
+        assert batch.samples is not None
+        self.seen += len(batch.samples["positions"]) + len(batch.errors)
+        self.unreadable += len(batch.errors)
+        if batch.errors:
+            window = min(SHARE_WINDOW, sum(map(len, self.batches or ())))
+            is_few = self.unreadable <= self.max_share * max(self.seen, window)
+            warn_of_unreadable(
+                batch.errors[-1], f"{self.unreadable} of {self.seen} samples", self.max_share, is_few=is_few
+            )
 
 
 def _data_loader(dataset: Dataset[Any], *, seed: int, **options: Any) -> DataLoader[Any]:
@@ -215,6 +273,11 @@ def train_sets(datasets: Datasets, splits: Sequence[str]) -> dict[str, SampleDat
                     f"run.train_splits: {name!r} lays out {split!r} for evaluation, as all splits but 'train'; name "
                     "its files under build_info.annotations.train, whose storage may be a list"
                 )
+        if any(isinstance(dataset, StreamDataset) for dataset in found.values()) and len(found) > 1:
+            raise InputError(
+                f"run.train_splits: of {name!r}, {', '.join(found)} cannot be joined, as one is a stream; list all "
+                "shards under build_info.annotations.train, or make each split a dataset of its own"
+            )
         if found:
             sets[name] = JoinedSplits(list(found.values())) if len(found) > 1 else next(iter(found.values()))
     return sets

@@ -37,8 +37,11 @@ class Plan:
         return {"inner": self.inner, "total": self.total, **fixed}
 
 
-def make_plan(run: RunConfig, lengths: Mapping[str, int], world: int) -> Plan:
-    """Return the plan of a run on `world` processes over training datasets of these lengths, by name.
+def make_plan(
+    run: RunConfig, lengths: Mapping[str, int], world: int, *, streams: Mapping[str, str] | None = None
+) -> Plan:
+    """Return the plan of a run on `world` processes over training datasets of these lengths, by name; `streams` as for
+    `TrainSampler`.
 
     `runner_iter` takes `max_iters` steps, of which `iters_per_inner_epoch` are between two validations; any other
     runner takes `max_epoch` epochs, at most `max_iters` steps.
@@ -46,7 +49,7 @@ def make_plan(run: RunConfig, lengths: Mapping[str, int], world: int) -> Plan:
     Raises:
         InputError: as `make_sampler`.
     """
-    sampler = make_sampler(run, lengths, world=world)
+    sampler = make_sampler(run, lengths, world=world, streams=streams)
     per_epoch = sampler.steps_per_epoch
     inner, total = per_epoch, per_epoch * run.max_epoch
     if run.max_iters is not None:

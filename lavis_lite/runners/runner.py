@@ -104,7 +104,7 @@ class Runner:
         self.data = annotation_digests(sets)
         world, pin = dist.world_size(), self.device.type == "cuda"
         loader = TrainLoader(sets, run, rank=dist.rank(), world=world, pin=pin)
-        plan = make_plan(run, loader.sampler.lengths, world)
+        plan = make_plan(run, loader.sampler.lengths, world, streams=loader.sampler.streams)
         for key, names in loader.left_out.items():
             logger.info(f"mixed batches have no {key!r}, which the samples of {', '.join(names)} lack")
         schedule = build_schedule(run, max_epoch=plan.num_epochs, iters_per_epoch=plan.inner, total_steps=plan.total)
@@ -159,9 +159,12 @@ class Runner:
         results: Results = {}
         for key, dataset in eval_sets(self.datasets, splits).items():
             self.num_samples[key] = len(dataset)
-            loader = EvalLoader(dataset, self.run, rank=dist.rank(), world=dist.world_size(), device=self.device)
+            folder, size = self.job_dir / "result", self.run.batch_size_eval
+            batches = self.task.eval_batches(dataset, batch_size=size, split=key, result_dir=folder)
+            ranks = {"rank": dist.rank(), "world": dist.world_size()}
+            loader = EvalLoader(dataset, self.run, **ranks, device=self.device, batches=batches)
             with torch.no_grad(), autocast(self.device, self.dtype):
-                results[key] = self.task.evaluate(self.model, loader, split=key, result_dir=self.job_dir / "result")
+                results[key] = self.task.evaluate(self.model, loader, split=key, result_dir=folder)
             self.progress.report_metrics(key, results[key], step=step, epoch=epoch)
         return results
 

@@ -67,8 +67,11 @@ class TrainSampler:
     rest, smaller than one, is dropped. Ranks and batches divide a global batch in order, so that all of them together
     hold what one process without accumulation has in its batch.
 
+    `streams` are the datasets whose samples have no numbers, with a description: their steps are left out of the
+    series.
+
     Raises:
-        InputError: a dataset (or all together) is smaller than the global batch.
+        InputError: streams would be mixed within batches; a dataset (or all together) is smaller than the global batch.
     """
 
     def __init__(
@@ -81,7 +84,9 @@ class TrainSampler:
         rank: int = 0,
         world: int = 1,
         accumulate: int = 1,
+        streams: Mapping[str, str] | None = None,
     ) -> None:
+        self.streams = dict(streams or {})
         self.lengths, self.names, self.is_concat = dict(lengths), list(lengths), shares is None
         total = sum(self.lengths.values())
         shares = shares or {name: length / max(total, 1) for name, length in lengths.items()}
@@ -98,10 +103,12 @@ class TrainSampler:
         self._orders: dict[str, tuple[int, np.ndarray]] = {}  # each group's present epoch and its order
 
     def __iter__(self) -> Iterator[list[Key]]:
+        if len(self.streams) == len(self.names):
+            return
         draws = dict.fromkeys(self.groups, 0)
         for step in itertools.count():
             group = "" if self.is_concat else self.dataset_at(step)
-            if step >= self.start_step:
+            if step >= self.start_step and group not in self.streams:
                 epoch, position = divmod(draws[group], int(self.ends[group][-1]) // self.global_batch)
                 start = position * self.global_batch
                 numbers = self._order(group, epoch)[start : start + self.global_batch]
@@ -140,10 +147,16 @@ class TrainSampler:
     def mixture(self) -> dict[str, str]:
         """Each dataset's length and share, in words; both must stay for a resumed run to draw the same samples."""
         shares = {name: "concat" if self.is_concat else f"share {share:.6g}" for name, share in self.shares.items()}
-        return {name: f"{length} samples, {shares[name]}" for name, length in self.lengths.items()}
+        how = {name: ", ".join([share, *filter(None, [self.streams.get(name)])]) for name, share in shares.items()}
+        return {name: f"{length} samples, {how[name]}" for name, length in self.lengths.items()}
 
     def _check_lengths(self) -> None:
         accumulate, world, batch_size = self.division
+        if self.streams and self.is_concat:
+            raise InputError(
+                "run.train_dataset_mixing: concat mixes samples by their numbers, which a stream does not have: "
+                f"{', '.join(self.streams)}. Set per_step, with run.train_dataset_ratios or sizes as shares"
+            )
         for group, names in self.groups.items():
             total = sum(self.lengths[name] for name in names)
             if empty := [name for name in names if not self.lengths[name]]:
@@ -175,8 +188,15 @@ class TrainSampler:
         return keys
 
 
-def make_sampler(run: RunConfig, lengths: Mapping[str, int], *, rank: int = 0, world: int = 1) -> TrainSampler:
-    """Return the sampler of a run over training datasets of these lengths, by name.
+def make_sampler(
+    run: RunConfig,
+    lengths: Mapping[str, int],
+    *,
+    rank: int = 0,
+    world: int = 1,
+    streams: Mapping[str, str] | None = None,
+) -> TrainSampler:
+    """Return the sampler of a run over training datasets of these lengths, by name; `streams` as for `TrainSampler`.
 
     Raises:
         InputError: there is no dataset, one is smaller than a global batch, or shares do not fit the datasets.
@@ -187,4 +207,4 @@ def make_sampler(run: RunConfig, lengths: Mapping[str, int], *, rank: int = 0, w
     is_concat = len(lengths) > 1 and run.mixing != "per_step"
     shares = None if is_concat else dataset_shares(lengths, sampling=sampling, factors=factors, ratios=ratios)
     sizes = {"batch_size": run.batch_size_train, "accumulate": run.accum_grad_iters, "seed": run.seed}
-    return TrainSampler(lengths, shares, **sizes, rank=rank, world=world)
+    return TrainSampler(lengths, shares, **sizes, rank=rank, world=world, streams=streams)

@@ -52,6 +52,8 @@ class TrainState:
     def save(self) -> dict[str, Any]:
         """Return the state in types that a `weights_only` load accepts; every rank must call it."""
         rank = {"rng": rng_state(self.device), "seen": self.loader.seen, "unreadable": self.loader.unreadable}
+        if self.loader.streams:
+            rank["streams"] = {name: stream.state_dict() for name, stream in self.loader.streams.items()}
         return {
             "model": self.model.checkpoint_state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -83,6 +85,8 @@ class TrainState:
             mine = ranks[dist.rank()]
             restore_rng_state(mine["rng"], self.device)
             self.loader.seen, self.loader.unreadable = mine["seen"], mine["unreadable"]
+            for name, stream in self.loader.streams.items():
+                stream.load_state_dict(mine["streams"][name])
             return
         counts = f"{len(ranks)} processes, this run has {dist.world_size()}"
         logger.warning(f"{source} was written by {counts}: random numbers (dropout) will differ, not the data's order")

@@ -33,10 +33,13 @@ DECODING_BOUNDS: Mapping[str, Bounds] = BOUNDS | {"max_len": BOUNDS["max_length"
 
 
 class EvalLoader(Protocol):
-    """This rank's batches of a split; `dataset` is the whole split."""
+    """This rank's batches of a split; `dataset` is the whole split, `batches` what `eval_batches` returned."""
 
     @property
     def dataset(self) -> EvalDataset: ...
+
+    @property
+    def batches(self) -> Sequence[Sequence[int]] | None: ...
 
     def __iter__(self) -> Iterator[Samples]: ...
 
@@ -50,6 +53,9 @@ class BaseTask:
 
     sample_keys: ClassVar[tuple[str, ...]] = ()
     """Keys of the sample dict that the task itself reads in evaluation; a dataset without one of them is refused."""
+
+    skips_unreadable: ClassVar[bool] = False
+    """Whether an evaluation leaves out unreadable samples, up to `run.max_unreadable_share`; see `eval_batches`."""
 
     bounds: ClassVar[Mapping[str, Bounds]] = {}
     """Least and most of numeric fields; two integers ask for a whole number. None is always allowed."""
@@ -134,6 +140,15 @@ class BaseTask:
         """Return the model's output for a batch: `loss`, which is differentiated, and its parts `loss_*`."""
         with naming_missing_keys(samples, model):
             return dict(model(samples))  # without what an Output computes later, which would hold its tensors
+
+    def eval_batches(
+        self, dataset: EvalDataset, *, batch_size: int, split: str, result_dir: Path
+    ) -> Sequence[Sequence[int]] | None:
+        """Return the indices of the samples in each batch that this rank evaluates; called on every rank.
+
+        None: samples rank, rank + world, ... in order, none of which may be unreadable.
+        """
+        return None
 
     def evaluate(self, model: nn.Module, loader: EvalLoader, *, split: str, result_dir: Path) -> Metrics:
         """Score all ranks' results for `loader.dataset`; files go to `result_dir`.

@@ -35,6 +35,10 @@ class PromptedLoader:
     def dataset(self) -> EvalDataset:
         return self.loader.dataset
 
+    @property
+    def batches(self) -> Sequence[Sequence[int]] | None:
+        return self.loader.batches
+
     def __iter__(self) -> Iterator[Samples]:
         for samples in self.loader:
             yield {**samples, "class_prompts": self.prompts, "class_features": self.features}

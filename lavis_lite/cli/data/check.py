@@ -8,19 +8,22 @@ repetitions, images of the training splits in others, blank texts that the datas
 import argparse
 import copy
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from lavis_lite.cli.data.named import NamedDataset, find_datasets, offline, require_samples
 from lavis_lite.cli.preflight import num_repeated, wrong_files
 from lavis_lite.common.errors import InputError, UnreadableSample, UserError
+from lavis_lite.common.records import StoredImage
 from lavis_lite.common.video_io import decode
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset
 from lavis_lite.datasets.image import open_image
-from lavis_lite.datasets.storage import annotation_files, section_of, visual_folder
+from lavis_lite.datasets.storage import annotation_files, section_of, split_folder, visual_folder
 
+T = TypeVar("T")
 SHOWN = 5
 NUM_THREADS = 8
 
@@ -71,7 +74,7 @@ def check_split(named: NamedDataset, split: str, *, num_decoded: int | None) -> 
     check = SplitCheck(f"{named.name}/{split}", split in named.train_splits)
     if check_annotations(named, split, check):
         return check
-    builder, has_images = without_stops(named, check)
+    builder, has_images = without_stops(named, split, check)
     try:
         dataset = builder.build([split])[split]
     except (UserError, OSError) as error:
@@ -95,7 +98,9 @@ def check_annotations(named: NamedDataset, split: str, check: SplitCheck) -> boo
     """Note the annotation files; return whether one is missing."""
     is_missing = False
     for key in section_of(named.build_info, "annotations"):
-        if key != split and (key in named.builder.splits() or key not in named.annotation_keys()):
+        if key != named.builder.source_of(split) and (
+            key in named.builder.splits() or key not in named.annotation_keys()
+        ):
             continue
         for file in annotation_files(named.build_info, key, owner=named.name):
             path = file.found()
@@ -108,16 +113,21 @@ def check_annotations(named: NamedDataset, split: str, check: SplitCheck) -> boo
     return is_missing
 
 
-def without_stops(named: NamedDataset, check: SplitCheck) -> tuple[BaseBuilder, bool]:
+def without_stops(named: NamedDataset, split: str, check: SplitCheck) -> tuple[BaseBuilder, bool]:
     """Return a builder that counts blank texts in place of stopping at the first, and whether its images are there."""
     builder = copy.copy(named.builder)
     builder.blank_texts = "skip"
-    folder = visual_folder(builder.build_info, owner=named.name)
+    own = split_folder(builder.build_info, builder.source_of(split))
+    folder = own or visual_folder(builder.build_info, owner=named.name)
     if folder is None or folder.path().is_dir():
         return builder, True
     fetch = "; `lavis-lite data download --images` fetches them" if folder.is_published else ""
     check.problems.append(f"{folder.kind[:-1]} folder not found: {folder.path()}{fetch}")
     builder.build_info = builder.build_info | {"images": None, "videos": None}
+    if own is not None:
+        files = copy.deepcopy(builder.build_info["annotations"])
+        files[builder.source_of(split)]["images"] = None
+        builder.build_info["annotations"] = files
     return builder, False
 
 
@@ -146,11 +156,22 @@ def check_blank(builder: BaseBuilder, dataset: BaseDataset, check: SplitCheck) -
 
 
 def check_images(dataset: BaseDataset, check: SplitCheck, num_decoded: int | None) -> None:
-    """Look up every image or video of a split, and decode some of them."""
-    root, is_video = os.fspath(dataset.vis_root), {}
-    for record in dataset.annotation:
+    """Look up every image or video of a split, and decode some of them; images in tables are only decoded."""
+    root, is_video, stored = os.fspath(dataset.vis_root), {}, []
+    for number, record in enumerate(dataset.annotation):
+        if isinstance(record.get("image"), StoredImage):
+            stored.append(number)
         for file in dataset.files_of(record):
             is_video[os.path.join(root, file)] = record.get("video") is not None
+    if stored:
+        check.facts.append(f"{len(stored):,} samples with images in the table")
+        report_decoded([dataset.annotation[n]["image"] for n in spread(stored, num_decoded)], {}, check, "images")
+    if is_video:
+        check_files(is_video, check, num_decoded)
+
+
+def check_files(is_video: Mapping[str, bool], check: SplitCheck, num_decoded: int | None) -> None:
+    """Look up the files of images or videos, and decode some of them."""
     check.files = set(is_video)
     wrong = wrong_files(check.files)
     kind = "videos" if any(is_video.values()) else "images"
@@ -160,7 +181,13 @@ def check_images(dataset: BaseDataset, check: SplitCheck, num_decoded: int | Non
     else:
         check.facts.append(f"{len(check.files):,} {kind}, all there")
     there = sorted(check.files - wrong.keys())
-    chosen = there if num_decoded is None else spread(there, num_decoded)
+    report_decoded(spread(there, num_decoded), is_video, check, kind)
+
+
+def report_decoded(
+    chosen: Sequence[str | StoredImage], is_video: Mapping[str, bool], check: SplitCheck, kind: str
+) -> None:
+    """Decode the chosen files or stored images, and note those that cannot be decoded."""
     if chosen:
         broken = list(filter(None, _decoded(chosen, is_video)))
         if broken:
@@ -169,13 +196,12 @@ def check_images(dataset: BaseDataset, check: SplitCheck, num_decoded: int | Non
             check.facts.append(f"{len(chosen):,} {kind} decoded")
 
 
-def _decoded(paths: Sequence[str], is_video: dict[str, bool]) -> Iterator[str | None]:
+def _decoded(paths: Sequence[str | StoredImage], is_video: Mapping[str, bool]) -> Iterator[str | None]:
     """Yield the error of each file that cannot be decoded, None for the others."""
 
-    def problem(path: str) -> str | None:
-        read: Callable[[], object] = (lambda: decode(path, 1)) if is_video[path] else (lambda: open_image(path))
+    def problem(path: str | StoredImage) -> str | None:
         try:
-            read()
+            decode(path, 1) if isinstance(path, str) and is_video[path] else open_image(path)
         except UnreadableSample as error:
             return str(error)
         return None
@@ -184,9 +210,9 @@ def _decoded(paths: Sequence[str], is_video: dict[str, bool]) -> Iterator[str | 
         yield from pool.map(problem, paths)
 
 
-def spread(items: Sequence[str], count: int) -> list[str]:
-    """Return `count` items spread over a sequence, or all if it has no more."""
-    count = min(count, len(items))
+def spread(items: Sequence[T], count: int | None) -> list[T]:
+    """Return `count` items spread over a sequence, or all if it has no more (None: all)."""
+    count = len(items) if count is None else min(count, len(items))
     return [items[number * len(items) // count] for number in range(count)]
 
 

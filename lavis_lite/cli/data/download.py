@@ -19,7 +19,14 @@ from lavis_lite.cli.data.unpack import check_path, unpack
 from lavis_lite.common.errors import InputError, UserError
 from lavis_lite.common.sources import download
 from lavis_lite.datasets.annotations import as_records, read_json, read_records
-from lavis_lite.datasets.storage import ImageArchive, ImageList, VisualFolder, annotation_files, visual_folder
+from lavis_lite.datasets.storage import (
+    AnnotationFile,
+    ImageArchive,
+    ImageList,
+    VisualFolder,
+    annotation_files,
+    visual_folder,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +58,13 @@ def download_annotations(named: NamedDataset) -> int:
     failed = 0
     for key in named.annotation_keys():
         for file in annotation_files(named.build_info, key, owner=named.name):
-            failed += not _tried(f"{named.name}/{key}", file.fetch)
+            failed += not _tried(f"{named.name}/{key}", partial(fetch_annotations, file))
     return failed
+
+
+def fetch_annotations(file: AnnotationFile) -> str:
+    """Fetch one source of records; return where it is."""
+    return ", ".join(map(str, file.fetch()))
 
 
 def download_images(named: NamedDataset, *, keep_archives: bool) -> int:
@@ -146,8 +158,8 @@ def _list_records(
 ) -> Iterator[tuple[str, Sequence[Mapping[str, Any]]]]:
     if listed.url is None:
         for file in annotation_files(named.build_info, split, owner=named.name):
-            path = file.fetch()
-            yield str(path), read_records(path)
+            for path in file.fetch():
+                yield str(path), read_records(path)
         return
     path = download.fetch(listed.url)
     content = read_json(path)

@@ -40,8 +40,9 @@ class NamedDataset:
         such as a vocabulary.
         """
         every = self.builder.splits()
+        wanted = {self.builder.source_of(split) for split in self.splits}
         entries = section_of(self.build_info, "annotations").items()
-        return [key for key, entry in entries if entry is not None and (key in self.splits or key not in every)]
+        return [key for key, entry in entries if entry is not None and (key in wanted or key not in every)]
 
 
 def is_recipe(name: str) -> bool:

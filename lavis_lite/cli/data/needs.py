@@ -19,6 +19,7 @@ from lavis_lite.common.errors import InputError, MissingFileError
 from lavis_lite.common.sources import download
 from lavis_lite.common.sources.hub import cached_timm_weights, timm_config
 from lavis_lite.common.sources.weights import TIMM
+from lavis_lite.common.video_decoders import DECODERS
 from lavis_lite.models.base import chosen_weights, starting_points
 from lavis_lite.models.blip2.base import encoder_source
 from lavis_lite.models.tokenizers import PACKAGED
@@ -176,7 +177,8 @@ def _found(source: str, file: str) -> Path | None:
 def package_needs(cfg: Config, *, has_videos: bool) -> Iterator[Need]:
     """Yield the optional packages and programs that the recipe uses."""
     if has_videos:
-        yield _package("decord", "reading videos", "pip install decord")
+        name = next(filter(importlib.util.find_spec, DECODERS), next(iter(DECODERS)))
+        yield _package(name, "reading videos", f"pip install {name}")
     for key in ("llm_lora", "vit_lora", "text_lora"):
         if model_setting(cfg.model, key):
             yield _package("peft", f"model.{key}", "pip install peft")

@@ -64,8 +64,8 @@ def tiles_of(named: NamedDataset, *, all_splits: bool, count: int) -> list[Tile]
         if not isinstance(dataset, BaseDataset):
             raise InputError(f"{named.name}/{split}: {type(dataset).__name__} is not a BaseDataset and cannot be shown")
         dataset.vis_processor = thumbnail
-        numbers = spread([str(number) for number in range(len(dataset))], count)
-        tiles += [tile_of(dataset, int(number), f"{named.name}/{split} {number}") for number in numbers]
+        numbers = spread(range(len(dataset)), count)
+        tiles += [tile_of(dataset, number, f"{named.name}/{split} {number}") for number in numbers]
     return tiles
 
 

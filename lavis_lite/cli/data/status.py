@@ -9,7 +9,14 @@ from lavis_lite.cli.data.named import NamedDataset, of_recipe, offline, read_rec
 from lavis_lite.cli.data.needs import Need, file_need, model_needs, package_needs, weights_need
 from lavis_lite.cli.data.table import size_text, table
 from lavis_lite.common.config.config import Config
-from lavis_lite.datasets.storage import ImageArchive, VisualFolder, annotation_files, has_files, visual_folder
+from lavis_lite.datasets.storage import (
+    ImageArchive,
+    VisualFolder,
+    annotation_files,
+    has_files,
+    split_folder,
+    visual_folder,
+)
 
 HEAD = ("", "what", "for", "size", "path", "from")
 DATA = ("annotations", "images", "videos")
@@ -38,6 +45,10 @@ def all_needs(cfg: Config, found: Sequence[NamedDataset]) -> Iterator[Need]:
         if not named.splits:
             continue
         yield from annotation_needs(named)
+        for key in named.annotation_keys():
+            if (own := split_folder(named.build_info, key)) is not None:
+                is_there, place = has_files(own.path()), str(own.path())
+                yield Need(kind=own.kind, name=f"{named.name}/{key}", is_there=is_there, place=place)
         folder = visual_folder(named.build_info, owner=named.name)
         if folder is not None:
             has_videos = has_videos or folder.kind == "videos"
@@ -52,8 +63,12 @@ def annotation_needs(named: NamedDataset) -> Iterator[Need]:
         yield Need(kind="generated", name=named.name, is_there=True, source="drawn at first use")
     for key in named.annotation_keys():
         for file in annotation_files(named.build_info, key, owner=named.name):
-            path = file.found() or file.path()
-            yield file_need("annotations", f"{named.name}/{key}", path, source=file.url or "")
+            path, name = file.found(), f"{named.name}/{key}"
+            if file.hub_split:
+                place, source = str(file.path()), str(file.hub_split)
+                yield Need(kind="annotations", name=name, is_there=path is not None, place=place, source=source)
+            else:
+                yield file_need("annotations", name, path or file.path(), source=file.url or "")
 
 
 def folder_needs(named: NamedDataset, folder: VisualFolder) -> Iterator[Need]:

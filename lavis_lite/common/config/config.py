@@ -35,6 +35,7 @@ from lavis_lite.common.config.files import (
     resolve,
     resolve_key,
 )
+from lavis_lite.common.config.recipes import find_recipe
 from lavis_lite.common.config.run import RunConfig
 from lavis_lite.common.config.schema import Checker, Parameter
 from lavis_lite.common.config.sections import (
@@ -111,12 +112,14 @@ class Config:
         checkpoint: str | None = None,
         flags: Sequence[Layer] = (),
     ) -> "Config":
-        """Read a project's YAML and `a.b=c` options. Raises ConfigError for any mistake, before anything is built.
+        """Read a project's YAML, or the recipe of a name, and `a.b=c` options. Raises ConfigError for any mistake,
+        before anything is built.
 
         `checkpoint` names the weights, in place of `model.checkpoint` and `run.resume_ckpt_path`. `flags` are the
         last layers.
         """
-        own = [*load_with_bases(Path(path)), *([parse_options(options)] if options else [])]
+        path = find_recipe(path)
+        own = [*load_with_bases(path), *([parse_options(options)] if options else [])]
         if checkpoint is not None:
             if not checkpoint.strip():
                 raise ConfigError(f"--checkpoint: expected a file, a folder, a URL or a hub id, got {checkpoint!r}")
@@ -174,7 +177,9 @@ def parser(*, prog: str | None = None, description: str | None = None) -> argpar
     """Return the parser of train.py's command line."""
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(prog=prog, description=description, formatter_class=raw)
-    p.add_argument("--cfg-path", required=True, metavar="YAML", help="the project's configuration")
+    p.add_argument(
+        "--cfg-path", required=True, metavar="YAML", help="the configuration: a file, or the name of a recipe"
+    )
     text = "settings that override the file's, e.g. run.max_epoch=3; LAVIS's name is --cfg-options"
     p.add_argument("--options", "--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=text)
     p.add_argument("--job-id", metavar="NAME", help="folder of the run in run.output_dir (default: the time)")

@@ -7,7 +7,7 @@ from importlib import import_module
 
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.registry import did_you_mean
-from lavis_lite.datasets.readers import captions, choices, instructions, questions
+from lavis_lite.datasets.readers import capfilt, captions, choices, instructions, questions
 from lavis_lite.datasets.readers.files import Reader, SplitFiles
 
 READERS: dict[str, Reader] = {
@@ -29,6 +29,7 @@ READERS: dict[str, Reader] = {
     "hateful_memes": choices.read_hateful_memes,
     "snli_ve": choices.read_snli_ve,
     "iconqa": choices.read_iconqa,
+    "capfilt": capfilt.read_texts,
     "instructions": instructions.read_instructions,
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.records import Kind, Record, RecordCheck
 from lavis_lite.datasets.annotations import as_records, check_records, read_json, read_records, section
+from lavis_lite.datasets.folders import folder_records, metadata_file
 from lavis_lite.datasets.readers.owners import owners_records
+from lavis_lite.datasets.tables import Table, is_table
 
 PLACE = "_place"
 """The key under which a reader notes (file, number of the record in it); the dataset removes it, and errors name it."""
@@ -28,6 +31,8 @@ class SplitFiles:
     """Our name of a field to the file's: `{caption: text}`."""
     check: RecordCheck = field(default_factory=RecordCheck)
     """The dataset's rule for blank texts, without fields."""
+    loaded: Sequence[Record] | None = None
+    """Records of a stream that were read already, in place of the content of the (one) path."""
 
     def records(self, check: RecordCheck | None = None) -> Iterator[Record]:
         """Yield the records of all files, their columns renamed, checked, with their places."""
@@ -36,10 +41,18 @@ class SplitFiles:
             yield from self.located(as_records(content, where), where, check)
 
     def content(self, path: Path) -> tuple[Any, str | Path]:
-        """Return the content of a file, and its name for `place_of`; of an owner's form its records (owners.py).
+        """Return the content of a file, and its name for `place_of`; of an owner's form its records (owners.py), of a
+        table (tables.py) or a folder of images (folders.py) its records.
 
         Raises InputError for an owner's file that has no record of the split, or a damaged one.
         """
+        if self.loaded is not None:
+            return list(self.loaded), path
+        if is_table(path):
+            table = Table([path], split=self.split, columns={}, root=self.root)
+            return table.records(range(len(table))), str(path)
+        if path.is_dir():
+            return self._folder(path)
         content = read_json(path) if path.suffix.lower() == ".json" else read_records(path)
         try:
             records = owners_records(content, split=self.split, root=self.root)
@@ -50,6 +63,24 @@ class SplitFiles:
         if not records:
             raise InputError(f"{path}: has no records of the split {self.split!r} below {self.root}")
         return records, f"{path} (as read from its owner's form)"
+
+    def _folder(self, folder: Path) -> tuple[list[Record], Path]:
+        """Return the records of a folder of images, with paths below the root, and the file or folder they are from."""
+        described = metadata_file(folder)
+        content = folder_records(folder) if described is None else self.content(described)[0]
+        for record in as_records(content, described or folder):
+            file = record.pop("file_name", None) or record.get("image")
+            if isinstance(file, str):
+                record["image"] = file if folder == self.root else os.path.join(folder, file)
+        return content, described or folder
+
+    def are_tables(self) -> bool:
+        """Return whether all files are tables, which are read where they are."""
+        return all(map(is_table, self.paths))
+
+    def table(self) -> Table:
+        """Return the rows of all files, which are tables, with our names of columns."""
+        return Table(self.paths, split=self.split, columns=self.columns, root=self.root)
 
     def located(self, records: list[Record], where: str | Path, check: RecordCheck | None = None) -> Iterator[Record]:
         """Yield the records of one file, their columns renamed, checked, with their places."""

@@ -18,7 +18,7 @@ from lavis_lite.common.bounds import check_number
 from lavis_lite.models.base import Output
 from lavis_lite.models.batches import Texts, fetch_texts, in_compute_type, stack_texts
 from lavis_lite.models.blip.matching import BlipMatching
-from lavis_lite.models.image_text import project
+from lavis_lite.models.image_text import PairModel, project
 from lavis_lite.nn.attention import CrossAttentionKV
 from lavis_lite.nn.bert import BertModel
 from lavis_lite.nn.learning import TEMPERATURE_LIMITS, contrast_metrics
@@ -57,7 +57,7 @@ class StepParts(NamedTuple):
     pairs: Tensor
 
 
-class BlipMomentum(BlipMatching):
+class BlipMomentum(BlipMatching, PairModel):
     """A matching model with momentum encoders (`*_m`) and feature queues."""
 
     visual_encoder_m: ImageEncoder

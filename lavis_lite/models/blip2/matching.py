@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from lavis_lite.common.bounds import MAX_WIDTH, check_number
 from lavis_lite.common.registry import registry
 from lavis_lite.models.blip2.base import Blip2Base
-from lavis_lite.models.image_text import FeatureModel, ImageTextModel, MatchingModel, project, scored
+from lavis_lite.models.image_text import FeatureModel, MatchingModel, PairModel, project, scored
 from lavis_lite.nn.attention import CrossAttentionKV
 from lavis_lite.nn.losses import best_query_similarity
 
 
-class Blip2Matching(Blip2Base, ImageTextModel):
+class Blip2Matching(Blip2Base, PairModel):
     """Q-Former with projections into a common space of `embed_dim` and the image-text matching head. All models of the
     first stage have all of its weights.
     """

@@ -1,0 +1,1 @@
+"""Commands that are declared by typer. Modules here import torch only inside functions, for quick `--help`."""

@@ -1,0 +1,132 @@
+"""Options that several commands share, and the run of a pipeline over many images."""
+
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from inspect import Parameter, Signature
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+Paths = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="PATHS...",
+        help="images, folders, patterns, URLs, lists (.txt) or tables (.csv, .tsv, .jsonl, .json) of paths",
+        show_default=False,
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="file of results: .jsonl, .json, .csv, .tsv or .parquet; without it they are printed"),
+]
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="architecture/type, checkpoint, Hugging Face folder or hub id")
+]
+Checkpoint = Annotated[str | None, typer.Option(help="weights in place of those of architecture/type")]
+ModelOptions = Annotated[
+    list[str] | None, typer.Option("--option", "-o", metavar="KEY=VALUE", help="a setting of the model; repeatable")
+]
+BatchSize = Annotated[int | None, typer.Option(help="images per batch; found automatically without it")]
+Threads = Annotated[int, typer.Option("--num-threads", help="threads that read images")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
+Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16")]
+
+
+@dataclass(kw_only=True)
+class LoadOptions:
+    """How a command loads its model."""
+
+    model: Model = ""
+    checkpoint: Checkpoint = None
+    option: ModelOptions = None
+    device: Device = "auto"
+    precision: Precision = "auto"
+
+    def overrides(self) -> dict[str, Any]:
+        """Return the settings of the model. Raises BadParameter for one without `=`."""
+        import yaml
+
+        given = [text.partition("=") for text in self.option or []]
+        for name, equals, _ in given:
+            if not equals or not name:
+                raise typer.BadParameter(f"--option {name}: write KEY=VALUE")
+        return {name: yaml.safe_load(value) for name, _, value in given}
+
+    def load(self) -> Any:
+        """Return the loaded model (`lavis_lite.inference.loading.Loaded`)."""
+        from lavis_lite.inference.loading import load
+
+        how = {"checkpoint": self.checkpoint, "device": self.device, "precision": self.precision}
+        return load(self.model, **how, **self.overrides())  # type: ignore[arg-type]
+
+
+@dataclass(kw_only=True)
+class ImageOptions(LoadOptions):
+    """What a command over many images reads, and how."""
+
+    paths: Paths
+    image_column: Annotated[str, typer.Option(help="column of a table with the images' paths")] = "image"
+    batch_size: BatchSize = None
+    num_threads: Threads = 4
+    resume: Annotated[bool, typer.Option("--resume", help="continue an unfinished output")] = False
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing output")] = False
+
+
+def with_options(kind: type[Any], **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return a decorator: the command's first parameter, an instance of `kind`, becomes options of its fields.
+
+    `defaults` replace those of the fields; fields without a default value are arguments.
+    """
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        shared_hints = get_type_hints(kind, include_extras=True)
+        own_hints = get_type_hints(function, include_extras=True)
+        own: dict[str, Any] = function.__kwdefaults__ or {}
+        shared = {
+            one.name: defaults.get(one.name, Parameter.empty if one.default is MISSING else one.default)
+            for one in fields(kind)
+        }
+
+        def command(**given: Any) -> None:
+            options = kind(**{name: given.pop(name) for name in shared})
+            function(options, **given)
+
+        parameters = [
+            Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=shared_hints[name])
+            for name, default in sorted(shared.items(), key=lambda item: item[1] is not Parameter.empty)
+        ]
+        at = sum(parameter.default is Parameter.empty for parameter in parameters)  # own options come after arguments
+        parameters[at:at] = [
+            Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=own_hints[name])
+            for name, default in own.items()
+        ]
+        command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        command.__name__, command.__doc__ = function.__name__, function.__doc__
+        return command
+
+    return decorate
+
+
+def finish(execute: Callable[[], int | None]) -> None:
+    """Run a command's work, with one line for an error, and end the process with its exit code."""
+    from lavis_lite.cli.failures import exit_code
+
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
+    raise typer.Exit(exit_code(execute, command=sys.argv))
+
+
+def given(**settings: Any) -> dict[str, Any]:
+    """Return the settings that have a value."""
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def lines_of(path: Path) -> list[str]:
+    """Return the lines of a text file that are not blank. Raises MissingFileError."""
+    from lavis_lite.common.errors import MissingFileError
+
+    if not path.is_file():
+        raise MissingFileError(f"{path}: no such file")
+    return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]

@@ -1,0 +1,155 @@
+"""The commands `caption`, `ask`, `match` and `embed`: a model over many images, from files to a file."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lavis_lite.cli.commands.common import ImageOptions, Out, finish, given, lines_of, with_options
+
+if TYPE_CHECKING:
+    from lavis_lite.cli.commands.run import Job
+
+Prompt = Annotated[str | None, typer.Option(help="text that each caption begins with")]
+Template = Annotated[str | None, typer.Option("--prompt", help="template of questions, with {} for the question")]
+NumBeams = Annotated[int | None, typer.Option(help="beams of the search")]
+Sample = Annotated[bool, typer.Option("--sample", help="nucleus sampling in place of beam search")]
+TopP = Annotated[float | None, typer.Option(help="share of the nucleus")]
+Temperature = Annotated[float | None, typer.Option(help="temperature of sampling")]
+MinLength = Annotated[int | None, typer.Option(help="tokens that a text has at least")]
+MaxLength = Annotated[int | None, typer.Option(help="tokens that a text has at most")]
+
+
+def job(task: str, options: ImageOptions, **fields: Any) -> "Job":
+    """Return the job of a task; importing it loads torch."""
+    from lavis_lite.cli.commands.run import Job
+
+    return Job(task=task, options=options, **fields)
+
+
+@with_options(ImageOptions, model="blip_caption/base_coco")
+def caption(
+    options: ImageOptions,
+    *,
+    out: Out = None,
+    sidecars: Annotated[bool, typer.Option("--sidecars", help="write a .txt file beside each image")] = False,
+    prompt: Prompt = None,
+    num_captions: Annotated[int, typer.Option(help="captions per image")] = 1,
+    scores: Annotated[bool, typer.Option("--scores", help="add each caption's score")] = False,
+    num_beams: NumBeams = None,
+    sample: Sample = False,
+    top_p: TopP = None,
+    temperature: Temperature = None,
+    seed: Annotated[int, typer.Option(help="seed of sampling")] = 42,
+    min_length: MinLength = None,
+    max_length: MaxLength = None,
+    trigger: Annotated[str | None, typer.Option(help="word before each caption: WORD, a photo of ...")] = None,
+    max_words: Annotated[int | None, typer.Option(min=1, help="words to which a caption is cut")] = None,
+) -> None:
+    """Write captions of images."""
+    if out is not None and sidecars:
+        raise typer.BadParameter("give --out or --sidecars, not both")
+    if num_captions > 1 and num_beams is None and not sample:
+        num_beams = max(3, num_captions)
+    settings = given(num_beams=num_beams, top_p=top_p, temperature=temperature, prompt=prompt)
+    settings |= given(min_length=min_length, max_length=max_length, num_captions=num_captions)
+    settings |= {"use_nucleus_sampling": True} if sample else {}
+    settings |= {"scores": True} if scores else {}
+
+    def edited(row: dict[str, Any]) -> dict[str, Any]:
+        if "captions" in row:
+            row = row | {"captions": [_edited(text, trigger, max_words) for text in row["captions"]]}
+        return row | {"caption": _edited(row["caption"], trigger, max_words)}
+
+    finish(
+        lambda: job("caption", options, settings=settings, seed=seed, text="caption", edit=edited).run(out, sidecars)
+    )
+
+
+@with_options(ImageOptions, model="blip_vqa/vqav2")
+def ask(
+    options: ImageOptions,
+    *,
+    question: Annotated[str | None, typer.Option("--question", "-q", help="one question about every image")] = None,
+    question_column: Annotated[str | None, typer.Option(help="column of a table with the questions")] = None,
+    answers: Annotated[Path | None, typer.Option(help="file with one answer per line, to choose from")] = None,
+    out: Out = None,
+    prompt: Template = None,
+    num_beams: NumBeams = None,
+    min_length: MinLength = None,
+    max_length: MaxLength = None,
+) -> None:
+    """Answer a question about each image.
+
+    The question is the same for all images, or a column of a table.
+    """
+    if (question is None) == (question_column is None):
+        raise typer.BadParameter("give either --question or --question-column")
+
+    def execute() -> int:
+        settings = given(num_beams=num_beams, min_length=min_length, max_length=max_length, prompt=prompt)
+        settings |= {} if answers is None else {"answers": lines_of(answers)}
+        settings |= {} if question is None else {"question": question}
+        return job("ask", options, settings=settings, text="answer", column=question_column).run(out)
+
+    finish(execute)
+
+
+@with_options(ImageOptions, model="blip_image_text_matching/base")
+def match(
+    options: ImageOptions,
+    *,
+    text: Annotated[list[str] | None, typer.Option("--text", "-t", help="a text to compare with; repeatable")] = None,
+    texts: Annotated[Path | None, typer.Option(help="file with one text per line")] = None,
+    out: Out = None,
+) -> None:
+    """Score how well texts fit each image.
+
+    The scores are the probability of a match (itm) and the cosine similarity (itc).
+    """
+    if not text and texts is None:
+        raise typer.BadParameter("give --text or --texts")
+
+    def execute() -> int:
+        compared = [*(text or []), *(lines_of(texts) if texts else [])]
+        return job("match", options, settings={"texts": compared}, text="scores").run(out)
+
+    finish(execute)
+
+
+@with_options(ImageOptions, model="blip_feature_extractor/base")
+def embed(
+    options: ImageOptions,
+    *,
+    out: Annotated[Path, typer.Option(help="a .npy file, whose rows FILE.ids.txt names, or a .parquet table")] = Path(
+        "embeddings.npy"
+    ),
+    features: Annotated[
+        str, typer.Option(help="projected: unit vectors that the contrast compares; states: before the projection")
+    ] = "projected",
+) -> None:
+    """Compute features of images.
+
+    The rows are float32, one per image: (D,) for BLIP, (Q,D) for the Q queries of BLIP-2.
+    """
+
+    def execute() -> int:
+        from lavis_lite.cli.commands.run import embed_to
+
+        return embed_to(out, job("embed", options, settings={"features": features}, text=""))
+
+    finish(execute)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the commands."""
+    for command in (caption, ask, match, embed):
+        app.command(command.__name__)(command)
+
+
+def _edited(text: str, trigger: str | None, max_words: int | None) -> str:
+    """Return a caption cut to so many words, after the trigger word."""
+    words = text.split()
+    if max_words is not None and len(words) > max_words:
+        text = " ".join(words[:max_words])
+    return text if trigger is None else f"{trigger}, {text}"

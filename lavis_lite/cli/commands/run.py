@@ -1,0 +1,176 @@
+"""A pipeline over many images from the command line: progress, results as they come, resume, several processes."""
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from lavis_lite.cli.commands.common import ImageOptions
+from lavis_lite.cli.commands.progress import progress
+from lavis_lite.common import dist
+from lavis_lite.common.checkpoint import atomic_write, write_text
+from lavis_lite.common.errors import ExistingFileError, InputError
+from lavis_lite.common.rng import seed_everything
+from lavis_lite.inference.inputs import Item, column_of, find_items
+from lavis_lite.inference.pipelines import PIPELINES
+from lavis_lite.inference.results import Results, key_of, write_rows
+
+logger = logging.getLogger(__name__)
+Row = dict[str, Any]
+SHOWN_ERRORS = 5
+
+
+@dataclass(kw_only=True)
+class Job:
+    """A pipeline over the images of a command line."""
+
+    task: str
+    options: ImageOptions
+    settings: dict[str, Any]
+    """What the pipeline is called with."""
+    text: str
+    """The field that is printed, or written to a sidecar."""
+    column: str | None = None
+    """Column of a table with each image's question."""
+    seed: int = 42
+    edit: Callable[[Row], Row] = dict
+    """Makes a row of the output from a result."""
+
+    def run(self, out: Path | None, sidecars: bool = False) -> int:
+        """Compute what is not there yet, and write or print it. Returns the exit code: 1 if no image could be read."""
+        dist.init(self.options.device)
+        try:
+            items = find_items(self.options.paths, column=self.options.image_column)
+            if sidecars:
+                return self._to_sidecars(items)
+            return self._print(items) if out is None else self._to_file(out, items)
+        finally:
+            dist.shutdown()
+
+    def results(self, items: Sequence[Item]) -> Iterator[Row]:
+        """Yield the results of items, with progress; no model is loaded without items."""
+        if not items:
+            return
+        settings = dict(self.settings)
+        if self.column is not None:
+            settings["question"] = column_of(items, self.column, "--question-column")
+        options, kind = self.options, PIPELINES[self.task]
+        pipeline = kind(options.load(), batch_size=options.batch_size, num_threads=options.num_threads)
+        seed_everything(self.seed + dist.rank())
+        yield from progress(pipeline.stream(items, skip_unreadable=True, **settings), len(items))
+
+    def _print(self, items: Sequence[Item]) -> int:
+        errors = []
+        for row in self.results(items):
+            if "error" in row:
+                errors.append(row)
+            else:
+                tqdm.write(f"{row['image']}\t{_shown(self.edit(row)[self.text])}", file=sys.stdout)
+        return report(len(items) - len(errors), errors, "")
+
+    def _to_file(self, out: Path, items: Sequence[Item]) -> int:
+        options = self.options
+        made_with: dict[str, Any] = {
+            "task": self.task,
+            "model": options.model,
+            "checkpoint": options.checkpoint,
+            "seed": self.seed,
+        }
+        made_with |= {"option": options.option, "question_column": self.column, **self.settings}
+        results = Results(out, made_with, resume=options.resume, overwrite=options.overwrite)
+        with results:
+            missing = [item for item in items if self.key(item) not in results.rows]
+            for row in self.results(missing[dist.rank() :: dist.world_size()]):
+                results.add(row)
+            rows = results.finish([self.key(item) for item in items])
+        written = [self.edit(row) for row in rows if "error" not in row]
+        if dist.is_main():
+            write_rows(out, written)
+            results.remove_partial()
+        return report(len(written), [row for row in rows if "error" in row], str(out))
+
+    def _to_sidecars(self, items: Sequence[Item]) -> int:
+        """Write each text beside its image; with `--resume` those that have one are left out."""
+        options = self.options
+        if remote := [item.name for item in items if not isinstance(item.image, Path)]:
+            raise InputError(f"--sidecars: {remote[0]} is not a file; a URL has no folder for its .txt")
+        there = [item for item in items if sidecar_of(item).exists()]
+        if there and not (options.resume or options.overwrite):
+            raise ExistingFileError(
+                f"{sidecar_of(there[0])} exists already, as {len(there):,} of {len(items):,} do: --resume keeps them, "
+                "--overwrite replaces them"
+            )
+        dist.barrier()
+        missing = items if options.overwrite else [item for item in items if not sidecar_of(item).exists()]
+        mine, errors = missing[dist.rank() :: dist.world_size()], []
+        for item, row in zip(mine, self.results(mine), strict=True):
+            if "error" in row:
+                errors.append(row)
+            else:
+                write_text(sidecar_of(item), self.edit(row)[self.text] + "\n")
+        errors = dist.gather_objects(errors)
+        return report(len(missing) - len(errors), errors, ".txt files beside the images")
+
+    def key(self, item: Item) -> str:
+        """Return what identifies the item's result."""
+        question = self.settings.get("question") if self.column is None else item.fields.get(self.column)
+        return key_of({"image": item.name, "question": question})
+
+
+def embed_to(out: Path, job: Job) -> int:
+    """Write the features of a job's images as a .npy file with its ids, or as a .parquet table."""
+    options = job.options
+    if out.suffix not in (".npy", ".parquet"):
+        raise InputError(f"--out {out}: the ending must be .npy or .parquet")
+    if out.exists() and not options.overwrite:
+        raise ExistingFileError(f"--out {out} exists already: --overwrite replaces it")
+    dist.init(options.device)
+    try:
+        items = find_items(options.paths, column=options.image_column)
+        rows = dist.gather_objects(list(job.results(items[dist.rank() :: dist.world_size()])))
+    finally:
+        dist.shutdown()
+    order = {item.name: number for number, item in enumerate(items)}
+    rows = sorted(rows, key=lambda row: order[row["image"]])
+    whole = [row for row in rows if "error" not in row]
+    if whole and dist.is_main():
+        write_features(out, [row["image"] for row in whole], np.stack([row["features"] for row in whole]))
+    return report(len(whole), [row for row in rows if "error" in row], str(out))
+
+
+def write_features(out: Path, ids: Sequence[str], features: np.ndarray) -> None:
+    """Write features (N, ...) and their ids."""
+    if out.suffix == ".parquet":
+        write_rows(out, [{"image": name, "features": row.tolist()} for name, row in zip(ids, features, strict=True)])
+        return
+    atomic_write(out, lambda file: np.save(file, features))
+    write_text(out.with_suffix(".ids.txt"), "".join(f"{name}\n" for name in ids))
+
+
+def sidecar_of(item: Item) -> Path:
+    """Return the text file beside an item's image."""
+    return Path(str(item.image)).with_suffix(".txt")
+
+
+def report(count: int, errors: Sequence[Mapping[str, Any]], where: str) -> int:
+    """Print what was done and which images could not be read. Returns the exit code: 1 if none could."""
+    if not dist.is_main():
+        return 0 if count or not errors else 1
+    for row in errors[:SHOWN_ERRORS]:
+        print(f"skipped: {row['error']}", file=sys.stderr)
+    if len(errors) > SHOWN_ERRORS:
+        print(f"skipped: {len(errors) - SHOWN_ERRORS:,} more images", file=sys.stderr)
+    if where:
+        skipped = f"; {len(errors):,} images could not be read" if errors else ""
+        print(f"{count:,} results: {where}{skipped}", file=sys.stderr)
+    return 0 if count or not errors else 1
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

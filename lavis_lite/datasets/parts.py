@@ -1,0 +1,118 @@
+"""Splits that are cut from another one, `split_off`, and images that are in two splits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from lavis_lite.common.errors import InputError
+from lavis_lite.common.records import Record, StoredImage
+
+logger = logging.getLogger(__name__)
+
+WHOLE = "train"
+"""The split that others are cut from."""
+MAX_COMPARED = 5_000_000
+"""Samples up to which the images of splits are compared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """The images of a split that is cut from another, or those that are left: a range of their hashes in [0, 1)."""
+
+    start: float
+    end: float
+
+    def has(self, record: Record) -> bool:
+        """Return whether the record's image is in this part; all records of one image are."""
+        return self.start <= fraction(record) < self.end
+
+
+def part_of(split: str, shares: Mapping[str, float]) -> Part | None:
+    """Return the part of a split that `split_off: {val: 0.05}` cuts from `train`, or leaves of it; None for others.
+
+    The parts lie at the end, so that a share can be added without moving those that are there.
+
+    Raises InputError for shares that are not above 0, or of which nothing is left.
+    """
+    for name, share in shares.items():
+        if not 0 < share < 1:
+            raise InputError(f"split_off.{name}: must be a share between 0 and 1, got {share!r}")
+    if shares and math.fsum(shares.values()) >= 1:
+        raise InputError(f"split_off: the shares sum up to {math.fsum(shares.values()):g}, so nothing is left to train")
+    if WHOLE in shares:
+        raise InputError(f"split_off.{WHOLE}: is what the others are cut from; leave it out")
+    end = 1.0
+    for name, share in shares.items():
+        if name == split:
+            return Part(start=end - share, end=end)
+        end -= share
+    return Part(start=0.0, end=end) if split == WHOLE and shares else None
+
+
+def fraction(record: Record) -> float:
+    """Return a number in [0, 1) that depends on the record's image alone, not on its place in the file."""
+    digest = hashlib.blake2b(image_identity(record), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def image_identity(record: Record) -> bytes:
+    """Return what identifies a record's image: its path; of one inside a table its id, else its content; of a record
+    without one all of it.
+    """
+    value = record.get("video") or record.get("image") or record.get("images")
+    if isinstance(value, StoredImage):
+        return value.read() if record.get("image_id") is None else str(record["image_id"]).encode()
+    if value is None:
+        value = json.dumps(record, sort_keys=True, default=str)
+    elif isinstance(value, list):
+        value = "\0".join(os.path.normpath(str(one)) for one in value)
+    else:
+        value = os.path.normpath(str(value))
+    return os.fsencode(value)
+
+
+class HasFiles(Protocol):
+    """A dataset whose samples name files."""
+
+    vis_root: Path
+    annotation: Sequence[Record]
+
+    def __len__(self) -> int: ...
+
+    def files_of(self, record: Record, /) -> list[str]:
+        """Return the files of a record's sample."""
+        ...
+
+
+def warn_of_overlap(built: Mapping[str, HasFiles]) -> None:
+    """Log how many images of other splits are in the training split too. Images inside tables are not compared."""
+    if WHOLE not in built or len(built) < 2:
+        return
+    if (count := sum(map(len, built.values()))) > MAX_COMPARED:
+        logger.info("%d samples: whether splits share images is not checked above %d", count, MAX_COMPARED)
+        return
+    trained = set(_hashes(built[WHOLE]))
+    for split, dataset in built.items():
+        shared = len(trained.intersection(_hashes(dataset))) if split != WHOLE and trained else 0
+        if shared:
+            logger.warning(
+                f"{split}: {shared:,} of its images are in the split {WHOLE!r} too, so its figures are those of images "
+                "that were trained on; `split_off` cuts a file without such images"
+            )
+
+
+def _hashes(dataset: HasFiles) -> Iterator[int]:
+    root = os.fspath(dataset.vis_root)
+    return (
+        hash(os.path.normpath(os.path.join(root, file)))
+        for record in dataset.annotation
+        for file in dataset.files_of(record)
+    )

@@ -1,0 +1,154 @@
+"""The samples of many shards as one Arrow table in the cache, so that they are memory-mapped, not loaded.
+
+Columns are the fields of the records. JSON fields need not be alike in all samples: a field that some lack is null
+there, texts and lists of texts become lists, and values of other different types become texts.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, get_args
+
+from lavis_lite.common.bounds import one_of
+from lavis_lite.common.checkpoint import atomic_write
+from lavis_lite.common.records import Record
+from lavis_lite.datasets.hub import datasets_library
+from lavis_lite.datasets.shards import IncompleteSamples, index_all, index_path, shard_records
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+logger = logging.getLogger(__name__)
+
+DIGEST, LEFT_OUT = b"lavis_lite.digest", b"lavis_lite.left_out"
+"""Keys of a table's metadata: the digest of its content, without the place of the shards; what was left out."""
+SHOWN = 3
+SUFFIX = ".shards.arrow"
+
+
+def shard_table(paths: Sequence[Path], incomplete: IncompleteSamples) -> Path:
+    """Return the table of the samples of these shards, made if it is not in the cache.
+
+    Raises InputError as `shard_records`, MissingPackageError without the package that reads tables.
+    """
+    datasets_library()
+    names = [index_path(path) for path in paths]
+    parts = [one_of("incomplete_samples", incomplete, get_args(IncompleteSamples)), *(name.name for name in names)]
+    key = hashlib.blake2b("|".join(parts).encode(), digest_size=8).hexdigest()
+    table = names[0].with_name(f"{paths[0].stem[:80]}-{len(paths)}-{key}{SUFFIX}")
+    if not table.is_file():
+        _make_table(paths, incomplete, table)
+    left_out = _metadata(table)[LEFT_OUT].decode()
+    if left_out:
+        _warn_once(f"left out of the shards: {left_out}")
+    return table
+
+
+def _make_table(paths: Sequence[Path], incomplete: IncompleteSamples, table: Path) -> None:
+    import pyarrow as pa
+
+    index_all(paths)
+    schema, digest, left_out = pa.schema([]), hashlib.blake2b(digest_size=8), []
+    for path in paths:
+        records, problem = shard_records(path, incomplete)
+        left_out += [problem] if problem else []
+        schema = _joined(schema, records)
+        place = json.dumps(os.fspath(path.absolute()))[1:-1]
+        digest.update(json.dumps(records).replace(place, "").encode())
+    more = f" | and {len(left_out) - SHOWN:,} more shards" if len(left_out) > SHOWN else ""
+    schema = schema.with_metadata({DIGEST: digest.hexdigest(), LEFT_OUT: " | ".join(left_out[:SHOWN]) + more})
+
+    def write(file: BinaryIO) -> None:
+        with pa.ipc.new_stream(file, schema) as writer:
+            for path in paths:
+                writer.write_table(_table(shard_records(path, incomplete)[0], schema))
+
+    atomic_write(table, write)
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    logger.warning(text)
+
+
+def content_digest(path: Path) -> bytes | None:
+    """Return the digest of a table of shards; None for any other file."""
+    return _metadata(path)[DIGEST] if path.name.endswith(SUFFIX) else None
+
+
+def _metadata(table: Path) -> dict[bytes, bytes]:
+    import pyarrow as pa
+
+    with pa.OSFile(os.fspath(table)) as file:
+        found: dict[bytes, bytes] = pa.ipc.open_stream(file).schema.metadata
+    return found
+
+
+def _joined(schema: pa.Schema, records: Sequence[Record]) -> pa.Schema:
+    """Return the schema with the fields of further records."""
+    import pyarrow as pa
+
+    kinds = dict(zip(schema.names, schema.types, strict=True))
+    for name in dict.fromkeys(key for record in records for key in record):
+        kinds[name] = _common(kinds.get(name, pa.null()), _kind([record.get(name) for record in records]))
+    return pa.schema(list(kinds.items()))
+
+
+def _kind(values: Sequence[Any]) -> pa.DataType:
+    import pyarrow as pa
+
+    try:
+        return pa.infer_type(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+        return functools.reduce(_common, map(_kind_of_one, values))
+
+
+def _kind_of_one(value: Any) -> pa.DataType:
+    import pyarrow as pa
+
+    try:
+        return pa.infer_type([value])
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+        return pa.string()
+
+
+def _common(one: pa.DataType, other: pa.DataType) -> pa.DataType:
+    """Return the type that holds the values of both."""
+    import pyarrow as pa
+
+    texts, lists = {pa.string(), pa.null()}, {pa.list_(pa.string()), pa.list_(pa.null())}
+    if {one, other} <= texts | lists and {one, other} & lists:
+        return pa.list_(pa.string())
+    try:
+        fields = [pa.schema([("field", kind)]) for kind in (one, other)]
+        return pa.unify_schemas(fields, promote_options="permissive").field("field").type
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return pa.string()
+
+
+def _table(records: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
+    """Return the records as rows of the schema."""
+    import pyarrow as pa
+
+    records = list(records)
+    columns = [
+        pa.array([_as(record.get(name), kind) for record in records], kind)
+        for name, kind in zip(schema.names, schema.types, strict=True)
+    ]
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _as(value: Any, kind: pa.DataType) -> Any:
+    import pyarrow as pa
+
+    if kind == pa.string() and not isinstance(value, str | None):
+        return json.dumps(value, ensure_ascii=False)
+    if pa.types.is_list(kind) and isinstance(value, str):
+        return [value]
+    return float(value) if kind == pa.float64() and isinstance(value, int) else value

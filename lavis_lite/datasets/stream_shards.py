@@ -1,0 +1,148 @@
+"""Reading shards from start to end by the `webdataset` package: local files, addresses and pipes.
+
+A shard that is cut or unreachable gives what it has, and then the problem as a text: whether it ends the run is decided
+by the reader's caller. The number of samples in a shard is not known before it is read.
+"""
+
+from __future__ import annotations
+
+import tarfile
+import zlib
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, NamedTuple
+from urllib.parse import urlparse
+
+from lavis_lite.common.errors import InputError, MissingPackageError
+from lavis_lite.common.members import BLOCK
+from lavis_lite.common.records import Record, StoredImage
+from lavis_lite.datasets.shard_records import KEY, is_text, make_record
+
+BROKEN = (OSError, EOFError, ValueError, tarfile.TarError, zlib.error)
+"""Errors of `webdataset`, `tarfile` and the openers about a shard."""
+
+
+@dataclass(frozen=True)
+class LoadedFile(StoredImage):
+    """The content of a member that was read, and its place for messages."""
+
+    place: str
+    content: bytes = field(repr=False)
+
+    def read(self) -> bytes:
+        return self.content
+
+    def __str__(self) -> str:
+        return self.place
+
+    def __fspath__(self) -> str:
+        return self.place
+
+
+class Loaded(NamedTuple):
+    """One sample of a shard: its record, whose images are loaded files; or a problem."""
+
+    shard: str
+    record: Record
+    problem: str = ""
+
+
+class _Tail:
+    """A file that is read once, and remembers its last bytes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.last = file, b""
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.file.read(size)
+        self.last = (self.last + data)[-BLOCK:]
+        return data
+
+    def check_end(self, *, is_plain: bool) -> None:
+        """Read the rest; raise EOFError if it is not padding, or if a tar that is not compressed lacks its end marker.
+
+        Note: `tarfile` takes a damaged header, and a file that ends between two members, for the end.
+        """
+        while rest := self.read(2**20):
+            if rest.strip(b"\0"):
+                raise EOFError("a header is damaged")
+        if is_plain and self.last != bytes(BLOCK):
+            raise EOFError("its end marker is missing")
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def check_installed() -> None:
+    """Raise MissingPackageError if the `webdataset` package is not installed."""
+    try:
+        import webdataset  # noqa: F401
+    except ImportError as error:
+        raise MissingPackageError("streams of shards need `pip install lavis-lite[shards]`") from error
+
+
+def is_address(name: str) -> bool:
+    """Return whether a name is an address or a command (`pipe:`), not a local path."""
+    return "://" in name or name.startswith("pipe:")
+
+
+def open_shard(name: str) -> BinaryIO:
+    """Open a local file, or what `webdataset` or else `fsspec` opens: http, gs, s3, hf, `pipe:COMMAND` ..."""
+    from webdataset.gopen import gopen, gopen_schemes
+
+    scheme = urlparse(name).scheme
+    opened: BinaryIO
+    if not is_address(name) or scheme in gopen_schemes or scheme == "file":
+        opened = gopen(name)
+        return opened
+    import fsspec  # type: ignore[import-untyped]
+
+    try:
+        opened = fsspec.open(name, "rb").open()
+    except ImportError as error:
+        raise MissingPackageError(f"{name}: {error}") from error
+    return opened
+
+
+def read_shard(name: str) -> Iterator[Loaded]:
+    """Yield the samples of a shard in their order, and last a problem if the shard is cut or cannot be read."""
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    count, file = 0, None
+    try:
+        file = _Tail(open_shard(name))
+        for sample in group_by_keys(tar_file_expander([{"url": name, "stream": file}])):
+            yield _loaded(sample, name)
+            count += 1
+        file.check_end(is_plain=name.endswith(".tar"))
+        file.close()
+        if not count:
+            yield Loaded(name, {}, f"shard {name}: has no samples: expected members such as 000.jpg and 000.txt")
+    except BROKEN as error:
+        problem = f"cut, damaged or unreachable after {count:,} samples ({_reason(error)})"
+        yield Loaded(name, {}, f"shard {name}: {problem}")
+    finally:
+        if file is not None:
+            with suppress(OSError):  # of a command that is ended early
+                file.close()
+
+
+def _reason(error: Exception) -> str:
+    """Return an error's text without what `webdataset` appends to it."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error.args[0] if error.args else "").partition(" @ ")[0] or type(error).__name__
+
+
+def _loaded(sample: dict[str, Any], shard: str) -> Loaded:
+    key = sample[KEY]
+    members = {
+        extension: value if is_text(extension) else LoadedFile(f"{shard}/{key}.{extension}", value)
+        for extension, value in sample.items()
+        if not extension.startswith("__")
+    }
+    try:
+        return Loaded(shard, make_record(key, members))
+    except InputError as error:
+        return Loaded(shard, {}, f"shard {shard}: {error}")

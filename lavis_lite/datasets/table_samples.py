@@ -1,0 +1,143 @@
+"""The samples of a table: its rows are checked in chunks and forgotten; what is kept is some integers per sample."""
+
+from __future__ import annotations
+
+import logging
+import os.path
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+
+from lavis_lite.common.errors import InputError
+from lavis_lite.common.records import Record, RecordCheck
+from lavis_lite.datasets.parts import Part
+from lavis_lite.datasets.tables import CHUNK, Table, TableRecords
+
+logger = logging.getLogger(__name__)
+
+WHOLE_FIELD = -1
+"""The item of a sample that has all of its row."""
+
+
+class Selection:
+    """Chooses the samples of a table's rows: those of the part, without blank texts, one per item of `item_field`."""
+
+    def __init__(self, table: Table, check: RecordCheck, *, item_field: str, part: Part | None) -> None:
+        self.table, self.check, self.item_field, self.part = table, check, item_field, part
+        self.num_blank = 0
+        """Records of which blank texts were left out."""
+
+    def samples(self) -> TableRecords:
+        """Return the samples. InputError for the first invalid record, and if nothing is left."""
+        chunks = [np.zeros((0, 2), dtype=np.int32)]
+        for start in range(0, len(self.table), CHUNK):
+            records = self.table.records(range(start, min(start + CHUNK, len(self.table))))
+            self.check(records, partial(self._place, start))
+            pairs = [(start + n, item) for n, record in enumerate(records) for item in self._items(record)]
+            chunks.append(np.array(pairs, dtype=np.int32).reshape(-1, 2))
+        chosen = np.concatenate(chunks)
+        if not len(chosen):
+            reason = "all texts are blank, or split_off leaves no image"
+            raise InputError(f"{self.table.name}: no record of {len(self.table):,} is left: {reason}")
+        if self.num_blank:
+            logger.warning(
+                f"{self.table.name}: blank texts of {self.num_blank} of {len(self.table)} records are left out"
+            )
+        rows, items = np.ascontiguousarray(chosen.T)
+        check_unique_ids(self.table, rows[np.diff(rows, prepend=-1) != 0])
+        return TableRecords(self.table, rows, items, item_field=self.item_field)
+
+    def _place(self, start: int, number: int) -> str:
+        return self.table.place(start + number)
+
+    def _items(self, record: Record) -> Iterator[int]:
+        """Yield the items of a record that are samples."""
+        if self.part is not None and not self.part.has(record):
+            return
+        if self.check.allow_blank:
+            cleaned = self.check.without_blank(record)
+            self.num_blank += cleaned is not record
+            if cleaned is None:
+                return
+        values = record.get(self.item_field)
+        if not isinstance(values, list):
+            yield WHOLE_FIELD
+            return
+        kind = self.check.fields[self.item_field]
+        yield from (n for n, value in enumerate(values) if not self.check.is_blank(value, kind))
+
+
+def codes(table: Table, *names: str) -> np.ndarray | None:
+    """Return a number per row (N), the same for rows whose texts are equal: of the first column of `names` that has a
+    value in the row. None if no row has one.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    columns = [column.cast(pa.large_string()) for name in names if (column := table.column(name)) is not None]
+    if not columns:
+        return None
+    texts = pc.coalesce(*columns).combine_chunks()
+    encoded = (texts.combine_chunks() if isinstance(texts, pa.ChunkedArray) else texts).dictionary_encode()
+    found: np.ndarray = pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False)
+    return found if (found >= 0).any() else None
+
+
+def in_first_seen_order(values: np.ndarray) -> np.ndarray:
+    """Return the values numbered from 0 by their first occurrence."""
+    _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[inverse].astype(np.int32)
+
+
+def check_unique_ids(table: Table, rows: np.ndarray) -> None:
+    """Raise InputError, with both places, if two of the rows have the same `instance_id`; null is none."""
+    pair = first_equal(table, rows, "instance_id")
+    if pair is not None:
+        one, other = map(table.place, pair)
+        value = table.records(pair)[0]["instance_id"]
+        raise InputError(f"{one} and {other} have the same instance_id {value!r}; give each its own")
+
+
+def first_equal(table: Table, rows: np.ndarray, name: str) -> tuple[int, int] | None:
+    """Return two rows with the same text in a column; None if there are none."""
+    found = codes(table, name)
+    if found is None:
+        return None
+    rows = rows[found[rows] >= 0]
+    order = np.argsort(found[rows], kind="stable")
+    ordered = found[rows][order]
+    (equal,) = np.nonzero(ordered[1:] == ordered[:-1])
+    return (int(rows[order[equal[0]]]), int(rows[order[equal[0] + 1]])) if len(equal) else None
+
+
+def image_numbers(samples: TableRecords) -> np.ndarray:
+    """Return the index of each sample's image, in first-seen order (N): by `image_id`, else by the image's path; images
+    inside a table without an id are one per row.
+
+    Raises InputError, with both rows, if two images have the same `image_id`.
+    """
+    table, rows = samples.table, samples.rows
+    paths, found = codes(table, "image"), codes(table, "image_id", "image")
+    if found is None:
+        return in_first_seen_order(rows)
+    unnamed = found < 0
+    found = np.where(unnamed, found.max() + 1 + np.arange(len(found)), found)
+    if paths is not None and table.column("image_id") is not None:
+        _check_images(table, rows, found, paths)
+    return in_first_seen_order(found[rows])
+
+
+def _check_images(table: Table, rows: np.ndarray, ids: np.ndarray, paths: np.ndarray) -> None:
+    """Raise InputError, with both rows, if two different images of these rows have the same id."""
+    order = np.lexsort((paths[rows], ids[rows]))
+    chosen = rows[order]
+    differ = (ids[chosen][1:] == ids[chosen][:-1]) & (paths[chosen][1:] != paths[chosen][:-1])
+    for at in np.nonzero(differ)[0]:
+        one, other = table.records([chosen[at], chosen[at + 1]])
+        if os.path.normpath(table.root / one["image"]) != os.path.normpath(table.root / other["image"]):
+            raise InputError(
+                f"{table.place(chosen[at])} ({one['image']}) and {table.place(chosen[at + 1])} ({other['image']}) are "
+                f"two pictures under one image_id {one['image_id']!r}; give each picture an id of its own, or leave "
+                "image_id out"
+            )

@@ -1,0 +1,172 @@
+"""What a pipeline reads: images by path, folder, pattern, list, table or URL, or as objects in memory."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from lavis_lite.common.errors import InputError, InputTypeError, MissingFileError
+from lavis_lite.common.registry import did_you_mean
+from lavis_lite.common.sources import download
+from lavis_lite.datasets.annotations import read_json, read_records
+from lavis_lite.datasets.image import open_image
+from lavis_lite.processors.image import ImageProcessor
+
+SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".jp2"))
+"""Endings of the files in a folder that are images."""
+TABLES = (".csv", ".tsv", ".jsonl", ".json")
+LISTS = (".txt", ".lst")
+
+ImageLike = str | Path | Image.Image | np.ndarray | torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One image, with its name in the output and the other fields of its row in a table."""
+
+    name: str
+    image: ImageLike
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+def find_items(sources: Iterable[str | Path], *, column: str = "image") -> list[Item]:
+    """Return the images that the sources name, each once, in their order; a folder's are sorted by path.
+
+    A source is an image file, a folder (with its subfolders), a pattern such as `photos/*.jpg`, a URL of an image, a
+    `.txt` file with one path or URL per line, or a table (`.csv`, `.tsv`, `.jsonl`, `.json`) whose `column` has the
+    paths. Paths in a list or table are relative to its folder.
+
+    Raises:
+        MissingFileError: a source does not exist.
+        InputError: a source has no image, or a table has no such column.
+    """
+    found: dict[tuple[str, str], Item] = {}
+    for source in sources:
+        items = list(_items_of(str(source), column))
+        if not items:
+            raise InputError(f"{source}: has no image; images end with {', '.join(sorted(SUFFIXES))}")
+        for item in items:
+            found.setdefault((item.name, repr(item.fields)), item)
+    return list(found.values())
+
+
+def _items_of(source: str, column: str) -> Iterator[Item]:
+    path = Path(source).expanduser()
+    if download.is_url(source):
+        yield Item(name=source, image=source)
+    elif path.is_dir():
+        yield from (Item(name=str(file), image=file) for file in _images_below(path))
+    elif path.suffix.lower() in TABLES and path.is_file():
+        yield from _items_of_table(path, column)
+    elif path.suffix.lower() in LISTS and path.is_file():
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        yield from (_item_below(path.parent, line.strip()) for line in lines if line.strip())
+    elif path.is_file():
+        yield Item(name=source, image=path)
+    elif glob.has_magic(source):
+        matches = sorted(glob.glob(str(path), recursive=True))
+        yield from (Item(name=match, image=Path(match)) for match in matches if _is_image(match))
+    else:
+        raise MissingFileError(
+            f"{source}: no such file or folder; give images, folders, patterns, URLs, lists or tables"
+        )
+
+
+def _images_below(folder: Path) -> Iterator[Path]:
+    """Yield the image files below a folder, sorted by path; hidden folders are left out."""
+    for root, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(root) / name for name in sorted(files) if _is_image(name))
+
+
+def _is_image(name: str) -> bool:
+    return not Path(name).name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
+
+
+def _items_of_table(path: Path, column: str) -> Iterator[Item]:
+    records = read_json(path) if path.suffix.lower() == ".json" else read_records(path)
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise InputError(f"{path}: expected a list of records")
+    for number, record in enumerate(records):
+        value = record.get(column)
+        if not isinstance(value, str) or not value:
+            raise InputError(
+                f"{path}: record {number} has no path in the column {column!r}. {did_you_mean(column, record)} "
+                "--image-column names another"
+            )
+        yield _item_below(path.parent, value, record)
+
+
+def _item_below(folder: Path, value: str, fields: Mapping[str, Any] | None = None) -> Item:
+    image = value if download.is_url(value) else folder / Path(value).expanduser()
+    return Item(name=value, image=image, fields=fields or {})
+
+
+def as_items(inputs: Any) -> list[Item]:
+    """Return the items of a call in Python: one image or several, as paths, PIL images, arrays (H,W,3) or tensors.
+
+    Strings may be all that `find_items` takes. Images in memory are named by their number.
+    """
+    values = [inputs] if isinstance(inputs, str | Path | Image.Image | np.ndarray | torch.Tensor) else list(inputs)
+    items: list[Item] = []
+    for value in values:
+        if isinstance(value, Item):
+            items.append(value)
+        elif isinstance(value, str | Path):
+            items += find_items([value])
+        else:
+            items.append(Item(name=str(len(items)), image=value))
+    return items
+
+
+def load_image(item: Item, processor: Any) -> torch.Tensor:
+    """Return the processed image (3,S,S) of an item; a float tensor (3,H,W) is taken as processed.
+
+    Raises:
+        UnreadableSample: the file is missing or broken; the message names it.
+        InputTypeError: an object that is not an image.
+    """
+    image = item.image
+    if isinstance(image, torch.Tensor):
+        if image.is_floating_point() and image.dim() == 3:
+            return image
+        image = image.permute(1, 2, 0).numpy() if image.dim() == 3 and image.shape[0] in (1, 3) else image.numpy()
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3):
+            shape = f"{image.dtype} {tuple(image.shape)}"
+            raise InputTypeError(f"image {item.name}: an array must be uint8 (H,W,3) or (H,W), got {shape}")
+        image = Image.fromarray(image.squeeze())
+    if isinstance(image, str | Path):
+        path = download.fetch(image) if isinstance(image, str) and download.is_url(image) else Path(image)
+        image = open_image(path, **settings_of(processor))
+    if not isinstance(image, Image.Image):
+        kind = type(image).__name__
+        raise InputTypeError(f"image {item.name}: expected a path, a PIL image, an array or a tensor, got {kind}")
+    tensor: torch.Tensor = processor(image)
+    return tensor
+
+
+def settings_of(processor: Any) -> dict[str, Any]:
+    """Return the settings of an image processor that hold for opening files, too."""
+    if not isinstance(processor, ImageProcessor):
+        return {}
+    return {"background": processor.background, "max_pixels": processor.max_pixels}
+
+
+def column_of(items: Sequence[Item], column: str, flag: str) -> list[str]:
+    """Return a text column of the items' tables. InputError, naming item and `flag`, where one has none."""
+    texts = []
+    for item in items:
+        value = item.fields.get(column)
+        if not isinstance(value, str) or not value.strip():
+            raise InputError(f"{item.name}: no text in the column {column!r} ({flag}); it has {[*item.fields]}")
+        texts.append(value)
+    return texts

@@ -1,0 +1,142 @@
+"""The shards of texts that the task `capfilt` writes: which are missing, their files, and the manifest.
+
+A shard holds the texts of a fixed range of samples, so which samples are done does not depend on the number of
+processes. A shard's table is written aside and renamed; that it is there means that the shard is complete.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from lavis_lite.common import checkpoint
+from lavis_lite.common.errors import InputError, MissingPackageError, WriteError
+from lavis_lite.common.records import Record, printable
+from lavis_lite.datasets.readers.capfilt import KIND, Manifest, read_manifest
+from lavis_lite.tasks.results import write_json
+
+OutputFormat = Literal["jsonl", "parquet", "webdataset"]
+SUFFIXES: Mapping[OutputFormat, str] = {"jsonl": ".jsonl", "parquet": ".parquet", "webdataset": ".jsonl"}
+"""The suffix of the table with all texts of a shard; with `webdataset` there is a .tar of the kept ones beside it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shards:
+    """The files of one split's texts."""
+
+    folder: Path
+    num_samples: int
+    size: int
+    """Samples per shard; the last one may have fewer."""
+    output_format: OutputFormat = "jsonl"
+
+    @property
+    def manifest(self) -> Path:
+        return self.folder / "manifest.json"
+
+    def __len__(self) -> int:
+        return -(-self.num_samples // self.size)
+
+    def samples(self, number: int) -> range:
+        """Return the indices of a shard's samples."""
+        return range(number * self.size, min((number + 1) * self.size, self.num_samples))
+
+    def table(self, number: int) -> Path:
+        """Return the file with all texts of a shard."""
+        return self.folder / f"{number:06d}{SUFFIXES[self.output_format]}"
+
+    def missing(self) -> list[int]:
+        """Return the numbers of the shards that are still to be written."""
+        there = {path.name for path in self.folder.glob(f"*{SUFFIXES[self.output_format]}")}
+        return [number for number in range(len(self)) if self.table(number).name not in there]
+
+    def batches(self, number: int, size: int) -> Iterator[range]:
+        """Yield a shard's samples in batches."""
+        samples = self.samples(number)
+        for start in range(0, len(samples), size):
+            yield samples[start : start + size]
+
+    def begin(self, image_root: Path, settings: dict[str, Any]) -> None:
+        """Write the manifest, or compare it with that of the run that is continued.
+
+        Raises InputError if the texts that are there were made with other settings.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.sweep_temporaries(self.folder)
+        if not self.manifest.is_file():
+            self._write_manifest(image_root, settings, [])
+            return
+        old = read_manifest(self.manifest)["settings"]
+        settings = json.loads(json.dumps(settings))
+        for key in old.keys() | settings.keys():
+            if old.get(key) != settings.get(key):
+                raise InputError(
+                    f"{self.manifest}: its texts were made with {key}={old.get(key)!r}, this run has "
+                    f"{settings.get(key)!r}: choose another run.job_id, or delete the folder"
+                )
+
+    def finish(self) -> None:
+        """Name all shards in the manifest, which makes it readable as a dataset."""
+        old = read_manifest(self.manifest)
+        names = [self.table(number).name for number in range(len(self))]
+        if names != old["shards"]:
+            self._write_manifest(Path(old["image_root"]), old["settings"], names)
+
+    def _write_manifest(self, image_root: Path, settings: dict[str, Any], names: list[str]) -> None:
+        write_json(self.manifest, Manifest(kind=KIND, image_root=str(image_root), settings=settings, shards=names))
+
+    def write(self, number: int, records: Sequence[Record], image_root: Path) -> None:
+        """Write a shard, the table last.
+
+        Raises WriteError if the disk is full; the shards that are there stay, and the next run continues after them.
+        """
+        try:
+            if self.output_format == "webdataset":
+                tar = self.folder / f"{number:06d}.tar"
+                kept = [record for record in records if record["kept"]]
+                checkpoint.atomic_write(tar, lambda file: write_tar(file, kept, image_root))
+            write = write_parquet if self.output_format == "parquet" else write_jsonl
+            checkpoint.atomic_write(self.table(number), lambda file: write(file, records))
+        except WriteError as error:
+            text = str(error.strerror).partition(" Free some space")[0]
+            advice = "Free some space there, and start the same command again: the finished shards are kept"
+            raise WriteError(error.errno, f"{text} {advice}") from error
+
+
+def write_jsonl(file: BinaryIO, records: Sequence[Record]) -> None:
+    """Write one JSON object per line."""
+    for record in records:
+        file.write(printable(json.dumps(record, ensure_ascii=False)).encode() + b"\n")
+
+
+def write_parquet(file: BinaryIO, records: Sequence[Record]) -> None:
+    """Write a parquet table; the columns are those of the first record that has them."""
+    try:
+        import pyarrow as arrow
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise MissingPackageError("run.output_format: parquet needs pyarrow: pip install 'lavis-lite[data]'") from error
+    parquet.write_table(arrow.Table.from_pylist(list(records)), file)
+
+
+def write_tar(file: BinaryIO, records: Sequence[Record], image_root: Path) -> None:
+    """Write a WebDataset shard: per text the image's file as it is, the caption as .txt, and the record as .json."""
+    try:
+        import webdataset
+    except ImportError as error:
+        advice = "pip install 'lavis-lite[shards]'"
+        raise MissingPackageError(f"run.output_format: webdataset needs webdataset: {advice}") from error
+    with webdataset.TarWriter(file, encoder=False, mtime=0) as tar:
+        for number, record in enumerate(records):
+            path = image_root / record["image"]
+            tar.write(
+                {
+                    "__key__": f"{record['sample']:09d}_{number:06d}",
+                    path.suffix.lstrip(".").lower() or "jpg": path.read_bytes(),
+                    "txt": printable(record["caption"]).encode(),
+                    "json": printable(json.dumps(record, ensure_ascii=False)).encode(),
+                }
+            )

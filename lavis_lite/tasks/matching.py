@@ -1,0 +1,80 @@
+"""Scores of given pairs of images and texts: the matching head's probability and the similarity of each, to a file.
+
+Where records have a `label` (1 for a pair that matches), the scores' areas under the ROC curve say how well they tell.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lavis_lite.common.errors import InputError
+from lavis_lite.common.records import Record, shown
+from lavis_lite.common.registry import registry
+from lavis_lite.datasets.protocols import EvalDataset, Samples
+from lavis_lite.models.protocols import ScoresPairs, method_names
+from lavis_lite.tasks.base import BaseTask, Metrics
+from lavis_lite.tasks.metrics.ranking import roc_auc
+from lavis_lite.tasks.results import Result, per_sample, positions, unscored, write_json
+
+SCORES = ("itm", "itc")
+LABELS: Mapping[Any, bool] = {True: True, False: False, "1": True, "0": False, "true": True, "false": False}
+"""The values of a label, compared in lower case; 1 and 0 are equal to True and False."""
+
+
+@registry.register_task("matching")
+@dataclass(kw_only=True)
+class MatchingTask(BaseTask):
+    """Image-text matching of given pairs. `agg_metrics` is the area under the ROC curve of `itm`, or else of `itc`."""
+
+    shuffle_images: bool = False
+    """Score each text with the batch's next image: what the texts alone tell."""
+
+    model_methods: ClassVar[tuple[str, ...]] = method_names(ScoresPairs)
+    sample_keys: ClassVar[tuple[str, ...]] = ("text_input", "instance_id")
+
+    def metric_names(self) -> tuple[str, ...]:
+        """Return the areas under the curves of both scores."""
+        return tuple(f"auc_{name}" for name in SCORES)
+
+    def check(self, model_class: type, dataset: EvalDataset, batch: Samples, *, split: str) -> None:
+        """Raise InputError for a label that is none, and for labels of some records only."""
+        labels = [label_of(record, f"the {split} split: record {n}") for n, record in enumerate(dataset.annotation)]
+        if None in labels and len(set(labels)) > 1:
+            problem = f"record {labels.index(None)} has no label, and others have: give all of them one, or none"
+            raise InputError(f"the {split} split: {problem}")
+
+    def valid_step(self, model: ScoresPairs, samples: Samples) -> list[Result]:
+        """Return the scores of each sample."""
+        if self.shuffle_images:
+            if len(samples["image"]) == 1:
+                raise InputError("run.shuffle_images needs other images in the batch: set run.batch_size_eval above 1")
+            samples = {**samples, "image": samples["image"].roll(1, dims=0)}
+        scores = model.match_scores(samples)
+        return per_sample(samples, **{name: scores[name].float().tolist() for name in SCORES if name in scores})
+
+    def score(self, results: list[Result], *, dataset: EvalDataset, split: str, result_dir: Path) -> Metrics:
+        """Write `<split>_matching.json`, one entry per record; return `auc_itm` and `auc_itc` in percent."""
+        index = positions(dataset)
+        records = [dataset.annotation[index[result["instance_id"]]] for result in results]
+        labels = [label_of(record, split) for record in records]
+        for result, record, label in zip(results, records, labels, strict=True):
+            result |= {key: record[key] for key in ("image", "image_id", "caption") if record.get(key) is not None}
+            result |= {} if label is None else {"label": int(label)}
+        write_json(result_dir / f"{split}_matching.json", results)
+        found = [label for label in labels if label is not None]
+        if len(set(found)) < 2:
+            return unscored(f"the {split} split has no labels, or one only")
+        areas = {f"auc_{name}": roc_auc([r[name] for r in results], found) for name in SCORES if name in results[0]}
+        return {**areas, "agg_metrics": next(iter(areas.values()))}
+
+
+def label_of(record: Record, where: str) -> bool | None:
+    """Return whether a record's pair matches, None without a label. InputError for a label that is neither."""
+    label = record.get("label")
+    if label is None:
+        return None
+    key = label.lower() if isinstance(label, str) else label
+    if not isinstance(key, str | int) or key not in LABELS:
+        raise InputError(f"{where}: label is {shown(label)}; expected 1 for a pair that matches, or 0")
+    return LABELS[key]

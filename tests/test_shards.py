@@ -1,0 +1,275 @@
+"""Local shards with an index: records, random access, damage, the cache, and runs on them."""
+
+import gzip
+import json
+import os
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import cli_helpers
+import numpy as np
+import pytest
+import shard_helpers
+
+from lavis_lite.common.errors import InputError, MissingFileError, SettingError, UnreadableSample
+from lavis_lite.common.members import Member, find_member
+from lavis_lite.common.registry import registry
+from lavis_lite.datasets import shards
+from lavis_lite.datasets.base import BaseDataset
+from lavis_lite.runners.resume import annotation_digests
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LAVIS_LITE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def build(storage: Any, layout: str = "pairs", **more: Any) -> BaseDataset:
+    storage = list(map(str, storage)) if isinstance(storage, list) else str(storage)
+    info = {"annotations": {"train": {"storage": storage}}}
+    dataset = registry.get_builder_class(layout)(build_info=info, **more).build()["train"]
+    assert isinstance(dataset, BaseDataset)
+    return dataset
+
+
+def mixed(tmp_path: Path) -> BaseDataset:
+    """Samples whose JSON objects differ in fields and types."""
+    fields = [
+        {"caption": "one", "width": 3, "similarity": None},
+        {"caption": ["two", "too"], "width": 2.5, "similarity": 0.25, "exif": {"a": [1]}},
+        {"caption": "three", "width": "wide", "exif": {}},
+    ]
+    samples = [{"__key__": f"{n}", "png": shard_helpers.png(n), "json": one} for n, one in enumerate(fields)]
+    return build([shard_helpers.write_shard(tmp_path / f"{n}.tar", [one]) for n, one in enumerate(samples)])
+
+
+def test_json_fields_need_not_be_alike(tmp_path: Path) -> None:
+    records = list(mixed(tmp_path).annotation)
+    assert [record["caption"] for record in records] == ["one", "two", "too", "three"]
+    assert [record["similarity"] for record in records] == [None, 0.25, 0.25, None]
+    assert [record["width"] for record in records] == ["3", "2.5", "2.5", "wide"]
+
+
+def texts(dataset: BaseDataset) -> list[str]:
+    return [record["caption"] for record in dataset.annotation]
+
+
+def numbered(*numbers: int) -> list[str]:
+    return [f"picture number {number}" for number in numbers]
+
+
+@pytest.mark.parametrize("form", ["list", "braces", "glob", "relative"])
+def test_samples_are_those_that_were_written(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = shard_helpers.write_shards(tmp_path, [3, 1, 4])
+    monkeypatch.setenv("LAVIS_LITE_DATA", str(tmp_path))
+    names = {"list": paths, "braces": tmp_path / "train-{0000..0002}.tar", "glob": tmp_path / "train-*.tar"}
+    dataset = build(names.get(form, "train-{0000,0001,0002}.tar"))
+    assert texts(dataset) == numbered(*range(8))
+    for number in (7, 0, 3):
+        assert np.array_equal(np.asarray(dataset[number]["image"]), np.asarray(shard_helpers.picture(number)))
+
+
+def test_fields_of_members(tmp_path: Path) -> None:
+    png = shard_helpers.png(1)
+    samples = [
+        {"__key__": "a/0", "jpg": png, "txt": "text\n", "json": {"caption": "other", "width": 3}},
+        {"__key__": "a/1", "left.png": png, "right.png": png, "json": ["first", "second"], "cls": "12"},
+        {"__key__": "a/2", "webp": png, "blip.txt": "synthetic", "cls": "tulip"},
+    ]
+    first, second, third = shards.make_index(shard_helpers.write_shard(tmp_path / "a.tar", samples)).records
+    assert {key: value for key, value in first.items() if key != "image"} == {
+        "__key__": "a/0",
+        "caption": "text",
+        "width": 3,
+    }
+    assert find_member(first["image"]).name == "a/0.jpg"
+    assert find_member(second["left.png"]).read() == find_member(second["right.png"]).read() == png
+    assert (second["caption"], second["label"]) == (["first", "second"], 12)
+    assert (third["blip.txt"], third["label"]) == ("synthetic", "tulip")
+
+
+def test_columns_choose_members_and_fields(tmp_path: Path) -> None:
+    samples = [{"__key__": f"{n}", "left.png": shard_helpers.png(n), "json": {"alt": f"text {n}"}} for n in range(3)]
+    path = shard_helpers.write_shard(tmp_path / "a.tar", samples)
+    dataset = build(path, columns={"image": "left.png", "caption": "alt"})
+    assert texts(dataset) == ["text 0", "text 1", "text 2"]
+    assert np.array_equal(np.asarray(dataset[2]["image"]), np.asarray(shard_helpers.picture(2)))
+
+
+def test_members_in_any_order_and_long_names(tmp_path: Path) -> None:
+    """All images first, then all texts; names beyond the 100 characters of the oldest format."""
+    key, path = "folder/" * 20 + "x" * 90, tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for suffix, content in (("png", shard_helpers.png(5)), ("txt", b"five")):
+            for name in (f"{key}é", f"{key}b"):
+                file = tmp_path / "content"
+                file.write_bytes(content)
+                tar.add(file, f"{name}.{suffix}")
+    dataset = build(path)
+    assert texts(dataset) == ["five", "five"]
+    assert np.array_equal(np.asarray(dataset[1]["image"]), np.asarray(shard_helpers.picture(5)))
+
+
+def test_a_shard_cut_anywhere(tmp_path: Path) -> None:
+    """With `skip` exactly the whole samples remain; else the error names the file and where it is cut."""
+    path = shard_helpers.write_shards(tmp_path, [4])[0]
+    data = path.read_bytes()
+    with tarfile.open(path) as tar:
+        members = [(info.offset_data + info.size, info.name) for info in tar]
+    ends = [end for end, name in members if name.endswith(".txt")]
+    for cut in range(2100, len(data), 300):  # the first header is whole
+        path.write_bytes(data[:cut])
+        os.utime(path, ns=(cut, cut))
+        whole = sum(end <= cut for end in ends)
+        index = shards.make_index(path)
+        assert [record["caption"] for record in index.records] == numbered(*range(whole)), cut
+        if cut < -(-ends[-1] // 512) * 512 + 512:  # before the end marker
+            assert index.cut_at is not None
+            assert index.cut_at <= cut
+            with pytest.raises(InputError, match=rf"train-0000\.tar.*{index.cut_at:,}"):
+                shards.shard_records(path, "error")
+        else:
+            assert index.cut_at is None
+
+
+def test_a_member_without_its_pair(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    samples = [shard_helpers.sample(n) for n in range(8)]
+    del samples[2]["png"], samples[5]["txt"]
+    samples[6]["txt"] = b"\xff\xff"
+    path = shard_helpers.write_shard(tmp_path / "a.tar", samples)
+    with pytest.raises(InputError, match=r"a\.tar.*000002.*000005.*000006"):
+        build(path)
+    assert texts(build(path, incomplete_samples="skip")) == numbered(0, 1, 3, 4, 7)
+    assert "sample 000002 has no image" in caplog.text
+    with pytest.raises(SettingError, match="incomplete_samples"):
+        build(path, incomplete_samples="drop")
+
+
+def test_broken_json_and_members_twice(tmp_path: Path) -> None:
+    samples = [{"__key__": f"{n}", "png": shard_helpers.png(n), "json": {"caption": f"{n}"}} for n in range(3)]
+    samples[1]["json"] = b'{"caption": '
+    path = shard_helpers.write_shard(tmp_path / "a.tar", [*samples, samples[2]])
+    with pytest.raises(InputError, match=r"2\.png.*1\.json"):
+        build(path)
+    assert texts(build(path, incomplete_samples="skip")) == ["0", "2"]
+
+
+@pytest.mark.parametrize("content", [b"", b"no tar", b"x" * 2000, gzip.compress(b"x"), bytes(10240)])
+def test_files_that_are_no_shards(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.tar"):
+        build(path, incomplete_samples="skip")
+
+
+def test_missing_shards(tmp_path: Path) -> None:
+    shard_helpers.write_shards(tmp_path, [1])
+    with pytest.raises(MissingFileError, match=r"train-0001\.tar"):
+        build(tmp_path / "train-{0000..0001}.tar")
+    with pytest.raises(MissingFileError, match="other-"):
+        build(tmp_path / "other-*.tar")
+
+
+def test_an_index_is_made_once_and_anew_for_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = shard_helpers.write_shards(tmp_path, [3])[0]
+    made = []
+    make = shards.make_index
+    monkeypatch.setattr(shards, "make_index", lambda path: made.append(path) or make(path))
+    assert texts(build(path)) == texts(build(path)) == numbered(0, 1, 2)
+    assert made == [path]
+    shard_helpers.write_shard(path, [shard_helpers.sample(n) for n in range(5)])
+    assert texts(build(path)) == numbered(*range(5))
+    assert made == [path, path]
+
+
+def test_a_shard_that_changes_during_a_run(tmp_path: Path) -> None:
+    path = shard_helpers.write_shards(tmp_path, [3])[0]
+    dataset = build(path)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 3])
+    with pytest.raises(UnreadableSample, match=r"train-0000\.tar.*000002\.png"):
+        dataset[2]
+    path.write_bytes(data[512:])
+    with pytest.raises(UnreadableSample, match=r"000000\.png"):
+        dataset[0]
+    path.unlink()
+    with pytest.raises(UnreadableSample, match=r"train-0000\.tar"):
+        dataset[0]
+
+
+def test_paths_of_members() -> None:
+    member = Member("/data/a b.tar", 1536, 70, "folder/x.y.jpg")
+    assert find_member(str(member)) == member
+    for path in ("/data/a.tar", "/data/a.tar/x.jpg", "a.jpg", "/data/a.tar/@1+/x.jpg", "/data/@1+2/x.jpg"):
+        assert find_member(path) is None
+
+
+def test_evaluation_ids_come_from_members_names(tmp_path: Path) -> None:
+    info = {"annotations": {"val": {"storage": str(shard_helpers.write_shards(tmp_path, [3])[0])}}}
+    dataset = registry.get_builder_class("caption")(build_info=info).build()["val"]
+    assert dataset.references() == {n: [text] for n, text in enumerate(numbered(0, 1, 2))}
+
+
+def test_digests_follow_the_content_not_the_place(tmp_path: Path) -> None:
+    def digest(folder: str, *, first: int = 0) -> str | None:
+        samples = [shard_helpers.sample(n) for n in range(first, first + 3)]
+        path = shard_helpers.write_shard(tmp_path / folder / "a.tar", samples)
+        return annotation_digests({"web": build(path)})["web"]
+
+    assert digest("a") == digest("b")
+    assert digest("a") != digest("c", first=1)
+
+
+# The real entry points
+
+
+@pytest.fixture
+def project(tmp_path: Path, shapes_data: Path) -> Path:
+    """Captioning with all splits in shards, and images that are augmented."""
+    section = shard_helpers.stream_section(tmp_path)
+    del section["stream"]
+    names = {split: str(shard_helpers.write_shards(tmp_path, [6], name=split)[0]) for split in ("val", "test")}
+    section["build_info"]["annotations"] |= {split: {"storage": name} for split, name in names.items()}
+    return cli_helpers.project(tmp_path, "caption", {"datasets": {"shapes_caption": None, "web": section}})
+
+
+@pytest.mark.slow
+def test_a_run_on_shards_equals_one_on_files(project: Path, tmp_path: Path) -> None:
+    assert cli_helpers.train(project, "run.num_workers=2") == 0
+    plain: dict[str, Any] = {}
+    for split, pattern in (("train", "shards1/train-*"), ("val", "val-*"), ("test", "test-*")):
+        records = []
+        for shard in sorted(tmp_path.glob(f"{pattern}.tar")):
+            folder = tmp_path / "plain" / split / shard.stem
+            with tarfile.open(shard) as tar:
+                tar.extractall(folder, filter="data")
+            names = sorted(folder.glob("*.png"))
+            records += [{"image": str(name), "caption": name.with_suffix(".txt").read_text()} for name in names]
+        plain[split] = {"storage": str(tmp_path / "plain" / f"{split}.json")}
+        Path(plain[split]["storage"]).write_text(json.dumps(records))
+    (tmp_path / "files").mkdir()
+    section = shard_helpers.stream_section(tmp_path) | {"build_info": {"annotations": plain}}
+    del section["stream"]
+    files = cli_helpers.project(tmp_path / "files", "caption", {"datasets": {"shapes_caption": None, "web": section}})
+    assert cli_helpers.train(files) == 0
+    found, expected = (
+        cli_helpers.weights(path.parent / "output" / "job" / "checkpoint_last.pth") for path in (project, files)
+    )
+    cli_helpers.assert_same_state(expected, found)
+    results = [path.parent / "output" / "job" / "result" / "test_captions.json" for path in (project, files)]
+    assert results[0].read_text() == results[1].read_text()
+
+
+@pytest.mark.slow
+def test_dry_run_and_data_check(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from lavis_lite.cli.data.command import main
+
+    assert cli_helpers.train(project, flags=["--dry-run"]) == 0
+    assert "31 image files found" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        main(["check", str(project)])
+    out = capsys.readouterr().out
+    assert end.value.code in (0, None), out
+    assert "31 images, all there" in out
