@@ -80,15 +80,18 @@ BY_READER: dict[str, Any] = {
     "iconqa iconqa_instruct": [{"image": "a.png", "question": "which?", "choices": ["x", "y"], "answer": 1}],
     "vizwiz_vqa": [{"image": "a.png", "question": "what?", "answers": [{"answer": "a can"}], "answer_type": "other"}],
     "textvqa": {"data": [{"image_id": "a", "question": "what?", "question_id": 3, "answers": ["x"]}]},
-    "visdial visdial_instruct": VISDIAL,
+    "visdial visdial_instruct visdial_options": VISDIAL,
+    "visual_dialog": [
+        {"image": "a.png", "caption": "a cat", "history": "q: is it? a: yes", "question": "is it nice"}
+        | {"candidates": ["no", "yes"], "label": 1}
+    ],
     "textcaps_caption textcaps_caption_instruct": TEXTCAPS,
     "ivqa": [{"video_id": "v", "start": "1", "end": "2", "question": "what?", "answer1": "a", "answer2": "b"}],
     "msvd_qa msvd_qa_instruct msrvtt_qa msrvtt_qa_instruct": [
         {"video": "v.mp4", "question": "what?", "answer": "play", "question_id": 30}
     ],
-    "msvd_caption msvd_caption_instruct msrvtt_caption msrvtt_caption_instruct vatex_caption vatex_caption_instruct": [
-        {"video": "v.mp4", "caption": "a dog"}
-    ],
+    "msvd_caption msvd_caption_instruct msrvtt_caption msrvtt_caption_instruct vatex_caption vatex_caption_instruct "
+    "msrvtt_retrieval": [{"video": "v.mp4", "caption": "a dog"}],
 }
 GOOD = {name: content for names, content in BY_READER.items() for name in names.split()}
 """The content of a JSON file, by builder: all but `shapes`, whose annotations are generated."""

@@ -170,6 +170,16 @@ def classification_set(folder: Path) -> dict[str, Any]:
     return user_set(folder / "classes", splits, classes=classes)
 
 
+def dialog_set(folder: Path) -> dict[str, Any]:
+    """Eight questions about pictures, each with three candidates, for training and evaluation alike."""
+    records = [
+        {"image": path, "caption": "a picture", "history": "", "question": "is it red", "question_id": f"{i}_1"}
+        | {"candidates": ["yes", "no", "two"], "label": i % 3}
+        for i, path in enumerate(pictures(folder / "dialogs", 8))
+    ]
+    return user_set(folder / "dialogs", {"train": records, "val": records})
+
+
 def section(name: str, **changes: Any) -> dict[str, Any]:
     """The checked `model` section of a recipe, or of the architecture `name`, at the tests' sizes."""
     own = RECIPES[name]["model"] if name in RECIPES else {"arch": name}

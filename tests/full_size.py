@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig
 
 import lavis_lite
+from lavis_lite.common.config.schema import schema_of
 from lavis_lite.common.config.sections import MODEL_KEYS
 from lavis_lite.common.registry import registry
 
@@ -32,12 +33,14 @@ def meta_model(section: Mapping[str, Any]) -> nn.Module:
     settings = {key: value for key, value in section.items() if key not in MODEL_KEYS}
     for key in {"opt_model", "t5_model", "llm_model"} & settings.keys():
         settings[key] = MADE_BY_QUICKSTART.get(settings[key], settings[key])
-    if settings.get("tokenizer", "bert-base-uncased") == "bert-base-uncased":
+    model_class = registry.get_model_class(section["arch"])
+    reads_texts = "tokenizer" in schema_of(model_class)[0]
+    if reads_texts and settings.get("tokenizer", "bert-base-uncased") == "bert-base-uncased":
         part = "qformer" if section["arch"].startswith("blip2") else "med"
         settings[part] = {"vocab_size": BERT_VOCABULARY[part], **settings.get(part, {})}
         settings["tokenizer"] = str(TINY_HF / "bert")
     with torch.device("meta"), hub_stand_ins():
-        return registry.get_model_class(section["arch"])(**settings)
+        return model_class(**settings)
 
 
 @contextlib.contextmanager

@@ -35,6 +35,7 @@ PIXELS = {
     "blip_image_text_matching": (384, "base", "large"),
     "blip_nlvr": (384, "nlvr"),
     "blip_retrieval": (384, "coco", "coco_paper", "flickr", "flickr_paper", "large_coco", "large_flickr"),
+    "blip_visdial": (384, "base"),
     "blip_vqa": (480, "aokvqa", "okvqa", "vqav2", "vqav2_base"),
 }
 """Types of another size than 224, or than 48 for `tiny`."""

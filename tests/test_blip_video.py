@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from lavis_lite.common.errors import InputError
+from lavis_lite.common.registry import registry
 from lavis_lite.datasets.base import load_dataset
 from lavis_lite.datasets.readers.owners import owners_records
 from lavis_lite.models.reranking import similarity_matrices
@@ -191,6 +192,14 @@ def test_training_samples_of_one_clip_share_its_id(tmp_path: Path, monkeypatch: 
     splits = load_dataset("msrvtt_retrieval")
     assert splits["train"].image_index == [0, 0, 1, 1, 2, 2]
     assert splits["test"].img2txt == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_images_and_videos_are_two_datasets(tmp_path: Path) -> None:
+    records = [{"image": "a.jpg", "caption": "a"}, {"video": "b.mp4", "caption": "b"}]
+    section = cli_helpers.user_set(tmp_path, {"train": records, "val": records})
+    for split in ("train", "val"):
+        with pytest.raises(InputError, match=rf"{split}\.json: record 1 .*'video'.*'image'"):
+            registry.get_builder_class("retrieval")(**section).build([split])
 
 
 @pytest.mark.parametrize("method", ["rank", "generate"])

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lavis_lite.common.errors import UserError
-from lavis_lite.datasets import instruct
+from lavis_lite.datasets import visual
 
 READERS = [names.split()[0] for names in cases.BY_READER] + [
     *("retrieval", "pairs", "coco_caption_instruct", "coco_vqa_instruct", "vqg_coco_vqa", "aok_vqa_instruct"),
@@ -123,7 +123,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def frames(monkeypatch: pytest.MonkeyPatch) -> None:
     """Videos are not decoded here."""
-    monkeypatch.setattr(instruct, "read_frames", lambda path, count, processor, **_: torch.zeros(3, count, 2, 2))
+    monkeypatch.setattr(visual, "read_frames", lambda path, count, processor, **_: torch.zeros(3, count, 2, 2))
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.prompts import joined_words, lettered
-from lavis_lite.datasets import instruct, load_dataset
+from lavis_lite.datasets import load_dataset, visual
 from lavis_lite.datasets.instruct import InstructBuilder, InstructDataset
 from lavis_lite.datasets.templates import PLACEHOLDER, PROMPTS, Templates, fill, load_templates, with_prompt
 from lavis_lite.processors import load_processor
@@ -441,7 +441,7 @@ def test_a_video_is_read_by_its_frames(root: Path, monkeypatch: pytest.MonkeyPat
         assert path == root / "a.avi"
         return torch.zeros(3, num_frames, 2, 2)
 
-    monkeypatch.setattr(instruct, "read_frames", read)
+    monkeypatch.setattr(visual, "read_frames", read)
     dataset = build(root, [asked(image=None, video="a.avi")], split="train", num_frames=5)
     assert dataset.collater([dataset[0]] * 2)["image"].shape == (2, 3, 5, 2, 2)
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from lavis_lite.common.config.zoo import dataset_zoo, packaged_dataset
 from lavis_lite.common.registry import registry
-from lavis_lite.datasets import instruct
+from lavis_lite.datasets import visual
 from lavis_lite.tasks.captioning import CaptionTask
 from lavis_lite.tasks.metrics import caption_java
 from lavis_lite.tasks.vqa import VQATask
@@ -100,7 +100,7 @@ def picture(path: Path) -> None:
 def frames(monkeypatch: pytest.MonkeyPatch) -> None:
     """Videos are not decoded here: a frame is the length of the file's name."""
     monkeypatch.setattr(
-        instruct, "read_frames", lambda path, count, processor, **_: torch.full((3, count, 2, 2), float(len(path.name)))
+        visual, "read_frames", lambda path, count, processor, **_: torch.full((3, count, 2, 2), float(len(path.name)))
     )
 
 

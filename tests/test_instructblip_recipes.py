@@ -21,7 +21,7 @@ from test_instruct_held_out import ICONS, IVQA, MEMES, TEXTVQA, VIDEO_QA, VISDIA
 from lavis_lite.common import checkpoint
 from lavis_lite.common.config.config import Config
 from lavis_lite.common.registry import registry
-from lavis_lite.datasets import instruct
+from lavis_lite.datasets import visual
 from lavis_lite.models import load_model
 from lavis_lite.nn.llm_loading import load_language_model
 from lavis_lite.tasks.metrics import caption_java
@@ -148,7 +148,7 @@ def _surroundings(root: Path, shapes_data: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("LAVIS_LITE_DATA", str(root))
     monkeypatch.setattr(caption_java, "find_java", lambda: None)
     monkeypatch.setattr(
-        instruct, "read_frames", lambda path, count, _, **__: torch.full((3, count, 48, 48), len(path.name) / 20)
+        visual, "read_frames", lambda path, count, _, **__: torch.full((3, count, 48, 48), len(path.name) / 20)
     )
 
 

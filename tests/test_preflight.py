@@ -219,12 +219,12 @@ def test_a_processor_of_the_users_makes_the_size_that_the_model_takes() -> None:
 
 def test_videos_are_for_models_that_take_them() -> None:
     video = {"image": torch.zeros(1, 3, 4, 48, 48)}
-    with pytest.raises(ValueError, match=r"own/val: samples show videos, \(3, 4, 48, 48\), and blip_vqa takes images"):
-        preflight.check_size({"arch": "blip_vqa", "image_size": 48}, video, "own/val")
+    with pytest.raises(ValueError, match=r"own/val: samples show videos, \(3, 4, 48, 48\), and blip_nlvr takes images"):
+        preflight.check_size({"arch": "blip_nlvr", "image_size": 48}, video, "own/val")
     with pytest.raises(ValueError, match="blip2 takes images only"):
         preflight.check_size({"arch": "blip2", "image_size": 48}, video, "own/val")
-    found = preflight.check_size({"arch": "blip2_t5_instruct", "image_size": 48}, video, "own/val")
-    assert found == (3, 4, 48, 48)
+    for arch in ("blip2_t5_instruct", "blip_vqa", "blip_retrieval"):
+        assert preflight.check_size({"arch": arch, "image_size": 48}, video, "own/val") == (3, 4, 48, 48)
 
 
 @pytest.mark.parametrize("flags", [DRY, []])

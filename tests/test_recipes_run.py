@@ -31,9 +31,14 @@ def tiny(cfg: Config, folder: Path) -> list[str]:
     options = [f"model.{key}={value}" for key, value in model.items()]
     options += [f"run.{key}={value}" for key, value in {**FEW, "output_dir": folder}.items()]
     options += ["run.metrics=[bleu]", "run.annotation_file=null"] * (cfg.run.task == "captioning")
-    if cfg.model["arch"] == "blip_classification":
+    if cfg.model["arch"] == "blip_visdial":
+        section = cli_helpers.dialog_set(folder)
+        return [*options, "datasets.visdial_options=false", f"datasets.visual_dialog={json.dumps(section)}"]
+    if "classification" in cfg.run.task and "nlvr" not in cfg.datasets:
         section = cli_helpers.classification_set(folder)
-        return [*options, "datasets.snli_ve=false", f"datasets.classification={json.dumps(section)}"]
+        section["build_info"]["images"] = {"storage": str(folder)}
+        options += ["datasets.snli_ve=false"] * ("snli_ve" in cfg.datasets)
+        return [*options, f"datasets.classification={json.dumps(section)}"]
     return [*options, *(f"datasets.{name}=false" for name in cfg.datasets), f"datasets.{DATA[cfg.run.task]}={SHAPES}"]
 
 

@@ -17,7 +17,7 @@ from lavis_lite.common.errors import InputError
 from lavis_lite.common.logger import JsonLog, setup
 from lavis_lite.common.records import TEXTS, RecordCheck, shown
 from lavis_lite.common.registry import registry
-from lavis_lite.datasets import instruct
+from lavis_lite.datasets import visual
 from lavis_lite.datasets.annotations import read_records
 from lavis_lite.tasks.captioning import CaptionTask
 from lavis_lite.tasks.results import write_json
@@ -29,7 +29,7 @@ UNREAD = {("ivqa", "start"), ("ivqa", "end"), ("scienceqa", "lecture"), ("scienc
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     cases.pictures(tmp_path)
-    monkeypatch.setattr(instruct, "read_frames", lambda path, count, processor, **_: torch.zeros(3, count, 2, 2))
+    monkeypatch.setattr(visual, "read_frames", lambda path, count, processor, **_: torch.zeros(3, count, 2, 2))
     return tmp_path
 
 

@@ -31,10 +31,12 @@ ARCHITECTURES = [
     "blip_caption",
     "blip_classification",
     "blip_feature_extractor",
+    "blip_image_classification",
     "blip_image_text_matching",
     "blip_nlvr",
     "blip_pretrain",
     "blip_retrieval",
+    "blip_visdial",
     "blip_vqa",
 ]
 # what our types say otherwise: fp16 only where there is a GPU, Vicuna from the hub instead of a folder made by hand

@@ -8,7 +8,7 @@ from typing import Any
 
 from lavis_lite.common.bounds import check_number
 from lavis_lite.common.errors import InputError
-from lavis_lite.common.records import ANY_TEXT, Record
+from lavis_lite.common.records import Record
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.instruct import InstructBuilder, InstructDataset
 
@@ -22,16 +22,12 @@ class DialogDataset(InstructDataset):
     index of the right one, 0. In evaluation they are all, and there is `question_id`.
     """
 
-    reader = "visdial_options"
+    reader = "records"
     required = ("candidates",)
 
     def __init__(self, *files: Any, num_negatives: int = 1, **options: Any) -> None:
         self.num_negatives: int = check_number("num_negatives", num_negatives, 1, MAX_CANDIDATES)
         super().__init__(*files, **options)
-
-    def arrange(self, records: list[Record]) -> list[Record]:
-        self.fields = {**self.fields, "caption": ANY_TEXT}
-        return super().arrange(records)
 
     def check(self, record: Record, first: Record) -> None:
         super().check(record, first)
@@ -41,7 +37,8 @@ class DialogDataset(InstructDataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample, record = super().__getitem__(index), self.annotation[index]
-        sample["caption"] = self.text_processor(record.get("caption") or "")
+        caption = record.get("caption") or ""
+        sample["caption"] = self.text_processor(self.choose(caption) if isinstance(caption, list) else caption)
         if not self.training:
             return sample
         del sample["text_output"]

@@ -13,7 +13,7 @@ from lavis_lite.common.video_io import ShortClips
 from lavis_lite.datasets.base import BaseBuilder
 from lavis_lite.datasets.caption import CaptionDataset, CaptionTrainDataset, merge_images
 from lavis_lite.datasets.readers.captions import CAPTION_FIELDS
-from lavis_lite.datasets.visual import VisualDataset
+from lavis_lite.datasets.visual import VisualDataset, check_one_kind
 
 REQUIRED = ("image|file_name|video", "caption")
 FIELDS = {**CAPTION_FIELDS, "video": PATH}
@@ -24,6 +24,10 @@ class RetrievalTrainDataset(VisualDataset, CaptionTrainDataset):
 
     required = REQUIRED
     fields = FIELDS
+
+    def arrange(self, records: list[Record]) -> list[Record]:
+        check_one_kind(records, self.place)
+        return super().arrange(records)
 
 
 class RetrievalEvalDataset(VisualDataset, CaptionDataset):
@@ -37,6 +41,7 @@ class RetrievalEvalDataset(VisualDataset, CaptionDataset):
     fields = FIELDS
 
     def arrange(self, records: list[Record]) -> list[Record]:
+        check_one_kind(records, self.place)
         images = merge_images(records, self.place, root=self.vis_root)
         self.text: list[str] = []
         self.img2txt: list[list[int]] = []

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, get_args
 
 from lavis_lite.common.bounds import one_of
+from lavis_lite.common.errors import InputError
 from lavis_lite.common.records import Record
 from lavis_lite.common.video_io import ShortClips, check_num_frames
 from lavis_lite.datasets.annotations import as_list
@@ -35,6 +37,15 @@ class VisualDataset(BaseDataset):
         own = self.vis_processor
         part = record_part(record) if isinstance(own, ReadsVideos) and not own.full_video else None
         return read_frames(path, self.num_frames, own, short_clips=self.short_clips, part=part)
+
+
+def check_one_kind(records: list[Record], place: Callable[[int], str]) -> None:
+    """Raise InputError if some records have an image and others a video, which no batch can hold."""
+    kinds = [visual_field(record) for record in records]
+    if len(set(kinds)) > 1:
+        number = next(number for number, kind in enumerate(kinds) if kind != kinds[0])
+        problem = f"has a field {kinds[number]!r}, the first record {kinds[0]!r}: make two datasets of them"
+        raise InputError(f"{place(number)} {problem}")
 
 
 def visual_field(record: Record) -> str:

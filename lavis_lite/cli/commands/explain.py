@@ -1,7 +1,7 @@
 """The command `explain`: where a model looked, as overlays on the image."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -45,7 +45,7 @@ def explain(
             raise InputError(f"--out {out}: the ending must be .png, .html or .npz")
         (item, *_) = find_items([image])
         loaded = options.load()
-        samples = {"image": load_image(item, loaded.process_image)[None].to(loaded.device)}
+        samples: dict[str, Any] = {"image": load_image(item, loaded.process_image)[None].to(loaded.device)}
         if question is not None:
             samples["text_input"] = [question]
         shown, maps = explain_model(loaded.model, samples, text=text, layer=layer)

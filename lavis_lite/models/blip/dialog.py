@@ -7,7 +7,8 @@ of captions and the grounded encoder are one text transformer; the paper does no
 Letters: B samples, C candidates of each, S image tokens, T caption tokens, E width.
 """
 
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,6 @@ class BlipVisDial(BlipBase):
     read, the candidate included.
     """
 
-    learns_answers: ClassVar[bool] = True
     newly_initialized = ("caption_proj.",)
 
     def __init__(self, *, max_txt_len: int = 256, **parts: Any) -> None:
@@ -51,15 +51,17 @@ class BlipVisDial(BlipBase):
         `image` (B,3,H,W) or videos, `caption` and `text_input` (the dialogue up to the question) list[str],
         `candidates` B lists of one length C, `label` (B,), the index of the right one.
         """
-        lists = candidate_lists(required(samples, "candidates", "the answers to tell apart"), len(samples["image"]))
+        count = len(image_of(samples, video=True))
+        dialogs = texts_of(samples, count)
+        lists = list_per_sample(required(samples, "candidates", "the answers to tell apart"), count)
         num_candidates = len(lists[0])
         if any(len(own) != num_candidates for own in lists):
             numbers = sorted({len(own) for own in lists})
             raise InputError(f"samples['candidates'] have {numbers} texts; in training all must have the same number")
         context = self.context(samples)
         what = "the index of the right candidate"
-        label = integers(samples, "label", context.num_rows, what, self.device, below=num_candidates)
-        logits = self.answer_logits(samples, lists, context)
+        label = integers(samples, "label", count, what, self.device, below=num_candidates)
+        logits = self.answer_logits(dialogs, lists, context)
         is_wrong = torch.arange(num_candidates, device=label.device) != label[:, None]
         right_first = logits[is_wrong.flatten().long().argsort(stable=True)]
         metrics = {"acc_itm": matching_accuracy(right_first, len(label))}
@@ -74,9 +76,8 @@ class BlipVisDial(BlipBase):
         states = torch.cat([tokens, caption.to(tokens.dtype)], dim=1)
         return self.text_encoder.project_kv(states, mask=torch.cat([mask.new_ones(tokens.shape[:2]), mask], dim=1))
 
-    def answer_logits(self, samples: dict[str, Any], lists: list[list[str]], context: CrossAttentionKV) -> Tensor:
+    def answer_logits(self, dialogs: list[str], lists: list[list[str]], context: CrossAttentionKV) -> Tensor:
         """Return logits (BxC,2) of each dialogue with each of its C candidates: wrong, right."""
-        dialogs = texts_of(samples, len(lists))
         texts = [f"{dialog} {answer}" for dialog, own in zip(dialogs, lists, strict=True) for answer in own]
         ids, mask = self.tokenize(texts, start=self.encoder_start, max_length=self.max_txt_len)
         return scored(self.itm_head, self.text_encoder(ids, mask, context=context)[0][:, 0])
@@ -89,17 +90,22 @@ class BlipVisDial(BlipBase):
         which languages models have, changes nothing.
         """
         count = len(image_of(samples, video=True, answering=True))
-        lists = candidate_lists(candidates, count)
-        lists = lists * count if len(lists) == 1 else lists
-        context, dialogs = self.context(samples), texts_of(samples, count)
+        lists, dialogs = list_per_sample(candidates, count), texts_of(samples, count)
+        context = self.context(samples)
         losses = torch.full((count, max(map(len, lists))), float("inf"), device=self.device)
         for row, own in enumerate(lists):
             one = context.select(torch.tensor([row], device=self.device))
             for start in range(0, len(own), TEXTS_PER_STEP):
                 part = own[start : start + TEXTS_PER_STEP]
-                logits = self.answer_logits({"text_input": dialogs[row]}, [part], one)
+                logits = self.answer_logits([dialogs[row]], [part], one)
                 losses[row, start : start + len(part)] = -logits.float().log_softmax(dim=1)[:, 1]
         return losses
 
-    def text_readers(self, samples: dict[str, Any]) -> list[tuple[str, str, Any]]:
+    def text_readers(self, samples: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
         return [(key, "tokenizer", self.tokenizer) for key in ("text_input", "caption") if key in samples]
+
+
+def list_per_sample(candidates: Any, count: int) -> list[list[str]]:
+    """Return a list of candidates per sample. InputError as `candidate_lists`."""
+    lists = candidate_lists(candidates, count)
+    return lists * count if len(lists) == 1 else lists

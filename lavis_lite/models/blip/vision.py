@@ -130,10 +130,10 @@ class BlipVision(BaseModel):
         """Return the state with the tensors of both image encoders as the encoder's own class adapts them."""
         readers = dict(state.renamed(lambda name: None if name.startswith(ENCODERS) else name).readers)
         for prefix in ENCODERS:
-            part = state.renamed(lambda name, p=prefix: name.removeprefix(p) if name.startswith(p) else None)
-            if part:
-                adapted = part.adapted(self.visual_encoder.adapt_state_dict)
-                readers |= adapted.renamed(lambda name, p=prefix: p + name).readers
+            own = {name.removeprefix(prefix): read for name, read in state.readers.items() if name.startswith(prefix)}
+            if own:
+                adapted = LazyState(own).adapted(self.visual_encoder.adapt_state_dict)
+                readers |= {prefix + name: read for name, read in adapted.readers.items()}
         return LazyState(readers)
 
 
