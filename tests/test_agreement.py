@@ -269,7 +269,7 @@ def test_a_prompt_is_masked_only_where_the_text_begins_with_it(caplog: pytest.Lo
     assert "'a picture of ', e.g. 'red'" in said[0]
 
 
-def test_a_prompt_that_takes_all_room_is_an_error_that_says_so() -> None:
+def test_a_prompt_as_long_as_max_txt_len_is_an_error() -> None:
     model = load_model("blip_caption", "tiny", max_txt_len=5)
     with pytest.raises(ValueError, match=r"model\.prompt: .a picture of .*max_txt_len=5"):
         model({"image": torch.zeros(1, 3, 48, 48), "text_input": ["a picture of a cat"]})

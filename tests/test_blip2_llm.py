@@ -604,7 +604,7 @@ def test_a_prompt_longer_than_the_context() -> None:
         model.generate({"image": pictures(1), "prompt": "a photo of a red square and " * 40})
 
 
-def test_cut_prompts_are_what_the_tokenizer_s_own_truncation_leaves() -> None:
+def test_cut_prompts_equal_the_tokenizers_truncation() -> None:
     """The first `max_txt_len` tokens, `</s>` included, in `generate` and `predict_answers`; without the setting all."""
     prompts = ["Question: what is to the left of the big red square and the small blue circle? Answer:", "a photo of"]
     samples = {"image": pictures(2), "text_input": prompts}

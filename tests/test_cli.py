@@ -64,7 +64,7 @@ def test_a_mistake_is_one_line(project: str, capsys: pytest.CaptureFixture[str])
     assert err.count("\n") == 1
 
 
-def test_dry_run_counts_and_leaves_nothing(project: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_dry_run_counts_and_writes_no_file(project: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     output = tmp_path / "output"
     assert cli.main(parser(), ["--cfg-path", project, "--dry-run", "--options", f"run.output_dir={output}"]) == 0
     out = capsys.readouterr().out
@@ -114,7 +114,7 @@ def test_resume_auto_takes_the_newest_readable_job(tmp_path: Path):
     assert (folder, run.resume_ckpt_path) == (tmp_path / "old", str(tmp_path / "old" / "checkpoint_last.pth"))
 
 
-def test_resume_auto_starts_afresh_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_resume_auto_without_a_job_starts_anew_with_a_message(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     caplog.set_level("INFO")
     run, folder = jobs.start_job(run_config(tmp_path / "none", resume="auto", job_id="first"))
     assert (folder.name, run.resume_ckpt_path) == ("first", None)

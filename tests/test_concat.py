@@ -75,7 +75,7 @@ def test_an_epoch_is_one_permutation_of_all_samples() -> None:
     assert max(mixed) > 1
 
 
-def test_the_position_in_a_batch_is_that_of_every_dataset_alike() -> None:
+def test_the_position_in_a_batch_does_not_depend_on_the_dataset() -> None:
     """Of 300 epochs, each place of a batch holds each set as often as the set is large."""
     first = Counter(batch[0].dataset for batch in islice(sampler(), 12 * 300))
     for name, length in LENGTHS.items():
@@ -105,7 +105,7 @@ def test_samples_are_counted_without_reading_any() -> None:
         assert sampler().counts_between(first, end) == {name: found[name] for name in LENGTHS}
 
 
-def test_sets_smaller_than_a_batch_are_welcome_but_not_all_together() -> None:
+def test_datasets_may_be_smaller_than_a_batch_if_all_together_are_not() -> None:
     assert sampler(batch_size=25).steps_per_epoch == 2
     with pytest.raises(ValueError, match=r"3 datasets together have 50 training samples, fewer than .* 51"):
         sampler(batch_size=51)
@@ -195,7 +195,7 @@ def test_unreadable_samples_are_replaced_from_their_own_set() -> None:
     assert {v for v, s in zip(values, sources, strict=True) if s == "coco"} == {1, 3}
 
 
-def test_image_five_of_two_splits_is_not_the_same_picture() -> None:
+def test_image_ids_of_two_splits_do_not_coincide() -> None:
     splits = {"train": Pairs(4, image_id=lambda i: i), "extra": Pairs(4, image_id=lambda i: i)}
     (both,) = train_sets({"coco": splits}, ["train", "extra"]).values()
     assert [both[i]["image_id"] for i in range(8)] == [0, 1, 2, 3, *(2**40 + i for i in range(4))]

@@ -123,7 +123,7 @@ def test_broken_files_are_named(tmp_path: Path, text: str, expected: str):
         ("x" * 2**20, "the file is larger than the 1,048,576 bytes"),
     ],
 )
-def test_files_have_limits(tmp_path: Path, body: str, expected: str):
+def test_files_beyond_the_limits_are_refused(tmp_path: Path, body: str, expected: str):
     assert expected in message(tmp_path, f"{BASIC}\nexpected: {body}\n")
 
 
@@ -438,7 +438,7 @@ class Child(Parent):
     def __init__(self, *, mode: Literal["a", "b"], rate: float | list[float] = 0.0, **parts: Any) -> None: ...
 
 
-def test_schema_goes_on_to_the_parent_through_kwargs():
+def test_schema_follows_kwargs_to_the_parent():
     schema, open_ended = schema_of(Child)
     assert (list(schema), open_ended) == (["mode", "rate", "inner", "folder"], False)
     assert schema_of(lambda **anything: None) == ({}, True)

@@ -216,7 +216,7 @@ def test_vqa_training_weights(root: Path) -> None:
         make(root, VQATrainDataset, [{"question": "?", "image": "a.png"}], split="train")
 
 
-def test_vqa_official_files_are_told_apart_and_merged(root: Path) -> None:
+def test_vqa_official_files_are_recognised_and_merged(root: Path) -> None:
     question = {"question_id": 4, "question": "Q?", "image": "a.png"}
     truth = {
         "question_id": 4,

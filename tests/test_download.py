@@ -298,7 +298,7 @@ def test_roots(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert download.cache_dir() == Path.home() / ".cache" / "lavis_lite"
 
 
-def test_the_log_says_how_far_a_download_is(
+def test_the_log_has_the_progress_of_a_download(
     server: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(download, "PROGRESS", 0)

@@ -132,7 +132,7 @@ def test_weights_convert_both_ways() -> None:
     ],
 )
 @torch.no_grad()
-def test_a_folder_of_theirs_becomes_a_model_of_ours(cls: Any, arch: str, tmp_path: Path) -> None:
+def test_a_hugging_face_folder_loads_as_our_model(cls: Any, arch: str, tmp_path: Path) -> None:
     """Their sizes and epsilons, their tokenizer, in shards; features of images and grounded texts."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)

@@ -165,7 +165,7 @@ def test_instruction_models_see_the_same(name: str, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_a_video_folder_of_theirs_becomes_a_model_of_ours(tmp_path: Path) -> None:
+def test_a_hugging_face_video_folder_loads_as_our_model(tmp_path: Path) -> None:
     llm, bert = REFERENCE / "tiny_hf" / "llama", REFERENCE / "tiny_hf" / "bert"
     sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}
     config = transformers.InstructBlipVideoConfig(
@@ -189,7 +189,7 @@ def test_a_video_folder_of_theirs_becomes_a_model_of_ours(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("family", ["opt", "t5"])
 @torch.no_grad()
-def test_a_folder_of_theirs_becomes_a_model_of_ours(family: str, tmp_path: Path) -> None:
+def test_a_hugging_face_folder_loads_as_our_model(family: str, tmp_path: Path) -> None:
     """A model that transformers made and wrote, which knows nothing of us."""
     torch.manual_seed(0)
     llm = REFERENCE / "tiny_hf" / family

@@ -360,7 +360,7 @@ def test_candidates_with_letters(root: Path, form: str, candidates: list[str]) -
             build(root, [asked(candidates=["o0"] * 27)], candidate_format=form)
 
 
-def test_nothing_to_compare_with_is_fine_in_evaluation(root: Path) -> None:
+def test_evaluation_without_targets_is_allowed(root: Path) -> None:
     dataset = build(root, [asked(output=None), json.dumps({**asked(1, output=""), "question_id": None})])
     assert [record["answers"] for record in dataset.annotation] == [[], []]
     assert [record["question_id"] for record in dataset.annotation] == [0, 1]
@@ -420,7 +420,7 @@ def test_choices_that_are_none_are_named(root: Path, fields: dict[str, Any], mes
         build(root, [asked(candidates=["o0", "b"]), asked(1, **fields)])
 
 
-def test_what_no_batch_can_hold_is_told_at_loading(root: Path) -> None:
+def test_fields_that_cannot_be_collated_are_refused_at_loading(root: Path) -> None:
     with pytest.raises(ValueError, match=r"own\.jsonl: line 2 has a field 'video', the first record 'image'"):
         build(root, [asked(), asked(image=None, video="a.avi")], split="train")
     with pytest.raises(ValueError, match=r"own\.jsonl: line 2 and the first record differ in having 'candidates'"):
@@ -537,7 +537,7 @@ def test_fields_are_drawn_in_the_order_of_the_gaps(root: Path) -> None:
     assert (sample["text_input"], sample["text_output"]) == (f"{q} {r} {p}", s)
 
 
-def test_a_gap_that_a_record_cannot_fill_is_told_at_loading(root: Path) -> None:
+def test_a_placeholder_without_a_field_is_refused_at_loading(root: Path) -> None:
     templates = {"train": ["{question}", "{question} {hint}"], "eval": "{question}"}
     lines = [{"image": "a.jpg", "question": "q", "answer": "a", "hint": ""}, {"image": "a.jpg", "question": "q"}]
     assert len(build(root, lines, instructions=templates)) == 2

@@ -246,7 +246,7 @@ def test_the_factors_are_a_key() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CHAIN if name.endswith("_ft")])
-def test_finetuning_goes_on_from_instructblip_and_is_tested(name: str, folder: Path) -> None:
+def test_finetuning_starts_from_instructblip_and_is_tested(name: str, folder: Path) -> None:
     job = trained(name, folder, *short_answers(recipe(name)))
     assert [row["step"] for row in cli_helpers.steps(job)] == [1, 2]
     cfg = Config.from_file(recipe(name))

@@ -177,7 +177,7 @@ def test_contradictory_settings(changes: dict[str, Any], text: str) -> None:
         ({"train_dataset_ratios": {"a": 2.0}}, "per_step"),
     ],
 )
-def test_what_says_how_often_a_set_is_drawn_says_that_it_is_drawn(setting: dict[str, Any], expected: str) -> None:
+def test_settings_of_shares_need_mixing_per_step(setting: dict[str, Any], expected: str) -> None:
     assert RunConfig(task="toy", **setting).mixing == expected
 
 
@@ -208,7 +208,7 @@ def test_the_log_tells_what_was_drawn(tmp_path: Path, caplog: pytest.LogCaptureF
     assert caplog.text.count("epoch 1 by dataset:\ndataset  batches   loss\nfew ") == 1
 
 
-def test_a_dataset_that_gave_nothing_has_no_loss(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_dataset_without_batches_has_no_loss(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     task = LossRecorder()
     make(tmp_path, task=task, data=mixed_data(), train_dataset_factors={"few": 0}, test_splits=[], max_epoch=1).train()

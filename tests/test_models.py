@@ -371,7 +371,7 @@ def test_negatives_are_drawn_by_weight() -> None:
     torch.testing.assert_close(share, torch.tensor([0.0, 1 / 6, 3 / 6, 2 / 6]), rtol=0, atol=0.03)
 
 
-def test_queue_goes_on_wherever_its_pointer_stands() -> None:
+def test_queue_wraps_around_at_any_pointer() -> None:
     """A queue loaded from a run with another batch size may have a pointer that is no multiple of this one's."""
     queue, ids, pointer = torch.zeros(2, 8), torch.full((1, 8), -100), torch.tensor([6])
     enqueue([(queue, torch.ones(2, 4)), (ids, torch.arange(4)[None])], pointer)

@@ -457,7 +457,7 @@ def test_a_prompt_that_blip_cannot_fill_is_refused_before_training(method: str) 
         )
 
 
-def test_a_model_that_does_not_say_what_it_has_room_for_is_not_asked() -> None:
+def test_a_model_without_length_checks_is_not_checked() -> None:
     """A user's own."""
 
     class Plain(BaseModel):

@@ -157,7 +157,7 @@ def test_captioning_scores_with_its_own_references(tmp_path: Path) -> None:
     assert WORDS[3] in text, "non-ASCII text is written as it is"
 
 
-def test_captioning_of_shuffled_images_gives_each_one_the_next_ones_picture() -> None:
+def test_shuffled_images_shift_by_one() -> None:
     class ReadsPixels:
         def generate(self, samples: dict[str, Any], **settings: Any) -> list[str]:
             return [f"{float(picture):.0f}" for picture in samples["image"]]

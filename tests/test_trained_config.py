@@ -211,7 +211,7 @@ def test_evaluation_takes_what_its_yaml_does_not_state(caption_run: tuple[Path, 
     assert Config.from_file(path).model["image_size"] == 64
 
 
-def test_evaluate_runs_with_a_yaml_that_says_little(caption_run: tuple[Path, Path], tmp_path: Path) -> None:
+def test_evaluate_runs_with_a_minimal_yaml(caption_run: tuple[Path, Path], tmp_path: Path) -> None:
     _, source = caption_run
     shapes = {**cli_helpers.SHAPES, "vis_processor": {"eval": OWN_PROCESSORS["vis_processor"]["eval"]}}
     recipe = {
