@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "dataset_zoo": "lavis_lite.common.config.zoo",
-    "load_dataset": "lavis_lite.datasets.base",
+    "load_dataset": "lavis_lite.datasets.zoo",
     "load_model": "lavis_lite.models.loading",
     "load_model_and_preprocess": "lavis_lite.models.loading",
     "load_preprocess": "lavis_lite.models.loading",

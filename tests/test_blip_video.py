@@ -13,8 +13,8 @@ from PIL import Image
 
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.registry import registry
-from lavis_lite.datasets.base import load_dataset
 from lavis_lite.datasets.readers.owners import owners_records
+from lavis_lite.datasets.zoo import load_dataset
 from lavis_lite.models.reranking import similarity_matrices
 from lavis_lite.tasks.metrics.retrieval import gallery_ranks, median_ranks
 

@@ -24,8 +24,9 @@ from lavis_lite.common.config.config import Config
 from lavis_lite.common.config.zoo import dataset_zoo, packaged_dataset
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.sources import download
-from lavis_lite.datasets.base import BaseBuilder, load_dataset
+from lavis_lite.datasets.base import BaseBuilder
 from lavis_lite.datasets.storage import annotation_files, num_samples, section_of, visual_folder
+from lavis_lite.datasets.zoo import load_dataset
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for path in (ROOT / "projects").glob("*/*/*.yaml") if not path.name.startswith("_"))

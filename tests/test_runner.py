@@ -115,7 +115,7 @@ class Toy(nn.Module):
         return {key: value for key, value in self.state_dict().items() if not key.startswith("encoder")}
 
 
-class ToyTask:
+class ToyTask(BaseTask):
     """Trains on the model's loss; evaluates to minus the mean squared error, and counts whom it saw."""
 
     def __init__(self, *, metrics: list[float] | None = None, poison: int | None = None) -> None:

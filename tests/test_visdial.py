@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from lavis_lite.common.errors import InputError
-from lavis_lite.datasets.base import load_dataset
+from lavis_lite.datasets.zoo import load_dataset
 
 QUESTIONS = ["is it red", "how many shapes", "is there a square"]
 ANSWERS = ["yes", "no", "two", "one", "a square"]

@@ -4,5 +4,5 @@ from lavis_lite.common.lazy import lazy_names
 
 __all__ = ["dataset_zoo", "load_dataset"]
 __getattr__ = lazy_names(
-    __name__, {"load_dataset": "lavis_lite.datasets.base", "dataset_zoo": "lavis_lite.common.config.zoo"}
+    __name__, {"load_dataset": "lavis_lite.datasets.zoo", "dataset_zoo": "lavis_lite.common.config.zoo"}
 )

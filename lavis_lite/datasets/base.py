@@ -1,4 +1,4 @@
-"""The dataset and the builder that all others derive from, and `load_dataset`.
+"""The dataset and the builder that all others derive from.
 
 A builder is the dataset's YAML as a dataclass: `prepare()` fetches the annotations, `build()` makes the
 datasets. The split named `train` gets the `train` processors and the training class, every other split the `eval` ones.
@@ -23,7 +23,7 @@ from lavis_lite.common import dist
 from lavis_lite.common.bounds import one_of
 from lavis_lite.common.config.schema import as_read, schema_of
 from lavis_lite.common.config.sections import PROCESSOR_KEYS
-from lavis_lite.common.config.zoo import dataset_zoo, packaged_dataset
+from lavis_lite.common.config.zoo import dataset_zoo
 from lavis_lite.common.errors import InputError, UnknownNameError, UnreadableSample
 from lavis_lite.common.feature_io import is_feature_file
 from lavis_lite.common.image_io import is_constant
@@ -400,8 +400,3 @@ def make_processor(blocks: dict[str, Any], split: str) -> Callable[[Any], Any]:
     processor_class = registry.get_processor_class(block["name"])
     processor: Callable[[Any], Any] = processor_class.from_config(as_read(processor_class, block))
     return processor
-
-
-def load_dataset(name: str, type: str = "default", splits: Iterable[str] | None = None) -> dict[str, BaseDataset]:
-    """Return the datasets of `configs/datasets/<name>/<type>.yaml` by split: all splits unless some are named."""
-    return registry.get_builder_class(name)(**packaged_dataset(name, type)).build(splits)

@@ -6,6 +6,7 @@ section has of its own, and the processors, which follow the model, are left out
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import field, fields, make_dataclass
 from functools import partial
@@ -14,7 +15,7 @@ from typing import get_type_hints
 from lavis_lite.common.config.sections import PROCESSOR_KEYS
 from lavis_lite.common.config.zoo import dataset_zoo, packaged_dataset
 from lavis_lite.common.registry import registry
-from lavis_lite.datasets.base import BaseBuilder
+from lavis_lite.datasets.base import BaseBuilder, BaseDataset
 
 NO_DEFAULTS = ("build_info", *PROCESSOR_KEYS)
 
@@ -32,6 +33,11 @@ def packaged_builder(name: str) -> type[BaseBuilder] | None:
         if f.name in section and f.name not in NO_DEFAULTS
     ]
     return make_dataclass(name, changed, bases=(layout,), kw_only=True, namespace={"__module__": layout.__module__})
+
+
+def load_dataset(name: str, type: str = "default", splits: Iterable[str] | None = None) -> dict[str, BaseDataset]:
+    """Return the datasets of `configs/datasets/<name>/<type>.yaml` by split: all splits unless some are named."""
+    return registry.get_builder_class(name)(**packaged_dataset(name, type)).build(splits)
 
 
 registry.tables["builder"].add_finder(dataset_zoo.names, packaged_builder)
