@@ -5,7 +5,8 @@
 #   bash run_scripts/quickstart.sh --family instructblip    InstructBLIP, from the latter
 #   bash run_scripts/quickstart.sh --family capfilt         CapFilt, from the first one's pretrained model
 # The weights that a family starts from are trained first if they are missing, and completed if that was interrupted.
-# Writes <output>/{results.json,report.html} and one folder per step with its log, checkpoints and results.
+# Writes <output>/{results.json,report.html} and one folder per step with its log, checkpoints and results; CapFilt writes
+# <output>/{truth.json,capfilt.json}, and texts/result/train_texts/report.html.
 set -euo pipefail
 family=blip
 while [ $# -gt 0 ]; do

@@ -343,6 +343,23 @@ def test_the_texts_are_a_dataset(recipe: Path) -> None:
             pairs(folder, where=where)
 
 
+def test_the_training_split_is_not_cropped_at_random(recipe: Path) -> None:
+    """The processors of the split `train` would crop and mirror; the texts are those with the `eval` ones for both."""
+    cfg = yaml.safe_load(recipe.read_text())
+    plain = {"name": "blip_image_eval", "image_size": 48}
+    for job, train in (("random", {"name": "blip_image_train", "image_size": 48}), ("plain", plain)):
+        cfg["datasets"]["shapes_pairs"]["vis_processor"] = {"train": train, "eval": plain}
+        recipe.write_text(yaml.safe_dump(cfg))
+        assert cli_helpers.evaluate(recipe, job=job, flags=["--limit", "7"]) == 0
+    assert shards(folder_of(recipe, "random")) == shards(folder_of(recipe, "plain"))
+
+
+def test_it_does_not_train(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli_helpers.train(recipe) == 2
+    error = last_error(capsys)
+    assert all(word in error for word in ("capfilt", "evaluate.py", "run.evaluate")), error
+
+
 def test_a_damaged_shard_is_named_with_its_line(recipe: Path) -> None:
     assert cli_helpers.evaluate(recipe) == 0
     path = folder_of(recipe) / "000002.jsonl"

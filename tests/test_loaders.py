@@ -211,6 +211,26 @@ def test_evaluation_never_skips(workers: int) -> None:
         list(loader)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_task_chooses_batches_and_leaves_out_unreadable_samples(workers: int) -> None:
+    """`positions` are the indices of those that are there, also where none of a batch is."""
+    dataset, batches = Noisy(8, offset=100, broken=[2, 6]), [range(5, 8), [2], range(3)]
+    run = run_config(num_workers=workers, max_unreadable_share=0.5)
+    loader = EvalLoader(dataset, run, rank=1, world=2, batches=batches)
+    assert len(loader) == 3
+    found = list(loader)
+    assert [batch["positions"] for batch in found] == [[5, 7], [], [0, 1]]
+    assert [batch["id"].tolist() for batch in (found[0], found[2])] == [[105, 107], [100, 101]]
+    assert (loader.seen, loader.unreadable) == (7, 3)
+
+
+@pytest.mark.parametrize(("share", "words"), [(0.0, "To skip"), (0.2, "2 of 4 samples.*0.2")])
+def test_more_unreadable_samples_than_allowed_end_the_evaluation(share: float, words: str) -> None:
+    run = run_config(max_unreadable_share=share)
+    with pytest.raises(UnreadableSample, match=words):
+        list(EvalLoader(Noisy(8, broken=[2, 3]), run, batches=[range(4), range(4, 8)]))
+
+
 def test_to_device_is_nested() -> None:
     batch = {"image": torch.ones(2), "more": [(torch.ones(1), "text"), {"n": 3}]}
     moved = to_device(batch, "meta")

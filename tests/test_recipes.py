@@ -24,7 +24,7 @@ from lavis_lite.common.config.zoo import dataset_zoo, model_zoo
 from lavis_lite.common.registry import registry
 from lavis_lite.models import load_model_and_preprocess
 from lavis_lite.models.base import chosen_weights
-from lavis_lite.tasks.base import check_splits, wanted_splits
+from lavis_lite.tasks.base import check_splits, make_builder, wanted_splits
 
 ROOT = Path(__file__).parents[1]
 PROJECTS = ROOT / "projects"
@@ -119,7 +119,7 @@ def test_recipe_builds_its_parts(path: Path) -> None:
     cfg = config(path)
     registry.get_task_class(cfg.run.task)(**cfg.task)
     registry.get_runner_class(cfg.run.runner)
-    builders = {name: registry.get_builder_class(name)(**section) for name, section in cfg.datasets.items()}
+    builders = {name: make_builder(cfg, name) for name in cfg.datasets}
     check_splits(wanted_splits(cfg.run), {name: builder.splits() for name, builder in builders.items()})
     for section in cfg.datasets.values():
         build_processors(section)

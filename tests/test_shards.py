@@ -172,6 +172,11 @@ def test_missing_shards(tmp_path: Path) -> None:
         build(tmp_path / "other-*.tar")
 
 
+def test_an_address_is_not_read_with_an_index() -> None:
+    with pytest.raises(InputError, match=r"train\.storage.*https://example\.org/a\.tar.*stream"):
+        build("https://example.org/{a,b}.tar")
+
+
 def test_an_index_is_made_once_and_anew_for_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = shard_helpers.write_shards(tmp_path, [3])[0]
     made = []

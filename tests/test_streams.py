@@ -24,6 +24,7 @@ from lavis_lite.datasets import streams
 from lavis_lite.datasets.base import BaseBuilder
 from lavis_lite.datasets.streams import Item, Part, StreamDataset
 from lavis_lite.runners.loaders import TrainLoader, train_sets
+from lavis_lite.runners.resume import annotation_digests
 
 SIZES = [7, 5, 9, 4, 1, 6]
 TOTAL = sum(SIZES)
@@ -377,6 +378,17 @@ def test_a_missing_shard(shards: list[Path]) -> None:
         stream([*shards, Path("/absent.tar")])
 
 
+def test_a_set_without_shards_is_refused(shapes_data: Path) -> None:
+    small = {"num_train": 4, "num_val": 2, "num_test": 2}
+    with pytest.raises(InputError, match="stream"):
+        registry.get_builder_class("shapes_caption")(stream={"epoch_length": 4}, **small).build(["train"])
+
+
+def test_split_off_is_refused(shards: list[Path]) -> None:
+    with pytest.raises(InputError, match="split_off"):
+        stream(shards, more={"split_off": {"val": 0.1}})
+
+
 def test_columns_that_no_sample_has(shards: list[Path]) -> None:
     with pytest.raises(InputError, match="alt_text"):
         stream(shards, more={"columns": {"caption": "alt_text"}})
@@ -410,6 +422,12 @@ def test_samples_are_those_of_the_layout(
             {key: value for key, value in found.items() if key not in ids},
             {key: value for key, value in expected.items() if key not in ids},
         )
+
+
+def test_digests_follow_the_names_not_the_place(shards: list[Path]) -> None:
+    plain, other = stream(shards), stream([f"pipe:cat {path}" for path in shards])
+    assert annotation_digests({"web": plain}) == annotation_digests({"web": other})
+    assert annotation_digests({"web": plain}) != annotation_digests({"web": stream(shards[1:])})
 
 
 # The real entry points

@@ -24,9 +24,9 @@ HELP = """Run CapFilt as a chain of steps: finetune a captioner and a filter, wr
 texts that fit, and pretrain on them. A step that was interrupted is resumed, one that is done is left out.
 
 examples:
-  lavis-lite capfilt --cfg-path projects/blip/capfilt.yaml
-  lavis-lite capfilt --cfg-path projects/blip/capfilt.yaml --rows none captioner filter both
-  torchrun --nproc_per_node=8 -m lavis_lite.cli capfilt --cfg-path projects/blip/capfilt.yaml"""
+  lavis-lite capfilt --cfg-path projects/blip/capfilt/_chain.yaml
+  lavis-lite capfilt --cfg-path projects/blip/capfilt/_chain.yaml --rows none captioner filter both
+  torchrun --nproc_per_node=8 -m lavis_lite.cli capfilt --cfg-path projects/blip/capfilt/_chain.yaml"""
 DONE = "done.json"
 """The file in a job's folder that says that its step is done, and with which arguments."""
 

@@ -31,11 +31,12 @@ def dry_run(cfg: Config) -> None:
         task = setup_task(cfg)
         preflight.check_task(cfg, task)
         check_expected(cfg)
+        datasets = task.build_datasets(cfg)
+        found = preflight.check_data(cfg, task, datasets)
+        preflight.fit_features(cfg, found)
         model = build_without_weights(cfg.model)
         if start := starting_points(cfg.model):
             model.check_start(**start)
-        datasets = task.build_datasets(cfg)
-        found = preflight.check_data(cfg, task, datasets)
         preflight.check_model(cfg, task, model, datasets, found)
         is_there = cfg.run.resume_ckpt_path and "run.resume_ckpt_path" not in dict(preflight.missing_weights(cfg))
         resumed = []

@@ -139,6 +139,7 @@ def _run_job(cfg: Config, stop: StopSignals) -> "list[Row]":
         try:
             datasets = task.build_datasets(cfg)
             found = preflight.check_data(cfg, task, datasets)
+            preflight.fit_features(cfg, found)
             seed_everything(cfg.run.seed)  # the same on every rank: DDP does not even out the models' buffers
             model = task.build_model(cfg)
             preflight.check_model(cfg, task, model, datasets, found)

@@ -31,6 +31,7 @@ from lavis_lite.datasets.protocols import SampleDataset
 from lavis_lite.datasets.streams import StreamDataset
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.tokenizers import unknown_share
+from lavis_lite.nn.features import FEATURES
 from lavis_lite.runners.loaders import Datasets, first_samples_missing, train_sets
 from lavis_lite.runners.plan import Plan, make_plan
 from lavis_lite.runners.streaming import describe_streams
@@ -328,11 +329,35 @@ def check_size(model: Mapping[str, Any], batch: Mapping[str, Any], where: str) -
         problem = f"samples show videos, {tuple(image.shape[1:])}, and {model['arch']} takes images only"
         advice = "choose an architecture of BLIP, or of BLIP-2 with a language model, or other data"
         raise InputError(f"{where}: {problem}: {advice}")
-    size = model_setting(model, "image_size")
+    size, takes_features = model_setting(model, "image_size"), model_setting(model, "vit_model") == FEATURES
+    if takes_features != (image.dim() == 3) and size is not None:
+        takes, gives = ("features", "images") if takes_features else ("images", "features")
+        advice = "vis_processor {name: features} goes with model.vit_model: features"
+        raise InputError(f"{where}: samples hold {gives} {tuple(image.shape[1:])}, the model takes {takes}: {advice}")
+    if takes_features:
+        return _check_width(model, tuple(image.shape[1:]), where)
     if size is not None and tuple(image.shape[-2:]) != (size, size):
         sizes = f"the processor gives {image.shape[-2]} x {image.shape[-1]} pixels, the model takes {size} x {size}"
         raise InputError(f"{where}: {sizes}: set image_size of the processor and model.image_size to one value")
     return tuple(image.shape[1:])
+
+
+def fit_features(cfg: Config, found: "DataReport") -> None:
+    """Set the width of the features that the model takes to that of the data, on every rank, if it is not given."""
+    if model_setting(cfg.model, "vit_model") != FEATURES or cfg.model.get("vit"):
+        return
+    widths = dist.on_main(lambda: [report.shape[1] for report in found.splits if report.shape is not None])
+    if not widths or len(set(widths)) > 1:
+        raise InputError(f"model.vit: the datasets' features have the widths {widths}; set it to {{width: W}}")
+    cfg.model["vit"] = {"width": widths[0]}
+
+
+def _check_width(model: Mapping[str, Any], shape: tuple[int, ...], where: str) -> tuple[int, ...]:
+    """Return the shape of a sample's features. Raises InputError if the model takes another width."""
+    own, width = (model.get("vit") or {}).get("width"), shape[1]
+    if own is not None and own != width:
+        raise InputError(f"{where}: features have width {width}, the model takes {own}: set model.vit.width={width}")
+    return shape
 
 
 def _check_answers(model: Mapping[str, Any], batch: Mapping[str, Any], where: str) -> None:

@@ -80,6 +80,10 @@ MODULES: dict[str, dict[str, str]] = {
     "models.blip_models.blip_outputs": dict.fromkeys(OUTPUTS, "models.base.Output"),
     "models.blip2_models": {},
     **{f"models.blip_models.{file}": {name: BLIP[name]} for name, file in FILES.items()},
+    "models.blip_models.blip_image_text_matching": {
+        "BlipITM": BLIP["BlipITM"],
+        "compute_gradcam": "models.blip.gradcam",
+    },
     **{f"models.blip2_models.{file}": {name: BLIP2[name]} for name, file in FILES2.items()},
 }
 """Modules of LAVIS below the package, and where each of their names is: a module here, with the name if it differs."""

@@ -52,6 +52,7 @@ class Kind:
 _NUMBERS = (str, int, float)
 PATH = Kind(name="the path of a file", is_path=True)
 PATHS = Kind(name="a list of paths", is_path=True, many=True)
+IMAGES = Kind(name="the path of a file", is_path=True, many=True)
 NAME = Kind(name="a file name or number", types=(str, int), is_path=True)
 ID = Kind(name="a text or a number", types=_NUMBERS)
 GROUP = Kind(name="a text or a number", types=_NUMBERS, blank=True)

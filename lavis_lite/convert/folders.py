@@ -42,8 +42,8 @@ def write_folder(
     """Write a model, in its precision, as a folder that transformers' `from_pretrained` and ours load.
 
     `settings` are constructor arguments that config.json has no place for (prompt, lengths), `preprocess` the
-    processors. Adapters of the language model (LoRA) are merged into it, in the folder and not in `model`; if
-    `adapter` names a second folder, they are written there in peft's format instead.
+    processors. Adapters (LoRA) are merged, in the folder and not in `model`; if `adapter` names a second folder, those
+    of the language model are written there in peft's format instead.
 
     Raises:
         FileExistsError: the target exists and `overwrite` is not set.
@@ -52,12 +52,12 @@ def write_folder(
     target = check_target(target, overwrite=overwrite)
     if adapter is not None:
         adapter = check_target(adapter, overwrite=overwrite)
-        if not lora.has_adapters(model):
+        if model.llm_prefix is None or not lora.has_adapters(model.get_submodule(f"{model.llm_prefix}_model")):
             raise InputError("the model has no adapters to write: it was trained without llm_lora")
     hf = adapter_of(model, arch=arch)
     config = hf.config(model, arch=arch)
     processor = hf.processor(model, config)
-    own = lora.plain_state_dict(model, merge=adapter is None)
+    own = lora.plain_state_dict(model, keep=None if adapter is None else f"{model.llm_prefix}_model.")
     if lora.unties(model, own):
         config.text_config.tie_word_embeddings = False
     theirs = hf_model(model, config, own, arch=arch)
@@ -75,7 +75,9 @@ def write_folder(
             lora.write_adapter(llm, folder, num_tokens=config.text_config.vocab_size)
         logger.info(f"the adapters (LoRA) were written to {adapter}")
     elif lora.has_adapters(model):
-        logger.info("the adapters (LoRA) were merged into the language model")
+        language = model if model.llm_prefix is None else model.get_submodule(f"{model.llm_prefix}_model")
+        owner = "language model" if model.llm_prefix and lora.has_adapters(language) else "model"
+        logger.info(f"the adapters (LoRA) were merged into the {owner}")
     logger.info(f"{type(theirs).__name__} written to {target}")
     return target
 

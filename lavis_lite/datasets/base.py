@@ -24,12 +24,14 @@ from lavis_lite.common.bounds import one_of
 from lavis_lite.common.config.schema import as_read, schema_of
 from lavis_lite.common.config.sections import PROCESSOR_KEYS
 from lavis_lite.common.config.zoo import dataset_zoo, packaged_dataset
-from lavis_lite.common.errors import InputError, UnknownNameError
+from lavis_lite.common.errors import InputError, UnknownNameError, UnreadableSample
+from lavis_lite.common.feature_io import is_feature_file
 from lavis_lite.common.image_io import is_constant
 from lavis_lite.common.records import Kind, Record, RecordCheck, StoredImage
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.annotations import check_unique, place_of
 from lavis_lite.datasets.build_info import BuildInfo
+from lavis_lite.datasets.features import ReadsFeatures, is_features, padded_features
 from lavis_lite.datasets.image import OpensImages, open_image
 from lavis_lite.datasets.parts import WHOLE, Part, cut_splits, part_of, warn_of_overlap
 from lavis_lite.datasets.readers import Reader, find_reader
@@ -95,7 +97,7 @@ class BaseDataset(Dataset):
         self.annotation_paths = [Path(path) for path in annotation_paths]
         self.vis_root, self.split = Path(vis_root), split
         self.vis_processor, self.text_processor = vis_processor, text_processor
-        self.warned_of_constant = _shared_flag()
+        self.warned_of_constant = np.frombuffer(mmap.mmap(-1, 1), dtype=np.bool_)  # of all loader workers together
         self.blank_texts = one_of("blank_texts", blank_texts, get_args(BlankTexts))
         check = RecordCheck(clean=text_processor, allow_blank=blank_texts == "skip")
         self.record_check = replace(check, required=self.required, fields=self.fields)
@@ -200,11 +202,17 @@ class BaseDataset(Dataset):
         return self.image(stored) if isinstance(stored, StoredImage) else self.image(*self.files_of(record))
 
     def image(self, file: str | StoredImage) -> Any:
-        """Return the processed image of a table, or of a path as the annotation gives it: absolute, or below
-        `vis_root`.
+        """Return the processed image of a table, or the image or features (N,W) of a path as the annotation gives it:
+        absolute, or below `vis_root`.
         """
         path = file if isinstance(file, StoredImage) else self.vis_root / file
         own = self.vis_processor
+        if isinstance(own, ReadsFeatures):
+            if isinstance(path, StoredImage):
+                raise UnreadableSample(f"{path}: features are read from .npy and .safetensors files, not from tables")
+            return own.read_features(path)
+        if isinstance(path, Path) and is_feature_file(path):
+            raise UnreadableSample(f"{path} holds features: name the processor {{name: features}} in vis_processor")
         if isinstance(own, OpensImages):
             image = open_image(path, background=own.background, max_pixels=own.max_pixels)
         else:
@@ -218,8 +226,13 @@ class BaseDataset(Dataset):
         return self.vis_processor(image)
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return a batch: tensors stacked, `long_keys` as LongTensor (B), everything else as lists."""
-        return {key: self._collate(key, [sample[key] for sample in samples]) for key in samples[0]}
+        """Return a batch: tensors stacked, `long_keys` as LongTensor (B), everything else as lists.
+
+        Features (N,W) as `image` are padded to the longest; `image_mask` (B,N) is 1 where a token counts.
+        """
+        values = {key: [sample[key] for sample in samples] for key in samples[0]}
+        batch = padded_features(values.pop("image")) if is_features(samples[0].get("image")) else {}
+        return batch | {key: self._collate(key, own) for key, own in values.items()}
 
     def _collate(self, key: str, values: list[Any]) -> Any:
         if torch.is_tensor(values[0]):
@@ -352,6 +365,8 @@ class BaseBuilder:
         return find_reader(self.reader) if self.reader else None
 
     def _build_split(self, split: str) -> BaseDataset | StreamDataset:
+        if self.stream and self.split_off:
+            raise InputError("split_off: cuts no stream, whose samples have no order; name the shards of each split")
         dataset_class, reader = self.dataset_class(split), self.make_reader()
         if key := self.build_info.get("instance_id_key"):
             reader = identified(reader or find_reader(dataset_class.reader), key)
@@ -375,11 +390,6 @@ class BaseBuilder:
         shards = stream_names(self.build_info, split, owner=type(self).__name__)
         blocks = BlockMaker(make, self.image_root(), reader=reader or find_reader(dataset_class.reader))
         return StreamDataset(shards, stream_settings(self.stream), make_block=blocks)
-
-
-def _shared_flag() -> np.ndarray:
-    """Return an array of one False that all loader workers share."""
-    return np.frombuffer(mmap.mmap(-1, 1), dtype=np.bool_)
 
 
 def make_processor(blocks: dict[str, Any], split: str) -> Callable[[Any], Any]:

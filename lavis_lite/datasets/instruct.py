@@ -11,16 +11,19 @@ import random
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 from lavis_lite.common.bounds import one_of
-from lavis_lite.common.errors import InputError
+from lavis_lite.common.errors import InputError, SettingError
 from lavis_lite.common.prompts import joined_words, lettered, letters
-from lavis_lite.common.records import ANSWERS, GROUP, ID, PATH, TEXTS, TRUTHS, VALUES, WORDS, Kind, Record
-from lavis_lite.common.registry import registry
+from lavis_lite.common.records import ANSWERS, GROUP, ID, IMAGES, PATH, TEXTS, TRUTHS, VALUES, WORDS, Kind, Record
+from lavis_lite.common.registry import did_you_mean, registry
 from lavis_lite.common.video_io import ShortClips
 from lavis_lite.datasets.annotations import as_list
-from lavis_lite.datasets.base import BaseBuilder
+from lavis_lite.datasets.base import BaseBuilder, BaseDataset
+from lavis_lite.datasets.few_shot import FewShot, files_of, joined
+from lavis_lite.datasets.streams import StreamDataset
 from lavis_lite.datasets.templates import PLACEHOLDER, Templates, fill, load_templates, with_prompt
 from lavis_lite.datasets.visual import VisualDataset, visual_field
 
@@ -35,11 +38,11 @@ class InstructDataset(VisualDataset):
     """Samples {image (3,H,W) or (3,F,H,W), text_input (the instruction), prompt, text_output, instance_id}.
 
     `prompt` is "{}": the instruction is complete, and no other prompt is put around it.
-    A record has `image` or `video` (a path), the fields that the templates' placeholders name, and in
-    `templates.output` what is learned: a text, or a list of which one is; without it, the candidate that `label` points
-    to. In evaluation a sample has no text_output, but `question_id`, and, if the records have them, `candidates`
-    (list[str]). The truth is in `annotation[i]`: `answers` (list[str]), `label` (index into candidates), perhaps
-    `classes` (one per candidate, equal where they mean the same).
+    A record has `image` (a path, or a list of paths, shown one after another as frames) or `video` (a path), the fields
+    that the templates' placeholders name, and in `templates.output` what is learned: a text, or a list of which one is;
+    without it, the candidate that `label` points to. In evaluation a sample has no text_output, but `question_id`, and,
+    if the records have them, `candidates` (list[str]). The truth is in `annotation[i]`: `answers` (list[str]), `label`
+    (index into candidates), perhaps `classes` (one per candidate, equal where they mean the same).
     """
 
     reader = "instructions"
@@ -56,6 +59,7 @@ class InstructDataset(VisualDataset):
         **options: Any,
     ) -> None:
         self.templates, self.training, self.answer_list = templates, training, answer_list
+        self.few_shot: FewShot | None = None
         self.answer_choice = one_of("answer_choice", answer_choice, get_args(AnswerChoice))
         self.candidate_format = one_of("candidate_format", candidate_format, get_args(CandidateFormat))
         self.used = templates.train if training else (templates.eval,)
@@ -86,10 +90,13 @@ class InstructDataset(VisualDataset):
     def check(self, record: Record, first: Record) -> None:
         """Raise InputError for a missing field, and for a record that cannot be in a batch with the first one."""
         kind, its_kind = visual_field(record), visual_field(first)
-        if record.get(kind) is None:
+        if record.get(kind) in (None, []):
             raise missing_field(record, kind, " or 'video'")
         if kind != its_kind:
             raise InputError(f"has a field {kind!r}, the first record {its_kind!r}: make two datasets of them")
+        if (number := _num_images(record)) != (its_number := _num_images(first)):
+            problem = f"has {number} images in its field 'image', the first record {its_number}"
+            raise InputError(f"{problem}: make two datasets of them")
         if self.training and not record["answers"]:
             raise missing_field(record, self.templates.output, ", which is what is learned")
         if not self.training and (record.get("candidates") is None) != (first.get("candidates") is None):
@@ -101,9 +108,14 @@ class InstructDataset(VisualDataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.annotation[index]
         fields = self.values(record)
+        text, visuals = fill(random.choice(self.used) if self.training else self.used[0], fields), [self.visual(record)]
+        if self.few_shot is not None:
+            examples = self.few_shot.draw(index, files_of(record))
+            text = "".join(map(self.example, examples)) + text
+            visuals = [*map(self.visual, examples if self.few_shot.has_images else ()), *visuals]
         sample = {
-            "image": self.visual(record),
-            "text_input": fill(random.choice(self.used) if self.training else self.used[0], fields),
+            "image": visuals[0] if len(visuals) == 1 else joined(visuals, str(self.annotation_paths[0])),
+            "text_input": text,
             "prompt": "{}",
             "instance_id": str(index),
         }
@@ -111,6 +123,12 @@ class InstructDataset(VisualDataset):
             return sample | {"text_output": fields[self.templates.output]}
         kept = ("question_id", "candidates")
         return sample | {key: record[key] for key in kept if record.get(key) is not None}
+
+    def example(self, record: Record) -> str:
+        """Return the text of a record as an example before an instruction."""
+        assert self.few_shot is not None
+        fields = {"instruction": fill(self.used[0], self.values(record)), "answer": self.choose(record["answers"])}
+        return fill(self.few_shot.template, fields)
 
     def values(self, record: Record) -> dict[str, Any]:
         """Return the placeholders' fields and the learned one: one of several texts, cleaned if it is in CLEANED."""
@@ -141,12 +159,17 @@ def instruct_fields(placeholders: Iterable[str], output: str, *, training: bool)
     """Return the kinds of the fields that templates name, of the learned one, and of those that samples keep."""
     return {
         **dict.fromkeys(placeholders, VALUES),
-        **{"image": PATH, "video": PATH, "question_id": ID, "image_id": ID, "instance_id": ID},
+        **{"image": IMAGES, "video": PATH, "question_id": ID, "image_id": ID, "instance_id": ID},
         **dict.fromkeys(("group", "question_type", "answer_type"), GROUP),
         **{"candidates": VALUES, "options": VALUES, "ocr_tokens": WORDS},
         output: ANSWERS if training else TRUTHS,
         **dict.fromkeys(TEXT_FIELDS, TEXTS),
     }
+
+
+def _num_images(record: Record) -> int | None:
+    """Return the number of a record's images; None for a single one that is not in a list."""
+    return len(record["image"]) if isinstance(record.get("image"), list) else None
 
 
 def missing_field(record: Record, field: str, why: str) -> InputError:
@@ -221,9 +244,46 @@ class InstructBuilder(BaseBuilder):
     candidate_format: CandidateFormat = "text"
     """The form of candidates that is learned and ranked: "red", "(a) red" or "(a)". InstructBLIP's is not published."""
 
+    few_shot_num: int = 0
+    """Examples before the instruction of each evaluation sample."""
+    few_shot_split: str = "train"
+    """Split that they are drawn from."""
+    few_shot_seed: int = 42
+    few_shot_template: str = "{instruction} {answer}\n\n"
+    """Text of an example."""
+    few_shot_images: bool = False
+    """Show the examples' images too, before the sample's own; for language models that read several."""
+
     with_prompt = staticmethod(with_prompt)
     train_dataset = InstructDataset
     eval_dataset = InstructDataset
 
     def dataset_options(self, split: str) -> dict[str, Any]:
         return {"templates": load_templates(self.instructions), "training": split == "train"}
+
+    @cached_property
+    def few_shot(self) -> FewShot | None:
+        """The examples of evaluation samples; None without."""
+        if self.few_shot_num == 0:
+            return None
+        split = self.few_shot_split
+        if split not in self.splits():
+            raise SettingError("few_shot_split", f"no split {split!r}. {did_you_mean(split, self.splits())}")
+        self.prepare([split])
+        source = super()._build_split(split)
+        if not isinstance(source, InstructDataset):
+            raise SettingError("few_shot_split", f"examples are drawn from a table of records; {split!r} is a stream")
+        return FewShot.of(
+            source.annotation,
+            split=split,
+            num=self.few_shot_num,
+            template=self.few_shot_template,
+            seed=self.few_shot_seed,
+            has_images=self.few_shot_images,
+        )
+
+    def _build_split(self, split: str) -> BaseDataset | StreamDataset:
+        dataset = super()._build_split(split)
+        if split != "train" and isinstance(dataset, InstructDataset):
+            dataset.few_shot = self.few_shot
+        return dataset

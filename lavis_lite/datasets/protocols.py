@@ -20,7 +20,9 @@ class SampleDict(TypedDict, total=False):
 
     image: Tensor
     """Normalised pixels, float (B,3,H,W). Of videos (B,3,F,H,W) with F frames in time order, read by the models
-    whose class has `takes_video`."""
+    whose class has `takes_video`. With the processor `features` (B,N,W), N tokens of another encoder."""
+    image_mask: Tensor
+    """With features (B,N,W) of another encoder as `image`: LongTensor (B,N), 1 where a token counts."""
     image0: Tensor
     """As `image`: the first image of a pair. Made by `nlvr`, read by `blip_nlvr`."""
     image1: Tensor

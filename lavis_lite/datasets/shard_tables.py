@@ -137,10 +137,15 @@ def _table(records: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
     import pyarrow as pa
 
     records = list(records)
-    columns = [
-        pa.array([_as(record.get(name), kind) for record in records], kind)
-        for name, kind in zip(schema.names, schema.types, strict=True)
-    ]
+    columns = []
+    for name, kind in zip(schema.names, schema.types, strict=True):
+        values = [record.get(name) for record in records]
+        if pa.types.is_list(kind):  # Arrow would make a list of a text's characters
+            values = [[value] if isinstance(value, str) else value for value in values]
+        try:
+            columns.append(pa.array(values, kind))
+        except (pa.ArrowInvalid, pa.ArrowTypeError):  # of another type than in other shards
+            columns.append(pa.array([_as(value, kind) for value in values], kind))
     return pa.Table.from_arrays(columns, schema=schema)
 
 
@@ -149,6 +154,4 @@ def _as(value: Any, kind: pa.DataType) -> Any:
 
     if kind == pa.string() and not isinstance(value, str | None):
         return json.dumps(value, ensure_ascii=False)
-    if pa.types.is_list(kind) and isinstance(value, str):
-        return [value]
     return float(value) if kind == pa.float64() and isinstance(value, int) else value

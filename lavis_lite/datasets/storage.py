@@ -196,9 +196,11 @@ def _in_braces(pattern: str) -> list[str]:
 def stream_names(build_info: Mapping[str, Any], split: str, *, owner: str) -> list[str]:
     """Return the names of the shards of a split that is read as a stream: addresses, and paths on this machine.
 
-    Raises MissingFileError for a path that is not there.
+    Raises MissingFileError for a path that is not there, InputError if the split has no shards.
     """
     names = []
+    if not section_of(build_info, "annotations").get(split):
+        raise InputError(f"{owner}: stream: build_info.annotations.{split} names no shards; leave out the key `stream`")
     for file in annotation_files(build_info, split, owner=owner):
         name = file.storage or file.url or ""
         if not is_address(name):
@@ -316,6 +318,11 @@ def locate(url: str | None, storage: str | None, md5: str | None, *, where: str 
     """Return the file or folder on disk: the storage if it exists, else a local `url` as it is, else fetched to the
     storage.
     """
+    if storage and is_address(storage):
+        raise InputError(
+            f"{where}.storage: {storage} is an address, which only a stream reads (the key `stream`, for the split "
+            "train): download the file, or give its address as `url`"
+        )
     target = resolve_storage(storage) if storage else None
     if target is not None and (target.is_file() or target.is_dir()):
         return target

@@ -113,6 +113,11 @@ class StreamDataset:
         return self.shards[0]
 
     @property
+    def names(self) -> list[str]:
+        """The shards' names without the place that they are in."""
+        return [name.rpartition("/")[2] for name in self.shards]
+
+    @property
     def description(self) -> str:
         """The settings that a position depends on, in words."""
         order = "drawn with replacement" if self.settings.resampled else "one pass after another"

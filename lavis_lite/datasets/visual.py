@@ -7,7 +7,9 @@ from typing import Any, get_args
 from lavis_lite.common.bounds import one_of
 from lavis_lite.common.records import Record
 from lavis_lite.common.video_io import ShortClips, check_num_frames
+from lavis_lite.datasets.annotations import as_list
 from lavis_lite.datasets.base import BaseDataset
+from lavis_lite.datasets.few_shot import joined
 from lavis_lite.datasets.video import ReadsVideos, read_frames, record_part
 
 
@@ -22,13 +24,13 @@ class VisualDataset(BaseDataset):
         super().__init__(*files, **options)
 
     def files_of(self, record: Record) -> list[str]:
-        file = record[visual_field(record)]
-        return [file] if isinstance(file, str) else []
+        return [file for file in as_list(record[visual_field(record)]) if isinstance(file, str)]
 
     def visual(self, record: Record) -> Any:
-        """Return the record's image, or its video's frames."""
+        """Return the record's image, or the frames of its list of images, or of its video."""
         if visual_field(record) == "image":
-            return self.image(record["image"])
+            images = [self.image(file) for file in as_list(record["image"])]
+            return joined(images, str(self.annotation_paths[0])) if isinstance(record["image"], list) else images[0]
         path = self.vis_root / record["video"]
         own = self.vis_processor
         part = record_part(record) if isinstance(own, ReadsVideos) and not own.full_video else None

@@ -145,13 +145,19 @@ def load_image(item: Item, processor: Any) -> torch.Tensor:
             raise InputTypeError(f"image {item.name}: an array must be uint8 (H,W,3) or (H,W), got {shape}")
         image = Image.fromarray(image.squeeze())
     if isinstance(image, str | Path):
-        path = download.fetch(image) if isinstance(image, str) and download.is_url(image) else Path(image)
-        image = open_image(path, **settings_of(processor))
+        image = open_source(item, processor)
     if not isinstance(image, Image.Image):
         kind = type(image).__name__
         raise InputTypeError(f"image {item.name}: expected a path, a PIL image, an array or a tensor, got {kind}")
     tensor: torch.Tensor = processor(image)
     return tensor
+
+
+def open_source(item: Item, processor: Any) -> Image.Image:
+    """Return the picture of an item that is a path or URL, as the image processor reads files."""
+    source = str(item.image)
+    path = download.fetch(source) if download.is_url(source) else Path(source)
+    return open_image(path, **settings_of(processor))
 
 
 def settings_of(processor: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from lavis_lite.common.optim import parameter_groups
 from lavis_lite.common.registry import registry
 from lavis_lite.common.sources import weights
 from lavis_lite.models.hf import HFAdapter
+from lavis_lite.models.inputs import image_of
 from lavis_lite.models.tokenizers import tokenize
 from lavis_lite.nn.decoding import DecodingConfig, GenerationConfig
 from lavis_lite.nn.losses import IGNORED
@@ -86,6 +87,10 @@ class BaseModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    def checked_image(self, samples: Mapping[str, Any], *, answering: bool = False) -> Tensor:
+        """Return the batch's `image` as `image_of` does, on the device it is on."""
+        return image_of(samples, video=self.takes_video, answering=answering)
 
     def tokenize(
         self, texts: Sequence[str], *, start: int | None = None, max_length: int | None = None

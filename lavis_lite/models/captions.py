@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lavis_lite.common.prompts import without_false_spaces
 from lavis_lite.models.base import BaseModel
-from lavis_lite.models.inputs import image_of, optional_texts
+from lavis_lite.models.inputs import optional_texts
 from lavis_lite.nn.attention import CrossAttentionKV, KeyValueCache
 from lavis_lite.nn.decoding import DecodingConfig, GenerationConfig, ScoredText, Step, check_prompt, decode
 
@@ -40,7 +40,7 @@ class CaptionModel(BaseModel):
         `generation`. With `return_scores` the captions are pairs (text, score); see `Decoded`.
         """
         config = self.decoding(self.generation.changed(*unnamed, **changes), return_scores=return_scores)
-        image = image_of(samples, video=self.takes_video, answering=True)
+        image = self.checked_image(samples, answering=True)
         prompts = optional_texts(samples, "prompt", len(image), self.prompt)
         context = self.caption_context(image)
         captions: dict[int, list[str | ScoredText]] = {}
@@ -63,7 +63,7 @@ class CaptionModel(BaseModel):
 
     def check_generate(self, samples: dict[str, Any], **changes: Any) -> None:
         config = self.decoding(self.generation.changed(**changes))
-        count = len(image_of(samples, video=self.takes_video))
+        count = len(self.checked_image(samples))
         for prompt in dict.fromkeys(optional_texts(samples, "prompt", count, self.prompt)):
             num_tokens = len(self.tokenizer(prompt).input_ids) - 1
             check_prompt(num_tokens, config.resolved(num_tokens))

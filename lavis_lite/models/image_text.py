@@ -16,7 +16,7 @@ from lavis_lite.common.bounds import one_of
 from lavis_lite.common.errors import InputError
 from lavis_lite.models.base import BaseModel, Output
 from lavis_lite.models.batches import Texts
-from lavis_lite.models.inputs import image_of, texts_of
+from lavis_lite.models.inputs import texts_of
 from lavis_lite.nn.attention import CrossAttentionKV
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ class ImageTextModel(BaseModel):
         if mode == "text":
             states = self.text_states(*self.cut_texts(texts_of(samples, None)))
             return Output({"text_embeds": states, "text_embeds_proj": project(self.text_proj, states)})
-        image = image_of(samples, video=self.takes_video, answering=True)
+        image = self.checked_image(samples, answering=True)
         if mode == "image":
             states = self.image_states(image)
             return Output({"image_embeds": states, "image_embeds_proj": project(self.vision_proj, states)})
@@ -146,7 +146,7 @@ class ImageTextModel(BaseModel):
         match, of the `k_test` most similar classes (0: all); the others have -inf.
         """
         one_of("match_head", match_head, ("itc", "itm"))
-        image = image_of(samples, video=self.takes_video, answering=True)
+        image = self.checked_image(samples, answering=True)
         tokens, image_feat = self.image_features(image)
         scores = self.full_similarity(image_feat, features)
         if match_head == "itc":
@@ -201,7 +201,7 @@ class PairModel(ImageTextModel):
         `image` is (B,3,H,W), `text_input` B texts, or k times as many: the k texts of an image in a row. Scores are
         float32 (k*B).
         """
-        image, texts = image_of(samples, answering=True), texts_of(samples, None)
+        image, texts = self.checked_image(samples, answering=True), texts_of(samples, None)
         if len(texts) % len(image):
             raise InputError(
                 f"text_input: {len(texts)} texts do not divide among {len(image)} images: give each as many"
@@ -222,7 +222,7 @@ class MatchingModel(PairModel):
         texts, whose number is that of the images for BLIP. The first `max_txt_len` tokens of a text count.
         """
         one_of("match_head", match_head, ("itm", "itc"))
-        image = image_of(samples, video=self.takes_video, answering=True)
+        image = self.checked_image(samples, answering=True)
         is_paired = match_head == "itm" or self.one_text_per_image
         ids, mask = self.cut_texts(texts_of(samples, len(image) if is_paired else None))
         if match_head == "itm":

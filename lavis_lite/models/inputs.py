@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lavis_lite.common.bounds import check_number
 from lavis_lite.common.errors import InputError, MissingInputError
+from lavis_lite.nn.features import pack
 
 LARGEST_VALUE = 64.0
 """Largest magnitude in an image. Normalised images stay within about 3; 8-bit values that were only cast reach 255."""
@@ -61,6 +62,36 @@ def image_of(samples: Mapping[str, Any], key: str = "image", *, video: bool = Fa
         if largest > LARGEST_VALUE:
             raise InputError(f"{where} holds values up to {largest:.4g}; they must be within about 3, as {NORMALISE}")
     return image
+
+
+def features_of(samples: Mapping[str, Any], width: int, *, answering: bool = False) -> Tensor:
+    """Return the batch's features `image` (B,N,W) and `image_mask` (B,N; default all ones) in one tensor, as
+    `nn.features.pack` does.
+
+    InputError for another `width` W, shape or type; with `answering` also for nan, infinity, and a sample without a
+    token.
+    """
+    wanted = f"a batch of features (B,N,{width}), as vit_model features takes"
+    features, where = required(samples, "image", wanted), "samples['image']"
+    if not isinstance(features, Tensor) or features.dim() != 3 or not features.is_floating_point():
+        kind = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        found = f"{where} is {kind}" + (f" of {features.dtype}" if isinstance(features, Tensor) else "")
+        raise InputError(f"{found}; it must be {wanted}, floating point: name the processor `features` in the dataset")
+    if features.shape[2] != width or features.numel() == 0:
+        raise InputError(f"{where} has shape {tuple(features.shape)}; it must be {wanted}: set model.vit.width to W")
+    mask = samples.get("image_mask")
+    if mask is None:
+        mask = torch.ones(features.shape[:2], dtype=torch.long, device=features.device)
+    if not isinstance(mask, Tensor) or mask.shape != features.shape[:2]:
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise InputError(f"samples['image_mask'] is {shape}; it must be {tuple(features.shape[:2])}, 1 for each token")
+    packed = pack(features, mask)
+    if answering and not torch.compiler.is_compiling() and not packed.is_meta:
+        if not bool(packed.isfinite().all()):
+            raise InputError(f"{where} holds nan or inf: the result would be meaningless; check the file of features")
+        if not bool((mask != 0).any(dim=1).all()):
+            raise InputError("samples['image_mask']: a sample has no token at all; leave it out")
+    return packed
 
 
 def texts_of(samples: Mapping[str, Any], count: int | None, key: str = "text_input") -> list[str]:

@@ -38,6 +38,17 @@ class AnswersQuestions(Protocol):
 
 
 @runtime_checkable
+class ScoresAnswers(AnswersQuestions, Protocol):
+    """A model that also gives the scores of its answers (task `vqa` with `save_scores`)."""
+
+    def scored_answers(self, samples: dict[str, Any], /, **settings: Any) -> list[list[tuple[str, float]]]:
+        """Return the answers of each question with their scores, best first: of `generate` one, of `rank` all that were
+        compared. `settings` are those of `predict_answers`.
+        """
+        ...
+
+
+@runtime_checkable
 class ScoresCandidates(Protocol):
     """A model that tells how likely given texts are (task `instruct` with candidates)."""
 

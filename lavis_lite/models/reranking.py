@@ -21,7 +21,6 @@ from lavis_lite.common import dist
 from lavis_lite.common.bounds import check_number
 from lavis_lite.models.batches import in_compute_type, stack_texts, trimmed
 from lavis_lite.models.image_text import ImageTextModel
-from lavis_lite.models.inputs import image_of
 
 UNRANKED = -100.0
 MAX_CANDIDATES = 10**9
@@ -82,9 +81,7 @@ def compare_images(
     index = [torch.empty(0, dtype=torch.long, device=model.device)]
     sims = [text_feat.new_empty(0, len(text_feat))]
     for batch in loader:
-        tokens_BSE, image_feat = model.image_features(
-            image_of(batch, video=model.takes_video, answering=True).to(model.device)
-        )
+        tokens_BSE, image_feat = model.image_features(model.checked_image(batch, answering=True).to(model.device))
         if keep_tokens:
             tokens += in_compute_type(tokens_BSE).cpu().unbind()
         index.append(torch.as_tensor(batch["index"], device=model.device))

@@ -1,7 +1,7 @@
 """BLIP-2's image encoders by name; constructors download nothing.
 
-`eva_clip_g` and `clip_L` are the paper's (section 4.1), `blip_*` are BLIP's, `*_tiny` are small enough for a CPU; any
-other name is timm's.
+`eva_clip_g` and `clip_L` are the paper's (section 4.1), `blip_*` are BLIP's, `*_tiny` are small enough for a CPU;
+`features` takes the tokens of another encoder, and any other name is timm's.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,8 +10,9 @@ from typing import Any
 
 import timm
 
-from lavis_lite.common.errors import InputError, did_you_mean
+from lavis_lite.common.errors import InputError, SettingError, did_you_mean
 from lavis_lite.common.sources.hub import timm_config
+from lavis_lite.nn.features import FEATURES, FeatureEncoder
 from lavis_lite.nn.vision import SIZE_BOUNDS, VIT_SIZES, BlipViT, ImageEncoder, ViTConfig, check_sizes
 from lavis_lite.nn.vision_clip import CLIP_SIZES, EVA_SIZES, ClipViT, EvaViT
 from lavis_lite.nn.vision_timm import timm_encoder
@@ -46,6 +47,8 @@ def build_encoder(
         ValueError: an unknown name or size, or sizes that do not fit each other.
     """
     sizes = sizes or {}
+    if vit_model == FEATURES:
+        return feature_encoder(sizes, drop_path_rate=drop_path_rate, grad_checkpoint=grad_checkpoint)
     check_sizes("model.vit", sizes, SIZE_BOUNDS)
     if vit_model in ENCODERS:
         kind, config = ENCODERS[vit_model]
@@ -53,11 +56,23 @@ def build_encoder(
     elif timm.is_model(vit_model):
         encoder = timm_encoder(vit_model, image_size=image_size, drop_path_rate=drop_path_rate, sizes=sizes)
     else:
-        known = [*ENCODERS, *timm.list_models()]
+        known = [*ENCODERS, FEATURES, *timm.list_models()]
         raise InputError(f"model.vit_model: unknown image encoder {vit_model!r}. {did_you_mean(vit_model, known)}")
     if grad_checkpoint:
         encoder.checkpoint_all()
     return encoder
+
+
+def feature_encoder(sizes: Mapping[str, Any], *, drop_path_rate: float, grad_checkpoint: bool) -> FeatureEncoder:
+    """Return the encoder that takes features. InputError for settings of an encoder that computes something."""
+    if set(sizes) != {"width"}:
+        problem = f"must be {{width: W}} for vit_model {FEATURES}, the features' width, got {dict(sizes)}"
+        raise SettingError("model.vit", problem)
+    for key, value in (("drop_path_rate", drop_path_rate), ("use_grad_checkpoint", grad_checkpoint)):
+        if value:
+            problem = f"vit_model {FEATURES} has no layers, for which this could be set ({value}); leave it out"
+            raise SettingError(f"model.{key}", problem)
+    return FeatureEncoder(width=sizes["width"])
 
 
 def is_encoder(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Adapters in a language model (LoRA, Hu et al. 2021), by peft: training, merging, and peft's own folders.
+"""Adapters (LoRA, Hu et al. 2021) in a language model or Q-Former, by peft: training, merging, peft's own folders.
 
 Note: `modules_to_save` and `bias` of peft's LoraConfig train whole parts of the language model. All trained tensors are
 float32, so that such a model must be float32 itself.
@@ -109,8 +109,9 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def plain_state_dict(model: nn.Module, *, merge: bool = True) -> dict[str, Tensor]:
-    """Return the model's tensors under the names of a model without adapters, these merged or left out.
+def plain_state_dict(model: nn.Module, *, merge: bool = True, keep: str | None = None) -> dict[str, Tensor]:
+    """Return the model's tensors under the names of a model without adapters, these merged or left out; those of the
+    layers whose names begin with `keep` are left out.
 
     The model is not changed; only what is merged is copied.
     """
@@ -118,7 +119,8 @@ def plain_state_dict(model: nn.Module, *, merge: bool = True) -> dict[str, Tenso
     if not has_adapters(model):
         return state
     for prefix, layer in _wrapped(model):
-        plain = plain_state_dict(_merged(layer) if merge else _without(layer), merge=merge)
+        merges = merge and not (keep and prefix.startswith(keep))
+        plain = plain_state_dict(_merged(layer) if merges else _without(layer), merge=merges)
         state = {name: tensor for name, tensor in state.items() if not name.startswith(f"{prefix}.")}
         state |= {f"{prefix}.{name}": tensor for name, tensor in plain.items()}
     return state

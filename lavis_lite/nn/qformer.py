@@ -72,9 +72,11 @@ class QFormer(nn.Module):
         if self.cls is not None:
             self.cls.tie(self.bert.embeddings)
 
-    def project_kv(self, image_BSE: Tensor) -> CrossAttentionKV:
-        """Return keys and values of the image's tokens in the layers that cross-attend."""
-        return self.bert.project_kv(image_BSE)
+    def project_kv(self, image_BSE: Tensor, mask_BS: Tensor | None = None) -> CrossAttentionKV:
+        """Return keys and values of the image's tokens in the layers that cross-attend; `mask_BS` is 1 where a token
+        counts.
+        """
+        return self.bert.project_kv(image_BSE, mask=mask_BS)
 
     def forward(
         self,

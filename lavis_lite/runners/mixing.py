@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from lavis_lite.common.errors import InputError
 
@@ -51,7 +52,20 @@ def join_batches(parts: Sequence[tuple[str, Batch]], *, keys: Sequence[str] | No
     for name, batch in parts:
         if missing := [key for key in keys if key not in batch]:
             raise InputError(f"a sample of {name} has no {missing[0]!r}, which its first sample has: it has {[*batch]}")
+    if "image_mask" in keys:
+        parts = _of_equal_length(parts)
     return {key: _joined(key, [(name, batch[key]) for name, batch in parts]) for key in keys}
+
+
+def _of_equal_length(parts: Sequence[tuple[str, Batch]]) -> list[tuple[str, Batch]]:
+    """Return the parts with features `image` (B,N,W) and `image_mask` (B,N) padded to the longest."""
+    longest = max(batch["image_mask"].shape[1] for _, batch in parts)
+    padded = []
+    for name, batch in parts:
+        space = longest - batch["image_mask"].shape[1]
+        own = {"image": F.pad(batch["image"], (0, 0, 0, space)), "image_mask": F.pad(batch["image_mask"], (0, space))}
+        padded.append((name, batch | own))
+    return padded
 
 
 def _joined(key: str, parts: Sequence[tuple[str, Any]]) -> Any:

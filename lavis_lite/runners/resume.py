@@ -16,6 +16,7 @@ from lavis_lite.common.optim import build_optimizer
 from lavis_lite.datasets.base import BaseDataset
 from lavis_lite.datasets.protocols import SampleDataset
 from lavis_lite.datasets.shard_tables import content_digest
+from lavis_lite.datasets.streams import StreamDataset
 from lavis_lite.datasets.tables import is_table
 from lavis_lite.models.base import BaseModel
 from lavis_lite.runners import jobs
@@ -104,7 +105,8 @@ def resume_line(cfg: Config, model: BaseModel, datasets: Datasets, plan: Plan) -
 
 
 def annotation_digests(sets: Mapping[str, SampleDataset]) -> dict[str, str | None]:
-    """Return a digest of each training set's annotation files, on every rank; None for a set that has no files.
+    """Return a digest of each training set's annotation files, on every rank; None for a set that has no files. Of a
+    stream, whose shards are not read for it, a digest of their names.
 
     Rank 0 reads the files, about a second per gigabyte.
     """
@@ -211,6 +213,8 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]
 
 
 def _digest(dataset: SampleDataset) -> str | None:
+    if isinstance(dataset, StreamDataset):
+        return hashlib.blake2b("|".join(dataset.names).encode(), digest_size=8).hexdigest()
     parts = dataset.datasets if isinstance(dataset, JoinedSplits) else [dataset]
     files = [path for part in parts if isinstance(part, BaseDataset) for path in part.annotation_paths]
     if not files or not all(path.is_file() for path in files):

@@ -17,7 +17,7 @@ from lavis_lite.common.bounds import Bounds, check_numbers, one_of
 from lavis_lite.common.config.config import Config
 from lavis_lite.common.config.run import RunConfig
 from lavis_lite.common.config.schema import schema_of
-from lavis_lite.common.config.sections import builder_name
+from lavis_lite.common.config.sections import PROCESSOR_KEYS, builder_name
 from lavis_lite.common.errors import InputError, MissingFileError, MissingInputError, did_you_mean
 from lavis_lite.common.registry import registry
 from lavis_lite.common.sources import download
@@ -272,6 +272,20 @@ def with_columns(cfg: Config, **columns: str) -> Config:
         name: section | {"columns": renamed | (section.get("columns") or {})} for name, section in cfg.datasets.items()
     }
     return replace(cfg, datasets=datasets)
+
+
+def with_eval_processors(cfg: Config) -> Config:
+    """Return the configuration whose split `train` is processed as the others: nothing is cropped at random."""
+    datasets = {
+        name: section | {key: {**blocks, "train": blocks["eval"]} for key, blocks in processors_of(section).items()}
+        for name, section in cfg.datasets.items()
+    }
+    return replace(cfg, datasets=datasets)
+
+
+def processors_of(section: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the processors of a dataset's section that have a block `eval`."""
+    return {key: section[key] for key in PROCESSOR_KEYS if (section.get(key) or {}).get("eval")}
 
 
 def wanted_splits(run: RunConfig) -> list[str]:

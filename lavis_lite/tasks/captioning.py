@@ -32,10 +32,11 @@ from lavis_lite.tasks.base import (
     with_columns,
 )
 from lavis_lite.tasks.metrics.caption import DEFAULT_METRICS, KEYS, Tokens, caption_metrics, check_metrics
-from lavis_lite.tasks.results import Result, as_list, per_sample, unscored, write_json
+from lavis_lite.tasks.results import Result, as_list, per_sample, split_scores, unscored, write_json
 
 logger = logging.getLogger(__name__)
 
+IMAGE_KEYS = ("image", "image_mask")
 NOCAPS_DOMAINS = ("in-domain", "near-domain", "out-domain")
 
 
@@ -77,6 +78,8 @@ class CaptionTask(BaseTask):
     """Field of the image id, in the same records."""
     img_ids: list[str | int] = field(default_factory=list)
     """Evaluate only these image ids; empty: all."""
+    save_scores: bool = False
+    """Also write each caption's `score`, and `scores` of several, to the result file: see `Decoded`."""
     shuffle_images: bool = False
     """Caption the batch's next image in place of each: the score that the language alone earns."""
 
@@ -88,7 +91,7 @@ class CaptionTask(BaseTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._last_image: torch.Tensor | None = None
+        self._last_image: dict[str, torch.Tensor] | None = None
         check_metrics(self.metrics)
         if self.load_gt_from_file is True:
             raise InputError("run.load_gt_from_file: true names no file; give the path of the references")
@@ -127,7 +130,7 @@ class CaptionTask(BaseTask):
 
     def check(self, model_class: type, dataset: EvalDataset, batch: Samples, *, split: str) -> None:
         """Raise InputError for settings that the model does not take, or references that miss images."""
-        check_settings(model_class, "generate", self.decoding_settings())
+        check_settings(model_class, "generate", self.generate_settings())
         source = self.reference_source
         references = self.references(dataset) if source is not None and self.report_metric else None
         ids = [record["image_id"] for record in dataset.annotation if record.get("image_id") is not None]
@@ -142,28 +145,42 @@ class CaptionTask(BaseTask):
             with naming_setting(f"run.max_len={self.max_len}", samples, model):
                 model.check_generate(samples, **self.decoding_settings())
 
+    def generate_settings(self) -> dict[str, Any]:
+        """Return the settings of `generate`."""
+        return self.decoding_settings() | ({"return_scores": True} if self.save_scores else {})
+
     def inside_prompt(self, samples: Samples) -> Samples:
         """Return the batch with `prompt`, unless it has its own, which is a complete instruction."""
         return samples if self.prompt is None else {"prompt": self.prompt, **samples}
 
     def valid_step(self, model: Generates, samples: Samples) -> list[Result]:
-        """Return `image_id` and `caption` of each sample, and `captions`, all of them, if there are several."""
+        """Return `image_id` and `caption` of each sample, `score` with `save_scores`, and `captions` and `scores`, all
+        of them, if there are several.
+        """
         samples = self.inside_prompt(samples)
         if self.shuffle_images:
-            samples = {**samples, "image": self._next_images(samples["image"])}
-        texts = model.generate(samples, **self.decoding_settings())
+            samples = {**samples, **self._next_images({key: samples[key] for key in IMAGE_KEYS if key in samples})}
+        written: list[Any] = model.generate(samples, **self.generate_settings())
+        texts, scores = split_scores(written) if self.save_scores else (written, [])
         ids = as_list(samples["image_id"])
         if len(texts) != len(ids) * self.num_captions:
             raise InputError(f"{type(model).__name__}.generate returned {len(texts)} captions for {len(ids)} images")
-        groups = [texts[i : i + self.num_captions] for i in range(0, len(texts), self.num_captions)]
-        columns = {"image_id": ids, "caption": [group[0] for group in groups]}
-        return per_sample(samples, **columns, **({"captions": groups} if self.num_captions > 1 else {}))
+        columns = {"image_id": ids}
+        for name, values in (("caption", texts), ("score", scores)):
+            groups = [values[i : i + self.num_captions] for i in range(0, len(values), self.num_captions)]
+            if groups:
+                columns[name] = [group[0] for group in groups]
+            if groups and self.num_captions > 1:
+                columns[f"{name}s"] = groups
+        return per_sample(samples, **columns)
 
-    def _next_images(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the batch's images (B,...) rolled by one; for a batch of one the last image of the batch before."""
-        previous, self._last_image = self._last_image, images[-1:]
-        if len(images) > 1:
-            return images.roll(1, dims=0)
+    def _next_images(self, images: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the batch's images (B,...), and their masks, rolled by one; for a batch of one the last image of the
+        batch before.
+        """
+        previous, self._last_image = self._last_image, {key: value[-1:] for key, value in images.items()}
+        if len(images["image"]) > 1:
+            return {key: value.roll(1, dims=0) for key, value in images.items()}
         if previous is None:
             raise InputError("run.shuffle_images needs other images in the batch: set run.batch_size_eval above 1")
         return previous

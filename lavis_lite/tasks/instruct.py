@@ -24,7 +24,7 @@ from lavis_lite.tasks.metrics.dialog import ndcg, ranks_of, sparse_metrics
 from lavis_lite.tasks.metrics.mean import Mean
 from lavis_lite.tasks.metrics.ranking import rank_of, roc_auc
 from lavis_lite.tasks.metrics.vqa_accuracy import by_kind, vqa_accuracy
-from lavis_lite.tasks.results import Result, as_list, per_sample, positions, unscored, write_json
+from lavis_lite.tasks.results import Result, as_list, per_sample, positions, split_scores, unscored, write_json
 from lavis_lite.tasks.vqa import blanked
 
 GROUPS = ("group", "question_type", "answer_type")
@@ -51,6 +51,8 @@ class InstructTask(BaseTask):
     """`accuracy`: the right candidate is the likeliest, or the cleaned text is a right answer; `mrr`: mean reciprocal
     rank of the right candidate, with Visual Dialog's other metrics; `auc`: area under the ROC curve between two
     classes, and as `auc_likeliest` the area where a class is as likely as its likeliest candidate."""
+    save_scores: bool = False
+    """Also write the `score` of each generated text to the result file; candidates always have their `losses` there."""
     blank_images: bool = False
     """Replace every image by one of the mean colour."""
     server_file: ServerFile | None = None
@@ -75,7 +77,7 @@ class InstructTask(BaseTask):
             problem = f"{model_class.__name__} scores candidates, and samples of the {split} split have none"
             raise InputError(f"run.task instruct: {problem}: choose other data, or a model that generates")
         if "candidates" not in batch:
-            check_settings(model_class, "generate", self.decoding_settings())
+            check_settings(model_class, "generate", self.generate_settings())
         if batch:
             for key in ("metric", "server_file"):
                 self._check_choices("candidates" in batch, split, key=key)
@@ -94,6 +96,10 @@ class InstructTask(BaseTask):
             with naming_setting(f"run.max_len={self.max_len}", batch, model):
                 model.check_generate({**batch, "prompt": "{}"}, **self.decoding_settings())
 
+    def generate_settings(self) -> dict[str, Any]:
+        """Return the settings of `generate`."""
+        return self.decoding_settings() | ({"return_scores": True} if self.save_scores else {})
+
     def valid_step(self, model: FollowsInstructions, samples: Samples) -> list[Result]:
         """Return `question_id` and `prediction` of each sample, and the `losses` of its candidates if it has any."""
         if self.blank_images:
@@ -101,8 +107,11 @@ class InstructTask(BaseTask):
         samples = {**samples, "prompt": "{}"}
         ids = as_list(samples["question_id"])
         if "candidates" not in samples:
-            texts = model.generate(samples, **self.decoding_settings())
-            return per_sample(samples, question_id=ids, prediction=texts)
+            written: list[Any] = model.generate(samples, **self.generate_settings())
+            if not self.save_scores:
+                return per_sample(samples, question_id=ids, prediction=written)
+            texts, scores = split_scores(written)
+            return per_sample(samples, question_id=ids, prediction=texts, score=scores)
         candidates = samples["candidates"]
         rows = model.class_losses(samples, candidates, divided=False)
         if rows.isnan().any():

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from lavis_lite.common.config.config import Config
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.records import Record, shown
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.protocols import EvalDataset, Samples
 from lavis_lite.models.protocols import ScoresPairs, method_names
-from lavis_lite.tasks.base import BaseTask, Metrics
+from lavis_lite.tasks.base import BaseTask, Metrics, with_eval_processors
 from lavis_lite.tasks.metrics.ranking import roc_auc
 from lavis_lite.tasks.results import Result, per_sample, positions, unscored, write_json
 
@@ -36,6 +37,10 @@ class MatchingTask(BaseTask):
     def metric_names(self) -> tuple[str, ...]:
         """Return the areas under the curves of both scores."""
         return tuple(f"auc_{name}" for name in SCORES)
+
+    def build_datasets(self, cfg: Config) -> dict[str, dict[str, Any]]:
+        """As BaseTask's; an evaluation of the split `train` reads its images as any other's."""
+        return super().build_datasets(with_eval_processors(cfg) if cfg.run.evaluate else cfg)
 
     def check(self, model_class: type, dataset: EvalDataset, batch: Samples, *, split: str) -> None:
         """Raise InputError for a label that is none, and for labels of some records only."""

@@ -42,6 +42,11 @@ def per_sample(samples: Samples, **columns: Sequence[Any]) -> list[Result]:
     return [dict(zip(names, row, strict=True)) for row in rows]
 
 
+def split_scores(pairs: Sequence[tuple[str, float]]) -> tuple[list[str], list[float]]:
+    """Return the texts and the scores of pairs."""
+    return [text for text, _ in pairs], [score for _, score in pairs]
+
+
 def positions(dataset: EvalDataset) -> dict[str, int]:
     """Return the index of each `instance_id`: the index itself, as a string, or the annotation's `instance_id`."""
     own = {record["instance_id"]: i for i, record in enumerate(dataset.annotation) if "instance_id" in record}

@@ -23,7 +23,7 @@ from lavis_lite.datasets.annotations import check_unique, place_of, read_json, s
 from lavis_lite.datasets.protocols import EvalDataset, HasAnswerList, Samples
 from lavis_lite.datasets.readers.questions import answers_of, question_fields
 from lavis_lite.models.base import BaseModel
-from lavis_lite.models.protocols import AnswersQuestions, method_names
+from lavis_lite.models.protocols import AnswersQuestions, ScoresAnswers, method_names
 from lavis_lite.tasks.base import (
     DECODING_BOUNDS,
     BaseTask,
@@ -35,12 +35,14 @@ from lavis_lite.tasks.base import (
 )
 from lavis_lite.tasks.metrics.gqa import GQA_METRICS, gqa_metrics
 from lavis_lite.tasks.metrics.vqa_accuracy import RAW, Variant, vqa_accuracy, vqa_metrics
-from lavis_lite.tasks.results import Result, as_list, per_sample, unscored, write_json
+from lavis_lite.tasks.results import Result, as_list, per_sample, split_scores, unscored, write_json
 
 logger = logging.getLogger(__name__)
 
 SCRIPTS: tuple[Variant, ...] = ("official", "lavis")
 """Published accuracies are of one or the other, so both are printed whatever `run.accuracy` is."""
+NUM_RANKED = 10
+"""Answers per question that `save_scores` writes."""
 InferenceMethod = Literal["rank", "generate"]
 NUM_NEEDED: dict[Variant, int] = {"official": 4, "lavis": 4, "direct": 3, "ivqa": 2}
 """Answers that a question needs for a prediction to count fully; 1 for other rules."""
@@ -71,6 +73,8 @@ class VQATask(BaseTask):
     """Split to an official annotation file, or URL, whose answers are scored instead of the dataset's."""
     sample_id_key: str = "question_id"
     """Field of the question id in the dataset's records."""
+    save_scores: bool = False
+    """Also write each answer's `score` to the result file, and with `rank` the likeliest answers, `ranked`."""
     blank_images: bool = False
     """Replace every image by one of the mean colour."""
 
@@ -107,7 +111,13 @@ class VQATask(BaseTask):
 
     def check(self, model_class: type, dataset: EvalDataset, batch: Samples, *, split: str) -> None:
         """Raise InputError for settings that the model does not take, and for ranking without an answer list."""
-        check_settings(model_class, "predict_answers", self.settings(self.batch_context(dataset)))
+        method = "predict_answers"
+        if self.save_scores:
+            method = "scored_answers"
+            if not issubclass(model_class, ScoresAnswers):
+                problem = f"needs a model with a method {method}, which {model_class.__name__} lacks; leave it out"
+                raise InputError(f"run.save_scores: true {problem}")
+        check_settings(model_class, method, self.settings(self.batch_context(dataset)))
         self.records(dataset, split)
 
     def check_model(self, model: BaseModel, dataset: EvalDataset, batches: Sequence[Samples], *, split: str) -> None:
@@ -158,17 +168,25 @@ class VQATask(BaseTask):
         return samples, {**settings, "prompt": self.prompt}  # the model fills the other placeholder, by OCR tokens say
 
     def valid_step(self, model: AnswersQuestions, samples: Samples) -> list[Result]:
-        """Return `question_id` and `answer` of each sample."""
+        """Return `question_id` and `answer` of each sample, and with `save_scores` the scores."""
         if self.blank_images:
             samples = blanked(samples)
         samples, settings = self.arguments(samples)
-        answers = model.predict_answers(samples, **settings)
-        return per_sample(samples, question_id=as_list(samples["question_id"]), answer=answers)
+        ids = as_list(samples["question_id"])
+        if not self.save_scores:
+            return per_sample(samples, question_id=ids, answer=model.predict_answers(samples, **settings))
+        assert isinstance(model, ScoresAnswers)
+        rows = model.scored_answers(samples, **settings)
+        ranked = {"ranked": [row[:NUM_RANKED] for row in rows]} if self.inference_method == "rank" else {}
+        answers, scores = split_scores([row[0] for row in rows])
+        return per_sample(samples, question_id=ids, answer=answers, score=scores, **ranked)
 
     def score(self, results: list[Result], *, dataset: EvalDataset, split: str, result_dir: Path) -> Metrics:
         """Write `<split>_vqa.json`; return the accuracy overall and by question and answer type."""
         answers = {result["question_id"]: result["answer"] for result in results}
-        entries = [{"question_id": key, "answer": answer} for key, answer in answers.items()]
+        names = ("question_id", "answer", "score", "ranked")
+        unique = {result["question_id"]: result for result in results}
+        entries = [{name: result[name] for name in names if name in result} for result in unique.values()]
         write_json(result_dir / f"{split}_vqa{'_blank' if self.blank_images else ''}.json", entries)
         if not self.report_metric:
             return unscored("run.report_metric is false")

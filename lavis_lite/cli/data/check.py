@@ -17,6 +17,7 @@ from typing import TypeVar
 from lavis_lite.cli.data.named import NamedDataset, find_datasets, offline, require_samples
 from lavis_lite.cli.preflight import num_repeated, wrong_files
 from lavis_lite.common.errors import InputError, UnreadableSample, UserError
+from lavis_lite.common.feature_io import is_feature_file, read_features
 from lavis_lite.common.records import StoredImage
 from lavis_lite.common.video_io import decode
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset
@@ -101,6 +102,9 @@ def check_annotations(named: NamedDataset, split: str, check: SplitCheck) -> boo
         if key != named.builder.source_of(split) and (
             key in named.builder.splits() or key not in named.annotation_keys()
         ):
+            continue
+        if named.builder.is_stream(key):
+            check.facts.append("read as a stream: only its first samples are checked")
             continue
         for file in annotation_files(named.build_info, key, owner=named.name):
             path = file.found()
@@ -200,7 +204,12 @@ def _decoded(paths: Sequence[str | StoredImage], is_video: Mapping[str, bool]) -
 
     def problem(path: str | StoredImage) -> str | None:
         try:
-            decode(path, 1) if isinstance(path, str) and is_video[path] else open_image(path)
+            if isinstance(path, str) and is_video[path]:
+                decode(path, 1)
+            elif isinstance(path, str) and is_feature_file(path):
+                read_features(path)
+            else:
+                open_image(path)
         except UnreadableSample as error:
             return str(error)
         return None

@@ -19,6 +19,7 @@ from lavis_lite.cli.data.unpack import check_path, unpack
 from lavis_lite.common.errors import InputError, UserError
 from lavis_lite.common.sources import download
 from lavis_lite.datasets.annotations import as_records, read_json, read_records
+from lavis_lite.datasets.packaged.builders import PackagedBuilder
 from lavis_lite.datasets.storage import (
     AnnotationFile,
     ImageArchive,
@@ -45,6 +46,9 @@ def run(args: argparse.Namespace) -> int:
     require_samples(found, args.dataset)
     failed = 0
     for named in found:
+        if isinstance(named.builder, PackagedBuilder):
+            print(f"{named.name}: prepared in {named.builder.folder()}, from {named.builder.package()}")
+            continue
         failed += download_annotations(named)
         if args.images:
             failed += download_images(named, keep_archives=args.keep_archives)

@@ -11,6 +11,8 @@ from lavis_lite.common.registry import did_you_mean
 from lavis_lite.common.sources import download
 from lavis_lite.datasets.storage import annotation_files, section_of, visual_folder
 
+PACKAGED = ("openclipart", "openmoji", "fashion_mnist")
+"""Layouts of pictures that a system's packages install."""
 HEAD = ("dataset", "layout", "splits (files here)", "images or videos", "", "download")
 
 
@@ -44,6 +46,8 @@ def row_of(named: tuple[str, str]) -> tuple[str, ...]:
     layout, build_info = section.get("layout", name), section.get("build_info") or {}
     if layout.startswith("shapes"):
         return (title, layout, "generated at first use", "", "", "")
+    if layout in PACKAGED:
+        return (title, layout, "a package's, prepared at first use", "", "", "")
     if not build_info:
         return (title, layout, "your own files", "", "", "")
     splits, folder = splits_text(build_info, title), visual_folder(build_info, owner=title)

@@ -181,7 +181,7 @@ def package_needs(cfg: Config, *, has_videos: bool, has_tables: bool = False) ->
     if has_videos:
         name = next(filter(importlib.util.find_spec, DECODERS), next(iter(DECODERS)))
         yield _package(name, "reading videos", f"pip install {name}")
-    for key in ("llm_lora", "vit_lora", "text_lora"):
+    for key in ("llm_lora", "qformer_lora", "vit_lora", "text_lora"):
         if model_setting(cfg.model, key):
             yield _package("peft", f"model.{key}", "pip install peft")
     if model_setting(cfg.model, "llm_quantization"):

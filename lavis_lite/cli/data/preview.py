@@ -7,6 +7,7 @@ texts are as in a run. Of a video some frames are shown beside each other.
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,10 @@ from lavis_lite.cli.data.check import spread
 from lavis_lite.cli.data.named import NamedDataset, find_datasets, require_samples
 from lavis_lite.cli.data.sheet import write_html, write_png
 from lavis_lite.common.errors import InputError, UnreadableSample
+from lavis_lite.common.feature_io import read_features
 from lavis_lite.common.rng import preserve_rng_state
 from lavis_lite.datasets.base import BaseDataset
+from lavis_lite.datasets.features import ReadsFeatures
 
 SIZE = 224
 HIDDEN = ("instance_id", "n_answers", "weight", "index")
@@ -63,7 +66,7 @@ def tiles_of(named: NamedDataset, *, all_splits: bool, count: int) -> list[Tile]
     for split, dataset in named.builder.build(splits).items():
         if not isinstance(dataset, BaseDataset):
             raise InputError(f"{named.name}/{split}: {type(dataset).__name__} is not a BaseDataset and cannot be shown")
-        dataset.vis_processor = thumbnail
+        dataset.vis_processor = HeatMap() if isinstance(dataset.vis_processor, ReadsFeatures) else thumbnail
         numbers = spread(range(len(dataset)), count)
         tiles += [tile_of(dataset, number, f"{named.name}/{split} {number}") for number in numbers]
     return tiles
@@ -88,6 +91,19 @@ def thumbnail(image: Image.Image) -> Tensor:
     sheet = Image.new("RGB", (SIZE, SIZE), (236, 236, 236))
     sheet.paste(small, ((SIZE - small.width) // 2, (SIZE - small.height) // 2))
     return torch.from_numpy(np.array(sheet)).permute(2, 0, 1)
+
+
+class HeatMap:
+    """Shows features (N,W) as a picture: tokens from left to right, the first channel at the top."""
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return thumbnail(image)
+
+    def read_features(self, path: str | Path) -> Tensor:
+        """Return the picture (3, SIZE, SIZE) of a file; the lowest value is black, the highest white."""
+        features = read_features(path).T
+        shown = (features - features.min()) / (features.max() - features.min()).clamp(min=1e-12)
+        return thumbnail(Image.fromarray((255 * shown).byte().numpy()).convert("RGB"))
 
 
 def pictures(value: Tensor) -> list[Image.Image]:

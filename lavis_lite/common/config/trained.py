@@ -33,7 +33,7 @@ MACHINE_KEYS = (
 WEIGHT_KEYS = (
     *("image_size", "vit_type", "vit", "vit_layer_norm_epsilon", "med", "tokenizer", "embed_dim"),
     *("vit_model", "vit_weights", "num_query_token", "cross_attention_freq", "qformer", "qformer_text_input"),
-    *(*LANGUAGE_MODELS, "llm", "llm_lora", "vit_lora", "text_lora"),
+    *(*LANGUAGE_MODELS, "llm", "llm_lora", "qformer_lora", "vit_lora", "text_lora"),
 )
 """Keys that a model of another architecture takes from a checkpoint: shapes, and the sources of frozen parts."""
 SOURCES = ("tokenizer", "vit_weights", *LANGUAGE_MODELS)

@@ -98,12 +98,15 @@ class BlipVQA(BlipBase, AnswerModel):
         if answers is None:
             check_prompt(1, config.resolved(1))
 
-    def write_answers(self, samples: dict[str, Any], prompts: list[str], config: DecodingConfig) -> list[str]:
+    def write_answers(
+        self, samples: dict[str, Any], prompts: list[str], config: DecodingConfig
+    ) -> tuple[list[str], Tensor | None]:
         states, mask = self.encode_questions({**samples, "text_input": prompts})
         context = self.text_decoder.bert.project_kv(states, mask=None if self.decoder_sees_padding else mask)
         start = torch.full((len(states), 1), self.decoder_start, device=states.device)
-        ids, _ = decode(decoding_step(self.text_decoder, context), start, config)
-        return [without_false_spaces(text) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        ids, scores = decode(decoding_step(self.text_decoder, context), start, config)
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [without_false_spaces(text) for text in texts], scores
 
     def rank_answers(
         self, samples: dict[str, Any], prompts: list[str], answers: list[str], k: int

@@ -5,16 +5,17 @@ trainable keys only; the image encoder then comes from `vit_weights` (default: t
 """
 
 import contextlib
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import fields
 from typing import Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lavis_lite.common import checkpoint
+from lavis_lite.common import checkpoint, dist
 from lavis_lite.common.bounds import MAX_IMAGE_SIZE, MAX_TOKENS, check_number, one_of
-from lavis_lite.common.errors import InputError
+from lavis_lite.common.errors import InputError, SettingError
 from lavis_lite.common.precision import PRECISIONS
 from lavis_lite.common.sources import weights
 from lavis_lite.common.sources.download import is_weight_file
@@ -31,9 +32,12 @@ from lavis_lite.models.initialise import (
     qformer_weights,
     trained_qformer_weights,
 )
+from lavis_lite.models.inputs import features_of
 from lavis_lite.models.tokenizers import blip2_tokenizer
+from lavis_lite.nn import lora
 from lavis_lite.nn.attention import MAX_VOCABULARY, CrossAttentionKV
 from lavis_lite.nn.encoders import ENCODERS, PUBLISHED, build_encoder, encoder_statistics
+from lavis_lite.nn.features import FEATURES, pack, unpack
 from lavis_lite.nn.qformer import QFormer, QFormerConfig
 from lavis_lite.nn.vision import check_sizes, encoder_scale
 
@@ -55,6 +59,9 @@ class Blip2Base(BaseModel):
     and `vit_weights` says where a pretrained encoder comes from (a file or URL with LAVIS's, BLIP's or timm's names;
     "random" for none; default the published weights of that encoder). `vit_precision`: fp32, bf16, fp16, or auto,
     which is fp16 on a GPU (as published) and fp32 on the CPU. `qformer` overrides sizes of the Q-Former.
+    `vit_model: features` takes tokens (B,N,W) that another encoder computed, `vit: {width: W}`.
+    `freeze_qformer` trains neither Q-Former nor queries; `qformer_lora` trains adapters in place of the Q-Former, with
+    the keys of peft's LoraConfig.
     """
 
     hf: ClassVar[HFAdapter[Any] | None] = Blip2Adapter()
@@ -80,6 +87,8 @@ class Blip2Base(BaseModel):
         qformer: dict[str, Any] | None = None,
         tokenizer: str = "bert-base-uncased",
         max_txt_len: int = 32,
+        freeze_qformer: bool = False,
+        qformer_lora: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         check_number("model.image_size", image_size, 1, MAX_IMAGE_SIZE)
@@ -96,7 +105,8 @@ class Blip2Base(BaseModel):
             grad_checkpoint=use_grad_checkpoint,
             sizes=vit,
         )
-        self.sources: dict[str, str | None] = {ENCODER: encoder_source(vit_model, vit_weights)}
+        self.takes_features = vit_model == FEATURES
+        self.sources: dict[str, str | None] = {ENCODER: encoder_source(vit_model, vit_weights, frozen=freeze_vit)}
         self.visual_encoder.to(
             weight_dtype("vit_precision", vit_precision, auto=torch.float32, is_trained=not freeze_vit)
         )
@@ -112,12 +122,21 @@ class Blip2Base(BaseModel):
         self.max_positions = config.max_positions
         self.query_tokens = nn.Parameter(torch.empty(1, num_query_token, config.hidden_size))
         nn.init.normal_(self.query_tokens, std=config.initializer_range)
+        self.freeze_qformer = freeze_qformer
+        if freeze_qformer:
+            self.Qformer.requires_grad_(False)
+            self.query_tokens.requires_grad_(False)
+        if qformer_lora is not None:
+            add_qformer_lora(self.Qformer, qformer_lora, freeze_qformer=freeze_qformer)
+            self.newly_initialized += ("lora_",)
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode; a frozen image encoder stays in evaluation mode, without drop path."""
+        """Set the mode; a frozen image encoder or Q-Former stays in evaluation mode, without drop path and dropout."""
         super().train(mode)
         if self.freeze_vit:
             self.visual_encoder.eval()
+        if self.freeze_qformer:
+            self.Qformer.eval()
         return self
 
     @classmethod
@@ -132,19 +151,44 @@ class Blip2Base(BaseModel):
         return super().from_config(cfg, device=device)
 
     @classmethod
-    def image_statistics(cls, cfg: Mapping[str, Any]) -> dict[str, list[float]] | None:
-        """Return timm's `mean` and `std` for an encoder of timm's; None for all others, which take CLIP's."""
+    def image_statistics(cls, cfg: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return timm's `mean` and `std` for an encoder of timm's, and the width of features; None for all others,
+        which take CLIP's.
+        """
+        if cfg.get("vit_model") == FEATURES:
+            return {"width": (cfg.get("vit") or {}).get("width")}
         return encoder_statistics(cfg.get("vit_model", DEFAULT_VIT))
+
+    def checked_image(self, samples: Mapping[str, Any], *, answering: bool = False) -> Tensor:
+        """Return the batch's `image` as `BaseModel` does, or its features with their mask in the last channel."""
+        if self.takes_features:
+            return features_of(samples, self.visual_encoder.width, answering=answering)
+        return super().checked_image(samples, answering=answering)
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Return the image's tokens (B,S,E) after `ln_vision`, in its precision (float32, unless the whole model was
-        cast); a frozen encoder runs without gradient, and one of low precision without autocast.
+        cast); a frozen encoder runs without gradient, and one of low precision without autocast. Features keep their
+        mask, in the last channel.
         """
+        if self.takes_features:
+            features, mask = unpack(image)
+            return pack(self.ln_vision(self.visual_encoder(features).to(self.ln_vision.weight.dtype)), mask)
         is_low = next(self.visual_encoder.parameters()).dtype != torch.float32
         autocast = torch.autocast(image.device.type, enabled=False) if is_low else contextlib.nullcontext()
         with torch.no_grad() if self.freeze_vit else contextlib.nullcontext(), autocast:
             tokens = self.visual_encoder(image)
         return self.ln_vision(tokens.to(self.ln_vision.weight.dtype))
+
+    def project_kv(self, tokens: Tensor) -> CrossAttentionKV:
+        """Return the Q-Former's keys and values of tokens from `encode_image`, with the mask of features."""
+        return self.Qformer.project_kv(*unpack(tokens)) if self.takes_features else self.Qformer.project_kv(tokens)
+
+    def of_equal_length(self, tokens: Tensor) -> Tensor:
+        """Return tokens that all ranks have in the same number: features are padded to the longest."""
+        if not self.takes_features or dist.world_size() == 1:
+            return tokens
+        longest = max(dist.gather_objects([tokens.shape[1]]))
+        return F.pad(tokens, (0, 0, 0, longest - tokens.shape[1]))
 
     def query_states(self, context: CrossAttentionKV, ids: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Return the queries' states (B,Q,E) after reading the images and, if given, a text (ids and mask, (B,T))."""
@@ -160,10 +204,14 @@ class Blip2Base(BaseModel):
         """
         self.check_start(vit=vit, text=text)
         if text is not None and is_weight_file(text):
-            init_from_state_dict(self, trained_qformer_weights(text), source=text, parts=("Qformer.", "query_tokens"))
+            self._init_qformer(trained_qformer_weights(text), source=text, parts=("Qformer.", "query_tokens"))
         elif text is not None:
             bert = bert_weights(text, self.text_model(), add_token_type=add_token_type)
-            init_from_state_dict(self, qformer_weights(bert), source=text, parts=("Qformer.",))
+            self._init_qformer(qformer_weights(bert), source=text, parts=("Qformer.",))
+
+    def _init_qformer(self, state: Mapping[str, Tensor], *, source: str, parts: Sequence[str]) -> None:
+        wrapped = lora.into_wrapped(LazyState.of(state), self.state_dict())
+        init_from_state_dict(self, wrapped, source=source, parts=parts)
 
     def check_start(self, *, vit: str | None = None, text: str | None = None, add_token_type: bool = True) -> None:
         if vit is not None:
@@ -195,8 +243,12 @@ class Blip2Base(BaseModel):
             raise InputError(f"{source} lacks {len(report.missing)} tensors of the image encoder: {report.missing[:5]}")
 
     def adapt_state_dict(self, state: MutableMapping[str, Tensor]) -> MutableMapping[str, Tensor]:
-        """Translate Hugging Face's names, resize position embeddings to this image size."""
-        state = LazyState.of(state)
+        """Translate Hugging Face's names, resize position embeddings to this image size; tensors of layers without LoRA
+        go into the layers that LoRA wraps or copies.
+        """
+        return lora.into_wrapped(self._in_our_layout(LazyState.of(state)), self.state_dict())
+
+    def _in_our_layout(self, state: LazyState) -> LazyState:
         if is_hf_blip2(state):
             state = blip2_from_hf(state, self.llm_prefix)
             fit_vocabularies(state, self.state_dict())
@@ -212,8 +264,25 @@ class Blip2Base(BaseModel):
         return any(name.startswith(prefix) and source is not None for prefix, source in self.sources.items())
 
 
-def encoder_source(vit_model: str, vit_weights: str | None) -> str | None:
+def add_qformer_lora(qformer: QFormer, settings: Mapping[str, Any], *, freeze_qformer: bool) -> None:
+    """Put adapters into the Q-Former, by default into the queries and values of every attention, as in LoRA's paper."""
+    where = "model.qformer_lora"
+    if freeze_qformer:
+        raise SettingError(where, "the Q-Former is frozen already but for the adapters; leave freeze_qformer out")
+    init = settings.get("init_lora_weights", True)
+    if init not in (True, False, "gaussian"):
+        problem = f"{init!r} derives adapters from weights, which are loaded later; leave it out, or set gaussian"
+        raise SettingError(f"{where}.init_lora_weights", problem)
+    lora.add_lora(qformer, {"target_modules": ["query", "value"], **settings}, section="model.qformer_lora")
+
+
+def encoder_source(vit_model: str, vit_weights: str | None, *, frozen: bool = True) -> str | None:
     """Return the source of the encoder's weights: a file or URL, `timm:<name>`, or None for random ones."""
+    if vit_model == FEATURES:
+        for key, value in (("vit_weights", vit_weights), ("freeze_vit", None if frozen else False)):
+            if value is not None:
+                raise SettingError(f"model.{key}", f"vit_model {FEATURES} has no weights; leave it out, got {value}")
+        return None
     if vit_weights is None:
         return PUBLISHED.get(vit_model) if vit_model in ENCODERS else f"{weights.TIMM}{vit_model}"
     return None if vit_weights == RANDOM else vit_weights

@@ -10,7 +10,7 @@ tokens, C candidates of a sample, E width.
 """
 
 import logging
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import torch
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from lavis_lite.common.bounds import MAX_TOKENS, check_number
 from lavis_lite.common.config.adapters import ADAPTER, lora_settings
 from lavis_lite.common.sources import weights
-from lavis_lite.common.sources.weights import LazyState
 from lavis_lite.models.answers import AnswerModel
 from lavis_lite.models.base import Output, chosen_weights
 from lavis_lite.models.blip2.base import TEXT_PARTS, Blip2Base
@@ -35,7 +34,7 @@ from lavis_lite.models.blip2.ranking import (
     segment_lengths,
     stacked,
 )
-from lavis_lite.models.inputs import Candidates, candidate_lists, image_of, integers, required, text_list, texts_of
+from lavis_lite.models.inputs import Candidates, candidate_lists, integers, required, text_list, texts_of
 from lavis_lite.nn import lora
 from lavis_lite.nn.decoding import Decoded, DecodingConfig, GenerationConfig, ScoredText
 from lavis_lite.nn.llm import LLMAdapter
@@ -140,10 +139,6 @@ class Blip2LLM(Blip2Base, AnswerModel):
             check_fit(weights.open_state(place), config, prefix=cls.family.prefix, source=place, llm=source)
         return super().from_config(cfg, device=device)
 
-    def adapt_state_dict(self, state: MutableMapping[str, Tensor]) -> MutableMapping[str, Tensor]:
-        """Adapt as `Blip2Base` does; tensors of layers without LoRA go into the layers that LoRA wraps or copies."""
-        return lora.into_wrapped(LazyState.of(super().adapt_state_dict(state)), self.state_dict())
-
     def text_readers(self, samples: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
         """Return them as `BaseModel` does; the Q-Former reads questions, and of captions the prompt only."""
         keys = [key for key in ("text_input", "text_output") if key in samples]
@@ -174,11 +169,13 @@ class Blip2LLM(Blip2Base, AnswerModel):
     # Inputs of the language model
 
     def image_embeds(self, samples: dict[str, Any], instructions: list[str]) -> Tensor:
-        """Return the projected queries of an `image` (B,3,H,W) or video (B,3,F,H,W): (B,FxQ,E), frame after frame."""
-        image = image_of(samples, video=True)
+        """Return the projected queries of an `image` (B,3,H,W), video (B,3,F,H,W) or features: (B,FxQ,E), frame after
+        frame.
+        """
+        image = self.checked_image(samples)
         frames = image.transpose(1, 2) if image.dim() == 5 else image[:, None]
         num_frames = frames.shape[1]
-        context = self.Qformer.project_kv(self.encode_image(frames.flatten(0, 1)))
+        context = self.project_kv(self.encode_image(frames.flatten(0, 1)))
         ids = mask = None
         if self.qformer_text_input:
             repeated = [text for text in instructions for _ in range(num_frames)]
@@ -217,7 +214,7 @@ class Blip2LLM(Blip2Base, AnswerModel):
         A caption begins with the model's `prompt`, which is not learned; an encoder-decoder without one reads the
         caption's first words and learns the others.
         """
-        count = len(image_of(samples, video=True))
+        count = len(self.checked_image(samples))
         if "text_output" in samples:
             prompts = question_prompts(samples, self.question_template(samples), count)
             batch = self.llm_tokenizer.answer_batch(prompts, texts_of(samples, count, "text_output"))
@@ -243,12 +240,12 @@ class Blip2LLM(Blip2Base, AnswerModel):
         (text, score); see `Decoded`.
         """
         config = self.caption_decoding(*unnamed, return_scores=return_scores, **changes)
-        prompts = generation_prompts(samples, self.prompt, len(image_of(samples, video=True, answering=True)))
+        prompts = generation_prompts(samples, self.prompt, len(self.checked_image(samples, answering=True)))
         decoded = self.write(samples, prompts, config)
         return decoded.with_scores(self.llm_tokenizer.decode(decoded.ids))
 
     def check_generate(self, samples: dict[str, Any], **changes: Any) -> None:
-        prompts = generation_prompts(samples, self.prompt, len(image_of(samples, video=True)))
+        prompts = generation_prompts(samples, self.prompt, len(self.checked_image(samples)))
         self.check_answers(samples, prompts, self.caption_decoding(**changes), None)
 
     def caption_decoding(self, *unnamed: Any, return_scores: bool = False, **changes: Any) -> DecodingConfig:
@@ -284,8 +281,11 @@ class Blip2LLM(Blip2Base, AnswerModel):
             rows = self.llm_tokenizer.continuations(answers, end=not self.family.score_without_eos)
             self.lm.check_length(num_inputs, max(map(len, rows)) - (not self.lm.is_encoder_decoder))
 
-    def write_answers(self, samples: dict[str, Any], prompts: list[str], config: DecodingConfig) -> list[str]:
-        return self.llm_tokenizer.decode(self.write(samples, prompts, config).ids)
+    def write_answers(
+        self, samples: dict[str, Any], prompts: list[str], config: DecodingConfig
+    ) -> tuple[list[str], Tensor | None]:
+        ids, scores = self.write(samples, prompts, config)
+        return self.llm_tokenizer.decode(ids), scores
 
     # Choice between candidates
 
@@ -325,7 +325,7 @@ class Blip2LLM(Blip2Base, AnswerModel):
         `predict_with_gen` `generate` writes, with `changes` of its settings: the first class that the text contains
         has 0, all others -inf.
         """
-        count = len(image_of(samples, video=True, answering=True))
+        count = len(self.checked_image(samples, answering=True))
         lists = candidate_lists(required(samples, "candidates", "the names of the classes"), count)
         lists = [[self.format_candidates_prompt.replace("{}", name) for name in own] for own in lists]
         if self.predict_with_gen:
@@ -360,7 +360,7 @@ class Blip2LLM(Blip2Base, AnswerModel):
             InputError: candidates that are missing, empty or longer than `max_output_txt_len`; numbers of images,
                 prompts and lists that differ; a prompt longer than the language model's context.
         """
-        count = len(image_of(samples, video=True, answering=True))
+        count = len(self.checked_image(samples, answering=True))
         lists = candidate_lists(candidates, count)
         default = self.question_template(samples) if "text_input" in samples else self.prompt
         prompts = class_prompts(samples, default, count)

@@ -53,9 +53,6 @@ class Blip2Matching(Blip2Base, PairModel):
         """Return the similarity (images, texts) of each text to an image's best query."""
         return best_query_similarity(image_feat, text_feat)
 
-    def project_kv(self, tokens: Tensor) -> CrossAttentionKV:
-        return self.Qformer.project_kv(tokens)
-
     def matching_logits(self, ids: Tensor, mask: Tensor, context: CrossAttentionKV) -> Tensor:
         """Return logits (B,2): no match, match; the mean over the queries, which attend to image and text. One context
         row may serve several consecutive texts.

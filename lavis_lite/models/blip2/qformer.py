@@ -25,7 +25,7 @@ from lavis_lite.models.batches import Texts, fetch_texts, in_compute_type, stack
 from lavis_lite.models.blip2.matching import Blip2Matching
 from lavis_lite.models.captions import CaptionModel
 from lavis_lite.models.image_text import project, training_output
-from lavis_lite.models.inputs import image_of, integers, texts_of
+from lavis_lite.models.inputs import integers, texts_of
 from lavis_lite.models.reranking import GalleryLoader, similarity_matrices
 from lavis_lite.nn.attention import CrossAttentionKV, KeyValueCache
 from lavis_lite.nn.decoding import Step
@@ -57,7 +57,7 @@ class Blip2Qformer(Blip2Matching, CaptionModel):
 
         With `image_id` (B,) all texts of one image are positives, as in retrieval finetuning.
         """
-        image = image_of(samples)
+        image = self.checked_image(samples)
         texts = self.tokenize(texts_of(samples, len(image)), max_length=self.max_txt_len)
         tokens = self.encode_image(image)
         context = self.project_kv(tokens)
@@ -119,7 +119,7 @@ class Blip2Qformer(Blip2Matching, CaptionModel):
         if dist.world_size() == 1:
             other = context.select(negative_image)
         else:
-            other = self.project_kv(dist.gather_rows(in_compute_type(tokens), negative_image))
+            other = self.project_kv(dist.gather_rows(self.of_equal_length(in_compute_type(tokens)), negative_image))
         both = stack_texts(texts, fetch_texts(texts, negative_text, max_length=self.max_txt_len))
         ids, mask = (part.unflatten(0, (2, num_samples)).transpose(0, 1).flatten(0, 1) for part in both)
         own = self.matching_logits(ids, mask, context).unflatten(0, (num_samples, 2))

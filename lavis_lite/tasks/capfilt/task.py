@@ -40,6 +40,7 @@ from lavis_lite.tasks.base import (
     naming_missing_keys,
     naming_setting,
     unwrap,
+    with_eval_processors,
 )
 from lavis_lite.tasks.capfilt.report import summarise, write_page
 from lavis_lite.tasks.capfilt.shards import OutputFormat, Shards
@@ -101,7 +102,7 @@ class CapFiltTask(BaseTask):
         self.made_with: dict[str, Any] = {}
         if isinstance(self.ranker, Mapping):  # as the configuration has it
             self.ranker = RankerConfig(**self.ranker)
-        if (self.filter_by == "clip") > (self.ranker is not None):
+        if self.filter_by == "clip" and self.ranker is None:
             raise InputError("run.filter_by: clip is the ranker's: give run.ranker")
         if self.captioner is not None:
             check_captioner(self.captioner, "run.captioner")
@@ -112,6 +113,8 @@ class CapFiltTask(BaseTask):
     def setup_task(cls, cfg: Config) -> Self:
         """Return the task. Raises InputError if the run's model has no part in it."""
         task = cls(**cfg.task)
+        if not cfg.run.evaluate:
+            raise InputError("run.task: capfilt does not train: start it with evaluate.py, or set run.evaluate: true")
         task._check_model_class(cfg.model)
         task.seed = cfg.run.seed
         named = {key: cfg.model.get(key) for key in ("arch", "model_type", "checkpoint", "pretrained", "finetuned")}
@@ -131,11 +134,18 @@ class CapFiltTask(BaseTask):
         if self.captioner is not None:
             raise InputError(f"run.captioner: the run's model, {arch}, is a captioner already: leave one out")
 
+    def build_datasets(self, cfg: Config) -> dict[str, dict[str, Any]]:
+        """As BaseTask's; the split `train` is read as any other, without random crops."""
+        return super().build_datasets(with_eval_processors(cfg))
+
     def check(self, model_class: type, dataset: EvalDataset, batch: Samples, *, split: str) -> None:
         """Raise InputError for a dataset whose records name no image files, or a captioner without its weights."""
         if not isinstance(dataset, BaseDataset) or not isinstance(dataset.annotation[0].get("image"), str):
             problem = f"({type(dataset).__name__}) does not name an image file per record"
             raise InputError(f"the {split} dataset {problem}: use the builder pairs")
+        if any(not isinstance(record.get("caption"), str) for record in dataset.annotation):
+            problem = "has records without a caption, or with several"
+            raise InputError(f"the {split} dataset {problem}: use the builder pairs, with captions_per_sample: all")
         weights = (self.captioner or {}).get("checkpoint")
         if weights and not (
             download.is_url(weights) or download.is_folder(weights) or Path(weights).expanduser().exists()

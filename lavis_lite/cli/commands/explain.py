@@ -1,0 +1,88 @@
+"""The command `explain`: where a model looked, as overlays on the image."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lavis_lite.cli.commands.common import LoadOptions, finish, with_options
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from lavis_lite.models.explain import Maps
+
+SIZE = 224
+MAX_TILES = 64
+
+
+@with_options(LoadOptions, model="blip_image_text_matching/base")
+def explain(
+    options: LoadOptions,
+    *,
+    image: Annotated[str | None, typer.Argument(help="an image: a path or URL", show_default=False)] = None,
+    text: Annotated[
+        str | None, typer.Option("--text", "-t", help="text to explain; without it what the model writes or answers")
+    ] = None,
+    question: Annotated[str | None, typer.Option("--question", "-q", help="question to a model that answers")] = None,
+    layer: Annotated[int | None, typer.Option(min=0, help="layer with cross-attention, from 0")] = None,
+    out: Annotated[Path, typer.Option(help="overlays as .png or .html, or the maps as .npz")] = Path("explained.png"),
+) -> None:
+    """Show where a model looked (Grad-CAM).
+
+    Of a matching model, why the text fits; of captions, one map per token; of answers, one per token of the question;
+    of BLIP-2 one per query.
+    """
+    if image is None:
+        raise typer.BadParameter("name an image")
+
+    def execute() -> int:
+        from lavis_lite.common.errors import InputError
+        from lavis_lite.inference.inputs import find_items, load_image, open_source
+        from lavis_lite.models.explain import explain as explain_model
+
+        if out.suffix not in (".png", ".html", ".npz"):
+            raise InputError(f"--out {out}: the ending must be .png, .html or .npz")
+        (item, *_) = find_items([image])
+        loaded = options.load()
+        samples = {"image": load_image(item, loaded.process_image)[None].to(loaded.device)}
+        if question is not None:
+            samples["text_input"] = [question]
+        shown, maps = explain_model(loaded.model, samples, text=text, layer=layer)
+        write(out, open_source(item, loaded.process_image), shown if question is None else f"{question} {shown}", maps)
+        typer.echo(f"{shown}\n{len(maps.labels)} maps: {out}")
+        return 0
+
+    finish(execute)
+
+
+def write(out: Path, image: "Image.Image", title: str, maps: "Maps") -> None:
+    """Write the overlays of all maps and their mean, or the maps themselves."""
+    import numpy as np
+
+    from lavis_lite.cli.data.preview import Tile
+    from lavis_lite.cli.data.sheet import write_html, write_png
+    from lavis_lite.common.checkpoint import atomic_write
+    from lavis_lite.common.gradcam import getAttMap
+
+    if out.suffix == ".npz":
+        atomic_write(out, lambda file: np.savez(file, labels=np.array(maps.labels), maps=maps.maps))
+        return
+    small = image.resize((SIZE, SIZE))  # squashed, as the model sees it
+    pixels = np.asarray(small, dtype=np.float64) / 255
+
+    def overlay(values: np.ndarray) -> "Image.Image":
+        from PIL import Image
+
+        return Image.fromarray(np.uint8(255 * getAttMap(pixels, values)))
+
+    tiles = [Tile(title="image", images=[small]), Tile(title="mean of all", images=[overlay(maps.mean)])]
+    for label, values in list(zip(maps.labels, maps.maps, strict=True))[:MAX_TILES]:
+        share = f"share of the largest: {values.max() / max(maps.maps.max(), 1e-12):.2f}"
+        tiles.append(Tile(title=label, images=[overlay(values)], texts=[share]))
+    (write_html if out.suffix == ".html" else write_png)(tiles, out, title=title)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("explain")(explain)
