@@ -206,8 +206,7 @@ class BaseDataset(Dataset):
         absolute, or below `vis_root`.
         """
         path = file if isinstance(file, StoredImage) else self.vis_root / file
-        own = self.vis_processor
-        if isinstance(own, ReadsFeatures):
+        if isinstance(own := self.vis_processor, ReadsFeatures):
             if isinstance(path, StoredImage):
                 raise UnreadableSample(f"{path}: features are read from .npy and .safetensors files, not from tables")
             return own.read_features(path)
