@@ -35,6 +35,7 @@ from lavis_lite.common.rng import seed_everything
 from lavis_lite.runners.plan import make_plan
 from lavis_lite.runners.runner import Runner
 from lavis_lite.runners.train_loop import FiniteGuard
+from lavis_lite.tasks.base import BaseTask
 
 RUN: dict[str, Any] = {
     "task": "toy",

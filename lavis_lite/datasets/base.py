@@ -32,7 +32,7 @@ from lavis_lite.common.registry import registry
 from lavis_lite.datasets.annotations import check_unique, place_of
 from lavis_lite.datasets.build_info import BuildInfo
 from lavis_lite.datasets.features import ReadsFeatures, is_features, padded_features
-from lavis_lite.datasets.image import OpensImages, open_image
+from lavis_lite.datasets.image import ONE_COLOUR, open_image, opening_settings
 from lavis_lite.datasets.parts import WHOLE, Part, cut_splits, part_of, warn_of_overlap
 from lavis_lite.datasets.readers import Reader, find_reader
 from lavis_lite.datasets.readers.files import PLACE, SplitFiles, identified
@@ -206,23 +206,16 @@ class BaseDataset(Dataset):
         absolute, or below `vis_root`.
         """
         path = file if isinstance(file, StoredImage) else self.vis_root / file
-        own = self.vis_processor
-        if isinstance(own, ReadsFeatures):
+        if isinstance(own := self.vis_processor, ReadsFeatures):
             if isinstance(path, StoredImage):
                 raise UnreadableSample(f"{path}: features are read from .npy and .safetensors files, not from tables")
             return own.read_features(path)
         if isinstance(path, Path) and is_feature_file(path):
             raise UnreadableSample(f"{path} holds features: name the processor {{name: features}} in vis_processor")
-        if isinstance(own, OpensImages):
-            image = open_image(path, background=own.background, max_pixels=own.max_pixels)
-        else:
-            image = open_image(path)
+        image = open_image(path, **opening_settings(own))
         if self.split == "train" and not self.warned_of_constant and is_constant(image):
             self.warned_of_constant.fill(True)
-            logger.warning(
-                f"{path} has one colour only, {image.getpixel((0, 0))}, so nothing can be learned from it; others may "
-                "be like it, and are not named. If it is transparent, set another `background` in the image processor"
-            )
+            logger.warning(f"{path} {ONE_COLOUR.format(image.getpixel((0, 0)))}")
         return self.vis_processor(image)
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:

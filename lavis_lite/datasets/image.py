@@ -7,7 +7,7 @@ measured so). Unlike there, transparency is composited on a background, and 16-b
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypedDict, runtime_checkable
 
 from PIL import Image
 
@@ -15,6 +15,11 @@ from lavis_lite.common.errors import InputError, UnreadableSample
 from lavis_lite.common.image_io import BROKEN, MAX_PIXELS, formats, open_file, to_rgb
 from lavis_lite.common.members import find_member
 from lavis_lite.common.records import StoredImage
+
+ONE_COLOUR = (
+    "has one colour only, {}, so nothing can be learned from it; others may be like it, and are not named. If it is "
+    "transparent, set another `background` in the image processor"
+)
 
 
 @runtime_checkable
@@ -53,3 +58,17 @@ def open_image(
             f"image file broken, truncated or of another kind: {path} ({type(error).__name__}: {reason}). Fetch it "
             f"again, convert it to one of {', '.join(formats())}, or remove the record"
         ) from error
+
+
+class OpeningSettings(TypedDict, total=False):
+    """Settings of an image processor for opening files."""
+
+    background: str
+    max_pixels: int
+
+
+def opening_settings(processor: object) -> OpeningSettings:
+    """Return the settings of a processor that hold for opening files; none of one that has no such settings."""
+    if isinstance(processor, OpensImages):
+        return {"background": processor.background, "max_pixels": processor.max_pixels}
+    return {}
