@@ -23,7 +23,12 @@ from lavis_lite.models import from_pretrained, load_model, load_model_and_prepro
 PICTURE = Image.new("RGB", (50, 40), "teal")
 PROJECTS = Path(__file__).parents[1] / "projects"
 RECIPES = [path for path in sorted(PROJECTS.rglob("*.yaml")) if not path.name.startswith("_")]
-TYPES = [(arch, kind) for arch, kinds in model_zoo for kind in kinds if arch.startswith("blip")]
+TYPES = [
+    (arch, kind)
+    for arch, kinds in model_zoo
+    for kind in kinds
+    if arch.startswith("blip") and kind != "tiny_features"  # which takes no images
+]
 PIXELS = {
     "blip2": (364, "coco"),
     "blip2_feature_extractor": (364, "coco"),

@@ -167,7 +167,7 @@ def lavis_lite_command(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
 
 def test_every_subcommand_has_its_own_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     options = {"train": "--resume", "evaluate": "--checkpoint", "sweep": "--only", "table": "--projects"}
-    options |= {"data": "status", "convert": "to-hf"}
+    options |= {"capfilt": "--rows", "data": "status", "convert": "to-hf"}
     for name, option in options.items():
         assert lavis_lite_command(monkeypatch, name, "--help") == 0
         assert option in capsys.readouterr().out
