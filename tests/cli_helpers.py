@@ -20,7 +20,7 @@ from ports import free_port
 from lavis_lite.cli import main as cli
 from lavis_lite.common import checkpoint
 from lavis_lite.common.config.files import Layer, resolve
-from lavis_lite.common.config.schema import Checker
+from lavis_lite.common.config.schema import Checker, schema_of
 from lavis_lite.common.config.sections import model_arguments
 from lavis_lite.common.config.zoo import model_layers
 from lavis_lite.common.registry import registry
@@ -184,7 +184,9 @@ def section(name: str, **changes: Any) -> dict[str, Any]:
     """The checked `model` section of a recipe, or of the architecture `name`, at the tests' sizes."""
     own = RECIPES[name]["model"] if name in RECIPES else {"arch": name}
     layers = model_layers(own["arch"], "tiny")
-    tree = resolve([*layers, Layer("test", {"model": merged(merged(SIZES, own), changes)})])
+    takes = schema_of(registry.get_model_class(own["arch"]))[0]
+    sizes = {key: value for key, value in SIZES.items() if key == "model_type" or key in takes}
+    tree = resolve([*layers, Layer("test", {"model": merged(merged(sizes, own), changes)})])
     return model_arguments(tree["model"], Checker(layers))
 
 

@@ -35,7 +35,8 @@ def meta_model(section: Mapping[str, Any]) -> nn.Module:
         settings[key] = MADE_BY_QUICKSTART.get(settings[key], settings[key])
     model_class = registry.get_model_class(section["arch"])
     reads_texts = "tokenizer" in schema_of(model_class)[0]
-    if reads_texts and settings.get("tokenizer", "bert-base-uncased") == "bert-base-uncased":
+    berts = ("bert-base-uncased", "output/real/packages/minilm")
+    if reads_texts and settings.get("tokenizer", berts[0]) in berts:
         part = "qformer" if section["arch"].startswith("blip2") else "med"
         settings[part] = {"vocab_size": BERT_VOCABULARY[part], **settings.get(part, {})}
         settings["tokenizer"] = str(TINY_HF / "bert")

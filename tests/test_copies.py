@@ -57,6 +57,7 @@ def answers(model: Any, image: Tensor | None = None) -> dict[str, Any]:
     image = pictures() if image is None else image
     samples = {"image": image, "text_input": TEXTS, "label": torch.tensor([0, 1]), "image_id": torch.tensor([0, 1])}
     samples |= {"image0": image, "image1": image.flip(0), "candidates": ["red", "two"]}
+    samples |= {"caption": TEXTS}
     samples |= {"answer": ["red", "blue"], "weight": torch.ones(2), "n_answers": torch.tensor([1, 1])}
     torch.manual_seed(1)  # negatives are drawn
     found: dict[str, Any] = {"forward": model(samples)}

@@ -175,7 +175,13 @@ def test_evaluation_equals_one_process(launch: Launch, name: str, tmp_path: Path
     job = tmp_path / "output" / "evaluation"
     assert cli_helpers.metrics(launch.job(name), "test") == cli_helpers.metrics(job, "test")
     for file in (job / "result").iterdir():
-        assert (launch.job(name) / "result" / file.name).read_text() == file.read_text()
+        theirs, own = (
+            json.loads((folder / file.name).read_text()) for folder in (launch.job(name) / "result", file.parent)
+        )
+        if name == "retrieval":  # features differ in the last bits by the size of the batch
+            for key in [key for key in own if key.endswith("_scores")]:
+                torch.testing.assert_close(torch.tensor(theirs.pop(key)), torch.tensor(own.pop(key)), atol=2e-6, rtol=0)
+        assert theirs == own
 
 
 @pytest.mark.parametrize("name", [n for n in TRAINED if n not in ("equal_captions", "classification")])

@@ -142,6 +142,10 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path: Path) -> None:
     output = tmp_path / "output"
     pair = [cli_helpers.weights(output / job / "checkpoint_last.pth") for job in ("accumulated", "large")]
     for key in pair[0]:
+        if key.endswith(
+            ".key.bias"
+        ):  # attention does not depend on it: AdamW scales up the rounding of its gradient, 0
+            continue
         torch.testing.assert_close(
             pair[0][key], pair[1][key], rtol=1e-3, atol=2e-5, msg=lambda text, key=key: f"{key}: {text}"
         )

@@ -387,7 +387,8 @@ def test_a_missing_field_is_named_with_its_line(root: Path, file: str, place: st
         ("train", asked(output=""), "field 'output' is empty"),
         ("val", asked(output={"answer": "x"}), "field 'output' is .*expected a text"),
         ("val", asked(instruction=""), "field 'instruction' is empty"),
-        ("val", asked(image=["a.jpg"]), "field 'image' is .*expected the path of a file"),
+        ("val", asked(image=["a.jpg"]), "a list of 1 in its field 'image', the first record no list"),
+        ("val", asked(image={"path": "a.jpg"}), "field 'image' is .*expected the path of a file"),
         ("val", asked(video="a.avi"), "'image', 'video'"),
         ("val", asked(conversations=[]), "'instruction', 'conversations'"),
     ):
@@ -561,7 +562,7 @@ def test_a_reader_of_another_format_needs_no_lines(root: Path) -> None:
 
 
 def test_the_example_of_the_page_is_read(root: Path) -> None:
-    section = DATA_PAGE.split("## Instruction data")[1]
+    section = DATA_PAGE.split("\n## Instruction data")[1].split("\n## ")[0]
     (lines,) = re.findall(r"```jsonl\n(.*?)```", section, re.DOTALL)
     own, templates = (
         yaml.safe_load(text)["datasets"]["instruct"] for text in re.findall(r"```yaml\n(.*?)```", section, re.DOTALL)

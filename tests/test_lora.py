@@ -124,7 +124,7 @@ def test_whole_parts_are_trained_in_float32() -> None:
         ({"rank_pattern": "q_proj"}, r"llm_lora\.rank_pattern: .*mapping.* got 'q_proj'"),
         ({"alpha_pattern": {"fc1": []}}, r"llm_lora\.alpha_pattern\.fc1: must be a number .* got \[\]"),
         ({"use_dora": "no"}, r"llm_lora\.use_dora: .*true or false.* got 'no'"),
-        ({"target_modules": 5}, r"llm_lora\.target_modules: .*list of text or text.* got 5"),
+        ({"target_modules": 5}, r"llm_lora\.target_modules: expected .*list of text.* got 5"),
         ({"modules_to_save": "lm_head"}, r"llm_lora\.modules_to_save: .*list of text.* got 'lm_head'"),
         ({"layers_to_transform": ["a"]}, r"llm_lora\.layers_to_transform.*: .*whole number.* got 'a'"),
         ({"megatron_config": "a"}, r"model\.llm_lora\.megatron_config: does not apply"),

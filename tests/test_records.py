@@ -54,7 +54,8 @@ def build(folder: Path, content: Any, *, split: str = "train", kind: str = "json
 
 
 def test_every_builder_has_a_good_file() -> None:
-    assert {name for name in registry.list_builders() if not name.startswith("shapes")} == cases.GOOD.keys()
+    own = ("shapes", "openmoji", "openclipart", "fashion_mnist")  # make their records themselves
+    assert {name for name in registry.list_builders() if not name.startswith(own)} == cases.GOOD.keys()
 
 
 @pytest.mark.parametrize("name", cases.GOOD)

@@ -270,7 +270,7 @@ def _check_fit(
     adapters = [key for key in state if key not in own and ADAPTER.search(key)]
     if adapters:
         found = f"{len(adapters)} tensors of adapters (LoRA) that have no place in the model: {_listed(adapters)}"
-        advice = "Set model.llm_lora, qformer_lora, of BLIP vit_lora and text_lora, as it was in training"
+        advice = "Set model.llm_lora as it was in training, or qformer_lora, of BLIP vit_lora and text_lora"
         raise AdapterError(f"{source} holds {found}. {advice}")
     shapes = [
         f"{key} {tuple(state[key].shape)} (model: {tuple(own[key].shape)})"  # read anew: shards are open one at a time

@@ -94,9 +94,11 @@ class InstructDataset(VisualDataset):
             raise missing_field(record, kind, " or 'video'")
         if kind != its_kind:
             raise InputError(f"has a field {kind!r}, the first record {its_kind!r}: make two datasets of them")
-        if (number := _num_images(record)) != (its_number := _num_images(first)):
-            problem = f"has {number} images in its field 'image', the first record {its_number}"
-            raise InputError(f"{problem}: make two datasets of them")
+        if _num_images(record) != _num_images(first):
+            own, others = (
+                f"a list of {count}" if (count := _num_images(one)) else "no list" for one in (record, first)
+            )
+            raise InputError(f"has {own} in its field 'image', the first record {others}: make two datasets of them")
         if self.training and not record["answers"]:
             raise missing_field(record, self.templates.output, ", which is what is learned")
         if not self.training and (record.get("candidates") is None) != (first.get("candidates") is None):

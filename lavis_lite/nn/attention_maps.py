@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from lavis_lite.common.errors import InputError
 from lavis_lite.nn.attention import KeyValue, SelfAttention
 
 
@@ -46,11 +47,11 @@ def grad_cam(probabilities: Tensor, gradient: Tensor) -> Tensor:
 def as_grid(tokens_BTS: Tensor) -> Tensor:
     """Return maps (B,T,h,w) of an image's S tokens, h = w, after the class token where there is one.
 
-    Raises ValueError if the tokens are not those of a square.
+    Raises InputError if the tokens are not those of a square.
     """
     num_tokens = tokens_BTS.shape[-1]
     for num_extra in (0, 1):
         side = math.isqrt(num_tokens - num_extra)
         if side * side == num_tokens - num_extra:
             return tokens_BTS[..., num_extra:].unflatten(-1, (side, side))
-    raise ValueError(f"{num_tokens} image tokens are not a square, with or without a class token")
+    raise InputError(f"{num_tokens} image tokens are not a square, with or without a class token")

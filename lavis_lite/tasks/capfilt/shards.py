@@ -71,7 +71,7 @@ class Shards:
             return
         old = read_manifest(self.manifest)["settings"]
         settings = json.loads(json.dumps(settings))
-        for key in old.keys() | settings.keys():
+        for key in {**old, **settings}:
             if old.get(key) != settings.get(key):
                 raise InputError(
                     f"{self.manifest}: its texts were made with {key}={old.get(key)!r}, this run has "
