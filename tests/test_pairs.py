@@ -11,6 +11,7 @@ import pytest
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.rng import seed_sample
 from lavis_lite.datasets.pairs import PairsBuilder
+from lavis_lite.datasets.streams import StreamSettings
 
 CAPTIONS = {"a": ["one", "two", "three"], "b": ["four"]}
 
@@ -90,3 +91,29 @@ def test_a_damaged_record_after_the_chosen_ones_is_named_with_its_line(tmp_path:
     info = {"annotations": {"train": {"storage": str(path)}}}
     with pytest.raises(InputError, match=r"train\.jsonl: line 3"):
         PairsBuilder(build_info=info, where={"kept": True}).build()
+
+
+def test_fields_choose_and_captions_are_drawn_in_tables_too(tmp_path: Path) -> None:
+    """Tables are otherwise read row by row, where neither is possible."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    paths = cli_helpers.pictures(tmp_path / "p", 2)
+    columns = {"image": [paths[0]] * 3 + paths[1:], "caption": ["one", "two", "three", "four"]}
+    table = arrow.table({**columns, "kept": [True, False, True, True]})
+    parquet.write_table(table, tmp_path / "train.parquet")
+    info: Any = {"annotations": {"train": {"storage": str(tmp_path / "train.parquet")}}}
+
+    def texts(**settings: Any) -> list[str]:
+        train: Any = PairsBuilder(build_info=info, **settings).build()["train"]
+        return [train[i]["text_input"] for i in range(len(train))]
+
+    assert texts() == ["one", "two", "three", "four"]
+    assert texts(where={"kept": True}) == ["one", "three", "four"]
+    first, second = texts(captions_per_sample="draw")
+    assert first in ("one", "two", "three")
+    assert second == "four"
+
+
+@pytest.mark.parametrize("setting", [{"where": {"kept": True}}, {"captions_per_sample": "draw"}])
+def test_a_stream_has_no_records_to_choose_from(setting: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=next(iter(setting))):
+        PairsBuilder(stream=StreamSettings(epoch_length=8), **setting)

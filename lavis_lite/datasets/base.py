@@ -74,7 +74,7 @@ class BaseDataset(Dataset):
     fields: Mapping[str, Kind] = MappingProxyType({})
     long_keys: tuple[str, ...] = ("label",)
     reader: ClassVar[str] = "records"
-    reads_tables: ClassVar[bool] = False
+    reads_tables: bool = False
     """Whether tables are read row by row, by `arrange_table`; else their records are loaded into memory."""
     item_field: ClassVar[str] = ""
     """The field of which each item of a list makes a sample, in tables."""

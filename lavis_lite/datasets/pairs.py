@@ -34,6 +34,7 @@ class PairsDataset(CaptionDataset):
     ) -> None:
         one_of("captions_per_sample", captions_per_sample, get_args(CaptionsPerSample))
         self.captions_per_sample, self.where = captions_per_sample, dict(where or {})
+        self.reads_tables = captions_per_sample == "all" and not self.where  # else all records are needed
         super().__init__(*arguments, **options)
 
     def arrange(self, records: list[Record]) -> list[Record]:
@@ -77,3 +78,8 @@ class PairsBuilder(BaseBuilder):
 
     train_dataset = PairsDataset
     eval_dataset = PairsDataset
+
+    def __post_init__(self) -> None:
+        if self.stream is not None and (self.where or self.captions_per_sample == "draw"):
+            setting = "where" if self.where else "captions_per_sample: draw"
+            raise InputError(f"pairs: {setting} needs all records, and a stream has none: leave out one of them")
