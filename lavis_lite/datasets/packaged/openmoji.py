@@ -83,5 +83,5 @@ def render(path: Path, size: int) -> bytes:
     try:
         import resvg_py
     except ImportError as error:
-        raise MissingPackageError("OpenMoji's SVG files need resvg: `pip install resvg_py`") from error
+        raise MissingPackageError("OpenMoji's SVG files need resvg_py: `pip install lavis-lite[pictures]`") from error
     return bytes(resvg_py.svg_to_bytes(svg_path=str(path), width=size, height=size))
