@@ -2,16 +2,24 @@
 
 import csv
 import json
+import os
+import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import cli_helpers
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ports import free_port
 from typer.testing import CliRunner
 
 import lavis_lite
@@ -217,7 +225,7 @@ def test_an_index_finds_an_image_by_itself_and_follows_the_folder(
     for name in ("a_red.png", "b_green.png", "c_blue.jpg"):
         (folder / name).write_bytes((photos / name).read_bytes())
     pipe = EmbedPipeline(tiny("blip_retrieval/tiny"))
-    index = ImageIndex(folder, pipe, name="tiny", storage=tmp_path / "index")
+    index = ImageIndex(folder, pipe, storage=tmp_path / "index")
     index.update()
     best = index.by_image(photos / "c_blue.jpg", k=2)
     assert best[0].image == str(folder / "c_blue.jpg")
@@ -232,13 +240,14 @@ def test_an_index_finds_an_image_by_itself_and_follows_the_folder(
     (folder / "a_red.png").unlink()
     Image.new("RGB", (30, 30), "white").save(folder / "new.png")
     read: list[str] = []
-    again = ImageIndex(folder, pipe, name="tiny", storage=tmp_path / "index")
+    again = ImageIndex(folder, pipe, storage=tmp_path / "index")
     again.update(lambda results, total: (read.append(result["image"]) or result for result in results))
     assert read == [str(folder / "new.png")]
     assert [entry[0] for entry in again.files] == [
         str(folder / name) for name in ("b_green.png", "c_blue.jpg", "new.png")
     ]
-    assert len(ImageIndex(folder, pipe, name="another model", storage=tmp_path / "index").files) == 0
+    other = EmbedPipeline(tiny("blip_image_text_matching/tiny"))
+    assert len(ImageIndex(folder, other, storage=tmp_path / "index").files) == 0
 
 
 # Output
@@ -377,8 +386,6 @@ def test_doctor_reports_without_a_network(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_help_of_the_commands_loads_no_torch() -> None:
-    import subprocess
-
     driver = "import sys; sys.modules['torch'] = None; from lavis_lite.cli.app import app; app()"
     for name in ("caption", "ask", "match", "embed", "search", "chat", "models", "recipes", "doctor"):
         done = subprocess.run(
@@ -386,3 +393,143 @@ def test_help_of_the_commands_loads_no_torch() -> None:
         )
         assert done.returncode == 0, done.stderr
         assert "Usage" in done.stdout
+
+
+# What only several processes, a kill, a server or another format show
+
+
+def command_line(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "lavis_lite", *map(str, arguments)]
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_images_and_write_one_file(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_text("not a picture")
+    model = ("--model", "blip_caption/tiny", "--device", "cpu", "--option", "prompt=''")
+    alone, shared = tmp_path / "alone.jsonl", tmp_path / "shared.jsonl"
+    # random weights: `load` seeds nothing, so both read one checkpoint
+    torch.manual_seed(0)
+    weights = tmp_path / "weights.pth"
+    torch.save({"model": load("blip_caption/tiny", device="cpu").model.state_dict()}, weights)
+    command = ("caption", photos, tmp_path / "broken.png", *model, "--checkpoint", weights, "--batch-size", "1")
+    run(*command, "--out", alone)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master-port={free_port()}"]
+    done = subprocess.run(
+        [*torchrun, "-m", "lavis_lite", *map(str, command), "--out", str(shared)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert shared.read_text() == alone.read_text()
+    assert done.stderr.count("skipped:") == 1
+    assert sorted(tmp_path.glob("shared*")) == [shared]
+
+
+@pytest.mark.slow
+def test_a_killed_command_resumes_with_what_is_missing(photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for number in range(40):
+        Image.new("RGB", (40, 30), (number, 0, 0)).save(folder / f"{number:02}.png")
+    out = tmp_path / "captions.csv"
+    model = ("--model", "blip_caption/tiny", "--device", "cpu", "--batch-size", "1", "--num-beams", "3")
+    arguments = ("caption", folder, *model, "--out", out)
+    partial = Path(f"{out}.partial")
+    process = subprocess.Popen(command_line(*arguments), env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        deadline = time.monotonic() + 200
+        while not (partial.is_file() and partial.read_text().count("\n") > 3) and time.monotonic() < deadline:
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
+    kept = partial.read_text().splitlines()
+    assert 3 < len(kept) < 41, "killed too early or too late"
+    assert "--resume" in run(*arguments, code=2).stderr
+    run(*arguments, "--resume")
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [Path(row["image"]).name for row in rows] == [f"{number:02}.png" for number in range(40)]
+    before = [json.loads(line) for line in kept[1:] if line.endswith("}")]
+    assert [row["caption"] for row in rows][: len(before)] == [row["caption"] for row in before]
+    assert not partial.exists()
+
+
+def test_images_by_url(
+    photos: Path, tiny: Callable[[str], Loaded], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LAVIS_LITE_CACHE", str(tmp_path))
+    handler = partial(SimpleHTTPRequestHandler, directory=str(photos))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}/a_red.png"
+        pipe = CaptionPipeline(tiny("blip_caption/tiny"))
+        assert pipe(address)["caption"] == pipe(photos / "a_red.png")["caption"]
+        assert "error" in next(iter(pipe([f"{address}.missing", address], skip_unreadable=True)))
+        server.shutdown()
+
+
+def test_parquet_and_json_have_the_rows_of_jsonl(photos: Path, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    model = ("--model", "blip_image_text_matching/tiny", "--device", "cpu", "--checkpoint", tmp_path / "weights.pth")
+    torch.save({"model": load("blip_image_text_matching/tiny", device="cpu").model.state_dict()}, model[-1])
+    for ending in ("jsonl", "json", "parquet", "tsv"):
+        run("match", photos, *model, "-t", "a red circle", "--out", tmp_path / f"scores.{ending}")
+    rows = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert len(rows) == len(COLORS)
+    assert json.loads((tmp_path / "scores.json").read_text()) == rows
+    assert parquet.read_table(tmp_path / "scores.parquet").to_pylist() == rows
+    with (tmp_path / "scores.tsv").open(newline="") as file:
+        assert [json.loads(row["scores"]) for row in csv.DictReader(file, delimiter="\t")] == [
+            r["scores"] for r in rows
+        ]
+    run("embed", photos, *model, "--out", tmp_path / "features.parquet")
+    table = parquet.read_table(tmp_path / "features.parquet").to_pylist()
+    assert [row["image"] for row in table] == [row["image"] for row in rows]
+    assert np.linalg.norm(table[0]["features"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_batches_grow_on_a_gpu_while_half_of_the_memory_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = iter([(90, 100), (60, 100), (40, 100)])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: next(free))
+    sizes: list[int] = []
+
+    def note(batch: Any) -> list[int]:
+        sizes.append(len(batch))
+        return list(batch)
+
+    assert list(BatchSizer(note, size=None, device=torch.device("cuda"))(range(160))) == list(range(160))
+    assert sizes == [8, 16, 32, 32, 32, 32, 8]
+
+
+def test_options_without_effect_are_refused(photos: Path) -> None:
+    model = ("--model", "blip_caption/tiny", "--device", "cpu")
+    for flag in ("--resume", "--overwrite"):
+        assert "--out" in run("caption", photos, *model, flag, code=2).stderr
+    assert "--resume" in run("embed", photos, "--resume", code=2).stderr
+    rerank = ("--image", photos / "a_red.png", "--rerank", 3)
+    assert "--rerank" in run("search", photos, *rerank, code=2).stderr
+    assert "VALUE" in run("caption", photos, *model, "--option", "prompt", code=2).stderr
+
+
+def test_a_checkpoint_of_train_brings_its_model(tmp_path: Path, shapes_data: Path) -> None:
+    assert cli_helpers.train(cli_helpers.project(tmp_path, "caption"), "run.max_iters=1") == 0
+    checkpoint = tmp_path / "output" / "job" / "checkpoint_last.pth"
+    picture = next(shapes_data.rglob("*.jpg"))
+    loaded = load(str(checkpoint), device="cpu")
+    assert type(loaded.model).__name__ == "BlipCaption"
+    caption = CaptionPipeline(loaded)(picture)["caption"]
+    assert run("caption", picture, "--model", checkpoint, "--device", "cpu").stdout.strip().split("\t")[1] == caption
+
+
+def test_a_copied_recipe_keeps_its_text_and_finds_its_bases(tmp_path: Path) -> None:
+    from lavis_lite.common.config.config import Config
+
+    for name in ("blip/quickstart/caption", "blip2/eval/ret_coco", "instructblip/train/lora"):
+        copy = tmp_path / f"{name.replace('/', '_')}.yaml"
+        run("recipes", name, "--copy", copy)
+        assert Config.from_file(copy).to_dict() == Config.from_file(name).to_dict()
+    assert "max_iters: 250" in (tmp_path / "blip_quickstart_caption.yaml").read_text()

@@ -17,6 +17,7 @@ from typing import Any
 from lavis_lite.cli.capfilt_chain import ROWS, Chain, Job, check_rows, jobs, read_chain
 from lavis_lite.cli.capfilt_table import table
 from lavis_lite.cli.failures import exit_code, is_first_process
+from lavis_lite.common.config.recipes import find_recipe
 from lavis_lite.common.errors import InputError
 from lavis_lite.runners.stopping import Stopped, StopSignals
 
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `lavis-lite capfilt`; ends the process."""
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(prog="lavis-lite capfilt", description=HELP, formatter_class=raw)
-    p.add_argument("--cfg-path", required=True, type=Path, metavar="YAML", help="the chain")
+    p.add_argument("--cfg-path", required=True, type=find_recipe, metavar="YAML", help="the chain: a file, or its name")
     p.add_argument("--rows", nargs="+", default=["both"], metavar="ROW", help=f"{', '.join(ROWS)} (both)")
     p.add_argument("--seeds", nargs="+", type=int, default=[42], metavar="N", help="seeds of each row's steps (42)")
     p.add_argument("--only", nargs="+", metavar="STEP", help="only these steps")

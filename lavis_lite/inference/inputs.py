@@ -13,12 +13,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lavis_lite.common.errors import InputError, InputTypeError, MissingFileError
+from lavis_lite.common.errors import (
+    InputError,
+    InputTypeError,
+    MissingFileError,
+    UnreachableError,
+    UnreadableSample,
+)
 from lavis_lite.common.registry import did_you_mean
 from lavis_lite.common.sources import download
 from lavis_lite.datasets.annotations import read_json, read_records
-from lavis_lite.datasets.image import open_image
-from lavis_lite.processors.image import ImageProcessor
+from lavis_lite.datasets.image import open_image, opening_settings
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".jp2"))
 """Endings of the files in a folder that are images."""
@@ -156,15 +161,11 @@ def load_image(item: Item, processor: Any) -> torch.Tensor:
 def open_source(item: Item, processor: Any) -> Image.Image:
     """Return the picture of an item that is a path or URL, as the image processor reads files."""
     source = str(item.image)
-    path = download.fetch(source) if download.is_url(source) else Path(source)
-    return open_image(path, **settings_of(processor))
-
-
-def settings_of(processor: Any) -> dict[str, Any]:
-    """Return the settings of an image processor that hold for opening files, too."""
-    if not isinstance(processor, ImageProcessor):
-        return {}
-    return {"background": processor.background, "max_pixels": processor.max_pixels}
+    try:
+        path = download.fetch(source) if download.is_url(source) else Path(source)
+    except UnreachableError as error:  # one picture of many
+        raise UnreadableSample(str(error)) from error
+    return open_image(path, **opening_settings(processor))
 
 
 def column_of(items: Sequence[Item], column: str, flag: str) -> list[str]:

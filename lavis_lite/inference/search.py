@@ -19,9 +19,11 @@ from lavis_lite.common.checkpoint import atomic_write, write_text
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.precision import autocast
 from lavis_lite.common.sources import download
+from lavis_lite.datasets.image import opening_settings
 from lavis_lite.inference.inputs import Item, find_items, load_image
 from lavis_lite.inference.pipelines import EmbedPipeline
 from lavis_lite.models.image_text import ImageTextModel
+from lavis_lite.nn.fingerprint import fingerprint
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[Iterable[dict[str, Any]], int], Iterator[dict[str, Any]]]
@@ -37,17 +39,17 @@ class Hit(NamedTuple):
 
 
 class ImageIndex:
-    """Features of the images below `folder`, as `pipeline` computes them; `name` says by which model.
+    """Features of the images below `folder`, as `pipeline` computes them.
 
     It is in `storage` (default: a folder of the cache): `features.npy`, and `files.json` with each row's path, size and
     time of change.
     """
 
-    def __init__(
-        self, folder: str | Path, pipeline: EmbedPipeline, *, name: str, storage: str | Path | None = None
-    ) -> None:
-        self.folder, self.pipeline, self.name = Path(folder), pipeline, name
-        key = hashlib.sha256(f"{self.folder.resolve()}\n{name}".encode()).hexdigest()[:16]
+    def __init__(self, folder: str | Path, pipeline: EmbedPipeline, *, storage: str | Path | None = None) -> None:
+        self.folder, self.pipeline = Path(folder), pipeline
+        self.made_by = f"{fingerprint(pipeline.model)} {opening_settings(pipeline.loaded.process_image)}"
+        """What the features depend on besides the images: weights, and how files are opened."""
+        key = hashlib.sha256(f"{self.folder.resolve()}\n{self.made_by}".encode()).hexdigest()[:16]
         self.storage = download.cache_dir() / "search" / key if storage is None else Path(storage)
         self.files: list[list[Any]] = []
         self.features = np.zeros((0, 0), dtype=np.float32)
@@ -132,7 +134,7 @@ class ImageIndex:
         if names.is_file() and features.is_file():
             content = json.loads(names.read_text())
             found = np.load(features, mmap_mode="r", allow_pickle=False)
-            if content["model"] == self.name and len(found) == len(content["files"]):
+            if content["made_by"] == self.made_by and len(found) == len(content["files"]):
                 self.files, self.features = content["files"], found
 
     def _write(self) -> None:
@@ -141,7 +143,7 @@ class ImageIndex:
         buffer = io.BytesIO()
         np.save(buffer, self.features)
         atomic_write(self.storage / "features.npy", lambda file: file.write(buffer.getbuffer()))
-        write_text(self.storage / "files.json", json.dumps({"model": self.name, "files": self.files}))
+        write_text(self.storage / "files.json", json.dumps({"made_by": self.made_by, "files": self.files}))
 
 
 def _stamp(item: Item) -> list[Any]:

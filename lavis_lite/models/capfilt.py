@@ -2,14 +2,13 @@
 (BLIP-2, section 3.4).
 """
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lavis_lite.common.config.agreement import model_setting
 from lavis_lite.common.errors import InputError
@@ -19,9 +18,6 @@ from lavis_lite.models.clip_ranker import ClipRanker
 from lavis_lite.models.inputs import image_of
 from lavis_lite.models.loading import build, configured
 from lavis_lite.models.protocols import Generates, ScoresPairs
-
-SAMPLED = 64
-"""Values of a tensor that count in `fingerprint`."""
 
 
 class CapFiltModel(BaseModel):
@@ -78,14 +74,6 @@ def resized(image: Tensor, size: int | None) -> Tensor:
     if size is None or image.shape[-2:] == (size, size):
         return image
     return F.interpolate(image, (size, size), mode="bicubic", antialias=True)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Return a short digest that differs if the weights do: of the first values of every tensor."""
-    digest = hashlib.blake2b(digest_size=8)
-    for tensor in model.state_dict().values():
-        digest.update(tensor.detach().flatten()[:SAMPLED].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def check_captioner(section: dict[str, Any], where: str) -> None:

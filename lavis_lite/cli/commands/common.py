@@ -71,8 +71,19 @@ class ImageOptions(LoadOptions):
     image_column: Annotated[str, typer.Option(help="column of a table with the images' paths")] = "image"
     batch_size: BatchSize = None
     num_threads: Threads = 4
-    resume: Annotated[bool, typer.Option("--resume", help="continue an unfinished output")] = False
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing output")] = False
+
+
+@dataclass(kw_only=True)
+class ResumableOptions(ImageOptions):
+    """Those of a command whose output is written as it is computed."""
+
+    resume: Annotated[bool, typer.Option("--resume", help="continue an unfinished output")] = False
+
+    def check_output(self, out: Path | None) -> None:
+        """Raise BadParameter for options of an output without one."""
+        if out is None and (self.resume or self.overwrite):
+            raise typer.BadParameter("--resume and --overwrite are of an output: give --out")
 
 
 def with_options(kind: type[Any], **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:

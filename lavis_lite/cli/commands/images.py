@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lavis_lite.cli.commands.common import ImageOptions, Out, finish, given, lines_of, with_options
+from lavis_lite.cli.commands.common import ImageOptions, Out, ResumableOptions, finish, given, lines_of, with_options
 
 if TYPE_CHECKING:
     from lavis_lite.cli.commands.run import Job
@@ -20,16 +20,16 @@ MinLength = Annotated[int | None, typer.Option(help="tokens that a text has at l
 MaxLength = Annotated[int | None, typer.Option(help="tokens that a text has at most")]
 
 
-def job(task: str, options: ImageOptions, **fields: Any) -> "Job":
+def job(task: str, options: ResumableOptions, **fields: Any) -> "Job":
     """Return the job of a task; importing it loads torch."""
     from lavis_lite.cli.commands.run import Job
 
     return Job(task=task, options=options, **fields)
 
 
-@with_options(ImageOptions, model="blip_caption/base_coco")
+@with_options(ResumableOptions, model="blip_caption/base_coco")
 def caption(
-    options: ImageOptions,
+    options: ResumableOptions,
     *,
     out: Out = None,
     sidecars: Annotated[bool, typer.Option("--sidecars", help="write a .txt file beside each image")] = False,
@@ -49,6 +49,8 @@ def caption(
     """Write captions of images."""
     if out is not None and sidecars:
         raise typer.BadParameter("give --out or --sidecars, not both")
+    if not sidecars:
+        options.check_output(out)
     if num_captions > 1 and num_beams is None and not sample:
         num_beams = max(3, num_captions)
     settings = given(num_beams=num_beams, top_p=top_p, temperature=temperature, prompt=prompt)
@@ -66,9 +68,9 @@ def caption(
     )
 
 
-@with_options(ImageOptions, model="blip_vqa/vqav2")
+@with_options(ResumableOptions, model="blip_vqa/vqav2")
 def ask(
-    options: ImageOptions,
+    options: ResumableOptions,
     *,
     question: Annotated[str | None, typer.Option("--question", "-q", help="one question about every image")] = None,
     question_column: Annotated[str | None, typer.Option(help="column of a table with the questions")] = None,
@@ -85,6 +87,7 @@ def ask(
     """
     if (question is None) == (question_column is None):
         raise typer.BadParameter("give either --question or --question-column")
+    options.check_output(out)
 
     def execute() -> int:
         settings = given(num_beams=num_beams, min_length=min_length, max_length=max_length, prompt=prompt)
@@ -95,9 +98,9 @@ def ask(
     finish(execute)
 
 
-@with_options(ImageOptions, model="blip_image_text_matching/base")
+@with_options(ResumableOptions, model="blip_image_text_matching/base")
 def match(
-    options: ImageOptions,
+    options: ResumableOptions,
     *,
     text: Annotated[list[str] | None, typer.Option("--text", "-t", help="a text to compare with; repeatable")] = None,
     texts: Annotated[Path | None, typer.Option(help="file with one text per line")] = None,
@@ -109,6 +112,7 @@ def match(
     """
     if not text and texts is None:
         raise typer.BadParameter("give --text or --texts")
+    options.check_output(out)
 
     def execute() -> int:
         compared = [*(text or []), *(lines_of(texts) if texts else [])]
@@ -134,9 +138,9 @@ def embed(
     """
 
     def execute() -> int:
-        from lavis_lite.cli.commands.run import embed_to
+        from lavis_lite.cli.commands.embed import embed_to
 
-        return embed_to(out, job("embed", options, settings={"features": features}, text=""))
+        return embed_to(out, options, features)
 
     finish(execute)
 

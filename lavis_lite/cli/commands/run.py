@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
-from lavis_lite.cli.commands.common import ImageOptions
+from lavis_lite.cli.commands.common import ResumableOptions
 from lavis_lite.cli.commands.progress import progress
 from lavis_lite.common import dist
-from lavis_lite.common.checkpoint import atomic_write, write_text
+from lavis_lite.common.checkpoint import write_text
 from lavis_lite.common.errors import ExistingFileError, InputError
 from lavis_lite.common.rng import seed_everything
 from lavis_lite.inference.inputs import Item, column_of, find_items
@@ -31,7 +30,7 @@ class Job:
     """A pipeline over the images of a command line."""
 
     task: str
-    options: ImageOptions
+    options: ResumableOptions
     settings: dict[str, Any]
     """What the pipeline is called with."""
     text: str
@@ -67,11 +66,12 @@ class Job:
 
     def _print(self, items: Sequence[Item]) -> int:
         errors = []
-        for row in self.results(items):
+        for row in self.results(items[dist.rank() :: dist.world_size()]):
             if "error" in row:
                 errors.append(row)
             else:
                 tqdm.write(f"{row['image']}\t{_shown(self.edit(row)[self.text])}", file=sys.stdout)
+        errors = dist.gather_objects(errors)
         return report(len(items) - len(errors), errors, "")
 
     def _to_file(self, out: Path, items: Sequence[Item]) -> int:
@@ -121,36 +121,6 @@ class Job:
         """Return what identifies the item's result."""
         question = self.settings.get("question") if self.column is None else item.fields.get(self.column)
         return key_of({"image": item.name, "question": question})
-
-
-def embed_to(out: Path, job: Job) -> int:
-    """Write the features of a job's images as a .npy file with its ids, or as a .parquet table."""
-    options = job.options
-    if out.suffix not in (".npy", ".parquet"):
-        raise InputError(f"--out {out}: the ending must be .npy or .parquet")
-    if out.exists() and not options.overwrite:
-        raise ExistingFileError(f"--out {out} exists already: --overwrite replaces it")
-    dist.init(options.device)
-    try:
-        items = find_items(options.paths, column=options.image_column)
-        rows = dist.gather_objects(list(job.results(items[dist.rank() :: dist.world_size()])))
-    finally:
-        dist.shutdown()
-    order = {item.name: number for number, item in enumerate(items)}
-    rows = sorted(rows, key=lambda row: order[row["image"]])
-    whole = [row for row in rows if "error" not in row]
-    if whole and dist.is_main():
-        write_features(out, [row["image"] for row in whole], np.stack([row["features"] for row in whole]))
-    return report(len(whole), [row for row in rows if "error" in row], str(out))
-
-
-def write_features(out: Path, ids: Sequence[str], features: np.ndarray) -> None:
-    """Write features (N, ...) and their ids."""
-    if out.suffix == ".parquet":
-        write_rows(out, [{"image": name, "features": row.tolist()} for name, row in zip(ids, features, strict=True)])
-        return
-    atomic_write(out, lambda file: np.save(file, features))
-    write_text(out.with_suffix(".ids.txt"), "".join(f"{name}\n" for name in ids))
 
 
 def sidecar_of(item: Item) -> Path:

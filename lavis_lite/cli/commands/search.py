@@ -27,6 +27,8 @@ def search(
     """
     if folder is None or (text is None) == (image is None):
         raise typer.BadParameter("give a folder, and a text or --image")
+    if rerank and image is not None:
+        raise typer.BadParameter("--rerank is of texts: the matching head compares images with texts")
 
     def execute() -> int:
         from lavis_lite.cli.commands.progress import progress
@@ -34,7 +36,7 @@ def search(
         from lavis_lite.inference.search import ImageIndex
 
         pipeline = EmbedPipeline(options.load(), batch_size=batch_size, num_threads=num_threads)
-        found = ImageIndex(folder, pipeline, name=f"{options.model} {options.checkpoint or ''}", storage=index)
+        found = ImageIndex(folder, pipeline, storage=index)
         found.update(progress)
         hits = found.by_text(str(text), k=k, rerank=rerank) if image is None else found.by_image(image, k=k)
         for hit in hits:

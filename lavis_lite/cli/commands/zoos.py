@@ -1,11 +1,15 @@
 """The commands `models`, `datasets` and `recipes`: what the package has, by name."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lavis_lite.cli.commands.common import finish
+
+BASES = re.compile(r"^_base_:.*\n(?:[ -].*\n)*", re.MULTILINE)
+"""The key `_base_` of a YAML with its value."""
 
 
 def models(
@@ -80,9 +84,11 @@ def copy_recipe(path: Path, target: Path) -> None:
     if target.exists():
         raise ExistingFileError(f"--copy {target} exists already; name another file")
     text = path.read_text()
-    bases = (yaml.safe_load(text) or {}).get("_base_")
-    for base in [bases] if isinstance(bases, str) else bases or []:
-        text = text.replace(base, str((path.parent / base).resolve()))
+    bases = (yaml.safe_load(text) or {}).get("_base_") or []
+    bases = [bases] if isinstance(bases, str) else bases
+    if bases:
+        full = yaml.safe_dump({"_base_": [str((path.parent / base).resolve()) for base in bases]})
+        text = BASES.sub(lambda _: full, text, count=1)
     write_text(target, text)
 
 

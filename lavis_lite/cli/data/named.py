@@ -9,6 +9,7 @@ from typing import Any
 
 from lavis_lite.common.config.config import Config
 from lavis_lite.common.config.files import load_with_bases, parse_options, resolve_key
+from lavis_lite.common.config.recipes import find_recipe, named_recipe
 from lavis_lite.common.config.zoo import dataset_zoo, packaged_dataset
 from lavis_lite.common.errors import InputError, MissingFileError, UnknownNameError
 from lavis_lite.common.registry import did_you_mean, registry
@@ -46,8 +47,8 @@ class NamedDataset:
 
 
 def is_recipe(name: str) -> bool:
-    """Return whether a name is that of a YAML file, and not of a packaged dataset."""
-    return Path(name).suffix in (".yaml", ".yml") or Path(name).is_file()
+    """Return whether a name is that of a recipe or a YAML file, and not of a packaged dataset."""
+    return Path(name).suffix in (".yaml", ".yml") or Path(name).is_file() or named_recipe(name) is not None
 
 
 def find_datasets(name: str, *, splits: Sequence[str] = (), options: Sequence[str] = ()) -> list[NamedDataset]:
@@ -82,7 +83,7 @@ def read_recipe(path: str, options: Sequence[str] = ()) -> tuple[Config, dict[st
         try:
             return Config.from_file(path, options), {}
         except MissingFileError:
-            own = [*load_with_bases(Path(path)), *([parse_options(options)] if options else [])]
+            own = [*load_with_bases(find_recipe(path)), *([parse_options(options)] if options else [])]
             named = {key: resolve_key(own, tuple(key.split("."))) for key in READ_BEFORE}
             unread = {key: source for key, source in named.items() if isinstance(source, str)}
             if not unread:

@@ -23,18 +23,24 @@ def recipe_names() -> list[str]:
     return [path.relative_to(root).with_suffix("").as_posix() for path in found if not path.name.startswith("_")]
 
 
+def named_recipe(name: str | Path) -> Path | None:
+    """Return the recipe of a name, or of its path in the project; None if there is no such recipe."""
+    path = Path(name)
+    parts = path.with_suffix("").parts
+    recipe = recipes_root().joinpath(*parts[parts[:1] == ("projects",) :]).with_suffix(".yaml")
+    return recipe if recipe.is_file() and not path.is_absolute() else None
+
+
 def find_recipe(name: str | Path) -> Path:
     """Return the path of a configuration: `name` itself, or the recipe of that name, which need not exist.
 
     Raises MissingFileError, with the nearest names, if it is neither a file nor a recipe nor ends with `.yaml`.
     """
     path = Path(name).expanduser()
-    if path.is_file():
-        return path
-    parts = path.with_suffix("").parts
-    short = "/".join(parts[1:] if parts[:1] == ("projects",) else parts)
-    if (recipe := recipes_root() / f"{short}.yaml").is_file() and not path.is_absolute():
-        return recipe
+    found = path if path.is_file() else named_recipe(name)
+    if found is not None:
+        return found
     if path.suffix in (".yaml", ".yml") or path.is_dir():
         return path
-    raise MissingFileError(f"{name}: no such file, nor a recipe of that name. {did_you_mean(short, recipe_names())}")
+    near = did_you_mean(str(name), recipe_names())
+    raise MissingFileError(f"{name}: no such file, nor a recipe of that name. {near}")

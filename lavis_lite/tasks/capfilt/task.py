@@ -28,9 +28,10 @@ from lavis_lite.common.sources import download
 from lavis_lite.datasets.base import BaseDataset
 from lavis_lite.datasets.protocols import EvalDataset, Samples
 from lavis_lite.models.base import BaseModel
-from lavis_lite.models.capfilt import CapFiltModel, check_captioner, fingerprint, load_captioner
+from lavis_lite.models.capfilt import CapFiltModel, check_captioner, load_captioner
 from lavis_lite.models.clip_ranker import RankerConfig, load_ranker
 from lavis_lite.models.protocols import Generates, ScoresPairs
+from lavis_lite.nn.fingerprint import fingerprint
 from lavis_lite.tasks.base import (
     DECODING_BOUNDS,
     BaseTask,
