@@ -12,7 +12,7 @@ from lavis_lite.common.errors import InputError
 from lavis_lite.common.registry import registry
 from lavis_lite.models import load_model
 from lavis_lite.models.protocols import ScoresPairs
-from lavis_lite.tasks.matching import label_of
+from lavis_lite.tasks.matching import MatchingTask, label_of
 
 TEXTS = ["a red circle", "two blue squares", "a cross above a red circle", "image 4 of 5"]
 SCORING = {
@@ -144,3 +144,22 @@ def test_labels_are_read_as_tables_have_them() -> None:
     ]
     with pytest.raises(InputError, match=r"here: .*\[1\]"):
         label_of({"label": [1]}, "here")
+
+
+def test_shuffled_features_keep_their_masks() -> None:
+    """Features of another encoder have a mask, which says how many of them count."""
+
+    class Model:
+        def match_scores(self, samples: dict[str, Any]) -> dict[str, torch.Tensor]:
+            assert torch.equal(samples["image"].sum(dim=(1, 2)), samples["image_mask"].sum(dim=1).float())
+            return {"itm": samples["image_mask"].sum(dim=1) / 10}
+
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    samples = {
+        "image": mask[..., None].float(),
+        "image_mask": mask,
+        "text_input": ["a", "b"],
+        "instance_id": ["0", "1"],
+    }
+    results = MatchingTask(shuffle_images=True).valid_step(Model(), samples)
+    assert [result["itm"] for result in results] == pytest.approx([0.1, 0.3])

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from lavis_lite.common.records import Record
 
+IMAGE_KEYS = ("image", "image_mask")
+"""The keys of a batch that say what each sample shows: whoever exchanges images exchanges both."""
 Samples = dict[str, Any]
 """A batch; `SampleDict` lists the keys with a meaning. Models and datasets of your own may have further ones."""
 

@@ -19,7 +19,7 @@ from lavis_lite.common.registry import registry
 from lavis_lite.datasets.annotations import as_list as as_captions
 from lavis_lite.datasets.annotations import check_records, read_json, read_records, section
 from lavis_lite.datasets.base import BaseDataset
-from lavis_lite.datasets.protocols import EvalDataset, HasExtraMetrics, HasReferences, Samples
+from lavis_lite.datasets.protocols import IMAGE_KEYS, EvalDataset, HasExtraMetrics, HasReferences, Samples
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.protocols import Generates, method_names
 from lavis_lite.tasks.base import (
@@ -36,7 +36,6 @@ from lavis_lite.tasks.results import Result, as_list, per_sample, split_scores, 
 
 logger = logging.getLogger(__name__)
 
-IMAGE_KEYS = ("image", "image_mask")
 NOCAPS_DOMAINS = ("in-domain", "near-domain", "out-domain")
 
 

@@ -12,7 +12,7 @@ from lavis_lite.common.config.config import Config
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.records import Record, shown
 from lavis_lite.common.registry import registry
-from lavis_lite.datasets.protocols import EvalDataset, Samples
+from lavis_lite.datasets.protocols import IMAGE_KEYS, EvalDataset, Samples
 from lavis_lite.models.protocols import ScoresPairs, method_names
 from lavis_lite.tasks.base import BaseTask, Metrics, with_eval_processors
 from lavis_lite.tasks.metrics.ranking import roc_auc
@@ -54,7 +54,7 @@ class MatchingTask(BaseTask):
         if self.shuffle_images:
             if len(samples["image"]) == 1:
                 raise InputError("run.shuffle_images needs other images in the batch: set run.batch_size_eval above 1")
-            samples = {**samples, "image": samples["image"].roll(1, dims=0)}
+            samples = {**samples, **{key: samples[key].roll(1, dims=0) for key in IMAGE_KEYS if key in samples}}
         scores = model.match_scores(samples)
         return per_sample(samples, **{name: scores[name].float().tolist() for name in SCORES if name in scores})
 

@@ -31,6 +31,7 @@ from lavis_lite.models.base import BaseModel
 from lavis_lite.models.capfilt import CapFiltModel, check_captioner, load_captioner
 from lavis_lite.models.clip_ranker import RankerConfig, load_ranker
 from lavis_lite.models.protocols import Generates, ScoresPairs
+from lavis_lite.nn.features import FEATURES
 from lavis_lite.nn.fingerprint import fingerprint
 from lavis_lite.tasks.base import (
     DECODING_BOUNDS,
@@ -125,6 +126,8 @@ class CapFiltTask(BaseTask):
 
     def _check_model_class(self, model: Mapping[str, Any]) -> None:
         arch, model_class = model["arch"], registry.get_model_class(model["arch"])
+        if model_setting(model, "vit_model") == FEATURES:
+            raise InputError("model.vit_model: features: capfilt reads images; choose an encoder of images")
         if self.ranker is not None and (statistics := model_class.image_statistics(model)) is not None:
             raise InputError(f"run.ranker: reads images normalised as CLIP's; those of {arch} have {statistics}")
         if issubclass(model_class, ScoresPairs):
