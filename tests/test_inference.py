@@ -533,3 +533,13 @@ def test_a_copied_recipe_keeps_its_text_and_finds_its_bases(tmp_path: Path) -> N
         run("recipes", name, "--copy", copy)
         assert Config.from_file(copy).to_dict() == Config.from_file(name).to_dict()
     assert "max_iters: 250" in (tmp_path / "blip_quickstart_caption.yaml").read_text()
+
+
+def test_states_are_of_the_class_token_or_the_mean_without_one(photos: Path) -> None:
+    image = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    plain = load("blip_feature_extractor/tiny", device="cpu")
+    states = plain.model.extract_features({"image": image}, mode="image").image_embeds
+    assert torch.equal(EmbedPipeline(plain).image_features(image, "states"), states[:, 0])
+    other = load("blip_feature_extractor/tiny", device="cpu", vit_type="resnet18")
+    states = other.model.extract_features({"image": image}, mode="image").image_embeds
+    assert torch.allclose(EmbedPipeline(other).image_features(image, "states"), states.mean(dim=1))

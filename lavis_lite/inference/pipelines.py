@@ -24,10 +24,12 @@ from lavis_lite.common.registry import did_you_mean
 from lavis_lite.inference.batches import BatchSizer, read_ahead
 from lavis_lite.inference.inputs import Item, as_items, load_image
 from lavis_lite.inference.loading import Loaded, load
+from lavis_lite.models.blip.matching import BlipMatching
 from lavis_lite.models.blip2.llm import Blip2LLM
 from lavis_lite.models.image_text import ImageTextModel, project
 from lavis_lite.models.inputs import candidate_texts
 from lavis_lite.models.protocols import AnswersQuestions, Generates, ScoresPairs
+from lavis_lite.nn.video import visual_summary
 
 Prediction = dict[str, Any]
 QUESTION_PROMPT = "Question: {} Short answer:"
@@ -50,7 +52,7 @@ class Pipeline(ABC):
     """
 
     protocol: ClassVar[type]
-    """What the model must be."""
+    """The interface that the model must have."""
     default_model: ClassVar[str]
     examples: ClassVar[str]
     """Architectures that are, for messages."""
@@ -239,7 +241,7 @@ class EmbedPipeline(Pipeline):
     """`features` of each image, a float32 array.
 
     `projected`: as the contrast compares them, of unit length; BLIP's (D,), BLIP-2's (Q,D), one per query. `states`:
-    before the projection; BLIP's of `[CLS]` (E,), BLIP-2's of the queries (Q,E).
+    before the projection; BLIP's of the class token (E,), BLIP-2's of the queries (Q,E).
     """
 
     task = "embed"
@@ -260,7 +262,8 @@ class EmbedPipeline(Pipeline):
         if features == "projected":
             return self.model.image_features(image)[1]
         states = self.model.image_states(image)
-        return states[:, 0] if self.model.one_text_per_image else states
+        is_blip = isinstance(self.model, BlipMatching)
+        return visual_summary(self.model.visual_encoder, states, image) if is_blip else states
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str], *, features: str = FEATURES[0]) -> np.ndarray:
