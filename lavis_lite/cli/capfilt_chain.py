@@ -81,7 +81,7 @@ def read_chain(path: Path) -> Chain:
             if row not in ROWS:
                 raise checker.error(("steps", name, "rows"), f"no row {row!r}. {did_you_mean(row, ROWS)}")
         if not (path.parent / step["recipe"]).is_file():
-            raise checker.error(("steps", name, "recipe"), f"there is no {path.parent / step['recipe']}")
+            raise checker.error(("steps", name, "recipe"), f"no such file: {path.parent / step['recipe']}")
     for column, place in content.get("report", {}).items():
         step, _, rest = place.partition(".")
         if not content["steps"].get(step, {}).get("per_row") or "." not in rest:
@@ -133,7 +133,7 @@ def _filled(value: Any, names: Mapping[str, Any]) -> Any:
 
 
 def check_rows(rows: Sequence[str]) -> None:
-    """Raise ConfigError for a row that there is not, or twice the same."""
+    """Raise ConfigError for an unknown row, or one that is named twice."""
     for row in rows:
         if row not in ROWS:
             raise ConfigError(f"--rows: no row {row!r}. {did_you_mean(row, ROWS)}")

@@ -179,7 +179,7 @@ def _by_av(file: Path, choose: Choose) -> list[Image.Image]:
 
 
 def _video_stream(container: "InputContainer") -> "VideoStream":
-    """Return the stream that FFmpeg takes for the main one. EOFError if there is none."""
+    """Return the stream that FFmpeg takes for the main one. EOFError without one."""
     from av.video.stream import VideoStream
 
     stream = container.streams.best("video")

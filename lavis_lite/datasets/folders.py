@@ -26,7 +26,7 @@ SETTLED = 2.0
 
 
 def metadata_file(folder: Path) -> Path | None:
-    """Return the file that describes the folder's images; None if there is none."""
+    """Return the file that describes the folder's images; None without one."""
     return next((folder / name for name in METADATA if (folder / name).is_file()), None)
 
 

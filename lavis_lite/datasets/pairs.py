@@ -42,7 +42,7 @@ class PairsDataset(CaptionDataset):
         return joined(records) if self.captions_per_sample == "draw" else super().arrange(records)
 
     def chosen(self, records: list[Record]) -> list[Record]:
-        """Return the records whose fields have the values of `where`. InputError if there are none."""
+        """Return the records whose fields have the values of `where`. InputError if no record has them."""
         names = ", ".join(map(str, self.annotation_paths))
         for name, value in self.where.items():
             if not any(name in record for record in records):

@@ -38,7 +38,7 @@ class Part:
 def cut_splits(shares: Mapping[str, float], named: Sequence[str], *, has_stream: bool) -> list[str]:
     """Return the splits that are cut off. `named` are the splits with files of their own.
 
-    Raises InputError if there is no split to cut from, if it is a stream, or if a split has files too.
+    Raises InputError without a split to cut from, if that is a stream, or if a split has files too.
     """
     if shares and WHOLE not in named:
         raise InputError(f"split_off: cuts splits from {WHOLE!r}, which build_info.annotations does not name")

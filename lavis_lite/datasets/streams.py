@@ -1,9 +1,9 @@
 """A training split that is read from shards in their order, and whose position can be saved and restored.
 
-A stream is read in parts, one per loader worker of each process. What a part gives is a pure function of seed, part
-and number of parts: an endless series of shards, whose samples are cut into blocks of `shuffle_buffer` samples. A block
-is permuted as a whole, so a position is the place where a block begins and the number of its samples that were given.
-To resume, the block is read again: its samples, and those before it in the same shard.
+A stream is read in parts, one per loader worker of each process. The samples of a part are a pure function of seed,
+part and number of parts: an endless series of shards, whose samples are cut into blocks of `shuffle_buffer` samples. A
+block is permuted as a whole, so a position is the place where a block begins and the number of its samples that were
+given. To resume, the block is read again: its samples, and those before it in the same shard.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Part(NamedTuple):
 
 
 class Item(NamedTuple):
-    """What a stream gives at a time: a sample, or None and the problem; and the position after it."""
+    """A sample of a stream, or None and the problem; and the position after it."""
 
     sample: dict[str, Any] | None
     problem: str

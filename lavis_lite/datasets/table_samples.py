@@ -119,7 +119,7 @@ def check_unique_ids(table: Table, rows: np.ndarray) -> None:
 
 
 def first_equal(table: Table, rows: np.ndarray, name: str) -> tuple[int, int] | None:
-    """Return two rows with the same text in a column; None if there are none."""
+    """Return two rows with the same text in a column; None without such rows."""
     found = codes(table, name)
     if found is None:
         return None

@@ -116,7 +116,7 @@ def _schemas(paths: Sequence[Path]) -> list[pa.Schema]:
 
 
 def _different(paths: Sequence[Path], schemas: Sequence[pa.Schema]) -> str | None:
-    """Return the message about the first column whose type is not the same in all tables; None if there is none."""
+    """Return the message about the first column whose type is not the same in all tables; None without one."""
     for path, schema in zip(paths[1:], schemas[1:], strict=True):
         for name in dict.fromkeys([*schemas[0].names, *schema.names]):
             kinds = [str(one.field(name).type) if name in one.names else "missing" for one in (schemas[0], schema)]
@@ -181,7 +181,7 @@ class Table:
         return self.num_rows
 
     def column(self, name: str) -> pa.ChunkedArray | None:
-        """Return a column by our name, memory-mapped; None if there is none, or if it holds images."""
+        """Return a column by our name, memory-mapped; None if the table lacks it, or if it holds images."""
         if name not in self.names:
             return None
         found: pa.ChunkedArray = self.fields[:][self.names[name]]
@@ -256,7 +256,7 @@ def our_names(theirs: Sequence[str], columns: Mapping[str, str], name: str) -> d
     """Return our name of each column, and the table's. InputError for a column that is not there."""
     for ours, other in columns.items():
         if other not in theirs:
-            raise InputError(f"{name}: columns.{ours}: there is no column {other!r}; there are {list(theirs)}")
+            raise InputError(f"{name}: columns.{ours}: unknown column {other!r}; the columns are {list(theirs)}")
     return {one: one for one in theirs if one not in columns.values()} | dict(columns)
 
 

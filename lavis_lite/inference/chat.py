@@ -49,7 +49,7 @@ class Conversation:
     def ask(self, question: str) -> str:
         """Return the answer to a question."""
         if self.image is None:
-            raise InputError("chat: there is no image yet")
+            raise InputError("chat: no image was given yet")
         samples = {"image": self.image.to(self.loaded.device), "prompt": self.prompt(question)}
         with autocast(self.loaded.device, self.loaded.dtype):
             answer = str(self.model.generate(samples, **self.settings)[0]).strip()

@@ -1,4 +1,4 @@
-"""What a pipeline reads: images by path, folder, pattern, list, table or URL, or as objects in memory."""
+"""Inputs of a pipeline: images by path, folder, pattern, list, table or URL, or as objects in memory."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class ImageIndex:
     def __init__(self, folder: str | Path, pipeline: EmbedPipeline, *, storage: str | Path | None = None) -> None:
         self.folder, self.pipeline = Path(folder), pipeline
         self.made_by = f"{fingerprint(pipeline.model)} {opening_settings(pipeline.loaded.process_image)}"
-        """What the features depend on besides the images: weights, and how files are opened."""
+        """The weights and the way files are opened, on which the features depend besides the images."""
         key = hashlib.sha256(f"{self.folder.resolve()}\n{self.made_by}".encode()).hexdigest()[:16]
         self.storage = download.cache_dir() / "search" / key if storage is None else Path(storage)
         self.files: list[list[Any]] = []

@@ -1,7 +1,7 @@
 """Where a model looked: Grad-CAM of its cross-attention to the image, for a text that matches, is written or answers.
 
 As in ALBEF and LAVIS, a map is the cross-attention of one layer times the positive part of its gradient, meaned over
-heads. What the rows of the maps are depends on the model: BLIP's text tokens attend to the image; in BLIP-2 only the
+heads. The rows of the maps depend on the model: BLIP's text tokens attend to the image; in BLIP-2 only the
 queries do.
 
 Letters: R rows (tokens or queries), h and w the image encoder's grid.

@@ -137,7 +137,7 @@ def read_templates(templates: Any) -> list[str]:
         lines = named_file("run.templates", templates).read_text(encoding="utf-8").splitlines()
         templates = [line for line in lines if line.strip()]
     if not templates:
-        raise InputError("run.templates: there is none; give texts such as 'a photo of a {}.'")
+        raise InputError("run.templates: is empty; give texts such as 'a photo of a {}.'")
     for template in templates:
         if template.count("{}") != 1:
             raise InputError(f"run.templates: {template!r} must have one '{{}}', for the name of the class")

@@ -65,7 +65,7 @@ class LoadOptions:
 
 @dataclass(kw_only=True)
 class ImageOptions(LoadOptions):
-    """What a command over many images reads, and how."""
+    """The images that a command reads, and how."""
 
     paths: Paths
     image_column: Annotated[str, typer.Option(help="column of a table with the images' paths")] = "image"

@@ -32,7 +32,7 @@ class Job:
     task: str
     options: ResumableOptions
     settings: dict[str, Any]
-    """What the pipeline is called with."""
+    """Settings of the pipeline's call."""
     text: str
     """The field that is printed, or written to a sidecar."""
     column: str | None = None

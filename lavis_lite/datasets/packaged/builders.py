@@ -61,7 +61,7 @@ class PackagedBuilder(BaseBuilder):
         return list(SPLITS)
 
     def package(self) -> Path:
-        """Return the folder of the package. MissingFileError, with how to get it, if there is none."""
+        """Return the folder of the package. MissingFileError, with how to get it, if it is not installed."""
         return found_root(self.package_root, self.places, self.needed, name=self.name, advice=self.advice)
 
     def settings(self) -> Mapping[str, Any]:

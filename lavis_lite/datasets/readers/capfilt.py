@@ -27,7 +27,7 @@ class Manifest(TypedDict):
     image_root: str
     """The folder that the records' paths of images start from."""
     settings: dict[str, Any]
-    """What the texts were made with; a run with others does not continue these files."""
+    """Settings by which the texts were made; a run with others does not continue these files."""
     shards: list[str]
     """File names, in the order of the samples; empty until all of them are there."""
 

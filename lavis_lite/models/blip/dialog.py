@@ -87,7 +87,7 @@ class BlipVisDial(BlipBase):
         """Return the negative log-probability (B,C) that each candidate is right; inf where a sample has fewer than C.
 
         `candidates` are those of all samples, or a list per sample. Nothing depends on their lengths, so `divided`,
-        which languages models have, changes nothing.
+        which language models need, changes nothing.
         """
         count = len(image_of(samples, video=True, answering=True))
         lists, dialogs = list_per_sample(candidates, count), texts_of(samples, count)

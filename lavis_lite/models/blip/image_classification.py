@@ -1,4 +1,4 @@
-"""Classification of images alone by BLIP's image encoder and BLIP's own head; there is no text transformer."""
+"""Classification of images alone by BLIP's image encoder and BLIP's own head, without a text transformer."""
 
 from typing import Any, ClassVar
 
