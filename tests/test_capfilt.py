@@ -323,6 +323,8 @@ def test_a_model_that_scores_nothing_needs_a_ranker(
 def test_features_of_another_encoder_are_refused(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cfg = yaml.safe_load(recipe.read_text())
     cfg["model"] = {"arch": "blip2", "model_type": "tiny_features"}
+    for section in cfg["datasets"].values():
+        section["vis_processor"] = {split: {"name": "features"} for split in ("train", "eval")}
     recipe.write_text(yaml.safe_dump(cfg))
     assert cli_helpers.evaluate(recipe) == 2
     assert "model.vit_model: features" in last_error(capsys)
