@@ -84,7 +84,7 @@ def test_lists_and_tables_name_paths_relative_to_themselves(photos: Path) -> Non
         ("a_red.png", "what color?"),
         ("c_blue.jpg", "how big?"),
     ]
-    with pytest.raises(InputError, match=r"table\.csv.*record 0.*'image'"):
+    with pytest.raises(InputError, match=r"table\.csv: line 2 .*'image'"):
         find_items([photos / "table.csv"])
     for name in ("list.txt", "table.csv"):
         (photos / name).unlink()

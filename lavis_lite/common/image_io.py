@@ -22,6 +22,8 @@ IGNORE_ALPHA = "ignore_alpha"
 """In place of a background colour: transparency is dropped, and the colour of transparent pixels shows, as in LAVIS."""
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """Pillow's names of the formats that are opened."""
+SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+"""Ends of the names by which images are found in folders and shards; the content of a file decides what it is."""
 MAX_PIXELS = 120_000_000
 """Images with more pixels are refused before decoding: a file of 20 kB can hold them. (Phones take 108,000,000.)"""
 

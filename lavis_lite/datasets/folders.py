@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lavis_lite.common.errors import InputError
+from lavis_lite.common.image_io import SUFFIXES
 from lavis_lite.common.records import Record
 from lavis_lite.common.sources import download
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 """Names of the file that describes a folder's images, as `datasets` has them; its column `file_name` is the path."""
-SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 SETTLED = 2.0
 """Seconds after which a folder's time stamp shows every later change; a listing of a younger one is not kept."""
 

@@ -14,9 +14,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from lavis_lite.common.errors import InputError
+from lavis_lite.common.image_io import SUFFIXES
 from lavis_lite.common.records import Record, StoredImage
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ppm", "jp2")
+IMAGES = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
 TEXTS = ("txt", "cls", "json")
 """Extensions whose content is a field; of others the field is the member's path."""
 FIELDS = {**dict.fromkeys(IMAGES, "image"), "txt": "caption", "cls": "label"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,13 +19,13 @@ from lavis_lite.common.errors import (
     UnreachableError,
     UnreadableSample,
 )
+from lavis_lite.common.image_io import SUFFIXES
 from lavis_lite.common.registry import did_you_mean
 from lavis_lite.common.sources import download
-from lavis_lite.datasets.annotations import read_json, read_records
+from lavis_lite.datasets.annotations import place_of, read_records
+from lavis_lite.datasets.folders import list_files
 from lavis_lite.datasets.image import open_image, opening_settings
 
-SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".jp2"))
-"""Endings of the files in a folder that are images."""
 TABLES = (".csv", ".tsv", ".jsonl", ".json")
 LISTS = (".txt", ".lst")
 
@@ -68,7 +67,7 @@ def _items_of(source: str, column: str) -> Iterator[Item]:
     if download.is_url(source):
         yield Item(name=source, image=source)
     elif path.is_dir():
-        yield from (Item(name=str(file), image=file) for file in _images_below(path))
+        yield from (Item(name=str(path / name), image=path / name) for name in list_files(path) if _is_image(name))
     elif path.suffix.lower() in TABLES and path.is_file():
         yield from _items_of_table(path, column)
     elif path.suffix.lower() in LISTS and path.is_file():
@@ -85,26 +84,16 @@ def _items_of(source: str, column: str) -> Iterator[Item]:
         )
 
 
-def _images_below(folder: Path) -> Iterator[Path]:
-    """Yield the image files below a folder, sorted by path; hidden folders are left out."""
-    for root, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(root) / name for name in sorted(files) if _is_image(name))
-
-
 def _is_image(name: str) -> bool:
     return not Path(name).name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
 
 
 def _items_of_table(path: Path, column: str) -> Iterator[Item]:
-    records = read_json(path) if path.suffix.lower() == ".json" else read_records(path)
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise InputError(f"{path}: expected a list of records")
-    for number, record in enumerate(records):
+    for number, record in enumerate(read_records(path)):
         value = record.get(column)
         if not isinstance(value, str) or not value:
             raise InputError(
-                f"{path}: record {number} has no path in the column {column!r}. {did_you_mean(column, record)} "
+                f"{place_of(path, number)} has no path in the column {column!r}. {did_you_mean(column, record)} "
                 "--image-column names another"
             )
         yield _item_below(path.parent, value, record)
