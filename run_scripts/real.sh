@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Real pictures and words from packages, on two CPU cores, at most 90 minutes: a BLIP from scratch on OpenMoji, CapFilt on
-# Openclipart, pretraining again on raw and on bootstrapped texts; held-out galleries, captions, classes; Fashion-MNIST.
+# Real pictures and words from packages, for two CPU cores: a BLIP from scratch on OpenMoji, CapFilt on Openclipart,
+# pretraining again on raw and on bootstrapped texts; held-out galleries, captions, classes; Fashion-MNIST. Meant to take
+# 90 minutes; the whole has not been timed yet.
 #   bash run_scripts/real.sh [SEED ...]     default: 1; further seeds repeat the pretrainings
 # Needs npm, and Debian's openclipart-png, openclipart-svg and dataset-fashion-mnist. On a GPU at 224 pixels:
 #   OPTIONS="model.image_size=224 model.vit.patch_size=16 run.device=cuda" bash run_scripts/real.sh
@@ -41,7 +42,7 @@ measure() {
     echo "## $model" >>"$out/figures.txt"
     evaluate retrieval "${model}_contrast" "$model"
     evaluate retrieval "${model}_reranked" "$model" run.k_test=128
-    evaluate retrieval "${model}_trained_pictures" "$model" "run.test_splits=[val]"
+    evaluate retrieval "${model}_validation" "$model" "run.test_splits=[val]"
     evaluate caption "${model}_caption" "$model"
     evaluate caption "${model}_caption_shuffled" "$model" run.shuffle_images=true
     evaluate groups "${model}_groups" "$model"

@@ -111,6 +111,10 @@ class BaseTask:
         names = {*DECODING_BOUNDS, "use_nucleus_sampling"}
         return {name: value for name, value in vars(self).items() if name in names and value is not None}
 
+    def generate_settings(self) -> dict[str, Any]:
+        """Return the settings of a model's `generate`, which also returns scores if the task has `save_scores`."""
+        return self.decoding_settings() | ({"return_scores": True} if vars(self).get("save_scores") else {})
+
     def build_datasets(self, cfg: Config) -> dict[str, dict[str, Any]]:
         """Return `{dataset name: {split: dataset}}` for the splits that the run uses and the dataset has.
 

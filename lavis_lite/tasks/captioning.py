@@ -144,10 +144,6 @@ class CaptionTask(BaseTask):
             with naming_setting(f"run.max_len={self.max_len}", samples, model):
                 model.check_generate(samples, **self.decoding_settings())
 
-    def generate_settings(self) -> dict[str, Any]:
-        """Return the settings of `generate`."""
-        return self.decoding_settings() | ({"return_scores": True} if self.save_scores else {})
-
     def inside_prompt(self, samples: Samples) -> Samples:
         """Return the batch with `prompt`, unless it has its own, which is a complete instruction."""
         return samples if self.prompt is None else {"prompt": self.prompt, **samples}

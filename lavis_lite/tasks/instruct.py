@@ -96,10 +96,6 @@ class InstructTask(BaseTask):
             with naming_setting(f"run.max_len={self.max_len}", batch, model):
                 model.check_generate({**batch, "prompt": "{}"}, **self.decoding_settings())
 
-    def generate_settings(self) -> dict[str, Any]:
-        """Return the settings of `generate`."""
-        return self.decoding_settings() | ({"return_scores": True} if self.save_scores else {})
-
     def valid_step(self, model: FollowsInstructions, samples: Samples) -> list[Result]:
         """Return `question_id` and `prediction` of each sample, and the `losses` of its candidates if it has any."""
         if self.blank_images:
