@@ -262,8 +262,9 @@ class EmbedPipeline(Pipeline):
         if features == "projected":
             return self.model.image_features(image)[1]
         states = self.model.image_states(image)
-        is_blip = isinstance(self.model, BlipMatching)
-        return visual_summary(self.model.visual_encoder, states, image) if is_blip else states
+        if isinstance(self.model, BlipMatching):
+            return visual_summary(self.model.visual_encoder, states, image)
+        return states
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str], *, features: str = FEATURES[0]) -> np.ndarray:
