@@ -1,7 +1,8 @@
-"""A conversation about one image."""
+"""A conversation about one image or video."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,11 +10,13 @@ import torch
 from lavis_lite.common.bounds import check_number
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.precision import autocast
-from lavis_lite.inference.inputs import Item, find_items, load_image
+from lavis_lite.inference.inputs import VIDEOS, Item, find_items, load_image, load_video
 from lavis_lite.inference.loading import Loaded
 from lavis_lite.models.blip2.llm import Blip2LLM
 
 MAX_ROUNDS = 1000
+NUM_FRAMES = 4
+"""Frames of a video, as in InstructBLIP's evaluations of videos."""
 
 
 class Conversation:
@@ -33,12 +36,19 @@ class Conversation:
         self.rounds: list[tuple[str, str]] = []
         self.image: torch.Tensor | None = None
 
-    def look_at(self, source: str) -> None:
-        """Take another image, and begin anew. Raises UnreadableSample or MissingFileError and keeps the last one."""
-        (item, *others) = find_items([source])
-        if others:
-            raise InputError(f"{source}: {len(others) + 1} images; a conversation is about one")
-        self.image = load_image(Item(name=item.name, image=item.image), self.loaded.process_image)[None]
+    def look_at(self, source: str, *, num_frames: int = NUM_FRAMES) -> None:
+        """Take another image, or `num_frames` of a video, and begin anew.
+
+        Raises UnreadableSample or MissingFileError and keeps the last one.
+        """
+        if Path(source).suffix.lower() in VIDEOS:
+            image = load_video(source, self.loaded.process_image, num_frames=num_frames)
+        else:
+            (item, *others) = find_items([source])
+            if others:
+                raise InputError(f"{source}: {len(others) + 1} images; a conversation is about one")
+            image = load_image(Item(name=item.name, image=item.image), self.loaded.process_image)
+        self.image = image[None]
         self.clear()
 
     def clear(self) -> None:

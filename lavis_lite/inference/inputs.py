@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,14 @@ from lavis_lite.common.errors import (
 from lavis_lite.common.image_io import SUFFIXES
 from lavis_lite.common.registry import did_you_mean
 from lavis_lite.common.sources import download
+from lavis_lite.common.video_io import decode, processed
 from lavis_lite.datasets.annotations import place_of, read_records
 from lavis_lite.datasets.folders import list_files
 from lavis_lite.datasets.image import open_image, opening_settings
 
 TABLES = (".csv", ".tsv", ".jsonl", ".json")
 LISTS = (".txt", ".lst")
+VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 
 ImageLike = str | Path | Image.Image | np.ndarray | torch.Tensor
 
@@ -155,6 +157,14 @@ def open_source(item: Item, processor: Any) -> Image.Image:
     except UnreachableError as error:  # one picture of many
         raise UnreadableSample(str(error)) from error
     return open_image(path, **opening_settings(processor))
+
+
+def load_video(path: str | Path, processor: Callable[[Any], Any], *, num_frames: int) -> torch.Tensor:
+    """Return `num_frames` processed frames (3,F,S,S) of a video file.
+
+    Raises UnreadableSample if it is broken, MissingFileError.
+    """
+    return processed(decode(path, num_frames), processor)
 
 
 def column_of(items: Sequence[Item], column: str, flag: str) -> list[str]:

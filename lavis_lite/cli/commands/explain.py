@@ -12,9 +12,6 @@ if TYPE_CHECKING:
 
     from lavis_lite.models.explain import Maps
 
-SIZE = 224
-MAX_TILES = 64
-
 
 @with_options(LoadOptions, model="blip_image_text_matching/base")
 def explain(
@@ -63,23 +60,15 @@ def write(out: Path, image: "Image.Image", title: str, maps: "Maps") -> None:
     from lavis_lite.cli.data.preview import Tile
     from lavis_lite.cli.data.sheet import write_html, write_png
     from lavis_lite.common.checkpoint import atomic_write
-    from lavis_lite.common.gradcam import getAttMap
+    from lavis_lite.inference.overlays import overlay, overlays, squashed
 
     if out.suffix == ".npz":
         atomic_write(out, lambda file: np.savez(file, labels=np.array(maps.labels), maps=maps.maps))
         return
-    small = image.resize((SIZE, SIZE))  # squashed, as the model sees it
-    pixels = np.asarray(small, dtype=np.float64) / 255
-
-    def overlay(values: np.ndarray) -> "Image.Image":
-        from PIL import Image
-
-        return Image.fromarray(np.uint8(255 * getAttMap(pixels, values)))
-
-    tiles = [Tile(title="image", images=[small]), Tile(title="mean of all", images=[overlay(maps.mean)])]
-    for label, values in list(zip(maps.labels, maps.maps, strict=True))[:MAX_TILES]:
-        share = f"share of the largest: {values.max() / max(maps.maps.max(), 1e-12):.2f}"
-        tiles.append(Tile(title=label, images=[overlay(values)], texts=[share]))
+    small = squashed(image)
+    tiles = [Tile(title="image", images=[small]), Tile(title="mean of all", images=[overlay(small, maps.mean)])]
+    for label, picture, share in overlays(small, maps):
+        tiles.append(Tile(title=label, images=[picture], texts=[f"share of the largest: {share:.2f}"]))
     (write_html if out.suffix == ".html" else write_png)(tiles, out, title=title)
 
 
