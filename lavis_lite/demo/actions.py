@@ -26,7 +26,7 @@ from lavis_lite.demo.settings import TextSettings
 from lavis_lite.inference.chat import Conversation
 from lavis_lite.inference.inputs import Item, load_image
 from lavis_lite.inference.overlays import Overlay, overlay, overlays, squashed
-from lavis_lite.inference.search import ImageIndex
+from lavis_lite.inference.search import ImageIndex, Progress
 from lavis_lite.models.explain import explain
 
 MAX_TEXT = 2_000
@@ -34,6 +34,13 @@ MAX_TEXT = 2_000
 MAX_TEXTS = 50
 MAX_HITS = 48
 THUMBNAIL = 256
+VERBS: dict[Task, str] = {
+    "caption": "write captions",
+    "ask": "answer questions",
+    "match": "compare texts with images",
+    "embed": "search",
+    "chat": "chat",
+}
 
 
 class Upload(NamedTuple):
@@ -76,11 +83,24 @@ class Found(NamedTuple):
 
 
 class Actions:
-    """The models and folders of a demo. `index_storage` is where indices go of folders that are not the user's own."""
+    """The models and folders of a demo. `index_storage`: where indices of some folders are, in place of the cache."""
 
     def __init__(self, models: DemoModels, folders: dict[str, Path], *, index_storage: dict[str, Path]) -> None:
         self.models, self.folders, self.index_storage = models, folders, index_storage
         self.lock = threading.Lock()
+        self.indices: dict[tuple[str, str], ImageIndex] = {}
+
+    def index(self, model: str, folder: str, progress: Progress | None = None) -> ImageIndex:
+        """Return the index of a folder by a model, with the features of new files."""
+        if folder not in self.folders:
+            raise InputError(f"folder {folder!r} is not in this demo; it has {', '.join(self.folders)}")
+        chosen = self._model(model, "embed")
+        if (model, folder) not in self.indices:
+            base = self.index_storage.get(folder)
+            storage = None if base is None else base / str(len(self.indices))
+            self.indices[model, folder] = ImageIndex(self.folders[folder], chosen.pipeline("embed"), storage=storage)
+        self.indices[model, folder].update(progress)
+        return self.indices[model, folder]
 
     def caption(
         self, model: str, image: Upload | None, prompt: str, num_captions: int, settings: TextSettings
@@ -138,13 +158,10 @@ class Actions:
         """Return the images of a folder that are most similar to a text, or else to an image."""
         chosen, wanted = self._model(model, "embed"), checked_text("text", text)
         check_number("images to list", k, 1, MAX_HITS)
-        if folder not in self.folders:
-            raise InputError(f"folder {folder!r} is not in this demo; it has {', '.join(self.folders)}")
         if not wanted and image is None:
             raise InputError("search: write what to look for, or upload an image")
         with self._computing(image):
-            index = ImageIndex(self.folders[folder], chosen.pipeline("embed"), storage=self._storage(folder, chosen))
-            index.update()
+            index = self.index(model, folder)
             hits = index.by_text(wanted, k=k, rerank=rerank) if wanted else index.by_image(_given(image).path, k=k)
         name = None if wanted else _given(image).name
         code = search_code(
@@ -168,15 +185,17 @@ class Actions:
         """
         upload, chosen = _given(source, "an image or a video"), self._model(model, "chat")
         question, given = required_text("message", message), settings.arguments()
+        seed = settings.seed if settings.samples else None
         video = {} if num_frames is None else {"num_frames": num_frames}
-        with self._computing(upload, settings):
+        with self._computing(upload):
             if session is None or session[1:] != (model, upload, num_frames):
                 session = Session(Conversation(chosen.loaded), model, upload, num_frames)
                 session.conversation.look_at(str(upload.path), **video)
             conversation = session.conversation
-            conversation.num_rounds, conversation.settings = num_rounds, given
+            conversation.num_rounds, conversation.seed, conversation.settings = num_rounds, seed, given
             conversation.ask(question)
         asked = [question for question, _ in conversation.rounds]
+        given |= {} if seed is None else {"seed": seed}
         return session, chat_code(chosen, upload.name, asked, num_rounds=num_rounds, settings=given, video=video)
 
     def compare(self, models: Sequence[str], image: Upload | None, question: str, settings: TextSettings) -> list[Side]:
@@ -194,7 +213,8 @@ class Actions:
     def _model(self, name: str, task: Task) -> DemoModel:
         model = self.models[name]
         if not model.can(task):
-            raise InputError(f"{name} cannot do this: choose one of {', '.join(self.models.names(task))}")
+            able = ", ".join(self.models.names(task)) or "none of these models"
+            raise InputError(f"{name} cannot {VERBS[task]}; {able} can")
         return model
 
     def _run(
@@ -211,10 +231,6 @@ class Actions:
             _, maps = explain(loaded.model, {"image": image.to(loaded.device)}, text=text)
             small = squashed(open_image(upload.path))
             return [Overlay("mean of all", overlay(small, maps.mean), 1.0), *overlays(small, maps)]
-
-    def _storage(self, folder: str, model: DemoModel) -> Path | None:
-        base = self.index_storage.get(folder)
-        return None if base is None else base / f"{list(self.models.by_name).index(model.name)}"
 
     @contextmanager
     def _computing(self, upload: Upload | None, settings: TextSettings | None = None) -> Iterator[None]:

@@ -21,27 +21,33 @@ class Code(NamedTuple):
 
 def command_line(command: str, positional: Sequence[str], model: DemoModel, options: Mapping[str, Any]) -> str:
     """Return `lavis-lite COMMAND ...`; options of None or False are left out, of a list repeated."""
-    words = ["lavis-lite", command, *positional, "--model", model.name]
+    words = ["--model", model.name]
     words += ["--checkpoint", model.checkpoint] if model.checkpoint is not None else []
     for name, value in options.items():
-        flag = "--" + FLAGS.get(name, name).replace("_", "-")
+        flag = f"-{name}" if len(name) == 1 else "--" + FLAGS.get(name, name).replace("_", "-")
         if value is True:
             words.append(flag)
         elif value is not None and value is not False:
-            for one in value if isinstance(value, list | tuple) else [value]:
-                words += [flag, str(one)]
-    return shlex.join(words)
+            for one in map(str, value if isinstance(value, list | tuple) else [value]):
+                words += [f"{flag}={one}"] if one.startswith("-") else [flag, one]
+    end = ["--", *positional] if any(word.startswith("-") for word in positional) else []
+    return shlex.join(["lavis-lite", command, *([] if end else positional), *words, *end])
 
 
 def python_call(
     task: str, model: DemoModel, image: str, settings: Mapping[str, Any], *, result: str, seed: int | None = None
 ) -> str:
     """Return the call of a pipeline with one image, which prints `result`, an expression with `found`."""
-    lines = ["from lavis_lite import pipeline", ""]
-    if seed is not None:
-        lines = ["import torch", *lines, f"torch.manual_seed({seed})"]
     given = "".join(f", {name}={value!r}" for name, value in settings.items() if value is not None)
-    lines += [f"{task} = pipeline({task!r}, {_model(model)})", f"found = {task}({image!r}{given})", f"print({result})"]
+    lines = [
+        *([] if seed is None else ["import torch"]),
+        "from lavis_lite import pipeline",
+        "",
+        f"{task} = pipeline({task!r}, {_model(model)})",
+        *([] if seed is None else [f"torch.manual_seed({seed})"]),
+        f"found = {task}({image!r}{given})",
+        f"print({result})",
+    ]
     return "\n".join(lines)
 
 
@@ -61,7 +67,7 @@ def search_code(model: DemoModel, folder: str, *, text: str | None, image: str |
     )
     positional = [folder] if text is None else [folder, text]
     options = {"k": k, "image": image, "rerank": rerank or None}
-    return Code(python, command_line("search", positional, model, options).replace(" --k ", " -k "))
+    return Code(python, command_line("search", positional, model, options))
 
 
 def chat_code(

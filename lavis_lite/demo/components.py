@@ -58,13 +58,27 @@ def model_choice(actions: Actions, task: Task) -> gr.Dropdown:
 def image_upload(label: str = "Image", **options: Any) -> gr.Image:
     """Return an image to upload or paste."""
     return gr.Image(
-        label=label, type="filepath", image_mode=None, sources=["upload", "clipboard"], height=280, **options
+        label=label,
+        type="filepath",
+        image_mode=None,
+        sources=["upload", "clipboard"],
+        height=280,
+        elem_classes="photo",
+        **options,
     )
 
 
 def examples(paths: Sequence[Path], component: Any) -> None:
     """Offer images to click on."""
     gr.Examples([[str(path)] for path in paths], [component], label="Examples", api_visibility="private")
+
+
+def gallery(title: str) -> gr.Gallery:
+    """Return a gallery of pictures below its title."""
+    gr.Markdown(f"**{title}**")
+    return gr.Gallery(
+        label=title, show_label=False, columns=3, object_fit="contain", interactive=False, elem_classes="pictures"
+    )
 
 
 def text_box(label: str, **options: Any) -> gr.Textbox:

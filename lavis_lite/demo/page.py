@@ -20,10 +20,13 @@ TABS: dict[str, tuple[Tab, Callable[[DemoModels], bool]]] = {
     "Search": (search_tab, lambda models: bool(models.names("embed"))),
     "Compare": (compare_tab, lambda models: any(len(models.names(task)) > 1 for task in ("caption", "ask"))),
 }
+INTRODUCTION = "Models of vision and language. Nothing that you upload leaves the machine that runs this page."
 SYSTEM_FONTS = ("system-ui", "sans-serif")
 SYSTEM_MONO = ("ui-monospace", "monospace")
 CSS = """
-.gradio-container { max-width: 1200px !important; margin: 0 auto !important }
+.gradio-container { max-width: 1200px !important; width: 100%; margin: 0 auto !important }
+.photo img { width: 100%; height: 100%; object-fit: contain }
+.pictures .grid-wrap { min-height: 0 !important; max-height: none !important }
 """
 
 
@@ -36,7 +39,7 @@ def page(actions: Actions, shown: Sequence[Path]) -> gr.Blocks:
     """Return the page, with examples to click on."""
     names = ", ".join(f"`{name}`" for name in actions.models.by_name)
     with gr.Blocks(title="lavis_lite demo", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
-        gr.Markdown(f"# lavis_lite\n{names}")
+        gr.Markdown(f"# lavis_lite\n{INTRODUCTION} Loaded: {names}")
         with gr.Tabs():
             for name in tabs_of(actions.models):
                 with gr.Tab(name, id=name.lower()):
@@ -46,4 +49,6 @@ def page(actions: Actions, shown: Sequence[Path]) -> gr.Blocks:
 
 def theme() -> gr.themes.Base:
     """Return a theme with fonts of the system: nothing is fetched from other hosts."""
-    return gr.themes.Soft(primary_hue="blue", font=list(SYSTEM_FONTS), font_mono=list(SYSTEM_MONO))
+    soft = gr.themes.Soft(primary_hue="blue", font=list(SYSTEM_FONTS), font_mono=list(SYSTEM_MONO))
+    fill = {"button_primary_background_fill": "*primary_700", "button_primary_background_fill_hover": "*primary_800"}
+    return soft.set(**fill, **{f"{name}_dark": value for name, value in fill.items()})

@@ -14,6 +14,7 @@ from lavis_lite.common.errors import InputError, MissingFileError, MissingPackag
 from lavis_lite.demo.actions import Actions
 from lavis_lite.demo.examples import NUM_SHOWN, write_examples
 from lavis_lite.demo.models import DemoModels
+from lavis_lite.inference.search import Progress
 
 LOCAL = "127.0.0.1"
 PORT = 7860
@@ -50,21 +51,33 @@ def check_package() -> None:
 
 
 @contextmanager
-def running(models: DemoModels, *, folders: Sequence[Path] = (), host: str = LOCAL, port: int = PORT) -> Iterator[str]:
-    """Serve a demo until the context ends; yields its address. Uploads are deleted at the end."""
+def running(
+    models: DemoModels,
+    *,
+    folders: Sequence[Path] = (),
+    host: str = LOCAL,
+    port: int = PORT,
+    progress: Progress | None = None,
+) -> Iterator[str]:
+    """Serve a demo until the context ends; yields its address. Uploads are deleted at the end.
+
+    The features of `folders` are computed first, with `progress`.
+    """
     check_package()
     check_address(host, port)
     for folder in folders:
         if not folder.is_dir():
             raise MissingFileError(f"--folder {folder}: no such folder")
-    with tempfile.TemporaryDirectory(prefix="lavis-lite-demo-") as private:
+    with tempfile.TemporaryDirectory(prefix="lavis-lite-demo-") as private, _uploads_to(Path(private) / "uploads"):
         root = Path(private)
-        os.environ["GRADIO_TEMP_DIR"] = str(root / "uploads")
         from lavis_lite.demo.page import CSS, page, theme
 
         shown = write_examples(root / "examples")
         names = {str(folder): folder for folder in folders} | {EXAMPLES: root / "examples"}
         actions = Actions(models, names, index_storage={EXAMPLES: root / "index"})
+        for model in models.names("embed"):
+            for folder in folders:
+                actions.index(model, str(folder), progress)
         blocks = page(actions, shown[:NUM_SHOWN])
         blocks.queue(max_size=MAX_WAITING, api_open=False)
         try:
@@ -87,3 +100,17 @@ def running(models: DemoModels, *, folders: Sequence[Path] = (), host: str = LOC
             yield address
         finally:
             blocks.close(verbose=False)
+
+
+@contextmanager
+def _uploads_to(folder: Path) -> Iterator[None]:
+    """Let Gradio keep its files in a folder; it reads this from the environment, at each upload."""
+    before = os.environ.get("GRADIO_TEMP_DIR")
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["GRADIO_TEMP_DIR"]
+        else:
+            os.environ["GRADIO_TEMP_DIR"] = before

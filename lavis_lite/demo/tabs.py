@@ -13,6 +13,7 @@ from lavis_lite.demo.components import (
     code_panel,
     code_values,
     examples,
+    gallery,
     image_upload,
     model_choice,
     on,
@@ -23,7 +24,6 @@ from lavis_lite.demo.components import (
 )
 from lavis_lite.demo.examples import QUESTION, TEXT
 from lavis_lite.inference.chat import NUM_FRAMES
-from lavis_lite.inference.inputs import VIDEOS
 
 
 def caption_tab(actions: Actions, shown: Sequence[Path]) -> None:
@@ -33,7 +33,7 @@ def caption_tab(actions: Actions, shown: Sequence[Path]) -> None:
             model = model_choice(actions, "caption")
             image = image_upload()
             prompt = text_box("Prompt", placeholder="optional: how the caption begins")
-            count = gr.Slider(1, 5, value=1, step=1, label="Captions")
+            count = gr.Slider(1, 5, value=1, step=1, label="Number of captions")
             settings = settings_panel()
             button = gr.Button("Caption", variant="primary")
             examples(shown, image)
@@ -85,7 +85,7 @@ def match_tab(actions: Actions, shown: Sequence[Path]) -> None:
             scores = gr.Dataframe(
                 headers=["text", "match (itm)", "similarity (itc)"], interactive=False, label="Scores", wrap=True
             )
-            maps = gr.Gallery(label="Where the model looked", columns=3, height="auto", object_fit="contain")
+            maps = gallery("Where the model looked")
             code = code_panel()
 
     def run(model: str, image: Any, lines: str, with_map: bool) -> list[Any]:
@@ -116,7 +116,7 @@ def search_tab(actions: Actions, shown: Sequence[Path]) -> None:
                 rerank = gr.Slider(0, MAX_HITS, value=0, step=1, label="Ranked anew by the matching head")
             button = gr.Button("Search", variant="primary")
         with gr.Column():
-            found = gr.Gallery(label="Found", columns=3, height="auto", object_fit="contain")
+            found = gallery("Found")
             code = code_panel()
 
     def run(model: str, folder: str, text: str, image: Any, count: float, rerank: float) -> list[Any]:
@@ -134,18 +134,17 @@ def chat_tab(actions: Actions, shown: Sequence[Path]) -> None:
             model = model_choice(actions, "chat")
             kind = gr.Radio(["image", "video"], value="image", label="About")
             image = image_upload()
-            video = gr.Video(label=f"Video ({', '.join(VIDEOS)})", sources=["upload"], visible=False, height=280)
-            with gr.Row():
-                rounds = gr.Slider(0, 10, value=3, step=1, label="Earlier questions that each one follows")
-                frames = gr.Slider(1, 32, value=NUM_FRAMES, step=1, label="Frames of a video")
-            settings = settings_panel()
+            video = gr.Video(label="Video", sources=["upload"], visible=False, height=280)
             examples(shown, image)
         with gr.Column():
-            log = gr.Chatbot(label="Conversation", height=380)
+            log = gr.Chatbot(label="Conversation", show_label=False, height=320, buttons=["copy_all"])
             message = text_box("Instruction or question", placeholder="What is in the picture?")
             with gr.Row():
                 send = gr.Button("Send", variant="primary")
                 clear = gr.Button("Begin anew")
+            rounds = gr.Slider(0, 10, value=3, step=1, label="Earlier questions that each one follows")
+            frames = gr.Slider(1, 32, value=NUM_FRAMES, step=1, label="Frames of the video", visible=False)
+            settings = settings_panel()
             code = code_panel()
 
     def run(
@@ -171,24 +170,37 @@ def chat_tab(actions: Actions, shown: Sequence[Path]) -> None:
         [session, log, message, *code],
     )
     on([clear.click], lambda: [None, []], [], [session, log])
-    on([kind.change], lambda kind: [_visible(kind == "image"), _visible(kind == "video")], [kind], [image, video])
+
+    def show(kind: str) -> list[Any]:
+        return [gr.update(visible=kind == "image"), *[gr.update(visible=kind == "video")] * 2]
+
+    on([kind.change], show, [kind], [image, video, frames])
 
 
 def compare_tab(actions: Actions, shown: Sequence[Path]) -> None:
     """Two models side by side."""
-    names = list(dict.fromkeys([*actions.models.names("caption"), *actions.models.names("ask")]))
+    captioners, answerers = actions.models.names("caption"), actions.models.names("ask")
+    names = list(dict.fromkeys([*captioners, *answerers]))
+    pair = captioners if len(captioners) > 1 else answerers
     with gr.Row():
         with gr.Column():
             image = image_upload()
-            question = text_box("Question", placeholder="optional: without one both write a caption")
-            settings = settings_panel()
-            button = gr.Button("Compare", variant="primary")
             examples(shown, image)
         with gr.Column():
-            first = gr.Dropdown(names, value=names[0], label="First model")
-            first_text = gr.Textbox(label="First", interactive=False)
-            second = gr.Dropdown(names, value=names[-1], label="Second model")
-            second_text = gr.Textbox(label="Second", interactive=False)
+            question = text_box(
+                "Question",
+                placeholder="without one both write a caption",
+                value=QUESTION if pair == answerers else "",
+            )
+            settings = settings_panel()
+            button = gr.Button("Compare", variant="primary")
+    with gr.Row():
+        with gr.Column():
+            first = gr.Dropdown(names, value=pair[0], label="First model")
+            first_text = gr.Textbox(label="It says", interactive=False)
+        with gr.Column():
+            second = gr.Dropdown(names, value=pair[1], label="Second model")
+            second_text = gr.Textbox(label="It says", interactive=False)
 
     def run(first: str, second: str, image: Any, question: str, *values: Any) -> list[str]:
         sides = actions.compare([first, second], upload_of(image), question, settings_of(values))
@@ -207,7 +219,3 @@ def _messages(session: Session) -> list[dict[str, str]]:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
-
-
-def _visible(wanted: bool) -> Any:
-    return gr.update(visible=wanted)

@@ -23,16 +23,16 @@ class Conversation:
     """Questions about an image, each after the last `num_rounds` questions and answers.
 
     The models were trained on single questions and on Visual Dialog's rounds ("q: ... a: ..."), so later answers may
-    be worse than first ones. `settings` are those of `generate`.
+    be worse than first ones. `settings` are those of `generate`; `seed` is set before each answer, for sampling.
     """
 
-    def __init__(self, loaded: Loaded, *, num_rounds: int = 3, **settings: Any) -> None:
+    def __init__(self, loaded: Loaded, *, num_rounds: int = 3, seed: int | None = None, **settings: Any) -> None:
         if not isinstance(loaded.model, Blip2LLM):
             name = type(loaded.model).__name__
             raise InputError(f"chat: {name} has no language model; choose blip2_t5_instruct, blip2_vicuna_instruct ...")
         check_number("rounds", num_rounds, 0, MAX_ROUNDS)
         self.loaded, self.model = loaded, loaded.model
-        self.num_rounds, self.settings = num_rounds, settings
+        self.num_rounds, self.seed, self.settings = num_rounds, seed, settings
         self.rounds: list[tuple[str, str]] = []
         self.image: torch.Tensor | None = None
 
@@ -61,6 +61,8 @@ class Conversation:
         if self.image is None:
             raise InputError("chat: no image was given yet")
         samples = {"image": self.image.to(self.loaded.device), "prompt": self.prompt(question)}
+        if self.seed is not None:
+            torch.manual_seed(self.seed)
         with autocast(self.loaded.device, self.loaded.dtype):
             answer = str(self.model.generate(samples, **self.settings)[0]).strip()
         self.rounds.append((question, answer))

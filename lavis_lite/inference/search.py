@@ -133,7 +133,7 @@ class ImageIndex:
         names, features = self.storage / "files.json", self.storage / "features.npy"
         if names.is_file() and features.is_file():
             content = json.loads(names.read_text())
-            found = np.load(features, mmap_mode="r", allow_pickle=False)
+            found = np.load(features, mmap_mode="c", allow_pickle=False)  # not "r": torch warns of it
             if content["made_by"] == self.made_by and len(found) == len(content["files"]):
                 self.files, self.features = content["files"], found
 

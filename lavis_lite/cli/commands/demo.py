@@ -39,6 +39,7 @@ def demo(
     """
 
     def execute() -> int:
+        from lavis_lite.cli.commands.progress import progress
         from lavis_lite.demo.models import load_models
         from lavis_lite.demo.serve import check_address, check_package, running
 
@@ -46,7 +47,7 @@ def demo(
         check_address(host, port)  # before models are loaded, which takes a minute
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         models = load_models(model or DEFAULTS, checkpoint=checkpoint, device=device, precision=precision)
-        with running(models, folders=folder or [], host=host, port=port) as address:
+        with running(models, folders=folder or [], host=host, port=port, progress=progress) as address:
             if host not in ("127.0.0.1", "localhost", "::1"):
                 typer.echo("warning: everyone who reaches this machine can use the page; it has no password", err=True)
             typer.echo(f"the demo is at {address}  (Ctrl-C ends it)")
