@@ -14,7 +14,7 @@ Paths = Annotated[
     list[str],
     typer.Argument(
         metavar="PATHS...",
-        help="images, folders, patterns, URLs, lists (.txt) or tables (.csv, .tsv, .jsonl, .json) of paths",
+        help="images, folders, patterns, URLs, lists (.txt) or tables (.csv, .tsv, .jsonl, .json, .parquet) of paths",
         show_default=False,
     ),
 ]
@@ -75,7 +75,7 @@ class ImageOptions(LoadOptions):
     """The images that a command reads, and how."""
 
     paths: Paths
-    image_column: Annotated[str, typer.Option(help="column of a table with the images' paths")] = "image"
+    image_column: Annotated[str, typer.Option(help="column of a table with the images, or their paths")] = "image"
     batch_size: BatchSize = None
     num_threads: Threads = 4
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing output")] = False
