@@ -10,7 +10,7 @@ import torch
 from lavis_lite.common.bounds import check_number
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.precision import autocast
-from lavis_lite.inference.inputs import VIDEOS, Item, find_items, load_image, load_video
+from lavis_lite.inference.inputs import VIDEOS, load_image, load_video, one_item
 from lavis_lite.inference.loading import Loaded
 from lavis_lite.models.blip2.llm import Blip2LLM
 
@@ -44,10 +44,7 @@ class Conversation:
         if Path(source).suffix.lower() in VIDEOS:
             image = load_video(source, self.loaded.process_image, num_frames=num_frames)
         else:
-            (item, *others) = find_items([source])
-            if others:
-                raise InputError(f"{source}: {len(others) + 1} images; a conversation is about one")
-            image = load_image(Item(name=item.name, image=item.image), self.loaded.process_image)
+            image = load_image(one_item(source), self.loaded.process_image)
         self.image = image[None]
         self.clear()
 

@@ -65,6 +65,14 @@ def find_items(sources: Iterable[str | Path], *, column: str = "image") -> list[
     return list(found.values())
 
 
+def one_item(source: str) -> Item:
+    """Return the image that a source names. InputError if it has several."""
+    (item, *others) = find_items([source])
+    if others:
+        raise InputError(f"{source}: has {len(others) + 1:,} images; name one of them")
+    return item
+
+
 def _items_of(source: str, column: str) -> Iterator[Item]:
     path = Path(source).expanduser()
     if download.is_url(source):

@@ -28,6 +28,7 @@ from lavis_lite.nn.fingerprint import fingerprint
 logger = logging.getLogger(__name__)
 Progress = Callable[[Iterable[dict[str, Any]], int], Iterator[dict[str, Any]]]
 ROWS_PER_STEP = 65_536
+SHOWN_ERRORS = 5
 MAX_HITS = 10**6
 
 
@@ -62,13 +63,18 @@ class ImageIndex:
         known = {tuple(entry): row for row, entry in enumerate(self.files)}
         missing = [item for item, stamp in zip(items, stamps, strict=True) if tuple(stamp) not in known]
         made: dict[str, np.ndarray] = {}
+        errors: list[str] = []
         if missing:
             results = self.pipeline.stream(missing, skip_unreadable=True)
             for result in results if progress is None else progress(results, len(missing)):
                 if "error" in result:
-                    logger.warning("skipped: %s", result["error"])
+                    errors.append(result["error"])
                 else:
                     made[result["image"]] = result["features"]
+        for error in errors[:SHOWN_ERRORS]:
+            logger.warning("skipped: %s", error)
+        if len(errors) > SHOWN_ERRORS:
+            logger.warning("skipped: %s more images", f"{len(errors) - SHOWN_ERRORS:,}")
         kept = [stamp for stamp in stamps if tuple(stamp) in known or stamp[0] in made]
         if kept == self.files:
             return

@@ -1,5 +1,6 @@
 """The command `chat`: questions about images in the terminal."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -49,7 +50,10 @@ def chat(
     def execute() -> None:
         from lavis_lite.cli.commands.common import given
         from lavis_lite.inference.chat import Conversation
+        from lavis_lite.inference.inputs import VIDEOS, one_item, open_source
 
+        if Path(image).suffix.lower() not in VIDEOS:
+            open_source(one_item(image), None)  # a broken file is found before the model is loaded
         frames = given(num_frames=num_frames)
         conversation = Conversation(options.load(), num_rounds=rounds, **settings)
         conversation.look_at(image, **frames)

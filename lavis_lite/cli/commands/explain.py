@@ -24,6 +24,7 @@ def explain(
     question: Annotated[str | None, typer.Option("--question", "-q", help="question to a model that answers")] = None,
     layer: Annotated[int | None, typer.Option(min=0, help="layer with cross-attention, from 0")] = None,
     out: Annotated[Path, typer.Option(help="overlays as .png or .html, or the maps as .npz")] = Path("explained.png"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing output")] = False,
 ) -> None:
     """Show where a model looked (Grad-CAM).
 
@@ -34,13 +35,18 @@ def explain(
         raise typer.BadParameter("name an image")
 
     def execute() -> int:
-        from lavis_lite.common.errors import InputError
-        from lavis_lite.inference.inputs import find_items, load_image, open_source
+        from lavis_lite.common.errors import ExistingFileError, InputError
+        from lavis_lite.inference.inputs import load_image, one_item, open_source
+        from lavis_lite.inference.results import check_folder
         from lavis_lite.models.explain import explain as explain_model
 
         if out.suffix not in (".png", ".html", ".npz"):
             raise InputError(f"--out {out}: the ending must be .png, .html or .npz")
-        (item, *_) = find_items([image])
+        check_folder(out)
+        if out.exists() and not overwrite:
+            raise ExistingFileError(f"--out {out} exists already: --overwrite replaces it, --out names another")
+        item = one_item(image)
+        open_source(item, None)  # a broken file is found before the model is loaded
         loaded = options.load()
         samples: dict[str, Any] = {"image": load_image(item, loaded.process_image)[None].to(loaded.device)}
         if question is not None:
