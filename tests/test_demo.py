@@ -16,14 +16,17 @@ from ports import free_port
 from typer.testing import CliRunner
 
 from lavis_lite.cli.app import app
+from lavis_lite.common.config.zoo import model_zoo
 from lavis_lite.common.errors import InputError
 from lavis_lite.demo.actions import MAX_TEXT, Actions, Upload
 from lavis_lite.demo.code import Code
 from lavis_lite.demo.examples import NUM_IMAGES, write_examples
-from lavis_lite.demo.models import DemoModels, load_models
+from lavis_lite.demo.models import TASKS, DemoModels, load_models
 from lavis_lite.demo.serve import check_address
 from lavis_lite.demo.settings import METHODS, TextSettings
 from lavis_lite.inference.loading import load
+from lavis_lite.models.image_text import ImageTextModel
+from lavis_lite.models.protocols import AnswersQuestions, Generates
 
 NAMES = ("blip_caption/tiny", "blip_vqa/tiny", "blip_image_text_matching/tiny", "blip2_t5_instruct/tiny")
 SAMPLING = TextSettings(method="sampling", top_p=0.8, temperature=1.3, max_length=12, seed=7)
@@ -242,3 +245,44 @@ def test_models_that_do_not_fit_are_refused() -> None:
         load_models(["blip_caption/tiny", "blip_vqa/tiny"], checkpoint="weights.pth")
     with pytest.raises(InputError, match=r"blip_nlvr/tiny.*BlipNLVR"):
         load_models(["blip_nlvr/tiny"], device="cpu")
+    with pytest.raises(InputError, match=r"blip2/tiny_features.*features"):
+        load_models(["blip2/tiny_features"], device="cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [name for name in model_zoo.names() if "tiny" in model_zoo.types(name)])
+def test_every_architecture_is_shown_or_refused(arch: str, images: list[Path], tmp_path: Path) -> None:
+    name, upload = f"{arch}/tiny", Upload(images[0], "it.png")
+    model = load(name, device="cpu").model
+    if not isinstance(model, Generates | AnswersQuestions | ImageTextModel):
+        with pytest.raises(InputError, match=name):
+            load_models([name], device="cpu")
+        return
+    models = load_models([name], device="cpu")
+    actions = Actions(models, {"shapes": images[0].parent}, index_storage={"shapes": tmp_path})
+    tried = {
+        "caption": lambda: actions.caption(name, upload, "", 1, SHORT),
+        "ask": lambda: actions.ask(name, upload, "what?", SHORT),
+        "match": lambda: actions.match(name, upload, "a dog", True),
+        "embed": lambda: actions.search(name, "shapes", "a dog", None, 2, 0),
+    }
+    able = [task for task in TASKS if models.names(task)]
+    assert able
+    for task in able:
+        if task != "chat":
+            tried[task]()
+    if models.names("embed") and not models.names("match"):
+        with pytest.raises(InputError, match="rerank"):
+            actions.search(name, "shapes", "a dog", None, 2, 1)
+
+
+def test_the_command_lines_of_its_page_stop_at_a_port_in_use(busy_port: int) -> None:
+    text = (Path(__file__).parents[1] / "docs/demo.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("lavis-lite demo")]
+    assert len(lines) > 4
+    for line in lines:
+        words = [word for word in shlex.split(line)[1:] if word != "7861"]
+        words = [word for word in words if word != "--port"]
+        result = CliRunner().invoke(app, [*words, "--port", str(busy_port)])
+        assert result.exit_code == 2, (line, result.output)
+        assert str(busy_port) in result.stderr

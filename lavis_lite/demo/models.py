@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from lavis_lite.common.errors import InputError, UnknownNameError
+from PIL import Image
+
+from lavis_lite.common.errors import InputError, InputTypeError, UnknownNameError
 from lavis_lite.common.registry import did_you_mean
 from lavis_lite.inference.loading import Loaded, load
 from lavis_lite.inference.pipelines import PIPELINES, Pipeline
@@ -48,6 +50,10 @@ class DemoModels:
     def __init__(self, models: Sequence[DemoModel]) -> None:
         self.by_name = {model.name: model for model in models}
         for model in models:
+            try:
+                model.loaded.process_image(Image.new("RGB", (8, 8)))
+            except InputTypeError as error:  # it reads features of another encoder
+                raise InputError(f"--model {model.name}: the demo is of models that read images; {error}") from error
             if not any(model.can(task) for task in TASKS):
                 kind = type(model.loaded.model).__name__
                 raise InputError(

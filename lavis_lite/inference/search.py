@@ -23,6 +23,7 @@ from lavis_lite.datasets.image import opening_settings
 from lavis_lite.inference.inputs import Item, find_items, load_image
 from lavis_lite.inference.pipelines import EmbedPipeline
 from lavis_lite.models.image_text import ImageTextModel
+from lavis_lite.models.protocols import ScoresPairs
 from lavis_lite.nn.fingerprint import fingerprint
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,11 @@ class ImageIndex:
         """
         check_number("k", k, 1, MAX_HITS)
         check_number("rerank", rerank, 0, MAX_HITS)
+        if rerank and not isinstance(self.pipeline.model, ScoresPairs):
+            name = type(self.pipeline.model).__name__
+            raise InputError(
+                f"rerank: {name} has no matching head; set rerank to 0, or choose blip_retrieval, blip2 ..."
+            )
         similarities = self._similarities(torch.from_numpy(self.pipeline.texts([text])))
         hits = self._best(similarities, max(k, rerank))
         if rerank:

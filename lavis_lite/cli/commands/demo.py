@@ -43,8 +43,8 @@ def demo(
         from lavis_lite.demo.models import load_models
         from lavis_lite.demo.serve import check_address, check_package, running
 
-        check_package()
         check_address(host, port)  # before models are loaded, which takes a minute
+        check_package()
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         models = load_models(model or DEFAULTS, checkpoint=checkpoint, device=device, precision=precision)
         with running(models, folders=folder or [], host=host, port=port, progress=progress) as address:
