@@ -118,7 +118,9 @@ def settings_of(values: Sequence[Any]) -> TextSettings:
 def code_panel() -> list[gr.Code]:
     """Return the fields of `Code`."""
     with gr.Accordion("Copy as code", open=False):
-        python = gr.Code(language="python", label="Python", interactive=False, show_line_numbers=False, lines=1)
+        python = gr.Code(
+            language="python", label="Python", interactive=False, show_line_numbers=False, lines=1, wrap_lines=True
+        )
         command = gr.Code(
             language="shell", label="Command line", interactive=False, show_line_numbers=False, lines=1, wrap_lines=True
         )

@@ -82,9 +82,8 @@ def match_tab(actions: Actions, shown: Sequence[Path]) -> None:
             button = gr.Button("Compare with the image", variant="primary")
             examples(shown, image)
         with gr.Column():
-            scores = gr.Dataframe(
-                headers=["text", "match (itm)", "similarity (itc)"], interactive=False, label="Scores", wrap=True
-            )
+            scores = gr.Dataframe(headers=["text", "itm", "itc"], interactive=False, label="Scores", wrap=True)
+            gr.Markdown("itm: the probability of a match; itc: the cosine similarity")
             maps = gallery("Where the model looked")
             code = code_panel()
 
@@ -112,8 +111,8 @@ def search_tab(actions: Actions, shown: Sequence[Path]) -> None:
                 image = image_upload()
                 examples(shown, image)
             with gr.Row():
-                count = gr.Slider(1, MAX_HITS, value=9, step=1, label="Images to list")
-                rerank = gr.Slider(0, MAX_HITS, value=0, step=1, label="Ranked anew by the matching head")
+                count = gr.Slider(1, MAX_HITS, value=9, step=1, label="Images")
+                rerank = gr.Slider(0, MAX_HITS, value=0, step=1, label="Ranked anew (itm)")
             button = gr.Button("Search", variant="primary")
         with gr.Column():
             found = gallery("Found")
