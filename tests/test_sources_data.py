@@ -582,3 +582,68 @@ def test_the_data_commands_know_all_sources(tmp_path: Path, root: Path, capsys: 
 @pytest.mark.slow
 def test_a_run_trains_on_all_sources(tmp_path: Path, root: Path) -> None:
     assert cli_helpers.train(recipe(tmp_path, root), "run.valid_splits=[]") == 0
+
+
+# What other programs write
+
+
+def test_a_csv_s_lines_end_at_line_feeds_only(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("image,caption\nred.png,one\u2028two\ngreen.png,a\x0cb\nblue.png,\n", "utf-8")
+    with pytest.raises(InputError, match=r"a\.csv: line 4: field 'caption' is empty"):
+        build(str(tmp_path / "a.csv"), root)
+    dataset = build(str(tmp_path / "a.csv"), root, blank_texts="skip")
+    assert [text for _, text in seen(dataset)] == ["one\u2028two", "a\x0cb"]
+
+
+def test_lists_of_a_fixed_length_are_captions(root: Path, tmp_path: Path) -> None:
+    captions = pa.array([["a", "b"], ["c", "d"]], pa.list_(pa.string(), 2))
+    pq.write_table(pa.table({"image": ["red.png", "blue.png"], "caption": captions}), tmp_path / "a.parquet")
+    dataset = build(str(tmp_path / "a.parquet"), root, layout="caption")
+    assert seen(dataset) == [(COLOURS["red"], t) for t in "ab"] + [(COLOURS["blue"], t) for t in "cd"]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_columns_of_bytes_that_are_not_read_may_be_null(root: Path, tmp_path: Path, split: str) -> None:
+    sounds = [{"bytes": None, "path": None}, {"bytes": b"x", "path": "x.wav"}]
+    columns = {"img": ["red.png", "blue.png"], "caption": ["a", "b"], "thumb": [None, b"x"], "audio": sounds}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    dataset = build(str(tmp_path / "a.parquet"), root, layout="caption", columns={"image": "img"}, split=split)
+    assert [dataset[i]["image"] for i in range(2)] == [COLOURS["red"], COLOURS["blue"]]
+    columns["img"] = [None, (root / "red.png").read_bytes()]
+    pq.write_table(pa.table(columns), tmp_path / "b.parquet")
+    with pytest.raises(InputError, match=r"b\.parquet: column 'img'.* 1 of 2 rows, first in row 0"):
+        build(str(tmp_path / "b.parquet"), root, layout="caption", columns={"image": "img"}, split=split)
+
+
+def test_texts_are_not_made_of_another_table_s_numbers(root: Path, tmp_path: Path) -> None:
+    for name, caption in {"a": "x", "b": 3}.items():
+        pq.write_table(pa.table({"image": ["red.png"], "caption": [caption]}), tmp_path / f"{name}.parquet")
+    with pytest.raises(InputError, match=r"'caption' is string in .*a\.parquet, and int64 in .*b\.parquet"):
+        build([str(tmp_path / f"{name}.parquet") for name in "ab"], root)
+    pq.write_table(
+        pa.table({"image": ["red.png"], "caption": pa.array(["y"], pa.large_string())}), tmp_path / "b.parquet"
+    )
+    assert len(build([str(tmp_path / f"{name}.parquet") for name in "ab"], root)) == 2
+
+
+def test_tables_without_rows_are_left_out(root: Path, tmp_path: Path) -> None:
+    rows = pa.table({"image": ["red.png"], "caption": ["x"]})
+    for name, table in {"a": rows, "b": rows[:0], "c": rows}.items():
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    assert len(build(str(tmp_path / "*.parquet"), root)) == 2
+    with pytest.raises(InputError, match=r"b\.parquet: holds no records"):
+        build(str(tmp_path / "b.parquet"), root)
+
+
+def test_classes_of_tables_have_the_order_of_the_training_split(root: Path, tmp_path: Path) -> None:
+    annotations = {}
+    for split, names in {"train": ["cold", "warm"], "val": ["warm", "cold"]}.items():
+        features = datasets.Features({"image": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
+        rows = {"image": ["red.png", "blue.png"], "label": [names.index("warm"), names.index("cold")]}
+        datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / split)
+        annotations[split] = {"storage": str(tmp_path / split)}
+    info = {"annotations": annotations, "images": {"storage": str(root)}}
+    builder = registry.get_builder_class("classification")(build_info=info)
+    for split in ("train", "val"):
+        dataset = builder.build([split])[split]
+        assert [dataset.classes, list(dataset.labels)] == [["cold", "warm"], [1, 0]]

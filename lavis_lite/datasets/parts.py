@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from lavis_lite.common.errors import InputError
+from lavis_lite.common.members import find_member
 from lavis_lite.common.records import Record, StoredImage
 
 logger = logging.getLogger(__name__)
@@ -79,8 +80,8 @@ def fraction(record: Record) -> float:
 
 
 def image_identity(record: Record) -> bytes:
-    """Return what identifies a record's image: its path; of one inside a table its id, else its content; of a record
-    without one all of it.
+    """Return what identifies a record's image: its path; in a shard the names of both; of one inside a table
+    its id, else its content; of a record without one all of it.
     """
     value = record.get("video") or record.get("image") or record.get("images")
     if isinstance(value, StoredImage):
@@ -88,10 +89,16 @@ def image_identity(record: Record) -> bytes:
     if value is None:
         value = json.dumps(record, sort_keys=True, default=str)
     elif isinstance(value, list):
-        value = "\0".join(os.path.normpath(str(one)) for one in value)
+        value = "\0".join(map(_place_of, value))
     else:
-        value = os.path.normpath(str(value))
+        value = _place_of(value)
     return os.fsencode(value)
+
+
+def _place_of(path: object) -> str:
+    """Return a path in its shortest form; of a member of a shard the names of both, wherever the shard is."""
+    member = find_member(str(path))
+    return f"{os.path.basename(member.shard)}/{member.name}" if member else os.path.normpath(str(path))
 
 
 class HasFiles(Protocol):

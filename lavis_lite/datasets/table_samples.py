@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os.path
 from typing import TYPE_CHECKING
 
@@ -17,8 +16,6 @@ from lavis_lite.datasets.tables import Table, TableRecords
 if TYPE_CHECKING:
     import pyarrow as pa
 
-logger = logging.getLogger(__name__)
-
 ROWS = 20_000
 """Rows that are checked at a time."""
 WHOLE_FIELD = -1
@@ -30,8 +27,8 @@ class Selection:
 
     def __init__(self, table: Table, check: RecordCheck, *, item_field: str, part: Part | None) -> None:
         self.table, self.check, self.item_field, self.part = table, check, item_field, part
-        self.num_blank = 0
-        """Records of which blank texts were left out."""
+        self.num_blank, self.note = 0, ""
+        """Records of which blank texts were left out, and the same in words."""
 
     def samples(self) -> TableRecords:
         """Return the samples. InputError for the first invalid record, and if nothing is left."""
@@ -42,7 +39,7 @@ class Selection:
             raise InputError(f"{self.table.name}: no record of {len(self.table):,} is left: {reason}")
         if self.num_blank:
             counts = f"{self.num_blank} of {len(self.table)} records"
-            logger.warning(f"{self.table.name}: blank texts of {counts} are left out")
+            self.note = f"{self.table.name}: blank texts of {counts} are left out"
         check_unique_ids(self.table, rows[np.diff(rows, prepend=-1) != 0])
         return TableRecords(self.table, rows, items, item_field=self.item_field)
 
