@@ -98,7 +98,8 @@ def sample_place(table: Path, row: int) -> str:
 
     with pa.memory_map(os.fspath(table)) as file:
         (record,) = pa.ipc.open_stream(file).read_all().slice(row, 1).to_pylist()
-    members = [find_member(value) for value in record.values() if isinstance(value, str)]
+    values = [record.get("image"), *record.values()]
+    members = [find_member(value) for value in values if isinstance(value, str)]
     shard = next((f"{member.shard}: " for member in members if member), "")
     return f"{shard}sample {record[KEY]}"
 
