@@ -419,6 +419,29 @@ def test_a_cached_data_set_of_the_hub_is_read(root: Path, tmp_path: Path, monkey
         build("hf://someone/cards", split="val")
 
 
+def test_slices_and_revisions_of_the_hub(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached_on_hub(root, tmp_path)
+    monkeypatch.setenv("LAVIS_LITE_OFFLINE", "1")
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    whole, first = flat(), len(CAPTIONS["red"])
+    for part, expected in {"[:1]": whole[:first], "[25%:]": whole[first:], "[1:2]": [whole[first]]}.items():
+        assert seen(build(f"hf://someone/cards:train{part}")) == expected
+    assert seen(build("hf://someone/cards:train[:1]")) == whole[:first]
+    assert len(list((tmp_path / "cache/tables").glob("slice-*"))) == 3
+    refs = tmp_path / "hub/datasets--someone--cards/refs"
+    refs.mkdir(parents=True)
+    (refs / "v1").write_text("abc")
+    (refs / "v2").write_text("def")
+    assert seen(build("hf://someone/cards@v1:train[1:]")) == whole[first:]
+    for revision in ("v2", "main", "0" * 40):
+        with pytest.raises(MissingFileError, match=f"@{revision}:train.*revision='{revision}'"):
+            build(f"hf://someone/cards@{revision}")
+    assert hub.parse("hf://a/b@refs%2Fpr%2F1/c:val[:5]", "train", where="").revision == "refs/pr/1"
+    for wrong in ("hf://a/b:train[:5", "hf://a/b:train[5]", "hf://a/b@:train"):
+        with pytest.raises(InputError, match=r"annotations\.train\.storage"):
+            build(wrong)
+
+
 @pytest.mark.parametrize("offline", [True, False])
 def test_a_data_set_of_the_hub_without_network(offline: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     if offline:
