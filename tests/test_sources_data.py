@@ -1,5 +1,6 @@
 """Sources of a split's records: tables, folders of images, saved data sets, the hub; splits that are cut off."""
 
+import hashlib
 import importlib.util
 import json
 import logging
@@ -28,9 +29,10 @@ from lavis_lite.common.records import ANSWERS, ID, INDEX, PATH, TEXTS, RecordChe
 from lavis_lite.common.records import WORDS as WORD_LIST
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets import folders, hub
+from lavis_lite.datasets.annotations import as_list
 from lavis_lite.datasets.base import BaseDataset
 from lavis_lite.datasets.table_check import plain_rows
-from lavis_lite.datasets.tables import TableRecords
+from lavis_lite.datasets.tables import TableImage, TableRecords
 
 datasets = pytest.importorskip("datasets")
 pa = pytest.importorskip("pyarrow")
@@ -487,6 +489,28 @@ def test_a_split_is_cut_off_by_image(tmp_path: Path) -> None:
     assert parts(tmp_path / "a.parquet", val=0.1, test=0.2) == both
     alone = parts(path, val=0.1)
     assert alone["val"] == both["val"]
+
+
+def test_images_of_a_table_are_read_once_to_cut_it(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"image": f"content {n // 2}".encode(), "caption": f"{n // 2}"} for n in range(80)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    opened, read = [], TableImage.read
+
+    def counted(self: TableImage) -> bytes:
+        opened.append(self.row)
+        return read(self)
+
+    monkeypatch.setattr(TableImage, "read", counted)
+    for layout in ("caption", "pairs"):  # of the former, only training reads tables row by row
+        parts = {}
+        for split in ("train", "val"):
+            dataset = build(str(tmp_path / "a.parquet"), layout=layout, split=split, split_off={"val": 0.3})
+            parts[split] = {str(caption) for r in dataset.annotation for caption in as_list(r["caption"])}
+        hashes = {str(n): hashlib.blake2b(f"content {n}".encode(), digest_size=8).digest() for n in range(40)}
+        numbers = {n: int.from_bytes(value, "big") / 2**64 for n, value in hashes.items()}
+        assert parts["val"] == {n for n, number in numbers.items() if number >= 0.7}
+        assert parts["train"] == {n for n, number in numbers.items() if number < 0.7}
+    assert sorted(opened) == list(range(80))
 
 
 @pytest.mark.parametrize(

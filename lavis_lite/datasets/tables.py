@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
@@ -18,6 +18,7 @@ from lavis_lite.common.errors import InputError, UnreadableSample
 from lavis_lite.common.records import Record, StoredImage
 from lavis_lite.common.sources import download
 from lavis_lite.datasets.hub import datasets_library
+from lavis_lite.datasets.image_digests import ImageDigests
 from lavis_lite.datasets.shard_tables import is_shard_table, sample_place
 
 if TYPE_CHECKING:
@@ -170,6 +171,10 @@ class TableImage(StoredImage):
     name: str
     """The tables, for messages."""
     root: Path
+    digests: ImageDigests
+
+    def digest(self) -> bytes:
+        return self.digests.of(self.row, lambda row: replace(self, row=row).read())
 
     def read(self) -> bytes:
         (value,) = self.images[self.row][self.column].to_pylist()
@@ -208,6 +213,7 @@ class Table:
         """Our names of the columns of images, and the table's."""
         self.fields: Dataset = data.select_columns(list(dict.fromkeys(self.names.values())))
         self.images: Dataset = data.select_columns(list(dict.fromkeys(self.stored.values())))
+        self.digests = {ours: ImageDigests(self.images, theirs, self.name) for ours, theirs in self.stored.items()}
 
     def __len__(self) -> int:
         return self.num_rows
@@ -263,7 +269,7 @@ class Table:
             label = record[ours]
             record[ours] = None if label is None or label < 0 else names[label]
         for ours, theirs in self.stored.items():
-            record[ours] = TableImage(self.images, theirs, number, self.name, self.root)
+            record[ours] = TableImage(self.images, theirs, number, self.name, self.root, self.digests[ours])
         return record
 
     def _pylist(self, rows: slice | list[int], count: int) -> list[Record]:
