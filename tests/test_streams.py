@@ -493,3 +493,17 @@ def test_blank_texts_of_blocks_are_not_logged_one_by_one(tmp_path: Path, caplog:
     assert isinstance(dataset, StreamDataset)
     assert [number(item) for item in take(dataset, Part(0, 1), 3)] == [1, 3, 5]
     assert "blank" not in caplog.text
+
+
+def test_a_bad_sample_is_named_by_its_key(tmp_path: Path) -> None:
+    alone = {key: value for key, value in shard_helpers.sample(1).items() if key != "txt"}
+    path = shard_helpers.write_shard(tmp_path / "a.tar", [shard_helpers.sample(0), alone])
+    problems = {item.problem for item in take(stream([path], shuffle_buffer=2), Part(0, 1), 6) if item.problem}
+    (problem,) = problems
+    assert problem.startswith(f"{path}: sample 000001 has no field 'caption'")
+
+
+def test_a_stream_is_not_evaluated(project: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli_helpers.evaluate(project(), "run.test_splits=[train]", "run.metrics=[bleu]") == 2
+    error = next(line for line in capsys.readouterr().err.splitlines() if "error:" in line)
+    assert all(word in error for word in ("/train", "stream", "another split")), error

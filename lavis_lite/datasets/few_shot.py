@@ -34,11 +34,14 @@ class FewShot:
         """Return the examples of a sample, none of which shows one of its `files`."""
         order = random.Random(f"{self.seed}:{index}")
         found: list[Record] = []
-        for number in order.sample(range(len(self.pool)), len(self.pool)):
-            if len(found) < self.num and not set(files) & set(files_of(self.pool[number])):
+        drawn: set[int] = set()  # not a permutation of the pool, which may hold a million records
+        while len(found) < self.num and len(drawn) < len(self.pool):
+            number = order.randrange(len(self.pool))
+            if number not in drawn and not set(files) & set(files_of(self.pool[number])):
                 found.append(self.pool[number])
-            if len(found) == self.num:
-                return found
+            drawn.add(number)
+        if len(found) == self.num:
+            return found
         raise InputError(f"few_shot_num: {self.num} examples of other images are not there, only {len(found)}")
 
     @classmethod

@@ -203,7 +203,7 @@ class StreamDataset:
                     self.make_block([one])
                     fitting.append(one)
                 except InputError as error:
-                    problems.append(f"{error} (sample {one.record[KEY]})")
+                    problems.append(str(error).replace(": record 0", f": sample {one.record[KEY]}", 1))
             return (self.make_block(fitting) if fitting else None), problems
 
     def _first_block(self) -> SampleDataset:
