@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lavis_lite.common.bounds import check_number
 from lavis_lite.common.errors import InputError, SettingError
-from lavis_lite.common.records import Record
+from lavis_lite.common.records import Record, StoredImage
 
 MAX_EXAMPLES = 1000
 
@@ -61,8 +61,10 @@ class FewShot:
 
 
 def files_of(record: Mapping[str, object]) -> list[str]:
-    """Return the files of a record's images or video."""
+    """Return the files of a record's images or video; of an image inside a table the digest of its content."""
     value = record.get("image") if record.get("video") is None else record["video"]
+    if isinstance(value, StoredImage):
+        return [value.digest().hex()]
     return [str(file) for file in value] if isinstance(value, list) else [str(value)]
 
 
