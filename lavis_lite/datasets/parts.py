@@ -77,8 +77,10 @@ def fraction(record: Record) -> float:
     table without an id on its content.
     """
     image = record.get("image")
-    is_told_by_content = isinstance(image, StoredImage) and not record.get("video") and record.get("image_id") is None
-    digest = image.digest() if is_told_by_content else digest_of(image_identity(record))
+    if isinstance(image, StoredImage) and not record.get("video") and record.get("image_id") is None:
+        digest = image.digest()
+    else:
+        digest = digest_of(image_identity(record))
     return int.from_bytes(digest, "big") / 2**64
 
 
