@@ -21,7 +21,7 @@ from typing import Any
 from lavis_lite.common.errors import InputError, MissingFileError
 from lavis_lite.common.records import Record, RecordCheck, shown
 from lavis_lite.datasets.folders import folder_records
-from lavis_lite.datasets.shard_tables import is_shard_table, sample_place
+from lavis_lite.datasets.shard_records import TABLE_SUFFIX
 
 DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
 TABLES = {".csv": ",", ".tsv": "\t"}
@@ -81,7 +81,9 @@ def place_of(path: str | Path, number: int) -> str:
 
     `path` is the file that has the record as its `number`th (from 0), or a text that describes its source.
     """
-    if is_shard_table(Path(path)):
+    if str(path).endswith(TABLE_SUFFIX):
+        from lavis_lite.datasets.shard_tables import sample_place  # which loads torch
+
         return sample_place(Path(path), number)
     if isinstance(path, Path) and path.is_dir():
         return f"{path}: {folder_records(path)[number]['image']}"

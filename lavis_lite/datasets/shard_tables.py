@@ -21,7 +21,7 @@ from lavis_lite.common.checkpoint import atomic_write
 from lavis_lite.common.members import find_member
 from lavis_lite.common.records import Record
 from lavis_lite.datasets.hub import datasets_library
-from lavis_lite.datasets.shard_records import KEY
+from lavis_lite.datasets.shard_records import KEY, TABLE_SUFFIX
 from lavis_lite.datasets.shards import IncompleteSamples, index_all, index_path, shard_records
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 DIGEST, LEFT_OUT = b"lavis_lite.digest", b"lavis_lite.left_out"
 """Keys of a table's metadata: the digest of its content, without the place of the shards; what was left out."""
 SHOWN = 3
-SUFFIX = ".shards.arrow"
 MIXED = (ValueError, TypeError, OverflowError)
 """Errors of Arrow about values of different types, and about numbers of more than 64 bits."""
 
@@ -46,7 +45,7 @@ def shard_table(paths: Sequence[Path], incomplete: IncompleteSamples) -> Path:
     names = [index_path(path) for path in paths]
     parts = [one_of("incomplete_samples", incomplete, get_args(IncompleteSamples)), *(name.name for name in names)]
     key = hashlib.blake2b("|".join(parts).encode(), digest_size=8).hexdigest()
-    table = names[0].with_name(f"{paths[0].stem[:80]}-{len(paths)}-{key}{SUFFIX}")
+    table = names[0].with_name(f"{paths[0].stem[:80]}-{len(paths)}-{key}{TABLE_SUFFIX}")
     if not table.is_file():
         _make_table(paths, incomplete, table)
     left_out = _metadata(table)[LEFT_OUT].decode()
@@ -84,7 +83,7 @@ def _warn_once(text: str) -> None:
 
 def is_shard_table(path: Path) -> bool:
     """Return whether a file is a table of shards."""
-    return path.name.endswith(SUFFIX)
+    return path.name.endswith(TABLE_SUFFIX)
 
 
 def content_digest(path: Path) -> bytes | None:
