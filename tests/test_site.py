@@ -1,4 +1,4 @@
-"""The site of docs/: built without a warning, so that all links and anchors exist; pages load nothing from elsewhere."""
+"""The site of docs/: built without a warning, so that all links and anchors exist; pages load nothing of others."""
 
 import os
 import re
