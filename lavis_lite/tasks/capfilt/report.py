@@ -16,9 +16,10 @@ import jinja2
 
 from lavis_lite.common.checkpoint import write_text
 from lavis_lite.common.errors import UnreadableSample
-from lavis_lite.common.records import Record
+from lavis_lite.common.records import Record, StoredImage
 from lavis_lite.datasets.image import open_image
 from lavis_lite.datasets.readers.capfilt import Manifest, finished_manifest, read_shard
+from lavis_lite.tasks.capfilt.shards import ImageOf
 
 NUM_EXAMPLES = 8
 """Texts shown of each source, kept and dropped."""
@@ -75,7 +76,7 @@ def summarise(manifest_path: Path, *, seed: int) -> Summary:
     return summary
 
 
-def write_page(manifest_path: Path, summary: Summary, *, title: str) -> Path:
+def write_page(manifest_path: Path, summary: Summary, image_of: ImageOf, *, title: str) -> Path:
     """Write `report.html` beside the manifest: one file, with its pictures inline and without scripts."""
     manifest = finished_manifest(manifest_path)
     template = resources.files("lavis_lite.tasks.capfilt").joinpath("page.html").read_text(encoding="utf-8")
@@ -85,7 +86,7 @@ def write_page(manifest_path: Path, summary: Summary, *, title: str) -> Path:
         sources=[(source, summary.seen[source], summary.kept[source]) for source in sorted(summary.seen)],
         charts=list(charts(summary, manifest)),
         examples=[
-            (source, is_kept, [(record, picture(manifest, record)) for record in records])
+            (source, is_kept, [(record, picture(image_of(record["sample"]))) for record in records])
             for (source, is_kept), records in sorted(summary.examples.items())
         ],
         settings=manifest["settings"],
@@ -112,10 +113,10 @@ def charts(summary: Summary, manifest: Manifest) -> Iterator[dict[str, Any]]:
         }
 
 
-def picture(manifest: Manifest, record: Record) -> str | None:
-    """Return a record's image, made small, as a data address; None if it cannot be read any more."""
+def picture(file: Path | StoredImage) -> str | None:
+    """Return an image, made small, as a data address; None if it cannot be read any more."""
     try:
-        image = open_image(Path(manifest["image_root"]) / record["image"])
+        image = open_image(file)
     except UnreadableSample:
         return None
     image.thumbnail((PIXELS, PIXELS))
