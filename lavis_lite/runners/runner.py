@@ -30,6 +30,7 @@ from lavis_lite.runners.stopping import StopSignals
 from lavis_lite.runners.train_loop import Training, train_loop
 from lavis_lite.runners.train_state import TrainState
 from lavis_lite.tasks.base import BaseTask, check_splits
+from lavis_lite.tasks.predictions import predictions_path, write_predictions
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +154,8 @@ class Runner:
             self._save_best()
             logger.info(f"best so far: {metric:.4g} on {name} after epoch {epoch + 1}")
 
-    def _evaluate_splits(self, splits: Sequence[str], *, step: int = 0, epoch: int = 0) -> Results:
+    def _evaluate_splits(self, splits: Sequence[str], *, step: int | None = None, epoch: int = 0) -> Results:
+        """Return the metrics of splits, and keep their predictions; `step` is None but in a training."""
         self.has_begun = True
         self.model.eval()
         results: Results = {}
@@ -165,7 +167,9 @@ class Runner:
             loader = EvalLoader(dataset, self.run, **ranks, device=self.device, batches=batches)
             with torch.no_grad(), autocast(self.device, self.dtype):
                 results[key] = self.task.evaluate(self.model, loader, split=key, result_dir=folder)
-            self.progress.report_metrics(key, results[key], step=step, epoch=epoch)
+            if kept := self.task.take_predictions():
+                write_predictions(predictions_path(self.job_dir, key, step), kept)
+            self.progress.report_metrics(key, results[key], step=step or 0, epoch=epoch)
         return results
 
     def _save_last(self) -> None:

@@ -32,7 +32,9 @@ from lavis_lite.tasks.base import (
     with_columns,
 )
 from lavis_lite.tasks.metrics.caption import DEFAULT_METRICS, KEYS, Tokens, caption_metrics, check_metrics
-from lavis_lite.tasks.results import Result, as_list, per_sample, split_scores, unscored, write_json
+from lavis_lite.tasks.metrics.mean import Mean
+from lavis_lite.tasks.predictions import Prediction, of_record
+from lavis_lite.tasks.results import Result, as_list, per_sample, positions, split_scores, unscored, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -210,6 +212,27 @@ class CaptionTask(BaseTask):
             groups=self.domains(dataset),
         )
         return {**scores, **extra}
+
+    def predictions(
+        self, results: list[Result], metrics: Metrics, *, dataset: EvalDataset, split: str
+    ) -> list[Prediction]:
+        """Return each image's caption with its references, the dataset's own metrics and its CIDEr."""
+        index, own = positions(dataset), dict[str, Result]()
+        for result in results:
+            own.setdefault(str(result["image_id"]), result)
+        texts = self.references(dataset) if self.report_metric else {}
+        references = {str(key): captions for key, captions in texts.items()}
+        cider, scored = metrics.get("CIDEr"), [key for key in references if key in own]
+        values = dict(zip(scored, cider.scores.tolist(), strict=True)) if isinstance(cider, Mean) else {}
+        found = []
+        for key, result in own.items():
+            caption = result["caption"]
+            row = of_record(dataset, dataset.annotation[index[result["instance_id"]]], result)
+            extra = dataset.extra_metrics({result["image_id"]: caption}) if isinstance(dataset, HasExtraMetrics) else {}
+            row |= {"prediction": caption, "references": references.get(key, [])}
+            row["metrics"] = extra | ({"CIDEr": values[key]} if key in values else {})
+            found.append(row)
+        return found
 
     def references(self, dataset: EvalDataset | None) -> dict[Any, list[str]]:
         """Return the reference captions of each image id, from a file that is named, else from the dataset."""

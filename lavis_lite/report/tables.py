@@ -1,0 +1,186 @@
+"""The tables of a report: metrics with published values, break-downs by kind, throughput, and how the run was made."""
+
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from lavis_lite.report.curves import is_number
+from lavis_lite.report.jobs import Evaluation, Job
+
+MAX_COLUMNS = 9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A metric of a split, and a published value where the recipe expects one."""
+
+    split: str
+    metric: str
+    value: str
+    interval: str = ""
+    published: str = ""
+    difference: str = ""
+    verdict: str = ""
+    source: str = ""
+
+
+def metric_rows(job: Job) -> list[Row]:
+    """Return a row per metric of each split's last evaluation, then the best of each that is not the last.
+
+    Published values that were not measured have rows of their own.
+    """
+    expected: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in job.evaluation.get("verdict", []):
+        expected.setdefault((row["split"], row["key"]), []).append(row)
+    intervals = job.evaluation.get("intervals", {})
+    found: list[Row] = []
+    for one in job.final():
+        bounds = intervals.get(one.split, {})
+        for name, value in numbers(one.metrics):
+            rows = expected.pop((one.split, name), []) or [{}]
+            found += [
+                _row(where(job, one), name, job.percent(name, value), _interval(job, name, bounds.get(name)), row)
+                for row in rows
+            ]
+        best = job.best(one.split)
+        if best is not None and best.step != one.step:
+            value = job.percent("agg_metrics", best.metrics["agg_metrics"])
+            found.append(_row(where(job, best) + ", the best", "agg_metrics", value, "", {}))
+    return [*found, *(_row(row["split"], row["metric"], None, "", row) for rows in expected.values() for row in rows)]
+
+
+def where(job: Job, one: Evaluation) -> str:
+    """Return the split of an evaluation, with its step in a training."""
+    return one.split if job.is_evaluation or not one.step else f"{one.split}, step {one.step:,}"
+
+
+def numbers(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield the numbers of metrics, without tables, and `agg_metrics` only where it is not another number again."""
+    plain = {name: value for name, value in metrics.items() if is_number(value)}
+    others = [value for name, value in plain.items() if name != "agg_metrics"]
+    yield from ((name, value) for name, value in plain.items() if name != "agg_metrics" or value not in others)
+
+
+def _row(split: str, metric: str, value: float | None, interval: str, row: Mapping[str, Any]) -> Row:
+    if not row:
+        return Row(split=split, metric=metric, value=shown(value), interval=interval)
+    difference = "" if row["difference"] is None else f"{row['difference']:+.2f}"
+    reasons = "; ".join(row["reasons"])
+    return Row(
+        split=split,
+        metric=row["metric"],
+        value=shown(value),
+        interval=interval,
+        published=str(row["published"]),
+        difference=difference,
+        verdict=row["verdict"] + (f": {reasons}" if reasons else ""),
+        source=row["source"],
+    )
+
+
+def _interval(job: Job, name: str, bounds: list[float] | None) -> str:
+    return "" if bounds is None else " to ".join(shown(job.percent(name, value)) for value in bounds)
+
+
+def shown(value: float | None) -> str:
+    """Return a number as a table has it."""
+    if value is None:
+        return ""
+    return f"{value:,.2f}" if abs(value) >= 0.005 or value == 0 else f"{value:.1g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """A line of a break-down; `share` is the bar's length, of 1."""
+
+    name: str
+    value: str
+    share: float
+    count: str
+
+
+def breakdowns(job: Job, one: Evaluation, counts: Mapping[str, Counter[str]]) -> Iterator[tuple[str, list[Group]]]:
+    """Yield each table within an evaluation's metrics; `counts` are numbers of samples by kind and value."""
+    seen: list[dict[str, Any]] = []
+    for name, table in one.metrics.items():
+        own = {key: value for key, value in table.items() if is_number(value)} if isinstance(table, dict) else {}
+        if not own or own in seen:
+            continue
+        seen.append(own)
+        kind = name.removeprefix("per_")
+        values = {key: job.percent(key, value) for key, value in own.items()}
+        most = max(100.0, *values.values())
+        lines = [
+            Group(
+                name=key,
+                value=shown(value),
+                share=max(0.0, value / most),
+                count=f"{counts[kind][key]:,}" if kind in counts else "",
+            )
+            for key, value in values.items()
+        ]
+        yield name.replace("per_", "by ").replace("_", " "), lines
+
+
+def throughput(job: Job) -> list[tuple[str, str]]:
+    """Return how fast a run was, by name."""
+    found = []
+    speeds = [row["samples_per_s"] for row in job.steps if is_number(row.get("samples_per_s"))]
+    if speeds:
+        found.append(("training", f"{statistics.median(speeds):,.1f} images/s (median of {len(speeds):,} rows)"))
+    for one in job.final():
+        if is_number(one.row.get("samples_per_s")):
+            number = f"{one.row['samples_per_s']:,.1f} images/s"
+            found.append((f"evaluation of {one.split}", f"{number}, {duration(one.row['seconds'])}"))
+    memory = [row["max_memory_gb"] for row in job.steps if is_number(row.get("max_memory_gb"))]
+    if memory:
+        found.append(("largest memory of the accelerator", f"{max(memory):.1f} GB"))
+    if is_number(seconds := job.named("result").get("seconds")):
+        found.append(("whole run", duration(seconds)))
+    return found
+
+
+def duration(seconds: float) -> str:
+    """Return a time as `1:23:45`, or in seconds if it is short."""
+    return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
+
+
+def facts(job: Job) -> list[tuple[str, str]]:
+    """Return how the run was made: recipe, command, date, versions, device."""
+    known = job.provenance
+    found = [("folder", str(job.folder.absolute())), ("task", job.task), ("model", job.model)]
+    found.append(("data", ", ".join(job.config.get("datasets", {}))))
+    names = {"parameters": "parameters", "trainable": "trainable", "recipe": "recipe", "weights": "weights"}
+    names |= {"device": "device", "processes": "processes", "precision": "precision", "seed": "seed"}
+    names |= {"steps": "steps", "date": "date", "weights_sha256": "SHA-256 of the weights"}
+    for key, name in names.items():
+        if known.get(key) is not None:
+            value = known[key]
+            found.append((name, f"{value:,}" if isinstance(value, int) and key != "seed" else str(value)))
+    if "command" in known:
+        found.append(("command", " ".join(map(str, known["command"]))))
+    if "versions" in known:
+        found.append(("versions", ", ".join(f"{name} {number}" for name, number in known["versions"].items())))
+    return found
+
+
+def side_by_side(jobs: list[Job]) -> tuple[list[str], list[tuple[Job, list[str]]]]:
+    """Return the names of metrics, and each job with its values of them, empty where it has none."""
+    values = {job.name: {f"{one.split} {name}": v for one, name, v in _main(job)} for job in jobs}
+    counts = Counter(name for own in values.values() for name in own)
+    order = list(dict.fromkeys(name for own in values.values() for name in own))
+    names = sorted(sorted(order, key=lambda name: -counts[name])[:MAX_COLUMNS], key=order.index)
+    return names, [(job, [values[job.name].get(name, "") for name in names]) for job in jobs]
+
+
+def _main(job: Job) -> Iterator[tuple[Evaluation, str, str]]:
+    """Yield the metrics to compare jobs by: those of the test splits, else of all, the later ones of a name first."""
+    final = job.final()
+    tested = [one for one in final if one.split in job.config["run"].get("test_splits", [])] or final
+    for one in tested:
+        for name, value in numbers(one.metrics):
+            if name != "agg_metrics" or len(one.metrics) == 1:
+                yield one, name, shown(job.percent(name, value))
