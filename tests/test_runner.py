@@ -29,7 +29,7 @@ from lavis_lite.common.config.run import RunConfig
 from lavis_lite.common.errors import NonFiniteLoss, UnreadableSample
 from lavis_lite.common.logger import JsonLog
 from lavis_lite.common.optim import parameter_groups
-from lavis_lite.common.precision import resolve_precision
+from lavis_lite.common.precision import resolve_precision, warn_of_emulation
 from lavis_lite.common.registry import registry
 from lavis_lite.common.rng import seed_everything
 from lavis_lite.runners.plan import make_plan
@@ -553,6 +553,17 @@ def test_precision(tmp_path: Path, changes: dict[str, Any], dtype: torch.dtype) 
     runner.train()
     assert set(task.dtypes) == {dtype}
     assert {parameter.dtype for parameter in runner.model.parameters()} == {torch.float32}
+
+
+def test_bf16_on_a_cpu_without_instructions_for_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_of_emulation.cache_clear()
+    for capability, count in (("AVX512", 0), ("AVX2", 1), ("AVX2", 1)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda name=capability: name)
+        resolve_precision("bf16", torch.device("cpu"))
+        resolve_precision("fp32", torch.device("cpu"))
+        assert sum("run.precision" in record.getMessage() for record in caplog.records) == count
 
 
 def test_wrong_precision() -> None:

@@ -1,8 +1,13 @@
 """Precisions by name, and the autocast that a run computes in."""
 
+import functools
+import logging
+
 import torch
 
 from lavis_lite.common.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -21,7 +26,17 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
         raise InputError(f"run.precision: {name!r} is unknown; use auto, {', '.join(PRECISIONS)}")
     if name == "fp16" and device.type == "cpu":
         raise InputError("run.precision: fp16 needs a GPU; use bf16 or fp32 (or auto) on a CPU")
+    if name == "bf16" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        warn_of_emulation()
     return PRECISIONS[name]
+
+
+@functools.cache
+def warn_of_emulation() -> None:
+    """Say once that this CPU computes bf16 without instructions for it."""
+    logger.warning(
+        "run.precision: this CPU has no AVX-512, so bf16 is many times slower here than fp32; use run.precision=fp32"
+    )
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
