@@ -138,9 +138,12 @@ def test_the_sample_is_drawn_by_its_seed_and_not_by_what_is_right() -> None:
 def test_the_worst_are_those_with_the_lowest_metric() -> None:
     found = rows([30.0, 100.0, 0.0, 60.0])
     found.append({"instance_id": "none", "images": [], "prediction": "x"})
-    assert [row["instance_id"] for row in worst(found, 3)] == ["2", "0", "3"]
+    assert [row["instance_id"] for row in worst(found, 3, seed=0)] == ["2", "0", "3"]
+    equal = rows([0.0] * 50)
+    firsts = {worst(equal, 1, seed=seed)[0]["instance_id"] for seed in range(40)}
+    assert len(firsts) > 10
     ranked: list[Prediction] = [{**rows([0.0])[0], "rank": rank} for rank in (2, 9, 4)]
-    assert [row["rank"] for row in worst(ranked, 3)] == [9, 4, 2]
+    assert [row["rank"] for row in worst(ranked, 3, seed=0)] == [9, 4, 2]
 
 
 def test_a_prediction_is_right_wrong_or_in_part() -> None:

@@ -61,14 +61,13 @@ class Card:
 def card_of(row: Prediction, unit: Unit, *, with_candidates: bool = False) -> Card:
     """Return the card of a prediction; `unit` turns a metric of a name into what is printed."""
     kind, verdict = judged(row)
-    references = list(dict.fromkeys(row.get("references", [])))
+    references = Counter(row.get("references", [])).most_common()
     notes = [f"{name} {unit(name, value):.2f}" for name, value in row.get("metrics", {}).items() if name not in PERCENT]
     if "score" in row:
         notes.append(f"score {row['score']:.3f}")
     if "rank" in row and row["rank"] > 1:
         notes.append(f"right one at rank {row['rank']:,}")
-    notes += [f"{name.replace('_', ' ')}: {value}" for name, value in row.get("kinds", {}).items()]
-    described = references[0] if references else row.get("input", "")
+    described = references[0][0] if references else row.get("input", "")
     found = row.get("prediction_image")
     pictures = [picture(path, described) for path in row["images"][:MAX_IMAGES]]
     if found is not None:
@@ -83,7 +82,9 @@ def card_of(row: Prediction, unit: Unit, *, with_candidates: bool = False) -> Ca
         prediction=row.get("prediction", "" if found is None else f"found {file_name(found)}"),
         kind=kind,
         verdict=verdict,
-        references=references[:MAX_REFERENCES],
+        references=[
+            text if number == 1 else f"{text} ({number} times)" for text, number in references[:MAX_REFERENCES]
+        ],
         more=max(0, len(references) - MAX_REFERENCES),
         notes=notes,
         choices=[choice(one) for one in row.get("candidates", [])] if with_candidates else [],

@@ -27,7 +27,6 @@ SETTINGS = {
     "ytick.color": INK,
     "axes.spines.right": False,
     "axes.spines.top": False,
-    "axes.formatter.limits": (-3, 5),
 }
 NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 _numbers = count(1)
@@ -58,6 +57,7 @@ def curve(
         axes.set_xlabel("step")
         axes.set_ylabel(label)
         axes.set_xlim(0, 1.03 * last_step)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         axes.grid(color=INK, alpha=0.12, linewidth=0.8)
         if steps_per_epoch:

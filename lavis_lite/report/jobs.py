@@ -27,8 +27,6 @@ class Evaluation:
     step: int
     epoch: int
     metrics: dict[str, Any]
-    row: dict[str, Any]
-    """The whole row of the log."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +68,7 @@ class Job:
                 key = (str(row["split"]), int(row.get("step", 0)))
                 found.pop(key, None)
                 found[key] = Evaluation(
-                    split=key[0], step=key[1], epoch=int(row.get("epoch", 0)), metrics=row["metrics"], row=row
+                    split=key[0], step=key[1], epoch=int(row.get("epoch", 0)), metrics=row["metrics"]
                 )
         return list(found.values())
 
@@ -119,6 +117,10 @@ class Job:
     def final(self) -> list[Evaluation]:
         """Return the last evaluation of each split."""
         return list({one.split: one for one in self.evaluations}.values())
+
+    def final_of(self, split: str) -> Evaluation:
+        """Return the last evaluation of a split."""
+        return next(one for one in reversed(self.evaluations) if one.split == split)
 
     def best(self, split: str) -> Evaluation | None:
         """Return a split's evaluation with the highest `agg_metrics`; None if none was scored."""

@@ -39,7 +39,8 @@ class JobView:
     job: Job
     anchor: str
     lead: list[str]
-    metrics: list[tables.Row]
+    metrics: tables.Grid
+    published: list[tables.Published]
     figures: list[Figure]
     splits: list[SplitView]
     throughput: list[tuple[str, str]]
@@ -56,8 +57,8 @@ class Extra:
     table: Sequence[tuple[str, str]] = field(default_factory=list)
     names: Mapping[str, str] = field(default_factory=dict)
     """Titles of jobs, by the name of their folder; others are named by their folder."""
-    without_predictions: frozenset[str] = frozenset()
-    """Jobs of which no predictions are shown."""
+    with_predictions: frozenset[str] | None = None
+    """Jobs whose predictions are shown; None: all."""
 
 
 def write_report(jobs: Sequence[Job], out: Path, *, samples: int, seed: int, extra: Extra | None = None) -> Path:
@@ -82,12 +83,14 @@ def write_report(jobs: Sequence[Job], out: Path, *, samples: int, seed: int, ext
 
 def job_view(job: Job, anchor: str, samples: int, seed: int, extra: Extra) -> JobView:
     """Return what the page shows of a job."""
-    files = {} if job.name in extra.without_predictions else job.predictions()
+    has_predictions = extra.with_predictions is None or job.name in extra.with_predictions
+    files = job.predictions() if has_predictions else {}
     return JobView(
         job=job,
         anchor=anchor,
         lead=lead(job),
-        metrics=tables.metric_rows(job),
+        metrics=tables.metric_grid(job),
+        published=tables.published_rows(job),
         figures=figures(job),
         splits=[split_view(job, split, read_predictions(path), samples, seed) for split, path in shown(job, files)],
         throughput=tables.throughput(job),
@@ -121,8 +124,7 @@ def lead(job: Job) -> list[str]:
 
 def split_view(job: Job, split: str, rows: Sequence[Prediction], samples: int, seed: int) -> SplitView:
     """Return what the page shows of a split's predictions."""
-    last = next(one for one in reversed(job.evaluations) if one.split == split)
-    sample, lowest = drawn(rows, samples, seed=seed), worst(rows, max(1, samples // 2))
+    sample, lowest = drawn(rows, samples, seed=seed), worst(rows, max(1, samples // 2), seed=seed)
     near = near_misses(rows, max(1, samples // 2), seed=seed)
     return SplitView(
         split=split,
@@ -131,5 +133,5 @@ def split_view(job: Job, split: str, rows: Sequence[Prediction], samples: int, s
         worst=[card_of(row, job.percent) for row in lowest],
         near=[card_of(row, job.percent, with_candidates=True) for row in near],
         confusion=confusion(rows) if job.task in CLASSIFICATIONS else None,
-        breakdowns=list(tables.breakdowns(job, last, dict(by_kind(rows)))),
+        breakdowns=list(tables.breakdowns(job, job.final_of(split), dict(by_kind(rows)))),
     )

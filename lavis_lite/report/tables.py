@@ -11,45 +11,53 @@ from lavis_lite.report.curves import is_number
 from lavis_lite.report.jobs import Evaluation, Job
 
 MAX_COLUMNS = 9
+MAX_SPLITS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """A metric of a split, and a published value where the recipe expects one."""
+class Cell:
+    """A metric's value, with its 95 % interval where it is known."""
 
-    split: str
-    metric: str
-    value: str
+    value: str = ""
     interval: str = ""
-    published: str = ""
-    difference: str = ""
-    verdict: str = ""
-    source: str = ""
 
 
-def metric_rows(job: Job) -> list[Row]:
-    """Return a row per metric of each split's last evaluation, then the best of each that is not the last.
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Metrics of several evaluations: one of the two in rows, the other in columns."""
 
-    Published values that were not measured have rows of their own.
+    corner: str
+    columns: list[str]
+    rows: list[tuple[str, list[Cell]]]
+
+
+def metric_grid(job: Job) -> Grid:
+    """Return the metrics of each split's last evaluation, and of its best one where that is another.
+
+    Metrics are rows, or columns where there are many splits.
     """
-    expected: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in job.evaluation.get("verdict", []):
-        expected.setdefault((row["split"], row["key"]), []).append(row)
-    intervals = job.evaluation.get("intervals", {})
-    found: list[Row] = []
+    shown_ones: dict[str, Evaluation] = {}
     for one in job.final():
-        bounds = intervals.get(one.split, {})
-        for name, value in numbers(one.metrics):
-            rows = expected.pop((one.split, name), []) or [{}]
-            found += [
-                _row(where(job, one), name, job.percent(name, value), _interval(job, name, bounds.get(name)), row)
-                for row in rows
-            ]
         best = job.best(one.split)
         if best is not None and best.step != one.step:
-            value = job.percent("agg_metrics", best.metrics["agg_metrics"])
-            found.append(_row(where(job, best) + ", the best", "agg_metrics", value, "", {}))
-    return [*found, *(_row(row["split"], row["metric"], None, "", row) for rows in expected.values() for row in rows)]
+            shown_ones[f"{where(job, best)} (best)"] = best
+        shown_ones[where(job, one)] = one
+    names = list(dict.fromkeys(name for one in shown_ones.values() for name, _ in numbers(one.metrics)))
+    table = {label: {name: _cell(job, one, name) for name in names} for label, one in shown_ones.items()}
+    if len(table) > MAX_SPLITS:
+        rows = [(label, [cells[name] for name in names]) for label, cells in table.items()]
+        return Grid(corner="split", columns=names, rows=rows)
+    return Grid(corner="metric", columns=[*table], rows=[(n, [cells[n] for cells in table.values()]) for n in names])
+
+
+def _cell(job: Job, one: Evaluation, name: str) -> Cell:
+    value = dict(numbers(one.metrics)).get(name)
+    if value is None:
+        return Cell()
+    is_final = one == job.final_of(one.split)
+    bounds = job.evaluation.get("intervals", {}).get(one.split, {}).get(name) if is_final else None
+    interval = "" if bounds is None else " to ".join(shown(job.percent(name, bound)) for bound in bounds)
+    return Cell(value=shown(job.percent(name, value)), interval=interval)
 
 
 def where(job: Job, one: Evaluation) -> str:
@@ -64,25 +72,33 @@ def numbers(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     yield from ((name, value) for name, value in plain.items() if name != "agg_metrics" or value not in others)
 
 
-def _row(split: str, metric: str, value: float | None, interval: str, row: Mapping[str, Any]) -> Row:
-    if not row:
-        return Row(split=split, metric=metric, value=shown(value), interval=interval)
-    difference = "" if row["difference"] is None else f"{row['difference']:+.2f}"
-    reasons = "; ".join(row["reasons"])
-    return Row(
-        split=split,
-        metric=row["metric"],
-        value=shown(value),
-        interval=interval,
-        published=str(row["published"]),
-        difference=difference,
-        verdict=row["verdict"] + (f": {reasons}" if reasons else ""),
-        source=row["source"],
-    )
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """A published value, what was measured here, and the verdict; values are in percent."""
+
+    name: str
+    here: str
+    published: str
+    difference: str
+    verdict: str
+    reasons: str
+    source: str
 
 
-def _interval(job: Job, name: str, bounds: list[float] | None) -> str:
-    return "" if bounds is None else " to ".join(shown(job.percent(name, value)) for value in bounds)
+def published_rows(job: Job) -> list[Published]:
+    """Return the published values that the recipe expects, as the evaluation judged them."""
+    return [
+        Published(
+            name=f"{row['split']} {row['metric']}",
+            here=shown(row["here"]),
+            published=str(row["published"]),
+            difference="" if row["difference"] is None else f"{row['difference']:+.2f}",
+            verdict=row["verdict"],
+            reasons="; ".join(row["reasons"]),
+            source=row["source"],
+        )
+        for row in job.evaluation.get("verdict", [])
+    ]
 
 
 def shown(value: float | None) -> str:
@@ -131,10 +147,10 @@ def throughput(job: Job) -> list[tuple[str, str]]:
     speeds = [row["samples_per_s"] for row in job.steps if is_number(row.get("samples_per_s"))]
     if speeds:
         found.append(("training", f"{statistics.median(speeds):,.1f} images/s (median of {len(speeds):,} rows)"))
-    for one in job.final():
-        if is_number(one.row.get("samples_per_s")):
-            number = f"{one.row['samples_per_s']:,.1f} images/s"
-            found.append((f"evaluation of {one.split}", f"{number}, {duration(one.row['seconds'])}"))
+    for split, speed in {row["speed"]["split"]: row["speed"] for row in job.rows if "speed" in row}.items():
+        found.append(
+            (f"evaluation of {split}", f"{speed['samples_per_s']:,.1f} images/s, {duration(speed['seconds'])}")
+        )
     memory = [row["max_memory_gb"] for row in job.steps if is_number(row.get("max_memory_gb"))]
     if memory:
         found.append(("largest memory of the accelerator", f"{max(memory):.1f} GB"))

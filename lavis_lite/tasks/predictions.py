@@ -109,6 +109,10 @@ def badness(prediction: Prediction) -> tuple[float, float]:
     return next(iter(prediction["metrics"].values())), -prediction.get("rank", math.inf)
 
 
-def worst(predictions: Sequence[Prediction], number: int) -> list[Prediction]:
-    """Return the predictions with the lowest metric, the worst first; those without a metric do not count."""
-    return sorted((row for row in predictions if row.get("metrics")), key=badness)[:number]
+def worst(predictions: Sequence[Prediction], number: int, *, seed: int) -> list[Prediction]:
+    """Return the predictions with the lowest metric, the worst first, equal ones in an order drawn by the seed; those
+    without a metric do not count.
+    """
+    scored = [row for row in predictions if row.get("metrics")]
+    random.Random(seed).shuffle(scored)
+    return sorted(scored, key=badness)[:number]
