@@ -27,12 +27,12 @@ class Card(NamedTuple):
     note: str
 
 
-def cards(job: Path, metric: str) -> Iterator[Card]:
-    """Yield every test prediction of a job; right if its metric is above 50 percent."""
+def cards(job: Path) -> Iterator[Card]:
+    """Yield every test prediction of a job; right if its accuracy is above 50 percent."""
     (found,) = find_jobs(job)
     rows: list[Prediction] = read_predictions(found.predictions()["test"])
     for row in rows:
-        right = row["metrics"][metric] > 50
+        right = row["metrics"]["accuracy"] > 50
         yield Card(Path(row["images"][0]), row["prediction"], right, row.get("input", ""))
 
 
@@ -54,8 +54,8 @@ def main() -> None:
     parser.add_argument("quickstart", type=Path, help="the quickstart's output folder")
     parser.add_argument("picture", type=Path, help="the PNG to write")
     args = parser.parse_args()
-    captions = list(cards(args.quickstart / "caption", "true_rate"))[:NUM_IMAGES]
-    answers = list(cards(args.quickstart / "vqa", "accuracy"))
+    captions = list(cards(args.quickstart / "caption"))[:NUM_IMAGES]
+    answers = list(cards(args.quickstart / "vqa"))
     rows = -(-NUM_IMAGES // COLUMNS)
     height = IMAGE + 2 * MARGIN
     sheet = Image.new("RGB", (COLUMNS * WIDTH, rows * height), "white")

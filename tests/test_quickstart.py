@@ -212,7 +212,7 @@ def test_the_readmes_picture_is_drawn_from_cards(tmp_path: Path, monkeypatch: py
     ]
     for card in cards:
         Image.new("RGB", (48, 48), "teal").save(card.image)
-    monkeypatch.setattr(drawing, "cards", lambda job, metric: iter(cards))
+    monkeypatch.setattr(drawing, "cards", lambda job: iter(cards))
     monkeypatch.setattr(sys, "argv", ["readme_picture.py", str(tmp_path), str(tmp_path / "out" / "picture.png")])
     drawing.main()
     colours = {colour for _, colour in Image.open(tmp_path / "out" / "picture.png").convert("RGB").getcolors(10**6)}

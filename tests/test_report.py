@@ -8,6 +8,9 @@ from pathlib import Path
 
 import cli_helpers
 import pytest
+import test_instruct_entry_points as instructions
+import test_matching as matching
+import test_zero_shot as zero_shot
 from typer.testing import CliRunner
 
 from lavis_lite.cli.app import app
@@ -115,6 +118,35 @@ def test_a_folder_of_jobs_has_an_index_and_each_of_them(tmp_path: Path) -> None:
     assert {own["href"] for own in page.of("a")} == {"#job1", "#job2", "#job3"}
     assert {own["id"] for own in page.of("section")} == {"job1", "job2", "job3"}
     assert page.cards() == 3 * (2 + 1)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("shapes_data")
+def test_a_page_about_pairs_prompts_and_instructions(tmp_path: Path) -> None:
+    """The tasks without a recipe among those above, each by evaluate.py."""
+    paths = cli_helpers.pictures(tmp_path / "pictures", 4)
+    pairs = [
+        {"image": path, "caption": f"a <b>red</b> circle {i}", "label": i % 2, "image_id": str(i)}
+        for i, path in enumerate(paths)
+    ]
+    section = cli_helpers.classification_set(tmp_path) | {"classes": ["contradiction", "neutral", "entailment"]}
+    lines = [instructions.asked(i, candidates=["red", "blue"]) for i in range(4)]
+    asked = {"own": instructions.garden(tmp_path / "own", lines)}
+    recipes = {
+        "matching": (matching.recipe(tmp_path, pairs), "a <b>red</b> circle 0", []),
+        "prompts": (zero_shot.recipe(tmp_path, "blip_retrieval", section), "reference: neutral", ["Confusions"]),
+        "instruct": (instructions.project(tmp_path, asked, valid_splits=["val"]), "what color?", []),
+    }
+    for name, (path, text, headings) in recipes.items():
+        assert cli_helpers.evaluate(path, job=name) == 0
+        assert report(tmp_path / "output" / name)[0] == 0
+        page = Page(tmp_path / "output" / name / "report.html")
+        check_page(page)
+        assert text in page.text, name
+        split = "test" if name == "matching" else "val"
+        expected = ["Metrics", *headings, f"Predictions of {split}", f"The worst of {split}", "Throughput"]
+        assert [heading for heading in page.headings if heading in expected] == expected, name
+        assert (tmp_path / "output" / name / "predictions" / f"{split}.jsonl").is_file()
 
 
 def rows(values: Sequence[float]) -> list[Prediction]:

@@ -20,8 +20,8 @@ MAX_PAIRS = 20
 NEAR = 5
 """The last rank that counts as a near miss."""
 Unit = Callable[[str, float], float]
-PERCENT = ("accuracy", "true_rate")
-"""Metrics of a sample, in percent, that say how right it is."""
+ACCURACY = "accuracy"
+"""The metric of a sample, in percent, that says how right it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,7 @@ class Picture:
 
     address: str | None
     alt: str
+    label: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ def card_of(row: Prediction, unit: Unit, *, with_candidates: bool = False) -> Ca
     """Return the card of a prediction; `unit` turns a metric of a name into what is printed."""
     kind, verdict = judged(row)
     references = Counter(row.get("references", [])).most_common()
-    notes = [f"{name} {unit(name, value):.2f}" for name, value in row.get("metrics", {}).items() if name not in PERCENT]
+    notes = [f"{name} {unit(name, value):.2f}" for name, value in row.get("metrics", {}).items() if name != ACCURACY]
     if "score" in row:
         notes.append(f"score {row['score']:.3f}")
     if "rank" in row and row["rank"] > 1:
@@ -70,16 +71,10 @@ def card_of(row: Prediction, unit: Unit, *, with_candidates: bool = False) -> Ca
     described = references[0][0] if references else row.get("input", "")
     found = row.get("prediction_image")
     pictures = [picture(path, described) for path in row["images"][:MAX_IMAGES]]
-    if found is not None:
-        own = "The image of the text" if found != row["images"][0] else "The image found, which is the right one"
-        pictures = [Picture(address=one.address, alt=f"{own}: {row.get('input', '')}") for one in pictures]
-        if found != row["images"][0]:
-            wrong = picture(found, row.get("input", ""))
-            pictures.insert(0, Picture(address=wrong.address, alt=f"The wrong image found for: {row.get('input', '')}"))
     return Card(
-        pictures=pictures,
+        pictures=pictures if found is None else found_pictures(found, row["images"][0], row.get("input", "")),
         input=row.get("input", ""),
-        prediction=row.get("prediction", "" if found is None else f"found {file_name(found)}"),
+        prediction=row.get("prediction", ""),
         kind=kind,
         verdict=verdict,
         references=[
@@ -93,12 +88,20 @@ def card_of(row: Prediction, unit: Unit, *, with_candidates: bool = False) -> Ca
 
 def judged(row: Prediction) -> tuple[str, str]:
     """Return how right a prediction is, as a kind and in words; both empty if its metrics do not say."""
-    value = next((row["metrics"][name] for name in PERCENT if name in row.get("metrics", {})), None)
+    value = row.get("metrics", {}).get(ACCURACY)
     if value is None:
         return "", ""
     if value >= 100:
         return "right", "right"
     return ("some", f"right to {value:.0f} %") if value > 0 else ("wrong", "wrong")
+
+
+def found_pictures(found: str, own: str, text: str) -> list[Picture]:
+    """Return the image that was found for a text and, if that is wrong, the text's own."""
+    first = Picture(address=address(found, PIXELS), alt=f"{file_name(found)}, found for: {text}", label="found")
+    if found == own:
+        return [first]
+    return [first, Picture(address=address(own, PIXELS), alt=f"{file_name(own)}, the image of: {text}", label="right")]
 
 
 def picture(path: str, described: str) -> Picture:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import TypeGuard
 
 from lavis_lite.report.figures import Figure, Points, curve
 from lavis_lite.report.jobs import Job
@@ -71,7 +72,7 @@ def metric_points(job: Job, name: str) -> dict[str, Points]:
     return {split: sorted(points) for split, points in found.items()}
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Return whether a value can be drawn."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 

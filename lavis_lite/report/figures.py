@@ -4,7 +4,9 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -61,7 +63,8 @@ def curve(
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         axes.grid(color=INK, alpha=0.12, linewidth=0.8)
         if steps_per_epoch:
-            top = axes.secondary_xaxis("top", functions=(lambda x: x / steps_per_epoch, lambda x: x * steps_per_epoch))
+            epochs = (partial(scaled, factor=1 / steps_per_epoch), partial(scaled, factor=float(steps_per_epoch)))
+            top = axes.secondary_xaxis("top", functions=epochs)
             top.set_xlabel("epoch")
             top.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         if len(series) > 1:
@@ -70,6 +73,11 @@ def curve(
         canvas.savefig(buffer, format="svg", transparent=True, metadata=NO_METADATA)
     alt = f"{title}: " + "; ".join(described(name, points) for name, points in series.items())
     return Figure(title=title, svg=inline(buffer.getvalue(), alt), alt=alt)
+
+
+def scaled(values: Any, *, factor: float) -> Any:
+    """Return steps as epochs, or epochs as steps; a number or an array, as matplotlib gives it."""
+    return values * factor
 
 
 def described(name: str, points: Points) -> str:

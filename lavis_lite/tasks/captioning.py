@@ -19,7 +19,14 @@ from lavis_lite.common.registry import registry
 from lavis_lite.datasets.annotations import as_list as as_captions
 from lavis_lite.datasets.annotations import check_records, read_json, read_records, section
 from lavis_lite.datasets.base import BaseDataset
-from lavis_lite.datasets.protocols import IMAGE_KEYS, EvalDataset, HasExtraMetrics, HasReferences, Samples
+from lavis_lite.datasets.protocols import (
+    IMAGE_KEYS,
+    EvalDataset,
+    HasExtraMetrics,
+    HasReferences,
+    JudgesCaptions,
+    Samples,
+)
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.protocols import Generates, method_names
 from lavis_lite.tasks.base import (
@@ -228,9 +235,9 @@ class CaptionTask(BaseTask):
         for key, result in own.items():
             caption = result["caption"]
             row = of_record(dataset, dataset.annotation[index[result["instance_id"]]], result)
-            extra = dataset.extra_metrics({result["image_id"]: caption}) if isinstance(dataset, HasExtraMetrics) else {}
+            own_metrics = dataset.judge(result["image_id"], caption) if isinstance(dataset, JudgesCaptions) else {}
             row |= {"prediction": caption, "references": references.get(key, [])}
-            row["metrics"] = extra | ({"CIDEr": values[key]} if key in values else {})
+            row["metrics"] = own_metrics | ({"CIDEr": values[key]} if key in values else {})
             found.append(row)
         return found
 
