@@ -259,8 +259,44 @@ def test_a_damaged_log_is_named_and_a_cut_one_is_read(tmp_path: Path) -> None:
     log.write_text('{"step": 1, "epoch": 0, "loss": 2.0}\n{"step": 2, "ep\n')
     code, _ = report(tmp_path)
     assert code == 0
-    assert "1 steps." in (tmp_path / "report.html").read_text()
+    assert "1 step." in (tmp_path / "report.html").read_text()
     log.write_text("nonsense\n")
     code, out = report(tmp_path)
     assert code == 2
     assert "log.txt:1" in out
+
+
+def test_a_run_that_goes_on_or_ended_early_says_so(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("{model: {arch: blip_vqa}, run: {task: vqa}, datasets: {}}")
+    begun = ['{"run": {"steps": 20}}', '{"step": 12, "epoch": 0, "loss": 2.0}']
+    for rows, expected, other in (
+        (begun, "has not ended", "ended early"),
+        ([*begun, '{"result": {"seconds": 3.0}}'], "ended early", "has not ended"),
+        ([*begun, '{"result": {"seconds": 3.0}}', begun[0]], "has not ended", "ended early"),
+    ):
+        (tmp_path / "log.txt").write_text("".join(f"{row}\n" for row in rows))
+        assert report(tmp_path)[0] == 0
+        text = (tmp_path / "report.html").read_text()
+        assert "12 of 20 steps." in text
+        assert expected in text
+        assert other not in text
+
+
+def test_metrics_are_in_percent_with_intervals_and_published_values(tmp_path: Path) -> None:
+    """Of captioning: CIDEr is a fraction of 1, the loss of the log is not, and the verdict is that of the evaluation."""
+    (tmp_path / "config_evaluate.yaml").write_text(
+        "{model: {arch: blip_caption, model_type: base_coco}, run: {task: captioning, evaluate: true}, datasets: {c: {}}}"
+    )
+    row = {"split": "test", "step": 0, "epoch": 0, "metrics": {"CIDEr": 1.331, "Bleu_4": 0.397, "agg_metrics": 1.728}}
+    (tmp_path / "log.txt").write_text(json.dumps(row) + "\n")
+    verdict = {"split": "test", "metric": "CIDEr", "key": "CIDEr", "here": 133.1, "published": 133.3}
+    verdict |= {"difference": -0.2, "verdict": "reproduced", "source": "BLIP, table 7", "reasons": ["<none>"]}
+    content = {"intervals": {"test": {"CIDEr": [1.3, 1.36]}}, "verdict": [verdict], "provenance": {"device": "cpu"}}
+    (tmp_path / "evaluation.json").write_text(json.dumps(content))
+    assert report(tmp_path)[0] == 0
+    page = Page(tmp_path / "report.html")
+    check_page(page)
+    for text in ("133.10", "130.00 to 136.00", "39.70", "133.3", "-0.20", "reproduced", "BLIP, table 7", "<none>"):
+        assert text in page.text, text
+    assert page.of("td", **{"class": "right"})
+    assert "Curves" not in page.headings

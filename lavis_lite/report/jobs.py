@@ -76,6 +76,12 @@ class Job:
         """Return what the last row with this key says, such as `run`; empty without one."""
         return next((row[key] for row in reversed(self.rows) if key in row), {})
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the last run of the job came to its end; also of jobs whose log does not say when they begin."""
+        marks = [key for row in self.rows for key in ("run", "result") if key in row]
+        return not marks or marks[-1] == "result"
+
     @cached_property
     def evaluation(self) -> dict[str, Any]:
         """The content of `evaluation.json`: percent, intervals and verdict; empty without it."""

@@ -111,14 +111,15 @@ def lead(job: Job) -> list[str]:
     """Return sentences about what was done and what came out."""
     kind = "Evaluation" if job.is_evaluation else "Training"
     lines = [f"{kind} of {job.model} for {job.task} on {', '.join(job.config.get('datasets', {}))}."]
-    if job.steps:
-        planned = job.named("run").get("steps")
-        done = job.steps[-1]["step"]
-        lines.append(f"{done:,} of {planned:,} steps." if planned else f"{done:,} steps.")
+    planned, done = job.named("run").get("steps"), job.steps[-1]["step"] if job.steps else 0
+    if done:
+        lines.append(f"{done:,} of {plural(planned, 'step')}." if planned else f"{plural(done, 'step')}.")
     scored = [one for one in job.final() if one.metrics.get("agg_metrics") is not None]
     lines += [f"agg_metrics of {one.split}: {one.metrics['agg_metrics']:.4g}." for one in scored[-2:]]
-    if not job.is_evaluation and not job.named("result"):
+    if not job.has_ended:
         lines.append("The run has not ended: this is what it has done so far.")
+    elif planned and 0 < done < planned:
+        lines.append("It ended early, as later validations were not better.")
     return lines
 
 
