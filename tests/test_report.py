@@ -283,9 +283,9 @@ def test_a_run_that_goes_on_or_ended_early_says_so(tmp_path: Path) -> None:
 
 
 def test_metrics_are_in_percent_with_intervals_and_published_values(tmp_path: Path) -> None:
-    """Of captioning: CIDEr is a fraction of 1, the loss of the log is not, and the verdict is that of the evaluation."""
+    """Of captioning, whose CIDEr is a fraction of 1; the verdict is that of the evaluation."""
     (tmp_path / "config_evaluate.yaml").write_text(
-        "{model: {arch: blip_caption, model_type: base_coco}, run: {task: captioning, evaluate: true}, datasets: {c: {}}}"
+        "{model: {arch: blip_caption, model_type: base}, run: {task: captioning, evaluate: true}, datasets: {c: {}}}"
     )
     row = {"split": "test", "step": 0, "epoch": 0, "metrics": {"CIDEr": 1.331, "Bleu_4": 0.397, "agg_metrics": 1.728}}
     (tmp_path / "log.txt").write_text(json.dumps(row) + "\n")
