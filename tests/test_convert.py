@@ -4,6 +4,7 @@ arguments that replace keys of a model section.
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import yaml
 from full_size import TINY_HF
 from torch import Tensor
 
@@ -249,3 +251,50 @@ def test_language_models_with_names_of_their_own(family: str, tmp_path: Path) ->
     again = from_pretrained(write_folder(model, tmp_path / "hf", arch="blip2_llm")).state_dict()
     for name, tensor in model.state_dict().items():
         assert torch.equal(again[name][: len(tensor)] if tensor.dim() else again[name], tensor), name
+
+
+def test_the_code_of_a_model_card_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for arch, model_class, command in (
+        ("blip_caption", "BlipForConditionalGeneration", "lavis-lite caption photos/ --model hf"),
+        ("blip_retrieval", "BlipForImageTextRetrieval", None),
+    ):
+        assert run("to-hf", arch, "tiny", "hf", "--overwrite") == 0
+        text = (tmp_path / "hf" / "README.md").read_text()
+        _, front, body = text.split("---\n", 2)
+        assert yaml.safe_load(front)["tags"] == ["lavis_lite", arch]
+        assert yaml.safe_load(front).get("pipeline_tag") == ("image-to-text" if command else None)
+        assert (command or "from_pretrained") in body
+        names: dict[str, Any] = {}
+        for block in re.findall(r"```python\n(.*?)```", body, re.DOTALL):
+            exec(block, names)
+        assert model_class in names
+
+
+def test_push_asks_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import huggingface_hub
+
+    calls: list[tuple[str, Any]] = []
+
+    class Api:
+        def create_repo(self, repository: str, **how: Any) -> None:
+            calls.append((repository, how["private"]))
+
+        def upload_folder(self, *, folder_path: Path, repo_id: str) -> None:
+            calls.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    argv = ("to-hf", "blip_caption", "tiny", tmp_path / "hf", "--push")
+    assert run(*argv, "owner/name") == 2  # no terminal
+    assert not (tmp_path / "hf").exists()
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    assert run(*argv, "a bad/name/here") == 2
+    assert not (tmp_path / "hf").exists()
+    monkeypatch.setattr("builtins.input", lambda question: "")
+    assert run(*argv, "owner/name") == 0
+    assert "not uploaded" in capsys.readouterr().out
+    assert calls == []
+    monkeypatch.setattr("builtins.input", lambda question: "y")
+    assert run(*argv, "owner/name", "--overwrite") == 0
+    assert calls[0] == ("owner/name", True)
+    assert {"README.md", "config.json", "model.safetensors"} < set(calls[1][1])

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from lavis_lite.cli import preflight
+from lavis_lite.cli.memory import memory_lines
 from lavis_lite.cli.provenance import parameters
 from lavis_lite.cli.verdict import check_expected
 from lavis_lite.common import dist
@@ -67,6 +68,7 @@ def report(cfg: Config, model: BaseModel, datasets: Datasets, found: preflight.D
         lines += [f"samples     {name}/{split}: {len(dataset):,}" for split, dataset in splits.items()]
     if found.plan is not None:
         lines += plan_lines(cfg, found.plan)
+        lines += train_memory(cfg, model, found)
         lines += [f"left out    {key}, which {', '.join(names)} lacks" for key, names in found.left_out.items()]
     trained = {f"{name}/{split}" for name in cfg.datasets for split in cfg.run.train_splits}
     trained_on = set().union(*(split.files for split in found.splits if split.where in trained))
@@ -83,6 +85,13 @@ def report(cfg: Config, model: BaseModel, datasets: Datasets, found: preflight.D
         return [*lines, f"device      {dist.resolve_device(cfg.run.device)}"]
     except InputError as error:
         return [*lines, f"device      not checked on this machine: {error}"]
+
+
+def train_memory(cfg: Config, model: BaseModel, found: preflight.DataReport) -> list[str]:
+    """Return the lines about the memory of a training step on the samples that were read."""
+    trained = {f"{name}/{split}" for name in cfg.datasets for split in cfg.run.train_splits}
+    batches = [batch for split in found.splits if split.where in trained for batch in split.batches[:1]]
+    return memory_lines(cfg, model, batches[0]) if batches and dist.is_main() else []
 
 
 def parameter_counts(model: BaseModel) -> str:

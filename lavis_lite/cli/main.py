@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from lavis_lite.cli import own_data
 from lavis_lite.cli.failures import exit_code, is_first_process
 from lavis_lite.common.config.config import Config, parser
 from lavis_lite.common.errors import RankZeroFailed, UserError
@@ -28,7 +29,8 @@ TRAIN_HELP = """Train (and then test) what a YAML describes, in one process or u
 examples:
   python train.py --cfg-path projects/blip/train/caption_coco_ft.yaml --options run.max_epoch=3 run.batch_size_train=16
   torchrun --nproc_per_node=8 train.py --cfg-path projects/blip/train/caption_coco_ft.yaml --resume auto
-  python train.py --cfg-path projects/blip/train/caption_coco_ft.yaml --dry-run"""
+  python train.py --cfg-path projects/blip/train/caption_coco_ft.yaml --dry-run
+  python train.py --data photos/ --model blip_caption/base_coco --out output/photos    (--data --help: its options)"""
 EVALUATE_HELP = """Evaluate a model on a YAML's run.valid_splits and run.test_splits, in one process or under torchrun.
 
 examples:
@@ -38,7 +40,16 @@ examples:
 
 def train_main(argv: Sequence[str] | None = None) -> None:
     """Entry point of train.py and `lavis-lite-train`; ends the process."""
-    sys.exit(main(parser(description=TRAIN_HELP), argv))
+    argv = sys.argv[1:] if argv is None else list(argv)
+    given = [sys.argv[0], *argv]
+    if own_data.is_wanted(argv):
+        sys.exit(exit_code(lambda: train(own_data.arguments(argv), command=given), command=given))
+    sys.exit(train(argv, command=given))
+
+
+def train(argv: Sequence[str], *, command: Sequence[str]) -> int:
+    """Train as the arguments of train.py say, and return the exit code; `command` is shown if the run is stopped."""
+    return main(parser(description=TRAIN_HELP), argv, command=command)
 
 
 def evaluate_main(argv: Sequence[str] | None = None) -> None:

@@ -4,6 +4,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lavis_lite.common.registry import registry
@@ -54,6 +55,8 @@ def parser() -> argparse.ArgumentParser:
     to_hf.add_argument("--checkpoint", metavar="PATH", help="file or URL to load instead of the type's own weights")
     to_hf.add_argument("--adapter", metavar="FOLDER", help="write adapters (LoRA) there for peft, instead of merging")
     to_hf.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one weight file (default 5GB)")
+    text = "upload the folder to the hub, as a private repository; asks first"
+    to_hf.add_argument("--push", metavar="OWNER/NAME", help=text)
     to_lavis = ways.add_parser("to-lavis", help="write a .pth file")
     to_lavis.set_defaults(convert=write_lavis)
     to_lavis.add_argument("source", help="Hugging Face folder or hub id, or a checkpoint of train.py")
@@ -72,11 +75,14 @@ def write_hf(args: argparse.Namespace) -> str:
     """Write a model type, or a checkpoint, as a folder; return the line to print."""
     from lavis_lite.common.config.sections import MODEL_KEYS
     from lavis_lite.common.config.zoo import model_zoo
+    from lavis_lite.convert.card import Origin, check_push, push
     from lavis_lite.convert.folders import adapter_of, check_target, write_folder
     from lavis_lite.models.loading import build, configured
 
     model_zoo.path(args.arch, args.type)
     adapter_of(registry.get_model_class(args.arch), arch=args.arch).hf_class(args.arch)
+    if args.push is not None:
+        check_push(args.push)
     for folder in filter(None, (args.target, args.adapter)):
         check_target(folder, overwrite=args.overwrite)
     overrides = _precisions(args.arch, args.precision) | _overrides(args.options)
@@ -92,8 +98,10 @@ def write_hf(args: argparse.Namespace) -> str:
         adapter=args.adapter,
         max_shard_size=args.max_shard_size,
         overwrite=args.overwrite,
+        origin=Origin(model_type=args.type, checkpoint=args.checkpoint),
     )
-    return f"{args.arch}/{args.type} written to {args.target}"
+    line = f"{args.arch}/{args.type} written to {args.target}"
+    return line if args.push is None else f"{line}\n{push(Path(args.target).expanduser(), args.push)}"
 
 
 def write_lavis(args: argparse.Namespace) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lavis_lite.common import checkpoint, integrity
 from lavis_lite.common.errors import ExistingFileError, InputError
 from lavis_lite.common.sources.folders import EXTRA_FILE, SETTINGS_FILE
+from lavis_lite.convert.card import Origin, card
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.hf import HFAdapter, transformers_class
 from lavis_lite.nn import lora
@@ -38,12 +39,13 @@ def write_folder(
     adapter: str | Path | None = None,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
+    origin: Origin | None = None,
 ) -> Path:
     """Write a model, in its precision, as a folder that transformers' `from_pretrained` and ours load.
 
     `settings` are constructor arguments that config.json has no place for (prompt, lengths), `preprocess` the
     processors. Adapters (LoRA) are merged, in the folder and not in `model`; if `adapter` names a second folder, those
-    of the language model are written there in peft's format instead.
+    of the language model are written there in peft's format instead. With `origin` the folder has a model card.
 
     Raises:
         FileExistsError: the target exists and `overwrite` is not set.
@@ -69,6 +71,9 @@ def write_folder(
         write_extras(own, hf.from_hf(theirs.state_dict(), model).keys(), folder / EXTRA_FILE)
         stored = {"arch": arch, "settings": dict(settings or {}), "preprocess": dict(preprocess or {})}
         (folder / SETTINGS_FILE).write_text(f"{json.dumps(stored, indent=2)}\n", encoding="utf-8")
+        if origin is not None:
+            text = card(target.name, arch=arch, hf_class=type(theirs).__name__, origin=origin)
+            (folder / "README.md").write_text(text, encoding="utf-8")
     if adapter is not None:
         llm = model.get_submodule(f"{model.llm_prefix}_model")
         with _replacing(adapter) as folder:
