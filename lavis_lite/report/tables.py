@@ -10,7 +10,22 @@ from typing import Any
 from lavis_lite.report.curves import is_number
 from lavis_lite.report.jobs import Evaluation, Job
 
-MAX_COLUMNS = 9
+MAIN = (
+    "CIDEr",
+    "Bleu_4",
+    "true_rate",
+    "overall",
+    "accuracy",
+    "acc",
+    "acc1",
+    "txt_r1",
+    "img_r1",
+    "mrr",
+    "auc",
+    "auc_itm",
+)
+"""Metrics by which jobs are compared, at most `MAX_MAIN` of each; of other tasks the first ones."""
+MAX_MAIN = 3
 MAX_SPLITS = 5
 
 
@@ -186,17 +201,16 @@ def facts(job: Job) -> list[tuple[str, str]]:
 def side_by_side(jobs: list[Job]) -> tuple[list[str], list[tuple[Job, list[str]]]]:
     """Return the names of metrics, and each job with its values of them, empty where it has none."""
     values = {job.name: {f"{one.split} {name}": v for one, name, v in _main(job)} for job in jobs}
-    counts = Counter(name for own in values.values() for name in own)
-    order = list(dict.fromkeys(name for own in values.values() for name in own))
-    names = sorted(sorted(order, key=lambda name: -counts[name])[:MAX_COLUMNS], key=order.index)
+    names = list(dict.fromkeys(name for own in values.values() for name in own))
     return names, [(job, [values[job.name].get(name, "") for name in names]) for job in jobs]
 
 
 def _main(job: Job) -> Iterator[tuple[Evaluation, str, str]]:
-    """Yield the metrics to compare jobs by: those of the test splits, else of all, the later ones of a name first."""
+    """Yield the metrics to compare jobs by: the main ones of the test splits, else of all splits."""
     final = job.final()
     tested = [one for one in final if one.split in job.config["run"].get("test_splits", [])] or final
     for one in tested:
-        for name, value in numbers(one.metrics):
-            if name != "agg_metrics" or len(one.metrics) == 1:
-                yield one, name, shown(job.percent(name, value))
+        found = dict(numbers(one.metrics))
+        names = [name for name in MAIN if name in found] or list(found)
+        for name in names[:MAX_MAIN]:
+            yield one, name, shown(job.percent(name, found[name]))

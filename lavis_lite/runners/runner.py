@@ -8,6 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -174,15 +175,21 @@ class Runner:
             started = time.perf_counter()
             with torch.no_grad(), autocast(self.device, self.dtype):
                 results[key] = self.task.evaluate(self.model, loader, split=key, result_dir=folder)
-            if kept := self.task.take_predictions():
-                write_predictions(predictions_path(self.job_dir, key, step), kept)
-                if self.progress.shows_pictures:
-                    pictures = pictures_of(kept, seed=self.run.seed)
-                    self.progress.report_pictures(f"{key}_predictions", pictures, step=step or 0)
-            seconds = time.perf_counter() - started
-            speed = {"seconds": round(seconds, 2), "samples_per_s": round(len(dataset) / seconds, 2)}
+            seconds, number = time.perf_counter() - started, sum(loader.sizes) * dist.world_size()
+            dist.on_main(partial(self._keep_predictions, key, step))
+            speed = {"seconds": round(seconds, 2), "samples_per_s": round(number / seconds, 2)}
             self.progress.report_metrics(key, results[key], step=step or 0, epoch=epoch, speed=speed)
         return results
+
+    def _keep_predictions(self, split: str, step: int | None) -> None:
+        """Write the predictions of the last evaluation, and show some of them in TensorBoard and the trackers."""
+        kept = self.task.take_predictions()
+        if not kept:
+            return
+        write_predictions(predictions_path(self.job_dir, split, step), kept)
+        if self.progress.shows_pictures:
+            pictures = pictures_of(kept, seed=self.run.seed)
+            self.progress.report_pictures(f"{split}_predictions", pictures, step=step or 0)
 
     def _save_last(self) -> None:
         """Gather the whole training state and write it; must be entered by every rank."""
