@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli_helpers import project
+from cli_helpers import project, section
 from torch import nn
 from torch.nn import functional as F
 
@@ -57,6 +57,16 @@ def test_meta_counts_what_real_tensors_keep(tmp_path: Path, name: str) -> None:
 
 def _arguments(cfg: Config) -> dict[str, Any]:
     return {key: value for key, value in cfg.model.items() if key not in MODEL_KEYS}
+
+
+@pytest.mark.parametrize("arch", ["blip2", "blip2_opt", "blip2_vicuna_instruct"])
+def test_blip2_is_counted(arch: str) -> None:
+    cfg = section(arch)
+    size = model_setting(cfg, "image_size")
+    image = torch.zeros(1, 3, size, size, device="meta")
+    batch = {"image": image, "text_input": ["what?"], "text_output": ["a circle"]}
+    model = build_without_weights(cfg)
+    assert memory.training_memory(model, batch, batch_size=4, dtype=torch.bfloat16).activations
 
 
 def test_the_dry_run_prints_it(

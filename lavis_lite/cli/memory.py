@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lavis_lite.common import dist
 from lavis_lite.common.config.config import Config
@@ -79,6 +80,9 @@ def saved_bytes(model: nn.Module, batch: Mapping[str, Any], *, dtype: torch.dtyp
         if buffer.numel() == 1 and not buffer.is_floating_point():  # a queue's position, which is read
             place, _, last = name.rpartition(".")
             model.get_submodule(place).register_buffer(last, torch.zeros_like(buffer, device="cpu"))
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.set_attn_implementation("eager")  # others look whether a mask is all ones
     saved: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: Tensor) -> Tensor:

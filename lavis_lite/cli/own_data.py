@@ -46,7 +46,7 @@ CAPTIONS = Kind(task="captioning", layouts={"caption": ("caption",)}, run={"init
 PROMPTED = Kind(
     task="captioning",
     layouts={"caption": ("caption",)},
-    model={"freeze_vit": True},
+    model={"freeze_vit": True, "prompt": "a photo of"},
     preprocess={"text_processor": {"train": {"prompt": "${model.prompt} "}}},
     run={"init_lr": 1e-5},
 )

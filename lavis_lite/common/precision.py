@@ -1,5 +1,6 @@
 """Precisions by name, and the autocast that a run computes in."""
 
+import contextlib
 import functools
 import logging
 
@@ -43,3 +44,9 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Return the context in which a forward pass computes in `dtype`; that of float32 does nothing."""
     enabled = dtype != torch.float32
     return torch.autocast(device.type, dtype=dtype if enabled else torch.bfloat16, enabled=enabled)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Return a context without autocast; a device such as `meta` has none."""
+    has_autocast = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if has_autocast else contextlib.nullcontext()

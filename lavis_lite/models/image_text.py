@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lavis_lite.common.bounds import one_of
 from lavis_lite.common.errors import InputError
+from lavis_lite.common.precision import without_autocast
 from lavis_lite.models.base import BaseModel, Output
 from lavis_lite.models.batches import Texts
 from lavis_lite.models.inputs import texts_of
@@ -29,7 +30,7 @@ def scored(head: nn.Linear, states: Tensor) -> Tensor:
     """Apply a head; in evaluation in float32, whatever autocast says: scores rounded to bf16 would tie."""
     if head.training:
         return head(states)
-    with torch.autocast(states.device.type, enabled=False):
+    with without_autocast(states.device):
         return F.linear(states.float(), head.weight.float(), head.bias.float())
 
 
@@ -82,7 +83,7 @@ class ImageTextModel(BaseModel):
 
     def full_similarity(self, image_feat: Tensor, text_feat: Tensor) -> Tensor:
         """Return `similarity` in float32, whatever autocast says."""
-        with torch.autocast(image_feat.device.type, enabled=False):
+        with without_autocast(image_feat.device):
             return self.similarity(image_feat.float(), text_feat.float())
 
     @abstractmethod

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from lavis_lite.common.errors import InputError
+from lavis_lite.common.precision import without_autocast
 from lavis_lite.nn.decoding import Decoded, DecodingConfig, GenerationConfig, check_prompt, decode
 from lavis_lite.nn.llm_cache import LLMCache
 from lavis_lite.nn.llm_sources import forward_parameters
@@ -206,7 +207,7 @@ class LLMAdapter:
     def _precision(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """Return a context without autocast for a frozen model."""
         is_trained = all(parameter.requires_grad for parameter in self.model.parameters())
-        return contextlib.nullcontext() if is_trained else torch.autocast(device.type, enabled=False)
+        return contextlib.nullcontext() if is_trained else without_autocast(device)
 
     def check_room(self, num_inputs: int, config: DecodingConfig) -> DecodingConfig:
         """Return the settings with all lengths; raise InputError if they leave no token to write, or inputs and text do

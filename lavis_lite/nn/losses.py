@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lavis_lite.common.precision import without_autocast
+
 IGNORED = -100
 """Label of tokens that are not predicted."""
 
@@ -40,7 +42,7 @@ def similarity(images: Tensor, texts_ND: Tensor) -> Tensor:
 
     Always in float32: rounded to bf16, many texts would have the same, and the temperature magnifies rounding.
     """
-    with torch.autocast(images.device.type, enabled=False):
+    with without_autocast(images.device):
         return images.float() @ texts_ND.float().t()
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lavis_lite.common import checkpoint, dist
 from lavis_lite.common.bounds import MAX_IMAGE_SIZE, MAX_TOKENS, check_number, one_of
 from lavis_lite.common.errors import InputError, SettingError
-from lavis_lite.common.precision import PRECISIONS
+from lavis_lite.common.precision import PRECISIONS, without_autocast
 from lavis_lite.common.sources import weights
 from lavis_lite.common.sources.download import is_weight_file
 from lavis_lite.common.sources.weights import LazyState
@@ -174,7 +174,7 @@ class Blip2Base(BaseModel):
             features, mask = unpack(image)
             return pack(self.ln_vision(self.visual_encoder(features).to(self.ln_vision.weight.dtype)), mask)
         is_low = next(self.visual_encoder.parameters()).dtype != torch.float32
-        autocast = torch.autocast(image.device.type, enabled=False) if is_low else contextlib.nullcontext()
+        autocast = without_autocast(image.device) if is_low else contextlib.nullcontext()
         with torch.no_grad() if self.freeze_vit else contextlib.nullcontext(), autocast:
             tokens = self.visual_encoder(image)
         return self.ln_vision(tokens.to(self.ln_vision.weight.dtype))
