@@ -33,17 +33,17 @@ class WandbTracker:
     def __init__(self, package: Any, job_dir: Path, config: Mapping[str, Any], **settings: Any) -> None:
         self.package = package
         project = os.environ.get("WANDB_PROJECT", PROJECT)
-        self.run = package.init(project=project, name=job_dir.name, config=dict(config), **settings)
+        package.init(project=project, name=job_dir.name, config=dict(config), **settings)
 
     def write(self, scalars: Mapping[str, float], *, step: int) -> None:
-        self.run.log(dict(scalars), step=step)
+        self.package.log(dict(scalars), step=step)
 
     def write_images(self, name: str, pictures: Pictures, *, step: int) -> None:
         images = [self.package.Image(image, caption=text) for image, text in pictures]
-        self.run.log({f"{name}/{number}": image for number, image in enumerate(images)}, step=step)
+        self.package.log({f"{name}/{number}": image for number, image in enumerate(images)}, step=step)
 
     def close(self) -> None:
-        self.run.finish()
+        self.package.finish()
 
 
 class MlflowTracker:
