@@ -193,7 +193,8 @@ def _execute(cfg: Config, runner: "Runner", references: "References", plan: "Pla
     if not dist.is_main():
         return []
     seconds = time.perf_counter() - started
-    runner.progress.report_result({"seconds": round(seconds, 2), "best": result.get("best")})
+    step = 0 if cfg.run.evaluate else runner.training.state.step
+    runner.progress.report_result({"seconds": round(seconds, 2), "best": result.get("best")}, step=step)
     if cfg.run.evaluate:
         print(json.dumps(result["test"], indent=2, default=str))
     rows = conclude(cfg, runner, result["test"], references) if result["test"] else []

@@ -54,9 +54,8 @@ class Job:
     @cached_property
     def steps(self) -> list[dict[str, Any]]:
         """The rows of training steps; of a step that a resumed run repeated, the later row."""
-        found = {
-            row["step"]: row for row in self.rows if "step" in row and "split" not in row and "datasets" not in row
-        }
+        others = {"split", "datasets", "result"}
+        found = {row["step"]: row for row in self.rows if "step" in row and not others & row.keys()}
         return [found[step] for step in sorted(found)]
 
     @cached_property

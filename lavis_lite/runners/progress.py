@@ -83,9 +83,9 @@ class Progress:
         """Whether pictures go anywhere."""
         return self.events.writer is not None or bool(self.trackers)
 
-    def report_result(self, result: Mapping[str, Any]) -> None:
+    def report_result(self, result: Mapping[str, Any], *, step: int) -> None:
         """Write what came out of a run."""
-        self.log.write({"result": result})
+        self.log.write({"step": step, "result": result})
 
     def report_metrics(
         self, split: str, metrics: Mapping[str, Any], *, step: int, epoch: int, speed: Mapping[str, float] | None = None
