@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from lavis_lite.common.errors import InputError
-from lavis_lite.models import load_model
+from lavis_lite.convert.__main__ import run
+from lavis_lite.models import from_pretrained, load_model
 
 SIGLIP = {"width": 32, "depth": 2, "num_heads": 2}
 OTHER = {"vit_type": "vit_base_patch16_siglip_224", "vit": SIGLIP}
@@ -157,8 +158,8 @@ SETTINGS: list[dict[str, Any]] = [
 def test_training_resumes_exactly_and_moves_only_what_is_trained(settings: dict[str, Any], tmp_path: Path) -> None:
     start = cli_helpers.build("blip_retrieval", **cli_helpers.MOMENTUM)
     torch.save({"model": start.state_dict()}, tmp_path / "start.pth")
-    run = {"keep_checkpoints": 9, "checkpoint_every": 2}
-    changes = {"model": {**settings, "pretrained": str(tmp_path / "start.pth")}, "run": run}
+    often = {"keep_checkpoints": 9, "checkpoint_every": 2}
+    changes = {"model": {**settings, "pretrained": str(tmp_path / "start.pth")}, "run": often}
     path = cli_helpers.project(tmp_path, "retrieval", changes, cli_helpers.NO_DROPOUT)
     assert cli_helpers.train(path, job="whole") == 0
     job = tmp_path / "output/whole"
@@ -173,6 +174,30 @@ def test_training_resumes_exactly_and_moves_only_what_is_trained(settings: dict[
     assert not [name for name in moved if ".base_layer." in name]
     assert "temp" in moved
     assert cli_helpers.evaluate(path, weights=job / "checkpoint_best.pth") == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lavis", "hf", "lavis of timm"])
+def test_a_trained_model_is_written_with_its_adapters_merged(kind: str, tmp_path: Path) -> None:
+    own = (
+        {**OTHER, "vit_lora": {"r": 2, "target_modules": ["qkv", "proj"]}} if "timm" in kind else {"vit_lora": VIT_LORA}
+    )
+    path = cli_helpers.project(tmp_path, "caption", {"model": {**own, "text_lora": LORA}}, cli_helpers.NO_DROPOUT)
+    assert cli_helpers.train(path, "run.init_lr=0.01", job="job") == 0
+    source = tmp_path / "output/job/checkpoint_last.pth"
+    model = from_pretrained(source, is_eval=True)
+    assert any(name.endswith("lora_B.default.weight") and part.abs().sum() for name, part in model.named_parameters())
+    if kind == "hf":
+        target = tmp_path / "folder"
+        assert run(["to-hf", "blip_caption", "tiny", str(target), "--checkpoint", str(source)]) == 0
+    else:
+        target = tmp_path / "merged.pth"
+        assert run(["to-lavis", str(source), str(target)]) == 0
+    again = from_pretrained(target, is_eval=True)
+    assert not [name for name in again.state_dict() if "lora" in name]
+    samples = {"image": batch()["image"], "text_input": ["a red circle", "two blue squares"]}
+    with torch.no_grad():
+        assert torch.allclose(again(samples)["loss"], model(samples)["loss"], atol=1e-5)
 
 
 def original(model: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:

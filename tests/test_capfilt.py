@@ -12,14 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import cli_helpers
+import pyarrow as pa
 import pytest
+import shard_helpers
 import torch
 import yaml
 
 from lavis_lite.common.errors import InputError
+from lavis_lite.common.registry import registry
+from lavis_lite.datasets.image import open_image
 from lavis_lite.datasets.pairs import PairsBuilder
-from lavis_lite.datasets.readers.capfilt import finished_manifest, read_shard
+from lavis_lite.datasets.readers.capfilt import finished_manifest, read_shard, read_texts
+from lavis_lite.datasets.readers.files import SplitFiles
 from lavis_lite.models import load_model
+from lavis_lite.tasks.capfilt.shards import write_parquet
 from lavis_lite.tasks.capfilt.task import CapFiltTask
 
 SIZES = {key: value for key, value in cli_helpers.SIZES.items() if key != "model_type"}
@@ -208,8 +214,84 @@ def test_other_formats_have_the_same_texts(recipe: Path, output_format: str) -> 
         root = Path(finished_manifest(folder / "manifest.json")["image_root"])
         for key, text in zip(keys, kept, strict=True):
             assert members[f"{key}.txt"].decode() == text["caption"]
-            assert json.loads(members[f"{key}.json"]) == text
+            assert json.loads(members[f"{key}.json"]) == {"image_id": str(root / text["image"]), **text}
             assert members[f"{key}.jpg"] == (root / text["image"]).read_bytes()
+
+
+@pytest.mark.slow
+def test_shards_and_tables_of_images_become_shards(recipe: Path, tmp_path: Path, capsys: Any) -> None:
+    """Six pairs as files, in two shards and inside a parquet table; texts and scores are the same."""
+    pq = pytest.importorskip("pyarrow.parquet")
+    pictures = [Path(path) for path in cli_helpers.pictures(tmp_path / "p", 6)]
+    rows = [{"image": path.read_bytes(), "caption": f"circle {n}"} for n, path in enumerate(pictures)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "inside.parquet")
+    for first in (0, 3):
+        samples = [
+            {"__key__": f"{n:03d}", "png": rows[n]["image"], "txt": rows[n]["caption"]} for n in range(first, first + 3)
+        ]
+        shard_helpers.write_shard(tmp_path / f"in-{first}.tar", samples)
+    records = [{"image": str(path), "caption": row["caption"]} for path, row in zip(pictures, rows, strict=True)]
+    (tmp_path / "files.json").write_text(json.dumps(records))
+    cfg = yaml.safe_load(recipe.read_text())
+    found = {}
+    for name, storage in {"files": "files.json", "shards": "in-*.tar", "table": "inside.parquet"}.items():
+        own = cli_helpers.user_set(tmp_path / name, {"train": records})
+        own["build_info"]["annotations"]["train"] = {"storage": str(tmp_path / storage)}
+        recipe.write_text(yaml.safe_dump({**cfg, "datasets": {"pairs": own}}))
+        assert cli_helpers.evaluate(recipe, "run.output_format=webdataset", "run.threshold=0.0", job=name) == 0
+        folder = folder_of(recipe, name)
+        found[name] = [{key: v for key, v in text.items() if key != "image"} for text in jsonl(folder)]
+        kept = [text for text in found[name] if text["kept"]]
+        info = {"annotations": {"train": {"storage": str(folder / "*.tar")}}}
+        every = PairsBuilder(build_info=info).build()["train"]
+        assert [record["caption"] for record in every.annotation] == [text["caption"] for text in kept]
+        drawn = PairsBuilder(build_info=info, captions_per_sample="draw").build()["train"]
+        assert len(drawn) == len({text["sample"] for text in kept}) < len(kept)
+        assert len(registry.get_builder_class("caption")(build_info=info).build()["train"]) == len(kept)
+        sample = every.annotation[0]["sample"]
+        opened = open_image(every.annotation[0]["image"])
+        assert opened.tobytes() == open_image(pictures[sample]).tobytes()
+    assert found["files"] == found["shards"] == found["table"]
+    with pytest.raises(InputError, match=r"manifest\.json.*tables.*\.tar"):
+        list(read_texts(SplitFiles(paths=[folder / "manifest.json"], split="train")))
+    assert cli_helpers.evaluate(recipe, job="refused") == 2
+    assert "run.output_format: jsonl" in last_error(capsys)
+
+
+def jsonl(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for path in sorted(folder.glob("0*.jsonl")) for line in path.read_text().splitlines()]
+
+
+def test_a_shard_without_kept_texts_has_no_tar(recipe: Path) -> None:
+    assert cli_helpers.evaluate(recipe, "run.output_format=webdataset", "run.threshold=1.0") == 0
+    folder = folder_of(recipe)
+    assert len(texts(folder)) > 24
+    assert not list(folder.glob("*.tar"))
+
+
+def test_other_annotations_do_not_continue_the_same_texts(recipe: Path, tmp_path: Path, capsys: Any) -> None:
+    cfg = yaml.safe_load(recipe.read_text())
+    cfg["datasets"] = {"pairs": own_pairs(tmp_path, 9)}
+    recipe.write_text(yaml.safe_dump(cfg))
+    assert cli_helpers.evaluate(recipe) == 0
+    (folder_of(recipe) / "000001.jsonl").unlink()
+    file = Path(cfg["datasets"]["pairs"]["build_info"]["annotations"]["train"]["storage"])
+    file.write_text(file.read_text().replace("a red circle", "a red square"))
+    assert cli_helpers.evaluate(recipe) == 2
+    assert "annotations=" in last_error(capsys)
+
+
+def test_tables_of_texts_have_the_same_columns_in_every_shard(tmp_path: Path) -> None:
+    pq = pytest.importorskip("pyarrow.parquet")
+    shared = {"image": "a.png", "sample": 0, "caption": "a", "source": "web", "itm": 0.5, "kept": True}
+    ids = [[], [{}], [{}, {"image_id": 3}], [{"image_id": "x"}, {"image_id": 4}]]
+    for number, shard in enumerate(ids):
+        with (tmp_path / f"{number}.parquet").open("wb") as file:
+            write_parquet(file, [{**shared, **one} for one in shard])
+    assert len({str(pq.read_schema(path)) for path in tmp_path.glob("*.parquet")}) == 1
+    info = {"annotations": {"train": {"storage": str(tmp_path / "*.parquet")}}}
+    found = PairsBuilder(build_info=info).build()["train"].annotation
+    assert [record["image_id"] for record in found] == [None, None, "3", "x", "4"]
 
 
 def own_pairs(folder: Path, count: int) -> dict[str, Any]:

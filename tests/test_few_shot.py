@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import cli_helpers
+import pyarrow as pa
 import pytest
 import torch
 import yaml
@@ -58,6 +59,19 @@ def test_examples_come_before_the_instruction(root: Path):
     assert [again[i]["text_input"] for i in range(3)] == [dataset[i]["text_input"] for i in range(3)]
     other = built(root, few_shot_num=2, few_shot_template=template, few_shot_seed=1)
     assert [other[i]["text_input"] for i in range(3)] != [dataset[i]["text_input"] for i in range(3)]
+
+
+def test_no_example_shows_the_sample_s_own_image_from_another_table(root: Path):
+    pq = pytest.importorskip("pyarrow.parquet")
+    for split in ("train", "val"):
+        records = json.loads((root / f"{split}.json").read_text())
+        rows = [{**record, "image": Path(record["image"]).read_bytes()} for record in records]
+        pq.write_table(pa.Table.from_pylist(rows), root / f"{split}.parquet")
+    keys = {"few_shot_num": 4, "few_shot_template": "<{instruction}|{answer}>"}
+    storage = {split: {"storage": str(root / f"{split}.parquet")} for split in ("train", "val")}
+    builder = registry.get_builder_class("instruct")(build_info={"annotations": storage}, vis_processor=EYES, **keys)
+    text = builder.build(["val"])["val"][0]["text_input"]
+    assert sorted(text.split(">")[:-1]) == [f"<what {i}?|{COLORS[i]}" for i in (1, 2, 3, 4)]
 
 
 def test_the_default_template_and_the_training_split(root: Path):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import cli_helpers
+import pyarrow as pa
 import pytest
 import torch
 
@@ -99,6 +100,22 @@ def test_the_result_file_has_scores_and_the_areas_are_the_shares_of_ordered_pair
         wins = [(a > b) + 0.5 * (a == b) for a in right for b in wrong]
         assert measured[f"auc_{name}"] == pytest.approx(100 * sum(wins) / len(wins))
     assert measured["agg_metrics"] == measured["auc_itm"]
+
+
+def test_images_inside_a_table_are_named_by_their_rows(records: list[dict[str, Any]], tmp_path: Path) -> None:
+    pq = pytest.importorskip("pyarrow.parquet")
+    path = recipe(tmp_path, records)
+    assert cli_helpers.evaluate(path) == 0
+    rows = [{"image": Path(record["image"]).read_bytes(), "caption": record["caption"]} for record in records]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
+    option = f"datasets.pairs.build_info.annotations.test.storage={tmp_path / 'pairs.parquet'}"
+    assert cli_helpers.evaluate(path, option, job="table") == 0
+    files, table = (
+        json.loads((tmp_path / f"output/{job}/result/test_matching.json").read_text())
+        for job in ("evaluation", "table")
+    )
+    assert [row["itm"] for row in table] == [row["itm"] for row in files]
+    assert all(f"pairs.parquet: row {number}" in row["image"] for number, row in enumerate(table))
 
 
 def test_without_labels_there_are_scores_alone(records: list[dict[str, Any]], tmp_path: Path) -> None:

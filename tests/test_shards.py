@@ -278,3 +278,34 @@ def test_dry_run_and_data_check(project: Path, capsys: pytest.CaptureFixture[str
     out = capsys.readouterr().out
     assert end.value.code in (0, None), out
     assert "31 images, all there" in out
+
+
+def test_fields_of_one_shard_need_not_be_alike(tmp_path: Path) -> None:
+    values: list[Any] = [None, 1, "x", 10**30, {"a": 1}, {"a": "y"}, [1], ["z", 2]]
+    samples = [
+        {"__key__": f"{n}", "png": shard_helpers.png(n), "json": {"caption": "c" if n else ["a", "b"], "other": value}}
+        for n, value in enumerate(values)
+    ]
+    records = list(build(shard_helpers.write_shard(tmp_path / "a.tar", samples)).annotation)
+    assert [record["caption"] for record in records] == ["a", "b"] + ["c"] * 7
+    shown = [None, "1", "x", str(10**30), '{"a": 1}', '{"a": "y"}', "[1]", '["z", 2]']
+    assert [record["other"] for record in records[1:]] == shown
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_wrong_sample_is_named_by_its_shard_and_key(tmp_path: Path, split: str) -> None:
+    good, bad = shard_helpers.sample(3), {**shard_helpers.sample(7), "txt": " "}
+    paths = [shard_helpers.write_shard(tmp_path / f"{n}.tar", [one]) for n, one in enumerate((good, bad))]
+    info = {"annotations": {split: {"storage": list(map(str, paths))}}}
+    with pytest.raises(InputError, match=r"1\.tar: sample 000007: field 'caption' is empty"):
+        registry.get_builder_class("caption")(build_info=info).build()
+
+
+def test_a_split_is_cut_off_alike_wherever_the_shards_are(tmp_path: Path) -> None:
+    def cut(folder: Path) -> list[str]:
+        shard_helpers.write_shards(folder, [10, 10])
+        info = {"annotations": {"train": {"storage": str(folder / "train-*.tar")}}}
+        builder = registry.get_builder_class("pairs")(build_info=info, split_off={"val": 0.4})
+        return texts(builder.build(["val"])["val"])  # type: ignore[arg-type]
+
+    assert cut(tmp_path / "one") == cut(tmp_path / "two/further")

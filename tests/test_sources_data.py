@@ -1,5 +1,6 @@
 """Sources of a split's records: tables, folders of images, saved data sets, the hub; splits that are cut off."""
 
+import hashlib
 import importlib.util
 import json
 import logging
@@ -28,9 +29,10 @@ from lavis_lite.common.records import ANSWERS, ID, INDEX, PATH, TEXTS, RecordChe
 from lavis_lite.common.records import WORDS as WORD_LIST
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets import folders, hub
+from lavis_lite.datasets.annotations import as_list
 from lavis_lite.datasets.base import BaseDataset
 from lavis_lite.datasets.table_check import plain_rows
-from lavis_lite.datasets.tables import TableRecords
+from lavis_lite.datasets.tables import TableImage, TableRecords
 
 datasets = pytest.importorskip("datasets")
 pa = pytest.importorskip("pyarrow")
@@ -419,6 +421,29 @@ def test_a_cached_data_set_of_the_hub_is_read(root: Path, tmp_path: Path, monkey
         build("hf://someone/cards", split="val")
 
 
+def test_slices_and_revisions_of_the_hub(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached_on_hub(root, tmp_path)
+    monkeypatch.setenv("LAVIS_LITE_OFFLINE", "1")
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    whole, first = flat(), len(CAPTIONS["red"])
+    for part, expected in {"[:1]": whole[:first], "[25%:]": whole[first:], "[1:2]": [whole[first]]}.items():
+        assert seen(build(f"hf://someone/cards:train{part}")) == expected
+    assert seen(build("hf://someone/cards:train[:1]")) == whole[:first]
+    assert len(list((tmp_path / "cache/tables").glob("slice-*"))) == 3
+    refs = tmp_path / "hub/datasets--someone--cards/refs"
+    refs.mkdir(parents=True)
+    (refs / "v1").write_text("abc")
+    (refs / "v2").write_text("def")
+    assert seen(build("hf://someone/cards@v1:train[1:]")) == whole[first:]
+    for revision in ("v2", "main", "0" * 40):
+        with pytest.raises(MissingFileError, match=f"@{revision}:train.*revision='{revision}'"):
+            build(f"hf://someone/cards@{revision}")
+    assert hub.parse("hf://a/b@refs%2Fpr%2F1/c:val[:5]", "train", where="").revision == "refs/pr/1"
+    for wrong in ("hf://a/b:train[:5", "hf://a/b:train[5]", "hf://a/b@:train"):
+        with pytest.raises(InputError, match=r"annotations\.train\.storage"):
+            build(wrong)
+
+
 @pytest.mark.parametrize("offline", [True, False])
 def test_a_data_set_of_the_hub_without_network(offline: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     if offline:
@@ -464,6 +489,28 @@ def test_a_split_is_cut_off_by_image(tmp_path: Path) -> None:
     assert parts(tmp_path / "a.parquet", val=0.1, test=0.2) == both
     alone = parts(path, val=0.1)
     assert alone["val"] == both["val"]
+
+
+def test_images_of_a_table_are_read_once_to_cut_it(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"image": f"content {n // 2}".encode(), "caption": f"{n // 2}"} for n in range(80)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    opened, read = [], TableImage.read
+
+    def counted(self: TableImage) -> bytes:
+        opened.append(self.row)
+        return read(self)
+
+    monkeypatch.setattr(TableImage, "read", counted)
+    for layout in ("caption", "pairs"):  # of the former, only training reads tables row by row
+        parts = {}
+        for split in ("train", "val"):
+            dataset = build(str(tmp_path / "a.parquet"), layout=layout, split=split, split_off={"val": 0.3})
+            parts[split] = {str(caption) for r in dataset.annotation for caption in as_list(r["caption"])}
+        hashes = {str(n): hashlib.blake2b(f"content {n}".encode(), digest_size=8).digest() for n in range(40)}
+        numbers = {n: int.from_bytes(value, "big") / 2**64 for n, value in hashes.items()}
+        assert parts["val"] == {n for n, number in numbers.items() if number >= 0.7}
+        assert parts["train"] == {n for n, number in numbers.items() if number < 0.7}
+    assert sorted(opened) == list(range(80))
 
 
 @pytest.mark.parametrize(
@@ -582,3 +629,68 @@ def test_the_data_commands_know_all_sources(tmp_path: Path, root: Path, capsys: 
 @pytest.mark.slow
 def test_a_run_trains_on_all_sources(tmp_path: Path, root: Path) -> None:
     assert cli_helpers.train(recipe(tmp_path, root), "run.valid_splits=[]") == 0
+
+
+# What other programs write
+
+
+def test_a_csv_s_lines_end_at_line_feeds_only(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("image,caption\nred.png,one\u2028two\ngreen.png,a\x0cb\nblue.png,\n", "utf-8")
+    with pytest.raises(InputError, match=r"a\.csv: line 4: field 'caption' is empty"):
+        build(str(tmp_path / "a.csv"), root)
+    dataset = build(str(tmp_path / "a.csv"), root, blank_texts="skip")
+    assert [text for _, text in seen(dataset)] == ["one\u2028two", "a\x0cb"]
+
+
+def test_lists_of_a_fixed_length_are_captions(root: Path, tmp_path: Path) -> None:
+    captions = pa.array([["a", "b"], ["c", "d"]], pa.list_(pa.string(), 2))
+    pq.write_table(pa.table({"image": ["red.png", "blue.png"], "caption": captions}), tmp_path / "a.parquet")
+    dataset = build(str(tmp_path / "a.parquet"), root, layout="caption")
+    assert seen(dataset) == [(COLOURS["red"], t) for t in "ab"] + [(COLOURS["blue"], t) for t in "cd"]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_columns_of_bytes_that_are_not_read_may_be_null(root: Path, tmp_path: Path, split: str) -> None:
+    sounds = [{"bytes": None, "path": None}, {"bytes": b"x", "path": "x.wav"}]
+    columns = {"img": ["red.png", "blue.png"], "caption": ["a", "b"], "thumb": [None, b"x"], "audio": sounds}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    dataset = build(str(tmp_path / "a.parquet"), root, layout="caption", columns={"image": "img"}, split=split)
+    assert [dataset[i]["image"] for i in range(2)] == [COLOURS["red"], COLOURS["blue"]]
+    columns["img"] = [None, (root / "red.png").read_bytes()]
+    pq.write_table(pa.table(columns), tmp_path / "b.parquet")
+    with pytest.raises(InputError, match=r"b\.parquet: column 'img'.* 1 of 2 rows, first in row 0"):
+        build(str(tmp_path / "b.parquet"), root, layout="caption", columns={"image": "img"}, split=split)
+
+
+def test_texts_are_not_made_of_another_table_s_numbers(root: Path, tmp_path: Path) -> None:
+    for name, caption in {"a": "x", "b": 3}.items():
+        pq.write_table(pa.table({"image": ["red.png"], "caption": [caption]}), tmp_path / f"{name}.parquet")
+    with pytest.raises(InputError, match=r"'caption' is string in .*a\.parquet, and int64 in .*b\.parquet"):
+        build([str(tmp_path / f"{name}.parquet") for name in "ab"], root)
+    pq.write_table(
+        pa.table({"image": ["red.png"], "caption": pa.array(["y"], pa.large_string())}), tmp_path / "b.parquet"
+    )
+    assert len(build([str(tmp_path / f"{name}.parquet") for name in "ab"], root)) == 2
+
+
+def test_tables_without_rows_are_left_out(root: Path, tmp_path: Path) -> None:
+    rows = pa.table({"image": ["red.png"], "caption": ["x"]})
+    for name, table in {"a": rows, "b": rows[:0], "c": rows}.items():
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    assert len(build(str(tmp_path / "*.parquet"), root)) == 2
+    with pytest.raises(InputError, match=r"b\.parquet: holds no records"):
+        build(str(tmp_path / "b.parquet"), root)
+
+
+def test_classes_of_tables_have_the_order_of_the_training_split(root: Path, tmp_path: Path) -> None:
+    annotations = {}
+    for split, names in {"train": ["cold", "warm"], "val": ["warm", "cold"]}.items():
+        features = datasets.Features({"image": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
+        rows = {"image": ["red.png", "blue.png"], "label": [names.index("warm"), names.index("cold")]}
+        datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / split)
+        annotations[split] = {"storage": str(tmp_path / split)}
+    info = {"annotations": annotations, "images": {"storage": str(root)}}
+    builder = registry.get_builder_class("classification")(build_info=info)
+    for split in ("train", "val"):
+        dataset = builder.build([split])[split]
+        assert [dataset.classes, list(dataset.labels)] == [["cold", "warm"], [1, 0]]

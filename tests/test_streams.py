@@ -466,3 +466,44 @@ def test_dry_run(project: Any, capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "web/train: 24" in out
     assert "5 image files found" in out
+
+
+def test_ids_of_records_that_come_again_within_a_block(tmp_path: Path) -> None:
+    samples = [{**shard_helpers.sample(n), "json": {"instance_id": f"s{n}"}} for n in range(3)]
+    dataset = stream([shard_helpers.write_shard(tmp_path / "a.tar", samples)], shuffle_buffer=7)
+    found = take(dataset, Part(0, 1), 21)
+    assert Counter(map(number, found)) == {0: 7, 1: 7, 2: 7}
+    assert [item.read()["instance_id"] for item in found] == [f"0-{n}" for n in range(21)]
+
+
+def test_a_first_shard_that_is_cut_is_one_problem(tmp_path: Path) -> None:
+    cut, whole = shard_helpers.write_shards(tmp_path, [3, 3])
+    cut.write_bytes(cut.read_bytes()[:600])
+    found = take(stream([cut, whole], shuffle_buffer=3), Part(0, 1), 20)
+    assert {number(item) for item in found if item.sample} == {3, 4, 5}
+    assert {str(cut) in item.problem for item in found if not item.sample} == {True}
+    with pytest.raises(InputError, match=r"train-0000\.tar: none of the first samples can be used"):
+        stream([cut])
+
+
+def test_blank_texts_of_blocks_are_not_logged_one_by_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    samples = [{**shard_helpers.sample(n), "txt": f"picture {n}" if n % 2 else ""} for n in range(6)]
+    path = shard_helpers.write_shard(tmp_path / "a.tar", samples)
+    dataset = builder([str(path)], more={"blank_texts": "skip"}, shuffle_buffer=2).build()["train"]
+    assert isinstance(dataset, StreamDataset)
+    assert [number(item) for item in take(dataset, Part(0, 1), 3)] == [1, 3, 5]
+    assert "blank" not in caplog.text
+
+
+def test_a_bad_sample_is_named_by_its_key(tmp_path: Path) -> None:
+    alone = {key: value for key, value in shard_helpers.sample(1).items() if key != "txt"}
+    path = shard_helpers.write_shard(tmp_path / "a.tar", [shard_helpers.sample(0), alone])
+    problems = {item.problem for item in take(stream([path], shuffle_buffer=2), Part(0, 1), 6) if item.problem}
+    (problem,) = problems
+    assert problem.startswith(f"{path}: sample 000001 has no field 'caption'")
+
+
+def test_a_stream_is_not_evaluated(project: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli_helpers.evaluate(project(), "run.test_splits=[train]", "run.metrics=[bleu]") == 2
+    error = next(line for line in capsys.readouterr().err.splitlines() if "error:" in line)
+    assert all(word in error for word in ("/train", "stream", "another split")), error

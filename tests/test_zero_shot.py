@@ -101,6 +101,11 @@ def test_a_missing_file_and_unknown_names_are_refused(tmp_path: Path) -> None:
         ZeroShotClassificationTask().prompts(Named([]), "val")
 
 
+def test_packaged_templates_are_those_of_clip() -> None:
+    metadata = pytest.importorskip("open_clip.zero_shot_metadata")
+    assert read_templates("imagenet") == [fill("{}") for fill in metadata.OPENAI_IMAGENET_TEMPLATES]
+
+
 @pytest.mark.parametrize(
     ("arch", "head"), [("blip_retrieval", "itc"), ("blip_retrieval", "itm"), ("blip2", "itm"), ("blip2", "itc")]
 )

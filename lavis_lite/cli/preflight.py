@@ -188,6 +188,9 @@ def _check_splits(cfg: Config, task: BaseTask, datasets: Datasets) -> list[Split
     for name, splits in datasets.items():
         for split, dataset in splits.items():
             where, is_evaluated = f"{name}/{split}", split in evaluated
+            if is_evaluated and isinstance(dataset, StreamDataset):
+                advice = "name its shards as another split, or leave out the key `stream`"
+                raise InputError(f"{where}: is read as a stream, which has no end and cannot be evaluated: {advice}")
             share = cfg.run.max_unreadable_share if task.skips_unreadable or not is_evaluated else None
             files = check_files(dataset, where, share=share) if isinstance(dataset, BaseDataset) else set()
             kind = _kind(dataset)

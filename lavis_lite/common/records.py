@@ -5,6 +5,7 @@ A dataset declares `required` and `fields`; every record of its files is checked
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -31,6 +32,15 @@ class StoredImage(ABC):
     @abstractmethod
     def read(self) -> bytes:
         """Return the bytes of the image file. OSError if they cannot be read."""
+
+    def digest(self) -> bytes:
+        """Return the digest of the content."""
+        return digest_of(self.read())
+
+
+def digest_of(content: bytes) -> bytes:
+    """Return 8 bytes that identify a content."""
+    return hashlib.blake2b(content, digest_size=8).digest()
 
 
 @dataclass(frozen=True, kw_only=True)

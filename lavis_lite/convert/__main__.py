@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lavis_lite.common.config.adapters import ADAPTER_KEYS
 from lavis_lite.common.registry import registry
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ examples (docs/weights.md has more):
   python -m lavis_lite.convert to-lavis Salesforce/blip-vqa-base blip_vqa.pth"""
 PLACES = (
     *("tokenizer", "vit_weights", "vit_precision", "llm_precision", "opt_model", "t5_model", "llm_model"),
-    *("llm_lora", "qformer_lora", "llm_quantization"),
+    *(*ADAPTER_KEYS, "llm_quantization"),
 )
 """Keys of a model section that a folder leaves out, as it has its own tokenizers and weights."""
 
@@ -117,7 +118,7 @@ def write_lavis(args: argparse.Namespace) -> str:
     layers, tree = described(args.source, arch, overrides, level=logging.INFO)
     model = build(tree["model"], layers, is_eval=True, device="cpu", checkpoint=args.source)
     _lower(model, arch, args.precision)
-    left_out = ("llm_lora", "qformer_lora", *(key for key in MODEL_KEYS if key not in ("arch", "model_type")))
+    left_out = (*ADAPTER_KEYS, *(key for key in MODEL_KEYS if key not in ("arch", "model_type")))
     section = {key: value for key, value in tree["model"].items() if key not in left_out}
     config = None if is_folder(args.source) else {"model": section, "preprocess": tree.get("preprocess", {})}
     write_checkpoint(model, args.target, config=config, trainable_only=args.trainable_only, overwrite=args.overwrite)

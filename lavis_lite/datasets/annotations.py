@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from typing import Any
 from lavis_lite.common.errors import InputError, MissingFileError
 from lavis_lite.common.records import Record, RecordCheck, shown
 from lavis_lite.datasets.folders import folder_records
+from lavis_lite.datasets.shard_records import TABLE_SUFFIX
 
 DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
 TABLES = {".csv": ",", ".tsv": "\t"}
@@ -79,6 +81,10 @@ def place_of(path: str | Path, number: int) -> str:
 
     `path` is the file that has the record as its `number`th (from 0), or a text that describes its source.
     """
+    if str(path).endswith(TABLE_SUFFIX):
+        from lavis_lite.datasets.shard_tables import sample_place  # which loads torch
+
+        return sample_place(Path(path), number)
     if isinstance(path, Path) and path.is_dir():
         return f"{path}: {folder_records(path)[number]['image']}"
     suffix = path.suffix.lower() if isinstance(path, Path) else ""
@@ -150,7 +156,7 @@ def _parsed(text: str, path: str | Path, line: int | None = None) -> Any:
 def _token_rows(path: Path) -> list[Record]:
     """Return the captions of Flickr30K's own file, lines of <image>#<number>, a tab and the caption."""
     records = []
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+    for number, line in enumerate(_read_text(path).rstrip("\n").split("\n"), start=1):
         name, tab, caption = line.partition("\t")
         image, mark, _ = name.rpartition("#")
         if not (tab and mark and image):
@@ -180,7 +186,8 @@ def _table_rows(path: Path) -> Iterator[tuple[int, Record]]:
         yield from _address_rows(text, path)
         return
     delimiter = _delimiter(text, path.suffix.lower())
-    reader = csv.reader(text.splitlines(keepends=True), delimiter=delimiter, strict=True)
+    # Not splitlines(): a text may hold U+2028 or a form feed, which end no line here.
+    reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
     header: list[str] = []
     end = 0
     try:

@@ -105,6 +105,8 @@ class BaseDataset(Dataset):
         self.places: list[tuple[str | Path, int]] = []
         self.num_blank = 0
         """Records of which blank texts were left out."""
+        self.note = ""
+        """The same in words, which the builder logs; the blocks of a stream do not."""
         files = SplitFiles(
             paths=self.annotation_paths, split=split, root=self.vis_root, columns=columns or {}, check=check
         )
@@ -143,7 +145,7 @@ class BaseDataset(Dataset):
         """Return the samples of a table, checked, without blank texts, which are read at access."""
         selection = Selection(table, self.record_check, item_field=self.item_field, part=self.part)
         samples = selection.samples()
-        self.num_blank = selection.num_blank
+        self.num_blank, self.note = selection.num_blank, selection.note
         return samples
 
     def arrange_table(self, samples: TableRecords) -> TableRecords:
@@ -165,7 +167,7 @@ class BaseDataset(Dataset):
             raise InputError(f"{where}: all {len(records)} records have blank texts; fill them in")
         self.num_blank = sum(new is not old for new, old in zip(found, records, strict=True))
         if self.num_blank:
-            logger.warning(
+            self.note = (
                 f"{where}: blank texts of {self.num_blank} of {len(records)} records are left out, and "
                 f"{len(records) - len(kept)} of these records, which have no other"
             )
@@ -301,6 +303,8 @@ class BaseBuilder:
         for split in wanted:
             built[split] = self._build_split(split)
             logger.info("%s: %d samples from %s", split, len(built[split]), built[split].source)
+            if isinstance(dataset := built[split], BaseDataset) and dataset.note:
+                logger.warning(dataset.note)
         warn_of_overlap({split: one for split, one in built.items() if isinstance(one, BaseDataset)})
         return built
 

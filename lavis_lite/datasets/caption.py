@@ -14,6 +14,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from lavis_lite.common.errors import InputError
+from lavis_lite.common.members import find_member
 from lavis_lite.common.records import Record, StoredImage
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.annotations import as_list
@@ -109,11 +110,19 @@ def check_images(
         file = visual_path(record)
         other, its_file = first.setdefault(str(image_id), (number, file))
         is_path = isinstance(file, str) and isinstance(its_file, str)  # images in a table may be there once per caption
-        if is_path and file != its_file and os.path.normpath(root / file) != os.path.normpath(root / its_file):
+        if is_path and file != its_file and picture_of(root / file) != picture_of(root / its_file):
             raise InputError(
                 f"{place(other)} ({its_file}) and {place(number)} ({file}) are two pictures under one image_id "
                 f"{image_id!r}; give each picture an id of its own, or leave image_id out"
             )
+
+
+def picture_of(path: Path) -> str | int:
+    """Return what two paths of one picture have in common: the shortest form; of members of shards, where a picture may
+    be once per caption, the number of bytes.
+    """
+    member = find_member(path)
+    return member.size if member else os.path.normpath(path)
 
 
 def visual_path(record: Record) -> Any:

@@ -16,6 +16,8 @@ from lavis_lite.common.records import ANY_TEXT, ID, NAME, Record, StoredImage
 from lavis_lite.common.registry import did_you_mean, registry
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset
 from lavis_lite.datasets.folders import class_names, metadata_file
+from lavis_lite.datasets.parts import WHOLE
+from lavis_lite.datasets.storage import named_splits
 from lavis_lite.datasets.tables import Table, TableRecords, is_table
 
 MAX_DIGITS = 9
@@ -81,13 +83,19 @@ class ClassificationBuilder(BaseBuilder):
         return {} if self.classes else {"classes": self.stored_classes(split)}
 
     def stored_classes(self, split: str) -> list[str]:
-        """Return the names of the classes that the files have: those of a table's labels, or the sub-folders of all
-        splits, sorted; none of other files.
+        """Return the names of the classes that the files have: those of a table's labels, in the order of `train`, or
+        the sub-folders of all splits, sorted; none of other files.
         """
-        paths = self.annotation_paths(split)
-        if all(map(is_table, paths)):
-            table = Table(paths, split=split, columns=self.columns, root=Path())
-            return table.classes.get("label", [])
+        if own := self.table_classes(split):
+            first = self.table_classes(WHOLE) if WHOLE in named_splits(self.build_info) else []
+            return list(dict.fromkeys([*first, *own]))
         every = {path for one in self.splits() for path in self.annotation_paths(one) if path.is_dir()}
         folders = [path for path in every if not is_table(path) and metadata_file(path) is None]
         return sorted({name for folder in folders for name in class_names(folder)})
+
+    def table_classes(self, split: str) -> list[str]:
+        """Return the names of the classes that a split's tables have; none of other files."""
+        paths = self.annotation_paths(split)
+        if not all(map(is_table, paths)):
+            return []
+        return Table(paths, split=split, columns=self.columns, root=Path()).classes.get("label", [])

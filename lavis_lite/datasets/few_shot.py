@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lavis_lite.common.bounds import check_number
 from lavis_lite.common.errors import InputError, SettingError
-from lavis_lite.common.records import Record
+from lavis_lite.common.records import Record, StoredImage
 
 MAX_EXAMPLES = 1000
 
@@ -34,11 +34,14 @@ class FewShot:
         """Return the examples of a sample, none of which shows one of its `files`."""
         order = random.Random(f"{self.seed}:{index}")
         found: list[Record] = []
-        for number in order.sample(range(len(self.pool)), len(self.pool)):
-            if len(found) < self.num and not set(files) & set(files_of(self.pool[number])):
+        drawn: set[int] = set()  # not a permutation of the pool, which may hold a million records
+        while len(found) < self.num and len(drawn) < len(self.pool):
+            number = order.randrange(len(self.pool))
+            if number not in drawn and not set(files) & set(files_of(self.pool[number])):
                 found.append(self.pool[number])
-            if len(found) == self.num:
-                return found
+            drawn.add(number)
+        if len(found) == self.num:
+            return found
         raise InputError(f"few_shot_num: {self.num} examples of other images are not there, only {len(found)}")
 
     @classmethod
@@ -58,8 +61,10 @@ class FewShot:
 
 
 def files_of(record: Mapping[str, object]) -> list[str]:
-    """Return the files of a record's images or video."""
+    """Return the files of a record's images or video; of an image inside a table the digest of its content."""
     value = record.get("image") if record.get("video") is None else record["video"]
+    if isinstance(value, StoredImage):
+        return [value.digest().hex()]
     return [str(file) for file in value] if isinstance(value, list) else [str(value)]
 
 

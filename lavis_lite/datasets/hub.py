@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, `hf://owner/name[/config][:split]`, read by the library `datasets`.
+"""Data sets of the Hugging Face hub, `hf://owner/name[@revision][/config][:split]`, read by the library `datasets`.
 
 What is cached is used as it is. Else the hub is asked, unless HF_HUB_OFFLINE or LAVIS_LITE_OFFLINE is set. Importing
 this does not load `datasets`.
@@ -7,15 +7,18 @@ this does not load `datasets`.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
+import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
+from urllib.parse import quote, unquote
 
 from huggingface_hub import constants
 
@@ -26,7 +29,11 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SCHEME = "hf://"
-_FORM = re.compile(r"hf://(?P<repo>[\w.-]+(/[\w.-]+)?)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.-]+))?")
+_FORM = re.compile(
+    r"hf://(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w.%-]+))?(/(?P<config>[\w.-]+))?"
+    r"(:(?P<split>[\w.-]+(\[[\d%-]*:[\d%-]*\])?))?"
+)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 PROBE_SECONDS = 10
 """Time for the hub's first answer; `datasets` alone would repeat its requests for half a minute."""
 
@@ -38,6 +45,9 @@ class HubSplit:
     repo: str
     config: str | None
     split: str
+    """Its name, and maybe a slice: `train[:10%]`."""
+    revision: str | None = None
+    """A branch, tag or commit; None: the newest, or what is cached."""
     where: str
     """The key that names it, for messages."""
 
@@ -50,14 +60,14 @@ class HubSplit:
             InputError: the data set has no such split or configuration.
         """
         try:
-            return self._loaded(is_offline=True)
+            return self._files(self._loaded(is_offline=True))
         except MissingFileError as error:
             if constants.HF_HUB_OFFLINE or download.is_offline():
                 raise MissingFileError(
                     f"{error}; it is not in {self.cache_folder()}, and {self._how_to_fetch()}"
                 ) from error
         self._probe()
-        return self._loaded(is_offline=False)
+        return self._files(self._loaded(is_offline=False))
 
     def is_cached(self) -> bool:
         """Return whether the split is on this machine."""
@@ -74,13 +84,14 @@ class HubSplit:
             return Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME, "datasets"))
 
     def __str__(self) -> str:
-        return f"{SCHEME}{self.repo}{f'/{self.config}' if self.config else ''}:{self.split}"
+        revision = f"@{quote(self.revision, safe='')}" if self.revision else ""
+        return f"{SCHEME}{self.repo}{revision}{f'/{self.config}' if self.config else ''}:{self.split}"
 
-    def _loaded(self, *, is_offline: bool) -> list[Path]:
+    def _loaded(self, *, is_offline: bool) -> Dataset:
         library = datasets_library()
         try:
             with offline_library() if is_offline else contextlib.nullcontext():
-                found: Dataset = library.load_dataset(self.repo, self.config, split=self.split)
+                found: Dataset = library.load_dataset(self.repo, self.config, split=self.split, revision=self.revision)
         except (OSError, ValueError, library.exceptions.DatasetsError) as error:
             reason = str(error).strip().partition("\n")[0]
             if f'split "{self.split}"' in str(error):
@@ -88,7 +99,36 @@ class HubSplit:
             if is_offline:
                 raise MissingFileError(f"{self.where}: {self}: {reason}") from error
             raise UnreachableError(f"{self.where}: {self} cannot be loaded: {reason}") from error
-        return [Path(file["filename"]) for file in found.cache_files]
+        file = Path(found.cache_files[0]["filename"])
+        if is_offline and self.revision and self._commit() not in file.parts:  # the cache is not asked for one
+            problem = f"the cache has another revision than {self.revision}, or does not say which"
+            raise MissingFileError(f"{self.where}: {self}: {problem}")
+        return found
+
+    def _files(self, found: Dataset) -> list[Path]:
+        files = [Path(file["filename"]) for file in found.cache_files]
+        return [self._sliced(found, files)] if "[" in self.split else files
+
+    def _commit(self) -> str | None:
+        """Return the commit that the revision stands for, as the cache of the hub noted it; None if it did not."""
+        if self.revision and _COMMIT.fullmatch(self.revision):
+            return self.revision
+        owner = f"datasets--{self.repo.replace('/', '--')}"
+        note = Path(constants.HF_HUB_CACHE, owner, "refs", str(self.revision))
+        return note.read_text(encoding="utf-8").strip() if note.is_file() else None
+
+    def _sliced(self, found: Dataset, files: Sequence[Path]) -> Path:
+        """Return a folder with the rows of a slice, which are copied once, below our cache."""
+        parts = [str(self), *(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)]
+        name = hashlib.blake2b("|".join(parts).encode(), digest_size=8).hexdigest()
+        folder = download.cache_dir() / "tables" / f"slice-{name}"
+        if not folder.is_dir():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".slice-") as aside:
+                found.save_to_disk(Path(aside, "rows"))
+                with contextlib.suppress(OSError):  # another process was faster
+                    Path(aside, "rows").rename(folder)
+        return folder
 
     def _probe(self) -> None:
         """Raise UnreachableError, at once, if the hub does not answer."""
@@ -102,7 +142,8 @@ class HubSplit:
 
     def _how_to_fetch(self) -> str:
         config = f", {self.config!r}" if self.config else ""
-        call = f"datasets.load_dataset({self.repo!r}{config}, split={self.split!r})"
+        revision = f", revision={self.revision!r}" if self.revision else ""
+        call = f"datasets.load_dataset({self.repo!r}{config}, split={self.split!r}{revision})"
         switch = "unset HF_HUB_OFFLINE and LAVIS_LITE_OFFLINE, or run" if constants.HF_HUB_OFFLINE else "run"
         return (
             f"nothing may be downloaded now: {switch} `{call}` on a machine with a network and copy its cache "
@@ -116,11 +157,15 @@ def is_hub(storage: str) -> bool:
 
 
 def parse(storage: str, split: str, *, where: str) -> HubSplit:
-    """Return what `hf://owner/name[/config][:split]` names; without a split that of our name."""
+    """Return what `hf://owner/name[@revision][/config][:split]` names; without a split that of our name."""
     match = _FORM.fullmatch(storage)
     if match is None:
-        raise InputError(f"{where}: expected hf://owner/name, hf://owner/name:split or with /config, got {storage!r}")
-    return HubSplit(repo=match["repo"], config=match["config"], split=match["split"] or split, where=where)
+        form = "hf://owner/name, maybe followed by @revision, /config and :split or :split[:10%]"
+        raise InputError(f"{where}: expected {form}, got {storage!r}")
+    revision = match["revision"] and unquote(match["revision"])
+    return HubSplit(
+        repo=match["repo"], config=match["config"], split=match["split"] or split, revision=revision, where=where
+    )
 
 
 def datasets_library() -> ModuleType:

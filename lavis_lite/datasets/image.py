@@ -6,13 +6,14 @@ measured so). Unlike there, transparency is composited on a background, and 16-b
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Protocol, TypedDict, runtime_checkable
 
 from PIL import Image
 
 from lavis_lite.common.errors import InputError, UnreadableSample
-from lavis_lite.common.image_io import BROKEN, MAX_PIXELS, formats, open_file, to_rgb
+from lavis_lite.common.image_io import BROKEN, MAX_PIXELS, SUFFIXES, formats, open_file, to_rgb
 from lavis_lite.common.members import find_member
 from lavis_lite.common.records import StoredImage
 
@@ -58,6 +59,23 @@ def open_image(
             f"image file broken, truncated or of another kind: {path} ({type(error).__name__}: {reason}). Fetch it "
             f"again, convert it to one of {', '.join(formats())}, or remove the record"
         ) from error
+
+
+def read_image_file(path: str | Path | StoredImage) -> tuple[str, bytes]:
+    """Return an image file's suffix without the dot, and its content; of a name without a known one by the content.
+
+    Raises UnreadableSample if it cannot be read.
+    """
+    stored = path if isinstance(path, StoredImage) else find_member(path)
+    try:
+        content = stored.read() if stored else Path(str(path)).read_bytes()
+        suffix = Path(str(path)).suffix.lower()
+        if suffix not in SUFFIXES:
+            with Image.open(io.BytesIO(content), formats=formats()) as image:
+                suffix = {"JPEG": ".jpg", "JPEG2000": ".jp2"}.get(str(image.format), f".{image.format}".lower())
+    except BROKEN as error:
+        raise UnreadableSample(f"image file {path}: cannot be read any more ({error})") from error
+    return suffix.removeprefix("."), content
 
 
 class OpeningSettings(TypedDict, total=False):

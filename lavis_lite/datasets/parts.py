@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -13,7 +12,8 @@ from pathlib import Path
 from typing import Protocol
 
 from lavis_lite.common.errors import InputError
-from lavis_lite.common.records import Record, StoredImage
+from lavis_lite.common.members import find_member
+from lavis_lite.common.records import Record, StoredImage, digest_of
 
 logger = logging.getLogger(__name__)
 
@@ -73,25 +73,37 @@ def part_of(split: str, shares: Mapping[str, float]) -> Part | None:
 
 
 def fraction(record: Record) -> float:
-    """Return a number in [0, 1) that depends on the record's image alone, not on its place in the file."""
-    digest = hashlib.blake2b(image_identity(record), digest_size=8).digest()
+    """Return a number in [0, 1) that depends on the record's image alone, not on its place in the file: of one inside a
+    table without an id on its content.
+    """
+    image = record.get("image")
+    if isinstance(image, StoredImage) and not record.get("video") and record.get("image_id") is None:
+        digest = image.digest()
+    else:
+        digest = digest_of(image_identity(record))
     return int.from_bytes(digest, "big") / 2**64
 
 
 def image_identity(record: Record) -> bytes:
-    """Return what identifies a record's image: its path; of one inside a table its id, else its content; of a record
-    without one all of it.
+    """Return what identifies a record's image: its path; in a shard the names of both; of one inside a table its id;
+    of a record without one all of it.
     """
     value = record.get("video") or record.get("image") or record.get("images")
     if isinstance(value, StoredImage):
-        return value.read() if record.get("image_id") is None else str(record["image_id"]).encode()
+        return str(record["image_id"]).encode()
     if value is None:
         value = json.dumps(record, sort_keys=True, default=str)
     elif isinstance(value, list):
-        value = "\0".join(os.path.normpath(str(one)) for one in value)
+        value = "\0".join(map(_place_of, value))
     else:
-        value = os.path.normpath(str(value))
+        value = _place_of(value)
     return os.fsencode(value)
+
+
+def _place_of(path: object) -> str:
+    """Return a path in its shortest form; of a member of a shard the names of both, wherever the shard is."""
+    member = find_member(str(path))
+    return f"{os.path.basename(member.shard)}/{member.name}" if member else os.path.normpath(str(path))
 
 
 class HasFiles(Protocol):

@@ -22,6 +22,8 @@ TEXTS = ("txt", "cls", "json")
 """Extensions whose content is a field; of others the field is the member's path."""
 FIELDS = {**dict.fromkeys(IMAGES, "image"), "txt": "caption", "cls": "label"}
 KEY = "__key__"
+TABLE_SUFFIX = ".shards.arrow"
+"""The end of the name of a table of the samples of shards, in the cache."""
 
 _META = re.compile(r"__[^/]*__($|/)")
 

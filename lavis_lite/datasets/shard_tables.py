@@ -6,6 +6,7 @@ there, texts and lists of texts become lists, and values of other different type
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -17,8 +18,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO, get_args
 
 from lavis_lite.common.bounds import one_of
 from lavis_lite.common.checkpoint import atomic_write
+from lavis_lite.common.members import find_member
 from lavis_lite.common.records import Record
 from lavis_lite.datasets.hub import datasets_library
+from lavis_lite.datasets.shard_records import KEY, TABLE_SUFFIX
 from lavis_lite.datasets.shards import IncompleteSamples, index_all, index_path, shard_records
 
 if TYPE_CHECKING:
@@ -29,7 +32,8 @@ logger = logging.getLogger(__name__)
 DIGEST, LEFT_OUT = b"lavis_lite.digest", b"lavis_lite.left_out"
 """Keys of a table's metadata: the digest of its content, without the place of the shards; what was left out."""
 SHOWN = 3
-SUFFIX = ".shards.arrow"
+MIXED = (ValueError, TypeError, OverflowError)
+"""Errors of Arrow about values of different types, and about numbers of more than 64 bits."""
 
 
 def shard_table(paths: Sequence[Path], incomplete: IncompleteSamples) -> Path:
@@ -41,7 +45,7 @@ def shard_table(paths: Sequence[Path], incomplete: IncompleteSamples) -> Path:
     names = [index_path(path) for path in paths]
     parts = [one_of("incomplete_samples", incomplete, get_args(IncompleteSamples)), *(name.name for name in names)]
     key = hashlib.blake2b("|".join(parts).encode(), digest_size=8).hexdigest()
-    table = names[0].with_name(f"{paths[0].stem[:80]}-{len(paths)}-{key}{SUFFIX}")
+    table = names[0].with_name(f"{paths[0].stem[:80]}-{len(paths)}-{key}{TABLE_SUFFIX}")
     if not table.is_file():
         _make_table(paths, incomplete, table)
     left_out = _metadata(table)[LEFT_OUT].decode()
@@ -77,9 +81,26 @@ def _warn_once(text: str) -> None:
     logger.warning(text)
 
 
+def is_shard_table(path: Path) -> bool:
+    """Return whether a file is a table of shards."""
+    return path.name.endswith(TABLE_SUFFIX)
+
+
 def content_digest(path: Path) -> bytes | None:
     """Return the digest of a table of shards; None for any other file."""
-    return _metadata(path)[DIGEST] if path.name.endswith(SUFFIX) else None
+    return _metadata(path)[DIGEST] if is_shard_table(path) else None
+
+
+def sample_place(table: Path, row: int) -> str:
+    """Return the location of a sample, for messages: its shard, if it has a member that is not a text, and its key."""
+    import pyarrow as pa
+
+    with pa.memory_map(os.fspath(table)) as file:
+        (record,) = pa.ipc.open_stream(file).read_all().slice(row, 1).to_pylist()
+    values = [record.get("image"), *record.values()]
+    members = [find_member(value) for value in values if isinstance(value, str)]
+    shard = next((f"{member.shard}: " for member in members if member), "")
+    return f"{shard}sample {record[KEY]}"
 
 
 def _metadata(table: Path) -> dict[bytes, bytes]:
@@ -103,18 +124,18 @@ def _joined(schema: pa.Schema, records: Sequence[Record]) -> pa.Schema:
 def _kind(values: Sequence[Any]) -> pa.DataType:
     import pyarrow as pa
 
-    try:
-        return pa.infer_type(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
-        return functools.reduce(_common, map(_kind_of_one, values))
+    if len({type(value) for value in values if value is not None}) < 2:  # Arrow takes the first type for all
+        with contextlib.suppress(*MIXED):
+            return pa.array(values).type
+    return functools.reduce(_common, map(_kind_of_one, values))
 
 
 def _kind_of_one(value: Any) -> pa.DataType:
     import pyarrow as pa
 
     try:
-        return pa.infer_type([value])
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+        return pa.array([value]).type
+    except MIXED:
         return pa.string()
 
 
@@ -144,7 +165,7 @@ def _table(records: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
             values = [[value] if isinstance(value, str) else value for value in values]
         try:
             columns.append(pa.array(values, kind))
-        except (pa.ArrowInvalid, pa.ArrowTypeError):  # of another type than in other shards
+        except MIXED:  # of another type than in other samples
             columns.append(pa.array([_as(value, kind) for value in values], kind))
     return pa.Table.from_arrays(columns, schema=schema)
 

@@ -6,6 +6,7 @@ by the reader's caller. The number of samples in a shard is not known before it 
 
 from __future__ import annotations
 
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -134,7 +135,8 @@ def _exit_of(file: _Tail | None) -> str:
         if file is not None:
             file.close()
     except OSError as error:
-        return str(error)[:200]
+        program, status = re.search(r"\w+", str(error)), re.search(r"exit -?\d+", str(error))
+        return f"{program[0]}: {status[0]}" if program and status else str(error)[:200]
     return ""
 
 

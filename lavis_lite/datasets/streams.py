@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 
 MOST_PROBLEMS = 100
 """Problems in a row, without a sample between them, that end a stream."""
-NUM_FIRST = 8
-"""Samples that are read at the start, to check the fields."""
+NUM_FIRST, NUM_TRIED = 8, 3
+"""Samples that are read at the start, to check the fields, and shards that are tried for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,16 +203,18 @@ class StreamDataset:
                     self.make_block([one])
                     fitting.append(one)
                 except InputError as error:
-                    problems.append(f"{error} (sample {one.record[KEY]})")
+                    problems.append(str(error).replace(": record 0", f": sample {one.record[KEY]}", 1))
             return (self.make_block(fitting) if fitting else None), problems
 
     def _first_block(self) -> SampleDataset:
-        first = list(itertools.islice(read_shard(self.shards[0]), NUM_FIRST))
-        dataset, problems = self.fitting([loaded for loaded in first if not loaded.problem])
-        if dataset is None:
-            reason = [*problems, *(loaded.problem for loaded in first if loaded.problem)][0]
-            raise InputError(f"{self.source}: none of the first samples can be used: {reason}")
-        return dataset
+        problems: list[str] = []
+        for shard in self.shards[:NUM_TRIED]:
+            first = list(itertools.islice(read_shard(shard), NUM_FIRST))
+            dataset, found = self.fitting([loaded for loaded in first if not loaded.problem])
+            if dataset is not None:
+                return dataset
+            problems += [*found, *(loaded.problem for loaded in first if loaded.problem)]
+        raise InputError(f"{self.source}: none of the first samples can be used: {problems[0]}")
 
 
 class _Block:

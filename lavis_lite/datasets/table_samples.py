@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os.path
 from typing import TYPE_CHECKING
 
@@ -17,10 +16,10 @@ from lavis_lite.datasets.tables import Table, TableRecords
 if TYPE_CHECKING:
     import pyarrow as pa
 
-logger = logging.getLogger(__name__)
-
 ROWS = 20_000
 """Rows that are checked at a time."""
+MEMBER = r"(?s)^.*\.tar/@\d+\+(\d+)/.*$"
+"""A path of a member of a shard, and its size."""
 WHOLE_FIELD = -1
 """The item of a sample that has all of its row."""
 
@@ -30,8 +29,8 @@ class Selection:
 
     def __init__(self, table: Table, check: RecordCheck, *, item_field: str, part: Part | None) -> None:
         self.table, self.check, self.item_field, self.part = table, check, item_field, part
-        self.num_blank = 0
-        """Records of which blank texts were left out."""
+        self.num_blank, self.note = 0, ""
+        """Records of which blank texts were left out, and the same in words."""
 
     def samples(self) -> TableRecords:
         """Return the samples. InputError for the first invalid record, and if nothing is left."""
@@ -42,7 +41,7 @@ class Selection:
             raise InputError(f"{self.table.name}: no record of {len(self.table):,} is left: {reason}")
         if self.num_blank:
             counts = f"{self.num_blank} of {len(self.table)} records"
-            logger.warning(f"{self.table.name}: blank texts of {counts} are left out")
+            self.note = f"{self.table.name}: blank texts of {counts} are left out"
         check_unique_ids(self.table, rows[np.diff(rows, prepend=-1) != 0])
         return TableRecords(self.table, rows, items, item_field=self.item_field)
 
@@ -87,9 +86,9 @@ def _items(values: pa.Array | None, count: int) -> tuple[np.ndarray, np.ndarray]
     return rows, np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
 
-def codes(table: Table, *names: str) -> np.ndarray | None:
+def codes(table: Table, *names: str, copies_are_equal: bool = False) -> np.ndarray | None:
     """Return a number per row (N), the same for rows whose texts are equal: of the first column of `names` that has a
-    value in the row. None if no row has one.
+    value in the row. None if no row has one. `copies_are_equal`: so are members of shards with as many bytes.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -98,6 +97,8 @@ def codes(table: Table, *names: str) -> np.ndarray | None:
     if not columns:
         return None
     texts = pc.coalesce(*columns).combine_chunks()
+    if copies_are_equal:
+        texts = pc.replace_substring_regex(texts, MEMBER, r"\1 bytes")
     encoded = (texts.combine_chunks() if isinstance(texts, pa.ChunkedArray) else texts).dictionary_encode()
     found: np.ndarray = pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False)
     return found if (found >= 0).any() else None
@@ -137,13 +138,15 @@ def image_numbers(samples: TableRecords) -> np.ndarray:
     Raises InputError, with both rows, if two images have the same `image_id`.
     """
     table, rows = samples.table, samples.rows
-    paths, found = codes(table, "image"), codes(table, "image_id", "image")
+    found = codes(table, "image_id", "image")
     if found is None:
         return in_first_seen_order(rows)
     unnamed = found < 0
     found = np.where(unnamed, found.max() + 1 + np.arange(len(found)), found)
-    if paths is not None and table.column("image_id") is not None:
-        _check_images(table, rows, found, paths)
+    if table.column("image_id") is not None:
+        paths = codes(table, "image", copies_are_equal=True)
+        if paths is not None:
+            _check_images(table, rows, found, paths)
     return in_first_seen_order(found[rows])
 
 

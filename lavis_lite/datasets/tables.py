@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
@@ -18,6 +18,8 @@ from lavis_lite.common.errors import InputError, UnreadableSample
 from lavis_lite.common.records import Record, StoredImage
 from lavis_lite.common.sources import download
 from lavis_lite.datasets.hub import datasets_library
+from lavis_lite.datasets.image_digests import ImageDigests
+from lavis_lite.datasets.shard_tables import is_shard_table, sample_place
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -41,8 +43,8 @@ def is_saved(path: Path) -> bool:
 def open_tables(paths: Sequence[Path], *, split: str) -> Dataset:
     """Return the rows of several tables, one after another. InputError for a damaged one, and for different columns."""
     library = datasets_library()
-    with_suffix = {suffix: [path for path in paths if path.suffix.lower() == suffix] for suffix in SUFFIXES}
-    if len(with_suffix[".parquet"]) == len(paths):
+    paths = with_rows(paths)
+    if all(map(_is_parquet, paths)):
         return _converted("parquet", paths)
     parts = [_open(path, split) for path in paths]
     if len(parts) == 1:
@@ -54,10 +56,38 @@ def open_tables(paths: Sequence[Path], *, split: str) -> Dataset:
     return joined
 
 
+def with_rows(paths: Sequence[Path]) -> list[Path]:
+    """Return the tables without the parquet files that have no rows, as several writers leave them.
+
+    Raises InputError for a damaged parquet file, for columns of different kinds, and if none has rows.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    parts: dict[Path, pa.Schema] = {}
+    for path in filter(_is_parquet, paths):
+        try:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                if file.metadata.num_rows:
+                    parts[path] = file.schema_arrow
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"{path}: is not a parquet file, or is cut off ({error}); fetch it again") from error
+    if problem := _different([*parts], [*parts.values()]):
+        raise InputError(problem)
+    found = [path for path in paths if path in parts or not _is_parquet(path)]
+    if not found:
+        raise InputError(f"{paths[0]}: holds no records; fill it, or take it out of build_info.annotations")
+    return found
+
+
+def _is_parquet(path: Path) -> bool:
+    return path.suffix.lower() == ".parquet"
+
+
 def _open(path: Path, split: str) -> Dataset:
     if is_saved(path):
         return _from_disk(path, split)
-    if path.suffix.lower() == ".parquet":
+    if _is_parquet(path):
         return _converted("parquet", [path])
     import pyarrow as pa
 
@@ -95,35 +125,40 @@ def _converted(kind: str, paths: Sequence[Path]) -> Dataset:
         raise InputError(f"{paths[0]}: {error}") from error
     except (OSError, ValueError, library.exceptions.DatasetsError) as error:
         names = ", ".join(map(str, paths[:3]))
-        reason = _different(paths, _schemas(paths)) if kind == "parquet" else None
         cause = error.__cause__ or error
-        raise InputError(reason or f"{names}: cannot be read as {kind} ({str(cause).partition(chr(10))[0]})") from error
+        raise InputError(f"{names}: cannot be read as {kind} ({str(cause).partition(chr(10))[0]})") from error
     return found
 
 
-def _schemas(paths: Sequence[Path]) -> list[pa.Schema]:
-    """Return the schemas of parquet files. InputError for a damaged one."""
-    import pyarrow as pa
-    import pyarrow.parquet
-
-    schemas = []
-    for path in paths:
-        try:
-            schemas.append(pyarrow.parquet.read_schema(path))
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(f"{path}: is not a parquet file, or is cut off ({error}); fetch it again") from error
-    return schemas
-
-
 def _different(paths: Sequence[Path], schemas: Sequence[pa.Schema]) -> str | None:
-    """Return the message about the first column whose type is not the same in all tables; None without one."""
+    """Return the message about the first column that the first table lacks, or has of another kind; None without one.
+
+    Note: a column that another table lacks is null there. Texts would be made of numbers, so their kinds are compared.
+    """
     for path, schema in zip(paths[1:], schemas[1:], strict=True):
-        for name in dict.fromkeys([*schemas[0].names, *schema.names]):
-            kinds = [str(one.field(name).type) if name in one.names else "missing" for one in (schemas[0], schema)]
-            if kinds[0] != kinds[1]:
+        for name in schema.names:
+            there = name in schemas[0].names
+            kinds = [schemas[0].field(name).type if there else "missing", schema.field(name).type]
+            if not there or (_kind_of(kinds[0]) != _kind_of(kinds[1]) and "null" not in map(str, kinds)):
                 problem = f"column {name!r} is {kinds[0]} in {paths[0]}, and {kinds[1]} in {path}"
                 return f"{problem}: give all tables of a split the same columns"
     return None
+
+
+def _kind_of(kind: pa.DataType) -> str:
+    """Return the kind of a column: one name for all types of texts, one for those of numbers ..."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    words = {
+        "number": pa.types.is_integer(kind) or pa.types.is_floating(kind),
+        "text": pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind),
+        "bytes": pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind),
+        "list": pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind),
+        "object": pa.types.is_struct(kind),
+    }
+    return next((word for word, is_one in words.items() if is_one), str(kind))
 
 
 @dataclass(frozen=True)
@@ -136,6 +171,10 @@ class TableImage(StoredImage):
     name: str
     """The tables, for messages."""
     root: Path
+    digests: ImageDigests
+
+    def digest(self) -> bytes:
+        return self.digests.of(self.row, lambda row: replace(self, row=row).read())
 
     def read(self) -> bytes:
         (value,) = self.images[self.row][self.column].to_pylist()
@@ -157,7 +196,7 @@ class Table:
     """The rows of a split's tables, with our names of columns; images inside are read only when they are opened."""
 
     def __init__(self, paths: Sequence[Path], *, split: str, columns: Mapping[str, str], root: Path) -> None:
-        self.paths, self.split, self.root = paths, split, root
+        self.paths, self.split, self.root = with_rows(paths), split, root
         self.name = ", ".join(map(str, paths[:3])) + (", ..." if len(paths) > 3 else "")
         data = open_tables(paths, split=split).with_format("arrow")
         if not len(data):
@@ -174,8 +213,7 @@ class Table:
         """Our names of the columns of images, and the table's."""
         self.fields: Dataset = data.select_columns(list(dict.fromkeys(self.names.values())))
         self.images: Dataset = data.select_columns(list(dict.fromkeys(self.stored.values())))
-        for ours, theirs in self.stored.items():
-            self._check_images(ours, theirs)
+        self.digests = {ours: ImageDigests(self.images, theirs, self.name) for ours, theirs in self.stored.items()}
 
     def __len__(self) -> int:
         return self.num_rows
@@ -189,12 +227,16 @@ class Table:
 
     def columns(self, start: int, stop: int) -> dict[str, pa.Array]:
         """Return the columns of some rows by our names, without images; of labels, a number below 0 is null."""
+        import pyarrow as pa
         import pyarrow.compute as pc
 
         if not self.names:
             return {}
         table = self.fields[start:stop]
         found = {ours: table[theirs].combine_chunks() for ours, theirs in self.names.items()}
+        for ours, values in found.items():
+            if pa.types.is_fixed_size_list(values.type):
+                found[ours] = values.cast(pa.list_(values.type.value_type))
         for ours in self.classes:
             found[ours] = pc.if_else(pc.greater_equal(found[ours], 0), found[ours], None)
         return found
@@ -211,7 +253,9 @@ class Table:
         return [self._record(row, number) for row, number in zip(found, numbers, strict=True)]
 
     def place(self, row: int) -> str:
-        """Return the location of a row, for messages: the table and the row in it, from 0."""
+        """Return the location of a row, for messages: the table and the row in it, from 0; of shards the sample."""
+        if is_shard_table(self.paths[0]):
+            return sample_place(self.paths[0], row)
         if len(self.paths) > 1:
             for path in self.paths:
                 if row < (count := len(_open(path, self.split))):
@@ -225,7 +269,7 @@ class Table:
             label = record[ours]
             record[ours] = None if label is None or label < 0 else names[label]
         for ours, theirs in self.stored.items():
-            record[ours] = TableImage(self.images, theirs, number, self.name, self.root)
+            record[ours] = TableImage(self.images, theirs, number, self.name, self.root, self.digests[ours])
         return record
 
     def _pylist(self, rows: slice | list[int], count: int) -> list[Record]:
@@ -234,10 +278,13 @@ class Table:
         found: list[Record] = self.fields[rows].to_pylist()
         return found
 
-    def _check_images(self, ours: str, theirs: str) -> None:
-        """Raise InputError, with the number and the first, if rows of a column of images hold none."""
+    def check_images(self, ours: str) -> None:
+        """Raise InputError, with the number and the first, if a field's column is one of images, and rows hold none."""
         import pyarrow.compute as pc
 
+        if ours not in self.stored:
+            return
+        theirs = self.stored[ours]
         values = self.images[:][theirs]
         is_empty = pc.is_null(values)
         if str(values.type).startswith("struct"):

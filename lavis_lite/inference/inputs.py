@@ -71,7 +71,7 @@ def _items_of(source: str, column: str) -> Iterator[Item]:
     elif path.suffix.lower() in TABLES and path.is_file():
         yield from _items_of_table(path, column)
     elif path.suffix.lower() in LISTS and path.is_file():
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
         yield from (_item_below(path.parent, line.strip()) for line in lines if line.strip())
     elif path.is_file():
         yield Item(name=source, image=path)

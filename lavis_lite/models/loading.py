@@ -78,8 +78,9 @@ def load_model_and_preprocess(
     """Return `load_model`'s model, and its image and text processors, each a dictionary with "train" and "eval":
     those that the checkpoint was trained with, else the type's.
 
-    >>> model, vis_processors, txt_processors = load_model_and_preprocess("blip_caption", "base_coco", is_eval=True)
-    >>> model.generate({"image": vis_processors["eval"](raw_image).unsqueeze(0)})
+    Examples:
+        >>> model, vis_processors, txt_processors = load_model_and_preprocess("blip_caption", "base_coco", is_eval=True)
+        >>> model.generate({"image": vis_processors["eval"](raw_image).unsqueeze(0)})
     """
     layers, tree = configured(name, model_type, checkpoint, overrides)
     model = build(tree["model"], layers, is_eval=is_eval, device=device, checkpoint=checkpoint)

@@ -14,10 +14,9 @@ from lavis_lite.common.config.run import RunConfig
 from lavis_lite.common.errors import DamagedFileError, InputError
 from lavis_lite.common.optim import build_optimizer
 from lavis_lite.datasets.base import BaseDataset
+from lavis_lite.datasets.digests import annotation_digest
 from lavis_lite.datasets.protocols import SampleDataset
-from lavis_lite.datasets.shard_tables import content_digest
 from lavis_lite.datasets.streams import StreamDataset
-from lavis_lite.datasets.tables import is_table
 from lavis_lite.models.base import BaseModel
 from lavis_lite.runners import jobs
 from lavis_lite.runners.loaders import Datasets, JoinedSplits, train_sets
@@ -33,8 +32,6 @@ PLACES = ("run.output_dir", "run.job_id", "run.resume", "run.resume_ckpt_path", 
 """Settings of the place that a run is in, which change nothing that it computes."""
 WEIGHTS = ("pretrained", "finetuned", "load_pretrained", "load_finetuned", "checkpoint", "init_vit", "init_text")
 NOT_SET = "not set"
-TABLE_EDGE = 2**20
-"""Bytes of a table's begin and end that stand for it."""
 
 
 def resume(
@@ -216,23 +213,7 @@ def _digest(dataset: SampleDataset) -> str | None:
     if isinstance(dataset, StreamDataset):
         return hashlib.blake2b("|".join(dataset.names).encode(), digest_size=8).hexdigest()
     parts = dataset.datasets if isinstance(dataset, JoinedSplits) else [dataset]
-    files = [path for part in parts if isinstance(part, BaseDataset) for path in part.annotation_paths]
-    if not files or not all(path.is_file() for path in files):
-        return None
-    digest = hashlib.blake2b(digest_size=8)
-    for path in files:
-        if own := content_digest(path):  # of a table of shards, wherever they are
-            digest.update(own)
-            continue
-        with path.open("rb") as file:
-            if is_table(path):  # may hold terabytes of images: its size, begin and end, which is parquet's index
-                size = path.stat().st_size
-                digest.update(f"{size} ".encode() + file.read(TABLE_EDGE))
-                file.seek(max(0, size - TABLE_EDGE))
-                digest.update(file.read())
-            else:
-                digest.update(hashlib.file_digest(file, "blake2b").digest())
-    return digest.hexdigest()
+    return annotation_digest(*(part for part in parts if isinstance(part, BaseDataset)))
 
 
 def _carry_over_best(state: TrainState, source: Path, target: Path) -> None:

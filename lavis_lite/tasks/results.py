@@ -10,7 +10,7 @@ import torch
 
 from lavis_lite.common import dist
 from lavis_lite.common.checkpoint import write_text
-from lavis_lite.common.records import printable
+from lavis_lite.common.records import StoredImage, printable
 from lavis_lite.datasets.protocols import EvalDataset, Samples
 
 logger = logging.getLogger(__name__)
@@ -20,9 +20,16 @@ Result = dict[str, Any]
 
 def write_json(path: str | Path, value: Any) -> Path:
     r"""Write `value` as UTF-8 JSON, atomically. Lone surrogates, which UTF-8 cannot hold, become `\udXXX`."""
-    path = write_text(path, printable(json.dumps(value, ensure_ascii=False)))
+    path = write_text(path, printable(json.dumps(value, ensure_ascii=False, default=_named)))
     logger.info("wrote %s", path)
     return path
+
+
+def _named(value: Any) -> str:
+    """Return an image inside a table as its place; TypeError for anything else that JSON does not know."""
+    if isinstance(value, StoredImage):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} is not JSON")
 
 
 def unscored(reason: str) -> dict[str, Any]:

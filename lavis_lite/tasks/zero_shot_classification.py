@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, get_args
 import numpy as np
 from torch import Tensor, nn
 
+from lavis_lite.common.config.zoo import CONFIGS
 from lavis_lite.common.errors import InputError, did_you_mean
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.protocols import EvalDataset, HasClasses, Samples
@@ -22,6 +23,8 @@ from lavis_lite.tasks.results import Result, as_list, per_sample, positions, wri
 
 MatchHead = Literal["itc", "itm"]
 NUM_BEST = 5
+TEMPLATES = CONFIGS / "templates"
+"""Packaged lists: `imagenet` has those of Radford et al. for ImageNet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +54,9 @@ class ZeroShotClassificationTask(BaseTask):
     """Classification by the names of the dataset's `classes`. `agg_metrics` is `acc1`, in percent."""
 
     templates: list[str] | str = field(default_factory=lambda: ["a photo of a {}."])
-    """Texts with `{}` for the class, or a text file with one per line. A class's feature is the mean over all."""
+    """Texts with `{}` for the class, a text file with one per line, or `imagenet`, CLIP's 80 of them. A class's feature
+    is the mean over all.
+    """
     class_names: dict[str, str] = field(default_factory=dict)
     """Other names for the prompts, by class: `{n01440764: tench}`."""
     match_head: MatchHead = "itc"
@@ -151,9 +156,13 @@ def accuracy(results: Sequence[Result], k: int) -> Mean:
 
 
 def read_templates(templates: Any) -> list[str]:
-    """Return the templates, read from a file if a path is given. InputError for one without `{}`, or for none."""
+    """Return the templates, read from a file for a path or the name of a packaged list. InputError for one without
+    `{}`, or for none.
+    """
     if isinstance(templates, str):
-        lines = named_file("run.templates", templates).read_text(encoding="utf-8").splitlines()
+        packaged = TEMPLATES / f"{templates}.txt"
+        file = packaged if packaged.is_file() else named_file("run.templates", templates)
+        lines = file.read_text(encoding="utf-8").splitlines()
         templates = [line for line in lines if line.strip()]
     if not templates:
         raise InputError("run.templates: is empty; give texts such as 'a photo of a {}.'")

@@ -11,7 +11,7 @@ import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
-from lavis_lite.common.config.adapters import ADAPTER
+from lavis_lite.common.config.adapters import ADAPTER, ADAPTER_KEYS
 from lavis_lite.common.config.agreement import model_setting
 from lavis_lite.common.config.config import Config
 from lavis_lite.common.config.trained import LANGUAGE_MODELS
@@ -181,7 +181,7 @@ def package_needs(cfg: Config, *, has_videos: bool, has_tables: bool = False) ->
     if has_videos:
         name = next(filter(importlib.util.find_spec, DECODERS), next(iter(DECODERS)))
         yield _package(name, "reading videos", f"pip install {name}")
-    for key in ("llm_lora", "qformer_lora", "vit_lora", "text_lora"):
+    for key in ADAPTER_KEYS:
         if model_setting(cfg.model, key):
             yield _package("peft", f"model.{key}", "pip install peft")
     if model_setting(cfg.model, "llm_quantization"):

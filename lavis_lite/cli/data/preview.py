@@ -23,6 +23,7 @@ from lavis_lite.common.feature_io import read_features
 from lavis_lite.common.rng import preserve_rng_state
 from lavis_lite.datasets.base import BaseDataset
 from lavis_lite.datasets.features import ReadsFeatures
+from lavis_lite.datasets.streams import StreamDataset
 
 SIZE = 224
 HIDDEN = ("instance_id", "n_answers", "weight", "index")
@@ -64,6 +65,9 @@ def tiles_of(named: NamedDataset, *, all_splits: bool, count: int) -> list[Tile]
     splits = named.splits if all_splits else named.splits[:1]
     tiles = []
     for split, dataset in named.builder.build(splits).items():
+        if isinstance(dataset, StreamDataset):
+            advice = f"`--options datasets.{named.name}.stream=null` shows shards of this machine"
+            raise InputError(f"{named.name}/{split}: is read as a stream, whose samples have no order: {advice}")
         if not isinstance(dataset, BaseDataset):
             raise InputError(f"{named.name}/{split}: {type(dataset).__name__} is not a BaseDataset and cannot be shown")
         dataset.vis_processor = HeatMap() if isinstance(dataset.vis_processor, ReadsFeatures) else thumbnail

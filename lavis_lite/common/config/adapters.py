@@ -13,6 +13,8 @@ from lavis_lite.common.sources.folders import read_json_mapping
 
 logger = logging.getLogger(__name__)
 
+ADAPTER_KEYS = ("llm_lora", "qformer_lora", "vit_lora", "text_lora")
+"""Keys of a model section that add adapters to a part."""
 ADAPTER = "adapter"
 """Key of `llm_lora` besides those of LoraConfig: the folder with the adapters' weights."""
 CONFIG_FILE = "adapter_config.json"

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lavis_lite.common.config.adapters import ADAPTER_KEYS
 from lavis_lite.common.config.agreement import linked_section
 from lavis_lite.common.config.files import Layer, merge_layers, resolve_key
 from lavis_lite.common.config.schema import schema_of
@@ -33,7 +34,7 @@ MACHINE_KEYS = (
 WEIGHT_KEYS = (
     *("image_size", "vit_type", "vit", "vit_layer_norm_epsilon", "med", "tokenizer", "embed_dim"),
     *("vit_model", "vit_weights", "num_query_token", "cross_attention_freq", "qformer", "qformer_text_input"),
-    *(*LANGUAGE_MODELS, "llm", "llm_lora", "qformer_lora", "vit_lora", "text_lora"),
+    *(*LANGUAGE_MODELS, "llm", *ADAPTER_KEYS),
 )
 """Keys that a model of another architecture takes from a checkpoint: shapes, and the sources of frozen parts."""
 SOURCES = ("tokenizer", "vit_weights", *LANGUAGE_MODELS)

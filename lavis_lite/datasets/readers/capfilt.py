@@ -25,7 +25,7 @@ class Manifest(TypedDict):
 
     kind: str
     image_root: str
-    """The folder that the records' paths of images start from."""
+    """The folder that the records' paths of images start from; empty if the images are in tables."""
     settings: dict[str, Any]
     """Settings by which the texts were made; a run with others does not continue these files."""
     shards: list[str]
@@ -87,6 +87,8 @@ def read_texts(files: SplitFiles) -> Iterator[Record]:
     """Yield the texts of each manifest, with absolute paths of images: the reader `capfilt`."""
     for path in files.paths:
         manifest = finished_manifest(path)
+        if not manifest["image_root"]:
+            raise InputError(f"{path}: the images of its texts are in tables: train on the .tar files beside it")
         root = Path(manifest["image_root"])
         for name in manifest["shards"]:
             records = [{**record, "image": str(root / record["image"])} for record in read_shard(path.parent / name)]

@@ -17,6 +17,8 @@ from lavis_lite.datasets.tables import Table, is_table
 
 PLACE = "_place"
 """The key under which a reader notes (file, number of the record in it); the dataset removes it, and errors name it."""
+VISUALS = ("image", "images", "file_name", "video")
+"""Fields whose columns of a table may hold images; other columns of bytes are not read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,8 @@ class SplitFiles:
             return list(self.loaded), path
         if is_table(path):
             table = Table([path], split=self.split, columns={}, root=self.root)
+            for ours in VISUALS:
+                table.check_images(self.columns.get(ours, ours))
             return table.records(range(len(table))), str(path)
         if path.is_dir():
             return self._folder(path)
@@ -80,7 +84,10 @@ class SplitFiles:
 
     def table(self) -> Table:
         """Return the rows of all files, which are tables, with our names of columns."""
-        return Table(self.paths, split=self.split, columns=self.columns, root=self.root)
+        table = Table(self.paths, split=self.split, columns=self.columns, root=self.root)
+        for ours in VISUALS:
+            table.check_images(ours)
+        return table
 
     def located(self, records: list[Record], where: str | Path, check: RecordCheck | None = None) -> Iterator[Record]:
         """Yield the records of one file, their columns renamed, checked, with their places."""

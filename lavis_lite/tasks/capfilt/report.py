@@ -12,9 +12,10 @@ from typing import Any
 from lavis_lite.common.checkpoint import write_text
 from lavis_lite.common.errors import UnreadableSample
 from lavis_lite.common.page.render import data_address, render
-from lavis_lite.common.records import Record
+from lavis_lite.common.records import Record, StoredImage
 from lavis_lite.datasets.image import open_image
 from lavis_lite.datasets.readers.capfilt import Manifest, finished_manifest, read_shard
+from lavis_lite.tasks.capfilt.shards import ImageOf
 
 NUM_EXAMPLES = 8
 """Texts shown of each source, kept and dropped."""
@@ -71,7 +72,7 @@ def summarise(manifest_path: Path, *, seed: int) -> Summary:
     return summary
 
 
-def write_page(manifest_path: Path, summary: Summary, *, title: str) -> Path:
+def write_page(manifest_path: Path, summary: Summary, image_of: ImageOf, *, title: str) -> Path:
     """Write `report.html` beside the manifest: one file, with its pictures inline and without scripts."""
     manifest = finished_manifest(manifest_path)
     text = render(
@@ -81,7 +82,7 @@ def write_page(manifest_path: Path, summary: Summary, *, title: str) -> Path:
         sources=[(source, summary.seen[source], summary.kept[source]) for source in sorted(summary.seen)],
         charts=list(charts(summary, manifest)),
         examples=[
-            (source, is_kept, [(record, picture(manifest, record)) for record in records])
+            (source, is_kept, [(record, picture(image_of(record["sample"]))) for record in records])
             for (source, is_kept), records in sorted(summary.examples.items())
         ],
         settings=manifest["settings"],
@@ -107,9 +108,9 @@ def charts(summary: Summary, manifest: Manifest) -> Iterator[dict[str, Any]]:
         }
 
 
-def picture(manifest: Manifest, record: Record) -> str | None:
-    """Return a record's image, made small, as a data address; None if it cannot be read any more."""
+def picture(file: Path | StoredImage) -> str | None:
+    """Return an image, made small, as a data address; None if it cannot be read any more."""
     try:
-        return data_address(open_image(Path(manifest["image_root"]) / record["image"]), PIXELS)
+        return data_address(open_image(file), PIXELS)
     except UnreadableSample:
         return None

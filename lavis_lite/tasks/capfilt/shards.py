@@ -7,18 +7,21 @@ processes. A shard's table is written aside and renamed; that it is there means 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from lavis_lite.common import checkpoint
 from lavis_lite.common.errors import InputError, MissingPackageError, WriteError
-from lavis_lite.common.records import Record, printable
+from lavis_lite.common.records import Record, StoredImage, printable
+from lavis_lite.datasets.image import read_image_file
 from lavis_lite.datasets.readers.capfilt import KIND, Manifest, read_manifest
 from lavis_lite.tasks.results import write_json
 
 OutputFormat = Literal["jsonl", "parquet", "webdataset"]
+ImageOf = Callable[[int], Path | StoredImage]
+"""From a sample's number to its image."""
 SUFFIXES: Mapping[OutputFormat, str] = {"jsonl": ".jsonl", "parquet": ".parquet", "webdataset": ".jsonl"}
 """The suffix of the table with all texts of a shard; with `webdataset` there is a .tar of the kept ones beside it."""
 
@@ -59,8 +62,9 @@ class Shards:
         for start in range(0, len(samples), size):
             yield samples[start : start + size]
 
-    def begin(self, image_root: Path, settings: dict[str, Any]) -> None:
-        """Write the manifest, or compare it with that of the run that is continued.
+    def begin(self, image_root: Path | None, settings: dict[str, Any]) -> None:
+        """Write the manifest, or compare it with that of the run that is continued. `image_root` is None if the images
+        are inside tables.
 
         Raises InputError if the texts that are there were made with other settings.
         """
@@ -83,21 +87,23 @@ class Shards:
         old = read_manifest(self.manifest)
         names = [self.table(number).name for number in range(len(self))]
         if names != old["shards"]:
-            self._write_manifest(Path(old["image_root"]), old["settings"], names)
+            self._write_manifest(old["image_root"], old["settings"], names)
 
-    def _write_manifest(self, image_root: Path, settings: dict[str, Any], names: list[str]) -> None:
-        write_json(self.manifest, Manifest(kind=KIND, image_root=str(image_root), settings=settings, shards=names))
+    def _write_manifest(self, image_root: Path | str | None, settings: dict[str, Any], names: list[str]) -> None:
+        root = "" if image_root is None else str(image_root)
+        write_json(self.manifest, Manifest(kind=KIND, image_root=root, settings=settings, shards=names))
 
-    def write(self, number: int, records: Sequence[Record], image_root: Path) -> None:
-        """Write a shard, the table last.
+    def write(self, number: int, records: Sequence[Record], image_of: ImageOf) -> None:
+        """Write a shard, the table last. With `webdataset`, a shard without a kept text has no .tar, since readers take
+        an empty one for damaged.
 
         Raises WriteError if the disk is full; the shards that are there stay, and the next run continues after them.
         """
         try:
-            if self.output_format == "webdataset":
+            kept = [record for record in records if record["kept"]]
+            if self.output_format == "webdataset" and kept:
                 tar = self.folder / f"{number:06d}.tar"
-                kept = [record for record in records if record["kept"]]
-                checkpoint.atomic_write(tar, lambda file: write_tar(file, kept, image_root))
+                checkpoint.atomic_write(tar, lambda file: write_tar(file, kept, image_of))
             write = write_parquet if self.output_format == "parquet" else write_jsonl
             checkpoint.atomic_write(self.table(number), lambda file: write(file, records))
         except WriteError as error:
@@ -113,17 +119,27 @@ def write_jsonl(file: BinaryIO, records: Sequence[Record]) -> None:
 
 
 def write_parquet(file: BinaryIO, records: Sequence[Record]) -> None:
-    """Write a parquet table; the columns are those of the first record that has them."""
+    """Write a parquet table. Its columns are the same in every shard; ids of images are texts, of whatever type."""
     try:
         import pyarrow as arrow
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise MissingPackageError("run.output_format: parquet needs pyarrow: pip install 'lavis-lite[data]'") from error
-    parquet.write_table(arrow.Table.from_pylist(list(records)), file)
+    texts, scores = ("image", "image_id", "caption", "source"), ("itm", "itc", "clip")
+    kinds = {"sample": arrow.int64(), "kept": arrow.bool_()}
+    kinds |= dict.fromkeys(texts, arrow.string()) | dict.fromkeys(scores, arrow.float64())
+    rows = [
+        {name: None if row.get(name) is None else printable(str(row[name])) for name in texts}
+        | {name: row.get(name) for name in ("sample", "kept", *scores)}
+        for row in records
+    ]
+    parquet.write_table(arrow.Table.from_pylist(rows, arrow.schema(list(kinds.items()))), file)
 
 
-def write_tar(file: BinaryIO, records: Sequence[Record], image_root: Path) -> None:
-    """Write a WebDataset shard: per text the image's file as it is, the caption as .txt, and the record as .json."""
+def write_tar(file: BinaryIO, records: Sequence[Record], image_of: ImageOf) -> None:
+    """Write a WebDataset shard: per text the image's file as it is, the caption as .txt, and the record as .json, with
+    an `image_id` that is the same in all texts of an image: the record's own, else the image's path.
+    """
     try:
         import webdataset
     except ImportError as error:
@@ -131,12 +147,13 @@ def write_tar(file: BinaryIO, records: Sequence[Record], image_root: Path) -> No
         raise MissingPackageError(f"run.output_format: webdataset needs webdataset: {advice}") from error
     with webdataset.TarWriter(file, encoder=False, mtime=0) as tar:
         for number, record in enumerate(records):
-            path = image_root / record["image"]
+            image = image_of(record["sample"])
+            suffix, content = read_image_file(image)
             tar.write(
                 {
                     "__key__": f"{record['sample']:09d}_{number:06d}",
-                    path.suffix.lstrip(".").lower() or "jpg": path.read_bytes(),
+                    suffix: content,
                     "txt": printable(record["caption"]).encode(),
-                    "json": printable(json.dumps(record, ensure_ascii=False)).encode(),
+                    "json": printable(json.dumps({"image_id": str(image), **record}, ensure_ascii=False)).encode(),
                 }
             )

@@ -11,6 +11,7 @@ import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
 
@@ -21,11 +22,12 @@ from lavis_lite.common import dist
 from lavis_lite.common.config.agreement import model_setting
 from lavis_lite.common.config.config import Config
 from lavis_lite.common.errors import InputError, MissingFileError
-from lavis_lite.common.records import Record
+from lavis_lite.common.records import Record, StoredImage
 from lavis_lite.common.registry import registry
 from lavis_lite.common.rng import hash_seed, seed_everything
 from lavis_lite.common.sources import download
 from lavis_lite.datasets.base import BaseDataset
+from lavis_lite.datasets.digests import annotation_digest
 from lavis_lite.datasets.protocols import EvalDataset, Samples
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.capfilt import CapFiltModel, check_captioner, load_captioner
@@ -143,10 +145,14 @@ class CapFiltTask(BaseTask):
         return super().build_datasets(with_eval_processors(cfg))
 
     def check(self, model_class: type, dataset: EvalDataset, batch: Samples, *, split: str) -> None:
-        """Raise InputError for a dataset whose records name no image files, or a captioner without its weights."""
-        if not isinstance(dataset, BaseDataset) or not isinstance(dataset.annotation[0].get("image"), str):
-            problem = f"({type(dataset).__name__}) does not name an image file per record"
+        """Raise InputError for a dataset without an image per record, or a captioner without its weights."""
+        image = dataset.annotation[0].get("image") if isinstance(dataset, BaseDataset) else None
+        if not isinstance(dataset, BaseDataset) or not isinstance(image, str | StoredImage):
+            problem = f"({type(dataset).__name__}) does not name an image per record"
             raise InputError(f"the {split} dataset {problem}: use the builder pairs")
+        if isinstance(image, StoredImage) and self.output_format != "webdataset":
+            problem = f"{self.output_format} names the images' files, and the images of the {split} split are in tables"
+            raise InputError(f"run.output_format: {problem}: choose webdataset, which copies those of kept texts")
         if any(not isinstance(record.get("caption"), str) for record in dataset.annotation):
             problem = "has records without a caption, or with several"
             raise InputError(f"the {split} dataset {problem}: use the builder pairs, with captions_per_sample: all")
@@ -193,8 +199,9 @@ class CapFiltTask(BaseTask):
         """Return the batches of this rank's share of the missing shards."""
         assert isinstance(dataset, BaseDataset), type(dataset)
         shards = self.shards(dataset, split, result_dir)
-        root = dataset.vis_root.absolute()
-        settings = {**self.made_with, "num_samples": len(dataset), "files": list(map(str, dataset.annotation_paths))}
+        root = None if isinstance(dataset.annotation[0]["image"], StoredImage) else dataset.vis_root.absolute()
+        digest = dist.on_main(lambda: annotation_digest(dataset))
+        settings = {**self.made_with, "num_samples": len(dataset), "annotations": digest}
 
         def begin() -> list[int]:
             shards.begin(root, settings)
@@ -213,6 +220,7 @@ class CapFiltTask(BaseTask):
         assert isinstance(model, CapFiltModel), type(model)
         shards = self.shards(dataset, split, result_dir)
         pairs = zip(loader.batches or (), loader, strict=True)
+        image_of = partial(sample_image, dataset)
         devices = [model.device] if model.device.type == "cuda" else []
         with evaluating(model), torch.random.fork_rng(devices=devices):
             for number, group in itertools.groupby(pairs, key=lambda pair: pair[0][0] // self.shard_size):
@@ -221,14 +229,14 @@ class CapFiltTask(BaseTask):
                     seed_everything(hash_seed(self.seed, "capfilt", split, indices[0]))
                     with naming_missing_keys(samples, model):
                         records += self.texts(model, samples, dataset.annotation) if samples["positions"] else []
-                shards.write(number, records, dataset.vis_root.absolute())
+                shards.write(number, records, image_of)
                 logger.info(f"{split}: wrote shard {number + 1:,} of {len(shards):,}")
         dist.barrier()
 
         def conclude() -> Metrics:
             shards.finish()
             summary = summarise(shards.manifest, seed=self.seed)
-            logger.info(f"wrote {write_page(shards.manifest, summary, title=f'Texts of {split}')}")
+            logger.info(f"wrote {write_page(shards.manifest, summary, image_of, title=f'Texts of {split}')}")
             return summary.metrics()
 
         return dist.on_main(conclude)
@@ -245,7 +253,7 @@ class CapFiltTask(BaseTask):
             raise InputError(f"run.filter_by={self.filter_by}: the model gives only {', '.join(rows)}")
         for row, (index, texts) in enumerate(zip(samples["positions"], written, strict=True)):
             record = annotation[index]
-            shared = {"image": record["image"], "sample": index}
+            shared = {"image": str(record["image"]), "sample": index}
             shared |= {"image_id": record["image_id"]} if record.get("image_id") is not None else {}
             found = [
                 {**shared, "caption": text, "source": source, **{k: round(v[row][n], DIGITS) for k, v in rows.items()}}
@@ -265,3 +273,9 @@ class CapFiltTask(BaseTask):
         passed = [n for n in judged if self.threshold is None or scores[n] > self.threshold]
         best = sorted(passed, key=lambda number: -scores[number])[: self.keep_best]
         return [number in best or number not in judged for number in range(len(texts))]
+
+
+def sample_image(dataset: BaseDataset, sample: int) -> Path | StoredImage:
+    """Return the image of a sample: its file, or where it is in a table."""
+    image: str | StoredImage = dataset.annotation[sample]["image"]
+    return image if isinstance(image, StoredImage) else dataset.vis_root.absolute() / image
