@@ -273,7 +273,7 @@ def test_killed_anywhere_and_resumed_ends_the_same(tmp_path: Path, die_at: int) 
     options = [f"{key}={json.dumps(value)}" for key, value in concat.items()]
     killed = script(tmp_path / "killed", "mixed=true", *options, f"die_at={die_at}")
     make(tmp_path / "straight", data=mixed_data(), **concat).train()
-    assert killed.wait(60) == -signal.SIGKILL
+    assert killed.wait(300) == -signal.SIGKILL
     make(tmp_path / "killed", data=mixed_data(), resume="auto", **concat).train()
     assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
     assert by_dataset(tmp_path / "killed") == by_dataset(tmp_path / "straight")
@@ -287,7 +287,7 @@ def test_two_ranks_train_as_one_process(tmp_path: Path) -> None:
     options = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
     ranks = two_ranks(tmp_path / "two", "mixed=true", "batch_size_train=2", *options)
     make(tmp_path / "one", data=mixed_data(), **changes).train()
-    assert [process.wait(60) for process in ranks] == [0, 0]
+    assert [process.wait(300) for process in ranks] == [0, 0]
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     assert by_dataset(tmp_path / "two") == by_dataset(tmp_path / "one")
 

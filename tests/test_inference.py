@@ -387,7 +387,7 @@ def test_doctor_reports_without_a_network(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_help_of_the_commands_loads_no_torch() -> None:
     driver = "import sys; sys.modules['torch'] = None; from lavis_lite.cli.app import app; app()"
-    for name in ("caption", "ask", "match", "embed", "search", "chat", "models", "recipes", "doctor"):
+    for name in ("caption", "ask", "match", "embed", "search", "chat", "demo", "models", "recipes", "doctor"):
         done = subprocess.run(
             [sys.executable, "-c", driver, name, "--help"], capture_output=True, text=True, check=False
         )

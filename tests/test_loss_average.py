@@ -75,7 +75,7 @@ def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
     train(tmp_path / "large", batch_size_train=8)
     options = {"batch_size_train": 2, "accum_grad_iters": 2, "loss_average": "tokens"}
     ranks = two_ranks(tmp_path / "two", json.dumps(options), file=__file__)
-    assert [process.wait(60) for process in ranks] == [0, 0]
+    assert [process.wait(300) for process in ranks] == [0, 0]
     assert_same_training(tmp_path / "two", tmp_path / "large")
 
 

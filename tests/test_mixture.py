@@ -228,7 +228,7 @@ def test_killed_and_resumed_gives_the_same_account(tmp_path: Path) -> None:
     killed = script(tmp_path / "killed", "mixed=true", *options, "die_at=14")
     task = LossRecorder()
     make(tmp_path / "straight", task=task, data=mixed_data(), **mixed).train()
-    assert killed.wait(60) == -signal.SIGKILL
+    assert killed.wait(300) == -signal.SIGKILL
     assert last(tmp_path / "killed")["step"] == 12
     again = make(tmp_path / "killed", data=mixed_data(), resume="auto", **mixed)
     again.train()
@@ -262,7 +262,7 @@ def test_two_ranks_give_the_account_of_one_process(tmp_path: Path) -> None:
     options = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
     ranks = two_ranks(tmp_path / "two", "mixed=true", "batch_size_train=2", *options)
     make(tmp_path / "one", data=mixed_data(), **changes).train()
-    assert [process.wait(60) for process in ranks] == [0, 0]
+    assert [process.wait(300) for process in ranks] == [0, 0]
     path = str(tmp_path / "two" / "checkpoint_6.pth")
     make(tmp_path / "alone", data=mixed_data(), resume_ckpt_path=path, **changes).train()
     (expected,) = by_dataset(tmp_path / "one")

@@ -93,7 +93,7 @@ def chains(tmp_path: Path, functions: str) -> subprocess.CompletedProcess[str]:
     shell = (ROOT / "run_scripts/quickstart.sh").read_text()
     kept = shell[shell.index("# begin CHAIN") : shell.index("# language_model NAME")]
     text = f"set -euo pipefail\nout={tmp_path}\nstarted=0\n{kept}\n{functions}\n"
-    return subprocess.run(["bash", "-c", text], capture_output=True, text=True, timeout=60)
+    return subprocess.run(["bash", "-c", text], capture_output=True, text=True, timeout=300)
 
 
 def test_chains_run_side_by_side_and_one_after_the_other(tmp_path: Path) -> None:

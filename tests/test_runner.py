@@ -242,7 +242,7 @@ def test_killed_and_resumed_equals_not_killed(tmp_path: Path, die_at: int, accum
     changes |= {"batch_size_train": 4 // accumulate, "accum_grad_iters": accumulate}
     make(tmp_path / "straight", **changes).train()
     options = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
-    assert script(tmp_path / "killed", *options, f"die_at={die_at}").wait(60) == -signal.SIGKILL
+    assert script(tmp_path / "killed", *options, f"die_at={die_at}").wait(300) == -signal.SIGKILL
     assert 0 < last(tmp_path / "killed")["step"] <= die_at
     make(tmp_path / "killed", resume="auto", **changes).train()
     one, two = last(tmp_path / "straight"), last(tmp_path / "killed")
@@ -262,7 +262,7 @@ def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
     """Without dropout, at the same global batch; the evaluation sets (5 and 1 samples) don't divide by the ranks."""
     ranks = two_ranks(tmp_path / "two", "batch_size_train=1", "dropout=0", "accum_grad_iters=2", "max_epoch=1")
     make(tmp_path / "one", dropout=0, max_epoch=1).train()
-    assert [process.wait(60) for process in ranks] == [0, 0]
+    assert [process.wait(300) for process in ranks] == [0, 0]
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert list(two) == list(one) == [1, 2, 3, 4, 5]
     assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-5)

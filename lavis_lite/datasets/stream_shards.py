@@ -6,10 +6,13 @@ by the reader's caller. The number of samples in a shard is not known before it 
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import lzma
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NamedTuple
@@ -20,7 +23,13 @@ from lavis_lite.common.members import BLOCK
 from lavis_lite.common.records import Record, StoredImage
 from lavis_lite.datasets.shard_records import KEY, is_text, make_record
 
-BROKEN = (OSError, EOFError, ValueError, tarfile.TarError, zlib.error)
+COMPRESSIONS: dict[bytes, Callable[[Any], Any]] = {
+    b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ": lzma.LZMAFile,
+}
+"""The first bytes of compressed files, and what opens these."""
+BROKEN = (OSError, EOFError, ValueError, tarfile.TarError, zlib.error, lzma.LZMAError)
 """Errors of `webdataset`, `tarfile` and the openers about a shard."""
 
 
@@ -49,26 +58,47 @@ class Loaded(NamedTuple):
     problem: str = ""
 
 
+class _FromStart:
+    """A file of which the first bytes have been read, from its start."""
+
+    def __init__(self, file: BinaryIO, head: bytes) -> None:
+        self.file, self.head = file, head
+
+    def read(self, size: int = -1) -> bytes:
+        if not self.head:
+            return self.file.read(size)
+        data, self.head = (self.head, b"") if size < 0 else (self.head[:size], self.head[size:])
+        return data + self.file.read(size) if size < 0 else data
+
+
 class _Tail:
-    """A file that is read once, and remembers its last bytes."""
+    """A tar, compressed or not, that is read once, and remembers its last bytes.
+
+    Note: it is decompressed here, since `tarfile` would leave the compressed file's checksum unread, and with it what
+    shows that the file is whole.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.last = file, b""
+        head = file.read(max(map(len, COMPRESSIONS)))
+        opened = next((open_as for magic, open_as in COMPRESSIONS.items() if head.startswith(magic)), None)
+        source = _FromStart(file, head)
+        self.content = source if opened is None else opened(source)
 
     def read(self, size: int = -1) -> bytes:
-        data = self.file.read(size)
+        data = self.content.read(size)
         self.last = (self.last + data)[-BLOCK:]
         return data
 
-    def check_end(self, *, is_plain: bool) -> None:
-        """Read the rest; raise EOFError if it is not padding, or if a tar that is not compressed lacks its end marker.
+    def check_end(self) -> None:
+        """Read the rest; raise EOFError if it is not padding, or if the end marker of a tar is missing.
 
         Note: `tarfile` takes a damaged header, and a file that ends between two members, for the end.
         """
         while rest := self.read(2**20):
             if rest.strip(b"\0"):
                 raise EOFError("a header is damaged")
-        if is_plain and self.last != bytes(BLOCK):
+        if self.last != bytes(BLOCK):
             raise EOFError("its end marker is missing")
 
     def close(self) -> None:
@@ -116,7 +146,7 @@ def read_shard(name: str) -> Iterator[Loaded]:
         for sample in group_by_keys(tar_file_expander([{"url": name, "stream": file}])):
             yield _loaded(sample, name)
             count += 1
-        file.check_end(is_plain=name.endswith(".tar"))
+        file.check_end()
         file.close()
         if not count:
             yield Loaded(name, {}, f"shard {name}: has no samples: expected members such as 000.jpg and 000.txt")

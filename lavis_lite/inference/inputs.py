@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,19 @@ from lavis_lite.common.errors import (
     UnreadableSample,
 )
 from lavis_lite.common.image_io import SUFFIXES
+from lavis_lite.common.records import Record, StoredImage
 from lavis_lite.common.registry import did_you_mean
 from lavis_lite.common.sources import download
+from lavis_lite.common.video_io import decode, processed
 from lavis_lite.datasets.annotations import place_of, read_records
 from lavis_lite.datasets.folders import list_files
 from lavis_lite.datasets.image import open_image, opening_settings
 
-TABLES = (".csv", ".tsv", ".jsonl", ".json")
+TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".arrow")
 LISTS = (".txt", ".lst")
+VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 
-ImageLike = str | Path | Image.Image | np.ndarray | torch.Tensor
+ImageLike = str | Path | StoredImage | Image.Image | np.ndarray | torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +48,8 @@ def find_items(sources: Iterable[str | Path], *, column: str = "image") -> list[
     """Return the images that the sources name, each once, in their order; a folder's are sorted by path.
 
     A source is an image file, a folder (with its subfolders), a pattern such as `photos/*.jpg`, a URL of an image, a
-    `.txt` file with one path or URL per line, or a table (`.csv`, `.tsv`, `.jsonl`, `.json`) whose `column` has the
-    paths. Paths in a list or table are relative to its folder.
+    `.txt` file with one path or URL per line, or a table (`TABLES`) whose `column` has the paths or, in parquet and
+    Arrow files, the images themselves. Paths in a list or table are relative to its folder.
 
     Raises:
         MissingFileError: a source does not exist.
@@ -60,6 +63,14 @@ def find_items(sources: Iterable[str | Path], *, column: str = "image") -> list[
         for item in items:
             found.setdefault((item.name, repr(item.fields)), item)
     return list(found.values())
+
+
+def one_item(source: str) -> Item:
+    """Return the image that a source names. InputError if it has several."""
+    (item, *others) = find_items([source])
+    if others:
+        raise InputError(f"{source}: has {len(others) + 1:,} images; name one of them")
+    return item
 
 
 def _items_of(source: str, column: str) -> Iterator[Item]:
@@ -89,14 +100,27 @@ def _is_image(name: str) -> bool:
 
 
 def _items_of_table(path: Path, column: str) -> Iterator[Item]:
-    for number, record in enumerate(read_records(path)):
+    for number, record in enumerate(_rows(path)):
         value = record.get(column)
+        if isinstance(value, StoredImage):
+            texts = {name: other for name, other in record.items() if not isinstance(other, StoredImage)}
+            yield Item(name=f"{path}: row {number}", image=value, fields=texts)
+            continue
         if not isinstance(value, str) or not value:
             raise InputError(
                 f"{place_of(path, number)} has no path in the column {column!r}. {did_you_mean(column, record)} "
                 "--image-column names another"
             )
         yield _item_below(path.parent, value, record)
+
+
+def _rows(path: Path) -> Sequence[Record]:
+    if path.suffix.lower() not in (".parquet", ".arrow"):
+        return read_records(path)
+    from lavis_lite.datasets.tables import Table
+
+    table = Table([path], split="", columns={}, root=path.parent)
+    return table.records(range(len(table)))
 
 
 def _item_below(folder: Path, value: str, fields: Mapping[str, Any] | None = None) -> Item:
@@ -138,7 +162,7 @@ def load_image(item: Item, processor: Any) -> torch.Tensor:
             shape = f"{image.dtype} {tuple(image.shape)}"
             raise InputTypeError(f"image {item.name}: an array must be uint8 (H,W,3) or (H,W), got {shape}")
         image = Image.fromarray(image.squeeze())
-    if isinstance(image, str | Path):
+    if isinstance(image, str | Path | StoredImage):
         image = open_source(item, processor)
     if not isinstance(image, Image.Image):
         kind = type(image).__name__
@@ -148,13 +172,23 @@ def load_image(item: Item, processor: Any) -> torch.Tensor:
 
 
 def open_source(item: Item, processor: Any) -> Image.Image:
-    """Return the picture of an item that is a path or URL, as the image processor reads files."""
+    """Return the picture of an item that is a path, a URL or in a table, as the image processor reads files."""
+    if isinstance(item.image, StoredImage):
+        return open_image(item.image, **opening_settings(processor))
     source = str(item.image)
     try:
         path = download.fetch(source) if download.is_url(source) else Path(source)
     except UnreachableError as error:  # one picture of many
         raise UnreadableSample(str(error)) from error
     return open_image(path, **opening_settings(processor))
+
+
+def load_video(path: str | Path, processor: Callable[[Any], Any], *, num_frames: int) -> torch.Tensor:
+    """Return `num_frames` processed frames (3,F,S,S) of a video file.
+
+    Raises UnreadableSample if it is broken, MissingFileError.
+    """
+    return processed(decode(path, num_frames), processor)
 
 
 def column_of(items: Sequence[Item], column: str, flag: str) -> list[str]:

@@ -7,10 +7,11 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -31,11 +32,19 @@ from lavis_lite.models.inputs import candidate_texts
 from lavis_lite.models.protocols import AnswersQuestions, Generates, ScoresPairs
 from lavis_lite.nn.video import visual_summary
 
+logger = logging.getLogger(__name__)
 Prediction = dict[str, Any]
 QUESTION_PROMPT = "Question: {} Short answer:"
 """The template of questions to a BLIP-2 whose type names none (BLIP-2, section 4.2)."""
 TEXTS_PER_STEP = 128
 MAX_BATCH = 100_000
+
+
+@runtime_checkable
+class CutsTexts(Protocol):
+    """A text processor that reads so many words."""
+
+    max_words: int
 
 
 class Query(NamedTuple):
@@ -65,6 +74,7 @@ class Pipeline(ABC):
             check_number("batch_size", batch_size, 1, MAX_BATCH)
         self.loaded, self.model = loaded, loaded.model
         self.batch_size, self.num_threads = batch_size, num_threads
+        self.has_warned = False
 
     task: ClassVar[str]
 
@@ -102,8 +112,7 @@ class Pipeline(ABC):
             whole = [(query, image) for query, image in batch if isinstance(image, Tensor)]
             made = iter(self._predict(whole, settings) if whole else [])
             return [
-                {"image": query.item.name}
-                | ({"error": str(read)} if isinstance(read, UnreadableSample) else next(made))
+                self.about(query) | ({"error": str(read)} if isinstance(read, UnreadableSample) else next(made))
                 for query, read in batch
             ]
 
@@ -117,9 +126,25 @@ class Pipeline(ABC):
         with autocast(self.loaded.device, self.loaded.dtype):
             return self.predict(image, [query.text for query, _ in batch], **settings)
 
+    def about(self, query: Query) -> Prediction:
+        """Return what names a result, also that of a broken image."""
+        return {"image": query.item.name}
+
     def queries(self, items: Sequence[Item], settings: dict[str, Any]) -> Iterable[Query]:
         """Return the items with their texts; takes the settings that are texts out of `settings`."""
         return [Query(item, "") for item in items]
+
+    def cleaned(self, texts: Sequence[str]) -> list[str]:
+        """Return texts as the processor cleans them; the first time that one is cut it warns."""
+        process = self.loaded.process_text
+        if isinstance(process, CutsTexts):
+            longest = max((len(text.split()) for text in texts), default=0)
+            if longest > process.max_words and not self.has_warned:
+                self.has_warned = True
+                logger.warning(
+                    f"{self.task}: a text has {longest:,} words, of which the first {process.max_words} are read"
+                )
+        return [process(text) for text in texts]
 
     def check(self, settings: dict[str, Any]) -> None:  # noqa: B027  # most have nothing to check
         """Raise InputError for settings that `predict` would refuse."""
@@ -174,6 +199,9 @@ class AskPipeline(Pipeline):
             raise InputError("question: missing; give one question for all images, or one per image")
         return [Query(item, text) for item, text in zip(items, texts_for(items, question, "question"), strict=True)]
 
+    def about(self, query: Query) -> Prediction:
+        return super().about(query) | {"question": query.text}
+
     def check(self, settings: dict[str, Any]) -> None:
         if settings.get("answers") is not None:
             candidate_texts(settings["answers"], " in answers")
@@ -192,9 +220,9 @@ class AskPipeline(Pipeline):
         how: dict[str, Any] = {"inference_method": "generate" if answers is None else "rank", "prompt": prompt}
         if answers is not None:
             how["answer_list"] = list(answers)
-        cleaned = [self.loaded.process_text(text) for text in own_texts]
+        cleaned = self.cleaned(own_texts)
         found = self.model.predict_answers({"image": image, "text_input": cleaned}, **how, **settings)
-        return [{"question": text, "answer": answer} for text, answer in zip(own_texts, found, strict=True)]
+        return [{"answer": answer} for answer in found]
 
     def default_prompt(self) -> str:
         """Return the template around questions: the model's own, or BLIP-2's where it has none."""
@@ -220,7 +248,7 @@ class MatchPipeline(Pipeline):
         assert isinstance(self.model, ScoresPairs)
         parts = []
         for start in range(0, len(texts), TEXTS_PER_STEP):
-            part = [self.loaded.process_text(text) for text in texts[start : start + TEXTS_PER_STEP]]
+            part = self.cleaned(texts[start : start + TEXTS_PER_STEP])
             scores = self.model.match_scores({"image": image, "text_input": part * len(image)})
             parts.append({name: value.reshape(len(image), len(part)) for name, value in scores.items()})
         found = {name: torch.cat([part[name] for part in parts], dim=1).tolist() for name in parts[0]}
@@ -272,7 +300,7 @@ class EmbedPipeline(Pipeline):
         assert isinstance(self.model, ImageTextModel)
         one_of("features", features, FEATURES)
         rows = []
-        cleaned = [self.loaded.process_text(text) for text in candidate_texts(list(texts), " in texts")]
+        cleaned = self.cleaned(candidate_texts(list(texts), " in texts"))
         for start in range(0, len(cleaned), TEXTS_PER_STEP):
             with autocast(self.loaded.device, self.loaded.dtype):
                 states = self.model.text_states(*self.model.cut_texts(cleaned[start : start + TEXTS_PER_STEP]))[:, 0]

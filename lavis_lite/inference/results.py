@@ -11,6 +11,7 @@ import glob
 import io
 import json
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +19,7 @@ from typing import Any, Self
 
 from lavis_lite.common import dist
 from lavis_lite.common.checkpoint import atomic_write, write_text
-from lavis_lite.common.errors import ExistingFileError, InputError, MissingPackageError
+from lavis_lite.common.errors import ExistingFileError, InputError, MissingPackageError, WriteError
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
@@ -37,8 +38,7 @@ class Results:
         self.out = Path(out)
         if self.out.suffix.lower() not in FORMATS:
             raise InputError(f"--out {out}: the ending must be one of {', '.join(FORMATS)}")
-        if not self.out.parent.is_dir():
-            raise InputError(f"--out {out}: the folder {self.out.parent} does not exist; make it first")
+        check_folder(self.out)
         self.settings = json.loads(json.dumps(dict(settings), default=str))
         if not resume and not overwrite:
             self._refuse_existing()
@@ -49,6 +49,8 @@ class Results:
         if resume:
             for path in self._partials():
                 self.rows |= self._read(path)
+        self.is_complete = resume and self.out.exists() and not self._partials()
+        """Whether an earlier run has finished the output."""
         self.path = Path(f"{self.out}.partial") if dist.rank() == 0 else Path(f"{self.out}.partial-{dist.rank()}")
 
     def __enter__(self) -> Self:
@@ -56,7 +58,7 @@ class Results:
         is_new = not self.path.is_file()
         if not is_new:
             _cut_last_line(self.path)
-        self.file = self.path.open("a", encoding="utf-8")
+        self.file = self.path.open("ab", buffering=0)  # nothing is left to write when it is closed
         if is_new:
             self._write_line({"settings": self.settings})
         return self
@@ -65,6 +67,8 @@ class Results:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.file.close()
+        if error is not None and self.rows:
+            print(f"{len(self.rows):,} results are kept in {self.path}; --resume continues", file=sys.stderr)
 
     def add(self, row: dict[str, Any]) -> None:
         """Write a result; it is on disk when this returns."""
@@ -109,8 +113,18 @@ class Results:
         return {key_of(row): row for row in rows[1:]}
 
     def _write_line(self, row: Mapping[str, Any]) -> None:
-        self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self.file.flush()
+        rest = memoryview((json.dumps(row, ensure_ascii=False) + "\n").encode())
+        try:
+            while rest:
+                rest = rest[self.file.write(rest) :]
+        except OSError as error:
+            raise WriteError(error.errno, f"{self.path}: {error.strerror}; free some space there") from error
+
+
+def check_folder(out: Path) -> None:
+    """Raise InputError if an output's folder does not exist."""
+    if not out.parent.is_dir():
+        raise InputError(f"--out {out}: the folder {out.parent} does not exist; make it first")
 
 
 def key_of(row: Mapping[str, Any]) -> str:

@@ -23,11 +23,13 @@ from lavis_lite.datasets.image import opening_settings
 from lavis_lite.inference.inputs import Item, find_items, load_image
 from lavis_lite.inference.pipelines import EmbedPipeline
 from lavis_lite.models.image_text import ImageTextModel
+from lavis_lite.models.protocols import ScoresPairs
 from lavis_lite.nn.fingerprint import fingerprint
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[Iterable[dict[str, Any]], int], Iterator[dict[str, Any]]]
 ROWS_PER_STEP = 65_536
+SHOWN_ERRORS = 5
 MAX_HITS = 10**6
 
 
@@ -62,13 +64,18 @@ class ImageIndex:
         known = {tuple(entry): row for row, entry in enumerate(self.files)}
         missing = [item for item, stamp in zip(items, stamps, strict=True) if tuple(stamp) not in known]
         made: dict[str, np.ndarray] = {}
+        errors: list[str] = []
         if missing:
             results = self.pipeline.stream(missing, skip_unreadable=True)
             for result in results if progress is None else progress(results, len(missing)):
                 if "error" in result:
-                    logger.warning("skipped: %s", result["error"])
+                    errors.append(result["error"])
                 else:
                     made[result["image"]] = result["features"]
+        for error in errors[:SHOWN_ERRORS]:
+            logger.warning("skipped: %s", error)
+        if len(errors) > SHOWN_ERRORS:
+            logger.warning("skipped: %s more images", f"{len(errors) - SHOWN_ERRORS:,}")
         kept = [stamp for stamp in stamps if tuple(stamp) in known or stamp[0] in made]
         if kept == self.files:
             return
@@ -85,6 +92,11 @@ class ImageIndex:
         """
         check_number("k", k, 1, MAX_HITS)
         check_number("rerank", rerank, 0, MAX_HITS)
+        if rerank and not isinstance(self.pipeline.model, ScoresPairs):
+            name = type(self.pipeline.model).__name__
+            raise InputError(
+                f"rerank: {name} has no matching head; set rerank to 0, or choose blip_retrieval, blip2 ..."
+            )
         similarities = self._similarities(torch.from_numpy(self.pipeline.texts([text])))
         hits = self._best(similarities, max(k, rerank))
         if rerank:
@@ -133,7 +145,7 @@ class ImageIndex:
         names, features = self.storage / "files.json", self.storage / "features.npy"
         if names.is_file() and features.is_file():
             content = json.loads(names.read_text())
-            found = np.load(features, mmap_mode="r", allow_pickle=False)
+            found = np.load(features, mmap_mode="c", allow_pickle=False)  # not "r": torch warns of it
             if content["made_by"] == self.made_by and len(found) == len(content["files"]):
                 self.files, self.features = content["files"], found
 

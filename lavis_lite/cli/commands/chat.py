@@ -1,51 +1,78 @@
 """The command `chat`: questions about images in the terminal."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lavis_lite.cli.commands.common import LoadOptions, finish, with_options
+from lavis_lite.cli.commands.common import (
+    LoadOptions,
+    MaxLength,
+    MinLength,
+    NumBeams,
+    Sample,
+    Seed,
+    Temperature,
+    TopP,
+    finish,
+    generation_settings,
+    with_options,
+)
 
-HELP = "/image FILE takes another image, /clear forgets the questions so far, /quit ends (as Ctrl-D does)"
+if TYPE_CHECKING:
+    from lavis_lite.inference.chat import Conversation
+
+HELP = "/image FILE takes another image or video, /clear forgets the questions so far, /quit ends (as Ctrl-D does)"
 
 
 @with_options(LoadOptions, model="blip2_t5_instruct/flant5xl")
 def chat(
     options: LoadOptions,
     *,
-    image: Annotated[str | None, typer.Argument(help="an image: a path or URL", show_default=False)] = None,
+    image: Annotated[str | None, typer.Argument(help="an image or video: a path or URL", show_default=False)] = None,
     rounds: Annotated[int, typer.Option(min=0, help="earlier questions and answers that each question follows")] = 3,
-    num_beams: Annotated[int | None, typer.Option(help="beams of the search")] = None,
-    max_length: Annotated[int | None, typer.Option(help="tokens that an answer has at most")] = None,
+    num_frames: Annotated[int | None, typer.Option(min=1, help="frames of a video  [default: 4]")] = None,
+    num_beams: NumBeams = None,
+    sample: Sample = False,
+    top_p: TopP = None,
+    temperature: Temperature = None,
+    seed: Seed = 42,
+    min_length: MinLength = None,
+    max_length: MaxLength = None,
 ) -> None:
-    """Ask questions about an image in the terminal."""
+    """Ask questions about an image or a video in the terminal."""
     if image is None:
         raise typer.BadParameter("name an image")
+    settings = generation_settings(num_beams, sample, top_p, temperature, min_length, max_length)
+    if sample:
+        settings["seed"] = seed
 
     def execute() -> None:
         from lavis_lite.cli.commands.common import given
         from lavis_lite.inference.chat import Conversation
+        from lavis_lite.inference.inputs import VIDEOS, one_item, open_source
 
-        conversation = Conversation(
-            options.load(), num_rounds=rounds, **given(num_beams=num_beams, max_length=max_length)
-        )
-        conversation.look_at(image)
+        if Path(image).suffix.lower() not in VIDEOS:
+            open_source(one_item(image), None)  # a broken file is found before the model is loaded
+        frames = given(num_frames=num_frames)
+        conversation = Conversation(options.load(), num_rounds=rounds, **settings)
+        conversation.look_at(image, **frames)
         typer.echo(HELP, err=True)
         while (line := _read()) is not None:
             if line == "/quit":
                 break
-            _respond(conversation, line)
+            _respond(conversation, line, frames)
 
     finish(execute)
 
 
-def _respond(conversation: "Conversation", line: str) -> None:  # type: ignore[name-defined]  # noqa: F821
+def _respond(conversation: "Conversation", line: str, frames: dict[str, int]) -> None:
     from lavis_lite.common.errors import UserError
 
     command, _, rest = line.partition(" ")
     try:
         if command == "/image":
-            conversation.look_at(rest.strip())
+            conversation.look_at(rest.strip(), **frames)
         elif command == "/clear":
             conversation.clear()
         elif command.startswith("/"):

@@ -14,7 +14,7 @@ Paths = Annotated[
     list[str],
     typer.Argument(
         metavar="PATHS...",
-        help="images, folders, patterns, URLs, lists (.txt) or tables (.csv, .tsv, .jsonl, .json) of paths",
+        help="images, folders, patterns, URLs, lists (.txt) or tables (.csv, .tsv, .jsonl, .json, .parquet) of paths",
         show_default=False,
     ),
 ]
@@ -33,6 +33,13 @@ BatchSize = Annotated[int | None, typer.Option(help="images per batch; found aut
 Threads = Annotated[int, typer.Option("--num-threads", help="threads that read images")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16")]
+NumBeams = Annotated[int | None, typer.Option(help="beams of the search")]
+Sample = Annotated[bool, typer.Option("--sample", help="nucleus sampling in place of beam search")]
+TopP = Annotated[float | None, typer.Option(help="share of the nucleus")]
+Temperature = Annotated[float | None, typer.Option(help="temperature of sampling")]
+Seed = Annotated[int, typer.Option(help="seed of sampling")]
+MinLength = Annotated[int | None, typer.Option(help="tokens that a text has at least")]
+MaxLength = Annotated[int | None, typer.Option(help="tokens that a text has at most")]
 
 
 @dataclass(kw_only=True)
@@ -68,7 +75,7 @@ class ImageOptions(LoadOptions):
     """The images that a command reads, and how."""
 
     paths: Paths
-    image_column: Annotated[str, typer.Option(help="column of a table with the images' paths")] = "image"
+    image_column: Annotated[str, typer.Option(help="column of a table with the images, or their paths")] = "image"
     batch_size: BatchSize = None
     num_threads: Threads = 4
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing output")] = False
@@ -132,6 +139,21 @@ def finish(execute: Callable[[], int | None]) -> None:
 def given(**settings: Any) -> dict[str, Any]:
     """Return the settings that have a value."""
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def generation_settings(
+    num_beams: int | None,
+    sample: bool,
+    top_p: float | None,
+    temperature: float | None,
+    min_length: int | None,
+    max_length: int | None,
+) -> dict[str, Any]:
+    """Return the settings of `generate` that options give."""
+    settings = given(
+        num_beams=num_beams, top_p=top_p, temperature=temperature, min_length=min_length, max_length=max_length
+    )
+    return settings | ({"use_nucleus_sampling": True} if sample else {})
 
 
 def lines_of(path: Path) -> list[str]:

@@ -7,13 +7,13 @@ import numpy as np
 
 from lavis_lite.cli.commands.common import ImageOptions
 from lavis_lite.cli.commands.progress import progress
-from lavis_lite.cli.commands.run import report
+from lavis_lite.cli.commands.run import report, skipped_of
 from lavis_lite.common import dist
 from lavis_lite.common.checkpoint import atomic_write, write_text
 from lavis_lite.common.errors import ExistingFileError, InputError
 from lavis_lite.inference.inputs import find_items
 from lavis_lite.inference.pipelines import EmbedPipeline
-from lavis_lite.inference.results import write_rows
+from lavis_lite.inference.results import check_folder, write_rows
 
 
 def embed_to(out: Path, options: ImageOptions, features: str) -> int:
@@ -23,6 +23,7 @@ def embed_to(out: Path, options: ImageOptions, features: str) -> int:
     """
     if out.suffix not in (".npy", ".parquet"):
         raise InputError(f"--out {out}: the ending must be .npy or .parquet")
+    check_folder(out)
     if out.exists() and not options.overwrite:
         raise ExistingFileError(f"--out {out} exists already: --overwrite replaces it")
     dist.init(options.device)
@@ -35,7 +36,7 @@ def embed_to(out: Path, options: ImageOptions, features: str) -> int:
         whole = [rows[item.name] for item in items if "error" not in rows[item.name]]
         if whole and dist.is_main():
             write_features(out, [row["image"] for row in whole], np.stack([row["features"] for row in whole]))
-        return report(len(whole), [row for row in rows.values() if "error" in row], str(out))
+        return report(len(whole), [row for row in rows.values() if "error" in row], str(out), listed=skipped_of(out))
     finally:
         dist.shutdown()
 

@@ -12,9 +12,6 @@ if TYPE_CHECKING:
 
     from lavis_lite.models.explain import Maps
 
-SIZE = 224
-MAX_TILES = 64
-
 
 @with_options(LoadOptions, model="blip_image_text_matching/base")
 def explain(
@@ -27,6 +24,7 @@ def explain(
     question: Annotated[str | None, typer.Option("--question", "-q", help="question to a model that answers")] = None,
     layer: Annotated[int | None, typer.Option(min=0, help="layer with cross-attention, from 0")] = None,
     out: Annotated[Path, typer.Option(help="overlays as .png or .html, or the maps as .npz")] = Path("explained.png"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing output")] = False,
 ) -> None:
     """Show where a model looked (Grad-CAM).
 
@@ -37,13 +35,18 @@ def explain(
         raise typer.BadParameter("name an image")
 
     def execute() -> int:
-        from lavis_lite.common.errors import InputError
-        from lavis_lite.inference.inputs import find_items, load_image, open_source
+        from lavis_lite.common.errors import ExistingFileError, InputError
+        from lavis_lite.inference.inputs import load_image, one_item, open_source
+        from lavis_lite.inference.results import check_folder
         from lavis_lite.models.explain import explain as explain_model
 
         if out.suffix not in (".png", ".html", ".npz"):
             raise InputError(f"--out {out}: the ending must be .png, .html or .npz")
-        (item, *_) = find_items([image])
+        check_folder(out)
+        if out.exists() and not overwrite:
+            raise ExistingFileError(f"--out {out} exists already: --overwrite replaces it, --out names another")
+        item = one_item(image)
+        open_source(item, None)  # a broken file is found before the model is loaded
         loaded = options.load()
         samples: dict[str, Any] = {"image": load_image(item, loaded.process_image)[None].to(loaded.device)}
         if question is not None:
@@ -63,23 +66,15 @@ def write(out: Path, image: "Image.Image", title: str, maps: "Maps") -> None:
     from lavis_lite.cli.data.preview import Tile
     from lavis_lite.cli.data.sheet import write_html, write_png
     from lavis_lite.common.checkpoint import atomic_write
-    from lavis_lite.common.gradcam import getAttMap
+    from lavis_lite.inference.overlays import overlay, overlays, squashed
 
     if out.suffix == ".npz":
         atomic_write(out, lambda file: np.savez(file, labels=np.array(maps.labels), maps=maps.maps))
         return
-    small = image.resize((SIZE, SIZE))  # squashed, as the model sees it
-    pixels = np.asarray(small, dtype=np.float64) / 255
-
-    def overlay(values: np.ndarray) -> "Image.Image":
-        from PIL import Image
-
-        return Image.fromarray(np.uint8(255 * getAttMap(pixels, values)))
-
-    tiles = [Tile(title="image", images=[small]), Tile(title="mean of all", images=[overlay(maps.mean)])]
-    for label, values in list(zip(maps.labels, maps.maps, strict=True))[:MAX_TILES]:
-        share = f"share of the largest: {values.max() / max(maps.maps.max(), 1e-12):.2f}"
-        tiles.append(Tile(title=label, images=[overlay(values)], texts=[share]))
+    small = squashed(image)
+    tiles = [Tile(title="image", images=[small]), Tile(title="mean of all", images=[overlay(small, maps.mean)])]
+    for label, picture, share in overlays(small, maps):
+        tiles.append(Tile(title=label, images=[picture], texts=[f"share of the largest: {share:.2f}"]))
     (write_html if out.suffix == ".html" else write_png)(tiles, out, title=title)
 
 

@@ -5,19 +5,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lavis_lite.cli.commands.common import ImageOptions, Out, ResumableOptions, finish, given, lines_of, with_options
+from lavis_lite.cli.commands.common import (
+    ImageOptions,
+    MaxLength,
+    MinLength,
+    NumBeams,
+    Out,
+    ResumableOptions,
+    Sample,
+    Seed,
+    Temperature,
+    TopP,
+    finish,
+    generation_settings,
+    given,
+    lines_of,
+    with_options,
+)
 
 if TYPE_CHECKING:
     from lavis_lite.cli.commands.run import Job
 
 Prompt = Annotated[str | None, typer.Option(help="text that each caption begins with")]
 Template = Annotated[str | None, typer.Option("--prompt", help="template of questions, with {} for the question")]
-NumBeams = Annotated[int | None, typer.Option(help="beams of the search")]
-Sample = Annotated[bool, typer.Option("--sample", help="nucleus sampling in place of beam search")]
-TopP = Annotated[float | None, typer.Option(help="share of the nucleus")]
-Temperature = Annotated[float | None, typer.Option(help="temperature of sampling")]
-MinLength = Annotated[int | None, typer.Option(help="tokens that a text has at least")]
-MaxLength = Annotated[int | None, typer.Option(help="tokens that a text has at most")]
 
 
 def job(task: str, options: ResumableOptions, **fields: Any) -> "Job":
@@ -40,7 +50,7 @@ def caption(
     sample: Sample = False,
     top_p: TopP = None,
     temperature: Temperature = None,
-    seed: Annotated[int, typer.Option(help="seed of sampling")] = 42,
+    seed: Seed = 42,
     min_length: MinLength = None,
     max_length: MaxLength = None,
     trigger: Annotated[str | None, typer.Option(help="word before each caption: WORD, a photo of ...")] = None,
@@ -53,9 +63,8 @@ def caption(
         options.check_output(out)
     if num_captions > 1 and num_beams is None and not sample:
         num_beams = max(3, num_captions)
-    settings = given(num_beams=num_beams, top_p=top_p, temperature=temperature, prompt=prompt)
-    settings |= given(min_length=min_length, max_length=max_length, num_captions=num_captions)
-    settings |= {"use_nucleus_sampling": True} if sample else {}
+    settings = generation_settings(num_beams, sample, top_p, temperature, min_length, max_length)
+    settings |= given(prompt=prompt, num_captions=num_captions)
     settings |= {"scores": True} if scores else {}
 
     def edited(row: dict[str, Any]) -> dict[str, Any]:
@@ -78,6 +87,10 @@ def ask(
     out: Out = None,
     prompt: Template = None,
     num_beams: NumBeams = None,
+    sample: Sample = False,
+    top_p: TopP = None,
+    temperature: Temperature = None,
+    seed: Seed = 42,
     min_length: MinLength = None,
     max_length: MaxLength = None,
 ) -> None:
@@ -90,10 +103,11 @@ def ask(
     options.check_output(out)
 
     def execute() -> int:
-        settings = given(num_beams=num_beams, min_length=min_length, max_length=max_length, prompt=prompt)
+        settings = generation_settings(num_beams, sample, top_p, temperature, min_length, max_length)
+        settings |= given(prompt=prompt)
         settings |= {} if answers is None else {"answers": lines_of(answers)}
         settings |= {} if question is None else {"question": question}
-        return job("ask", options, settings=settings, text="answer", column=question_column).run(out)
+        return job("ask", options, settings=settings, seed=seed, text="answer", column=question_column).run(out)
 
     finish(execute)
 

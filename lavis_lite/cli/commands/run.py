@@ -84,6 +84,10 @@ class Job:
         }
         made_with |= {"option": options.option, "question_column": self.column, **self.settings}
         results = Results(out, made_with, resume=options.resume, overwrite=options.overwrite)
+        if results.is_complete:
+            if dist.is_main():
+                print(f"{out} is finished already; --overwrite computes it anew", file=sys.stderr)
+            return 0
         with results:
             missing = [item for item in items if self.key(item) not in results.rows]
             for row in self.results(missing[dist.rank() :: dist.world_size()]):
@@ -93,7 +97,7 @@ class Job:
         if dist.is_main():
             write_rows(out, written)
             results.remove_partial()
-        return report(len(written), [row for row in rows if "error" in row], str(out))
+        return report(len(written), [row for row in rows if "error" in row], str(out), listed=skipped_of(out))
 
     def _to_sidecars(self, items: Sequence[Item]) -> int:
         """Write each text beside its image; with `--resume` those that have one are left out."""
@@ -128,16 +132,28 @@ def sidecar_of(item: Item) -> Path:
     return Path(str(item.image)).with_suffix(".txt")
 
 
-def report(count: int, errors: Sequence[Mapping[str, Any]], where: str) -> int:
-    """Print what was done and which images could not be read. Returns the exit code: 1 if none could."""
+def skipped_of(out: Path) -> Path:
+    """Return the file that lists the images that an output lacks."""
+    return out.with_name(f"skipped_{out.name}.txt")
+
+
+def report(count: int, errors: Sequence[Mapping[str, Any]], where: str, *, listed: Path | None = None) -> int:
+    """Print what was done and which images could not be read; `listed` is a file for all of their names, which is
+    removed if there are none. Returns the exit code: 1 if no image could be read.
+    """
     if not dist.is_main():
         return 0 if count or not errors else 1
+    if listed is not None and errors:
+        write_text(listed, "".join(f"{row['image']}\n" for row in errors))
+    elif listed is not None:
+        listed.unlink(missing_ok=True)
     for row in errors[:SHOWN_ERRORS]:
         print(f"skipped: {row['error']}", file=sys.stderr)
     if len(errors) > SHOWN_ERRORS:
         print(f"skipped: {len(errors) - SHOWN_ERRORS:,} more images", file=sys.stderr)
     if where:
         skipped = f"; {len(errors):,} images could not be read" if errors else ""
+        skipped += f": {listed}" if errors and listed is not None else ""
         print(f"{count:,} results: {where}{skipped}", file=sys.stderr)
     return 0 if count or not errors else 1
 

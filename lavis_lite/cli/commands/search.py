@@ -32,9 +32,14 @@ def search(
 
     def execute() -> int:
         from lavis_lite.cli.commands.progress import progress
+        from lavis_lite.datasets.image import open_image
+        from lavis_lite.inference.inputs import find_items
         from lavis_lite.inference.pipelines import EmbedPipeline
         from lavis_lite.inference.search import ImageIndex
 
+        find_items([folder])
+        if image is not None:
+            open_image(image)  # a missing folder or broken image is found before the model is loaded
         pipeline = EmbedPipeline(options.load(), batch_size=batch_size, num_threads=num_threads)
         found = ImageIndex(folder, pipeline, storage=index)
         found.update(progress)
