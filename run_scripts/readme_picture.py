@@ -4,18 +4,36 @@
 """
 
 import argparse
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
-from quickstart_report import Card, caption_cards, vqa_cards
+
+from lavis_lite.report.jobs import find_jobs
+from lavis_lite.tasks.predictions import Prediction, read_predictions
 
 NUM_IMAGES, COLUMNS = 6, 3
 WIDTH, IMAGE, MARGIN, LINE = 380, 144, 16, 19
 INK, GREY, GREEN, RED = "#1c2330", "#5b6579", "#1f7a46", "#b02c2c"
+
+
+class Card(NamedTuple):
+    """A test image with the model's text, and the question that it answers."""
+
+    image: Path
+    text: str
+    right: bool
+    note: str
+
+
+def cards(job: Path) -> Iterator[Card]:
+    """Yield every test prediction of a job; right if its accuracy is above 50 percent."""
+    (found,) = find_jobs(job)
+    rows: list[Prediction] = read_predictions(found.predictions()["test"])
+    for row in rows:
+        right = row["metrics"]["accuracy"] > 50
+        yield Card(Path(row["images"][0]), row["prediction"], right, row.get("input", ""))
 
 
 def wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
@@ -36,8 +54,8 @@ def main() -> None:
     parser.add_argument("quickstart", type=Path, help="the quickstart's output folder")
     parser.add_argument("picture", type=Path, help="the PNG to write")
     args = parser.parse_args()
-    captions = list(caption_cards(args.quickstart / "caption"))[:NUM_IMAGES]
-    answers = list(vqa_cards(args.quickstart / "vqa"))
+    captions = list(cards(args.quickstart / "caption"))[:NUM_IMAGES]
+    answers = list(cards(args.quickstart / "vqa"))
     rows = -(-NUM_IMAGES // COLUMNS)
     height = IMAGE + 2 * MARGIN
     sheet = Image.new("RGB", (COLUMNS * WIDTH, rows * height), "white")

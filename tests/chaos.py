@@ -150,6 +150,8 @@ class Round:
         found: dict[str, Any] = {f"{name}.{key}": value for name, file in files.items() for key, value in file.items()}
         found = {key: value for key, value in found.items() if not key.endswith(".config")}
         for row in readable_rows(self.job / "log.txt"):  # of a step that was repeated, the later row counts
+            if {"run", "speed", "result"} & row.keys():  # dates and times
+                continue
             row.pop("samples_per_s", None)
             found[f"log {row.get('split', 'train')} {row.get('step')}"] = row
         for path in sorted((self.job / "result").iterdir()):

@@ -8,7 +8,7 @@ from pathlib import Path
 import cli_helpers
 import pytest
 
-OPTIONAL = ("decord", "pycocotools", "pycocoevalcap", "tensorboard", "torch.utils.tensorboard")
+OPTIONAL = ("decord", "pycocotools", "pycocoevalcap", "tensorboard", "torch.utils.tensorboard", "matplotlib")
 DRIVER = """
 import sys
 for name in {optional!r}:

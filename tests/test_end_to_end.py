@@ -60,7 +60,9 @@ def check_files(job: Path, name: str) -> None:
     events = {file for file in files if file.startswith("tensorboard/")}
     results = {f"result/{file.format(split)}" for file in cli_helpers.RESULT_FILES[name] for split in ("val", "test")}
     assert len(events) == 1
-    assert files - events == OWN_FILES | results
+    evaluated = [(row["split"], row["step"]) for row in cli_helpers.log(job) if "split" in row]
+    kept = {f"predictions/{split}_step{step}.jsonl" for split, step in evaluated if results}  # of every validation
+    assert files - events == OWN_FILES | results | kept
     config = yaml.safe_load((job / "config.yaml").read_text())
     assert config["model"]["arch"] == cli_helpers.RECIPES[name]["model"]["arch"]
     last = checkpoint.load(job / "checkpoint_last.pth")

@@ -6,6 +6,7 @@ import torch
 
 from lavis_lite.cli import preflight
 from lavis_lite.cli.memory import memory_lines
+from lavis_lite.cli.provenance import parameters
 from lavis_lite.cli.verdict import check_expected
 from lavis_lite.common import dist
 from lavis_lite.common.config import trained as trained_config
@@ -95,9 +96,8 @@ def train_memory(cfg: Config, model: BaseModel, found: preflight.DataReport) -> 
 
 def parameter_counts(model: BaseModel) -> str:
     """Return in words how many parameters a model has, and how many are trainable."""
-    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    trainable = sum(count for count, is_trainable in counts if is_trainable)
-    return f"{sum(count for count, _ in counts):,} in all, {trainable:,} trainable"
+    total, trainable = parameters(model)
+    return f"{total:,} in all, {trainable:,} trainable"
 
 
 def plan_lines(cfg: Config, plan: Plan) -> list[str]:

@@ -2,18 +2,13 @@
 
 import hashlib
 import logging
-import platform
-import sys
 from collections.abc import Mapping
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
-from lavis_lite import __version__
 from lavis_lite.cli import verdict
-from lavis_lite.common import dist
+from lavis_lite.cli.provenance import provenance
 from lavis_lite.common.config.config import Config
 from lavis_lite.models.base import BaseModel
 from lavis_lite.runners.runner import Runner
@@ -23,7 +18,6 @@ from lavis_lite.tasks.results import write_json
 logger = logging.getLogger(__name__)
 
 FILE = "evaluation.json"
-PACKAGES = ("torch", "transformers", "timm", "pycocoevalcap", "peft", "bitsandbytes")
 
 
 def conclude(
@@ -42,7 +36,7 @@ def conclude(
         "intervals": {split: intervals(metrics) for split, metrics in results.items()},
         "num_samples": runner.num_samples,
         "verdict": verdict.to_json(rows),
-        "provenance": provenance(cfg, runner),
+        "provenance": provenance(cfg, runner) | {"weights_sha256": weights_digest(runner.model)},
     }
     write_json(runner.job_dir / FILE, content)
     return rows
@@ -56,36 +50,6 @@ def intervals(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[f
             found |= intervals(value, f"{prefix}{name}.")
         elif isinstance(value, Mean):
             found[f"{prefix}{name}"] = value.interval()
-    return found
-
-
-def provenance(cfg: Config, runner: Runner) -> dict[str, Any]:
-    """Return what is needed to know where the numbers are from."""
-    section = cfg.model
-    named = cfg.run.resume_ckpt_path or section.get("checkpoint")
-    packaged = [section.get(key) for key in ("finetuned", "pretrained") if section.get(f"load_{key}")]
-    return {
-        "recipe": cfg.source,
-        "command": sys.argv,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": f"{section['arch']}/{section.get('model_type')}",
-        "weights": named or next((path for path in packaged if path), None),
-        "weights_sha256": weights_digest(runner.model),
-        "config_sha256": hashlib.sha256(cfg.to_yaml().encode("utf-8", "surrogatepass")).hexdigest(),
-        "versions": {"lavis_lite": __version__, "python": platform.python_version()} | _versions(),
-        "device": torch.cuda.get_device_name(runner.device) if runner.device.type == "cuda" else str(runner.device),
-        "precision": str(runner.dtype).removeprefix("torch."),
-        "processes": dist.world_size(),
-    }
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 

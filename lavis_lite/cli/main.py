@@ -14,11 +14,12 @@ from lavis_lite.cli.failures import exit_code, is_first_process
 from lavis_lite.common.config.config import Config, parser
 from lavis_lite.common.errors import RankZeroFailed, UserError
 from lavis_lite.common.registry import registry
-from lavis_lite.runners.jobs import LAST, discard_if_unused, held, start_job
+from lavis_lite.runners.jobs import BEST, LAST, discard_if_unused, held, start_job
 from lavis_lite.runners.stopping import Stopped, StopSignals
 
 if TYPE_CHECKING:
     from lavis_lite.cli.verdict import References, Row
+    from lavis_lite.runners.plan import Plan
     from lavis_lite.runners.runner import Runner
 
 logger = logging.getLogger(__name__)
@@ -156,7 +157,7 @@ def _run_job(cfg: Config, stop: StopSignals) -> "list[Row]":
             preflight.check_model(cfg, task, model, datasets, found)
             runner = registry.get_runner_class(cfg.run.runner)(cfg, task, model, datasets, job_dir)
             runner.stop = stop
-            return _execute(cfg, runner, references)
+            return _execute(cfg, runner, references, found.plan)
         except (UserError, Stopped, RuntimeError) as error:
             is_users = isinstance(error, UserError | RankZeroFailed)
             stopped = error if isinstance(error, Stopped) else None
@@ -172,33 +173,42 @@ def _run_job(cfg: Config, stop: StopSignals) -> "list[Row]":
             raise stopped from None
 
 
-def _execute(cfg: Config, runner: "Runner", references: "References") -> "list[Row]":
+def _execute(cfg: Config, runner: "Runner", references: "References", plan: "Plan | None") -> "list[Row]":
     """Evaluate or train, with a few lines about the run before and after it; return the verdict on rank 0.
 
-    `references` are the configurations of the values that the recipe expects.
+    `references` are the configurations of the values that the recipe expects, `plan` is the training's.
     """
-    from lavis_lite.cli.dry_run import parameter_counts
     from lavis_lite.cli.evaluation import conclude
+    from lavis_lite.cli.provenance import about, describe
     from lavis_lite.common import dist
 
-    processes = f" x {dist.world_size()} processes" if dist.world_size() > 1 else ""
+    runner.about = about(cfg, runner, None if cfg.run.evaluate else plan)
     if dist.is_main():
-        logger.info(
-            f"{cfg.model['arch']} {cfg.model.get('model_type') or ''}: parameters {parameter_counts(runner.model)}; "
-            f"task {cfg.run.task}\ndevice {runner.device}{processes}, {str(runner.dtype).removeprefix('torch.')}; seed "
-            f"{cfg.run.seed}\nfolder {runner.job_dir}"
-        )
+        logger.info("\n".join(describe(cfg, runner, runner.about)))
     started = time.perf_counter()
-    result: dict[str, Any] = {"test": runner.evaluate()} if cfg.run.evaluate else runner.train()
+    try:
+        result: dict[str, Any] = {"test": runner.evaluate()} if cfg.run.evaluate else runner.train()
+    finally:
+        runner.progress.close()
     if not dist.is_main():
         return []
+    seconds = time.perf_counter() - started
+    step = 0 if cfg.run.evaluate else runner.training.state.step
+    runner.progress.report_result({"seconds": round(seconds, 2), "best": result.get("best")}, step=step)
     if cfg.run.evaluate:
         print(json.dumps(result["test"], indent=2, default=str))
-    else:
-        best = result.get("best") or {}
-        chosen = "the last weights: nothing chose better ones"
-        if best.get("metric") is not None:
-            chosen = f"agg_metrics {best['metric']:.4g} after epoch {best['epoch'] + 1}"
-        duration = timedelta(seconds=round(time.perf_counter() - started))
-        logger.info(f"done in {duration}; {runner.job_dir / 'checkpoint_best.pth'}: {chosen}")
-    return conclude(cfg, runner, result["test"], references) if result["test"] else []
+    rows = conclude(cfg, runner, result["test"], references) if result["test"] else []
+    logger.info("\n".join(_outcome(cfg, runner, result.get("best"), timedelta(seconds=round(seconds)))))
+    return rows
+
+
+def _outcome(cfg: Config, runner: "Runner", best: dict[str, Any] | None, duration: timedelta) -> list[str]:
+    """Return the lines that a run ends with: how long it took, its best weights, and what can be done with them."""
+    from lavis_lite.cli.provenance import next_commands
+
+    if cfg.run.evaluate:
+        return [f"done in {duration}; results in {runner.job_dir}", *next_commands(cfg, runner)]
+    chosen = "the last weights: nothing chose better ones"
+    if best is not None and best["metric"] is not None:
+        chosen = f"agg_metrics {best['metric']:.4g} after epoch {best['epoch'] + 1}"
+    return [f"done in {duration}; {runner.job_dir / BEST}: {chosen}", *next_commands(cfg, runner)]

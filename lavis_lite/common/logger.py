@@ -7,12 +7,13 @@ import json
 import logging
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from lavis_lite.common import dist
 
@@ -107,6 +108,13 @@ class TensorBoardLog:
         if self.writer is not None:
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, step)
+            self.writer.flush()
+
+    def write_images(self, name: str, pictures: Sequence[tuple[Image.Image, str]], *, step: int) -> None:
+        """Record images under a name; their texts are drawn in them."""
+        if self.writer is not None:
+            for number, (image, _) in enumerate(pictures):
+                self.writer.add_image(f"{name}/{number}", np.asarray(image), step, dataformats="HWC")
             self.writer.flush()
 
     def close(self) -> None:

@@ -126,10 +126,14 @@ class InstructDataset(VisualDataset):
         kept = ("question_id", "candidates")
         return sample | {key: record[key] for key in kept if record.get(key) is not None}
 
+    def instruction(self, record: Record) -> str:
+        """Return the instruction of an evaluation's record, without the examples before it."""
+        return fill(self.used[0], self.values(record))
+
     def example(self, record: Record) -> str:
         """Return the text of a record as an example before an instruction."""
         assert self.few_shot is not None
-        fields = {"instruction": fill(self.used[0], self.values(record)), "answer": self.choose(record["answers"])}
+        fields = {"instruction": self.instruction(record), "answer": self.choose(record["answers"])}
         return fill(self.few_shot.template, fields)
 
     def values(self, record: Record) -> dict[str, Any]:

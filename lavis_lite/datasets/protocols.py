@@ -117,6 +117,15 @@ class HasExtraMetrics(Protocol):
 
 
 @runtime_checkable
+class JudgesCaptions(Protocol):
+    """A captioning split that can judge a single caption, for the file of predictions."""
+
+    def judge(self, image_id: Any, caption: str, /) -> dict[str, float]:
+        """Return metrics of the caption of an image, in percent; `accuracy` says how right it is."""
+        ...
+
+
+@runtime_checkable
 class HasAnswerList(Protocol):
     """A split of questions that may come with a list of answers to rank."""
 

@@ -20,6 +20,7 @@ from typing import Literal
 from lavis_lite.common.checkpoint import write_text
 from lavis_lite.common.errors import InputError, MissingFileError
 from lavis_lite.common.members import BLOCK, Member
+from lavis_lite.common.progress import progress
 from lavis_lite.common.records import Record
 from lavis_lite.common.sources import download
 from lavis_lite.datasets.shard_records import is_image, is_text, make_record, split_name
@@ -78,7 +79,8 @@ def index_all(paths: Sequence[Path]) -> None:
     if missing:
         logger.info(f"listing the members of {len(missing):,} shards, once: {missing[0]} ...")
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        list(pool.map(indexed, missing))
+        for _ in progress(pool.map(indexed, missing), len(missing), name="listing", unit="shard"):
+            pass
 
 
 def index_path(path: Path) -> Path:

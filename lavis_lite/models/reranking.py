@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lavis_lite.common import dist
 from lavis_lite.common.bounds import check_number
+from lavis_lite.common.progress import progress
 from lavis_lite.models.batches import in_compute_type, stack_texts, trimmed
 from lavis_lite.models.image_text import ImageTextModel
 
@@ -57,7 +58,7 @@ def similarity_matrices(model: ImageTextModel, loader: GalleryLoader, k_test: in
     wanted_t2i = top_mask(sims.t(), min(k_test, num_images)).t()
     scores = torch.full((len(index), num_texts), UNRANKED, device=model.device)
     ids, mask = stack_texts(*texts)
-    for row, image in enumerate(index.tolist()):
+    for row, image in enumerate(progress(index.tolist(), len(index), name="re-ranking")):
         columns = (wanted_i2t[image] | wanted_t2i[image]).nonzero().squeeze(1)
         context = model.project_kv(tokens[row][None].to(model.device))
         for part in columns.split(TEXTS_PER_STEP):

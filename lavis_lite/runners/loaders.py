@@ -15,6 +15,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from lavis_lite.common.config.run import RunConfig
 from lavis_lite.common.errors import InputError, UnreadableSample
+from lavis_lite.common.progress import progress
 from lavis_lite.common.rng import preserve_rng_state, seed_sample
 from lavis_lite.datasets.base import BaseDataset
 from lavis_lite.datasets.protocols import EvalDataset, SampleDataset
@@ -198,13 +199,18 @@ class EvalLoader:
         world: int = 1,
         device: torch.device | str = "cpu",
         batches: Sequence[Sequence[int]] | None = None,
+        name: str = "evaluation",
     ) -> None:
         self.dataset, self.device, self.batches = dataset, torch.device(device), batches
+        self.name = name
         self.max_share, self.seen, self.unreadable = run.max_unreadable_share, 0, 0
         indices = range(rank, len(dataset), world)
+        size = run.batch_size_eval
+        starts = range(0, len(indices), size)
+        self.sizes = [min(size, len(indices) - start) for start in starts] if batches is None else [*map(len, batches)]
         count = len(indices if batches is None else batches)
         workers = {"num_workers": min(run.num_workers, count), "pin_memory": self.device.type == "cuda"}
-        order: dict[str, Any] = {"batch_size": run.batch_size_eval, "sampler": indices}
+        order: dict[str, Any] = {"batch_size": size, "sampler": indices}
         order = order if batches is None else {"batch_sampler": batches}
         reader = _Collated(dataset, skip_unreadable=batches is not None)
         self.loader = _data_loader(reader, seed=0, **order, **workers)
@@ -213,7 +219,7 @@ class EvalLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Sample]:
-        for batch in _started(self.loader):
+        for batch in progress(_started(self.loader), sum(self.sizes), name=self.name, sizes=self.sizes):
             if batch.errors and self.batches is None:
                 raise UnreadableSample(f"{batch.errors[0]} (Evaluation never skips samples.)")
             if self.batches is not None:

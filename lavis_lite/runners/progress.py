@@ -1,10 +1,10 @@
-"""A run's log lines: log.txt, TensorBoard, and a live line on a terminal or plain lines elsewhere."""
+"""A run's log lines: log.txt, TensorBoard, plain lines, and below them a bar on a terminal."""
 
 import contextlib
 import datetime
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ from tqdm import tqdm
 
 from lavis_lite.common import dist
 from lavis_lite.common.logger import JsonLog, TensorBoardLog
+from lavis_lite.common.progress import bar
 from lavis_lite.runners.plan import Plan
 from lavis_lite.runners.sampling import TrainSampler
+from lavis_lite.runners.trackers import TRACKERS, Pictures, Tracker, find_packages
 
 logger = logging.getLogger(__name__)
 
@@ -21,8 +23,11 @@ logger = logging.getLogger(__name__)
 class Progress:
     """Writes rank 0's log of a run in `job_dir`; other ranks write nothing. Rates count training time only."""
 
-    def __init__(self, job_dir: Path, *, tensorboard: bool = True) -> None:
+    def __init__(self, job_dir: Path, *, tensorboard: bool = True, trackers: Sequence[str] = ()) -> None:
         is_main = dist.is_main()
+        self.job_dir = job_dir
+        self.packages = find_packages(trackers if is_main else ())
+        self.trackers: list[Tracker] = []
         self.log = JsonLog(job_dir / "log.txt", enabled=is_main)
         self.events = TensorBoardLog(job_dir / "tensorboard", enabled=is_main and tensorboard)
         self.bar = tqdm(disable=True)
@@ -33,11 +38,8 @@ class Progress:
         """Time the steps of (inner) epoch `epoch` (0-based) from `step` on, with a bar on a terminal."""
         self.started, self.num_steps = time.perf_counter(), 0
         first, end = plan.bounds(epoch)
-        name, is_off = (
-            f"epoch {epoch + 1}/{plan.num_epochs}",
-            None if dist.is_main() else True,
-        )  # None: not on a terminal
-        with tqdm(total=end - first, initial=step - first, desc=name, leave=False, disable=is_off) as self.bar:
+        name = f"epoch {epoch + 1}/{plan.num_epochs}"
+        with bar(end - first, initial=step - first, name=name, unit="step") as self.bar:
             yield
 
     def advance(self) -> None:
@@ -51,23 +53,52 @@ class Progress:
         values = {**values, "samples_per_s": round(steps_per_s * plan.sampler.global_batch, 2)}
         row = {"step": step, "epoch": epoch, **values}
         self.log.write(row)
-        self.events.write({f"train/{name}": value for name, value in values.items()}, step=step)
+        self._track({f"train/{name}": value for name, value in values.items()}, step=step)
         left = datetime.timedelta(seconds=round((plan.total - step) / steps_per_s))
         parts = {name: f"{value:.4g}" for name, value in values.items() if isinstance(value, float)}
         self.bar.set_postfix({**parts, "left": str(left)})
-        if self.bar.disable:
-            text = "  ".join(f"{name} {value}" for name, value in parts.items())
-            logger.info(f"epoch {epoch + 1}  step {step}/{plan.total}  {text}  time left {left}")
+        text = "  ".join(f"{name} {value}" for name, value in parts.items())
+        logger.info(f"epoch {epoch + 1}  step {step}/{plan.total}  {text}  time left {left}")
         self.started, self.num_steps = time.perf_counter(), 0
         return row
 
-    def report_metrics(self, split: str, metrics: Mapping[str, Any], *, step: int, epoch: int) -> None:
-        """Write the metrics of an evaluation."""
+    def report_run(self, about: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        """Write what a run is, before its first step, and begin the trackers' runs."""
+        if about:
+            self.log.write({"run": about})
+        if not self.trackers:
+            self.trackers = [TRACKERS[name](package, self.job_dir, config) for name, package in self.packages.items()]
+
+    def _track(self, scalars: Mapping[str, float], *, step: int) -> None:
+        for tracker in (self.events, *self.trackers):
+            tracker.write(scalars, step=step)
+
+    def report_pictures(self, name: str, pictures: Pictures, *, step: int) -> None:
+        """Show pictures in TensorBoard and the trackers."""
+        for tracker in (self.events, *self.trackers):
+            tracker.write_images(name, pictures, step=step)
+
+    @property
+    def shows_pictures(self) -> bool:
+        """Whether pictures go anywhere."""
+        return self.events.writer is not None or bool(self.trackers)
+
+    def report_result(self, result: Mapping[str, Any], *, step: int) -> None:
+        """Write what came out of a run."""
+        self.log.write({"step": step, "result": result})
+
+    def report_metrics(
+        self, split: str, metrics: Mapping[str, Any], *, step: int, epoch: int, speed: Mapping[str, float] | None = None
+    ) -> None:
+        """Write the metrics of an evaluation, and how fast it was: `seconds` and `samples_per_s`."""
         self.log.write({"split": split, "step": step, "epoch": epoch, "metrics": dict(metrics)})
+        if speed:
+            self.log.write({"speed": {"split": split, **speed}})
         numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
-        self.events.write({f"{split}/{name}": value for name, value in numbers.items()}, step=step)
+        self._track({f"{split}/{name}": value for name, value in numbers.items()}, step=step)
         parts = [f"{name} {value:.4g}" for name, value in numbers.items()]
         parts += [f"({metrics['note']})"] if "note" in metrics else []
+        parts += [f"{speed['samples_per_s']:.4g} images/s"] if speed else []
         logger.info(f"{split}: " + "  ".join(parts))
 
     def report_mixture(self, sampler: TrainSampler) -> None:
@@ -84,12 +115,14 @@ class Progress:
         """Write each dataset's part in `epoch`: its batches and their mean loss (None without any), or its samples."""
         self.log.write({"step": step, "epoch": epoch, "datasets": datasets})
         numbers = {f"datasets_{key}/{name}": v for name, row in datasets.items() for key, v in row.items()}
-        self.events.write({name: value for name, value in numbers.items() if value is not None}, step=step)
+        self._track({name: value for name, value in numbers.items() if value is not None}, step=step)
         logger.info(f"epoch {epoch + 1} by dataset:\n{_table(datasets)}")
 
     def close(self) -> None:
-        """Close the event file."""
-        self.events.close()
+        """Close the event file and the trackers' runs."""
+        for tracker in (self.events, *self.trackers):
+            tracker.close()
+        self.trackers = []
 
 
 def _table(datasets: Mapping[str, Mapping[str, float | None]]) -> str:

@@ -6,7 +6,9 @@ The loop itself is in train_loop.py; `runner_base` and `runner_iter` differ in t
 import logging
 import math
 import statistics
+import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from lavis_lite.models.base import BaseModel
 from lavis_lite.runners.jobs import BEST, write_last
 from lavis_lite.runners.learning import LearningWatch
 from lavis_lite.runners.loaders import Datasets, EvalLoader, TrainLoader, eval_sets, train_sets
+from lavis_lite.runners.pictures import pictures_of
 from lavis_lite.runners.plan import make_plan
 from lavis_lite.runners.progress import Progress
 from lavis_lite.runners.resume import annotation_digests, load_verified, resume
@@ -30,6 +33,7 @@ from lavis_lite.runners.stopping import StopSignals
 from lavis_lite.runners.train_loop import Training, train_loop
 from lavis_lite.runners.train_state import TrainState
 from lavis_lite.tasks.base import BaseTask, check_splits
+from lavis_lite.tasks.predictions import predictions_path, write_predictions
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +64,10 @@ class Runner:
         self.stop = StopSignals()  # replaced by a caller that catches signals; this one is not entered and catches none
         self.has_begun = False  # a first step or an evaluation
         self.saved_step: int | None = None
-        self.progress = Progress(self.job_dir, tensorboard=self.run.tensorboard)
+        self.progress = Progress(self.job_dir, tensorboard=self.run.tensorboard, trackers=self.run.trackers)
         self.has_warned_of_no_best = False
+        self.about: dict[str, Any] = {}
+        """What the run is, for the row `run` of its log."""
         self.num_samples: dict[str, int] = {}
         """Samples of each split that was evaluated."""
 
@@ -76,6 +82,7 @@ class Runner:
         state = self.training.state
         self._write_config()  # only now: a resume that is refused leaves the job as it was
         self.has_begun = True
+        self.progress.report_run(self.about, self._config())
         train_loop(self.training, save=self._save_last, validate=self._validate)
         self._load_best()
         test = self._evaluate_splits(self.run.test_splits, step=state.step, epoch=state.epoch)
@@ -95,6 +102,7 @@ class Runner:
         if self.run.resume_ckpt_path:
             logger.info(f"evaluating the weights of {self.run.resume_ckpt_path} (run.resume_ckpt_path)")
             self._load_weights(Path(self.run.resume_ckpt_path))
+        self.progress.report_run(self.about, self._config())
         return self._evaluate_splits(splits)
 
     def _prepare(self) -> Training:
@@ -153,7 +161,8 @@ class Runner:
             self._save_best()
             logger.info(f"best so far: {metric:.4g} on {name} after epoch {epoch + 1}")
 
-    def _evaluate_splits(self, splits: Sequence[str], *, step: int = 0, epoch: int = 0) -> Results:
+    def _evaluate_splits(self, splits: Sequence[str], *, step: int | None = None, epoch: int = 0) -> Results:
+        """Return the metrics of splits, and keep their predictions; `step` is None but in a training."""
         self.has_begun = True
         self.model.eval()
         results: Results = {}
@@ -162,11 +171,25 @@ class Runner:
             folder, size = self.job_dir / "result", self.run.batch_size_eval
             batches = self.task.eval_batches(dataset, batch_size=size, split=key, result_dir=folder)
             ranks = {"rank": dist.rank(), "world": dist.world_size()}
-            loader = EvalLoader(dataset, self.run, **ranks, device=self.device, batches=batches)
+            loader = EvalLoader(dataset, self.run, **ranks, device=self.device, batches=batches, name=key)
+            started = time.perf_counter()
             with torch.no_grad(), autocast(self.device, self.dtype):
                 results[key] = self.task.evaluate(self.model, loader, split=key, result_dir=folder)
-            self.progress.report_metrics(key, results[key], step=step, epoch=epoch)
+            seconds, number = time.perf_counter() - started, sum(loader.sizes) * dist.world_size()
+            dist.on_main(partial(self._keep_predictions, key, step))
+            speed = {"seconds": round(seconds, 2), "samples_per_s": round(number / seconds, 2)}
+            self.progress.report_metrics(key, results[key], step=step or 0, epoch=epoch, speed=speed)
         return results
+
+    def _keep_predictions(self, split: str, step: int | None) -> None:
+        """Write the predictions of the last evaluation, and show some of them in TensorBoard and the trackers."""
+        kept = self.task.take_predictions()
+        if not kept:
+            return
+        write_predictions(predictions_path(self.job_dir, split, step), kept)
+        if self.progress.shows_pictures:
+            pictures = pictures_of(kept, seed=self.run.seed)
+            self.progress.report_pictures(f"{split}_predictions", pictures, step=step or 0)
 
     def _save_last(self) -> None:
         """Gather the whole training state and write it; must be entered by every rank."""

@@ -4,6 +4,7 @@ A step is an update of the weights by one global batch, which `run.accum_grad_it
 """
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,8 @@ from lavis_lite.runners.progress import Progress
 from lavis_lite.runners.stopping import Stopped, StopSignals
 from lavis_lite.runners.train_state import TrainState
 from lavis_lite.tasks.base import BaseTask
+
+logger = logging.getLogger(__name__)
 
 REMEDY = (
     "The checkpoints on disk predate it. "
@@ -127,6 +130,8 @@ def train_loop(training: Training, *, save: Callable[[], None], validate: Callab
     average = LossAverage(run)
     with contextlib.closing(iter(state.loader)) as batches, training.stop.deferred():
         for epoch in range(state.epoch, plan.num_epochs):
+            if is_stale(state, run.early_stopping):
+                break
             first, end = plan.bounds(epoch)
             start = state.step
             state.model.train()
@@ -167,6 +172,17 @@ def train_loop(training: Training, *, save: Callable[[], None], validate: Callab
                     validate(epoch)
             state.epoch = epoch + 1
             save()
+
+
+def is_stale(state: TrainState, patience: int | None) -> bool:
+    """Return whether the last `patience` validations gave no better metric; follows from what a checkpoint holds."""
+    if patience is None or state.best_epoch is None or state.epoch - 1 - state.best_epoch < patience:
+        return False
+    logger.info(
+        f"early stopping: {patience} validations without a better metric than {state.best_metric:.4g} after epoch "
+        f"{state.best_epoch + 1} (run.early_stopping)"
+    )
+    return True
 
 
 def _update_weights(state: TrainState, *, clip: float | None) -> None:

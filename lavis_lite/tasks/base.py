@@ -25,6 +25,7 @@ from lavis_lite.datasets.base import BaseBuilder, BaseDataset
 from lavis_lite.datasets.protocols import EvalDataset, SampleDict, Samples
 from lavis_lite.models.base import BaseModel, build_model
 from lavis_lite.nn.decoding import BOUNDS
+from lavis_lite.tasks.predictions import Prediction
 from lavis_lite.tasks.results import Result, gather
 
 Metrics = dict[str, Any]
@@ -65,6 +66,8 @@ class BaseTask:
 
     fractions: ClassVar[frozenset[str]] = frozenset()
     """Metrics that are printed as fractions of 1; others are in percent."""
+
+    _kept = tuple[Prediction, ...]()  # no field, so that it is not a key of the YAML
 
     def __post_init__(self) -> None:
         """Raise InputError for a field with a value that it cannot have."""
@@ -169,7 +172,26 @@ class BaseTask:
         results = gather(results, dataset)
         if not results:
             raise InputError(f"the {split} split is empty: there is nothing to evaluate")
-        return dist.on_main(lambda: self.score(results, dataset=dataset, split=split, result_dir=Path(result_dir)))
+
+        def conclude() -> Metrics:
+            metrics = self.score(results, dataset=dataset, split=split, result_dir=Path(result_dir))
+            self._kept = tuple(self.predictions(results, metrics, dataset=dataset, split=split))
+            return metrics
+
+        return dist.on_main(conclude)
+
+    def predictions(
+        self, results: list[Result], metrics: Metrics, *, dataset: EvalDataset, split: str
+    ) -> list[Prediction]:
+        """Return the samples' predictions with what was expected, for the run's files and the report; called on rank 0
+        after `score`. Subclasses define it; the base class keeps none.
+        """
+        return []
+
+    def take_predictions(self) -> tuple[Prediction, ...]:
+        """Return the predictions of the last `evaluate`, once; on other ranks than 0 none."""
+        kept, self._kept = self._kept, ()
+        return kept
 
     def batch_context(self, dataset: EvalDataset) -> Samples:
         """Return keys that are added to every batch of this dataset, such as an answer list."""

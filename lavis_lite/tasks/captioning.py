@@ -19,7 +19,14 @@ from lavis_lite.common.registry import registry
 from lavis_lite.datasets.annotations import as_list as as_captions
 from lavis_lite.datasets.annotations import check_records, read_json, read_records, section
 from lavis_lite.datasets.base import BaseDataset
-from lavis_lite.datasets.protocols import IMAGE_KEYS, EvalDataset, HasExtraMetrics, HasReferences, Samples
+from lavis_lite.datasets.protocols import (
+    IMAGE_KEYS,
+    EvalDataset,
+    HasExtraMetrics,
+    HasReferences,
+    JudgesCaptions,
+    Samples,
+)
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.protocols import Generates, method_names
 from lavis_lite.tasks.base import (
@@ -32,7 +39,9 @@ from lavis_lite.tasks.base import (
     with_columns,
 )
 from lavis_lite.tasks.metrics.caption import DEFAULT_METRICS, KEYS, Tokens, caption_metrics, check_metrics
-from lavis_lite.tasks.results import Result, as_list, per_sample, split_scores, unscored, write_json
+from lavis_lite.tasks.metrics.mean import Mean
+from lavis_lite.tasks.predictions import Prediction, of_record
+from lavis_lite.tasks.results import Result, as_list, per_sample, positions, split_scores, unscored, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -210,6 +219,27 @@ class CaptionTask(BaseTask):
             groups=self.domains(dataset),
         )
         return {**scores, **extra}
+
+    def predictions(
+        self, results: list[Result], metrics: Metrics, *, dataset: EvalDataset, split: str
+    ) -> list[Prediction]:
+        """Return each image's caption with its references, the dataset's own metrics and its CIDEr."""
+        index, own = positions(dataset), dict[str, Result]()
+        for result in results:
+            own.setdefault(str(result["image_id"]), result)
+        texts = self.references(dataset) if self.report_metric else {}
+        references = {str(key): captions for key, captions in texts.items()}
+        cider, scored = metrics.get("CIDEr"), [key for key in references if key in own]
+        values = dict(zip(scored, cider.scores.tolist(), strict=True)) if isinstance(cider, Mean) else {}
+        found = []
+        for key, result in own.items():
+            caption = result["caption"]
+            row = of_record(dataset, dataset.annotation[index[result["instance_id"]]], result)
+            own_metrics = dataset.judge(result["image_id"], caption) if isinstance(dataset, JudgesCaptions) else {}
+            row |= {"prediction": caption, "references": references.get(key, [])}
+            row["metrics"] = own_metrics | ({"CIDEr": values[key]} if key in values else {})
+            found.append(row)
+        return found
 
     def references(self, dataset: EvalDataset | None) -> dict[Any, list[str]]:
         """Return the reference captions of each image id, from a file that is named, else from the dataset."""

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, Protocol, get_args
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.records import Record
 from lavis_lite.common.registry import registry
+from lavis_lite.datasets.instruct import InstructDataset
 from lavis_lite.datasets.protocols import EvalDataset, Samples
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.protocols import Generates, ScoresCandidates, method_names
@@ -24,6 +25,7 @@ from lavis_lite.tasks.metrics.dialog import ndcg, ranks_of, sparse_metrics
 from lavis_lite.tasks.metrics.mean import Mean
 from lavis_lite.tasks.metrics.ranking import rank_of, roc_auc
 from lavis_lite.tasks.metrics.vqa_accuracy import by_kind, vqa_accuracy
+from lavis_lite.tasks.predictions import Prediction, of_record
 from lavis_lite.tasks.results import Result, as_list, per_sample, positions, split_scores, unscored, write_json
 from lavis_lite.tasks.vqa import blanked
 
@@ -155,6 +157,24 @@ class InstructTask(BaseTask):
             found["ndcg"] = ndcg(*zip(*dense, strict=True))
         by_group = by_kind(records, [1 / rank for rank in ranks], GROUPS)
         return {**found, "accuracy": accuracy, "agg_metrics": found["mrr"], **by_group}
+
+    def predictions(
+        self, results: list[Result], metrics: Metrics, *, dataset: EvalDataset, split: str
+    ) -> list[Prediction]:
+        """Return each instruction's answer, with the right ones and, of candidates, the rank of the right one."""
+        index, found = positions(dataset), []
+        for result in results:
+            record = dataset.annotation[index[result["instance_id"]]]
+            row = of_record(dataset, record, result)
+            asked = dataset.instruction(record) if isinstance(dataset, InstructDataset) else record.get("question", "")
+            row |= {"input": str(asked), "prediction": result["prediction"]}
+            if has_truth(record, result):
+                answers = record.get("answers") or [record["candidates"][record["label"]]]
+                row |= {"references": list(map(str, answers)), "metrics": {"accuracy": 100 * hit(record, result)}}
+                if "losses" in result:
+                    row["rank"] = right_rank(record, result["losses"])
+            found.append(row)
+        return found
 
 
 Pairs = Sequence[tuple[Record, Result]]

@@ -16,6 +16,7 @@ from lavis_lite.datasets.protocols import IMAGE_KEYS, EvalDataset, Samples
 from lavis_lite.models.protocols import ScoresPairs, method_names
 from lavis_lite.tasks.base import BaseTask, Metrics, with_eval_processors
 from lavis_lite.tasks.metrics.ranking import roc_auc
+from lavis_lite.tasks.predictions import Prediction, of_record
 from lavis_lite.tasks.results import Result, per_sample, positions, unscored, write_json
 
 SCORES = ("itm", "itc")
@@ -72,6 +73,23 @@ class MatchingTask(BaseTask):
             return unscored(f"the {split} split has no labels, or one only")
         areas = {f"auc_{name}": roc_auc([r[name] for r in results], found) for name in SCORES if name in results[0]}
         return {**areas, "agg_metrics": next(iter(areas.values()))}
+
+    def predictions(
+        self, results: list[Result], metrics: Metrics, *, dataset: EvalDataset, split: str
+    ) -> list[Prediction]:
+        """Return each pair's scores; with a label and a matching head also whether the head's decision is right."""
+        index, found = positions(dataset), []
+        for result in results:
+            record = dataset.annotation[index[result["instance_id"]]]
+            scores = {key: result[key] for key in SCORES if key in result}
+            row = of_record(dataset, record, result)
+            row |= {"input": str(record.get("caption", "")), "score": next(iter(scores.values()))}
+            row["prediction"] = ", ".join(f"{key} {value:.3f}" for key, value in scores.items())
+            if (label := label_of(record, split)) is not None:
+                row["references"] = ["a pair that matches" if label else "no match"]
+                row["metrics"] = {"accuracy": 100.0 * ((scores["itm"] > 0.5) == label)} if "itm" in scores else {}
+            found.append(row)
+        return found
 
 
 def label_of(record: Record, where: str) -> bool | None:

@@ -18,6 +18,7 @@ from lavis_lite.models.protocols import Classifies, ScoresCandidates, method_nam
 from lavis_lite.tasks.base import DECODING_BOUNDS, BaseTask, Metrics
 from lavis_lite.tasks.metrics.mean import Mean
 from lavis_lite.tasks.metrics.nlvr import consistency
+from lavis_lite.tasks.predictions import Prediction, of_record
 from lavis_lite.tasks.results import Result, per_sample, positions, unscored, write_json
 
 
@@ -98,6 +99,32 @@ class MultimodalClassificationTask(BaseTask):
         records = [dataset.annotation[index[result["instance_id"]]] for result in labelled]
         is_pairs = all("images" in record and "sentence" in record for record in records)
         return metrics | ({"consistency": consistency(records, hits)} if is_pairs else {})
+
+    def predictions(
+        self, results: list[Result], metrics: Metrics, *, dataset: EvalDataset, split: str
+    ) -> list[Prediction]:
+        """Return the names of each sample's predicted and right class."""
+        index, found = positions(dataset), []
+        classes = list(dataset.classes) if isinstance(dataset, HasClasses) else []
+        for result in results:
+            record = dataset.annotation[index[result["instance_id"]]]
+            names = [] if "candidates" in record else classes
+            row = of_record(dataset, record, result)
+            texts = [record[key] for key in ("sentence", "text", "question") if record.get(key) is not None]
+            row |= {"input": str(texts[0])} if texts else {}
+            row["prediction"] = (
+                "none of the classes" if result["prediction"] == -1 else name(result["prediction"], names)
+            )
+            if result["target"] is not None:
+                row["references"] = [name(result["target"], names)]
+                row["metrics"] = {"accuracy": 100.0 * (result["prediction"] == result["target"])}
+            found.append(row)
+        return found
+
+
+def name(label: int | str, classes: Sequence[str]) -> str:
+    """Return a class's name, or else its number."""
+    return classes[label] if isinstance(label, int) and 0 <= label < len(classes) else str(label)
 
 
 def by_record(result: Result, record: Record) -> Result:

@@ -5,9 +5,10 @@ The model scores the whole gallery (`compute_sim_matrix`); this task turns score
 """
 
 import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import nn
@@ -19,12 +20,22 @@ from lavis_lite.common.registry import registry
 from lavis_lite.datasets.protocols import EvalDataset, Gallery, Samples
 from lavis_lite.models.protocols import Retrieves, method_names
 from lavis_lite.tasks.base import BaseTask, EvalLoader, Metrics, evaluating, unwrap
-from lavis_lite.tasks.metrics.retrieval import RANKS, best_first, gallery_ranks, median_ranks, recalls
+from lavis_lite.tasks.metrics.retrieval import (
+    RANKS,
+    GalleryRanks,
+    best_first,
+    gallery_ranks,
+    median_ranks,
+    recalls,
+)
+from lavis_lite.tasks.predictions import Candidate, Prediction, image_paths
 from lavis_lite.tasks.results import write_json
 
 logger = logging.getLogger(__name__)
 
 NUM_BEST = 10
+NUM_KEPT = 5
+"""Candidates of each query in the file of predictions."""
 MEDIANS = ("txt_mdr", "img_mdr")
 """Median ranks, from 1."""
 
@@ -83,7 +94,48 @@ class RetrievalTask(BaseTask):
             **best(score_t2i, num_best, "top_images_of_text"),
         }
         write_json(path, value)
+        self._kept = (*self.image_queries(value, ranks, gallery), *self.text_queries(value, ranks, gallery))
         return metrics
+
+    def image_queries(self, value: Mapping[str, Any], ranks: GalleryRanks, gallery: Gallery) -> Iterator[Prediction]:
+        """Yield each image's best text, with the best candidates."""
+        pairs = zip(value["top_texts_of_image"], value["top_texts_of_image_scores"], strict=True)
+        for index, (texts, scores) in enumerate(pairs):
+            right = gallery.img2txt[index]
+            candidates: list[Candidate] = [
+                {"text": gallery.text[text], "score": score, "is_right": text in right}
+                for text, score in list(zip(texts, scores, strict=True))[:NUM_KEPT]
+            ]
+            yield {
+                "instance_id": f"image {index}",
+                "images": image_paths(gallery, gallery.annotation[index]),
+                "prediction": gallery.text[texts[0]],
+                "references": [gallery.text[text] for text in right],
+                **self._ranked(ranks.of_images[index], scores[0], candidates),
+            }
+
+    def text_queries(self, value: Mapping[str, Any], ranks: GalleryRanks, gallery: Gallery) -> Iterator[Prediction]:
+        """Yield each text's best image, with the best candidates."""
+        paths = [next(iter(image_paths(gallery, record)), "") for record in gallery.annotation]
+        pairs = zip(value["top_images_of_text"], value["top_images_of_text_scores"], strict=True)
+        for index, (images, scores) in enumerate(pairs):
+            right = gallery.txt2img[index]
+            candidates: list[Candidate] = [
+                {"image": paths[image], "score": score, "is_right": image == right}
+                for image, score in list(zip(images, scores, strict=True))[:NUM_KEPT]
+            ]
+            yield {
+                "instance_id": f"text {index}",
+                "images": [paths[right]],
+                "input": gallery.text[index],
+                "prediction_image": paths[images[0]],
+                **self._ranked(ranks.of_texts[index], scores[0], candidates),
+            }
+
+    def _ranked(self, rank: int, score: float, candidates: list[Candidate]) -> Prediction:
+        own = int(rank) + 1
+        found: Prediction = {"score": score, "candidates": candidates, "metrics": {"accuracy": 100.0 * (own == 1)}}
+        return {**found, "rank": own} if own <= (self.k_test or own) else found
 
 
 def best(scores: np.ndarray, number: int, name: str) -> dict[str, list[list[float]]]:

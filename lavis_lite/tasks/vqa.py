@@ -35,7 +35,8 @@ from lavis_lite.tasks.base import (
 )
 from lavis_lite.tasks.metrics.gqa import GQA_METRICS, gqa_metrics
 from lavis_lite.tasks.metrics.vqa_accuracy import RAW, Variant, vqa_accuracy, vqa_metrics
-from lavis_lite.tasks.results import Result, as_list, per_sample, split_scores, unscored, write_json
+from lavis_lite.tasks.predictions import Prediction, of_record
+from lavis_lite.tasks.results import Result, as_list, per_sample, positions, split_scores, unscored, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -201,6 +202,21 @@ class VQATask(BaseTask):
                 f"reach 100 % with run.accuracy={self.accuracy} (official: one answer counts 0): choose normalised"
             )
         return vqa_metrics(truths, answers, variant=self.accuracy) | self.by_further_rules(truths, answers)
+
+    def predictions(
+        self, results: list[Result], metrics: Metrics, *, dataset: EvalDataset, split: str
+    ) -> list[Prediction]:
+        """Return each question's answer with the human answers and its accuracy in percent."""
+        index, truths, found = positions(dataset), self.records(dataset, split), []
+        for result in results:
+            record = dataset.annotation[index[result["instance_id"]]]
+            row = of_record(dataset, record | truths.get(question_id(record), {}), result)
+            row |= {"input": str(record.get("question", "")), "prediction": result["answer"]}
+            if answers := truths.get(question_id(record), {}).get("answers"):
+                value = vqa_accuracy(result["answer"], answers, variant=self.accuracy)
+                row |= {"references": list(map(str, answers)), "metrics": {"accuracy": 100 * value}}
+            found.append(row)
+        return found
 
     def records(self, dataset: EvalDataset, split: str) -> dict[Any, Record]:
         """Return the records to score by question id; with `ques_files` and `anno_files` of the split, their questions

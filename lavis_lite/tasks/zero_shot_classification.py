@@ -18,7 +18,8 @@ from lavis_lite.models.base import BaseModel
 from lavis_lite.models.protocols import ClassifiesByPrompts, method_names
 from lavis_lite.tasks.base import BaseTask, EvalLoader, Metrics, evaluating, named_file, unwrap
 from lavis_lite.tasks.metrics.mean import Mean
-from lavis_lite.tasks.results import Result, as_list, per_sample, write_json
+from lavis_lite.tasks.predictions import Prediction, of_record
+from lavis_lite.tasks.results import Result, as_list, per_sample, positions, write_json
 
 MatchHead = Literal["itc", "itm"]
 NUM_BEST = 5
@@ -128,6 +129,24 @@ class ZeroShotClassificationTask(BaseTask):
             by_class.setdefault(result["target"], []).append(result)
         found["mean_per_class_acc"] = float(np.mean([accuracy(own, 1) for own in by_class.values()]))
         return {**found, "agg_metrics": found["acc1"]}
+
+    def predictions(
+        self, results: list[Result], metrics: Metrics, *, dataset: EvalDataset, split: str
+    ) -> list[Prediction]:
+        """Return each image's likeliest classes."""
+        assert isinstance(dataset, HasClasses)
+        index, names, found = positions(dataset), dataset.classes, []
+        for result in results:
+            row = of_record(dataset, dataset.annotation[index[result["instance_id"]]], result)
+            top, target = result["top"], result["target"]
+            row |= {"prediction": names[top[0]], "references": [names[target]]}
+            row["candidates"] = [
+                {"text": names[one], "score": score, "is_right": one == target}
+                for one, score in zip(top, result["scores"], strict=True)
+            ]
+            row["metrics"] = {"accuracy": 100.0 * (top[0] == target)}
+            found.append(row)
+        return found
 
 
 def accuracy(results: Sequence[Result], k: int) -> Mean:

@@ -33,6 +33,7 @@ BOUNDS: dict[str, Bounds] = {
     "num_workers": (0, 1024),
     "seed": (0, 2**63 - 1),
     "keep_checkpoints": (0, 10**6),
+    "early_stopping": (1, 10**6),
     "step_timeout": (0.0, 1e6, 0.0),
     "limit": (1, 10**9),
     "max_unreadable_share": (0.0, 1.0),
@@ -40,6 +41,7 @@ BOUNDS: dict[str, Bounds] = {
 """Least and greatest value, and one that is excluded. The greatest are far above what runs need: a larger value is a
 typing error, and would fail late or never end."""
 MOST_SHARE = 10**9
+Tracker = Literal["wandb", "mlflow", "trackio"]
 
 
 def is_plain_name(name: str) -> bool:
@@ -89,6 +91,8 @@ class RunConfig:
     """`runner_iter`: steps between two validations; None: an epoch's."""
     train_splits: list[str] = field(default_factory=lambda: ["train"])
     valid_splits: list[str] = field(default_factory=list)
+    early_stopping: int | None = None
+    """Validations without a better metric after which training ends; None: it never ends early."""
     test_splits: list[str] = field(default_factory=list)
     best_by: Literal["first", "mean"] = "first"
     """Metric that selects checkpoint_best.pth: `agg_metrics` of the first validation result, or the mean of all."""
@@ -139,6 +143,8 @@ class RunConfig:
     keep_checkpoints: int = 0
     """Number of checkpoints kept as checkpoint_<step>.pth, the newest ones, besides `last` and `best`."""
     tensorboard: bool = True
+    tracker: Tracker | list[Tracker] | None = None
+    """Services that get the numbers and pictures of the run too; each needs its package."""
 
     def __post_init__(self) -> None:
         given = {key: value for key, value in vars(self).items() if value is not None}
@@ -161,8 +167,17 @@ class RunConfig:
             raise SettingError("run.lr_decay_rate", "missing: linear_warmup_step_lr needs a factor per epoch, e.g. 0.9")
         if self.limit is not None and not self.evaluate:
             raise SettingError("run.limit", "is for evaluations only: leave it out, or set run.evaluate: true")
+        if self.early_stopping is not None and not self.valid_splits:
+            raise SettingError("run.early_stopping", "needs validations: name a split in run.valid_splits")
         self._check_mixture()
         self._apply_amp()
+
+    @property
+    def trackers(self) -> list[Tracker]:
+        """Return `tracker` as a list."""
+        if isinstance(self.tracker, str):
+            return [self.tracker]
+        return list(self.tracker or ())
 
     @property
     def mixing(self) -> Literal["concat", "per_step"]:

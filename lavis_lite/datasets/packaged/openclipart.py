@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from lavis_lite.common.errors import UnreadableSample
+from lavis_lite.common.progress import progress
 from lavis_lite.common.records import Record
 from lavis_lite.datasets.image import open_image
 from lavis_lite.datasets.packaged.store import SPLITS, Splits
@@ -47,7 +48,8 @@ def make(root: Path, aside: Path) -> Splits:
     `description`, `keywords`; `folder` is the picture's place in the collection. Pictures without title are left out.
     """
     records, prints, num_left_out = [], {}, 0
-    for path in sorted((root / "png").rglob("*.png")):
+    paths = sorted((root / "png").rglob("*.png"))
+    for path in progress(paths, len(paths), name="reading pictures"):
         place = path.relative_to(root / "png")
         texts = texts_of(root / "svg" / place.with_suffix(".svg"))
         if not texts.get("caption"):

@@ -14,6 +14,7 @@ from typing import Literal
 from PIL import Image
 
 from lavis_lite.common.errors import InputError, MissingPackageError
+from lavis_lite.common.progress import progress
 from lavis_lite.common.records import Record
 from lavis_lite.datasets.annotations import read_json
 from lavis_lite.datasets.packaged.store import SPLITS, Splits, split_of_keys
@@ -39,7 +40,7 @@ def make(root: Path, aside: Path, *, size: int, skin_tones: bool, drawings: Sequ
         entry["base"] = entry["skintone_base_hexcode"] or entry["hexcode"]
     splits = split_of_keys((entry["base"] for entry in entries), num_test=NUM_TEST, num_val=NUM_VAL)
     found: dict[str, list[Record]] = {split: [] for split in SPLITS}
-    for entry in entries:
+    for entry in progress(entries, len(entries), name="drawing emoji"):
         if entry["skintone"] and not skin_tones:
             continue
         for drawing, picture in _drawings(root, entry["hexcode"], size, drawings):

@@ -20,6 +20,7 @@ from typing import Any
 
 from lavis_lite.common.errors import MissingFileError, WriteError
 from lavis_lite.common.locks import Lock
+from lavis_lite.common.progress import progress
 from lavis_lite.datasets.shapes.language import MEANINGLESS_TEXTS, captions, full_captions
 from lavis_lite.datasets.shapes.questions import Question, QuestionGenerator, statement
 from lavis_lite.datasets.shapes.render import save_jpeg
@@ -153,7 +154,7 @@ class _Split:
     def write(self, folder: Path) -> None:
         """Write all files of the split."""
         (folder / "images" / self.split).mkdir(parents=True)
-        for index, scene in enumerate(self.scenes):
+        for index, scene in enumerate(progress(self.scenes, len(self.scenes), name=f"drawing {self.split}")):
             path = folder / "images" / image_name(self.split, index)
             save_jpeg(scene, path, image_size=self.config.image_size, quality=self.config.jpeg_quality)
         scenes = {str(image_id(self.split, index)): scene.to_dict() for index, scene in enumerate(self.scenes)}

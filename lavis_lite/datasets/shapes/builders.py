@@ -64,6 +64,10 @@ class ShapesCaptionEvalDataset(CaptionEvalDataset):
         """Return `true_rate`: percent of the captions, by image id, that are true of their scene."""
         return {"true_rate": true_rate(captions, self.scenes)}
 
+    def judge(self, image_id: Any, caption: str) -> dict[str, float]:
+        """Return `accuracy`: 100 if the caption is true of its scene, else 0."""
+        return {"accuracy": true_rate({image_id: caption}, self.scenes)}
+
 
 DATASETS: dict[str, tuple[type[BaseDataset], type[BaseDataset]]] = {
     "caption": (CaptionTrainDataset, ShapesCaptionEvalDataset),

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from lavis_lite.common.checkpoint import write_text
 from lavis_lite.common.errors import UnreadableSample
+from lavis_lite.common.page.render import data_address, render
 from lavis_lite.common.records import Record, StoredImage
 from lavis_lite.datasets.image import open_image
 from lavis_lite.datasets.readers.capfilt import Manifest, finished_manifest, read_shard
@@ -23,7 +19,7 @@ from lavis_lite.tasks.capfilt.shards import ImageOf
 
 NUM_EXAMPLES = 8
 """Texts shown of each source, kept and dropped."""
-PIXELS = 112
+PIXELS = 192
 BINS = {"itm": (0.0, 1.0), "itc": (-1.0, 1.0), "clip": (-1.0, 1.0)}
 """The range of each score's histogram."""
 NUM_BINS = 40
@@ -79,9 +75,9 @@ def summarise(manifest_path: Path, *, seed: int) -> Summary:
 def write_page(manifest_path: Path, summary: Summary, image_of: ImageOf, *, title: str) -> Path:
     """Write `report.html` beside the manifest: one file, with its pictures inline and without scripts."""
     manifest = finished_manifest(manifest_path)
-    template = resources.files("lavis_lite.tasks.capfilt").joinpath("page.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    text = environment.from_string(template).render(
+    text = render(
+        "page.html",
+        package="lavis_lite.tasks.capfilt",
         title=title,
         sources=[(source, summary.seen[source], summary.kept[source]) for source in sorted(summary.seen)],
         charts=list(charts(summary, manifest)),
@@ -90,7 +86,6 @@ def write_page(manifest_path: Path, summary: Summary, image_of: ImageOf, *, titl
             for (source, is_kept), records in sorted(summary.examples.items())
         ],
         settings=manifest["settings"],
-        pixels=PIXELS,
     )
     return write_text(manifest_path.parent / PAGE, text)
 
@@ -116,10 +111,6 @@ def charts(summary: Summary, manifest: Manifest) -> Iterator[dict[str, Any]]:
 def picture(file: Path | StoredImage) -> str | None:
     """Return an image, made small, as a data address; None if it cannot be read any more."""
     try:
-        image = open_image(file)
+        return data_address(open_image(file), PIXELS)
     except UnreadableSample:
         return None
-    image.thumbnail((PIXELS, PIXELS))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,0 +1,1 @@
+"""Report pages: a job's curves, metrics and predictions as one HTML file."""
