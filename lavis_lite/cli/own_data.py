@@ -150,6 +150,7 @@ def configuration(args: argparse.Namespace) -> dict[str, Any]:
         "valid_splits": ["val"],
         "test_splits": ["test"] if "test" in parts else [],
         "max_epoch": args.epochs,
+        "early_stopping": 3,
         "batch_size_train": args.batch_size,
         "batch_size_eval": args.batch_size,
         "num_workers": min(4, os.cpu_count() or 1),
