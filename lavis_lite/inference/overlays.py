@@ -29,7 +29,7 @@ def squashed(image: Image.Image) -> Image.Image:
 def overlay(image: Image.Image, values: np.ndarray) -> Image.Image:
     """Return a map (h,w) over an image of `squashed`."""
     pixels = np.asarray(image, dtype=np.float64) / 255
-    return Image.fromarray(np.uint8(255 * getAttMap(pixels, values)))
+    return Image.fromarray((255 * getAttMap(pixels, values)).astype(np.uint8))
 
 
 def overlays(image: Image.Image, maps: Maps) -> list[Overlay]:
