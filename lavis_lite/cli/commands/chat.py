@@ -1,5 +1,6 @@
 """The command `chat`: questions about images in the terminal."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,15 +8,8 @@ import typer
 
 from lavis_lite.cli.commands.common import (
     LoadOptions,
-    MaxLength,
-    MinLength,
-    NumBeams,
-    Sample,
-    Seed,
-    Temperature,
-    TopP,
+    WritingOptions,
     finish,
-    generation_settings,
     with_options,
 )
 
@@ -25,27 +19,23 @@ if TYPE_CHECKING:
 HELP = "/image FILE takes another image or video, /clear forgets the questions so far, /quit ends (as Ctrl-D does)"
 
 
-@with_options(LoadOptions, model="blip2_t5_instruct/flant5xl")
+@dataclass(kw_only=True)
+class ChatOptions(WritingOptions, LoadOptions):
+    """How the model is loaded, and how it writes."""
+
+
+@with_options(ChatOptions, model="blip2_t5_instruct/flant5xl")
 def chat(
-    options: LoadOptions,
+    options: ChatOptions,
     *,
     image: Annotated[str | None, typer.Argument(help="an image or video: a path or URL", show_default=False)] = None,
     rounds: Annotated[int, typer.Option(min=0, help="earlier questions and answers that each question follows")] = 3,
     num_frames: Annotated[int | None, typer.Option(min=1, help="frames of a video  [default: 4]")] = None,
-    num_beams: NumBeams = None,
-    sample: Sample = False,
-    top_p: TopP = None,
-    temperature: Temperature = None,
-    seed: Seed = 42,
-    min_length: MinLength = None,
-    max_length: MaxLength = None,
 ) -> None:
     """Ask questions about an image or a video in the terminal."""
     if image is None:
         raise typer.BadParameter("name an image")
-    settings = generation_settings(num_beams, sample, top_p, temperature, min_length, max_length)
-    if sample:
-        settings["seed"] = seed
+    settings = options.writing() | ({"seed": options.seed} if options.sample else {})
 
     def execute() -> None:
         from lavis_lite.cli.commands.common import given

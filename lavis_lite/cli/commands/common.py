@@ -33,13 +33,6 @@ BatchSize = Annotated[int | None, typer.Option(help="images per batch; found aut
 Threads = Annotated[int, typer.Option("--num-threads", help="threads that read images")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16")]
-NumBeams = Annotated[int | None, typer.Option(help="beams of the search")]
-Sample = Annotated[bool, typer.Option("--sample", help="nucleus sampling in place of beam search")]
-TopP = Annotated[float | None, typer.Option(help="share of the nucleus")]
-Temperature = Annotated[float | None, typer.Option(help="temperature of sampling")]
-Seed = Annotated[int, typer.Option(help="seed of sampling")]
-MinLength = Annotated[int | None, typer.Option(help="tokens that a text has at least")]
-MaxLength = Annotated[int | None, typer.Option(help="tokens that a text has at most")]
 
 
 @dataclass(kw_only=True)
@@ -71,6 +64,25 @@ class LoadOptions:
 
 
 @dataclass(kw_only=True)
+class WritingOptions:
+    """How a command's model writes texts."""
+
+    num_beams: Annotated[int | None, typer.Option(help="beams of the search")] = None
+    sample: Annotated[bool, typer.Option("--sample", help="nucleus sampling in place of beam search")] = False
+    top_p: Annotated[float | None, typer.Option(help="share of the nucleus")] = None
+    temperature: Annotated[float | None, typer.Option(help="temperature of sampling")] = None
+    seed: Annotated[int, typer.Option(help="seed of sampling")] = 42
+    min_length: Annotated[int | None, typer.Option(help="tokens that a text has at least")] = None
+    max_length: Annotated[int | None, typer.Option(help="tokens that a text has at most")] = None
+
+    def writing(self) -> dict[str, Any]:
+        """Return the settings of `generate` that were given."""
+        names = ("num_beams", "top_p", "temperature", "min_length", "max_length")
+        settings = given(**{name: value for name, value in vars(self).items() if name in names})
+        return settings | ({"use_nucleus_sampling": True} if self.sample else {})
+
+
+@dataclass(kw_only=True)
 class ImageOptions(LoadOptions):
     """The images that a command reads, and how."""
 
@@ -91,6 +103,11 @@ class ResumableOptions(ImageOptions):
         """Raise BadParameter for options of an output without one."""
         if out is None and (self.resume or self.overwrite):
             raise typer.BadParameter("--resume and --overwrite are of an output: give --out")
+
+
+@dataclass(kw_only=True)
+class TextOptions(WritingOptions, ResumableOptions):
+    """Those of a command that writes texts about images."""
 
 
 def with_options(kind: type[Any], **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -139,21 +156,6 @@ def finish(execute: Callable[[], int | None]) -> None:
 def given(**settings: Any) -> dict[str, Any]:
     """Return the settings that have a value."""
     return {name: value for name, value in settings.items() if value is not None}
-
-
-def generation_settings(
-    num_beams: int | None,
-    sample: bool,
-    top_p: float | None,
-    temperature: float | None,
-    min_length: int | None,
-    max_length: int | None,
-) -> dict[str, Any]:
-    """Return the settings of `generate` that options give."""
-    settings = given(
-        num_beams=num_beams, top_p=top_p, temperature=temperature, min_length=min_length, max_length=max_length
-    )
-    return settings | ({"use_nucleus_sampling": True} if sample else {})
 
 
 def lines_of(path: Path) -> list[str]:

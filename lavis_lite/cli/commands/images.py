@@ -7,17 +7,10 @@ import typer
 
 from lavis_lite.cli.commands.common import (
     ImageOptions,
-    MaxLength,
-    MinLength,
-    NumBeams,
     Out,
     ResumableOptions,
-    Sample,
-    Seed,
-    Temperature,
-    TopP,
+    TextOptions,
     finish,
-    generation_settings,
     given,
     lines_of,
     with_options,
@@ -37,22 +30,15 @@ def job(task: str, options: ResumableOptions, **fields: Any) -> "Job":
     return Job(task=task, options=options, **fields)
 
 
-@with_options(ResumableOptions, model="blip_caption/base_coco")
+@with_options(TextOptions, model="blip_caption/base_coco")
 def caption(
-    options: ResumableOptions,
+    options: TextOptions,
     *,
     out: Out = None,
     sidecars: Annotated[bool, typer.Option("--sidecars", help="write a .txt file beside each image")] = False,
     prompt: Prompt = None,
     num_captions: Annotated[int, typer.Option(help="captions per image")] = 1,
     scores: Annotated[bool, typer.Option("--scores", help="add each caption's score")] = False,
-    num_beams: NumBeams = None,
-    sample: Sample = False,
-    top_p: TopP = None,
-    temperature: Temperature = None,
-    seed: Seed = 42,
-    min_length: MinLength = None,
-    max_length: MaxLength = None,
     trigger: Annotated[str | None, typer.Option(help="word before each caption: WORD, a photo of ...")] = None,
     max_words: Annotated[int | None, typer.Option(min=1, help="words to which a caption is cut")] = None,
 ) -> None:
@@ -61,10 +47,9 @@ def caption(
         raise typer.BadParameter("give --out or --sidecars, not both")
     if not sidecars:
         options.check_output(out)
-    if num_captions > 1 and num_beams is None and not sample:
-        num_beams = max(3, num_captions)
-    settings = generation_settings(num_beams, sample, top_p, temperature, min_length, max_length)
-    settings |= given(prompt=prompt, num_captions=num_captions)
+    if num_captions > 1 and options.num_beams is None and not options.sample:
+        options.num_beams = max(3, num_captions)
+    settings = options.writing() | given(prompt=prompt, num_captions=num_captions)
     settings |= {"scores": True} if scores else {}
 
     def edited(row: dict[str, Any]) -> dict[str, Any]:
@@ -73,26 +58,21 @@ def caption(
         return row | {"caption": _edited(row["caption"], trigger, max_words)}
 
     finish(
-        lambda: job("caption", options, settings=settings, seed=seed, text="caption", edit=edited).run(out, sidecars)
+        lambda: job("caption", options, settings=settings, seed=options.seed, text="caption", edit=edited).run(
+            out, sidecars
+        )
     )
 
 
-@with_options(ResumableOptions, model="blip_vqa/vqav2")
+@with_options(TextOptions, model="blip_vqa/vqav2")
 def ask(
-    options: ResumableOptions,
+    options: TextOptions,
     *,
     question: Annotated[str | None, typer.Option("--question", "-q", help="one question about every image")] = None,
     question_column: Annotated[str | None, typer.Option(help="column of a table with the questions")] = None,
     answers: Annotated[Path | None, typer.Option(help="file with one answer per line, to choose from")] = None,
     out: Out = None,
     prompt: Template = None,
-    num_beams: NumBeams = None,
-    sample: Sample = False,
-    top_p: TopP = None,
-    temperature: Temperature = None,
-    seed: Seed = 42,
-    min_length: MinLength = None,
-    max_length: MaxLength = None,
 ) -> None:
     """Answer a question about each image.
 
@@ -103,11 +83,10 @@ def ask(
     options.check_output(out)
 
     def execute() -> int:
-        settings = generation_settings(num_beams, sample, top_p, temperature, min_length, max_length)
-        settings |= given(prompt=prompt)
+        settings = options.writing() | given(prompt=prompt)
         settings |= {} if answers is None else {"answers": lines_of(answers)}
         settings |= {} if question is None else {"question": question}
-        return job("ask", options, settings=settings, seed=seed, text="answer", column=question_column).run(out)
+        return job("ask", options, settings=settings, seed=options.seed, text="answer", column=question_column).run(out)
 
     finish(execute)
 
