@@ -8,6 +8,7 @@ in the same process, alternating; times are medians.
 """
 
 import argparse
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ from lavis_lite.nn.momentum import update_momentum
 
 TEXTS = ["a small green triangle left of a large red circle", "there are two shapes a blue square and a red cross"]
 NUM_CANDIDATES = 64
+NUM_ANSWERS, NUM_RANKED = 3128, 128
 
 
 def build(arch: str, arguments: argparse.Namespace, **settings: Any) -> Any:
@@ -108,6 +110,37 @@ def rerank_job(arguments: argparse.Namespace, image: Tensor) -> Job:
     return Job(what=f"re-ranking {NUM_CANDIDATES} texts of an image", other="image repeated", count=len(ids), **sides)
 
 
+def rank_job(arguments: argparse.Namespace, image: Tensor) -> Job:
+    """Choose each question's answer among NUM_ANSWERS: those of the likeliest first tokens sorted by length, or each
+    read from its first token on and padded to the longest of the list.
+    """
+    model = build("blip_vqa", arguments)
+    words = [word for text in TEXTS for word in text.split()]
+    draw = random.Random(0)
+    lengths = draw.choices([1, 2, 3, 4], [85, 10, 4, 1], k=NUM_ANSWERS)
+    answers = [" ".join(draw.choices(words, k=length)) for length in lengths]
+    samples = {"image": image, "text_input": [TEXTS[i % 2] for i in range(len(image))]}
+
+    @torch.no_grad()
+    def sorted_by_length() -> Tensor:
+        order, losses = model.rank_answers(samples, samples["text_input"], answers, NUM_RANKED)
+        return order.gather(1, losses.argmin(dim=1, keepdim=True))
+
+    @torch.no_grad()
+    def padded() -> Tensor:
+        states, mask = model.encode_questions(samples)
+        context = model.text_decoder.bert.project_kv(states, mask=mask)
+        ids, counted = model.tokenize(answers, start=model.decoder_start)
+        start = torch.full((len(image), 1), model.decoder_start, device=ids.device)
+        logits, _ = model.text_decoder(start, torch.ones_like(start), context=context)
+        order = logits[:, 0].softmax(dim=-1)[:, ids[:, 1]].topk(NUM_RANKED, dim=1).indices
+        loss = model.answer_loss(ids[order].flatten(0, 1), counted[order].flatten(0, 1), context)
+        return order.gather(1, loss.view(len(image), -1).argmin(dim=1, keepdim=True))
+
+    sides = {"ours": Watched(sorted_by_length, model), "theirs": Watched(padded, model)}
+    return Job(what=f"ranking {NUM_RANKED} of {NUM_ANSWERS} answers", other="padded", count=len(image), **sides)
+
+
 def momentum_job(arguments: argparse.Namespace) -> Job:
     """Update the momentum encoders in a few fused calls, or parameter by parameter."""
     model = build("blip_retrieval", arguments, queue_size=64)
@@ -137,7 +170,12 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     torch.manual_seed(0)
     image = torch.randn(arguments.batch, 3, arguments.image_size, arguments.image_size, device=arguments.device)
-    jobs = [*caption_jobs(arguments, image), rerank_job(arguments, image), momentum_job(arguments)]
+    jobs = [
+        *caption_jobs(arguments, image),
+        rerank_job(arguments, image),
+        rank_job(arguments, image),
+        momentum_job(arguments),
+    ]
     with torch.autocast(arguments.device, torch.bfloat16, enabled=arguments.dtype == "bf16"):
         for line in table(measure(job, repeats=arguments.repeats) for job in jobs):
             print(line, flush=True)

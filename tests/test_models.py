@@ -239,6 +239,23 @@ def test_answers_do_not_depend_on_the_batch(method: str) -> None:
     assert together == alone
 
 
+@pytest.mark.parametrize("memory", [1, 40_000, 4 << 30])
+def test_ranked_answers_have_the_loss_of_a_whole_pass_over_each(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers of one to nine words, an empty one too, one or a few at once; fp32, to 1e-5."""
+    answers = ["yes", "", "two circles", "the big red star to the left of it", "no", "a red circle", "blue", "is it"]
+    model, samples = questioner(), {"image": pictures(4), "text_input": QUESTIONS}
+    monkeypatch.setattr("lavis_lite.models.blip.vqa.STEP_BYTES", memory)
+    with torch.no_grad():
+        order, losses = model.rank_answers(samples, QUESTIONS, answers, 6)
+        states, mask = model.encode_questions(samples)
+        for row in range(4):
+            context = model.text_decoder.bert.project_kv(states[row : row + 1], mask=mask[row : row + 1])
+            for answer, loss in zip(order[row].tolist(), losses[row], strict=True):
+                ids, counted = model.tokenize([answers[answer]], start=model.decoder_start)
+                expected = model.answer_loss(ids, counted, context)[0]
+                torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_the_decoder_may_see_the_questions_padding() -> None:
     """As LAVIS's `generate` and transformers' does, which gives its decoder a mask of ones."""
     model, samples = questioner(decoder_sees_padding=True), {"image": pictures(4), "text_input": QUESTIONS}

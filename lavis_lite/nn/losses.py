@@ -12,24 +12,38 @@ from lavis_lite.common.precision import without_autocast
 
 IGNORED = -100
 """Label of tokens that are not predicted."""
+LABEL_SMOOTHING = 0.1
+"""Of BLIP's language-model losses."""
 
 
-def language_modeling_loss(logits_BTV: Tensor, labels_BT: Tensor, label_smoothing: float = 0.1) -> Tensor:
+def language_modeling_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     """Return the next-token cross-entropy, averaged over the labels that count."""
     logits, labels = logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten()
-    return F.cross_entropy(logits, labels, ignore_index=IGNORED, label_smoothing=label_smoothing)
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED, label_smoothing=LABEL_SMOOTHING)
 
 
-def language_modeling_loss_per_text(logits_BTV: Tensor, labels_BT: Tensor, label_smoothing: float = 0.1) -> Tensor:
+def language_modeling_loss_per_text(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     """Return the next-token cross-entropy of each text, summed over its tokens: (B,). Not normalised by length."""
+    return smoothed_loss_per_text(logits_BTV[:, :-1], labels_BT[:, 1:])
+
+
+def smoothed_loss_per_text(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """Return the label-smoothed cross-entropy of each text's labels, summed over its tokens: (B,)."""
     loss = F.cross_entropy(
-        logits_BTV[:, :-1].transpose(1, 2),
-        labels_BT[:, 1:],
+        logits_BTV.transpose(1, 2),
+        labels_BT,
         ignore_index=IGNORED,
-        label_smoothing=label_smoothing,
+        label_smoothing=LABEL_SMOOTHING,
         reduction="none",
     )
     return loss.sum(dim=1)
+
+
+def smoothed_token_losses(logits_BV: Tensor, labels_BK: Tensor) -> Tensor:
+    """Return the label-smoothed cross-entropy (B,K) of K alternatives to one token."""
+    log_probs = F.log_softmax(logits_BV, dim=1)
+    uniform = log_probs.mean(dim=1, keepdim=True)
+    return -torch.lerp(log_probs.gather(1, labels_BK), uniform, LABEL_SMOOTHING)
 
 
 def soft_cross_entropy(logits_BN: Tensor, targets_BN: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from lavis_lite.models.hf import (
     transformers_class,
     write_sizes,
 )
+from lavis_lite.nn.losses import LABEL_SMOOTHING
 from lavis_lite.nn.vision import BlipViT
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ NAMES = NameTable(
 )
 NOT_IN_HF = re.compile(r"_m\.|queue|^temp$|position_ids$")
 """Momentum encoders, queues and the temperature."""
-LABEL_SMOOTHING = 0.1
 
 
 def is_hf_blip(state: Mapping[str, Tensor]) -> bool:

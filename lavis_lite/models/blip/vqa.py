@@ -4,7 +4,9 @@ The decoder attends to the question's states, not to the image; a batch's answer
 values.
 """
 
-from typing import Any, ClassVar
+import operator
+from bisect import bisect_right
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +20,16 @@ from lavis_lite.models.blip.base import BlipBase
 from lavis_lite.models.blip.caption import decoding_step
 from lavis_lite.models.image_text import training_output
 from lavis_lite.models.inputs import image_of, integers, required, texts_of
-from lavis_lite.nn.attention import CrossAttentionKV
+from lavis_lite.nn.attention import CrossAttentionKV, KeyValueCache
 from lavis_lite.nn.bert import BertLMHeadModel, BertModel
 from lavis_lite.nn.decoding import DecodingConfig, GenerationConfig, check_prompt, decode
-from lavis_lite.nn.losses import language_modeling_loss_per_text
+from lavis_lite.nn.llm import BYTES_PER_LOGIT, STEP_BYTES
+from lavis_lite.nn.losses import (
+    IGNORED,
+    language_modeling_loss_per_text,
+    smoothed_loss_per_text,
+    smoothed_token_losses,
+)
 
 
 @registry.register_model("blip_vqa")
@@ -115,7 +123,40 @@ class BlipVQA(BlipBase, AnswerModel):
         context = self.text_decoder.bert.project_kv(states, mask=states_mask)
         ids, mask = self.tokenize(answers, start=self.decoder_start)
         start = torch.full((len(prompts), 1), self.decoder_start, device=ids.device)
-        logits, _ = self.text_decoder(start, torch.ones_like(start), context=context)
+        logits, cache = self.text_decoder(start, torch.ones_like(start), context=context)
         order = logits[:, 0].softmax(dim=-1)[:, ids[:, 1]].topk(k, dim=1).indices
-        loss = self.answer_loss(ids[order].flatten(0, 1), mask[order].flatten(0, 1), context)
-        return order, loss.view(len(prompts), k)
+        read = DecoderPrefix(logits[:, 0], cache, context)
+        return order, candidate_losses(self.text_decoder, read, ids[order], mask[order])
+
+
+class DecoderPrefix(NamedTuple):
+    """What a decoder has after `[DEC]`: logits (B,V) of the next token, its cache, and the keys and values of the
+    questions.
+    """
+
+    logits: Tensor
+    cache: KeyValueCache
+    context: CrossAttentionKV
+
+
+def candidate_losses(decoder: BertLMHeadModel, read: DecoderPrefix, ids_BKT: Tensor, mask_BKT: Tensor) -> Tensor:
+    """Return the label-smoothed loss of each question's K answers, which begin with `[DEC]`, summed over tokens: (B,K).
+
+    The longest are scored first, with those of the same length and as many as fit into `STEP_BYTES`; `[DEC]` is read
+    once per question and an answer's last token is not read.
+    """
+    lengths, by_length = mask_BKT.sum(dim=2).sort(dim=1, descending=True, stable=True)
+    ids, mask = (t.take_along_dim(by_length[:, :, None], dim=1) for t in (ids_BKT, mask_BKT))
+    losses = smoothed_token_losses(read.logits, ids[:, :, 1])
+    widths = lengths.amax(dim=0).tolist()
+    row_bytes = BYTES_PER_LOGIT * read.logits.numel() * widths[0]
+    at_once, begin = max(1, STEP_BYTES // row_bytes), 0
+    while begin < len(widths) and (width := widths[begin]) > 2:
+        end = min(begin + at_once, bisect_right(widths, -width, lo=begin, key=operator.neg))
+        rows, counted = (t[:, begin:end, :width].flatten(0, 1) for t in (ids, mask))
+        past = read.cache.expand(end - begin)
+        logits, _ = decoder(rows[:, 1:-1], counted[:, :-1], context=read.context, past=past)
+        labels = rows[:, 2:].masked_fill(counted[:, 2:] == 0, IGNORED)
+        losses[:, begin:end] += smoothed_loss_per_text(logits, labels).view(len(losses), -1)
+        begin = end
+    return torch.empty_like(losses).scatter_(1, by_length, losses)
