@@ -12,12 +12,16 @@ from safetensors.numpy import load_file
 
 from lavis_lite.processors import load_processor
 from lavis_lite.processors.randaugment import (
+    MOST,
     OPERATIONS,
     RandomAugment,
     apply_operation,
     autocontrast,
     brightness,
+    equal_opencv,
     equalize,
+    interpolated,
+    moving_matrix,
     sharpness,
     warp_affine,
 )
@@ -114,6 +118,26 @@ def test_warp_is_bilinear_with_grey_outside() -> None:
     np.testing.assert_array_equal(half, np.rint(expected).astype(np.uint8))
     far = warp_affine(image, np.array([[1, 0, 50.0], [0, 1, 0]]))
     assert (far == 128).all()
+
+
+@pytest.mark.parametrize("size", [(61, 97), (4, 3), (40, 40)])
+@pytest.mark.parametrize("share", [0.5, -0.5, 0.37, 1.0])
+@pytest.mark.parametrize("name", MOST)
+def test_moves_have_the_bytes_of_opencv_with_it_and_without(name: str, share: float, size: tuple[int, int]) -> None:
+    opencv = equal_opencv()
+    assert opencv is not None
+    image = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
+    matrix = moving_matrix(name, share * MOST[name], width=size[1], height=size[0])
+    expected = opencv.warpAffine(image, matrix, (size[1], size[0]), borderValue=(128, 128, 128))
+    np.testing.assert_array_equal(interpolated(image, matrix), expected)
+    np.testing.assert_array_equal(warp_affine(image, matrix), expected)
+
+
+def test_an_opencv_that_rounds_otherwise_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    equal_opencv.cache_clear()
+    monkeypatch.setattr("cv2.warpAffine", lambda image, *_, **__: np.zeros_like(image))
+    assert equal_opencv() is None
+    equal_opencv.cache_clear()
 
 
 def test_random_augment_draws_by_torch_seed_and_probability() -> None:

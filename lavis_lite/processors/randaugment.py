@@ -1,19 +1,25 @@
 """RandAugment with BLIP's ten operations (colour changes left out, because captions name colours).
 
-Warps give the bytes of OpenCV's bilinear `warpAffine` (4.11 and later: float32 with fused multiply-add) without OpenCV.
+Moves give the bytes of OpenCV's bilinear `warpAffine` (4.11 and later: float32 with fused multiply-add): by OpenCV
+where it is installed, else in numpy, which takes 10 to 20 times as long.
 All randomness comes from torch's generator, so one seed fixes a sample.
 Note: AutoContrast differs from LAVIS on purpose: LAVIS negates an unsigned byte and turns every image without a black
 pixel white; `legacy_autocontrast=True` reproduces that.
 """
 
+import functools
+import logging
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance
 
 from lavis_lite.common.bounds import check_number
+
+logger = logging.getLogger(__name__)
 
 GREY = 128
 MAX_MAGNITUDE = 10
@@ -82,6 +88,49 @@ def pixel_reader(image: np.ndarray) -> Callable[[np.ndarray, np.ndarray], np.nda
 
 def warp_affine(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     """Move a (H,W,3) byte image by the 2x3 forward `matrix` on (x, y, 1), grey outside; OpenCV's bytes."""
+    shift = matrix[:, 2]
+    if np.array_equal(matrix[:, :2], np.eye(2)) and np.array_equal(shift, np.rint(shift)):
+        return shifted(image, *shift.astype(int))
+    opencv = equal_opencv()
+    return interpolated(image, matrix) if opencv is None else opencv_warp(opencv, image, matrix)
+
+
+def shifted(image: np.ndarray, right: int, down: int) -> np.ndarray:
+    """Move a (H,W,3) byte image by whole pixels, grey outside."""
+    height, width = image.shape[:2]
+    moved = np.full_like(image, GREY)
+    to_y, to_x = (slice(max(0, by), max(0, size + min(0, by))) for by, size in ((down, height), (right, width)))
+    from_y, from_x = (slice(max(0, -by), max(0, size - max(0, by))) for by, size in ((down, height), (right, width)))
+    moved[to_y, to_x] = image[from_y, from_x]
+    return moved
+
+
+def opencv_warp(opencv: Any, image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Move an image as `warp_affine` does, by OpenCV."""
+    return opencv.warpAffine(image, matrix, image.shape[1::-1], borderValue=(GREY,) * 3)
+
+
+@functools.cache
+def equal_opencv() -> Any:
+    """Return the module of OpenCV, on one thread, if it is installed and moves a test image to the same bytes; else
+    None. Releases before 4.11 round otherwise.
+    """
+    try:
+        import cv2
+    except ImportError:
+        return None
+    cv2.setNumThreads(1)  # of the whole process: its threads do not survive the fork of a loader's workers
+    image = np.random.default_rng(0).integers(0, 256, (61, 83, 3), dtype=np.uint8)
+    for name in ("ShearX", "Rotate"):
+        matrix = moving_matrix(name, 0.17, width=83, height=61)
+        if not np.array_equal(opencv_warp(cv2, image, matrix), interpolated(image, matrix)):
+            logger.info(f"OpenCV {cv2.__version__} rounds otherwise: RandAugment moves images without it")
+            return None
+    return cv2
+
+
+def interpolated(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Move an image as `warp_affine` does, by bilinear interpolation in numpy."""
     height, width = image.shape[:2]
     inverse = np.linalg.inv(np.vstack([matrix, [0, 0, 1]]))[:2].astype(np.float32)
     xs, ys = np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32)[:, None]
@@ -89,8 +138,13 @@ def warp_affine(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     left, top = np.floor(x_HW).astype(np.int64), np.floor(y_HW).astype(np.int64)
     along, down = (x_HW - left.astype(np.float32))[..., None], (y_HW - top.astype(np.float32))[..., None]
     read = pixel_reader(image)
-    upper, lower = (_blend(read(left, y), read(left + 1, y), along) for y in (top, top + 1))
-    return np.rint(_blend(upper, lower, down)).astype(np.uint8)
+
+    def row_of(y_HW: np.ndarray) -> np.ndarray:
+        pixels = read(left, y_HW)
+        return _blend(pixels, read(left + 1, y_HW), along) if along.any() else pixels
+
+    pixels = row_of(top)
+    return np.rint(_blend(pixels, row_of(top + 1), down) if down.any() else pixels).astype(np.uint8)
 
 
 def _blend(start: np.ndarray, end: np.ndarray, weight: np.ndarray) -> np.ndarray:

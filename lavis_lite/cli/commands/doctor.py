@@ -25,6 +25,7 @@ OPTIONAL = {
     "webdataset": "streams of shards (extra `shards`)",
     "open_clip_torch": "CLIP as a ranker of captions (extra `clip`)",
     "resvg_py": "OpenMoji's drawings (extra `pictures`)",
+    "opencv-python-headless": "faster RandAugment (extra `opencv`)",
     "gradio": "the demo (extra `demo`)",
     "lmms_eval": "lmms-eval's benchmarks (extra `lmms-eval`)",
 }
