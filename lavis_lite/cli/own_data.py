@@ -4,6 +4,7 @@ The source is looked at once, to see its fields. The YAML is written beside the 
 """
 
 import argparse
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -114,10 +115,7 @@ def arguments(argv: Sequence[str]) -> list[str]:
     if any(other.partition("=")[0] == "--cfg-path" for other in others):
         raise InputError("--data: writes its own YAML; give --data or --cfg-path")
     path = args.out / FILE
-    content = yaml.safe_dump(configuration(args), sort_keys=False, allow_unicode=True)
-    _write(
-        path, f"# Made by `lavis-lite train --data`. Edit it, and train by `lavis-lite train --cfg-path`.\n{content}"
-    )
+    _write(path, yaml.safe_dump(configuration(args), sort_keys=False, allow_unicode=True))
     return ["--cfg-path", str(path), *others]
 
 
@@ -248,14 +246,22 @@ def _mapping(columns: Sequence[str]) -> dict[str, str]:
     return {name: theirs for name, _, theirs in pairs}
 
 
-def _write(path: Path, text: str) -> None:
-    """Write the YAML, unless the same is there. InputError if another is."""
+def _write(path: Path, content: str) -> None:
+    """Write the YAML, in the place of one that this command made and nobody edited. InputError if another is there."""
     from lavis_lite.common.checkpoint import write_text
 
-    if path.is_file() and path.read_text(encoding="utf-8") != text:
-        raise InputError(
-            f"{path}: is there and differs from what these options give. Train by it with --cfg-path {path}, remove "
-            "it, or name another --out"
-        )
+    if path.is_file():
+        head, _, old = path.read_text(encoding="utf-8").partition("\n")
+        if head != _head(old):
+            raise InputError(
+                f"{path}: was edited or is of another origin. Train by it with --cfg-path {path}, remove it, or name "
+                "another --out"
+            )
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text)
+    write_text(path, f"{_head(content)}\n{content}")
+
+
+def _head(content: str) -> str:
+    """Return the first line of a YAML of this content, whose digest tells whether it was edited."""
+    digest = hashlib.sha256(content.encode()).hexdigest()[:12]
+    return f"# Made by `lavis-lite train --data` ({digest}). Edit it, and train by `lavis-lite train --cfg-path`."

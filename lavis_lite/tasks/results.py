@@ -10,6 +10,7 @@ import torch
 
 from lavis_lite.common import dist
 from lavis_lite.common.checkpoint import write_text
+from lavis_lite.common.errors import InputTypeError
 from lavis_lite.common.records import StoredImage, printable
 from lavis_lite.datasets.protocols import EvalDataset, Samples
 
@@ -26,10 +27,10 @@ def write_json(path: str | Path, value: Any) -> Path:
 
 
 def _named(value: Any) -> str:
-    """Return an image inside a table as its place; TypeError for anything else that JSON does not know."""
+    """Return an image inside a table as its place; InputTypeError for anything else that JSON does not know."""
     if isinstance(value, StoredImage):
         return str(value)
-    raise TypeError(f"{type(value).__name__} is not JSON")
+    raise InputTypeError(f"{type(value).__name__} is not JSON")
 
 
 def unscored(reason: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ lavis-lite recipes blip/quickstart/caption --copy caption.yaml
 lavis-lite data status caption.yaml || echo "(the quickstart's weights are not here: random ones will do)"
 lavis-lite evaluate --cfg-path caption.yaml --limit 8 --job-id first \
     --options run.output_dir=output "$NO_WEIGHTS" run.num_workers=0 'run.metrics=[bleu,cider]' >metrics.json
-lavis-lite table caption >table.txt
+lavis-lite table blip >table.txt
 lavis-lite convert to-hf blip_caption tiny hf
 python - <<'PYTHON'
 from lavis_lite.models import load_model_and_preprocess
