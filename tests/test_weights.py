@@ -145,7 +145,7 @@ class Watch:
 
     def __call__(self, path: Path, **options: Any) -> dict[str, Any]:
         self.most_alive = max(self.most_alive, sum(any(r() is not None for r in refs) for _, refs in self.opened))
-        state = self.load(path, **options)
+        state = dict(self.load(path, **options))
         self.opened.append((path, [weakref.ref(tensor) for tensor in state.values()]))
         return state
 
@@ -217,3 +217,29 @@ def test_file_with_frozen_parts_only() -> None:
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
     checkpoint.load_into(model.layers[0], {"weight": torch.ones(3, 4)}, source="x.pth")
     assert model.layers[0].weight.tolist() == torch.ones(3, 4).tolist()
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("arch", ["blip_caption", "blip_retrieval", "blip2", "blip2_opt"])
+def test_loading_a_complete_file_gives_its_weights_whatever_memory_held(
+    arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parameters that are not drawn are filled with NaN here; those of a random language model are drawn."""
+    torch.manual_seed(3)
+    source = load_model(arch, "tiny", is_eval=True)
+    path = checkpoint.save({"model": source.state_dict()}, tmp_path / "whole.pth")
+    torch.manual_seed(3)
+    expected = tensors(load_model(arch, "tiny", is_eval=True, checkpoint=path))
+
+    def filled(*size: Any, **kwargs: Any) -> Tensor:
+        made = torch.full(size if len(size) != 1 or isinstance(size[0], int) else tuple(size[0]), torch.nan)
+        return made.to(**{key: value for key, value in kwargs.items() if key in ("dtype", "device") and value})
+
+    monkeypatch.setattr(torch, "empty", filled)
+    torch.manual_seed(3)
+    loaded = tensors(load_model(arch, "tiny", is_eval=True, checkpoint=path))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(loaded[name], tensor, rtol=0, atol=0)

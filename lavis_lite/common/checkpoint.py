@@ -16,7 +16,7 @@ import secrets
 import shutil
 import struct
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -131,7 +131,29 @@ def save(obj: Any, path: str | Path) -> Path:
     return atomic_write(path, lambda file: torch.save(obj, file))
 
 
-def load(path: str | Path, *, map_location: str | torch.device = "cpu", verify: bool = True) -> dict[str, Any]:
+class Safetensors(Mapping[str, torch.Tensor]):
+    """The tensors of a .safetensors file, each read on access, memory-mapped on a CPU."""
+
+    def __init__(self, path: Path, map_location: str | torch.device = "cpu") -> None:
+        from safetensors import safe_open
+
+        self._file = safe_open(path, framework="pt", device=str(map_location))
+        self._names = frozenset(self._file.keys())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        tensor: torch.Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._names))
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def load(path: str | Path, *, map_location: str | torch.device = "cpu", verify: bool = True) -> Mapping[str, Any]:
     """Read a `.pth` file (memory-mapped where possible) or a `.safetensors` file; never run code from it.
 
     `verify=False` skips the checksums (`integrity.verify`), for a file that was verified already.
@@ -148,9 +170,7 @@ def load(path: str | Path, *, map_location: str | torch.device = "cpu", verify: 
         integrity.verify(path)
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path, device=str(map_location))
+            return Safetensors(path, map_location)
         return torch.load(path, map_location=map_location, weights_only=True, mmap=is_mappable(path) or None)
     except Exception as error:
         names: list[str] = []
@@ -193,11 +213,13 @@ def is_mappable(path: Path) -> bool:
         return file.read(4) == b"PK\x03\x04"
 
 
-def find_state_dict(obj: Mapping[str, Any], *, source: str = "checkpoint") -> dict[str, torch.Tensor]:
+def find_state_dict(obj: Mapping[str, Any], *, source: str = "checkpoint") -> Mapping[str, torch.Tensor]:
     """Return the weights of a loaded checkpoint: LAVIS's `{"model": ...}`, `{"state_dict": ...}` or a bare state dict.
 
     A `module.` prefix that all keys share (saved from DDP) is removed.
     """
+    if isinstance(obj, Safetensors) and obj and not all(key.startswith("module.") for key in obj):
+        return obj
     nested = [obj.get(key) for key in ("model", "state_dict")] if isinstance(obj, Mapping) else []
     state = next((value for value in nested if isinstance(value, Mapping)), obj)
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):

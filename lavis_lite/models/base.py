@@ -25,11 +25,14 @@ from lavis_lite.models.inputs import image_of
 from lavis_lite.models.tokenizers import tokenize
 from lavis_lite.nn.decoding import DecodingConfig, GenerationConfig
 from lavis_lite.nn.losses import IGNORED
+from lavis_lite.nn.uninitialised import Uninitialised
 
 logger = logging.getLogger(__name__)
 
 NOT_TRAINED = re.compile(rf"_m\.|queue|{checkpoint.COMPUTED.pattern}")
 """Matches the names of momentum encoders, queues and buffers that follow from the sizes."""
+COMPLETE = ("checkpoint", "finetuned")
+"""Kinds of weights that have every trained parameter, so that nothing need be initialised before they are loaded."""
 PRETRAINED = {"text_encoder", "text_decoder", "itm_head"}
 """Parts of BLIP's pretraining model, from which every task starts."""
 
@@ -125,6 +128,18 @@ class BaseModel(nn.Module):
         `device` is the one it will run on.
         """
         kind, source = chosen_weights(cfg) or (None, None)
+        if kind in COMPLETE:
+            generator = torch.get_rng_state()
+            with (skipped := Uninitialised()):
+                model = cls._loaded(cfg, kind, source)
+            if skipped.are_overwritten(model):
+                return model
+            torch.set_rng_state(generator)  # of a random language model the file has nothing
+        return cls._loaded(cfg, kind, source)
+
+    @classmethod
+    def _loaded(cls, cfg: dict[str, Any], kind: str | None, source: str | None) -> Self:
+        """Return the model of a section, with its weights."""
         with trained_config.fitting_adapters(cfg, source):
             model = cls(**{key: value for key, value in cfg.items() if key not in MODEL_KEYS})
             if start := starting_points(cfg):
@@ -172,6 +187,8 @@ class BaseModel(nn.Module):
         trainable parameter must be there.
         """
         state = self.adapt_state_dict(weights.open_state(source))
+        for name in [name for name in state if self.was_read(name, source)]:
+            del state[name]
         optional = self.loaded_separately + (self.newly_initialized if initialise else ())
         report = checkpoint.load_into(
             self,
@@ -208,6 +225,10 @@ class BaseModel(nn.Module):
     def adapt_state_dict(self, state: MutableMapping[str, Tensor]) -> MutableMapping[str, Tensor]:
         """Return a file's tensors, which are read on access, in this model's layout and size."""
         return state
+
+    def was_read(self, name: str, source: str) -> bool:
+        """Return whether the constructor has read this parameter from `source` already."""
+        return False
 
     def after_loading(self, state: Mapping[str, Tensor]) -> None:
         """Derive the tensors that the file lacked."""

@@ -67,7 +67,7 @@ def resume(
         )
 
 
-def load_verified(path: Path) -> dict[str, Any]:
+def load_verified(path: Path) -> Mapping[str, Any]:
     """Load a checkpoint on every rank, of which one verifies the file.
 
     Raises:

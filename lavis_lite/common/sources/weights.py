@@ -89,10 +89,10 @@ class _OneOpenFile:
     def __init__(self, source: str) -> None:
         self.source = source
         self._path: Path | None = None
-        self._tensors: dict[str, Tensor] = {}
+        self._tensors: Mapping[str, Tensor] = {}
         self._left = 0
 
-    def open(self, path: Path, *, verify: bool = True) -> dict[str, Tensor]:
+    def open(self, path: Path, *, verify: bool = True) -> Mapping[str, Tensor]:
         """Close the file opened before, and return this file's tensors, memory-mapped."""
         self.close()
         self._tensors = checkpoint.find_state_dict(checkpoint.load(path, verify=verify), source=self.source)

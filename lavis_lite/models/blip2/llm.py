@@ -119,6 +119,8 @@ class Blip2LLM(Blip2Base, AnswerModel):
         self.lm_source, self.adapter = source, (adapters or {}).get(ADAPTER)
         prefix = f"{family.prefix}_model."
         self.sources[prefix] = source if has_weights(source) else None
+        frozen = {f"{prefix}{name}" for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        self._frozen_llm = frozen if self.sources[prefix] else set()
         self.loaded_separately = () if self.adapter is None else (prefix,)
         self.newly_initialized = (f"{family.prefix}_proj.", "lora_", ".modules_to_save.", ".token_adapter.")
         self.newly_initialized += TEXT_PARTS if qformer_text_input else ()
@@ -145,6 +147,10 @@ class Blip2LLM(Blip2Base, AnswerModel):
         of_qformer = super().text_readers(samples) if self.qformer_text_input and "text_output" in samples else []
         setting = f"{self.family.prefix}_model"
         return [*((key, setting, self.llm_tokenizer.tokenizer) for key in keys), *of_qformer]
+
+    def was_read(self, name: str, source: str) -> bool:
+        """Return whether it is a frozen weight of the language model, which was built from the same folder."""
+        return source == self.lm_source and name in self._frozen_llm
 
     def load_frozen(self, loaded: set[str]) -> None:
         """Load as `Blip2Base` does, and then adapters from a folder of their own, unless the file had them."""
