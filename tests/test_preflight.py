@@ -651,7 +651,8 @@ def test_a_run_says_what_it_is_and_how_it_ended(tmp_path: Path, caplog: pytest.L
         f"blip_caption tiny: parameters {count:,} in all, {count:,} trainable (100.0 %); task captioning\n"
         in caplog.text
     )
-    assert f"device cpu, float32; seed 42\nfolder {tmp_path / 'output' / 'job'}" in caplog.text
+    assert re.search(r"\ndevice cpu, float32( \(.*run\.precision=bf16\))?; seed 42\n", caplog.text)
+    assert f"\nfolder {tmp_path / 'output' / 'job'}" in caplog.text
     assert f"{tmp_path / 'output' / 'job' / 'checkpoint_best.pth'}: agg_metrics " in caplog.text
 
 

@@ -13,6 +13,7 @@ import torch
 from lavis_lite import __version__
 from lavis_lite.common import dist
 from lavis_lite.common.config.config import Config
+from lavis_lite.common.precision import has_fast_bf16
 from lavis_lite.models.base import BaseModel
 from lavis_lite.runners.jobs import BEST
 from lavis_lite.runners.plan import Plan
@@ -32,10 +33,12 @@ def describe(cfg: Config, runner: Runner, known: dict[str, Any]) -> list[str]:
     """Return the lines that a run begins with; `known` is what `about` returns."""
     share = 100 * known["trainable"] / max(1, known["parameters"])
     processes = f" x {known['processes']} processes" if known["processes"] > 1 else ""
+    is_slow = known["precision"] == "float32" and runner.device.type == "cpu" and has_fast_bf16()
+    hint = " (this CPU computes bf16 in less time: run.precision=bf16)" if is_slow else ""
     lines = [
         f"{cfg.model['arch']} {cfg.model.get('model_type') or ''}: parameters {known['parameters']:,} in all, "
         f"{known['trainable']:,} trainable ({share:.1f} %); task {cfg.run.task}",
-        f"device {known['device']}{processes}, {known['precision']}; seed {known['seed']}",
+        f"device {known['device']}{processes}, {known['precision']}{hint}; seed {known['seed']}",
     ]
     if "steps" in known and not cfg.run.evaluate:
         lines.append(f"{known['steps']:,} steps in {known['epochs']:,} epochs, validated on {_valid(cfg)}")

@@ -11,7 +11,7 @@ import torch
 from lavis_lite.common import dist
 from lavis_lite.common.config.zoo import model_zoo
 from lavis_lite.common.errors import InputError, UnknownNameError
-from lavis_lite.common.precision import resolve_precision
+from lavis_lite.common.precision import resolve_precision, use_faster_products
 from lavis_lite.common.registry import did_you_mean
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.loading import from_pretrained, load_model_and_preprocess
@@ -42,6 +42,7 @@ def load(
     """
     on = dist.resolve_device(device)
     dtype = resolve_precision(precision, on)
+    use_faster_products()
     arch, _, kind = model.partition("/")
     if arch in model_zoo:
         types = model_zoo.types(arch)

@@ -18,7 +18,7 @@ from lavis_lite.common import checkpoint, dist
 from lavis_lite.common.config.config import Config
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.optim import build_optimizer, build_schedule
-from lavis_lite.common.precision import autocast, resolve_precision
+from lavis_lite.common.precision import autocast, resolve_precision, use_faster_products
 from lavis_lite.common.registry import registry
 from lavis_lite.common.rng import seed_rank
 from lavis_lite.models.base import BaseModel
@@ -59,6 +59,7 @@ class Runner:
         self.job_dir = Path(job_dir)
         self.device = dist.resolve_device(self.run.device)
         self.dtype = resolve_precision(self.run.precision, self.device)
+        use_faster_products()
         check_splits([*self.run.valid_splits, *self.run.test_splits], datasets)
         self.model = model.to(self.device)
         self.stop = StopSignals()  # replaced by a caller that catches signals; this one is not entered and catches none
