@@ -224,7 +224,7 @@ class Recorder:
 
         monkeypatch.setattr(blip_momentum, "soft_cross_entropy", keep("itc", blip_momentum.soft_cross_entropy))
         monkeypatch.setattr(blip_momentum, "draw_negatives", keep("negatives", blip_momentum.draw_negatives))
-        monkeypatch.setattr(model, "matching_logits", keep("itm", model.matching_logits))
+        monkeypatch.setattr(model, "pair_logits", keep("itm", model.pair_logits))
 
 
 def check_momentum_steps(case: Case, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,15 +110,6 @@ class CrossAttentionKV:
         layers = tuple(tuple((k[index], v[index]) for k, v in streams) for streams in self.layers)
         return CrossAttentionKV(layers, None if self.mask is None else self.mask[index])
 
-    def append(self, other: "CrossAttentionKV") -> "CrossAttentionKV":
-        """Return this context's rows followed by the other's (of the same length S), both without a mask."""
-        assert self.mask is other.mask is None
-        layers = tuple(
-            tuple((torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]])) for a, b in zip(mine, theirs, strict=True))
-            for mine, theirs in zip(self.layers, other.layers, strict=True)
-        )
-        return CrossAttentionKV(layers)
-
 
 class SelfAttention(nn.Module):
     """Query, key and value projections, of states of `key_width`; BERT's `self` module."""

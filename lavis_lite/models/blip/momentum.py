@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lavis_lite.common import dist
 from lavis_lite.common.bounds import check_number
 from lavis_lite.models.base import Output
-from lavis_lite.models.batches import Texts, fetch_texts, in_compute_type, stack_texts
+from lavis_lite.models.batches import Texts, fetch_texts, in_compute_type, match_pairs
 from lavis_lite.models.blip.matching import BlipMatching
 from lavis_lite.models.image_text import PairModel, project
 from lavis_lite.nn.attention import CrossAttentionKV
@@ -207,7 +207,7 @@ class BlipMomentum(BlipMatching, PairModel):
         else:
             other = context.select(negative_image)
             wrong = texts[0][negative_text], texts[1][negative_text]
-        return self.matching_logits(*stack_texts(texts, texts, wrong), context.append(other).append(context))
+        return match_pairs(self.matching_logits, texts, (other, wrong), context)
 
     @torch.no_grad()
     def draw_negatives(

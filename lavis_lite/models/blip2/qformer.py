@@ -21,7 +21,7 @@ from torch import Tensor
 from lavis_lite.common import dist
 from lavis_lite.common.registry import registry
 from lavis_lite.models.base import Output
-from lavis_lite.models.batches import Texts, fetch_texts, in_compute_type, stack_texts
+from lavis_lite.models.batches import Texts, fetch_texts, in_compute_type, match_pairs
 from lavis_lite.models.blip2.matching import Blip2Matching
 from lavis_lite.models.captions import CaptionModel
 from lavis_lite.models.image_text import project, training_output
@@ -111,19 +111,14 @@ class Blip2Qformer(Blip2Matching, CaptionModel):
     ) -> Tensor:
         """Return matching logits (3B,2) of the pairs, of each text with a negative image and of each image with a
         negative text.
-
-        An image's keys and values serve its own text and the negative one without being copied.
         """
         negative_image, negative_text = negatives
-        num_samples = len(tokens)
         if dist.world_size() == 1:
             other = context.select(negative_image)
         else:
             other = self.project_kv(dist.gather_rows(self.of_equal_length(in_compute_type(tokens)), negative_image))
-        both = stack_texts(texts, fetch_texts(texts, negative_text, max_length=self.max_txt_len))
-        ids, mask = (part.unflatten(0, (2, num_samples)).transpose(0, 1).flatten(0, 1) for part in both)
-        own = self.matching_logits(ids, mask, context).unflatten(0, (num_samples, 2))
-        return torch.cat([own[:, 0], self.matching_logits(*texts, other), own[:, 1]])
+        wrong = fetch_texts(texts, negative_text, max_length=self.max_txt_len)
+        return match_pairs(self.matching_logits, texts, (other, wrong), context)
 
     def caption_context(self, image: Tensor) -> KeyValueCache:
         """Return the queries' keys and values for the images (B,3,H,W); text is decoded after them."""
