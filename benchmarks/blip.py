@@ -158,8 +158,8 @@ def momentum_job(arguments: argparse.Namespace) -> Job:
     return Job(what="momentum update", other="one by one", count=1, **sides)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Print one row per comparison."""
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
@@ -167,17 +167,24 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
-    arguments = parser.parse_args(argv)
-    torch.manual_seed(0)
+    return parser.parse_args(argv)
+
+
+def all_jobs(arguments: argparse.Namespace) -> Iterator[Job]:
+    """Iterate over the jobs."""
     image = torch.randn(arguments.batch, 3, arguments.image_size, arguments.image_size, device=arguments.device)
-    jobs = [
-        *caption_jobs(arguments, image),
-        rerank_job(arguments, image),
-        rank_job(arguments, image),
-        momentum_job(arguments),
-    ]
+    yield from caption_jobs(arguments, image)
+    yield rerank_job(arguments, image)
+    yield rank_job(arguments, image)
+    yield momentum_job(arguments)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print one row per comparison."""
+    arguments = parse(argv)
+    torch.manual_seed(0)
     with torch.autocast(arguments.device, torch.bfloat16, enabled=arguments.dtype == "bf16"):
-        for line in table(measure(job, repeats=arguments.repeats) for job in jobs):
+        for line in table(measure(job, repeats=arguments.repeats) for job in all_jobs(arguments)):
             print(line, flush=True)
 
 

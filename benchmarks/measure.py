@@ -13,8 +13,8 @@ from torch import Tensor, nn
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "A6000": 155.0}
 """Dense bf16, by the vendor's data sheets, by a part of the GPU's name."""
 GIB = 2.0**30
-HEADS = ("per s", "seconds", "GFLOP", "MFU", "GiB", "other per s", "GiB", "ratio")
-WIDTHS = (10, 9, 9, 7, 7, 13, 7, 7)
+HEADS = ("per s", "seconds", "GFLOP", "MFU", "GiB", "other per s", "GiB", "ratio", "of each turn")
+WIDTHS = (10, 9, 9, 7, 7, 13, 7, 7, 15)
 
 
 class Watched:
@@ -24,7 +24,7 @@ class Watched:
         self, function: Callable[[], Any], model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None
     ) -> None:
         self.function, self.model, self.optimizer = function, model, optimizer
-        self.on_gpu = next(model.parameters()).is_cuda
+        self.on_gpu = any(parameter.is_cuda for parameter in model.parameters())
         self.result: Any = None
         self.extra = 0
 
@@ -70,7 +70,11 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """The measurements of a job. `ratio` is how many times faster ours is; memory is in GiB."""
+    """The measurements of a job; memory is in GiB.
+
+    `ratio` is how many times faster ours is, by the processor's time on a CPU, which other processes change less than
+    the clock's; `ratios` are those of each turn.
+    """
 
     what: str
     per_second: float
@@ -84,28 +88,34 @@ class Row:
     other_peak_gib: float | None
     other_loss: float | None
     ratio: float
+    ratios: list[float]
 
 
-def median_seconds(functions: list[Watched], repeats: int, *, on_gpu: bool) -> list[float]:
-    """Return each function's median time; the functions take turns, and the first round warms up."""
-    times: list[list[float]] = [[] for _ in functions]
+def turns(functions: list[Watched], repeats: int) -> list[list[tuple[float, float]]]:
+    """Return each function's times in seconds, by the clock and of the processor; the functions take turns, and the
+    first round warms up.
+    """
+    times: list[list[tuple[float, float]]] = [[] for _ in functions]
     for _ in range(repeats + 1):
         for function, own in zip(functions, times, strict=True):
-            start = time.perf_counter()
+            start, start_cpu = time.perf_counter(), time.process_time()
             function()
-            if on_gpu:
+            if function.on_gpu:
                 torch.cuda.synchronize()
-            own.append(time.perf_counter() - start)
-    return [statistics.median(own[1:]) for own in times]
+            own.append((time.perf_counter() - start, time.process_time() - start_cpu))
+    return [own[1:] for own in times]
 
 
 def measure(job: Job, *, repeats: int, peak_tflops: float | None = None) -> Row:
     """Time both sides in turns. RuntimeError if a loss is not finite."""
     sides = [job.ours, job.theirs]
-    seconds, other_seconds = median_seconds(sides, repeats, on_gpu=job.ours.on_gpu)
+    own, other = turns(sides, repeats)
     for side in sides:
         if side.loss is not None and not math.isfinite(side.loss):
             raise RuntimeError(f"{job.what}: the loss is {side.loss}")
+    seconds, other_seconds = (statistics.median(clock for clock, _ in side) for side in (own, other))
+    clock = 0 if job.ours.on_gpu else 1
+    ratios = [theirs[clock] / ours[clock] for ours, theirs in zip(own, other, strict=True)]
     per_second = job.count / seconds
     is_rated = job.flops is not None and peak_tflops is not None
     return Row(
@@ -120,13 +130,14 @@ def measure(job: Job, *, repeats: int, peak_tflops: float | None = None) -> Row:
         other_per_second=job.count / other_seconds,
         other_peak_gib=job.theirs.peak_gib,
         other_loss=job.theirs.loss,
-        ratio=other_seconds / seconds,
+        ratio=statistics.median(ratios),
+        ratios=ratios,
     )
 
 
 def table(rows: Iterable[Row]) -> Iterator[str]:
     """Iterate over the table's lines, each as soon as its row is measured."""
-    yield f"{'what':<34}" + "".join(map(str.rjust, HEADS, WIDTHS)) + "  other"
+    yield f"{'what':<42}" + "".join(map(str.rjust, HEADS, WIDTHS)) + "  other"
     for row in rows:
         cells = (
             f"{row.per_second:.2f}",
@@ -137,8 +148,9 @@ def table(rows: Iterable[Row]) -> Iterator[str]:
             f"{row.other_per_second:.2f}",
             shown(row.other_peak_gib, ".1f"),
             f"{row.ratio:.2f}",
+            f"[{min(row.ratios):.2f} {max(row.ratios):.2f}]",
         )
-        yield f"{row.what:<34}" + "".join(map(str.rjust, cells, WIDTHS)) + f"  {row.other}"
+        yield f"{row.what:<42}" + "".join(map(str.rjust, cells, WIDTHS)) + f"  {row.other}"
 
 
 def shown(value: float | None, form: str) -> str:

@@ -33,10 +33,10 @@ def test_blip_is_measured(throughput: ModuleType, capsys: pytest.CaptureFixture[
     """One layer deep, at the base model's widths: each row has its name and what it is compared with."""
     importlib.import_module("blip").main(["--depth", "1", "--image-size", "32", "--batch", "2", "--repeats", "1"])
     rows = capsys.readouterr().out.splitlines()[1:]
-    names = ("captioning, forward", "captions, 3 beams", "re-ranking 64 texts", "momentum update")
-    assert [row.startswith(name) for row, name in zip(rows, names, strict=True)] == [True] * 4
-    others = ("transformers", "transformers", "image repeated", "one by one")
-    assert [row.endswith(other) for row, other in zip(rows, others, strict=True)] == [True] * 4
+    names = ("captioning, forward", "captions, 3 beams", "re-ranking 64 texts", "ranking 128", "momentum update")
+    assert [row.startswith(name) for row, name in zip(rows, names, strict=True)] == [True] * 5
+    others = ("transformers", "transformers", "image repeated", "padded", "one by one")
+    assert [row.endswith(other) for row, other in zip(rows, others, strict=True)] == [True] * 5
 
 
 @pytest.fixture
@@ -237,3 +237,23 @@ def test_sources_are_measured(throughput: ModuleType, capsys: pytest.CaptureFixt
     assert [row["source"] for row in rows] == ["files", "parquet"]
     assert all(row["images_per_second"] > 0 and row["per_core"] > 0 for row in rows)
     assert "parquet" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_suite_fails_where_a_ratio_has_fallen(
+    throughput: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    """Every part runs at tiny sizes; a ratio that nothing reaches fails, one that everything reaches does not."""
+    suite, stored = importlib.import_module("suite"), tmp_path / "ratios.json"
+    assert suite.main(["--tiny", "--update", "--repeats", "1", "--stored", str(stored)]) == 0
+    ratios = json.loads(stored.read_text())
+    assert len(ratios) >= 12
+    assert all(ratio > 0 for ratio in ratios.values())
+    stored.write_text(json.dumps({"transform: image to tensor": 1e-6, "augment: RandAugment's moves": 1e9}))
+    settings = ["--tiny", "--repeats", "1", "--stored", str(stored), "--only"]
+    assert suite.main([*settings, "transform"]) == 0
+    capsys.readouterr()
+    assert suite.main([*settings, "transform", "augment"]) == 1
+    printed = capsys.readouterr().out.splitlines()
+    (fallen,) = [line for line in printed if "is stored" in line]
+    assert fallen.startswith("augment: RandAugment's moves: ")

@@ -182,10 +182,10 @@ def test_memory_map_of_a_large_file_is_renewed(tmp_path: Path, watch: Watch, mon
 def test_a_model_is_loaded_shard_by_shard(
     arch: str, tmp_path: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where names are translated and biases split on the way."""
+    """Also where names are translated and biases split on the way; into another precision, so that all are copied."""
     model = load_model(arch, "tiny")
     folder = write_folder(model, tmp_path / "hf", arch=arch, max_shard_size="1MB")
-    other = load_model(arch, "tiny")
+    other = load_model(arch, "tiny").to(torch.bfloat16)
     load_into = checkpoint.load_into
 
     def watched(*args: Any, **kwargs: Any) -> Any:
@@ -197,7 +197,7 @@ def test_a_model_is_loaded_shard_by_shard(
     assert len({path for path, _ in watch.opened}) > 3
     assert watch.most_alive == 0
     for name, tensor in model.state_dict().items():
-        assert torch.equal(other.state_dict()[name], tensor), name
+        assert torch.equal(other.state_dict()[name], tensor.to(other.state_dict()[name].dtype)), name
 
 
 def test_tensors_are_cast_to_the_models_precision() -> None:
@@ -243,3 +243,35 @@ def test_loading_a_complete_file_gives_its_weights_whatever_memory_held(
     loaded = tensors(load_model(arch, "tiny", is_eval=True, checkpoint=path))
     for name, tensor in expected.items():
         torch.testing.assert_close(loaded[name], tensor, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_weights_that_are_not_copied_belong_to_one_model_alone(suffix: str, tmp_path: Path) -> None:
+    """A step of one model changes neither the file nor another model; nor two parameters that have one source."""
+    path = tmp_path / f"whole.{suffix}"
+    state = load_model("blip_caption", "tiny", is_eval=True).state_dict()
+    if suffix == "pth":
+        checkpoint.save({"model": state}, path)
+    else:
+        save_file({name: tensor.clone() for name, tensor in state.items()}, path)
+    content = path.read_bytes()
+    first, second = (load_model("blip_caption", "tiny", is_eval=True, checkpoint=path) for _ in range(2))
+    before = tensors(second)
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter.add_(1)
+    for name, tensor in second.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
+    assert path.read_bytes() == content
+    assert (
+        first.text_decoder.cls.predictions.decoder.weight is first.text_decoder.bert.embeddings.word_embeddings.weight
+    )
+
+
+def test_two_parameters_of_one_tensor_do_not_share_it() -> None:
+    model, tensor = Stack(), torch.ones(3, 4)
+    names = list(STATE)
+    checkpoint.load_into(model, LazyState({name: lambda: tensor for name in names}), source="x", take=True)
+    with torch.no_grad():
+        model.layers[0].weight.zero_()
+    assert [float(layer.weight.sum()) for layer in model.layers] == [0, *[12] * 5]

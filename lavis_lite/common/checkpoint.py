@@ -237,9 +237,13 @@ def load_into(
     source: str | Path,
     allow_missing: Callable[[str], bool] = lambda key: False,
     loaded_separately: Callable[[str], bool] = lambda key: False,
+    take: bool = False,
 ) -> LoadReport:
     """Copy `state` into `model`, tensor by tensor in the model's precision, and log every difference; the model is
     unchanged if this raises.
+
+    With `take` nothing else uses the tensors of `state`. Those of the model's own precision are then not copied:
+    parameters use the pages of the mapped file, which are read when they are first needed, and copied when written to.
 
     The file may lack the trainable keys of `allow_missing`; the keys of `loaded_separately` come from another source.
     A missing alias of a tied parameter counts as present if another of its names is given.
@@ -268,11 +272,27 @@ def load_into(
     ):
         if keys:
             logger.log(level, f"{source}: {len(keys)} {what}: {_listed(keys, limit=10)}")
+    taken: set[int] | None = set() if take else None
     with torch.no_grad():
         for key in state:
             if key in own:
-                own[key].copy_(state[key])
+                _fill(own[key], state[key], taken)
     return report
+
+
+def _fill(target: torch.Tensor, tensor: torch.Tensor, taken: set[int] | None) -> None:
+    """Give a parameter or buffer the values of a tensor: the tensor itself, of which `taken` then has the address, if
+    that may be taken and is alike; else a copy, as for the second name of one tensor.
+    """
+    is_plain = type(target) in (torch.Tensor, nn.Parameter) and type(tensor) is torch.Tensor
+    same_kind = (target.dtype, target.device) == (tensor.dtype, tensor.device)
+    is_alike = is_plain and same_kind and target.is_contiguous() and tensor.is_contiguous()
+    if taken is not None and is_alike and tensor.data_ptr() not in taken:
+        taken.add(tensor.data_ptr())
+        target.data = tensor
+        torch.autograd.graph.increment_version(target)
+    else:
+        target.copy_(tensor)
 
 
 def _check_fit(

@@ -196,6 +196,7 @@ class BaseModel(nn.Module):
             source=str(source),
             allow_missing=lambda key: any(part in key for part in optional) or (initialise and self.is_restorable(key)),
             loaded_separately=self.is_restorable,
+            take=True,
         )
         if not initialise:
             self.check_leftovers(report.unexpected, state, source)

@@ -237,7 +237,7 @@ class Blip2Base(BaseModel):
         state = blip2_from_hf(state) if is_hf_blip2(state) else state
         state = encoder_state(state) or state
         report = checkpoint.load_into(
-            self.visual_encoder, self.visual_encoder.adapt_state_dict(dict(state)), source=source
+            self.visual_encoder, self.visual_encoder.adapt_state_dict(dict(state)), source=source, take=True
         )
         if report.missing:
             raise InputError(f"{source} lacks {len(report.missing)} tensors of the image encoder: {report.missing[:5]}")
