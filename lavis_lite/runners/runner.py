@@ -22,6 +22,7 @@ from lavis_lite.common.precision import autocast, resolve_precision, use_faster_
 from lavis_lite.common.registry import registry
 from lavis_lite.common.rng import seed_rank
 from lavis_lite.models.base import BaseModel
+from lavis_lite.runners.compiling import compile_layers
 from lavis_lite.runners.jobs import BEST, write_last
 from lavis_lite.runners.learning import LearningWatch
 from lavis_lite.runners.loaders import Datasets, EvalLoader, TrainLoader, eval_sets, train_sets
@@ -62,6 +63,8 @@ class Runner:
         use_faster_products()
         check_splits([*self.run.valid_splits, *self.run.test_splits], datasets)
         self.model = model.to(self.device)
+        if self.run.compile != "none":
+            compile_layers(self.model, self.run.compile)
         self.stop = StopSignals()  # replaced by a caller that catches signals; this one is not entered and catches none
         self.has_begun = False  # a first step or an evaluation
         self.saved_step: int | None = None

@@ -123,6 +123,8 @@ class RunConfig:
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """`auto`: bf16 on GPUs that support it, fp16 on others, fp32 on the CPU."""
+    compile: Literal["none", "encoder", "model"] = "none"
+    """`encoder`: torch.compile for the layers of the image encoder; `model`: for those of all parts."""
     amp: bool | None = None
     """LAVIS's key: True is `precision: auto`, False is `precision: fp32`."""
     find_unused_parameters: bool = False
