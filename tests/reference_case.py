@@ -18,13 +18,13 @@ REFERENCE = Path(os.environ.get("LAVIS_LITE_REFERENCE_DIR", Path(__file__).paren
 class Case:
     """One recorded case, of the reference folder or of another one with `cases`."""
 
-    def __init__(self, name: str, root: Path = REFERENCE) -> None:
+    def __init__(self, name: str, root: Path = REFERENCE, device: str = "cpu") -> None:
         folder = root / "cases" / name
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-        self.inputs = load_file(folder / "inputs.safetensors")
-        self.outputs = load_file(folder / "outputs.safetensors")
+        self.inputs = load_file(folder / "inputs.safetensors", device=device)
+        self.outputs = load_file(folder / "outputs.safetensors", device=device)
         self.facts: dict[str, Any] = json.loads((folder / "outputs.json").read_text())
-        self.weights = load_file(folder / "weights.safetensors")
+        self.weights = load_file(folder / "weights.safetensors", device=device)
 
     def sizes(self) -> dict[str, Any]:
         """Constructor arguments of the image encoder, the text transformer and the tokenizer."""
@@ -71,7 +71,7 @@ class Case:
 
 def close(actual: Tensor | float, expected: Tensor | float, tolerance: float = 1e-4) -> None:
     """Within the tolerance relative to the largest expected value."""
-    actual, expected = torch.as_tensor(actual).detach().double(), torch.as_tensor(expected).double()
+    actual, expected = (torch.as_tensor(value).detach().double().cpu() for value in (actual, expected))
     assert actual.shape == expected.shape
     scale = max(float(expected.abs().max()), 1e-3)
     torch.testing.assert_close(actual, expected, rtol=0.0, atol=tolerance * scale)

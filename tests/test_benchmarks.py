@@ -4,6 +4,8 @@ right (against torch's counter of what was executed, and the figures derived fro
 
 import importlib
 import json
+import os
+import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -257,3 +259,15 @@ def test_the_suite_fails_where_a_ratio_has_fallen(
     printed = capsys.readouterr().out.splitlines()
     (fallen,) = [line for line in printed if "is stored" in line]
     assert fallen.startswith("augment: RandAugment's moves: ")
+
+
+@pytest.mark.slow
+def test_the_script_for_a_gpu_runs(tmp_path: Path):
+    """At tiny sizes on the CPU: a check, both tables, and the rows as JSON."""
+    script, environment = BENCHMARKS / "gpu.sh", {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    command = ["bash", str(script), str(tmp_path / "gpu"), "--tiny"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "1 passed" in (tmp_path / "gpu" / "checks.txt").read_text()
+    assert len(json.loads((tmp_path / "gpu" / "blip2.json").read_text())["rows"]) == 8
+    assert "ranking 128 of 3128 answers" in (tmp_path / "gpu" / "blip.txt").read_text()

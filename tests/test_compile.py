@@ -36,7 +36,9 @@ def step(model: nn.Module) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("arch", "part"), [("blip_caption", "encoder"), ("blip2_opt", "encoder"), ("blip_caption", "model")])
+@pytest.mark.parametrize(
+    ("arch", "part"), [("blip_caption", "encoder"), ("blip2_opt", "encoder"), ("blip_caption", "model")]
+)
 def test_losses_and_gradients_stay(arch: str, part: str) -> None:
     torch.manual_seed(0)
     model = load_model(arch, "tiny", is_eval=True)

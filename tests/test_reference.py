@@ -413,13 +413,27 @@ CHECKS: dict[str, Callable[..., None]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_case(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(name)
+def check(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the check of the case's architecture."""
     arch = case.config["_arch"]
-    assert arch in CHECKS, f"no check for architecture {arch} of case {name}"
+    assert arch in CHECKS, f"no check for architecture {arch}"
     needs_patch = "monkeypatch" in inspect.signature(CHECKS[arch]).parameters
     CHECKS[arch](case, monkeypatch) if needs_patch else CHECKS[arch](case)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_case(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(Case(name), monkeypatch)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", CASES)
+def test_case_on_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fp32, also the convolution of the patches."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    with torch.device("cuda"):
+        check(Case(name, device="cuda"), monkeypatch)
 
 
 def test_cases_were_found() -> None:
