@@ -69,5 +69,5 @@ def hub_stand_ins() -> Iterator[None]:
 def packaged(source: Any) -> Path | None:
     """The package's folder for a hub id."""
     owner, _, name = str(source).partition("/")
-    folder = PACKAGED / name.lower().removesuffix("-v1.1")
+    folder = PACKAGED / name.lower().removesuffix("-v1.1").removesuffix("-instruct")
     return folder if owner and name and folder.is_dir() else None
