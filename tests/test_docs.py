@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 import yaml
-from pages import DOCS, PAGES, ROOT, blocks, code, table
+from pages import DOCS, PAGES, README, ROOT, blocks, code, table
 from PIL import Image
 from typer.testing import CliRunner
 
 from lavis_lite.cli import main as cli
 from lavis_lite.cli.app import app
 from lavis_lite.common.config.config import Config, parser
+from lavis_lite.common.config.recipes import find_recipe
 from lavis_lite.common.config.run import IGNORED_LAVIS_KEYS, RunConfig
 from lavis_lite.common.config.schema import schema_of
 from lavis_lite.common.config.sections import MODEL_KEYS
@@ -101,33 +102,37 @@ def test_example_records_are_read(builder: str, tmp_path: Path):
 
 
 def commands(page: Path) -> list[str]:
-    """The page's command lines that start train.py or evaluate.py with a recipe."""
+    """The page's command lines that train or evaluate by a recipe: a file for the scripts, or a name."""
     lines = [line for block in blocks(page) for line in block.text.splitlines()]
-    return [line for line in lines if re.search(r"(train|evaluate)\.py --cfg-path \S", line)]
+    wanted = r"(train|evaluate)\.py --cfg-path \S|^lavis-lite (train|evaluate) --cfg-path [\w/]+( |$)"
+    return [line for line in lines if re.search(wanted, line)]
 
 
 @pytest.mark.parametrize("line", [line for page in PAGES for line in commands(page)])
 @pytest.mark.slow
 def test_commands_are_understood(line: str):
     words = line.split("#")[0].split()
-    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    script = next(i for i, word in enumerate(words) if word.endswith(".py") or word in ("train", "evaluate"))
     understood = parser()
-    if words[script] == "evaluate.py":
+    if words[script].startswith("evaluate"):
         for flag in ("--checkpoint", "--limit"):
             understood.add_argument(flag)
         understood.add_argument("--check", action="store_true")
     args = understood.parse_args(words[script + 1 :])
-    assert Config.from_file(ROOT / args.cfg_path, args.options).run.task
+    path = ROOT / args.cfg_path if args.cfg_path.endswith(".yaml") else find_recipe(args.cfg_path)
+    assert Config.from_file(path, args.options).run.task
 
 
-def test_commands_over_images_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Every line of docs/commands.md parses; the command then stops at its images, which are not there."""
+@pytest.mark.parametrize("page", [DOCS / "commands.md", README], ids=lambda page: page.name)
+def test_commands_over_images_are_understood(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Every line parses; the command then stops at its images, which are not there."""
     monkeypatch.chdir(tmp_path)
-    lines = [line for block in blocks(DOCS / "commands.md") for line in block.text.splitlines()]
-    lines = [line for line in lines if line.startswith("lavis-lite ")]
-    assert len(lines) > 5
+    lines = [line for block in blocks(page) for line in block.text.splitlines()]
+    lines = [line for line in lines if re.match(r"lavis-lite (caption|ask|match|embed|search|explain|chat) ", line)]
+    assert len(lines) > 3
     for line in lines:
-        words = ["nowhere" if word.startswith(("photo", "questions")) else word for word in shlex.split(line)[1:]]
+        words = shlex.split(line, comments=True)[1:]
+        words = ["nowhere" if word.startswith(("photo", "questions")) else word for word in words]
         if words[0] in ("search", "chat"):
             words += ["--model", "nowhere"]
         result = CliRunner().invoke(app, words)
