@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from lavis_lite.common import dist
@@ -108,9 +109,18 @@ def saved_bytes(model: nn.Module, batch: Mapping[str, Any], *, dtype: torch.dtyp
             saved[storage._cdata] = storage  # held, so that no other gets its address
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _UnknownIsFalse():
         model(dict(batch))
     return sum(storage.nbytes() for storage in saved.values())
+
+
+class _UnknownIsFalse(TorchFunctionMode):
+    """Take a condition on the meta device as false: T5's encoder asks whether a mask is all ones, and keeps it if not."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__bool__ and args[0].is_meta:
+            return False
+        return func(*args, **(kwargs or {}))
 
 
 def memory_lines(cfg: Config, model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
