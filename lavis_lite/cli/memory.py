@@ -115,7 +115,7 @@ def saved_bytes(model: nn.Module, batch: Mapping[str, Any], *, dtype: torch.dtyp
 
 
 class _UnknownIsFalse(TorchFunctionMode):
-    """Take a condition on the meta device as false: T5's encoder asks whether a mask is all ones, and keeps it if not."""
+    """Take a condition on the meta device as false: T5 asks whether a mask is all ones, and keeps it if it is not."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__bool__ and args[0].is_meta:
