@@ -25,6 +25,8 @@ REFERENCE = Path(os.environ.get("LAVIS_LITE_REFERENCE_DIR", Path(__file__).paren
 TINY_HF = REFERENCE / "tiny_hf"
 PACKAGED = Path(lavis_lite.__file__).parent / "configs" / "llms"
 BERT_VOCABULARY = {"med": 30524, "qformer": 30523}
+STAND_INS = {"qwen2": "opt"}
+"""Model types whose tokenizer is of another's kind: byte pairs, as OPT's."""
 MADE_BY_QUICKSTART = {"output/quickstart_blip2/opt": "tiny_opt", "output/quickstart_blip2/t5": "tiny_t5"}
 
 
@@ -55,7 +57,7 @@ def hub_stand_ins() -> Iterator[None]:
     def tokenizer(source: Any, *args: Any, **settings: Any) -> Any:
         folder = packaged(source)
         family = folder and json.loads((folder / "config.json").read_text())["model_type"]
-        return get_tokenizer(TINY_HF / family if family else source, *args, **settings)
+        return get_tokenizer(TINY_HF / STAND_INS.get(family, family) if family else source, *args, **settings)
 
     with (
         mock.patch.object(PreTrainedConfig, "get_config_dict", config),
@@ -67,5 +69,5 @@ def hub_stand_ins() -> Iterator[None]:
 def packaged(source: Any) -> Path | None:
     """The package's folder for a hub id."""
     owner, _, name = str(source).partition("/")
-    folder = PACKAGED / name.removesuffix("-v1.1")
+    folder = PACKAGED / name.lower().removesuffix("-v1.1").removesuffix("-instruct")
     return folder if owner and name and folder.is_dir() else None

@@ -1,6 +1,7 @@
 """What README.md and docs/ say is true: their code runs, their files exist, their keys and tables are the schemas'.
 
-Examples marked by a first line `# <file>` are written to a folder under that name; `/data` in them is made here.
+A file of a page begins with a line `# <file>`; `/data` in it is made here. The tutorial's are run by
+test_extending.py, the computed figures of tables checked by test_docs_figures.py.
 """
 
 import csv
@@ -8,22 +9,20 @@ import inspect
 import json
 import re
 import shlex
-import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import yaml
+from pages import DOCS, PAGES, README, ROOT, blocks, code, table
 from PIL import Image
 from typer.testing import CliRunner
 
 from lavis_lite.cli import main as cli
 from lavis_lite.cli.app import app
 from lavis_lite.common.config.config import Config, parser
+from lavis_lite.common.config.recipes import find_recipe
 from lavis_lite.common.config.run import IGNORED_LAVIS_KEYS, RunConfig
 from lavis_lite.common.config.schema import schema_of
 from lavis_lite.common.config.sections import MODEL_KEYS
@@ -31,75 +30,11 @@ from lavis_lite.common.config.zoo import dataset_zoo, model_zoo
 from lavis_lite.common.registry import registry
 from lavis_lite.common.sources import download
 
-ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
-PAGES = [README, *sorted(ROOT.glob("C*.md")), ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 PLACES = ("lavis_lite/", "projects/", "run_scripts/", "tests/", "docs/", "benchmarks/")
 RECORDS = re.compile(r"^### (\w+)\n(.*?)```json\n(.*?)```", re.MULTILINE | re.DOTALL)
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 pytestmark = pytest.mark.usefixtures("shapes_data")
-
-
-class Block(NamedTuple):
-    """A fenced block: its language and its lines."""
-
-    language: str
-    text: str
-
-    @property
-    def file(self) -> str | None:
-        """The file that the block is, if its first line says so."""
-        found = re.match(r"# ([\w./]+\.(?:py|yaml))\n", self.text)
-        return found[1] if found else None
-
-
-def blocks(page: Path) -> list[Block]:
-    """All fenced blocks of a page."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    return [Block(*pair) for pair in found]
-
-
-def tables(page: Path) -> dict[str, list[list[str]]]:
-    """A page's tables by their head row, each a list of rows of cells."""
-    found: dict[str, list[list[str]]] = {}
-    rows: list[list[str]] | None = None
-    for line in page.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("|"):
-            rows = None
-        elif rows is None:
-            rows = found.setdefault(line, [])
-        elif not line.startswith("| ---"):
-            rows.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
-    return found
-
-
-def table(page: Path, head: str) -> list[list[str]]:
-    """The one table of a page whose head row starts so."""
-    (found,) = [rows for title, rows in tables(page).items() if title.startswith(head)]
-    return found
-
-
-def code(cell: str) -> list[str]:
-    """The inline code of a table's cell."""
-    return re.findall(r"`([^`]+)`", cell)
-
-
-@pytest.fixture
-def examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder with the README's files, the working folder of the test; what they register is forgotten afterwards."""
-    (tmp_path / "output").mkdir()
-    for block in blocks(README):
-        if block.file:
-            (tmp_path / block.file).write_text(block.text.replace("/data/", f"{tmp_path}/data/"), encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield tmp_path
-    for path in tmp_path.glob("*.py"):
-        sys.modules.pop(path.stem, None)
-        for table in registry.tables.values():
-            for name in [name for name, item in table.items.items() if item.__module__ == path.stem]:
-                del table.items[name]
 
 
 def make_csv(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -128,7 +63,7 @@ def test_python_runs_from_top_to_bottom(page: Path, capsys: pytest.CaptureFixtur
     for block in blocks(page):
         if block.language == "python" and not block.file:
             exec(compile(block.text, str(page), "exec"), names)
-    if page == README:
+    if page.name == "python.md":
         out = capsys.readouterr().out
         assert "blip_image_text_matching" in out
         assert {"image_feature", "text_feature", "pair_feature"} <= names.keys()
@@ -136,74 +71,22 @@ def test_python_runs_from_top_to_bottom(page: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.slow
-def test_own_data_by_one_yaml_trains(examples: Path):
+def test_own_data_by_one_yaml_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (text,) = [block.text for block in blocks(DOCS / "data.md") if block.file == "flowers.yaml"]
+    (tmp_path / "flowers.yaml").write_text(text.replace("/data/", f"{tmp_path}/data/"))
+    monkeypatch.chdir(tmp_path)
     for split, count in (("train", 4), ("val", 2)):
         rows = [{"image": f"{split}{i}.png", "caption": "a red flower"} for i in range(count)]
-        make_csv(examples / f"data/flowers/{split}.csv", rows)
+        make_csv(tmp_path / f"data/flowers/{split}.csv", rows)
     options = ["model.model_type=tiny", "run.batch_size_train=2", "run.max_iters=1", "run.num_workers=0"]
     assert run("flowers.yaml", "--job-id", "job", "--options", *options) == 0
-    rows = [json.loads(line) for line in (examples / "output/flowers/job/log.txt").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "output/flowers/job/log.txt").read_text().splitlines()]
     assert "CIDEr" in next(row for row in rows if row.get("split") == "val")["metrics"]
 
 
-def test_added_parts_train_from_outside_the_package(examples: Path):
-    for split, count in (("train", 8), ("val", 3)):
-        rows = [{"file": f"{split}{i}.png", "sign": i % 3} for i in range(count)]
-        make_csv(examples / f"data/signs/{split}.csv", rows)
-    assert run("signs.yaml", "--job-id", "job", "--options", "run.num_workers=0") == 0
-    rows = [json.loads(line) for line in (examples / "output/signs/job/log.txt").read_text().splitlines()]
-    assert [row["step"] for row in rows if "metrics" in row] == [2, 4]
-    assert all(0 <= row["metrics"]["top_k"] <= 100 for row in rows if "metrics" in row)
-
-
-def test_added_parts_are_checked_by_their_signatures(examples: Path):
-    for option, nearest in (
-        ("model.num_clases=3", "num_classes"),
-        ("run.kk=3", "'k'"),
-        ("datasets.street_signs.buld_info=1", "build_info"),
-        ("datasets.street_signs.vis_processor.train.image_sze=4", "image_size"),
-    ):
-        with pytest.raises(ValueError, match=nearest):
-            Config.from_file("signs.yaml", [option])
-
-
-@pytest.mark.slow
-def test_added_parts_are_found_inside_the_package(examples: Path):
-    package = examples / "lavis_lite"
-    shutil.copytree(ROOT / "lavis_lite", package, ignore=shutil.ignore_patterns("__pycache__"))
-    for name, folder in (("model", "models"), ("data", "datasets"), ("task", "tasks"), ("processor", "processors")):
-        (examples / f"sign_{name}.py").rename(package / folder / f"sign_{name}.py")
-    signs = yaml.safe_load((examples / "signs.yaml").read_text())
-    model = package / "configs/models/vit_classifier/tiny.yaml"
-    dataset = package / "configs/datasets/street_signs/default.yaml"
-    for path, content in (
-        (model, {"model": signs["model"], "preprocess": {"vis_processor": {"eval": {"name": "centre_square"}}}}),
-        (dataset, {"datasets": signs["datasets"]}),
-    ):
-        path.parent.mkdir()
-        path.write_text(yaml.safe_dump(content))
-    recipe = {"model": {"arch": "vit_classifier", "model_type": "tiny"}, "datasets": {"street_signs": None}}
-    (examples / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "run": {"task": "top_k", "k": 2}}))
-    script = """
-import lavis_lite
-from lavis_lite.common.config import Config
-from lavis_lite.models import load_model, model_zoo
-from lavis_lite.processors import load_processor
-cfg = Config.from_file("recipe.yaml")
-assert cfg.task == {"k": 2} and cfg.model["num_classes"] == 3, cfg
-assert cfg.datasets["street_signs"]["vis_processor"]["train"]["name"] == "centre_square", cfg
-assert "vit_classifier" in model_zoo and load_model("vit_classifier", "tiny").head.out_features == 3
-assert load_processor("centre_square", {"image_size": 48}) is not None
-print(lavis_lite.__file__)
-"""
-    done = subprocess.run([sys.executable, "-c", script], cwd=examples, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(package / "__init__.py")
-
-
-@pytest.mark.parametrize("builder", [name for name, _, _ in RECORDS.findall((ROOT / "docs/data.md").read_text())])
+@pytest.mark.parametrize("builder", [name for name, _, _ in RECORDS.findall((DOCS / "data.md").read_text())])
 def test_example_records_are_read(builder: str, tmp_path: Path):
-    (text,) = [found for name, _, found in RECORDS.findall((ROOT / "docs/data.md").read_text()) if name == builder]
+    (text,) = [found for name, _, found in RECORDS.findall((DOCS / "data.md").read_text()) if name == builder]
     (tmp_path / "records.json").write_text(text)
     for name in ("a.jpg", "b.jpg"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
@@ -219,33 +102,37 @@ def test_example_records_are_read(builder: str, tmp_path: Path):
 
 
 def commands(page: Path) -> list[str]:
-    """The page's command lines that start train.py or evaluate.py with a recipe."""
+    """The page's command lines that train or evaluate by a recipe: a file for the scripts, or a name."""
     lines = [line for block in blocks(page) for line in block.text.splitlines()]
-    return [line for line in lines if re.search(r"(train|evaluate)\.py --cfg-path \S", line)]
+    wanted = r"(train|evaluate)\.py --cfg-path \S|^lavis-lite (train|evaluate) --cfg-path [\w/]+( |$)"
+    return [line for line in lines if re.search(wanted, line)]
 
 
 @pytest.mark.parametrize("line", [line for page in PAGES for line in commands(page)])
 @pytest.mark.slow
 def test_commands_are_understood(line: str):
     words = line.split("#")[0].split()
-    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    script = next(i for i, word in enumerate(words) if word.endswith(".py") or word in ("train", "evaluate"))
     understood = parser()
-    if words[script] == "evaluate.py":
+    if words[script].startswith("evaluate"):
         for flag in ("--checkpoint", "--limit"):
             understood.add_argument(flag)
         understood.add_argument("--check", action="store_true")
     args = understood.parse_args(words[script + 1 :])
-    assert Config.from_file(ROOT / args.cfg_path, args.options).run.task
+    path = ROOT / args.cfg_path if args.cfg_path.endswith(".yaml") else find_recipe(args.cfg_path)
+    assert Config.from_file(path, args.options).run.task
 
 
-def test_commands_over_images_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Every line of docs/commands.md parses; the command then stops at its images, which are not there."""
+@pytest.mark.parametrize("page", [DOCS / "commands.md", README], ids=lambda page: page.name)
+def test_commands_over_images_are_understood(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Every line parses; the command then stops at its images, which are not there."""
     monkeypatch.chdir(tmp_path)
-    lines = [line for block in blocks(ROOT / "docs/commands.md") for line in block.text.splitlines()]
-    lines = [line for line in lines if line.startswith("lavis-lite ")]
-    assert len(lines) > 5
+    lines = [line for block in blocks(page) for line in block.text.splitlines()]
+    lines = [line for line in lines if re.match(r"lavis-lite (caption|ask|match|embed|search|explain|chat) ", line)]
+    assert len(lines) > 3
     for line in lines:
-        words = ["nowhere" if word.startswith(("photo", "questions")) else word for word in shlex.split(line)[1:]]
+        words = shlex.split(line, comments=True)[1:]
+        words = ["nowhere" if word.startswith(("photo", "questions")) else word for word in words]
         if words[0] in ("search", "chat"):
             words += ["--model", "nowhere"]
         result = CliRunner().invoke(app, words)
@@ -255,7 +142,7 @@ def test_commands_over_images_are_understood(tmp_path: Path, monkeypatch: pytest
 
 @every_page
 def test_links_lead_somewhere(page: Path):
-    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^```.*?^```$|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if "://" in target:
             continue
@@ -274,7 +161,9 @@ def test_named_files_exist(page: Path):
 
 
 def test_the_folder_tree_names_every_folder():
-    (tree,) = [block.text for block in blocks(README) if "lavis_lite/nn/" in block.text]
+    (tree,) = [
+        block.text for block in blocks(DOCS / "architecture.md") if "train.py, evaluate.py       training" in block.text
+    ]
     folders = {path.parent.name for path in (ROOT / "lavis_lite").glob("*/*") if path.parent.name != "__pycache__"}
     assert {f"lavis_lite/{name}/" for name in folders} == set(re.findall(r"^lavis_lite/\w+/", tree, re.MULTILINE))
 
@@ -297,7 +186,8 @@ def section_keys(section: str, rest: list[str]) -> tuple[str, set[str]]:
 
 @every_page
 def test_named_keys_exist(page: Path):
-    named = re.findall(r"(?<![\w./-])(run|model|datasets)\.((?:\w+|<name>)(?:\.\w+)*)(?![\w(/])", page.read_text())
+    text = re.sub(r"^error: .*$", "", page.read_text(), flags=re.MULTILINE)  # messages about mistakes
+    named = re.findall(r"(?<![\w./-])(run|model|datasets)\.((?:\w+|<name>)(?:\.\w+)*)(?![\w(/])", text)
     for section, rest in named:
         key, known = section_keys(section, rest.split("."))
         assert key in known, f"{page.name} names {section}.{rest}"
@@ -309,7 +199,7 @@ def default(field: Any) -> Any:
 
 
 def test_the_table_of_run_keys_is_complete_and_has_the_defaults():
-    rows = {code(key)[0]: cell for key, cell, _ in table(ROOT / "docs/training.md", "| key | default |")}
+    rows = {code(key)[0]: cell for key, cell, _ in table(DOCS / "training.md", "| key | default |")}
     assert rows.pop("task") == "required"
     expected = {f.name: default(f) for f in fields(RunConfig) if f.name != "task"}
     assert rows.keys() == expected.keys()
@@ -322,17 +212,17 @@ def test_the_table_of_task_keys_is_complete_and_has_the_defaults():
     own = [n for n in registry.list_tasks() if registry.get_task_class(n).__module__.startswith("lavis_lite.")]
     shown: dict[str, dict[str, Any]] = {name: {} for name in own}  # other test files register tasks of their own
     task = ""
-    for name, key, cell, _ in table(ROOT / "docs/training.md", "| task | key |"):
+    for name, key, cell, _ in table(DOCS / "training.md", "| task | key |"):
         task = code(name)[0] if name else task
         shown[task][code(key)[0]] = yaml.safe_load(code(cell)[0])
-    for name, accuracy in re.findall(r"`(\w+)` \(`accuracy: (\w+)`", (ROOT / "docs/training.md").read_text()):
+    for name, accuracy in re.findall(r"`(\w+)` \(`accuracy: (\w+)`", (DOCS / "training.md").read_text()):
         shown[name] = {**shown["vqa"], "accuracy": accuracy}
     for name, keys in shown.items():
         assert keys == {f.name: default(f) for f in fields(registry.get_task_class(name))}, name
 
 
 def test_the_zoo_table_is_the_zoo():
-    rows = table(README, "| architecture | types |")
+    rows = table(DOCS / "zoo.md", "| architecture | types |")
     assert [(code(arch)[0], code(types)) for arch, types, _ in rows] == list(model_zoo)
     for arch, types, _ in rows:
         for name in code(types):
@@ -343,14 +233,14 @@ def test_the_zoo_table_is_the_zoo():
 
 
 def test_every_builder_is_described():
-    text = (ROOT / "docs/data.md").read_text()
+    text = (DOCS / "data.md").read_text()
     named = set(re.findall(r"`(\w+)`", text)) | {name for name, _, _ in RECORDS.findall(text)}
     assert set(registry.list_builders()) <= named
     assert set(dataset_zoo.names()) <= named
 
 
 def test_every_environment_variable_is_described():
-    rows = table(ROOT / "docs/data.md", "| variable |")
+    rows = table(DOCS / "data.md", "| variable |")
     named = {name for row in rows for name in code(row[0]) if name.startswith("LAVIS_LITE_")}
     source = "".join(path.read_text() for path in (ROOT / "lavis_lite").rglob("*.py"))
     assert named == set(re.findall(r"LAVIS_LITE_[A-Z]+", source))
@@ -358,5 +248,5 @@ def test_every_environment_variable_is_described():
 
 
 def test_the_table_of_dead_keys_is_complete():
-    rows = table(ROOT / "docs/lavis.md", "| key | why |")
+    rows = table(DOCS / "lavis.md", "| key | why |")
     assert {key for row in rows for key in code(row[0])} == set(IGNORED_LAVIS_KEYS)

@@ -35,6 +35,7 @@ from lavis_lite.nn.decoding import DecodingConfig, GenerationConfig, decode
 from lavis_lite.nn.llm import LLMAdapter
 from lavis_lite.nn.llm_loading import load_language_model
 from lavis_lite.nn.llm_sources import PACKAGED
+from lavis_lite.nn.quantization import quantized_layers, saved_by_quantization
 
 TINY = REFERENCE / "tiny_hf"
 START, END, PAD, VOCABULARY = 2, 3, 1, 60
@@ -622,6 +623,28 @@ def test_quantized_weights_answer_nearly_alike(quantization: str, stored: torch.
     assert not torch.equal(found, expected)
     assert (found - expected).norm() < (0.1 if quantization == "int8" else 0.3) * expected.norm()
     assert model.generate(embeds, mask, model.decoding(GenerationConfig(max_length=4, num_beams=2))).ids.shape[0] == 4
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_quantized_bytes_are_counted_without_quantizing(quantization: str, wide_folder: Path) -> None:
+    """On the meta device, as the dry run does, against what bitsandbytes stores."""
+    pytest.importorskip("bitsandbytes")
+    settings = {"dtype": torch.bfloat16, "frozen": True, "quantization": quantization}
+    with torch.device("meta"):
+        sketch, _ = load_language_model(wide_folder, **settings, lora={"r": 2, "target_modules": "all-linear"})
+    whole, _ = load_language_model(wide_folder, dtype=torch.bfloat16, frozen=True)
+    found, _ = load_language_model(wide_folder, **settings)
+    stored = 0
+    for parameter in found.parameters():
+        stored += parameter.numel() * parameter.element_size()
+        if parameter.dtype == torch.uint8:
+            stored += parameter.quant_state.absmax.nbytes
+        elif parameter.dtype == torch.int8:
+            stored += parameter.SCB.nbytes
+    size = sum(parameter.numel() * parameter.element_size() for parameter in whole.parameters())
+    assert size - saved_by_quantization(whole, quantization) == stored
+    assert saved_by_quantization(sketch, quantization) == saved_by_quantization(whole, quantization)
+    assert len(quantized_layers(sketch)) == len(quantized_layers(whole)) > 0
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli_helpers import project, section
+from cli_helpers import build, project, section
 from torch import nn
 from torch.nn import functional as F
 
@@ -41,6 +41,16 @@ def test_the_parts_of_a_small_network() -> None:
     with torch.device("meta"):
         frozen = memory.training_memory(TwoLayers(frozen=True), batch, batch_size=10, dtype=torch.float32)
     assert (frozen.gradients, frozen.activations) == (4 * 6, 10 * 4 * 5)
+
+
+@pytest.mark.parametrize("arch", ["blip2_opt", "blip2_t5", "blip2_t5_instruct"])
+def test_meta_counts_what_a_language_model_keeps(arch: str) -> None:
+    size = model_setting(section(arch), "image_size")
+    batch: dict[str, Any] = {"image": torch.zeros(2, 3, size, size), "text_input": ["what is it?", "who?"]}
+    batch["text_output"] = ["a circle", "a red square"]
+    expected = memory.saved_bytes(build(arch), batch, dtype=torch.float32)
+    batch["image"] = batch["image"].to("meta")
+    assert memory.saved_bytes(build_without_weights(section(arch)), batch, dtype=torch.float32) == expected
 
 
 @pytest.mark.parametrize("name", ["caption", "pretrain", "retrieval"])

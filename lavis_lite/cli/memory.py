@@ -1,8 +1,8 @@
 """What a training step takes of a device's memory, by part: a count of the model's tensors, without computing.
 
-Weights, gradients and AdamW's two moments are exact. Activations are what autograd keeps for the backward pass, counted
-on the meta device for two samples in the run's precision: attention there keeps its probabilities, which the fused
-kernels of GPUs do not, and temporary buffers are not counted.
+Weights, also quantized ones, gradients and AdamW's two moments are exact. Activations are what autograd keeps for the
+backward pass, counted on the meta device for two samples in the run's precision: attention there keeps its
+probabilities, which the fused kernels of GPUs do not, and temporary buffers are not counted.
 """
 
 import copy
@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from lavis_lite.common import dist
 from lavis_lite.common.config.config import Config
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.precision import PRECISIONS, resolve_precision
+from lavis_lite.nn.quantization import saved_by_quantization
 
 GIB = 2**30
 SAMPLES = 2
@@ -44,20 +46,36 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + (self.activations or 0)
 
 
-def training_memory(model: nn.Module, batch: Mapping[str, Any], *, batch_size: int, dtype: torch.dtype) -> Memory:
+def training_memory(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    batch_size: int,
+    dtype: torch.dtype,
+    quantization: str | None = None,
+) -> Memory:
     """Return the memory of a step of `batch_size` samples like those of `batch`, which has one; all are on meta."""
-    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     try:
         activations = saved_bytes(model, repeated(batch, SAMPLES), dtype=dtype) * batch_size // SAMPLES
     except (RuntimeError, NotImplementedError):  # a value of a tensor is asked for, which the meta device has not
         activations = None
     return Memory(
-        weights=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+        weights=weight_bytes(model, quantization),
         gradients=4 * trainable,
         optimizer=8 * trainable,
         activations=activations,
     )
+
+
+def weight_bytes(model: nn.Module, quantization: str | None = None) -> int:
+    """Return the bytes of parameters and buffers, with the language model's layers in `int4` or `int8` if so asked."""
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    count = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if quantization is None:
+        return count
+    llms = [module for module in model.children() if isinstance(module, PreTrainedModel)]
+    return count - sum(saved_by_quantization(llm, quantization) for llm in llms)
 
 
 def repeated(batch: Mapping[str, Any], times: int) -> dict[str, Any]:
@@ -91,15 +109,25 @@ def saved_bytes(model: nn.Module, batch: Mapping[str, Any], *, dtype: torch.dtyp
             saved[storage._cdata] = storage  # held, so that no other gets its address
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _UnknownIsFalse():
         model(dict(batch))
     return sum(storage.nbytes() for storage in saved.values())
+
+
+class _UnknownIsFalse(TorchFunctionMode):
+    """Take a condition on the meta device as false: T5 asks whether a mask is all ones, and keeps it if it is not."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__bool__ and args[0].is_meta:
+            return False
+        return func(*args, **(kwargs or {}))
 
 
 def memory_lines(cfg: Config, model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
     """Return the dry run's lines about the memory of a training step, for this machine's device where it is there."""
     dtype, device = _precision(cfg)
-    memory = training_memory(model, batch, batch_size=cfg.run.batch_size_train, dtype=dtype)
+    kind, size = cfg.model.get("llm_quantization"), cfg.run.batch_size_train
+    memory = training_memory(model, batch, batch_size=size, dtype=dtype, quantization=kind)
     activations = "activations not counted for this model"
     if memory.activations is not None:
         name = str(dtype).removeprefix("torch.")

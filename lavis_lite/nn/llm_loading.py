@@ -128,12 +128,12 @@ def _build(
     source: str | Path, config: PreTrainedConfig, *, dtype: torch.dtype, untied: bool, quantization: str | None
 ) -> PreTrainedModel:
     """Return the model, loaded shard by shard in its own precision, or random; quantized weights on the GPU if there is
-    one. InputError if some weights are missing, which would stay random.
+    one, on the meta device in `dtype`. InputError if some weights are missing, which would stay random.
     """
     auto = _auto_class(config)
+    if quantization is not None and not has_weights(source):
+        raise InputError(f"model.llm_quantization: {source} has no weights to quantize: leave it out")
     if torch.empty(0).is_meta or not has_weights(source):
-        if quantization is not None:
-            raise InputError(f"model.llm_quantization: {source} has no weights to quantize: leave it out")
         model = auto.from_config(config, dtype=dtype)
         head: Any = model.get_output_embeddings()
         if untied and head.weight is embedding_weight(model):
