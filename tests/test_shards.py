@@ -1,6 +1,7 @@
 """Local shards with an index: records, random access, damage, the cache, and runs on them."""
 
 import gzip
+import io
 import json
 import os
 import tarfile
@@ -9,13 +10,15 @@ from typing import Any
 
 import cli_helpers
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import shard_helpers
 
 from lavis_lite.common.errors import InputError, MissingFileError, SettingError, UnreadableSample
 from lavis_lite.common.members import Member, find_member
 from lavis_lite.common.registry import registry
-from lavis_lite.datasets import shards
+from lavis_lite.datasets import copies, shards
 from lavis_lite.datasets.base import BaseDataset
 from lavis_lite.runners.resume import annotation_digests
 
@@ -309,3 +312,39 @@ def test_a_split_is_cut_off_alike_wherever_the_shards_are(tmp_path: Path) -> Non
         return texts(builder.build(["val"])["val"])  # type: ignore[arg-type]
 
     assert cut(tmp_path / "one") == cut(tmp_path / "two/further")
+
+
+def bitmap(number: int) -> bytes:
+    """A picture as a file, of which all have as many bytes."""
+    buffer = io.BytesIO()
+    shard_helpers.picture(number).save(buffer, "bmp")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["shard", "table"])
+@pytest.mark.parametrize("layout", ["caption", "retrieval"])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_pictures_of_one_id_and_size_are_compared(
+    tmp_path: Path, kind: str, layout: str, split: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def written(name: str, *rows: tuple[int, str]) -> Path:
+        fields = [{"caption": f"c{n}", "image_id": image_id} for n, (_, image_id) in enumerate(rows)]
+        images = [bitmap(number) for number, _ in rows]
+        if kind == "shard":
+            samples = [{"__key__": f"{n:03}", "bmp": images[n], "json": one} for n, one in enumerate(fields)]
+            return shard_helpers.write_shard(tmp_path / f"{name}.tar", samples)
+        table = pa.Table.from_pylist([one | {"image": images[n]} for n, one in enumerate(fields)])
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+        return tmp_path / f"{name}.parquet"
+
+    def built(path: Path) -> int:
+        info = {"annotations": {split: {"storage": str(path)}}}
+        return len(registry.get_builder_class(layout)(build_info=info).build()[split])
+
+    path = written("a", (1, "x"), (2, "y"), (1, "x"))
+    assert built(path) == (3 if split == "train" else 2)
+    with pytest.raises(InputError, match=r"b\.(tar|parquet): .*b\.(tar|parquet): .*image_id 'x'"):
+        built(written("b", (1, "x"), (2, "y"), (3, "x")))
+    if split == "train" or kind == "shard":
+        monkeypatch.setattr(copies, "_differ", lambda *_: pytest.fail("compared again"))
+        assert built(path)

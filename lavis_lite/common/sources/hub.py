@@ -79,7 +79,12 @@ def timm_model(name: str, *, pretrained: bool = True) -> nn.Module:
         is_of_hub = bool(config.hf_hub_id)
     problem = reach.hub_problem() if (is_of_hub and pretrained) or download.is_offline() else None
     if problem and pretrained and ":" not in name:
-        settings["pretrained_cfg_overlay"] = {"file": str(cached_timm_weights(name, config, problem))}
+        if (file := cached_timm_weights(config)) is None:
+            raise MissingFileError(
+                f"the weights of timm's {name} are not on this machine; {problem}: {COPY_CACHE}, or give a file of "
+                "weights instead of the name"
+            )
+        settings["pretrained_cfg_overlay"] = {"file": str(file)}
     try:
         with hub_offline(problem is not None), _refusing_code(name):
             return timm.create_model(name, pretrained=pretrained, **settings)
@@ -100,24 +105,16 @@ def timm_config(name: str) -> "PretrainedCfg":
     return config
 
 
-def cached_timm_weights(name: str, config: "PretrainedCfg", problem: str) -> Path:
-    """Return the file of a timm model's weights in the hub's cache or torch's. FileNotFoundError, which names the
-    `problem` of downloading it, if neither has it.
-    """
+def cached_timm_weights(config: "PretrainedCfg") -> Path | None:
+    """Return the file of a timm model's weights in the hub's cache or torch's; None if neither has it."""
     repository, _, revision = (config.hf_hub_id or "").partition("@")
     names = [config.hf_hub_filename] if config.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
     for file in names if repository else []:
         found = huggingface_hub.try_to_load_from_cache(repository, file, revision=revision or None)
         if isinstance(found, str):
             return Path(found)
-    if isinstance(config.url, str):
-        path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(config.url).path).name
-        if path.is_file():
-            return path
-    raise MissingFileError(
-        f"the weights of timm's {name} are not on this machine; {problem}: {COPY_CACHE}, or give a file of "
-        "weights instead of the name"
-    )
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(str(config.url)).path).name
+    return path if isinstance(config.url, str) and path.is_file() else None
 
 
 @contextlib.contextmanager
