@@ -133,6 +133,22 @@ def test_resampled_shards_are_drawn_with_replacement(shards: list[Path]) -> None
     assert any(len(set(runs[first : first + 6])) < 6 for first in range(0, 96, 6))
 
 
+def test_members_that_do_not_follow_each_other_are_named(tmp_path: Path) -> None:
+    """As `tar` writes them that is given all images, and then all texts."""
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for suffix, content in {"png": shard_helpers.png, "txt": lambda n: f"text {n}".encode()}.items():
+            for number in range(12):
+                info = tarfile.TarInfo(f"{number:03}.{suffix}")
+                info.size = len(content(number))
+                tar.addfile(info, io.BytesIO(content(number)))
+    with pytest.raises(InputError, match=r"a\.tar: sample 000: .*000\.png, and later 000\.txt.*sort") as caught:
+        stream([path])
+    assert "`stream`" in str(caught.value)
+    again = shard_helpers.write_shard(tmp_path / "b.tar", [shard_helpers.sample(n) for n in (0, 1, 0)])
+    assert [loaded.record["__key__"] for loaded in read_shard(str(again))] == ["000000", "000001", "000000"]
+
+
 def test_image_ids_are_unique_over_blocks_and_parts(tmp_path: Path) -> None:
     """Two captions of one picture share its id; no two pictures do."""
     samples = [{**shard_helpers.sample(n), "json": {"caption": [f"a {n}", f"b {n}"]}} for n in range(12)]

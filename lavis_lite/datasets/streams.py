@@ -22,7 +22,7 @@ from lavis_lite.common.errors import InputError, SettingError, UnreadableSample
 from lavis_lite.common.rng import hash_seed, seed_sample
 from lavis_lite.datasets.protocols import SampleDataset, Samples
 from lavis_lite.datasets.shard_records import KEY
-from lavis_lite.datasets.stream_shards import Loaded, check_installed, read_shard
+from lavis_lite.datasets.stream_shards import Loaded, check_installed, read_shard, scattered_problem
 
 logger = logging.getLogger(__name__)
 
@@ -214,7 +214,8 @@ class StreamDataset:
             if dataset is not None:
                 return dataset
             problems += [*found, *(loaded.problem for loaded in first if loaded.problem)]
-        raise InputError(f"{self.source}: none of the first samples can be used: {problems[0]}")
+        problem = scattered_problem(self.source) or problems[0]
+        raise InputError(f"{self.source}: none of the first samples can be used: {problem}")
 
 
 class _Block:
