@@ -211,10 +211,8 @@ class BaseDataset(Dataset):
         """
         path = file if isinstance(file, StoredImage) else self.vis_root / file
         if isinstance(own := self.vis_processor, ReadsFeatures):
-            if isinstance(path, StoredImage):
-                raise UnreadableSample(f"{path}: features are read from .npy and .safetensors files, not from tables")
             return own.read_features(path)
-        if isinstance(path, Path) and is_feature_file(path):
+        if is_feature_file(str(path)):
             raise UnreadableSample(f"{path} holds features: name the processor {{name: features}} in vis_processor")
         image = open_image(path, **opening_settings(own))
         if self.split == "train" and not self.warned_of_constant and is_constant(image):

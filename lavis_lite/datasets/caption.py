@@ -17,7 +17,7 @@ from lavis_lite.common.records import Record, StoredImage
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.annotations import as_list
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset
-from lavis_lite.datasets.copies import first_different, picture_of, shards_key
+from lavis_lite.datasets.copies import first_different, picture_of, shards_key, visual_path
 from lavis_lite.datasets.readers.captions import CAPTION_FIELDS
 from lavis_lite.datasets.stream_shards import LoadedFile
 from lavis_lite.datasets.table_samples import image_numbers
@@ -137,11 +137,6 @@ def two_pictures(records: Sequence[Record], found: tuple[int, int, Any], place: 
         f"{place(one)} ({visual_path(records[one])}) and {place(other)} ({visual_path(records[other])}) are two "
         f"pictures under one image_id {image_id!r}; give each picture an id of its own, or leave image_id out"
     )
-
-
-def visual_path(record: Record) -> Any:
-    """Return the path of the record's video, or else of its image."""
-    return record["image"] if record.get("video") is None else record["video"]
 
 
 def merge_images(records: list[Record], place: Callable[[int], str], *, root: Path = Path()) -> list[Record]:

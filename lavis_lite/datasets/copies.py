@@ -18,7 +18,7 @@ from lavis_lite.common.checkpoint import write_text
 from lavis_lite.common.errors import UnreadableSample
 from lavis_lite.common.members import Member, find_member
 from lavis_lite.common.progress import progress
-from lavis_lite.common.records import StoredImage
+from lavis_lite.common.records import Record, StoredImage
 from lavis_lite.common.sources import download
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,11 @@ logger = logging.getLogger(__name__)
 
 Picture = str | StoredImage
 """The path of a file, or an image in a shard or table."""
+
+
+def visual_path(record: Record) -> Any:
+    """Return the path of the record's video, or else of its image."""
+    return record["image"] if record.get("video") is None else record["video"]
 
 
 def picture_of(image: Any, root: Path) -> Picture:

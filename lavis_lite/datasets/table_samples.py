@@ -10,7 +10,7 @@ import numpy as np
 
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.records import Record, RecordCheck
-from lavis_lite.datasets.copies import Picture, first_different, picture_of
+from lavis_lite.datasets.copies import Picture, first_different, picture_of, visual_path
 from lavis_lite.datasets.parts import Part
 from lavis_lite.datasets.table_check import plain_rows
 from lavis_lite.datasets.tables import CHUNK, Table, TableRecords
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 ROWS = 20_000
 """Rows that are checked at a time."""
+VISUALS = ("video", "image")
+"""Fields of the path of what a record shows; the first that it has counts."""
 WHOLE_FIELD = -1
 """The item of a sample that has all of its row."""
 
@@ -130,13 +132,13 @@ def first_equal(table: Table, rows: np.ndarray, name: str) -> tuple[int, int] | 
 
 
 def image_numbers(samples: TableRecords) -> np.ndarray:
-    """Return the index of each sample's image, in first-seen order (N): by `image_id`, else by the image's path; images
+    """Return the index of each sample's image or video, in first-seen order (N): by `image_id`, else by its path; those
     inside a table without an id are one per row.
 
     Raises InputError, with both rows, if two images have the same `image_id`.
     """
     table, rows = samples.table, samples.rows
-    found = codes(table, "image_id", "image")
+    found = codes(table, "image_id", *VISUALS)
     if found is None:
         return in_first_seen_order(rows)
     unnamed = found < 0
@@ -150,7 +152,7 @@ def _check_images(table: Table, rows: np.ndarray, ids: np.ndarray) -> None:
     """Raise InputError, with both rows, if two different images of these rows have the same id; copies of one image,
     in shards or tables, are recognised by their content.
     """
-    paths = codes(table, "image")
+    paths = codes(table, *VISUALS)
     if paths is None:  # the images themselves are in the table
         paths = np.arange(len(ids))
     order = np.lexsort((paths[rows], ids[rows]))
@@ -162,7 +164,7 @@ def _check_images(table: Table, rows: np.ndarray, ids: np.ndarray) -> None:
         for start in range(0, len(ones), CHUNK):
             part = slice(start, start + CHUNK)
             for one, other in zip(table.records(ones[part]), table.records(others[part]), strict=True):
-                yield picture_of(one["image"], table.root), picture_of(other["image"], table.root)
+                yield picture_of(visual_path(one), table.root), picture_of(visual_path(other), table.root)
 
     rows_digest = hashlib.blake2b(ones.tobytes() + others.tobytes()).hexdigest()
     found = first_different(pairs(), len(ones), name=table.name, key=[*table.identity(), rows_digest])
@@ -170,6 +172,6 @@ def _check_images(table: Table, rows: np.ndarray, ids: np.ndarray) -> None:
         pair = [int(ones[found]), int(others[found])]
         one, other = table.records(pair)
         raise InputError(
-            f"{table.place(pair[0])} ({one['image']}) and {table.place(pair[1])} ({other['image']}) are two pictures "
-            f"under one image_id {one['image_id']!r}; give each picture an id of its own, or leave image_id out"
+            f"{table.place(pair[0])} ({visual_path(one)}) and {table.place(pair[1])} ({visual_path(other)}) are two "
+            f"pictures under one image_id {one['image_id']!r}; give each picture an id of its own, or leave it out"
         )
