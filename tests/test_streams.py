@@ -115,8 +115,8 @@ def test_shards_before_the_position_are_not_opened(shards: list[Path], monkeypat
     dataset = stream(shards)
     whole = take(dataset, Part(0, 1), TOTAL)
     opened = []
-    read = streams.read_shard
-    monkeypatch.setattr(streams, "read_shard", lambda name: opened.append(name) or read(name))
+    read = streams.read_part
+    monkeypatch.setattr(streams, "read_part", lambda name: opened.append(name) or read(name))
     (following,) = take(dataset, Part(0, 1), 1, start=whole[-2].position)
     assert number(following) == number(whole[-1])
     draw = whole[-2].position.draw
