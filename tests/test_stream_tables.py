@@ -11,6 +11,7 @@ import pytest
 import shard_helpers
 import yaml
 
+from lavis_lite.cli.data.command import main
 from lavis_lite.common.errors import InputError, MissingFileError, UnreachableError
 from lavis_lite.common.registry import registry
 from lavis_lite.common.sources import reach
@@ -115,6 +116,28 @@ def test_what_cannot_be_streamed_is_named(folder: Path, tmp_path: Path, monkeypa
         stream(str(tmp_path / "empty"))
     with pytest.raises(InputError, match="'caption'"):
         stream(str(folder), columns={})
+
+
+def test_the_data_commands_download_no_stream(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = {
+        "model": {"arch": "blip_caption", **cli_helpers.SIZES},
+        "datasets": {
+            "cards": {
+                "layout": "caption",
+                "stream": {"epoch_length": 8},
+                "build_info": {"annotations": {"train": {"storage": "hf://nobody/cards"}}},
+            }
+        },
+        "run": {"task": "captioning", "train_splits": ["train"], "valid_splits": [], "init_lr": 1e-4, "max_epoch": 1},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    for command in ("status", "download"):
+        with pytest.raises(SystemExit) as ended:
+            main([command, str(tmp_path / "recipe.yaml")])
+        assert ended.value.code == 0
+        out = capsys.readouterr().out
+        assert "hf://nobody/cards" in out
+        assert "read as a stream" in out
 
 
 def test_a_damaged_file_is_a_problem(folder: Path) -> None:

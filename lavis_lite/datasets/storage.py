@@ -213,6 +213,11 @@ def stream_names(build_info: Mapping[str, Any], split: str, *, owner: str) -> li
     return names
 
 
+def is_streamed(file: AnnotationFile) -> bool:
+    """Return whether a source of a stream is an address, which needs no copy on this machine."""
+    return hub.is_hub(file.storage or "") or is_address(file.storage or file.url or "")
+
+
 def _matches(storage: str) -> list[str]:
     """Return the paths that match a pattern, sorted; a storage that is not a pattern, exists as it is, or matches
     nothing, itself.
