@@ -125,6 +125,35 @@ def test_a_run_continues_with_the_shards_that_are_missing(recipe: Path) -> None:
     assert not list(folder.glob(".*"))
 
 
+def test_a_run_continues_with_the_batch_that_is_missing(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ended in the fourth batch of two, the last of the first shard, and in the second batch of the third shard."""
+    change = "run.batch_size_eval=2"
+    assert cli_helpers.evaluate(recipe, change) == 0
+    folder = folder_of(recipe)
+    whole = shards(folder)
+    (folder / "000000.jsonl").unlink()
+    (folder / "000002.jsonl").unlink()
+    done: list[int] = []
+    texts_of = CapFiltTask.texts
+    stops = {4: KeyboardInterrupt, 7: KeyboardInterrupt}
+
+    def texts(self: CapFiltTask, model: Any, samples: Any, annotation: Any) -> Any:
+        done.append(samples["positions"][0])
+        if error := stops.pop(len(done), None):
+            raise error
+        return texts_of(self, model, samples, annotation)
+
+    monkeypatch.setattr(CapFiltTask, "texts", texts)
+    for cut in (b'{"first": 99', b"\0\0\0\n"):
+        assert cli_helpers.evaluate(recipe, change) != 0
+        with next(folder.glob(".*.part")).open("ab") as file:
+            file.write(cut)
+    assert cli_helpers.evaluate(recipe, change) == 0
+    assert done == [0, 2, 4, 6, 6, 14, 16, 16, 18, 20]
+    assert shards(folder) == whole
+    assert not list(folder.glob(".*"))
+
+
 @pytest.mark.slow
 def test_processes_and_kills_change_nothing(recipe: Path, shapes_data: Path) -> None:
     """Killed once the first shard is there, continued by two processes."""

@@ -22,12 +22,14 @@ from transformers import BertConfig, OPTConfig, OPTForCausalLM
 from transformers.utils import sentencepiece_model_pb2_new
 
 from lavis_lite.common import checkpoint
+from lavis_lite.common.errors import MissingFileError
 from lavis_lite.common.registry import registry
 from lavis_lite.common.sources import download, weights
 from lavis_lite.common.sources.weights import open_state
 from lavis_lite.datasets.storage import locate
 from lavis_lite.datasets.templates import load_templates
 from lavis_lite.models import from_pretrained, load_model
+from lavis_lite.models.clip_ranker import RankerConfig, load_ranker
 from lavis_lite.models.tokenizers import load_tokenizer
 from lavis_lite.nn.llm_loading import load_language_model
 from lavis_lite.nn.llm_sources import is_composite, load_llm_tokenizer, read_config
@@ -261,6 +263,7 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "hub id as checkpoint": lambda: load_model("blip_caption", "tiny", checkpoint="nobody/blip"),
     "URL as checkpoint": lambda: load_model("blip_caption", "tiny", checkpoint=f"{URL}.pth"),
     "published weights": lambda: load_model("blip_caption", "base_coco", tokenizer="shapes"),
+    "CLIP of transformers": lambda: load_ranker(RankerConfig(model="nobody/clip")),
     "image encoder of BLIP-2": lambda: load_model("blip2", "tiny", vit_weights=f"{URL}.pth"),
     "weights": lambda: weights.open_state("nobody/blip"),
     "download": lambda: download.fetch(URL),
@@ -288,6 +291,29 @@ def test_online_they_do(name: str, connections: Connections, monkeypatch: pytest
     with pytest.raises((FileNotFoundError, ConnectionError)):
         LOADERS[name]()
     assert connections
+
+
+RANKER = "ViT-B-32", "laion2b_s34b_b79k"
+UNREACHED: dict[str, Callable[[], Any]] = {
+    **{name: LOADERS[name] for name in ("tokenizer", "language model's config", "timm encoder of a tag", "hub id")},
+    "timm encoder of a repository": lambda: open_state("timm:hf_hub:nobody/vit"),
+    "CLIP of transformers": lambda: load_ranker(RankerConfig(model="nobody/clip")),
+    "CLIP of open_clip": lambda: load_ranker(RankerConfig(library="open_clip", model=RANKER[0], weights=RANKER[1])),
+}
+
+
+@pytest.mark.parametrize("name", UNREACHED)
+def test_without_network_a_hub_id_fails_at_once(
+    name: str, connections: Connections, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's library would wait 8 seconds between its requests."""
+    if "open_clip" in name:
+        pytest.importorskip("open_clip")
+    monkeypatch.delenv("LAVIS_LITE_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: pytest.fail("requests are repeated"))
+    with pytest.raises(MissingFileError, match=r"reached") as caught:
+        UNREACHED[name]()
+    assert any(word in str(caught.value) for word in ("nobody", "test_vit", RANKER[1])), caught.value
 
 
 def test_offline_timm_s_weights_come_from_the_caches(

@@ -1,6 +1,7 @@
 """Local shards with an index: records, random access, damage, the cache, and runs on them."""
 
 import gzip
+import io
 import json
 import os
 import tarfile
@@ -9,13 +10,17 @@ from typing import Any
 
 import cli_helpers
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import shard_helpers
+import torch
+from safetensors.torch import save
 
 from lavis_lite.common.errors import InputError, MissingFileError, SettingError, UnreadableSample
 from lavis_lite.common.members import Member, find_member
 from lavis_lite.common.registry import registry
-from lavis_lite.datasets import shards
+from lavis_lite.datasets import copies, shards
 from lavis_lite.datasets.base import BaseDataset
 from lavis_lite.runners.resume import annotation_digests
 
@@ -309,3 +314,107 @@ def test_a_split_is_cut_off_alike_wherever_the_shards_are(tmp_path: Path) -> Non
         return texts(builder.build(["val"])["val"])  # type: ignore[arg-type]
 
     assert cut(tmp_path / "one") == cut(tmp_path / "two/further")
+
+
+def bitmap(number: int) -> bytes:
+    """A picture as a file, of which all have as many bytes."""
+    buffer = io.BytesIO()
+    shard_helpers.picture(number).save(buffer, "bmp")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["shard", "table"])
+@pytest.mark.parametrize("layout", ["caption", "retrieval"])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_pictures_of_one_id_and_size_are_compared(
+    tmp_path: Path, kind: str, layout: str, split: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def written(name: str, *rows: tuple[int, str]) -> Path:
+        fields = [{"caption": f"c{n}", "image_id": image_id} for n, (_, image_id) in enumerate(rows)]
+        images = [bitmap(number) for number, _ in rows]
+        if kind == "shard":
+            samples = [{"__key__": f"{n:03}", "bmp": images[n], "json": one} for n, one in enumerate(fields)]
+            return shard_helpers.write_shard(tmp_path / f"{name}.tar", samples)
+        table = pa.Table.from_pylist([one | {"image": images[n]} for n, one in enumerate(fields)])
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+        return tmp_path / f"{name}.parquet"
+
+    def built(path: Path) -> int:
+        info = {"annotations": {split: {"storage": str(path)}}}
+        return len(registry.get_builder_class(layout)(build_info=info).build()[split])
+
+    path = written("a", (1, "x"), (2, "y"), (1, "x"))
+    assert built(path) == (3 if split == "train" else 2)
+    with pytest.raises(InputError, match=r"b\.(tar|parquet): .*b\.(tar|parquet): .*image_id 'x'"):
+        built(written("b", (1, "x"), (2, "y"), (3, "x")))
+    if split == "train" or kind == "shard":
+        monkeypatch.setattr(copies, "_differ", lambda *_: pytest.fail("compared again"))
+        assert built(path)
+
+
+def features_of(number: int, kind: str) -> bytes:
+    """A member of `number` + 1 tokens."""
+    array = np.full((number + 1, 8), number, np.float32)
+    if kind == "safetensors":
+        return save({"tokens": torch.from_numpy(array)})
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def animation(number: int) -> bytes:
+    """A video of four frames, a GIF; the first tells the number."""
+    buffer = io.BytesIO()
+    frames = [shard_helpers.picture(number + at) for at in range(4)]
+    frames[0].save(buffer, "gif", save_all=True, append_images=frames[1:], duration=100)
+    return buffer.getvalue()
+
+
+LAYOUTS = ("caption", "retrieval", "instruct", "caption_instruct")
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [(kind, layout) for kind in ("npy", "safetensors", "mp4") for layout in LAYOUTS[kind == "mp4" :]],
+)
+@pytest.mark.parametrize("way", ["train", "val", "stream"])
+def test_features_and_videos_in_shards(tmp_path: Path, kind: str, layout: str, way: str) -> None:
+    """Captions of videos have the layout `caption_instruct`."""
+    texts = [{"caption": f"c{n}", "instruction": "what?", "output": f"c{n}", "image_id": n} for n in range(3)]
+    content = [animation(n) if kind == "mp4" else features_of(n, kind) for n in range(3)]
+    samples = [{"__key__": f"{n}", kind: content[n], "json": texts[n]} for n in range(3)]
+    split = "val" if way == "val" else "train"
+    storage = {"storage": str(shard_helpers.write_shard(tmp_path / "a.tar", samples))}
+    own = {"name": "blip_image_eval", "image_size": 16} if kind == "mp4" else {"name": "features"}
+    more: dict[str, Any] = {"stream": {"epoch_length": 3, "shuffle_buffer": 1}} if way == "stream" else {}
+    if layout == "caption_instruct" and kind == "mp4":
+        more["reader"] = "video_captions"
+    dataset = registry.get_builder_class(layout)(
+        build_info={"annotations": {split: storage}},
+        columns={"video" if kind == "mp4" else "image": kind},
+        vis_processor={"train": own, "eval": own},
+        **more,
+    ).build([split])[split]
+    found = [one.read() for one in dataset.first(3)] if way == "stream" else [dataset[n] for n in range(3)]
+    shapes = sorted(tuple(one["image"].shape) for one in found)
+    assert shapes == ([(3, 4, 16, 16)] * 3 if kind == "mp4" else [(1, 8), (2, 8), (3, 8)])
+    if kind == "mp4":
+        assert len({one["image"].sum().item() for one in found}) == 3
+    else:
+        assert all((one["image"] == len(one["image"]) - 1).all() for one in found)
+
+
+def test_broken_members_are_named_with_their_shard(tmp_path: Path) -> None:
+    samples = [
+        {"__key__": "0", "npy": features_of(0, "npy")[:40], "txt": "x"},
+        {"__key__": "1", "npy": b"", "txt": "y"},
+    ]
+    path = shard_helpers.write_shard(tmp_path / "a.tar", samples)
+    dataset = build(path, "caption", columns={"image": "npy"}, vis_processor={"train": {"name": "features"}})
+    for number in range(2):
+        with pytest.raises(UnreadableSample, match=rf"a\.tar/.*/{number}\.npy"):
+            dataset[number]
+    path = shard_helpers.write_shard(tmp_path / "b.tar", [{"__key__": "0", "mp4": animation(0)[:40], "txt": "x"}])
+    dataset = build(path, "retrieval", columns={"video": "mp4"})
+    with pytest.raises(UnreadableSample, match=r"b\.tar/.*/0\.mp4"):
+        dataset[0]

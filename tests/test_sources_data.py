@@ -1,5 +1,6 @@
 """Sources of a split's records: tables, folders of images, saved data sets, the hub; splits that are cut off."""
 
+import csv
 import hashlib
 import importlib.util
 import json
@@ -29,7 +30,7 @@ from lavis_lite.common.records import ANSWERS, ID, INDEX, PATH, TEXTS, RecordChe
 from lavis_lite.common.records import WORDS as WORD_LIST
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets import folders, hub
-from lavis_lite.datasets.annotations import as_list
+from lavis_lite.datasets.annotations import as_list, read_records
 from lavis_lite.datasets.base import BaseDataset
 from lavis_lite.datasets.table_check import plain_rows
 from lavis_lite.datasets.tables import TableImage, TableRecords
@@ -491,6 +492,28 @@ def test_a_split_is_cut_off_by_image(tmp_path: Path) -> None:
     assert alone["val"] == both["val"]
 
 
+@pytest.mark.parametrize("metadata", [False, True])
+def test_folders_are_cut_alike_wherever_they_are(tmp_path: Path, metadata: bool) -> None:
+    def parts(place: str) -> dict[str, set[str]]:
+        folders = [tmp_path / place / name for name in ("garden", "street")]
+        for folder in folders:
+            folder.mkdir(parents=True)
+            for number in range(40):
+                (folder / f"{number}.png").touch()
+                (folder / f"{number}.txt").write_text(f"{folder.name} {number}")
+            rows = [{"file_name": f"{number}.png", "caption": f"{folder.name} {number}"} for number in range(40)]
+            if metadata:
+                (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        info = {"annotations": {"train": {"storage": list(map(str, folders))}}}
+        builder = registry.get_builder_class("caption")(build_info=info, split_off={"val": 0.25})
+        return {split: {str(r["caption"]) for r in one.annotation} for split, one in builder.build().items()}
+
+    first = parts("here")
+    assert parts("elsewhere") == first
+    assert 8 <= len(first["val"]) <= 32
+    assert len(first["train"]) + len(first["val"]) == 80
+
+
 def test_images_of_a_table_are_read_once_to_cut_it(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"image": f"content {n // 2}".encode(), "caption": f"{n // 2}"} for n in range(80)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
@@ -640,6 +663,45 @@ def test_a_csv_s_lines_end_at_line_feeds_only(root: Path, tmp_path: Path) -> Non
         build(str(tmp_path / "a.csv"), root)
     dataset = build(str(tmp_path / "a.csv"), root, blank_texts="skip")
     assert [text for _, text in seen(dataset)] == ["one\u2028two", "a\x0cb"]
+
+
+def header_of(name: str) -> str:
+    return "image\tcaption\n" if name.endswith("tsv") else "image,caption\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "captions"),
+    [
+        ("a.tsv", 'a.jpg\t"big dog\nb.jpg\tcat\nc.jpg\tend"\n', ['"big dog', "cat", 'end"']),
+        ("a.tsv", 'a.jpg\t"Big" dog\nb.jpg\t"a ""whole"" cell"\r\n', ['"Big" dog', 'a "whole" cell']),
+        ("a.tsv", 'a.jpg\t"two\nlines\tin\none"\nb.jpg\tx\n', ["two\nlines\tin\none", "x"]),
+        ("a.csv", 'a.jpg,"two\nlines, here\nof a cell"\nb.jpg,x\n', ["two\nlines, here\nof a cell", "x"]),
+        ("a.csv", f'a.jpg,{"x" * 200_000}\nb.jpg,"{"y," * 100_000}"\n', ["x" * 200_000, "y," * 100_000]),
+    ],
+)
+def test_quotation_marks_and_long_cells(tmp_path: Path, name: str, content: str, captions: list[str]) -> None:
+    limit = csv.field_size_limit()
+    (tmp_path / name).write_text(header_of(name) + content, newline="")
+    assert [record["caption"] for record in read_records(tmp_path / name)] == captions
+    assert csv.field_size_limit() == limit
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "lines"),
+    [
+        ("a.csv", 'x.jpg,y\na.jpg,"big dog\nb.jpg,cat\nc.jpg,end"\n', ("line 3", "line 5", "line 4")),
+        ("a.csv", 'x.jpg,y\na.jpg,"big dog\nb.jpg,cat\n', ("line 3",)),
+        ("a.csv", 'x.jpg,y\na.jpg,"Big" dog\n', ("line 3",)),
+        ("a.tsv", 'x.jpg\ty\na.jpg\t"big dog\nb.jpg\tcat\nc.jpg\tend"\nd.jpg\n', ("line 3", "line 5", "line 4")),
+    ],
+)
+def test_a_quotation_mark_that_joins_rows_is_named(
+    tmp_path: Path, name: str, content: str, lines: tuple[str, ...]
+) -> None:
+    (tmp_path / name).write_text(header_of(name) + content)
+    with pytest.raises(InputError) as caught:
+        read_records(tmp_path / name)
+    assert all(word in str(caught.value) for word in (*lines, name)), caught.value
 
 
 def test_lists_of_a_fixed_length_are_captions(root: Path, tmp_path: Path) -> None:

@@ -115,8 +115,8 @@ def test_shards_before_the_position_are_not_opened(shards: list[Path], monkeypat
     dataset = stream(shards)
     whole = take(dataset, Part(0, 1), TOTAL)
     opened = []
-    read = streams.read_shard
-    monkeypatch.setattr(streams, "read_shard", lambda name: opened.append(name) or read(name))
+    read = streams.read_part
+    monkeypatch.setattr(streams, "read_part", lambda name: opened.append(name) or read(name))
     (following,) = take(dataset, Part(0, 1), 1, start=whole[-2].position)
     assert number(following) == number(whole[-1])
     draw = whole[-2].position.draw
@@ -131,6 +131,22 @@ def test_resampled_shards_are_drawn_with_replacement(shards: list[Path]) -> None
     assert all(850 < count < 1150 for count in counts.values())
     runs = [dataset.shard_at(Part(0, 1), draw, seed=3) for draw in range(100)]
     assert any(len(set(runs[first : first + 6])) < 6 for first in range(0, 96, 6))
+
+
+def test_members_that_do_not_follow_each_other_are_named(tmp_path: Path) -> None:
+    """As `tar` writes them that is given all images, and then all texts."""
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for suffix, content in {"png": shard_helpers.png, "txt": lambda n: f"text {n}".encode()}.items():
+            for number in range(12):
+                info = tarfile.TarInfo(f"{number:03}.{suffix}")
+                info.size = len(content(number))
+                tar.addfile(info, io.BytesIO(content(number)))
+    with pytest.raises(InputError, match=r"a\.tar: sample 000: .*000\.png, and later 000\.txt.*sort") as caught:
+        stream([path])
+    assert "`stream`" in str(caught.value)
+    again = shard_helpers.write_shard(tmp_path / "b.tar", [shard_helpers.sample(n) for n in (0, 1, 0)])
+    assert [loaded.record["__key__"] for loaded in read_shard(str(again))] == ["000000", "000001", "000000"]
 
 
 def test_image_ids_are_unique_over_blocks_and_parts(tmp_path: Path) -> None:

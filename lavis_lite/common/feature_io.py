@@ -1,9 +1,11 @@
 """Files of features: the tokens (N,W) that another encoder computed of one sample, as `.npy` or `.safetensors`.
 
-A `.safetensors` file may hold the features of many samples; `<file>#<tensor>` names one of them.
+A `.safetensors` file may hold the features of many samples; `<file>#<tensor>` names one of them. A member of a shard,
+or a cell of a table, holds those of one.
 """
 
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,8 @@ import torch
 from torch import Tensor
 
 from lavis_lite.common.errors import UnreadableSample
+from lavis_lite.common.members import find_member
+from lavis_lite.common.records import StoredImage
 
 NUMPY, SAFETENSORS = ".npy", ".safetensors"
 FEATURE_FILES = (NUMPY, SAFETENSORS)
@@ -28,38 +32,58 @@ def feature_file(path: str | Path) -> str:
     return stem if mark and stem.lower().endswith(SAFETENSORS) else str(path)
 
 
-def read_features(path: str | Path, *, width: int | None = None) -> Tensor:
-    """Return features (N,W) as float32, of `width` W if it is given.
+def read_features(path: str | Path | StoredImage, *, width: int | None = None) -> Tensor:
+    """Return features (N,W) as float32, of `width` W if it is given: of a file, or one in a shard or table.
 
     Raises UnreadableSample, naming the file, for one that is missing or broken, and as `checked_features`.
     """
-    file = Path(feature_file(path))
+    stored = path if isinstance(path, StoredImage) else find_member(path)
+    file = Path(str(path) if stored else feature_file(str(path)))
     name = str(path)[len(str(file)) + 1 :]
     try:
-        if file.suffix.lower() == SAFETENSORS:
-            found = _from_safetensors(file, name)
+        source = file if stored is None else stored.read()
+        if not _is_numpy(source):
+            found = _from_safetensors(source, str(file), name)
         else:
-            found = torch.from_numpy(np.load(file, allow_pickle=False))
+            content = io.BytesIO(source) if isinstance(source, bytes) else source
+            found = torch.from_numpy(np.load(content, allow_pickle=False))
     except FileNotFoundError:
         problem = "check the dataset's build_info.images.storage, or remove the record"
         raise UnreadableSample(f"file of features not found: {file}; {problem}") from None
+    except UnreadableSample:
+        raise
     except (ValueError, TypeError, OSError, EOFError) as error:
         kinds = "write a numeric array by numpy.save(..., allow_pickle=False), or a .safetensors file"
         raise UnreadableSample(f"{file}: broken, or not an array of numbers ({error}); {kinds}") from error
     return checked_features(found, str(path), width=width, error=UnreadableSample)
 
 
-def _from_safetensors(file: Path, name: str) -> Tensor:
+def _is_numpy(source: Path | bytes) -> bool:
+    """Return whether a file, by its suffix, or a content is NumPy's and not that of safetensors."""
+    if isinstance(source, Path):
+        return source.suffix.lower() != SAFETENSORS
+    return source.startswith(b"\x93NUMPY")
+
+
+def _from_safetensors(source: Path | bytes, file: str, name: str) -> Tensor:
     from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load
+
+    def one_of(names: Sequence[str]) -> str:
+        if not name and len(names) != 1:
+            is_file = isinstance(source, Path)
+            advice = f"name one of them: {Path(file).name}#<tensor>" if is_file else "write one sample's alone"
+            raise UnreadableSample(f"{file} holds {len(names)} tensors; {advice}")
+        if name and name not in names:
+            raise UnreadableSample(f"{file} has no tensor {name!r}; it has {', '.join(names[:5])}")
+        return name or names[0]
 
     try:
-        with safe_open(file, framework="pt") as content:
-            names = list(content.keys())
-            if not name and len(names) != 1:
-                raise UnreadableSample(f"{file} holds {len(names)} tensors; name one of them: {file.name}#<tensor>")
-            if name and name not in names:
-                raise UnreadableSample(f"{file} has no tensor {name!r}; it has {', '.join(names[:5])}")
-            return content.get_tensor(name or names[0])
+        if isinstance(source, bytes):
+            tensors = load(source)
+            return tensors[one_of(list(tensors))]
+        with safe_open(source, framework="pt") as content:
+            return content.get_tensor(one_of(list(content.keys())))
     except SafetensorError as error:
         raise UnreadableSample(f"{file}: broken, or not a .safetensors file ({error}); write it again") from error
 

@@ -8,6 +8,7 @@ Note: the whole video is decoded, in order (`video_decoders.py`): decoders seek 
 """
 
 import math
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, get_args
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from lavis_lite.common.bounds import check_number
 from lavis_lite.common.errors import InputError, MissingFileError, SettingError, UnreadableSample
+from lavis_lite.common.members import find_member
+from lavis_lite.common.records import StoredImage
 from lavis_lite.common.rng import cpu_state, restore_cpu
 from lavis_lite.common.video_decoders import decode_animation, decode_video
 
@@ -65,9 +68,10 @@ def part_of(num_available: int, part: Part, *, rate: float | None, source: objec
 
 
 def decode(
-    path: str | Path, num_frames: int, *, short_clips: ShortClips = "repeat", part: Part | None = None
+    path: str | Path | StoredImage, num_frames: int, *, short_clips: ShortClips = "repeat", part: Part | None = None
 ) -> list[Image.Image]:
     """Return `num_frames` RGB frames of a video file, or of an animated GIF, WebP or PNG, as `sampled` selects them.
+    One in a shard or table is copied to a temporary file, which is what decoders open.
 
     `part` is the part of the video to sample, (start, end) in seconds; None: all of it.
 
@@ -77,7 +81,16 @@ def decode(
             Matroska or MPEG stream is a shorter video.)
         ImportError: neither decord nor PyAV is installed.
     """
-    file = Path(path).absolute()  # FFmpeg takes a relative name with a colon for a URL
+    stored = path if isinstance(path, StoredImage) else find_member(path)
+    if stored is not None:
+        with tempfile.NamedTemporaryFile(prefix="video-", suffix=Path(str(path)).suffix) as copy:
+            copy.write(stored.read())
+            copy.flush()
+            try:
+                return decode(copy.name, num_frames, short_clips=short_clips, part=part)
+            except UnreadableSample as error:
+                raise UnreadableSample(str(error).replace(copy.name, str(path))) from error
+    file = Path(str(path)).absolute()  # FFmpeg takes a relative name with a colon for a URL
     if not file.is_file():
         raise MissingFileError(f"video file not found: {path}")
     check_num_frames(num_frames)

@@ -7,14 +7,10 @@ and the place in it.
 
 from __future__ import annotations
 
-import contextlib
-import csv
-import io
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +18,7 @@ from lavis_lite.common.errors import InputError, MissingFileError
 from lavis_lite.common.records import Record, RecordCheck, shown
 from lavis_lite.datasets.folders import folder_records
 from lavis_lite.datasets.shard_records import TABLE_SUFFIX
-
-DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
-TABLES = {".csv": ",", ".tsv": "\t"}
-"""The suffixes of tables, and the separators of their columns."""
-PEEKED = 20
-"""Lines of a table that are looked at for its separator; a quoted field may have several."""
-ADDRESSES = ("http://", "https://")
+from lavis_lite.datasets.text_tables import TABLES, table_rows
 
 
 def read_json(path: str | Path) -> Any:
@@ -49,7 +39,7 @@ def read_records(path: str | Path) -> list[Record]:
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix in TABLES:
-        content: Any = [record for _, record in _table_rows(path)]
+        content: Any = [record for _, record in table_rows(_read_text(path), path)]
     elif suffix == ".jsonl":
         content = _json_lines(_read_text(path), path)
     elif suffix == ".token":
@@ -93,7 +83,7 @@ def place_of(path: str | Path, number: int) -> str:
     if suffix == ".jsonl":
         lines = [at for at, line in enumerate(_read_text(path).split("\n"), start=1) if line.strip()]
     else:
-        lines = [line for line, _ in _table_rows(path)]
+        lines = [line for line, _ in table_rows(_read_text(path), path)]
     return f"{path}: line {lines[number]}"
 
 
@@ -165,72 +155,3 @@ def _token_rows(path: Path) -> list[Record]:
             )
         records.append({"image": image, "caption": caption})
     return records
-
-
-def _address_rows(text: str, path: Path) -> Iterator[tuple[int, Record]]:
-    """Yield the rows of a table without header of addresses and captions, in either order, as CC3M and CC12M have."""
-    for number, line in enumerate(text.split("\n"), start=1):
-        cells = line.rstrip("\r").split("\t")
-        urls = [cell for cell in cells if cell.startswith(ADDRESSES)]
-        if len(cells) == 2 and urls:
-            yield number, {"url": urls[-1], "caption": cells[1 - cells.index(urls[-1])]}
-        elif line.strip():
-            raise InputError(f"{path}: line {number}: expected an address, a tab and a caption, got {shown(line)}")
-
-
-def _table_rows(path: Path) -> Iterator[tuple[int, Record]]:
-    """Yield each row of a table as (number of its first line, record)."""
-    text = _read_text(path)
-    first = text.partition("\n")[0].rstrip("\r").split("\t")
-    if path.suffix.lower() == ".tsv" and len(first) == 2 and any(cell.startswith(ADDRESSES) for cell in first):
-        yield from _address_rows(text, path)
-        return
-    delimiter = _delimiter(text, path.suffix.lower())
-    # Not splitlines(): a text may hold U+2028 or a form feed, which end no line here.
-    reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
-    header: list[str] = []
-    end = 0
-    try:
-        for row in reader:
-            line, end = end + 1, reader.line_num
-            if not header:
-                header = row
-                _check_header(header, path, line)
-            elif row:
-                if len(row) != len(header):
-                    raise InputError(
-                        f"{path}: line {line} has {len(row)} columns, not {len(header)} as the header; quote a field "
-                        "that holds the separator"
-                    )
-                yield line, dict(zip(header, row, strict=True))
-    except csv.Error as error:
-        raise InputError(f"{path}: line {reader.line_num} is not a row of a table ({error}); quote it") from error
-
-
-def _delimiter(text: str, suffix: str) -> str:
-    """Return the separator of a table's columns: of a `.csv` the mark in its header that splits the first row into as
-    many columns, a comma if there are several or none.
-    """
-    if suffix != ".csv":
-        return TABLES[suffix]
-    lines = text.split("\n", PEEKED)[:PEEKED]
-    for mark in DELIMITERS:
-        with contextlib.suppress(csv.Error, ValueError):  # ValueError: fewer than two rows
-            header, row = islice(filter(None, csv.reader(lines, delimiter=mark)), 2)
-            if len(header) == len(row) > 1:
-                return mark
-    return TABLES[suffix]
-
-
-def _check_header(header: list[str], path: Path, line: int) -> None:
-    """Raise InputError for a header with another delimiter than the suffix says, or with one name twice."""
-    wanted = TABLES[path.suffix.lower()]
-    other = next((mark for mark in DELIMITERS if mark != wanted and mark in header[0]), None) if header else None
-    if len(header) == 1 and other:
-        raise InputError(
-            f"{path}: the columns are separated by {DELIMITERS[other]} ({other!r}), those of a {path.suffix} file by "
-            f"{DELIMITERS[wanted]}: save it so" + (", or call it .tsv" if other == "\t" else "")
-        )
-    twice = next((name for name in header if header.count(name) > 1 and name), None)
-    if twice is not None:
-        raise InputError(f"{path}: line {line} names the column {shown(twice)} twice")

@@ -33,7 +33,7 @@ from lavis_lite.datasets.annotations import check_unique, place_of
 from lavis_lite.datasets.build_info import BuildInfo
 from lavis_lite.datasets.features import ReadsFeatures, is_features, padded_features
 from lavis_lite.datasets.image import ONE_COLOUR, open_image, opening_settings
-from lavis_lite.datasets.parts import WHOLE, Part, cut_splits, part_of, warn_of_overlap
+from lavis_lite.datasets.parts import CUT_BY, WHOLE, Part, cut_splits, part_of, warn_of_overlap
 from lavis_lite.datasets.readers import Reader, find_reader
 from lavis_lite.datasets.readers.files import PLACE, SplitFiles, identified
 from lavis_lite.datasets.shard_tables import shard_table
@@ -134,6 +134,8 @@ class BaseDataset(Dataset):
             records, self.places = [records[n] for n in kept], [self.places[n] for n in kept]
             if not records:
                 raise InputError(f"{files}: split_off leaves no image to the split {self.split!r}: raise its share")
+        for record in records:
+            record.pop(CUT_BY, None)
         return records
 
     @property
@@ -209,10 +211,8 @@ class BaseDataset(Dataset):
         """
         path = file if isinstance(file, StoredImage) else self.vis_root / file
         if isinstance(own := self.vis_processor, ReadsFeatures):
-            if isinstance(path, StoredImage):
-                raise UnreadableSample(f"{path}: features are read from .npy and .safetensors files, not from tables")
             return own.read_features(path)
-        if isinstance(path, Path) and is_feature_file(path):
+        if is_feature_file(str(path)):
             raise UnreadableSample(f"{path} holds features: name the processor {{name: features}} in vis_processor")
         image = open_image(path, **opening_settings(own))
         if self.split == "train" and not self.warned_of_constant and is_constant(image):

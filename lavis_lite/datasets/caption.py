@@ -6,7 +6,6 @@ Evaluation ids come from the annotation (`image_id`, `img_id`), else from the fi
 
 from __future__ import annotations
 
-import os.path
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,12 +13,13 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from lavis_lite.common.errors import InputError
-from lavis_lite.common.members import find_member
 from lavis_lite.common.records import Record, StoredImage
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.annotations import as_list
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset
+from lavis_lite.datasets.copies import first_different, picture_of, shards_key, visual_path
 from lavis_lite.datasets.readers.captions import CAPTION_FIELDS
+from lavis_lite.datasets.stream_shards import LoadedFile
 from lavis_lite.datasets.table_samples import image_numbers
 from lavis_lite.datasets.tables import TableRecords
 
@@ -102,32 +102,41 @@ def image_key(record: Record) -> str:
 
 
 def check_images(
-    records: Iterable[Record], ids: Iterable[Any], place: Callable[[int], str], *, root: Path = Path()
+    records: Sequence[Record], ids: Iterable[Any], place: Callable[[int], str], *, root: Path = Path()
 ) -> None:
-    """Raise InputError, with both records and paths, if two different images have the same id."""
+    """Raise InputError, with both records and paths, if two different images have the same id.
+
+    In shards and tables an image may be there once per caption, so contents are compared there; not of streams, whose
+    ids need to be unique within a block only.
+    """
     first: dict[str, tuple[int, Any]] = {}
+    stored: list[tuple[int, int, Any]] = []
     for number, (record, image_id) in enumerate(zip(records, ids, strict=True)):
         file = visual_path(record)
         other, its_file = first.setdefault(str(image_id), (number, file))
-        is_path = isinstance(file, str) and isinstance(its_file, str)  # images in a table may be there once per caption
-        if is_path and file != its_file and picture_of(root / file) != picture_of(root / its_file):
-            raise InputError(
-                f"{place(other)} ({its_file}) and {place(number)} ({file}) are two pictures under one image_id "
-                f"{image_id!r}; give each picture an id of its own, or leave image_id out"
-            )
+        if file is its_file or file == its_file or isinstance(file, LoadedFile):
+            continue
+        one, two = picture_of(its_file, root), picture_of(file, root)
+        if isinstance(one, StoredImage) and isinstance(two, StoredImage):
+            stored.append((other, number, image_id))
+        elif one != two:
+            raise two_pictures(records, (other, number, image_id), place)
+    if not stored:
+        return
+    files = [[picture_of(visual_path(records[number]), root) for number in found[:2]] for found in stored]
+    pairs = [(one, two) for one, two in files]
+    different = first_different(pairs, len(pairs), name=place(0), key=shards_key(pairs))
+    if different is not None:
+        raise two_pictures(records, stored[different], place)
 
 
-def picture_of(path: Path) -> str | int:
-    """Return what two paths of one picture have in common: the shortest form; of members of shards, where a picture may
-    be once per caption, the number of bytes.
-    """
-    member = find_member(path)
-    return member.size if member else os.path.normpath(path)
-
-
-def visual_path(record: Record) -> Any:
-    """Return the path of the record's video, or else of its image."""
-    return record["image"] if record.get("video") is None else record["video"]
+def two_pictures(records: Sequence[Record], found: tuple[int, int, Any], place: Callable[[int], str]) -> InputError:
+    """Return the error about two different images, by the numbers of their records, with the same id."""
+    one, other, image_id = found
+    return InputError(
+        f"{place(one)} ({visual_path(records[one])}) and {place(other)} ({visual_path(records[other])}) are two "
+        f"pictures under one image_id {image_id!r}; give each picture an id of its own, or leave image_id out"
+    )
 
 
 def merge_images(records: list[Record], place: Callable[[int], str], *, root: Path = Path()) -> list[Record]:

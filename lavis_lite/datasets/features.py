@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from lavis_lite.common.records import StoredImage
+
 
 @runtime_checkable
 class ReadsFeatures(Protocol):
     """A processor that reads files of features itself."""
 
-    def read_features(self, path: str | Path) -> Tensor:
+    def read_features(self, path: str | Path | StoredImage) -> Tensor:
         """Return a file's features (N,W). Raises UnreadableSample if they cannot be read."""
         ...
 

@@ -11,8 +11,6 @@ import hashlib
 import os
 import re
 import tempfile
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,7 @@ from urllib.parse import quote, unquote
 from huggingface_hub import constants
 
 from lavis_lite.common.errors import InputError, MissingFileError, MissingPackageError, UnreachableError
-from lavis_lite.common.sources import download
+from lavis_lite.common.sources import download, reach
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,8 +32,6 @@ _FORM = re.compile(
     r"(:(?P<split>[\w.-]+(\[[\d%-]*:[\d%-]*\])?))?"
 )
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-PROBE_SECONDS = 10
-"""Time for the hub's first answer; `datasets` alone would repeat its requests for half a minute."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +58,10 @@ class HubSplit:
         try:
             return self._files(self._loaded(is_offline=True))
         except MissingFileError as error:
-            if constants.HF_HUB_OFFLINE or download.is_offline():
-                raise MissingFileError(
-                    f"{error}; it is not in {self.cache_folder()}, and {self._how_to_fetch()}"
-                ) from error
-        self._probe()
+            if problem := reach.hub_problem():
+                kind = UnreachableError if reach.may_ask() else MissingFileError
+                text = f"{error}; it is not in {self.cache_folder()}, and {problem}: {self._how_to_fetch()}"
+                raise kind(text) from error
         return self._files(self._loaded(is_offline=False))
 
     def is_cached(self) -> bool:
@@ -129,16 +124,6 @@ class HubSplit:
                 with contextlib.suppress(OSError):  # another process was faster
                     Path(aside, "rows").rename(folder)
         return folder
-
-    def _probe(self) -> None:
-        """Raise UnreachableError, at once, if the hub does not answer."""
-        try:
-            urllib.request.urlopen(constants.ENDPOINT, timeout=PROBE_SECONDS).close()
-        except urllib.error.HTTPError:
-            return  # it answers
-        except OSError as error:
-            problem = f"is not in {self.cache_folder()}, and {constants.ENDPOINT} cannot be reached ({error})"
-            raise UnreachableError(f"{self.where}: {self} {problem}: {self._how_to_fetch()}") from error
 
     def _how_to_fetch(self) -> str:
         config = f", {self.config!r}" if self.config else ""

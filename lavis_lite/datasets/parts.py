@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 WHOLE = "train"
 """The split that others are cut from."""
+CUT_BY = "_cut_by"
+"""The key under which a reader notes what `split_off` cuts by where the image's path differs from machine to machine;
+the dataset removes it."""
 MAX_COMPARED = 5_000_000
 """Samples up to which the images of splits are compared."""
 
@@ -85,9 +88,11 @@ def fraction(record: Record) -> float:
 
 
 def image_identity(record: Record) -> bytes:
-    """Return what identifies a record's image: its path; in a shard the names of both; of one inside a table its id;
-    of a record without one all of it.
+    """Return what identifies a record's image: what the reader says, or its path; in a shard the names of both; of one
+    inside a table its id; of a record without one all of it.
     """
+    if CUT_BY in record:
+        return os.fsencode(record[CUT_BY])
     value = record.get("video") or record.get("image") or record.get("images")
     if isinstance(value, StoredImage):
         return str(record["image_id"]).encode()

@@ -18,6 +18,7 @@ from lavis_lite.common.registry import did_you_mean
 from lavis_lite.common.sources import download
 from lavis_lite.datasets import hub
 from lavis_lite.datasets.stream_shards import is_address
+from lavis_lite.datasets.stream_tables import is_rows, part_names
 
 VISUAL_FOLDERS = ("images", "videos")
 """The keys of `build_info` that name the folder of images or videos."""
@@ -194,7 +195,8 @@ def _in_braces(pattern: str) -> list[str]:
 
 
 def stream_names(build_info: Mapping[str, Any], split: str, *, owner: str) -> list[str]:
-    """Return the names of the shards of a split that is read as a stream: addresses, and paths on this machine.
+    """Return the names of the shards of a split that is read as a stream: addresses, paths on this machine, and parts
+    of rows (stream_tables.py).
 
     Raises MissingFileError for a path that is not there, InputError if the split has no shards.
     """
@@ -205,10 +207,15 @@ def stream_names(build_info: Mapping[str, Any], split: str, *, owner: str) -> li
         name = file.storage or file.url or ""
         if not is_address(name):
             name = str(resolve_storage(name))
-            if not Path(name).is_file():
+            if not Path(name).exists():
                 raise MissingFileError(f"{file.where}: shard not found: {name}. {STATUS_HINT}")
-        names.append(name)
+        names += part_names(name, split, where=file.where) if is_rows(name) else [name]
     return names
+
+
+def is_streamed(file: AnnotationFile) -> bool:
+    """Return whether a source of a stream is an address, which needs no copy on this machine."""
+    return hub.is_hub(file.storage or "") or is_address(file.storage or file.url or "")
 
 
 def _matches(storage: str) -> list[str]:

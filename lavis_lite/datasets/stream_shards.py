@@ -12,7 +12,7 @@ import lzma
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NamedTuple
@@ -31,6 +31,9 @@ COMPRESSIONS: dict[bytes, Callable[[Any], Any]] = {
 """The first bytes of compressed files, and what opens these."""
 BROKEN = (OSError, EOFError, ValueError, tarfile.TarError, zlib.error, lzma.LZMAError)
 """Errors of `webdataset`, `tarfile` and the openers about a shard."""
+
+MOST_KEYS = 100_000
+"""Samples of a shard that are remembered, to find members of one that do not follow each other."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class Loaded(NamedTuple):
     shard: str
     record: Record
     problem: str = ""
+    is_scattered: bool = False
+    """Whether the problem is that members of a sample do not follow each other."""
 
 
 class _FromStart:
@@ -137,13 +142,21 @@ def open_shard(name: str) -> BinaryIO:
 
 
 def read_shard(name: str) -> Iterator[Loaded]:
-    """Yield the samples of a shard in their order, and last a problem if the shard is cut or cannot be read."""
+    """Yield the samples of a shard in their order, and last a problem if the shard is cut or cannot be read, or if the
+    members of a sample do not follow each other.
+    """
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
-    count, file = 0, None
+    count, file, seen = 0, None, dict[str, frozenset[str]]()
     try:
         file = _Tail(open_shard(name))
         for sample in group_by_keys(tar_file_expander([{"url": name, "stream": file}])):
+            key, extensions = sample[KEY], frozenset(one for one in sample if not one.startswith("__"))
+            if key in seen and seen[key].isdisjoint(extensions):
+                yield Loaded(name, {}, _scattered(name, key, seen[key], extensions), is_scattered=True)
+                return
+            if len(seen) < MOST_KEYS:
+                seen[key] = extensions
             yield _loaded(sample, name)
             count += 1
         file.check_end()
@@ -157,6 +170,20 @@ def read_shard(name: str) -> Iterator[Loaded]:
         if file is not None:
             with suppress(OSError):  # of a command that is ended early
                 file.close()
+
+
+def _scattered(shard: str, key: str, first: Collection[str], later: Collection[str]) -> str:
+    parts = [", ".join(f"{key}.{extension}" for extension in sorted(one)) for one in (first, later)]
+    return (
+        f"shard {shard}: sample {key}: its members do not follow each other ({parts[0]}, and later {parts[1]}), as a "
+        "stream needs: write the shard again, sorted by name (tar --sort=name), or leave out the key `stream`, so that "
+        "it is read with an index"
+    )
+
+
+def scattered_problem(name: str) -> str:
+    """Return the problem of a shard of which the members of a sample do not follow each other; empty without one."""
+    return next((loaded.problem for loaded in read_shard(name) if loaded.is_scattered), "")
 
 
 def _exit_of(file: _Tail | None) -> str:
@@ -174,7 +201,8 @@ def _reason(error: Exception) -> str:
     """Return an error's text without what `webdataset` appends to it."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error.args[0] if error.args else "").partition(" @ ")[0] or type(error).__name__
+    text = str(error.args[0] if error.args else "").partition(" @ ")[0]
+    return text.partition(" in tar file ")[0] or type(error).__name__
 
 
 def _loaded(sample: dict[str, Any], shard: str) -> Loaded:

@@ -22,7 +22,8 @@ from lavis_lite.common.errors import InputError, SettingError, UnreadableSample
 from lavis_lite.common.rng import hash_seed, seed_sample
 from lavis_lite.datasets.protocols import SampleDataset, Samples
 from lavis_lite.datasets.shard_records import KEY
-from lavis_lite.datasets.stream_shards import Loaded, check_installed, read_shard
+from lavis_lite.datasets.stream_shards import Loaded, check_installed, scattered_problem
+from lavis_lite.datasets.stream_tables import is_part, read_part
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,8 @@ class StreamDataset:
     """
 
     def __init__(self, shards: Sequence[str], settings: StreamSettings, *, make_block: MakeBlock) -> None:
-        check_installed()
+        if not all(map(is_part, shards)):
+            check_installed()
         self.shards, self.settings, self.make_block = list(shards), settings, make_block
         self.collater: Callable[[list[dict[str, Any]]], Samples] = self._first_block().collater
 
@@ -168,7 +170,7 @@ class StreamDataset:
         for draw in itertools.count(at.draw):
             first = at.sample if draw == at.draw else 0
             shard = self.shard_at(part, draw, seed=seed)
-            for count, loaded in enumerate(itertools.islice(read_shard(shard), first, None), start=first + 1):
+            for count, loaded in enumerate(itertools.islice(read_part(shard), first, None), start=first + 1):
                 yield loaded, Position(draw=draw, sample=count)
 
     def _identified(self, sample: dict[str, Any], part: Part, first: int, taken: int) -> dict[str, Any]:
@@ -209,12 +211,13 @@ class StreamDataset:
     def _first_block(self) -> SampleDataset:
         problems: list[str] = []
         for shard in self.shards[:NUM_TRIED]:
-            first = list(itertools.islice(read_shard(shard), NUM_FIRST))
+            first = list(itertools.islice(read_part(shard), NUM_FIRST))
             dataset, found = self.fitting([loaded for loaded in first if not loaded.problem])
             if dataset is not None:
                 return dataset
             problems += [*found, *(loaded.problem for loaded in first if loaded.problem)]
-        raise InputError(f"{self.source}: none of the first samples can be used: {problems[0]}")
+        problem = (not is_part(self.source) and scattered_problem(self.source)) or problems[0]
+        raise InputError(f"{self.source}: none of the first samples can be used: {problem}")
 
 
 class _Block:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import os.path
+import hashlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.records import Record, RecordCheck
+from lavis_lite.datasets.copies import Picture, first_different, picture_of, visual_path
 from lavis_lite.datasets.parts import Part
 from lavis_lite.datasets.table_check import plain_rows
-from lavis_lite.datasets.tables import Table, TableRecords
+from lavis_lite.datasets.tables import CHUNK, Table, TableRecords
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 ROWS = 20_000
 """Rows that are checked at a time."""
-MEMBER = r"(?s)^.*\.tar/@\d+\+(\d+)/.*$"
-"""A path of a member of a shard, and its size."""
+VISUALS = ("video", "image")
+"""Fields of the path of what a record shows; the first that it has counts."""
 WHOLE_FIELD = -1
 """The item of a sample that has all of its row."""
 
@@ -86,9 +88,9 @@ def _items(values: pa.Array | None, count: int) -> tuple[np.ndarray, np.ndarray]
     return rows, np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
 
-def codes(table: Table, *names: str, copies_are_equal: bool = False) -> np.ndarray | None:
+def codes(table: Table, *names: str) -> np.ndarray | None:
     """Return a number per row (N), the same for rows whose texts are equal: of the first column of `names` that has a
-    value in the row. None if no row has one. `copies_are_equal`: so are members of shards with as many bytes.
+    value in the row. None if no row has one.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -97,8 +99,6 @@ def codes(table: Table, *names: str, copies_are_equal: bool = False) -> np.ndarr
     if not columns:
         return None
     texts = pc.coalesce(*columns).combine_chunks()
-    if copies_are_equal:
-        texts = pc.replace_substring_regex(texts, MEMBER, r"\1 bytes")
     encoded = (texts.combine_chunks() if isinstance(texts, pa.ChunkedArray) else texts).dictionary_encode()
     found: np.ndarray = pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False)
     return found if (found >= 0).any() else None
@@ -132,34 +132,46 @@ def first_equal(table: Table, rows: np.ndarray, name: str) -> tuple[int, int] | 
 
 
 def image_numbers(samples: TableRecords) -> np.ndarray:
-    """Return the index of each sample's image, in first-seen order (N): by `image_id`, else by the image's path; images
+    """Return the index of each sample's image or video, in first-seen order (N): by `image_id`, else by its path; those
     inside a table without an id are one per row.
 
     Raises InputError, with both rows, if two images have the same `image_id`.
     """
     table, rows = samples.table, samples.rows
-    found = codes(table, "image_id", "image")
+    found = codes(table, "image_id", *VISUALS)
     if found is None:
         return in_first_seen_order(rows)
     unnamed = found < 0
     found = np.where(unnamed, found.max() + 1 + np.arange(len(found)), found)
     if table.column("image_id") is not None:
-        paths = codes(table, "image", copies_are_equal=True)
-        if paths is not None:
-            _check_images(table, rows, found, paths)
+        _check_images(table, rows, found)
     return in_first_seen_order(found[rows])
 
 
-def _check_images(table: Table, rows: np.ndarray, ids: np.ndarray, paths: np.ndarray) -> None:
-    """Raise InputError, with both rows, if two different images of these rows have the same id."""
+def _check_images(table: Table, rows: np.ndarray, ids: np.ndarray) -> None:
+    """Raise InputError, with both rows, if two different images of these rows have the same id; copies of one image,
+    in shards or tables, are recognised by their content.
+    """
+    paths = codes(table, *VISUALS)
+    if paths is None:  # the images themselves are in the table
+        paths = np.arange(len(ids))
     order = np.lexsort((paths[rows], ids[rows]))
     chosen = rows[order]
-    differ = (ids[chosen][1:] == ids[chosen][:-1]) & (paths[chosen][1:] != paths[chosen][:-1])
-    for at in np.nonzero(differ)[0]:
-        one, other = table.records([chosen[at], chosen[at + 1]])
-        if os.path.normpath(table.root / one["image"]) != os.path.normpath(table.root / other["image"]):
-            raise InputError(
-                f"{table.place(chosen[at])} ({one['image']}) and {table.place(chosen[at + 1])} ({other['image']}) are "
-                f"two pictures under one image_id {one['image_id']!r}; give each picture an id of its own, or leave "
-                "image_id out"
-            )
+    (differ,) = np.nonzero((ids[chosen][1:] == ids[chosen][:-1]) & (paths[chosen][1:] != paths[chosen][:-1]))
+    ones, others = chosen[differ], chosen[differ + 1]
+
+    def pairs() -> Iterator[tuple[Picture, Picture]]:
+        for start in range(0, len(ones), CHUNK):
+            part = slice(start, start + CHUNK)
+            for one, other in zip(table.records(ones[part]), table.records(others[part]), strict=True):
+                yield picture_of(visual_path(one), table.root), picture_of(visual_path(other), table.root)
+
+    rows_digest = hashlib.blake2b(ones.tobytes() + others.tobytes()).hexdigest()
+    found = first_different(pairs(), len(ones), name=table.name, key=[*table.identity(), rows_digest])
+    if found is not None:
+        pair = [int(ones[found]), int(others[found])]
+        one, other = table.records(pair)
+        raise InputError(
+            f"{table.place(pair[0])} ({visual_path(one)}) and {table.place(pair[1])} ({visual_path(other)}) are two "
+            f"pictures under one image_id {one['image_id']!r}; give each picture an id of its own, or leave it out"
+        )

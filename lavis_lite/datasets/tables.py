@@ -252,6 +252,12 @@ class Table:
             found = self._pylist(numbers, len(numbers))
         return [self._record(row, number) for row, number in zip(found, numbers, strict=True)]
 
+    def identity(self) -> list[str]:
+        """Return the columns and, with size and time of change, the files on disk."""
+        files = [Path(file["filename"]) for file in (self.fields.cache_files or self.images.cache_files)]
+        states = [(file, file.stat()) for file in files]
+        return [*map(str, self.names.items()), *(f"{file} {st.st_size} {st.st_mtime_ns}" for file, st in states)]
+
     def place(self, row: int) -> str:
         """Return the location of a row, for messages: the table and the row in it, from 0; of shards the sample."""
         if is_shard_table(self.paths[0]):

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from lavis_lite.common.errors import InputError, UnreadableSample
-from lavis_lite.common.records import Record
+from lavis_lite.common.records import Record, StoredImage
 from lavis_lite.common.video_io import Part, ShortClips, decode, processed
 
 
@@ -19,7 +19,7 @@ class ReadsVideos(Protocol):
     full_video: bool
     """False: only the part of the video that the record says is read."""
 
-    def read(self, path: str | Path, *, part: Part | None = None) -> Tensor:
+    def read(self, path: str | Path | StoredImage, *, part: Part | None = None) -> Tensor:
         """Return frames (3,F,H,W) of a video file, of the `part` (start, end) in seconds if it is given."""
         ...
 
@@ -39,7 +39,7 @@ def record_part(record: Record) -> Part | None:
 
 
 def read_frames(
-    path: str | Path,
+    path: str | Path | StoredImage,
     num_frames: int,
     processor: Callable[[Image.Image], Tensor] | ReadsVideos,
     *,

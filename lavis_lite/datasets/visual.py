@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from lavis_lite.common.bounds import one_of
 from lavis_lite.common.errors import InputError
-from lavis_lite.common.records import Record
+from lavis_lite.common.records import Record, StoredImage
 from lavis_lite.common.video_io import ShortClips, check_num_frames
 from lavis_lite.datasets.annotations import as_list
 from lavis_lite.datasets.base import BaseDataset
@@ -33,7 +33,8 @@ class VisualDataset(BaseDataset):
         if visual_field(record) == "image":
             images = [self.image(file) for file in as_list(record["image"])]
             return joined(images, str(self.annotation_paths[0])) if isinstance(record["image"], list) else images[0]
-        path = self.vis_root / record["video"]
+        video = record["video"]
+        path = video if isinstance(video, StoredImage) else self.vis_root / video
         own = self.vis_processor
         part = record_part(record) if isinstance(own, ReadsVideos) and not own.full_video else None
         return read_frames(path, self.num_frames, own, short_clips=self.short_clips, part=part)

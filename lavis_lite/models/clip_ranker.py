@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from lavis_lite.common.bounds import one_of
 from lavis_lite.common.errors import InputError, MissingFileError, MissingPackageError
-from lavis_lite.common.sources import download
+from lavis_lite.common.sources import download, reach
+from lavis_lite.common.sources.hub import COPY_CACHE, hub_offline
 from lavis_lite.models.inputs import image_of, texts_of
 from lavis_lite.models.tokenizers import checked_texts
 from lavis_lite.nn.llm_sources import fetch
@@ -110,16 +111,21 @@ class OpenClipRanker(ClipRanker):
     def __init__(self, name: str, weights: str) -> None:
         super().__init__()
         open_clip = import_open_clip()
-        is_file = Path(weights).expanduser().is_file()
-        if download.is_offline() and not is_file:
-            raise MissingFileError(f"run.ranker.weights: {weights}: LAVIS_LITE_OFFLINE is set: give a file")
+        file = Path(weights).expanduser()
+        is_published = not file.is_file()
+        problem = reach.hub_problem() if is_published else None
+        if download.is_offline() and is_published and "hf_hub" not in open_clip.get_pretrained_cfg(name, weights):
+            raise MissingFileError(f"run.ranker.weights: {weights}: {problem}: give a file")
         try:
-            source = str(Path(weights).expanduser()) if is_file else weights
-            self.clip = open_clip.create_model(name, pretrained=source, require_pretrained=True)
+            with hub_offline(problem is not None):
+                source = weights if is_published else str(file)
+                self.clip = open_clip.create_model(name, pretrained=source, require_pretrained=True)
+                self.tokenizer = open_clip.get_tokenizer(name)
         except (OSError, RuntimeError, ValueError, KeyError) as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise MissingFileError(f"run.ranker.weights: {weights} of {name} could not be loaded ({reason})") from error
-        self.tokenizer = open_clip.get_tokenizer(name)
+            if problem:
+                reason = f"{reason.partition('. ')[0]}; {problem}: {COPY_CACHE}, or give a file"
+            raise MissingFileError(f"run.ranker.weights: {weights} of {name} could not be loaded: {reason}") from error
         size = self.clip.visual.image_size
         self.image_size = size[0] if isinstance(size, tuple | list) else size
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from lavis_lite.common.bounds import MAX_WIDTH, check_number
 from lavis_lite.common.errors import InputError, InputTypeError
 from lavis_lite.common.feature_io import checked_features, read_features
+from lavis_lite.common.records import StoredImage
 from lavis_lite.common.registry import registry
 from lavis_lite.processors.base import BaseProcessor
 
@@ -36,6 +37,6 @@ class FeatureProcessor(BaseProcessor):
             raise InputError(f"features: {error}") from error
         return checked_features(tensor, "features", width=self.width, error=InputError)
 
-    def read_features(self, path: str | Path) -> Tensor:
+    def read_features(self, path: str | Path | StoredImage) -> Tensor:
         """Return the features of a file. Raises UnreadableSample as `common.feature_io.read_features`."""
         return read_features(path, width=self.width)

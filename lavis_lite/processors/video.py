@@ -14,6 +14,7 @@ from PIL import Image
 
 from lavis_lite.common.bounds import one_of
 from lavis_lite.common.errors import InputTypeError
+from lavis_lite.common.records import StoredImage
 from lavis_lite.common.registry import registry
 from lavis_lite.common.video_io import Part, ShortClips, check_num_frames, decode, processed, sampled
 from lavis_lite.processors.image import BlipImageEvalProcessor, BlipImageTrainProcessor, ImageProcessor
@@ -49,7 +50,7 @@ class VideoProcessor(ImageProcessor):
         kind = type(video).__name__
         raise InputTypeError(f"a video processor takes a video's path or a list of PIL images, got {kind}")
 
-    def read(self, path: str | Path, *, part: Part | None = None) -> torch.Tensor:
+    def read(self, path: str | Path | StoredImage, *, part: Part | None = None) -> torch.Tensor:
         """Return frames of a video file as calls do, of the `part` (start, end) in seconds if it is given."""
         frames = decode(path, self.num_frames, short_clips=self.short_clips, part=part)
         return processed(frames, super().__call__)

@@ -26,6 +26,7 @@ from lavis_lite.datasets.storage import (
     ImageList,
     VisualFolder,
     annotation_files,
+    is_streamed,
     visual_folder,
 )
 
@@ -62,6 +63,9 @@ def download_annotations(named: NamedDataset) -> int:
     failed = 0
     for key in named.annotation_keys():
         for file in annotation_files(named.build_info, key, owner=named.name):
+            if named.builder.is_stream(key) and is_streamed(file):
+                print(f"{named.name}/{key}: is read as a stream from {file.storage or file.url}", flush=True)
+                continue
             failed += not _tried(f"{named.name}/{key}", partial(fetch_annotations, file))
     return failed
 

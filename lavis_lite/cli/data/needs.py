@@ -136,10 +136,10 @@ def _timm_need(name: str, source: str) -> Need:
     model = source.removeprefix(TIMM)
     if ":" in model:  # hf_hub:owner/name
         return _hub_need("weights", name, model.rpartition(":")[2], is_there=_has_weights)
-    try:
-        return file_need("weights", name, cached_timm_weights(model, timm_config(model)))
-    except MissingFileError:
+    file = cached_timm_weights(timm_config(model))
+    if file is None:
         return Need(kind="weights", name=name, is_there=False, place=constants.HF_HUB_CACHE, source=source)
+    return file_need("weights", name, file)
 
 
 def _has_tokenizer(source: str) -> bool:

@@ -14,6 +14,7 @@ from lavis_lite.datasets.storage import (
     VisualFolder,
     annotation_files,
     has_files,
+    is_streamed,
     split_folder,
     visual_folder,
 )
@@ -67,7 +68,10 @@ def annotation_needs(named: NamedDataset) -> Iterator[Need]:
     for key in named.annotation_keys():
         for file in annotation_files(named.build_info, key, owner=named.name):
             path, name = file.found(), f"{named.name}/{key}"
-            if file.hub_split:
+            if named.builder.is_stream(key) and is_streamed(file):
+                source = file.storage or file.url or ""
+                yield Need(kind="annotations", name=name, is_there=True, place="read as a stream", source=source)
+            elif file.hub_split:
                 place, source = str(file.path()), str(file.hub_split)
                 yield Need(kind="annotations", name=name, is_there=path is not None, place=place, source=source)
             else:

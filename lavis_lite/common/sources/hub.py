@@ -14,15 +14,19 @@ from urllib.parse import urlsplit
 import huggingface_hub
 import torch
 from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 
 from lavis_lite.common import checkpoint
 from lavis_lite.common.errors import InputError, MissingFileError
 from lavis_lite.common.registry import did_you_mean
-from lavis_lite.common.sources import download, folders
+from lavis_lite.common.sources import download, folders, reach
 
 if TYPE_CHECKING:
     from timm.models import PretrainedCfg
+
+COPY_CACHE = "copy the hub's cache (HF_HOME) of a machine that has it"
+"""Advice for a hub id of which something is not on this machine, while the hub cannot be asked."""
 
 
 def from_hub(load: Callable[..., Any], source: str | Path, **settings: Any) -> Any:
@@ -30,22 +34,29 @@ def from_hub(load: Callable[..., Any], source: str | Path, **settings: Any) -> A
     is there, else from the hub.
 
     Raises:
-        FileNotFoundError: it cannot be loaded, or it is not on this machine and LAVIS_LITE_OFFLINE is set.
+        FileNotFoundError: it cannot be loaded, or it is not on this machine and the hub does not answer or
+            LAVIS_LITE_OFFLINE is set.
         ValueError: it needs code of its own, or its weights hold pickled code or compressed entries.
     """
     is_local = Path(source).is_dir()
     if is_local:
         _check_folder(Path(source))
     reason: Exception | None = None
-    for local_only in (True,) if is_local or download.is_offline() else (True, False):
+    problem: str | None = None
+    for local_only in (True,) if is_local else (True, False):
+        if not local_only and (problem := reach.hub_problem()):
+            break
         try:
-            with _hub_offline(), _refusing_code(source):
+            with hub_offline(download.is_offline()), _refusing_code(source):
                 return load(str(source), local_files_only=local_only, trust_remote_code=False, **settings)
         except InputError:
             raise
         except (OSError, ValueError, ImportError) as error:
             reason = error
     text = next(iter(str(reason).strip().splitlines()), type(reason).__name__).rstrip(".:")
+    if problem:
+        text = "it is not in the hub's cache, or not whole" if isinstance(reason, OSError) else text
+        text = f"{text}; {problem}: {COPY_CACHE}, or give a local folder"
     raise MissingFileError(text) from reason
 
 
@@ -53,20 +64,32 @@ def timm_model(name: str, *, pretrained: bool = True) -> nn.Module:
     """Return a timm model with its published weights (downloaded, or from the caches), or with random ones.
 
     Raises:
-        FileNotFoundError: the weights are not on this machine and LAVIS_LITE_OFFLINE is set.
+        FileNotFoundError: the weights are not on this machine, and the hub does not answer or LAVIS_LITE_OFFLINE is
+            set.
         ValueError: timm has no model of this name, or no weights of it.
     """
     import timm
 
     settings: dict[str, Any] = {}
-    if ":" not in name:  # hf_hub:owner/name is timm's name of a repository
+    is_of_hub = ":" in name  # hf_hub:owner/name is timm's name of a repository
+    if not is_of_hub:
         config = timm_config(name)
         if pretrained and not config.has_weights:
             raise InputError(f"timm has no published weights of {name}: give a file of weights instead")
-        if pretrained and download.is_offline():
-            settings["pretrained_cfg_overlay"] = {"file": str(cached_timm_weights(name, config))}
-    with _hub_offline(), _refusing_code(name):
-        return timm.create_model(name, pretrained=pretrained, **settings)
+        is_of_hub = bool(config.hf_hub_id)
+    problem = reach.hub_problem() if (is_of_hub and pretrained) or download.is_offline() else None
+    if problem and pretrained and ":" not in name:
+        if (file := cached_timm_weights(config)) is None:
+            raise MissingFileError(
+                f"the weights of timm's {name} are not on this machine; {problem}: {COPY_CACHE}, or give a file of "
+                "weights instead of the name"
+            )
+        settings["pretrained_cfg_overlay"] = {"file": str(file)}
+    try:
+        with hub_offline(problem is not None), _refusing_code(name):
+            return timm.create_model(name, pretrained=pretrained, **settings)
+    except LocalEntryNotFoundError as error:
+        raise MissingFileError(f"timm's {name} is not in the hub's cache; {problem or error}: {COPY_CACHE}") from error
 
 
 def timm_config(name: str) -> "PretrainedCfg":
@@ -82,32 +105,26 @@ def timm_config(name: str) -> "PretrainedCfg":
     return config
 
 
-def cached_timm_weights(name: str, config: "PretrainedCfg") -> Path:
-    """Return the file of a timm model's weights in the hub's cache or torch's. FileNotFoundError if neither has it."""
+def cached_timm_weights(config: "PretrainedCfg") -> Path | None:
+    """Return the file of a timm model's weights in the hub's cache or torch's; None if neither has it."""
     repository, _, revision = (config.hf_hub_id or "").partition("@")
     names = [config.hf_hub_filename] if config.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
     for file in names if repository else []:
         found = huggingface_hub.try_to_load_from_cache(repository, file, revision=revision or None)
         if isinstance(found, str):
             return Path(found)
-    if isinstance(config.url, str):
-        path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(config.url).path).name
-        if path.is_file():
-            return path
-    raise MissingFileError(
-        f"the weights of timm's {name} are not on this machine and LAVIS_LITE_OFFLINE is set: unset it, or give a file "
-        "of weights instead of the name"
-    )
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(str(config.url)).path).name
+    return path if isinstance(config.url, str) and path.is_file() else None
 
 
 @contextlib.contextmanager
-def _hub_offline() -> Iterator[None]:
-    """Keep the hub's library off the network inside if LAVIS_LITE_OFFLINE is set.
+def hub_offline(is_offline: bool) -> Iterator[None]:
+    """Keep the hub's library off the network inside if `is_offline`.
 
     Note: `local_files_only` is not enough. transformers still requests adapters and the services of the hub.
     """
     before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or download.is_offline()
+    constants.HF_HUB_OFFLINE = before or is_offline
     try:
         yield
     finally:

@@ -14,6 +14,7 @@ from typing import Any, TypedDict
 from lavis_lite.common.errors import InputError, MissingPackageError
 from lavis_lite.common.records import Record
 from lavis_lite.datasets.annotations import read_json
+from lavis_lite.datasets.parts import CUT_BY
 from lavis_lite.datasets.readers.files import SplitFiles
 
 KIND = "lavis_lite capfilt 1"
@@ -91,5 +92,8 @@ def read_texts(files: SplitFiles) -> Iterator[Record]:
             raise InputError(f"{path}: the images of its texts are in tables: train on the .tar files beside it")
         root = Path(manifest["image_root"])
         for name in manifest["shards"]:
-            records = [{**record, "image": str(root / record["image"])} for record in read_shard(path.parent / name)]
+            records = [
+                {**record, "image": str(root / record["image"]), CUT_BY: record["image"]}
+                for record in read_shard(path.parent / name)
+            ]
             yield from files.located(records, path.parent / name)

@@ -12,6 +12,7 @@ from lavis_lite.common.errors import InputError
 from lavis_lite.common.records import Kind, Record, RecordCheck
 from lavis_lite.datasets.annotations import as_records, check_records, read_json, read_records, section
 from lavis_lite.datasets.folders import folder_records, metadata_file
+from lavis_lite.datasets.parts import CUT_BY
 from lavis_lite.datasets.readers.owners import owners_records
 from lavis_lite.datasets.tables import Table, is_table
 
@@ -74,8 +75,10 @@ class SplitFiles:
         content = folder_records(folder) if described is None else self.content(described)[0]
         for record in as_records(content, described or folder):
             file = record.pop("file_name", None) or record.get("image")
-            if isinstance(file, str):
-                record["image"] = file if folder == self.root else os.path.join(folder, file)
+            if isinstance(file, str) and folder == self.root:
+                record["image"] = file
+            elif isinstance(file, str):
+                record |= {"image": os.path.join(folder, file), CUT_BY: f"{folder.name}/{os.path.normpath(file)}"}
         return content, described or folder
 
     def are_tables(self) -> bool:
@@ -118,7 +121,8 @@ def with_places(records: Iterable[Record], where: str | Path) -> Iterator[Record
 
 def derived(row: Record, **fields: Any) -> Record:
     """Return a record of these fields at the place of the row that it is made of."""
-    return {**fields, PLACE: row[PLACE]}
+    noted = {key: row[key] for key in (PLACE, CUT_BY) if key in row}
+    return {**fields, **noted}
 
 
 def identified(reader: Reader, key: str) -> Reader:

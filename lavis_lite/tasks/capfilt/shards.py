@@ -1,11 +1,13 @@
 """The shards of texts that the task `capfilt` writes: which are missing, their files, and the manifest.
 
 A shard holds the texts of a fixed range of samples, so which samples are done does not depend on the number of
-processes. A shard's table is written aside and renamed; that it is there means that the shard is complete.
+processes. A shard's table is written aside and renamed; that it is there means that the shard is complete. Until
+then the texts of its finished batches are in a hidden file, one JSON line per batch; a kill can only cut the last line.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,6 +64,49 @@ class Shards:
         for start in range(0, len(samples), size):
             yield samples[start : start + size]
 
+    def part(self, number: int) -> Path:
+        """Return the file with the finished batches of a shard that is being made."""
+        return self.folder / f".{number:06d}.part"
+
+    def finished(self, number: int, size: int) -> list[list[Record]]:
+        """Return the texts of the batches (of `size` samples) of an unfinished shard that an interrupted run finished,
+        without those of its last batch, with which the shard is written.
+        """
+        found: list[list[Record]] = []
+        if self.part(number).is_file():
+            lines = self.part(number).read_bytes().split(b"\n")[:-1]  # a line without its end was cut by a kill
+            for line, batch in zip(lines, list(self.batches(number, size))[:-1], strict=False):
+                try:
+                    content = json.loads(line)
+                except ValueError:  # the machine stopped while it was written
+                    break
+                if content["first"] != batch[0]:
+                    break
+                found.append(content["texts"])
+        return found
+
+    def unfinished(self, number: int, size: int) -> list[range]:
+        """Return the batches of a shard that are still to be done."""
+        return list(self.batches(number, size))[len(self.finished(number, size)) :]
+
+    def begin_part(self, number: int, size: int) -> list[Record]:
+        """Return the texts of the finished batches of a shard, and let its file end after them."""
+        found = self.finished(number, size)
+        firsts = [batch[0] for batch in self.batches(number, size)]
+        lines = [_line(first, texts) for first, texts in zip(firsts, found, strict=False)]
+        with self.naming_full_disk():
+            checkpoint.atomic_write(self.part(number), lambda file: file.writelines(lines))
+        return [record for texts in found for record in texts]
+
+    def add(self, number: int, first: int, texts: Sequence[Record]) -> None:
+        """Note the texts of the batch that begins with sample `first`."""
+        with self.naming_full_disk():
+            try:
+                with self.part(number).open("ab") as file:
+                    file.write(_line(first, texts))
+            except OSError as error:
+                raise WriteError(error.errno, f"cannot write {self.part(number)}: {error.strerror}.") from error
+
     def begin(self, image_root: Path | None, settings: dict[str, Any]) -> None:
         """Write the manifest, or compare it with that of the run that is continued. `image_root` is None if the images
         are inside tables.
@@ -84,6 +129,8 @@ class Shards:
 
     def finish(self) -> None:
         """Name all shards in the manifest, which makes it readable as a dataset."""
+        for number in range(len(self)):
+            self.part(number).unlink(missing_ok=True)
         old = read_manifest(self.manifest)
         names = [self.table(number).name for number in range(len(self))]
         if names != old["shards"]:
@@ -99,17 +146,28 @@ class Shards:
 
         Raises WriteError if the disk is full; the shards that are there stay, and the next run continues after them.
         """
-        try:
+        with self.naming_full_disk():
             kept = [record for record in records if record["kept"]]
             if self.output_format == "webdataset" and kept:
                 tar = self.folder / f"{number:06d}.tar"
                 checkpoint.atomic_write(tar, lambda file: write_tar(file, kept, image_of))
             write = write_parquet if self.output_format == "parquet" else write_jsonl
             checkpoint.atomic_write(self.table(number), lambda file: write(file, records))
+        self.part(number).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def naming_full_disk(self) -> Iterator[None]:
+        """Say in an error about a full disk how to continue."""
+        try:
+            yield
         except WriteError as error:
             text = str(error.strerror).partition(" Free some space")[0]
             advice = "Free some space there, and start the same command again: the finished shards are kept"
             raise WriteError(error.errno, f"{text} {advice}") from error
+
+
+def _line(first: int, texts: Sequence[Record]) -> bytes:
+    return json.dumps({"first": first, "texts": texts}).encode() + b"\n"
 
 
 def write_jsonl(file: BinaryIO, records: Sequence[Record]) -> None:

@@ -93,7 +93,7 @@ class CapFiltTask(BaseTask):
     """Tables of all texts: `jsonl` or `parquet`; `webdataset` writes `jsonl`, and shards of the kept texts with their
     images."""
     shard_size: int = 1000
-    """Samples per shard. A run that is continued repeats at most this many per process."""
+    """Samples per shard. A run that is continued repeats at most one batch per process."""
 
     sample_keys: ClassVar[tuple[str, ...]] = ("text_input", "instance_id")
     skips_unreadable: ClassVar[bool] = True
@@ -102,7 +102,7 @@ class CapFiltTask(BaseTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.seed = 0
+        self.seed = self.batch_size = 0
         self.made_with: dict[str, Any] = {}
         if isinstance(self.ranker, Mapping):  # as the configuration has it
             self.ranker = RankerConfig(**self.ranker)
@@ -211,7 +211,8 @@ class CapFiltTask(BaseTask):
         if dist.is_main() and len(missing) < len(shards):
             logger.info(f"{shards.folder}: {len(shards) - len(missing):,} of {len(shards):,} shards are there already")
         own = missing[dist.rank() :: dist.world_size()]
-        return [batch for number in own for batch in shards.batches(number, batch_size)]
+        self.batch_size = batch_size
+        return [batch for number in own for batch in shards.unfinished(number, batch_size)]
 
     def evaluate(self, model: nn.Module, loader: EvalLoader, *, split: str, result_dir: Path) -> Metrics:
         """Write the missing shards, and on rank 0 the report; return the share of texts kept, by source."""
@@ -224,11 +225,13 @@ class CapFiltTask(BaseTask):
         devices = [model.device] if model.device.type == "cuda" else []
         with evaluating(model), torch.random.fork_rng(devices=devices):
             for number, group in itertools.groupby(pairs, key=lambda pair: pair[0][0] // self.shard_size):
-                records: list[Record] = []
+                records = shards.begin_part(number, self.batch_size)
                 for indices, samples in group:
                     seed_everything(hash_seed(self.seed, "capfilt", split, indices[0]))
                     with naming_missing_keys(samples, model):
-                        records += self.texts(model, samples, dataset.annotation) if samples["positions"] else []
+                        found = list(self.texts(model, samples, dataset.annotation)) if samples["positions"] else []
+                    shards.add(number, indices[0], found)
+                    records += found
                 shards.write(number, records, image_of)
                 logger.info(f"{split}: wrote shard {number + 1:,} of {len(shards):,}")
         dist.barrier()
