@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lavis_lite.cli.failures import exit_code
 from lavis_lite.cli.published import FAMILIES, Number, numbers
+from lavis_lite.common.config.recipes import recipes_root
 from lavis_lite.common.errors import InputError
 
 HELP = """Print the tables of a paper. Each number is next to what the newest evaluation below the output folder
@@ -20,7 +21,7 @@ examples:
   lavis-lite table blip2
   lavis-lite table instructblip --output /results --json"""
 COLUMNS = ("recipe", "model", "split", "metric", "published", "here", "difference", "verdict, or command below")
-COMMAND = "python "
+COMMAND = "lavis-lite "
 OUTPUT = Path("output")
 
 
@@ -31,7 +32,7 @@ def table_main(argv: Sequence[str] | None = None) -> None:
     )
     p.add_argument("paper", choices=FAMILIES, help="the paper; lavis: what LAVIS and others measured again")
     p.add_argument("--output", type=Path, metavar="FOLDER", help="where evaluations were written (output)")
-    p.add_argument("--projects", type=Path, default=Path("projects"), metavar="FOLDER", help="the recipes (projects)")
+    p.add_argument("--projects", type=Path, metavar="FOLDER", help="recipes in place of the package's")
     p.add_argument("--json", action="store_true", help="print a list of objects instead of tables")
     args = p.parse_args(argv)
     sys.exit(exit_code(lambda: _print(args)))
@@ -40,7 +41,7 @@ def table_main(argv: Sequence[str] | None = None) -> None:
 def _print(args: argparse.Namespace) -> None:
     if args.output is not None and not args.output.is_dir():
         raise InputError(f"--output: not a folder: {args.output}; name the one that has the jobs' folders")
-    found = numbers(args.paper, args.projects, args.output or OUTPUT)
+    found = numbers(args.paper, args.projects or recipes_root(), args.output or OUTPUT)
     print(json.dumps([asdict(number) for number in found], indent=1) if args.json else "\n".join(lines(found)))
 
 

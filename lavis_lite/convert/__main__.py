@@ -34,10 +34,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(argv: Sequence[str] | None) -> int:
     """Parse, convert, and return the exit code."""
-    from lavis_lite.cli.failures import exit_code
+    args = parser().parse_args(argv)
+    from lavis_lite.cli.failures import exit_code  # after --help, which needs no torch
     from lavis_lite.common import logger as run_logger
 
-    args = parser().parse_args(argv)
     run_logger.setup()
     return exit_code(lambda: print(args.convert(args)))
 
