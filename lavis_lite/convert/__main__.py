@@ -115,7 +115,7 @@ def write_lavis(args: argparse.Namespace) -> str:
     check_target(args.target, overwrite=args.overwrite)
     arch = arch_in(args.source, args.arch)
     overrides = _precisions(arch, args.precision) | _overrides(args.options)
-    layers, tree = described(args.source, arch, overrides, level=logging.INFO)
+    layers, tree = described(args.source, arch, overrides)
     model = build(tree["model"], layers, is_eval=True, device="cpu", checkpoint=args.source)
     _lower(model, arch, args.precision)
     left_out = (*ADAPTER_KEYS, *(key for key in MODEL_KEYS if key not in ("arch", "model_type")))
