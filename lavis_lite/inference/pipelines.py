@@ -224,6 +224,13 @@ class AskPipeline(Pipeline):
         found = self.model.predict_answers({"image": image, "text_input": cleaned}, **how, **settings)
         return [{"answer": answer} for answer in found]
 
+    def asked(self, question: str) -> str:
+        """Return what the model reads for a question: the cleaned text, in the template of a language model."""
+        (cleaned,) = self.cleaned([question])
+        if not isinstance(self.model, Blip2LLM):
+            return cleaned
+        return (self.default_prompt() or self.model.prompt).replace("{}", cleaned)
+
     def default_prompt(self) -> str:
         """Return the template around questions: the model's own, or BLIP-2's where it has none."""
         model = self.model

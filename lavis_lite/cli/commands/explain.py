@@ -37,6 +37,7 @@ def explain(
     def execute() -> int:
         from lavis_lite.common.errors import ExistingFileError, InputError
         from lavis_lite.inference.inputs import load_image, one_item, open_source
+        from lavis_lite.inference.pipelines import AskPipeline
         from lavis_lite.inference.results import check_folder
         from lavis_lite.models.explain import explain as explain_model
 
@@ -50,7 +51,7 @@ def explain(
         loaded = options.load()
         samples: dict[str, Any] = {"image": load_image(item, loaded.process_image)[None].to(loaded.device)}
         if question is not None:
-            samples["text_input"] = [question]
+            samples["text_input"] = [AskPipeline(loaded).asked(question)]
         shown, maps = explain_model(loaded.model, samples, text=text, layer=layer)
         about = shown if question is None else f"{question} {shown}"
         write(out, open_source(item, loaded.process_image), maps, title=f"Where {options.model} looked", lead=about)
