@@ -34,12 +34,12 @@ def caption_tab(actions: Actions, shown: Sequence[Path]) -> None:
         with gr.Column():
             model = model_choice(actions, "caption")
             image = image_upload()
+            examples(shown, image)
             prompt = text_box("Prompt", placeholder="optional: how the caption begins")
             count = gr.Slider(1, 5, value=1, step=1, label="Number of captions")
             with_map = gr.Checkbox(False, label="Show where the model looked for the first caption")
             settings = settings_panel()
             button = gr.Button("Caption", variant="primary")
-            examples(shown, image)
         with gr.Column():
             captions = gr.Textbox(label="Captions", lines=3, interactive=False, buttons=["copy"])
             maps = maps_panel()
@@ -59,11 +59,11 @@ def ask_tab(actions: Actions, shown: Sequence[Path]) -> None:
         with gr.Column():
             model = model_choice(actions, "ask")
             image = image_upload()
+            examples(shown, image)
             question = text_box("Question", value=QUESTION)
             with_map = gr.Checkbox(False, label="Show where the model looked for the answer")
             settings = settings_panel()
             button = gr.Button("Ask", variant="primary")
-            examples(shown, image)
         with gr.Column():
             answer = gr.Textbox(label="Answer", interactive=False, buttons=["copy"])
             maps = maps_panel()
@@ -82,12 +82,12 @@ def match_tab(actions: Actions, shown: Sequence[Path]) -> None:
         with gr.Column():
             model = model_choice(actions, "match")
             image = image_upload()
+            examples(shown, image)
             lines = text_box(
                 "Texts, one per line", lines=3, value=f"{TEXT}\na blue cross", max_length=MAX_TEXT * MAX_TEXTS
             )
             with_map = gr.Checkbox(True, label="Show where the model looked for the best text")
             button = gr.Button("Compare with the image", variant="primary")
-            examples(shown, image)
         with gr.Column():
             scores = gr.Dataframe(headers=["text", "itm", "itc"], interactive=False, label="Scores", wrap=True)
             gr.Markdown("itm: the probability of a match; itc: the cosine similarity")
@@ -143,7 +143,13 @@ def chat_tab(actions: Actions, shown: Sequence[Path]) -> None:
             video = gr.Video(label="Video", sources=["upload"], visible=False, height=280)
             examples(shown, image)
         with gr.Column():
-            log = gr.Chatbot(label="Conversation", show_label=False, height=320, buttons=["copy_all"])
+            log = gr.Chatbot(
+                label="Conversation",
+                show_label=False,
+                height=320,
+                buttons=["copy_all"],
+                placeholder="Upload an image or a video, and ask about it",
+            )
             message = text_box("Instruction or question", placeholder="What is in the picture?")
             with gr.Row():
                 send = gr.Button("Send", variant="primary")
