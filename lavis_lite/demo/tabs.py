@@ -89,7 +89,13 @@ def match_tab(actions: Actions, shown: Sequence[Path]) -> None:
             with_map = gr.Checkbox(True, label="Show where the model looked for the best text")
             button = gr.Button("Compare with the image", variant="primary")
         with gr.Column():
-            scores = gr.Dataframe(headers=["text", "itm", "itc"], interactive=False, label="Scores", wrap=True)
+            scores = gr.Dataframe(
+                headers=["text", "itm", "itc"],
+                column_widths=["60%", "20%", "20%"],
+                interactive=False,
+                label="Scores",
+                wrap=True,
+            )
             gr.Markdown("itm: the probability of a match; itc: the cosine similarity")
             maps = maps_panel()
             code = code_panel()
