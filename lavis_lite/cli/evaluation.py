@@ -19,7 +19,6 @@ from lavis_lite.tasks.results import write_json
 logger = logging.getLogger(__name__)
 
 
-
 def conclude(
     cfg: Config, runner: Runner, results: Mapping[str, Mapping[str, Any]], references: verdict.References
 ) -> list[verdict.Row]:

@@ -102,8 +102,8 @@ def chat_code(
 def explain_code(
     model: DemoModel, image: str, text: str, *, question: str | None = None, asked: str | None = None
 ) -> Code:
-    """Return the code of the maps of a text: one that is compared with an image, a caption, or the answer to a question,
-    which the model reads as `asked`.
+    """Return the code of the maps of a text: one that is compared with an image, a caption, or the answer to a
+    question, which the model reads as `asked`.
     """
     samples = "'image': image" if asked is None else f"'image': image, 'text_input': [{asked!r}]"
     python = "\n".join(
@@ -118,7 +118,9 @@ def explain_code(
             "print(maps.labels, maps.maps.shape)",
         ]
     )
-    return Code(python, command_line("explain", [image], model, {"question": question, "text": text, "out": "explained.png"}))
+    return Code(
+        python, command_line("explain", [image], model, {"question": question, "text": text, "out": "explained.png"})
+    )
 
 
 def _model(model: DemoModel) -> str:

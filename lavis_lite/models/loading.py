@@ -152,9 +152,7 @@ def _arch_of_folder(config: Mapping[str, Any], *, source: str, wanted: str | Non
     raise InputError(f"{source}: its config.json is of {kind}, and only {', '.join(known)} can be read")
 
 
-def described(
-    source: str | Path, arch: str | None, overrides: Mapping[str, Any]
-) -> tuple[list[Layer], dict[str, Any]]:
+def described(source: str | Path, arch: str | None, overrides: Mapping[str, Any]) -> tuple[list[Layer], dict[str, Any]]:
     """Return the layers, and the resolved configuration, of a folder, or of a checkpoint without a named type, from
     which it cannot differ by mistake: differences are logged as INFO.
     """
