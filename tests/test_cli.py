@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -172,6 +173,33 @@ def test_every_subcommand_has_its_own_help(monkeypatch: pytest.MonkeyPatch, caps
         assert lavis_lite_command(monkeypatch, name, "--help") == 0
         assert option in capsys.readouterr().out
     assert command.COMMANDS.keys() == options.keys()
+
+
+HEAVY = "torch torchvision transformers timm numpy scipy PIL matplotlib gradio pyarrow datasets jinja2 tensorboard peft"
+HELPS = [[name] for name in sorted(one.name or "" for one in command.app.registered_commands)]
+HELPS += [["data", name] for name in ("list", "status", "check", "download", "preview")]
+HELPS += [["convert", "to-hf"], ["convert", "to-lavis"], ["train", "--data", "photos"]]
+HELP_DRIVER = """
+import sys
+sys.argv = ["lavis-lite", *sys.argv[1:], "--help"]
+from lavis_lite.cli.app import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+print("imported:", *sorted(set(HEAVY.split()) & sys.modules.keys()))
+"""
+
+
+@pytest.mark.slow
+def test_no_help_imports_a_large_package() -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(lavis_lite.__file__).parents[1])}
+    driver = f"HEAVY = {HEAVY!r}{HELP_DRIVER}"
+    for words in HELPS:
+        done = subprocess.run([sys.executable, "-c", driver, *words], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, (words, done.stderr)
+        assert len(done.stdout.splitlines()) > 3, words
+        assert done.stdout.splitlines()[-1] == "imported:", words
 
 
 def test_the_command_alone_lists_subcommands(

@@ -677,7 +677,7 @@ def test_preview_of_videos_shows_frames(root: Path, capsys: pytest.CaptureFixtur
     code, _, err = data(capsys, "preview", recipe, "--out", page)
     assert code == 0, err
     assert page.read_text().count("data:image/jpeg") == 4
-    assert "<b>text_output</b> colours" in page.read_text()
+    assert '<span class="soft">text_output</span> colours' in page.read_text()
 
 
 # Errors name the command

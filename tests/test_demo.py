@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -81,7 +82,8 @@ def run_command(code: Code, **given: Any) -> str:
 def test_a_caption_is_what_the_copied_code_prints(
     actions: Actions, photo: Upload, settings: TextSettings, count: int
 ) -> None:
-    captions, code = actions.caption(NAMES[0], photo, "a picture of", count, settings)
+    (captions, maps), code = actions.caption(NAMES[0], photo, "a picture of", count, settings)
+    assert not maps
     assert len(captions) == count
     assert run_python(code) == (captions[0] if count == 1 else str(captions))
     name, caption = run_command(code).split("\t")
@@ -93,7 +95,7 @@ def test_a_caption_is_what_the_copied_code_prints(
 def test_an_answer_is_what_the_copied_code_prints(
     actions: Actions, photo: Upload, model: str, settings: TextSettings
 ) -> None:
-    answer, code = actions.ask(model, photo, "-- what color is 'it'?", settings)
+    ((answer,), _), code = actions.ask(model, photo, "-- what color is 'it'?", settings)
     assert run_python(code) == answer
     assert run_command(code) == f"{photo.name}\t{answer}".strip()
 
@@ -109,6 +111,29 @@ def test_scores_and_maps_are_of_the_texts(actions: Actions, photo: Upload, monke
     assert photo.name in run_command(Code("", match))
     assert found.text in run_command(Code("", explain))
     assert not actions.match(NAMES[2], photo, "a red circle", False)[0].maps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [NAMES[0], NAMES[1], NAMES[3]])
+def test_maps_of_captions_and_answers_are_those_of_the_copied_code(
+    actions: Actions, photo: Upload, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if model == NAMES[0]:
+        (texts, maps), code = actions.caption(model, photo, "", 1, SHORT, True)
+    else:
+        (texts, maps), code = actions.ask(model, photo, "What color is it?", SHORT, True)
+    labels = [one.label for one in maps]
+    assert labels[0] == "mean of all"
+    wanted = {NAMES[1]: ["what", "color", "is"], NAMES[3]: ["query 1", "query 2"]}.get(model, [])
+    assert labels[1 : 1 + len(wanted)] == wanted
+    assert len(labels) > 2
+    printed = run_python(code).splitlines()
+    assert printed[-1].startswith(str(labels[1:]))
+    command, explain = code.command.splitlines()
+    assert texts[0] in run_command(Code("", command))
+    monkeypatch.chdir(photo.path.parent)
+    run_command(Code("", explain.replace("explained.png", str(tmp_path / "maps.npz"))))
+    assert np.load(tmp_path / "maps.npz")["labels"].tolist() == labels[1:]
 
 
 @pytest.mark.slow
@@ -168,10 +193,10 @@ def test_a_conversation_about_a_video(actions: Actions, photo: Upload, tmp_path:
 def test_two_models_are_compared(actions: Actions, photo: Upload) -> None:
     sides = actions.compare([NAMES[0], NAMES[3]], photo, "", SHORT)
     assert [side.text for side in sides] == [
-        actions.caption(name, photo, "", 1, SHORT)[0][0] for name in (NAMES[0], NAMES[3])
+        actions.caption(name, photo, "", 1, SHORT)[0].texts[0] for name in (NAMES[0], NAMES[3])
     ]
     answers = actions.compare([NAMES[1], NAMES[3]], photo, "what color?", SHORT)
-    assert answers[0].text == actions.ask(NAMES[1], photo, "what color?", SHORT)[0]
+    assert answers[0].text == actions.ask(NAMES[1], photo, "what color?", SHORT)[0].texts[0]
     with pytest.raises(InputError, match=r"blip_vqa/tiny.*blip_caption/tiny"):
         actions.compare([NAMES[0], NAMES[1]], photo, "", SHORT)
 
@@ -200,11 +225,11 @@ def test_what_a_user_can_do_wrong_is_said(actions: Actions, photo: Upload, tmp_p
 
 def test_users_wait_for_each_other(actions: Actions, images: list[Path]) -> None:
     uploads = [Upload(path, path.name) for path in images[:4]]
-    alone = [actions.caption(NAMES[0], upload, "", 1, SAMPLING)[0] for upload in uploads]
+    alone = [actions.caption(NAMES[0], upload, "", 1, SAMPLING)[0].texts for upload in uploads]
     together: dict[int, list[str]] = {}
 
     def use(number: int) -> None:
-        together[number] = actions.caption(NAMES[0], uploads[number], "", 1, SAMPLING)[0]
+        together[number] = actions.caption(NAMES[0], uploads[number], "", 1, SAMPLING)[0].texts
 
     threads = [threading.Thread(target=use, args=(number,)) for number in range(len(uploads))]
     for thread in threads:

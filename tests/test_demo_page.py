@@ -86,7 +86,7 @@ def test_an_upload_is_captioned(address: str, photo: Path, models: DemoModels) -
     client = Client(address, "one")
     message = client.click("Caption", Image=client.upload(photo))
     assert message["success"], message
-    caption, python, command = message["output"]["data"]
+    caption, _, _, python, command = message["output"]["data"]
     assert caption == models[NAMES[0]].pipeline("caption")(photo)["caption"]
     assert "'holiday.png'" in python
     assert command == f"lavis-lite caption holiday.png --model {NAMES[0]}"
@@ -211,6 +211,19 @@ def test_upload_caption_and_a_broken_file(visit: Any, photo: Path, broken: Path,
     page.get_by_role("button", name="Caption", exact=True).click()
     page.get_by_text("broken.png").first.wait_for()
     assert "Traceback" not in page.content()
+
+
+@pytest.mark.slow
+def test_maps_of_a_caption_are_shown_if_wanted(visit: Any, photo: Path) -> None:
+    page = visit("Caption")
+    upload(page, photo)
+    page.get_by_role("button", name="Caption", exact=True).click()
+    page.wait_for_function("() => document.querySelector('textarea[disabled]')?.value")
+    assert page.get_by_text("Where the model looked", exact=True).count() == 0
+    page.get_by_label("Show where the model looked for the first caption").check()
+    page.get_by_role("button", name="Caption", exact=True).click()
+    page.locator(".pictures img").nth(1).wait_for()
+    assert page.get_by_text("mean of all").first.is_visible()
 
 
 @pytest.mark.slow

@@ -147,7 +147,10 @@ def test_the_command_writes_overlays_or_maps(name: str, tmp_path: Path) -> None:
     if name.endswith("png"):
         assert Image.open(out).width > 500
     elif name.endswith("html"):
-        assert out.read_text().count("<img") == 6
+        page = out.read_text()
+        assert page.count("<img") == 6
+        assert 'alt="red, share of the largest: ' in page
+        assert "prefers-color-scheme: dark" in page  # the style that all pages share
     else:
         content = np.load(out)
         assert content["maps"].shape[0] == len(content["labels"]) == 4

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -24,7 +25,7 @@ from typer.testing import CliRunner
 
 import lavis_lite
 from lavis_lite.cli.app import app
-from lavis_lite.common.errors import InputError, MissingFileError, UnreadableSample
+from lavis_lite.common.errors import InputError, MissingFileError, UnknownNameError, UnreadableSample
 from lavis_lite.inference.batches import BatchSizer, read_ahead
 from lavis_lite.inference.inputs import Item, find_items, load_image
 from lavis_lite.inference.loading import Loaded, load
@@ -304,7 +305,7 @@ def test_sidecars_are_beside_their_images(photos: Path, tmp_path: Path) -> None:
     command = ("caption", folder, "--model", "blip_caption/tiny", "--device", "cpu", "--sidecars")
     result = run(*command)
     assert "broken.png" in result.stderr
-    assert "1 images could not be read" in result.stderr
+    assert "1 image could not be read" in result.stderr
     assert sorted(path.name for path in folder.glob("*.txt")) == ["a_red.txt", "b_green.txt"]
     (folder / "a_red.txt").write_text("mine")
     run(*command, code=2)
@@ -340,6 +341,74 @@ def test_match_and_embed_from_the_command_line(photos: Path, tmp_path: Path) -> 
     assert np.load(out).shape[0] == 4 == len((tmp_path / "features.ids.txt").read_text().splitlines())
     found = run("search", photos, "a red circle", *model, "-k", 2, "--index", tmp_path / "index").stdout
     assert len(found.splitlines()) == 2
+
+
+@pytest.mark.parametrize(("stopped_by", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_features_that_were_computed_before_a_stop_are_kept(
+    stopped_by: str, code: int, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights come from a file, so that both runs have the same."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background process ignores it
+    loaded = load("blip_feature_extractor/tiny", device="cpu")
+    torch.save({"model": loaded.model.state_dict()}, tmp_path / "weights.pth")
+    model = ("--model", "blip_feature_extractor/tiny", "--checkpoint", tmp_path / "weights.pth", "--device", "cpu")
+    command = ("embed", photos, *model, "--batch-size", 1, "--out")
+    run(*command, tmp_path / "whole.npy")
+    stream = EmbedPipeline.stream
+
+    def two(self: Any, items: Any, **settings: Any) -> Any:
+        for number, row in enumerate(stream(self, items, **settings)):
+            if number == 2:
+                os.kill(os.getpid(), getattr(signal, stopped_by))
+            yield row
+
+    out = tmp_path / "features.npy"
+    monkeypatch.setattr(EmbedPipeline, "stream", two)
+    stopped = run(*command, out, code=code)
+    signal.signal(signal.SIGINT, before)
+    assert f"stopped by {stopped_by}" in stopped.stderr
+    assert "2 results are kept" in stopped.stderr
+    assert not out.exists()
+    seen: list[Any] = []
+
+    def rest(self: Any, items: Any, **settings: Any) -> Any:
+        seen.append(items)
+        return stream(self, items, **settings)
+
+    monkeypatch.setattr(EmbedPipeline, "stream", rest)
+    assert "--resume" in run(*command, out, code=2).stderr
+    run(*command, out, "--resume")
+    assert [len(items) for items in seen] == [2]
+    assert np.array_equal(np.load(out), np.load(tmp_path / "whole.npy"))
+    assert not list(tmp_path.glob("features.npy.partial*"))
+    assert "finished already" in run(*command, out, "--resume").stderr
+
+
+def test_a_model_that_cannot_do_it_is_refused_before_it_is_loaded(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lavis_lite.inference.loading.load", lambda *_, **__: pytest.fail("loaded"))
+    assert "BlipVQA" in run("caption", photos, "--model", "blip_vqa/vqav2", code=2).stderr
+    assert "BlipCaption" in run("embed", photos, "--model", "blip_caption/base_coco", code=2).stderr
+    assert "BlipCaption" in run("search", photos, "red", "--model", "blip_caption/base_coco", code=2).stderr
+    with pytest.raises(InputError, match="BlipCaption"):
+        lavis_lite.pipeline("ask", model="blip_caption/base_coco")
+
+
+def test_a_failed_start_leaves_no_unfinished_output(photos: Path, tmp_path: Path) -> None:
+    for model in (("blip_caption/tiny", "--checkpoint", "gone.pth"), ("blip_vqa/tiny",)):
+        run("caption", photos, "--device", "cpu", "--out", tmp_path / "captions.csv", "--model", *model, code=2)
+    assert not list(tmp_path.glob("captions*"))
+
+
+def test_blank_questions_and_unknown_recipes_are_refused(photos: Path) -> None:
+    assert "blank" in run("ask", photos, "--model", "blip_vqa/tiny", "--question", " ", code=2).stderr
+    assert "blip/eval/nlvr" in run("recipes", "blip/eval/nlvrr", code=2).stderr
+
+
+def test_a_mistyped_architecture_names_the_nearest() -> None:
+    with pytest.raises(UnknownNameError, match=r"blip_captoin/tiny.*Did you mean blip_caption/tiny"):
+        load("blip_captoin/tiny")
 
 
 def test_chat_answers_lines_until_the_end(photos: Path) -> None:
@@ -509,7 +578,8 @@ def test_options_without_effect_are_refused(photos: Path) -> None:
     model = ("--model", "blip_caption/tiny", "--device", "cpu")
     for flag in ("--resume", "--overwrite"):
         assert "--out" in run("caption", photos, *model, flag, code=2).stderr
-    assert "--resume" in run("embed", photos, "--resume", code=2).stderr
+    for command in (("caption", photos, "--out", "captions.csv"), ("embed", photos)):
+        assert "one of them" in run(*command, *model, "--resume", "--overwrite", code=2).stderr
     rerank = ("--image", photos / "a_red.png", "--rerank", 3)
     assert "--rerank" in run("search", photos, *rerank, code=2).stderr
     assert "VALUE" in run("caption", photos, *model, "--option", "prompt", code=2).stderr

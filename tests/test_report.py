@@ -5,6 +5,7 @@ import random
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import cli_helpers
 import pytest
@@ -14,8 +15,10 @@ import test_zero_shot as zero_shot
 from typer.testing import CliRunner
 
 from lavis_lite.cli.app import app
-from lavis_lite.report.cards import confusion, judged, near_misses
+from lavis_lite.report.cards import card_of, confusion, judged, near_misses
+from lavis_lite.report.curves import figures
 from lavis_lite.report.figures import curve
+from lavis_lite.report.jobs import find_jobs
 from lavis_lite.tasks.predictions import Prediction, drawn, read_predictions, worst
 
 SECTIONS = {
@@ -201,6 +204,28 @@ def test_confusions_are_counted() -> None:
     assert table.classes == []
     assert ("c7", "c0", 1) in table.pairs
     assert confusion([{"instance_id": "0", "images": [], "prediction": "cat"}]) is None
+
+
+def test_a_model_that_wrote_nothing_is_shown_so() -> None:
+    row: Prediction = {"instance_id": "0", "images": [], "prediction": " "}
+    assert card_of(row, lambda name, value: value).prediction == "(no text)"
+    del row["prediction"]
+    assert card_of(row, lambda name, value: value).prediction == ""
+
+
+@pytest.mark.parametrize("evaluations", [1, 2])
+def test_metrics_of_one_family_share_a_curve_if_there_are_several_evaluations(tmp_path: Path, evaluations: int) -> None:
+    (tmp_path / "config.yaml").write_text("run: {task: retrieval}\nmodel: {arch: blip_retrieval}\n")
+    rows: list[dict[str, Any]] = [{"step": step, "epoch": 0, "loss": 3.0 - step, "lr": 0.1} for step in (1, 2)]
+    for step in range(1, evaluations + 1):
+        metrics = {"txt_r1": 10.0 + step, "txt_r5": 30.0 + step, "img_r1": 20.0 + step}
+        rows.append({"split": "val", "step": step, "epoch": 0, "metrics": metrics})
+    (tmp_path / "log.txt").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    found = figures(find_jobs(tmp_path)[0])
+    own = [] if evaluations == 1 else ["txt_r1, txt_r5", "img_r1"]
+    assert [figure.title for figure in found] == ["Loss", *own, "Learning rate"]
+    if own:
+        assert "txt_r5 goes from 31 at step 1 to 32 at step 2" in found[1].alt
 
 
 def test_near_misses_are_those_just_below_the_first() -> None:

@@ -93,7 +93,7 @@ def test_the_newest_evaluation_counts(tmp_path: Path) -> None:
     assert (number.here, number.difference, number.verdict, number.how) == (133.25, -0.25, "reproduced", "")
     missing = find(found, metric="Bleu_4", **recipe)
     assert (missing.here, missing.verdict) == (None, None)
-    assert missing.how == f"python evaluate.py --cfg-path {PROJECTS}/blip/eval/caption_coco.yaml"
+    assert missing.how == "lavis-lite evaluate --cfg-path blip/eval/caption_coco"
 
 
 def test_a_later_trial_does_not_hide_a_comparison(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_a_source_without_a_table(tmp_path: Path) -> None:
 def test_a_missing_number_shows_the_command_that_measures_it(name: str, wanted: dict[str, Any], tmp_path: Path) -> None:
     number = find(numbers(name, PROJECTS, tmp_path), **wanted)
     words = shlex.split(number.how)
-    assert words[:3] == ["python", "evaluate.py", "--cfg-path"]
+    assert words[:3] == ["lavis-lite", "evaluate", "--cfg-path"]
     assert words[4] == "--options"
     run = Config.from_file(words[3], words[5:])
     assert f"{run.model['arch']}/{run.model['model_type']}" == number.model
@@ -138,7 +138,7 @@ def test_a_row_without_public_weights_shows_its_reason_or_training(tmp_path: Pat
     assert find(found, table="2", model="Flamingo-3B", published="49.2").how == "cited"
     number = find(found, table="4", published="82.19")
     assert number.recipe == "blip2/train/vqav2_ft"
-    assert number.how.startswith("needs training: python train.py --cfg-path")
+    assert number.how.startswith("needs training: lavis-lite train --cfg-path blip2/train/vqav2_ft --options")
     assert "model.model_type=pretrain_opt6.7b run.lr_layer_decay=0.9" in number.how
     both = [n.table for n in found if (n.metric, n.published, n.model) == ("txt_r1", "97.6", "blip2/coco")]
     assert both == ["1", "5"]

@@ -17,6 +17,7 @@ from typing import Any
 from lavis_lite.cli.capfilt_chain import ROWS, Chain, Job, check_rows, jobs, read_chain
 from lavis_lite.cli.capfilt_table import table
 from lavis_lite.cli.failures import exit_code, is_first_process
+from lavis_lite.cli.published import EVALUATION
 from lavis_lite.common.config.recipes import find_recipe
 from lavis_lite.common.errors import InputError
 from lavis_lite.runners.stopping import Stopped, StopSignals
@@ -135,7 +136,7 @@ def report(chain: Chain, todo: Sequence[Job]) -> None:
     for column, place in chain.report.items():
         step, split, metric = place.split(".", 2)
         for job in (job for job in todo if job.step == step and job.row is not None):
-            percent: Any = json.loads((job.folder / "evaluation.json").read_text(encoding="utf-8"))["percent"]
+            percent: Any = json.loads((job.folder / EVALUATION).read_text(encoding="utf-8"))["percent"]
             if metric not in percent.get(split, {}):
                 there = {name: [*values] for name, values in percent.items()}
                 raise InputError(f"report.{column}: {job.folder} measured no {split}.{metric}; there are {there}")

@@ -9,6 +9,7 @@ import torch
 
 from lavis_lite.cli import verdict
 from lavis_lite.cli.provenance import provenance
+from lavis_lite.cli.published import EVALUATION
 from lavis_lite.common.config.config import Config
 from lavis_lite.models.base import BaseModel
 from lavis_lite.runners.runner import Runner
@@ -16,8 +17,6 @@ from lavis_lite.tasks.metrics.mean import Mean
 from lavis_lite.tasks.results import write_json
 
 logger = logging.getLogger(__name__)
-
-FILE = "evaluation.json"
 
 
 def conclude(
@@ -38,7 +37,7 @@ def conclude(
         "verdict": verdict.to_json(rows),
         "provenance": provenance(cfg, runner) | {"weights_sha256": weights_digest(runner.model)},
     }
-    write_json(runner.job_dir / FILE, content)
+    write_json(runner.job_dir / EVALUATION, content)
     return rows
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from lavis_lite.common.config.expected import Expected, read_expected
 from lavis_lite.common.config.files import load_with_bases, merge_layers
+from lavis_lite.common.config.recipes import named_recipe
 from lavis_lite.common.config.schema import Checker
 from lavis_lite.common.config.zoo import CONFIGS
 from lavis_lite.common.errors import InputError
@@ -23,6 +24,8 @@ ALL = ("blip", "blip2", "instructblip")
 FAMILIES: dict[str, tuple[str, ...]] = {**{name: (name,) for name in ALL}, "lavis": ALL}
 """The published numbers that `lavis-lite table` prints, and the folders of recipes that measure it."""
 PAPERS = {"blip": ("BLIP",), "blip2": ("BLIP-2",), "instructblip": ("InstructBLIP",), "lavis": ("LAVIS", "mmpretrain")}
+EVALUATION = "evaluation.json"
+"""The file in a job's folder with what an evaluation measured."""
 DATA_FILE = CONFIGS / "published.csv"
 REASONS = ("not released", "ablation", "cited", "third party", "needs training", "no code")
 """Why no evaluation recipe measures a row of the data file: its weights were not released, it is an ablation without
@@ -52,12 +55,16 @@ class Number:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A recipe's published values, its own model, and the path to show in commands."""
+    """A recipe's published values and its own model."""
 
     name: str
     path: Path
     model: str
     entries: list[Expected]
+
+    def shown(self) -> str:
+        """Return what a command line names it by: its name, or its path where it is not the package's."""
+        return shlex.quote(self.name if named_recipe(self.name) == self.path else str(self.path))
 
 
 def numbers(name: str, projects: Path, output: Path) -> list[Number]:
@@ -113,7 +120,7 @@ def data_file(path: Path = DATA_FILE) -> list[dict[str, str]]:
 def evaluations(output: Path) -> list[dict[str, Any]]:
     """Return the contents of all `evaluation.json` below a folder, the newest first."""
     found = []
-    for path in output.rglob("evaluation.json"):
+    for path in output.rglob(EVALUATION):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             recipe = "/".join(Path(content["provenance"]["recipe"]).parts[-3:])
@@ -164,8 +171,8 @@ def command(recipe: Recipe, entry: Expected) -> str:
     if changes.get("model.arch") == recipe.model.split("/")[0]:
         del changes["model.arch"]
     options = "".join(f" {_option(key, value)}" for key, value in changes.items())
-    script = "train.py" if "/train/" in recipe.name else "evaluate.py"
-    return f"python {script} --cfg-path {shlex.quote(str(recipe.path))}{' --options' if options else ''}{options}"
+    verb = "train" if "/train/" in recipe.name else "evaluate"
+    return f"lavis-lite {verb} --cfg-path {recipe.shown()}{' --options' if options else ''}{options}"
 
 
 def _option(key: str, value: Any) -> str:
@@ -183,7 +190,7 @@ def _of_row(row: Mapping[str, str], recipes: Mapping[str, Recipe], measured: Seq
             if entry.value == float(row["value"]) and place in tables_of(entry.source):
                 (number,) = (n for n in _of_entry(recipe, entry, measured) if (n.paper, n.table) == place)
                 return number if number.verdict else replace(number, how=f"{how}: {number.how}")
-        how += f": see {recipe.path}"
+        how += f": see {recipe.shown()}"
     return Number(
         paper=row["paper"],
         table=row["table"],

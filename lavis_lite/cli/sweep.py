@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lavis_lite.cli import main as cli
-from lavis_lite.cli.evaluation import FILE
+from lavis_lite.cli.published import EVALUATION
 from lavis_lite.common.config.config import Config, parser
 from lavis_lite.common.config.expected import Alternative
 from lavis_lite.common.errors import UserError
@@ -79,7 +79,7 @@ def sweep(args: argparse.Namespace) -> int:
                 return code
             if args.dry_run:
                 continue
-            found.append(json.loads((Path(cfg.run.output_dir) / job / FILE).read_text(encoding="utf-8")))
+            found.append(json.loads((Path(cfg.run.output_dir) / job / EVALUATION).read_text(encoding="utf-8")))
         if not args.dry_run:
             percent = (found[-1] if alternative.settings else found[0])["percent"]
             outcomes += outcomes_of(percent, found[0]["verdict"], alternative)

@@ -21,7 +21,7 @@ examples:
   lavis-lite table blip2
   lavis-lite table instructblip --output /results --json"""
 COLUMNS = ("recipe", "model", "split", "metric", "published", "here", "difference", "verdict, or command below")
-COMMAND = "python "
+COMMAND = "lavis-lite "
 OUTPUT = Path("output")
 
 
@@ -32,7 +32,7 @@ def table_main(argv: Sequence[str] | None = None) -> None:
     )
     p.add_argument("paper", choices=FAMILIES, help="the paper; lavis: what LAVIS and others measured again")
     p.add_argument("--output", type=Path, metavar="FOLDER", help="where evaluations were written (output)")
-    p.add_argument("--projects", type=Path, metavar="FOLDER", help="the recipes (default: those of the package)")
+    p.add_argument("--projects", type=Path, metavar="FOLDER", help="recipes in place of the package's")
     p.add_argument("--json", action="store_true", help="print a list of objects instead of tables")
     args = p.parse_args(argv)
     sys.exit(exit_code(lambda: _print(args)))

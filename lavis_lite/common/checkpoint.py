@@ -85,7 +85,7 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> Path:
             raise
         folder = next(parent for parent in path.absolute().parents if parent.is_dir())
         what = "the disk is full" if cause.errno in (errno.ENOSPC, errno.EDQUOT) else (cause.strerror or str(cause))
-        advice = "Free some space or set run.output_dir to another disk, then continue with --resume auto"
+        advice = "Free some space, or write to another disk (a run: run.output_dir; --resume auto continues it)"
         if path.is_dir():
             advice = "Move this folder elsewhere"
         raise WriteError(

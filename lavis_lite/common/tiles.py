@@ -1,6 +1,6 @@
 """Images with lines of text below them, drawn by Pillow."""
 
-from typing import Protocol
+from dataclasses import dataclass, field
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -10,17 +10,14 @@ MAX_LINES = 8
 MAX_FRAMES = 8
 
 
-class Tile(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class Tile:
     """One sample: its title, images, `key: value` texts, and the error if it cannot be read."""
 
-    @property
-    def title(self) -> str: ...
-    @property
-    def images(self) -> list[Image.Image]: ...
-    @property
-    def texts(self) -> list[str]: ...
-    @property
-    def error(self) -> str: ...
+    title: str
+    images: list[Image.Image] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    error: str = ""
 
 
 def wrap(text: str, width: int) -> list[str]:

@@ -34,10 +34,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(argv: Sequence[str] | None) -> int:
     """Parse, convert, and return the exit code."""
-    from lavis_lite.cli.failures import exit_code
+    args = parser().parse_args(argv)
+    from lavis_lite.cli.failures import exit_code  # after --help, which needs no torch
     from lavis_lite.common import logger as run_logger
 
-    args = parser().parse_args(argv)
     run_logger.setup()
     return exit_code(lambda: print(args.convert(args)))
 
@@ -115,7 +115,7 @@ def write_lavis(args: argparse.Namespace) -> str:
     check_target(args.target, overwrite=args.overwrite)
     arch = arch_in(args.source, args.arch)
     overrides = _precisions(arch, args.precision) | _overrides(args.options)
-    layers, tree = described(args.source, arch, overrides, level=logging.INFO)
+    layers, tree = described(args.source, arch, overrides)
     model = build(tree["model"], layers, is_eval=True, device="cpu", checkpoint=args.source)
     _lower(model, arch, args.precision)
     left_out = (*ADAPTER_KEYS, *(key for key in MODEL_KEYS if key not in ("arch", "model_type")))

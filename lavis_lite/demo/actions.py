@@ -50,6 +50,13 @@ class Upload(NamedTuple):
     name: str
 
 
+class Written(NamedTuple):
+    """Texts that a model wrote about an image, and the maps of the first."""
+
+    texts: list[str]
+    maps: list[Overlay]
+
+
 class Match(NamedTuple):
     """Scores of texts for an image, and the maps of the text that fits best."""
 
@@ -103,9 +110,15 @@ class Actions:
         return self.indices[model, folder]
 
     def caption(
-        self, model: str, image: Upload | None, prompt: str, num_captions: int, settings: TextSettings
-    ) -> tuple[list[str], Code]:
-        """Return captions of an image."""
+        self,
+        model: str,
+        image: Upload | None,
+        prompt: str,
+        num_captions: int,
+        settings: TextSettings,
+        with_map: bool = False,
+    ) -> tuple[Written, Code]:
+        """Return captions of an image, and where the model looked for the first."""
         upload, chosen = _given(image), self._model(model, "caption")
         check_number("number of captions", num_captions, 1, 20)
         given: dict[str, Any] = {"prompt": checked_text("prompt", prompt) or None, **settings.arguments()}
@@ -120,10 +133,16 @@ class Actions:
             python_call("caption", chosen, upload.name, given, result=shown, seed=seed),
             command_line("caption", [upload.name], chosen, {**given, "seed": seed}),
         )
-        return result.get("captions", [result["caption"]]), code
+        texts = result.get("captions", [result["caption"]])
+        if not with_map:
+            return Written(texts, []), code
+        other = explain_code(chosen, upload.name, texts[0])
+        return Written(texts, self._maps(chosen, upload, texts[0])), code.then(other)
 
-    def ask(self, model: str, image: Upload | None, question: str, settings: TextSettings) -> tuple[str, Code]:
-        """Return the answer to a question about an image."""
+    def ask(
+        self, model: str, image: Upload | None, question: str, settings: TextSettings, with_map: bool = False
+    ) -> tuple[Written, Code]:
+        """Return the answer to a question about an image, and where the model looked."""
         upload, chosen = _given(image), self._model(model, "ask")
         given = {"question": required_text("question", question), **settings.arguments()}
         answer = str(self._run("ask", chosen, upload, settings, given)["answer"])
@@ -132,7 +151,11 @@ class Actions:
             python_call("ask", chosen, upload.name, given, result="found['answer']", seed=seed),
             command_line("ask", [upload.name], chosen, {**given, "seed": seed}),
         )
-        return answer, code
+        if not with_map:
+            return Written([answer], []), code
+        asked = chosen.pipeline("ask").asked(given["question"])
+        other = explain_code(chosen, upload.name, answer, question=given["question"], asked=asked)
+        return Written([answer], self._maps(chosen, upload, answer, asked=asked)), code.then(other)
 
     def match(self, model: str, image: Upload | None, lines: str, with_map: bool) -> tuple[Match, Code]:
         """Return the scores of texts, one per line, and where the model looked for the best of them."""
@@ -149,8 +172,7 @@ class Actions:
         if not (with_map and chosen.compares_texts):
             return Match(scores, best, []), code
         other = explain_code(chosen, upload.name, best)
-        both = Code(f"{code.python}\n\n{other.python}", f"{code.command}\n{other.command}")
-        return Match(scores, best, self._maps(chosen, upload, best)), both
+        return Match(scores, best, self._maps(chosen, upload, best)), code.then(other)
 
     def search(
         self, model: str, folder: str, text: str, image: Upload | None, k: int, rerank: int
@@ -224,11 +246,12 @@ class Actions:
             result: dict[str, Any] = model.pipeline(task)(upload.path, **given)
         return result
 
-    def _maps(self, model: DemoModel, upload: Upload, text: str) -> list[Overlay]:
+    def _maps(self, model: DemoModel, upload: Upload, text: str, *, asked: str | None = None) -> list[Overlay]:
         with self._computing(upload):
             loaded = model.loaded
             image = load_image(Item(name=upload.name, image=upload.path), loaded.process_image)[None]
-            _, maps = explain(loaded.model, {"image": image.to(loaded.device)}, text=text)
+            samples = {"image": image.to(loaded.device), **({} if asked is None else {"text_input": [asked]})}
+            _, maps = explain(loaded.model, samples, text=text)
             small = squashed(open_image(upload.path))
             return [Overlay("mean of all", overlay(small, maps.mean), 1.0), *overlays(small, maps)]
 

@@ -18,6 +18,10 @@ class Code(NamedTuple):
     python: str
     command: str
 
+    def then(self, other: Code) -> Code:
+        """Return the code of both, one after the other."""
+        return Code(f"{self.python}\n\n{other.python}", f"{self.command}\n{other.command}")
+
 
 def command_line(command: str, positional: Sequence[str], model: DemoModel, options: Mapping[str, Any]) -> str:
     """Return `lavis-lite COMMAND ...`; options of None or False are left out, of a list repeated."""
@@ -95,8 +99,13 @@ def chat_code(
     return Code(python, command_line("chat", [source], model, {"rounds": num_rounds, **video, **settings}))
 
 
-def explain_code(model: DemoModel, image: str, text: str) -> Code:
-    """Return the code of the maps of a text that is compared with an image."""
+def explain_code(
+    model: DemoModel, image: str, text: str, *, question: str | None = None, asked: str | None = None
+) -> Code:
+    """Return the code of the maps of a text: one that is compared with an image, a caption, or the answer to a
+    question, which the model reads as `asked`.
+    """
+    samples = "'image': image" if asked is None else f"'image': image, 'text_input': [{asked!r}]"
     python = "\n".join(
         [
             "from lavis_lite.inference.inputs import Item, load_image",
@@ -105,11 +114,13 @@ def explain_code(model: DemoModel, image: str, text: str) -> Code:
             "",
             f"loaded = load({_model(model).removeprefix('model=')})",
             f"image = load_image(Item(name={image!r}, image={image!r}), loaded.process_image)[None].to(loaded.device)",
-            f"text, maps = explain(loaded.model, {{'image': image}}, text={text!r})",
+            f"text, maps = explain(loaded.model, {{{samples}}}, text={text!r})",
             "print(maps.labels, maps.maps.shape)",
         ]
     )
-    return Code(python, command_line("explain", [image], model, {"text": text, "out": "explained.png"}))
+    return Code(
+        python, command_line("explain", [image], model, {"question": question, "text": text, "out": "explained.png"})
+    )
 
 
 def _model(model: DemoModel) -> str:

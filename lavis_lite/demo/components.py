@@ -15,6 +15,7 @@ from lavis_lite.demo.actions import MAX_TEXT, Actions, Upload
 from lavis_lite.demo.code import Code
 from lavis_lite.demo.models import Task
 from lavis_lite.demo.settings import METHODS, TextSettings
+from lavis_lite.inference.overlays import Overlay
 
 
 def upload_of(payload: dict[str, Any] | None) -> Upload | None:
@@ -79,6 +80,18 @@ def gallery(title: str) -> gr.Gallery:
     return gr.Gallery(
         label=title, show_label=False, columns=3, object_fit="contain", interactive=False, elem_classes="pictures"
     )
+
+
+def maps_panel() -> list[Any]:
+    """Return a gallery for maps and the column that it is in, which is not shown without maps."""
+    with gr.Column(visible=False) as column:
+        maps = gallery("Where the model looked")
+    return [maps, column]
+
+
+def maps_values(maps: Sequence[Overlay]) -> list[Any]:
+    """Return the values of `maps_panel`."""
+    return [[(one.picture, one.label) for one in maps], gr.update(visible=bool(maps))]
 
 
 def text_box(label: str, **options: Any) -> gr.Textbox:

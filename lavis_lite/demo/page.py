@@ -27,6 +27,11 @@ CSS = """
 .gradio-container { max-width: 1200px !important; width: 100%; margin: 0 auto !important }
 .photo img { width: 100%; height: 100%; object-fit: contain }
 .pictures .grid-wrap { min-height: 0 !important; max-height: none !important }
+.pictures .thumbnail-lg { aspect-ratio: auto; height: auto; display: block }
+.pictures .thumbnail-lg img { aspect-ratio: 1; height: auto }
+.pictures .caption-label { position: static; max-width: 100%; margin: 0; padding: .25rem; border: 0; box-shadow: none;
+  background: none; font-size: .8rem; white-space: normal; overflow-wrap: anywhere }
+input[role=listbox] { text-overflow: ellipsis }
 """
 
 

@@ -50,6 +50,13 @@ def check_package() -> None:
         raise MissingPackageError('the demo needs gradio: `pip install "lavis-lite[demo]"`') from error
 
 
+def check_folders(folders: Sequence[Path]) -> None:
+    """Raise MissingFileError for a folder that is not there."""
+    for folder in folders:
+        if not folder.is_dir():
+            raise MissingFileError(f"--folder {folder}: no such folder")
+
+
 @contextmanager
 def running(
     models: DemoModels,
@@ -65,9 +72,7 @@ def running(
     """
     check_package()
     check_address(host, port)
-    for folder in folders:
-        if not folder.is_dir():
-            raise MissingFileError(f"--folder {folder}: no such folder")
+    check_folders(folders)
     with tempfile.TemporaryDirectory(prefix="lavis-lite-demo-") as private, _uploads_to(Path(private) / "uploads"):
         root = Path(private)
         from lavis_lite.demo.page import CSS, page, theme

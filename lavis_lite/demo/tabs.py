@@ -15,6 +15,8 @@ from lavis_lite.demo.components import (
     examples,
     gallery,
     image_upload,
+    maps_panel,
+    maps_values,
     model_choice,
     on,
     settings_of,
@@ -32,20 +34,23 @@ def caption_tab(actions: Actions, shown: Sequence[Path]) -> None:
         with gr.Column():
             model = model_choice(actions, "caption")
             image = image_upload()
+            examples(shown, image)
             prompt = text_box("Prompt", placeholder="optional: how the caption begins")
             count = gr.Slider(1, 5, value=1, step=1, label="Number of captions")
+            with_map = gr.Checkbox(False, label="Show where the model looked for the first caption")
             settings = settings_panel()
             button = gr.Button("Caption", variant="primary")
-            examples(shown, image)
         with gr.Column():
             captions = gr.Textbox(label="Captions", lines=3, interactive=False, buttons=["copy"])
+            maps = maps_panel()
             code = code_panel()
 
-    def run(model: str, image: Any, prompt: str, count: float, *values: Any) -> list[str]:
-        texts, made = actions.caption(model, upload_of(image), prompt, int(count), settings_of(values))
-        return ["\n".join(texts), *code_values(made)]
+    def run(model: str, image: Any, prompt: str, count: float, with_map: bool, *values: Any) -> list[Any]:
+        found, made = actions.caption(model, upload_of(image), prompt, int(count), settings_of(values), with_map)
+        return ["\n".join(found.texts), *maps_values(found.maps), *code_values(made)]
 
-    on([button.click, prompt.submit], run, [model, image, prompt, count, *settings], [captions, *code])
+    inputs = [model, image, prompt, count, with_map, *settings]
+    on([button.click, prompt.submit], run, inputs, [captions, *maps, *code])
 
 
 def ask_tab(actions: Actions, shown: Sequence[Path]) -> None:
@@ -54,19 +59,21 @@ def ask_tab(actions: Actions, shown: Sequence[Path]) -> None:
         with gr.Column():
             model = model_choice(actions, "ask")
             image = image_upload()
+            examples(shown, image)
             question = text_box("Question", value=QUESTION)
+            with_map = gr.Checkbox(False, label="Show where the model looked for the answer")
             settings = settings_panel()
             button = gr.Button("Ask", variant="primary")
-            examples(shown, image)
         with gr.Column():
             answer = gr.Textbox(label="Answer", interactive=False, buttons=["copy"])
+            maps = maps_panel()
             code = code_panel()
 
-    def run(model: str, image: Any, question: str, *values: Any) -> list[str]:
-        text, made = actions.ask(model, upload_of(image), question, settings_of(values))
-        return [text, *code_values(made)]
+    def run(model: str, image: Any, question: str, with_map: bool, *values: Any) -> list[Any]:
+        found, made = actions.ask(model, upload_of(image), question, settings_of(values), with_map)
+        return [*found.texts, *maps_values(found.maps), *code_values(made)]
 
-    on([button.click, question.submit], run, [model, image, question, *settings], [answer, *code])
+    on([button.click, question.submit], run, [model, image, question, with_map, *settings], [answer, *maps, *code])
 
 
 def match_tab(actions: Actions, shown: Sequence[Path]) -> None:
@@ -75,24 +82,30 @@ def match_tab(actions: Actions, shown: Sequence[Path]) -> None:
         with gr.Column():
             model = model_choice(actions, "match")
             image = image_upload()
+            examples(shown, image)
             lines = text_box(
                 "Texts, one per line", lines=3, value=f"{TEXT}\na blue cross", max_length=MAX_TEXT * MAX_TEXTS
             )
             with_map = gr.Checkbox(True, label="Show where the model looked for the best text")
             button = gr.Button("Compare with the image", variant="primary")
-            examples(shown, image)
         with gr.Column():
-            scores = gr.Dataframe(headers=["text", "itm", "itc"], interactive=False, label="Scores", wrap=True)
+            scores = gr.Dataframe(
+                headers=["text", "itm", "itc"],
+                column_widths=["60%", "20%", "20%"],
+                interactive=False,
+                label="Scores",
+                wrap=True,
+            )
             gr.Markdown("itm: the probability of a match; itc: the cosine similarity")
-            maps = gallery("Where the model looked")
+            maps = maps_panel()
             code = code_panel()
 
     def run(model: str, image: Any, lines: str, with_map: bool) -> list[Any]:
         found, made = actions.match(model, upload_of(image), lines, with_map)
         rows = [[one["text"], _number(one.get("itm")), _number(one.get("itc"))] for one in found.scores]
-        return [rows, [(one.picture, one.label) for one in found.maps], *code_values(made)]
+        return [rows, *maps_values(found.maps), *code_values(made)]
 
-    on([button.click], run, [model, image, lines, with_map], [scores, maps, *code])
+    on([button.click], run, [model, image, lines, with_map], [scores, *maps, *code])
 
 
 def search_tab(actions: Actions, shown: Sequence[Path]) -> None:
@@ -136,7 +149,13 @@ def chat_tab(actions: Actions, shown: Sequence[Path]) -> None:
             video = gr.Video(label="Video", sources=["upload"], visible=False, height=280)
             examples(shown, image)
         with gr.Column():
-            log = gr.Chatbot(label="Conversation", show_label=False, height=320, buttons=["copy_all"])
+            log = gr.Chatbot(
+                label="Conversation",
+                show_label=False,
+                height=320,
+                buttons=["copy_all"],
+                placeholder="Upload an image or a video, and ask about it",
+            )
             message = text_box("Instruction or question", placeholder="What is in the picture?")
             with gr.Row():
                 send = gr.Button("Send", variant="primary")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,6 +55,9 @@ def load(
             )
         loaded = load_model_and_preprocess(arch, kind, is_eval=True, device=on, checkpoint=checkpoint, **overrides)
     else:
+        for near in difflib.get_close_matches(arch, model_zoo.names(), n=1, cutoff=0.8):
+            if kind in model_zoo.types(near) and not Path(model).exists():
+                raise UnknownNameError(f"model {model}: unknown architecture {arch!r}. Did you mean {near}/{kind}?")
         if checkpoint is not None:
             raise InputError(f"model {model}: checkpoint replaces the weights of architecture/type; give one of them")
         found = from_pretrained(model, processors=True, is_eval=True, device=on, **overrides)

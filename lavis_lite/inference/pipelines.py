@@ -19,9 +19,10 @@ from PIL import Image
 from torch import Tensor
 
 from lavis_lite.common.bounds import check_number, one_of
+from lavis_lite.common.config.zoo import model_zoo
 from lavis_lite.common.errors import InputError, UnreadableSample
 from lavis_lite.common.precision import autocast
-from lavis_lite.common.registry import did_you_mean
+from lavis_lite.common.registry import did_you_mean, registry
 from lavis_lite.inference.batches import BatchSizer, read_ahead
 from lavis_lite.inference.inputs import Item, as_items, load_image
 from lavis_lite.inference.loading import Loaded, load
@@ -68,8 +69,7 @@ class Pipeline(ABC):
 
     def __init__(self, loaded: Loaded, *, batch_size: int | None = None, num_threads: int = 4) -> None:
         if not isinstance(loaded.model, self.protocol):
-            name = type(loaded.model).__name__
-            raise InputError(f"{self.task}: {name} cannot do this; choose a model of {self.examples}")
+            raise self.unable(type(loaded.model))
         if batch_size is not None:
             check_number("batch_size", batch_size, 1, MAX_BATCH)
         self.loaded, self.model = loaded, loaded.model
@@ -77,6 +77,20 @@ class Pipeline(ABC):
         self.has_warned = False
 
     task: ClassVar[str]
+
+    @classmethod
+    def check_model(cls, model: str) -> None:
+        """Raise InputError if `model` is an architecture of the zoo that cannot do this: before its weights are loaded,
+        which may be gigabytes.
+        """
+        arch = model.partition("/")[0]
+        if arch in model_zoo and not issubclass(kind := registry.get_model_class(arch), cls.protocol):
+            raise cls.unable(kind)
+
+    @classmethod
+    def unable(cls, kind: type) -> InputError:
+        """Return the error about a class of models that cannot do this."""
+        return InputError(f"{cls.task}: {kind.__name__} cannot do this; choose a model of {cls.examples}")
 
     def __call__(self, inputs: Any, *, skip_unreadable: bool = False, **settings: Any) -> Any:
         """Return the result of one image given by itself, or an iterator over the results of several.
@@ -224,6 +238,13 @@ class AskPipeline(Pipeline):
         found = self.model.predict_answers({"image": image, "text_input": cleaned}, **how, **settings)
         return [{"answer": answer} for answer in found]
 
+    def asked(self, question: str) -> str:
+        """Return what the model reads for a question: the cleaned text, in the template of a language model."""
+        (cleaned,) = self.cleaned([question])
+        if not isinstance(self.model, Blip2LLM):
+            return cleaned
+        return (self.default_prompt() or self.model.prompt).replace("{}", cleaned)
+
     def default_prompt(self) -> str:
         """Return the template around questions: the model's own, or BLIP-2's where it has none."""
         model = self.model
@@ -336,6 +357,7 @@ def pipeline(
         raise InputError(f"task: unknown pipeline {task!r}. {did_you_mean(task, PIPELINES)}")
     kind = PIPELINES[task]
     source = None if checkpoint is None else str(checkpoint)
+    kind.check_model(model or kind.default_model)
     loaded = load(model or kind.default_model, checkpoint=source, device=device, precision=precision, **overrides)
     return kind(loaded, batch_size=batch_size, num_threads=num_threads)
 

@@ -28,16 +28,22 @@ class Results:
     """The output file of a command.
 
     Raises:
-        InputError: an ending that is not of `FORMATS`, or an unfinished output that was made with other settings.
+        InputError: an ending that is not of `formats`, or an unfinished output that was made with other settings.
         ExistingFileError: the output, or an unfinished one, is there, and neither `resume` nor `overwrite` is set.
     """
 
     def __init__(
-        self, out: str | Path, settings: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False
+        self,
+        out: str | Path,
+        settings: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        formats: Sequence[str] = FORMATS,
     ) -> None:
         self.out = Path(out)
-        if self.out.suffix.lower() not in FORMATS:
-            raise InputError(f"--out {out}: the ending must be one of {', '.join(FORMATS)}")
+        if self.out.suffix.lower() not in formats:
+            raise InputError(f"--out {out}: the ending must be one of {', '.join(formats)}")
         check_folder(self.out)
         self.settings = json.loads(json.dumps(dict(settings), default=str))
         if not resume and not overwrite:
@@ -67,7 +73,9 @@ class Results:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.file.close()
-        if error is not None and self.rows:
+        if error is not None and not self.rows:
+            self.path.unlink(missing_ok=True)  # there is nothing to continue
+        elif error is not None:
             print(f"{len(self.rows):,} results are kept in {self.path}; --resume continues", file=sys.stderr)
 
     def add(self, row: dict[str, Any]) -> None:

@@ -152,11 +152,9 @@ def _arch_of_folder(config: Mapping[str, Any], *, source: str, wanted: str | Non
     raise InputError(f"{source}: its config.json is of {kind}, and only {', '.join(known)} can be read")
 
 
-def described(
-    source: str | Path, arch: str | None, overrides: Mapping[str, Any], *, level: int = logging.WARNING
-) -> tuple[list[Layer], dict[str, Any]]:
-    """Return the layers, and the resolved configuration, of a folder, or of a checkpoint without a named type; `level`
-    as in `trained_config.lay_under`.
+def described(source: str | Path, arch: str | None, overrides: Mapping[str, Any]) -> tuple[list[Layer], dict[str, Any]]:
+    """Return the layers, and the resolved configuration, of a folder, or of a checkpoint without a named type, from
+    which it cannot differ by mistake: differences are logged as INFO.
     """
     _check_named(source, "source")
     trained, own = trained_config.read(source), _overrides(overrides)
@@ -172,7 +170,7 @@ def described(
     packaged = [Layer("defaults", {"model": {"arch": arch, "model_type": None}})]
     if trained is not None and arch == trained.arch and trained.model_type in zoo.model_zoo.types(arch):
         packaged = zoo.model_layers(arch, trained.model_type)
-    layers = [*trained_config.lay_under(packaged, [own], trained, level=level), own]
+    layers = [*trained_config.lay_under(packaged, [own], trained, level=logging.INFO), own]
     return layers, resolve(layers)
 
 

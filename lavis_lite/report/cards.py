@@ -22,6 +22,8 @@ NEAR = 5
 Unit = Callable[[str, float], float]
 ACCURACY = "accuracy"
 """The metric of a sample, in percent, that says how right it is."""
+NO_TEXT = "(no text)"
+"""Shown where a model wrote nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +76,7 @@ def card_of(row: Prediction, unit: Unit, *, with_candidates: bool = False) -> Ca
     return Card(
         pictures=pictures if found is None else found_pictures(found, row["images"][0], row.get("input", "")),
         input=row.get("input", ""),
-        prediction=row.get("prediction", ""),
+        prediction=(row["prediction"].strip() or NO_TEXT) if "prediction" in row else "",
         kind=kind,
         verdict=verdict,
         references=[

@@ -15,6 +15,11 @@ TITLES = {
     "max_memory_gb": "Memory of the accelerator",
     "grad_norm": "Norm of the gradient",
 }
+TOGETHER: dict[str, tuple[str, ...]] = {
+    "Accuracies of contrast and matching": ("acc_", "chance_"),
+    "Similarities within a batch": ("cos_",),
+}
+"""Numbers of the log, by the start of their names, that share a figure."""
 NOT_DRAWN = ("step", "epoch", "unreadable")
 
 
@@ -38,24 +43,43 @@ def losses(job: Job) -> Iterator[Figure]:
 
 
 def validations(job: Job) -> Iterator[Figure]:
-    """Yield each metric of the evaluations, without those that repeat another."""
+    """Yield the metrics of several evaluations, without those that repeat another; `txt_r1`, `txt_r5` ... share one."""
     names = {name: None for one in job.evaluations for name, value in one.metrics.items() if is_number(value)}
     own = [name for name in names if not name.startswith("loss") and name != "agg_metrics"]
     drawn: list[dict[str, Points]] = []
+    families: dict[str, dict[str, dict[str, Points]]] = {}
     for name in own or (["agg_metrics"] if "agg_metrics" in names else []):
-        series = metric_points(job, name)
-        if series and series not in drawn and len(drawn) < MAX_METRICS:
+        series = {split: points for split, points in metric_points(job, name).items() if len(points) > 1}
+        if series and series not in drawn:
             drawn.append(series)
-            yield _curve(job, name, series, label=name)
+            families.setdefault(name.rstrip("0123456789"), {})[name] = series
+    for family, members in list(families.items())[:MAX_METRICS]:
+        yield _curve(job, ", ".join(members), _labelled(members), label=family.rstrip("_@"))
 
 
 def others(job: Job) -> Iterator[Figure]:
     """Yield the learning rate, the speed, and what else every row of the log has."""
-    for name, value in job.steps[-1].items():
-        if name in NOT_DRAWN or name.startswith("loss") or not is_number(value):
-            continue
-        if points := points_of(job, name):
-            yield _curve(job, TITLES.get(name, name), {name: points}, label=UNITS.get(name, name))
+    names = [name for name, value in job.steps[-1].items() if is_number(value) and not name.startswith("loss")]
+    found = {name: points_of(job, name) for name in names if name not in NOT_DRAWN}
+    curves = {name: points for name, points in found.items() if len(points) > 1}
+    for title, starts in TOGETHER.items():
+        shared = {name: curves.pop(name) for name in names if name in curves and name.startswith(starts)}
+        if shared:
+            yield _curve(job, title, shared, label=title.lower())
+    for name, points in curves.items():
+        yield _curve(job, TITLES.get(name, name), {name: points}, label=UNITS.get(name, name))
+
+
+def _labelled(members: dict[str, dict[str, Points]]) -> dict[str, Points]:
+    """Return all series of metrics, by split, by metric, or by both where both differ."""
+    if len(members) == 1:
+        return next(iter(members.values()))
+    splits = {split for series in members.values() for split in series}
+    return {
+        name if len(splits) == 1 else f"{split} {name}": points
+        for name, series in members.items()
+        for split, points in series.items()
+    }
 
 
 def points_of(job: Job, name: str) -> Points:

@@ -57,7 +57,7 @@ def curve(
             marker = "o" if len(xs) <= 30 else ""
             axes.plot(xs, ys, color=color, linewidth=1.6, marker=marker, markersize=3, label=name)
         axes.set_xlabel("step")
-        axes.set_ylabel(label)
+        axes.set_title(label, loc="left", fontsize=9)  # beside the axis, the page's wider font would cover its numbers
         axes.set_xlim(0, 1.03 * last_step)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))

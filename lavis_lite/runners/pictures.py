@@ -1,28 +1,17 @@
 """A few predictions of an evaluation as pictures, for TensorBoard and trackers: always those of the same samples."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image, ImageOps
 
 from lavis_lite.common.errors import UnreadableSample
-from lavis_lite.common.tiles import draw
+from lavis_lite.common.tiles import Tile, draw
 from lavis_lite.datasets.image import open_image
 from lavis_lite.tasks.predictions import Prediction, drawn
 
 NUM_PICTURES = 8
 SIZE = 224
-
-
-@dataclass(frozen=True, kw_only=True)
-class PredictionTile:
-    """A prediction with its images, and what was expected."""
-
-    title: str
-    images: list[Image.Image]
-    texts: list[str] = field(default_factory=list)
-    error: str = ""
 
 
 def pictures_of(predictions: Sequence[Prediction], *, seed: int) -> list[tuple[Image.Image, str]]:
@@ -31,7 +20,7 @@ def pictures_of(predictions: Sequence[Prediction], *, seed: int) -> list[tuple[I
     return [(draw(tile), "; ".join(tile.texts)) for tile in tiles]
 
 
-def tile_of(row: Prediction) -> PredictionTile:
+def tile_of(row: Prediction) -> Tile:
     """Return the tile of a prediction; an image that cannot be read, as a video's file, is left out."""
     images, error = [], ""
     for path in row["images"][:2]:
@@ -43,4 +32,4 @@ def tile_of(row: Prediction) -> PredictionTile:
     texts += [f"prediction: {row['prediction']}"] if "prediction" in row else []
     texts += [f"reference: {text}" for text in list(dict.fromkeys(row.get("references", [])))[:1]]
     texts += [f"{name}: {value:.4g}" for name, value in row.get("metrics", {}).items()]
-    return PredictionTile(title=row["instance_id"], images=images, texts=texts, error=error)
+    return Tile(title=row["instance_id"], images=images, texts=texts, error=error)

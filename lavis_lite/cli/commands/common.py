@@ -1,6 +1,7 @@
 """Options that several commands share, and the run of a pipeline over many images."""
 
 import logging
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
@@ -13,7 +14,7 @@ import typer
 Paths = Annotated[
     list[str],
     typer.Argument(
-        metavar="PATHS...",
+        metavar="PATHS",
         help="images, folders, patterns, URLs, lists (.txt) or tables (.csv, .tsv, .jsonl, .json, .parquet) of paths",
         show_default=False,
     ),
@@ -29,8 +30,8 @@ Checkpoint = Annotated[str | None, typer.Option(help="weights in place of those 
 ModelOptions = Annotated[
     list[str] | None, typer.Option("--option", "-o", metavar="KEY=VALUE", help="a setting of the model; repeatable")
 ]
-BatchSize = Annotated[int | None, typer.Option(help="images per batch; found automatically without it")]
-Threads = Annotated[int, typer.Option("--num-threads", help="threads that read images")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="images per batch; found automatically without it")]
+Threads = Annotated[int, typer.Option("--num-threads", min=1, help="threads that read images")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16")]
 
@@ -67,13 +68,13 @@ class LoadOptions:
 class WritingOptions:
     """How a command's model writes texts."""
 
-    num_beams: Annotated[int | None, typer.Option(help="beams of the search")] = None
+    num_beams: Annotated[int | None, typer.Option(min=1, help="beams of the search")] = None
     sample: Annotated[bool, typer.Option("--sample", help="nucleus sampling in place of beam search")] = False
-    top_p: Annotated[float | None, typer.Option(help="share of the nucleus")] = None
-    temperature: Annotated[float | None, typer.Option(help="temperature of sampling")] = None
+    top_p: Annotated[float | None, typer.Option(min=1e-6, max=1.0, help="share of the nucleus")] = None
+    temperature: Annotated[float | None, typer.Option(min=1e-6, help="temperature of sampling")] = None
     seed: Annotated[int, typer.Option(help="seed of sampling")] = 42
-    min_length: Annotated[int | None, typer.Option(help="tokens that a text has at least")] = None
-    max_length: Annotated[int | None, typer.Option(help="tokens that a text has at most")] = None
+    min_length: Annotated[int | None, typer.Option(min=0, help="tokens that a text has at least")] = None
+    max_length: Annotated[int | None, typer.Option(min=1, help="tokens that a text has at most")] = None
 
     def writing(self) -> dict[str, Any]:
         """Return the settings of `generate` that were given."""
@@ -103,6 +104,8 @@ class ResumableOptions(ImageOptions):
         """Raise BadParameter for options of an output without one."""
         if out is None and (self.resume or self.overwrite):
             raise typer.BadParameter("--resume and --overwrite are of an output: give --out")
+        if self.resume and self.overwrite:
+            raise typer.BadParameter("--resume keeps an output, --overwrite replaces it: give one of them")
 
 
 @dataclass(kw_only=True)
@@ -150,7 +153,18 @@ def finish(execute: Callable[[], int | None]) -> None:
     from lavis_lite.cli.failures import exit_code
 
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
-    raise typer.Exit(exit_code(execute, command=sys.argv))
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = exit_code(execute, command=sys.argv)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    raise typer.Exit(code)
+
+
+def _terminate(*_: object) -> None:
+    """End the process as SIGTERM does, but by an exception: what was computed is kept."""
+    print("stopped by SIGTERM", file=sys.stderr)
+    sys.exit(128 + signal.SIGTERM)
 
 
 def given(**settings: Any) -> dict[str, Any]:

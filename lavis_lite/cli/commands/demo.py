@@ -1,7 +1,5 @@
 """The command `demo`: a page in the browser that tries models."""
 
-import signal
-import sys
 import threading
 from pathlib import Path
 from typing import Annotated
@@ -41,11 +39,11 @@ def demo(
     def execute() -> int:
         from lavis_lite.cli.commands.progress import progress
         from lavis_lite.demo.models import load_models
-        from lavis_lite.demo.serve import check_address, check_package, running
+        from lavis_lite.demo.serve import check_address, check_folders, check_package, running
 
         check_address(host, port)  # before models are loaded, which takes a minute
         check_package()
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        check_folders(folder or [])
         models = load_models(model or DEFAULTS, checkpoint=checkpoint, device=device, precision=precision)
         with running(models, folders=folder or [], host=host, port=port, progress=progress) as address:
             if host not in ("127.0.0.1", "localhost", "::1"):

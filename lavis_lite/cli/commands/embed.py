@@ -1,44 +1,69 @@
-"""The output of the command `embed`: the features of all images in one array or table."""
+"""The output of the command `embed`: the features of all images in one array or table.
 
-from collections.abc import Sequence
+Until the end they are lines of the unfinished output, as of the other commands, with their bytes as base64.
+"""
+
+import base64
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from lavis_lite.cli.commands.common import ImageOptions
+from lavis_lite.cli.commands.common import ResumableOptions
 from lavis_lite.cli.commands.progress import progress
-from lavis_lite.cli.commands.run import report, skipped_of
+from lavis_lite.cli.commands.run import finished, report, skipped_of
 from lavis_lite.common import dist
 from lavis_lite.common.checkpoint import atomic_write, write_text
-from lavis_lite.common.errors import ExistingFileError, InputError
 from lavis_lite.inference.inputs import find_items
 from lavis_lite.inference.pipelines import EmbedPipeline
-from lavis_lite.inference.results import check_folder, write_rows
+from lavis_lite.inference.results import Results, key_of, write_rows
+
+FORMATS = (".npy", ".parquet")
 
 
-def embed_to(out: Path, options: ImageOptions, features: str) -> int:
-    """Write features as a .npy file with its ids, or as a .parquet table; they are in memory until the end.
+def embed_to(out: Path, options: ResumableOptions, features: str) -> int:
+    """Write features as a .npy file with its ids, or as a .parquet table.
 
     Returns the exit code: 1 if no image could be read.
     """
-    if out.suffix not in (".npy", ".parquet"):
-        raise InputError(f"--out {out}: the ending must be .npy or .parquet")
-    check_folder(out)
-    if out.exists() and not options.overwrite:
-        raise ExistingFileError(f"--out {out} exists already: --overwrite replaces it")
+    made_with = {name: vars(options)[name] for name in ("model", "checkpoint", "option")} | {"features": features}
+    EmbedPipeline.check_model(options.model)
     dist.init(options.device)
     try:
+        results = Results(out, made_with, resume=options.resume, overwrite=options.overwrite, formats=FORMATS)
         items = find_items(options.paths, column=options.image_column)
-        pipeline = EmbedPipeline(options.load(), batch_size=options.batch_size, num_threads=options.num_threads)
-        mine = items[dist.rank() :: dist.world_size()]
-        found = progress(pipeline.stream(mine, skip_unreadable=True, features=features), len(mine))
-        rows = {row["image"]: row for row in dist.gather_objects(list(found))}
-        whole = [rows[item.name] for item in items if "error" not in rows[item.name]]
-        if whole and dist.is_main():
-            write_features(out, [row["image"] for row in whole], np.stack([row["features"] for row in whole]))
-        return report(len(whole), [row for row in rows.values() if "error" in row], str(out), listed=skipped_of(out))
+        if results.is_complete:
+            return finished(out)
+        keys = [key_of({"image": item.name}) for item in items]
+        with results:
+            missing = [item for item, key in zip(items, keys, strict=True) if key not in results.rows]
+            mine = missing[dist.rank() :: dist.world_size()]
+            if mine:
+                pipeline = EmbedPipeline(options.load(), batch_size=options.batch_size, num_threads=options.num_threads)
+                for row in progress(pipeline.stream(mine, skip_unreadable=True, features=features), len(mine)):
+                    results.add(row if "error" in row else packed(row))
+            rows = results.finish(keys)
+        whole = [row for row in rows if "error" not in row]
+        if dist.is_main():
+            if whole:
+                write_features(out, [row["image"] for row in whole], np.stack([unpacked(row) for row in whole]))
+            results.remove_partial()
+        return report(len(whole), [row for row in rows if "error" in row], str(out), listed=skipped_of(out))
     finally:
         dist.shutdown()
+
+
+def packed(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a result whose features are a text."""
+    features = np.asarray(row["features"], dtype=np.float32)
+    return {**row, "features": base64.b64encode(features.tobytes()).decode(), "shape": features.shape}
+
+
+def unpacked(row: Mapping[str, Any]) -> np.ndarray:
+    """Return the features of a `packed` result."""
+    features = np.frombuffer(base64.b64decode(row["features"]), dtype=np.float32)
+    return features.reshape(row["shape"])
 
 
 def write_features(out: Path, ids: Sequence[str], features: np.ndarray) -> None:

@@ -37,6 +37,7 @@ def explain(
     def execute() -> int:
         from lavis_lite.common.errors import ExistingFileError, InputError
         from lavis_lite.inference.inputs import load_image, one_item, open_source
+        from lavis_lite.inference.pipelines import AskPipeline
         from lavis_lite.inference.results import check_folder
         from lavis_lite.models.explain import explain as explain_model
 
@@ -50,22 +51,23 @@ def explain(
         loaded = options.load()
         samples: dict[str, Any] = {"image": load_image(item, loaded.process_image)[None].to(loaded.device)}
         if question is not None:
-            samples["text_input"] = [question]
+            samples["text_input"] = [AskPipeline(loaded).asked(question)]
         shown, maps = explain_model(loaded.model, samples, text=text, layer=layer)
-        write(out, open_source(item, loaded.process_image), shown if question is None else f"{question} {shown}", maps)
+        about = shown if question is None else f"{question} {shown}"
+        write(out, open_source(item, loaded.process_image), maps, title=f"Where {options.model} looked", lead=about)
         typer.echo(f"{shown}\n{len(maps.labels)} maps: {out}")
         return 0
 
     finish(execute)
 
 
-def write(out: Path, image: "Image.Image", title: str, maps: "Maps") -> None:
+def write(out: Path, image: "Image.Image", maps: "Maps", *, title: str, lead: str) -> None:
     """Write the overlays of all maps and their mean, or the maps themselves."""
     import numpy as np
 
-    from lavis_lite.cli.data.preview import Tile
-    from lavis_lite.cli.data.sheet import write_html, write_png
+    from lavis_lite.cli.sheet import write_html, write_png
     from lavis_lite.common.checkpoint import atomic_write
+    from lavis_lite.common.tiles import Tile
     from lavis_lite.inference.overlays import overlay, overlays, squashed
 
     if out.suffix == ".npz":
@@ -75,7 +77,7 @@ def write(out: Path, image: "Image.Image", title: str, maps: "Maps") -> None:
     tiles = [Tile(title="image", images=[small]), Tile(title="mean of all", images=[overlay(small, maps.mean)])]
     for label, picture, share in overlays(small, maps):
         tiles.append(Tile(title=label, images=[picture], texts=[f"share of the largest: {share:.2f}"]))
-    (write_html if out.suffix == ".html" else write_png)(tiles, out, title=title)
+    (write_html if out.suffix == ".html" else write_png)(tiles, out, title=title, lead=lead)
 
 
 def add_to(app: typer.Typer) -> None:

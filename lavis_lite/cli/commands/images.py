@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lavis_lite.cli.commands.common import (
-    ImageOptions,
     Out,
     ResumableOptions,
     TextOptions,
@@ -80,6 +79,8 @@ def ask(
     """
     if (question is None) == (question_column is None):
         raise typer.BadParameter("give either --question or --question-column")
+    if question is not None and not question.strip():
+        raise typer.BadParameter("--question is blank; write a question")
     options.check_output(out)
 
     def execute() -> int:
@@ -114,9 +115,9 @@ def match(
     finish(execute)
 
 
-@with_options(ImageOptions, model="blip_feature_extractor/base")
+@with_options(ResumableOptions, model="blip_feature_extractor/base")
 def embed(
-    options: ImageOptions,
+    options: ResumableOptions,
     *,
     out: Annotated[Path, typer.Option(help="a .npy file, whose rows FILE.ids.txt names, or a .parquet table")] = Path(
         "embeddings.npy"
@@ -129,6 +130,7 @@ def embed(
 
     The rows are float32, one per image: (D,) for BLIP, (Q,D) for the Q queries of BLIP-2.
     """
+    options.check_output(out)
 
     def execute() -> int:
         from lavis_lite.cli.commands.embed import embed_to

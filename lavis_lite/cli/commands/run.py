@@ -15,6 +15,7 @@ from lavis_lite.cli.commands.progress import progress
 from lavis_lite.common import dist
 from lavis_lite.common.checkpoint import write_text
 from lavis_lite.common.errors import ExistingFileError, InputError
+from lavis_lite.common.page.render import plural
 from lavis_lite.common.rng import seed_everything
 from lavis_lite.inference.inputs import Item, column_of, find_items
 from lavis_lite.inference.pipelines import PIPELINES
@@ -43,6 +44,7 @@ class Job:
 
     def run(self, out: Path | None, sidecars: bool = False) -> int:
         """Compute what is not there yet, and write or print it. Returns the exit code: 1 if no image could be read."""
+        PIPELINES[self.task].check_model(self.options.model)
         dist.init(self.options.device)
         try:
             items = find_items(self.options.paths, column=self.options.image_column)
@@ -85,9 +87,7 @@ class Job:
         made_with |= {"option": options.option, "question_column": self.column, **self.settings}
         results = Results(out, made_with, resume=options.resume, overwrite=options.overwrite)
         if results.is_complete:
-            if dist.is_main():
-                print(f"{out} is finished already; --overwrite computes it anew", file=sys.stderr)
-            return 0
+            return finished(out)
         with results:
             missing = [item for item in items if self.key(item) not in results.rows]
             for row in self.results(missing[dist.rank() :: dist.world_size()]):
@@ -127,6 +127,13 @@ class Job:
         return key_of({"image": item.name, "question": question})
 
 
+def finished(out: Path) -> int:
+    """Say that an output is complete; returns the exit code."""
+    if dist.is_main():
+        print(f"{out} is finished already; --overwrite computes it anew", file=sys.stderr)
+    return 0
+
+
 def sidecar_of(item: Item) -> Path:
     """Return the text file beside an item's image."""
     return Path(str(item.image)).with_suffix(".txt")
@@ -150,11 +157,11 @@ def report(count: int, errors: Sequence[Mapping[str, Any]], where: str, *, liste
     for row in errors[:SHOWN_ERRORS]:
         print(f"skipped: {row['error']}", file=sys.stderr)
     if len(errors) > SHOWN_ERRORS:
-        print(f"skipped: {len(errors) - SHOWN_ERRORS:,} more images", file=sys.stderr)
+        print(f"skipped: {plural(len(errors) - SHOWN_ERRORS, 'more image')}", file=sys.stderr)
     if where:
-        skipped = f"; {len(errors):,} images could not be read" if errors else ""
+        skipped = f"; {plural(len(errors), 'image')} could not be read" if errors else ""
         skipped += f": {listed}" if errors and listed is not None else ""
-        print(f"{count:,} results: {where}{skipped}", file=sys.stderr)
+        print(f"{plural(count, 'result')}: {where}{skipped}", file=sys.stderr)
     return 0 if count or not errors else 1
 
 

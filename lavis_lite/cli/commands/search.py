@@ -40,6 +40,7 @@ def search(
         find_items([folder])
         if image is not None:
             open_image(image)  # a missing folder or broken image is found before the model is loaded
+        EmbedPipeline.check_model(options.model)
         pipeline = EmbedPipeline(options.load(), batch_size=batch_size, num_threads=num_threads)
         found = ImageIndex(folder, pipeline, storage=index)
         found.update(progress)

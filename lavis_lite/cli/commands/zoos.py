@@ -53,12 +53,14 @@ def recipes(
 
     def execute() -> None:
         from lavis_lite.common.config.recipes import find_recipe, recipe_names
-        from lavis_lite.common.errors import InputError
+        from lavis_lite.common.errors import InputError, did_you_mean
 
         if not show and copy is None:
-            for name in recipe_names():
-                if all(word in name for word in words or []):
-                    typer.echo(name)
+            found = [name for name in recipe_names() if all(word in name for word in words or [])]
+            if not found:
+                wanted = " ".join(words or [])
+                raise InputError(f"recipes: no name has {wanted!r}. {did_you_mean(wanted, recipe_names())}")
+            typer.echo("\n".join(found))
             return
         if len(words or []) != 1:
             raise InputError("recipes: name one recipe to show or copy; `lavis-lite recipes` lists them")

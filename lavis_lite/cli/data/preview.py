@@ -6,7 +6,6 @@ texts are as in a run. Of a video some frames are shown beside each other.
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,11 @@ from torch import Tensor
 
 from lavis_lite.cli.data.check import spread
 from lavis_lite.cli.data.named import NamedDataset, find_datasets, require_samples
-from lavis_lite.cli.data.sheet import write_html, write_png
+from lavis_lite.cli.sheet import write_html, write_png
 from lavis_lite.common.errors import InputError, UnreadableSample
 from lavis_lite.common.feature_io import read_features
 from lavis_lite.common.rng import preserve_rng_state
+from lavis_lite.common.tiles import Tile
 from lavis_lite.datasets.base import BaseDataset
 from lavis_lite.datasets.features import ReadsFeatures
 from lavis_lite.datasets.streams import StreamDataset
@@ -31,16 +31,6 @@ HIDDEN = ("instance_id", "n_answers", "weight", "index")
 TRUTH = ("caption", "answers", "label")
 """Keys of an evaluation's records that hold what is compared with the model's output."""
 WRITERS = {".png": write_png, ".html": write_html, ".htm": write_html}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tile:
-    """One sample on the sheet."""
-
-    title: str
-    images: list[Image.Image] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    error: str = ""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     require_samples(found, args.dataset)
     tiles = [tile for one in found for tile in tiles_of(one, all_splits=bool(args.split), count=args.n)]
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    write(tiles, args.out, title=args.dataset)
+    write(tiles, args.out, title=f"Samples of {args.dataset}")
     broken = sum(bool(tile.error) for tile in tiles)
     print(f"{args.out}: {len(tiles)} samples" + (f", {broken} of them cannot be read" if broken else ""))
     return 1 if broken else 0
