@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lavis_lite.common.bounds import MAX_TOKENS, Bounds, check_number
 from lavis_lite.common.errors import InputError, InputTypeError
+from lavis_lite.nn.sampling import draw
 
 ALIASES = {
     "max_len": "max_length",
@@ -233,8 +234,8 @@ def sample_nucleus(scores_NV: Tensor, top_p: float, temperature: float) -> Tenso
     """Draw one token per row (N,) from the smallest set of likeliest tokens whose probability reaches top_p."""
     probabilities, order = (scores_NV / temperature).softmax(-1).sort(dim=-1, descending=True)
     before = probabilities.cumsum(-1) - probabilities
-    drawn = torch.multinomial(probabilities.masked_fill(before >= top_p, 0.0), 1)
-    return order.gather(1, drawn).squeeze(1)
+    drawn = draw(probabilities.masked_fill(before >= top_p, 0.0))
+    return order.gather(1, drawn[:, None]).squeeze(1)
 
 
 def beam_search(step: Step, prompt_BL: Tensor, config: DecodingConfig) -> Decoded:

@@ -27,8 +27,10 @@ from lavis_lite.runners.learning import LearningWatch
 from lavis_lite.runners.loaders import Datasets, EvalLoader, TrainLoader, eval_sets, train_sets
 from lavis_lite.runners.pictures import pictures_of
 from lavis_lite.runners.plan import make_plan
+from lavis_lite.runners.profiling import StepProfiler
 from lavis_lite.runners.progress import Progress
 from lavis_lite.runners.resume import annotation_digests, load_verified, resume
+from lavis_lite.runners.speed import Speed, peak_tflops
 from lavis_lite.runners.stopping import StopSignals
 from lavis_lite.runners.train_loop import Training, train_loop
 from lavis_lite.runners.train_state import TrainState
@@ -64,7 +66,11 @@ class Runner:
         self.stop = StopSignals()  # replaced by a caller that catches signals; this one is not entered and catches none
         self.has_begun = False  # a first step or an evaluation
         self.saved_step: int | None = None
-        self.progress = Progress(self.job_dir, tensorboard=self.run.tensorboard, trackers=self.run.trackers)
+        peak = peak_tflops(self.run, self.device, self.dtype)
+        speed = Speed(self.model, self.device, peak_tflops=peak)
+        self.progress = Progress(
+            self.job_dir, speed=speed, tensorboard=self.run.tensorboard, trackers=self.run.trackers
+        )
         self.has_warned_of_no_best = False
         self.about: dict[str, Any] = {}
         """What the run is, for the row `run` of its log."""
@@ -110,8 +116,8 @@ class Runner:
         run = self.run
         sets = train_sets(self.datasets, run.train_splits)
         self.data = annotation_digests(sets)
-        world, pin = dist.world_size(), self.device.type == "cuda"
-        loader = TrainLoader(sets, run, rank=dist.rank(), world=world, pin=pin)
+        world = dist.world_size()
+        loader = TrainLoader(sets, run, rank=dist.rank(), world=world, device=self.device)
         plan = make_plan(run, loader.sampler.lengths, world, streams=loader.sampler.streams)
         for key, names in loader.left_out.items():
             logger.info(f"mixed batches have no {key!r}, which the samples of {', '.join(names)} lack")
@@ -138,6 +144,9 @@ class Runner:
             no_sync=no_sync,
             ranks=dist.Lockstep(run.step_timeout),
             progress=self.progress,
+            profiler=StepProfiler(
+                self.job_dir, num_steps=run.profile if dist.is_main() else None, device=self.device.type
+            ),
             stop=self.stop,
         )
 

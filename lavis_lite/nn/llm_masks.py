@@ -1,0 +1,54 @@
+"""Attention masks of transformers' models without a wait for the device.
+
+transformers reads a mask's values, to leave the mask out where no token is padding. Where the host knows that already,
+this module tells it: by a mask function registered in place of its own for `sdpa`, which differs from that within
+`known_padding` only.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+_is_full: contextvars.ContextVar[Mapping[int, bool]] = contextvars.ContextVar("is_full", default=MappingProxyType({}))
+
+
+def full_lengths(*masks: tuple[Tensor, int]) -> dict[int, bool]:
+    """Return by length whether no mask of that length has padding. The masks (B,T) are on the CPU, each with a number
+    of tokens without padding that it has beside.
+    """
+    known: dict[int, bool] = {}
+    for mask, more in masks:
+        length = mask.shape[1] + more
+        known[length] = known.get(length, True) and bool(mask.all())
+    return known
+
+
+@contextlib.contextmanager
+def known_padding(is_full: Mapping[int, bool], device: torch.device) -> Iterator[None]:
+    """In the body, masks of these lengths have no padding, or have some. On a CPU, where reading costs nothing, they
+    are read all the same.
+    """
+    token = _is_full.set({} if device.type == "cpu" else is_full)
+    try:
+        yield
+    finally:
+        _is_full.reset(token)
+
+
+def mask_of_known_padding(*args: Any, **settings: Any) -> Tensor | None:
+    """Return what transformers' `sdpa_mask` does."""
+    is_full = _is_full.get().get(settings.get("kv_length", -1))
+    if is_full is not None and settings.get("attention_mask") is not None:
+        unpadded: dict[str, Any] = {"attention_mask": None}
+        padded = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        settings |= unpadded if is_full else padded
+    return sdpa_mask(*args, **settings)
+
+
+AttentionMaskInterface.register("sdpa", mask_of_known_padding)

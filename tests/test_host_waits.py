@@ -1,0 +1,152 @@
+"""Nothing in a training step, and little in decoding, waits for the device: on a simulated device, and on CUDA."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cli_helpers
+import pytest
+import torch
+import yaml
+from host_waits import DEVICE, simulated
+from tiny_trainings import RUN, SHAPES, SIZES, TRAININGS
+
+from lavis_lite.cli import main as cli
+from lavis_lite.common.config.config import Config
+from lavis_lite.common.registry import registry
+from lavis_lite.runners import train_loop
+from lavis_lite.runners.progress import Progress
+from lavis_lite.runners.stopping import StopSignals
+
+STEPS = 3
+QUICK = ("blip_pretrain", "blip_vqa_rank", "blip2_opt", "blip2_t5")
+CLASSES = {"num_classes": 3}
+OWN = {
+    "blip_classification": ({"arch": "blip_classification", **CLASSES}, cli_helpers.classification_set),
+    "blip_image_classification": ({"arch": "blip_image_classification", **CLASSES}, cli_helpers.classification_set),
+    "blip_visdial": ({"arch": "blip_visdial"}, cli_helpers.dialog_set),
+}
+"""Trainings on files: the model, and what writes them."""
+NAMES = [*TRAININGS, *OWN]
+MANY = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+UNTRAINED = {"blip_feature_extractor", "blip_image_text_matching", "blip2_feature_extractor"} | {
+    "blip2_image_text_matching",
+    "clip_feature_extractor",
+}
+pytestmark = pytest.mark.usefixtures("shapes_data")
+
+
+class Enough(Exception):
+    """The steps that are looked at are taken."""
+
+
+def recipe(name: str, folder: Path, device: str) -> Path:
+    """Write the YAML of a training without log lines, checkpoints and validations within its first steps."""
+    if name in OWN:
+        model, write = OWN[name]
+        kind = "visual_dialog" if name == "blip_visdial" else "classification"
+        task = "instruct" if name == "blip_visdial" else "multimodal_classification"
+        datasets, run = {kind: write(folder)}, {"task": task}
+        model = {"model_type": "tiny", **model}
+    else:
+        model, sets, run = TRAININGS[name]
+        own = sets if isinstance(sets, dict) else {key: {} for key in sets}
+        model = {**SIZES, **model}
+        datasets = {f"shapes_{key}": {**SHAPES, **fields} for key, fields in own.items()}
+    quiet = {"log_freq": 100, "valid_splits": [], "test_splits": [], "precision": "fp32", "max_iters": 9}
+    quiet |= {"device": device, "output_dir": str(folder), "accum_grad_iters": 2, "batch_size_train": 3}
+    path = folder / f"{name}.yaml"
+    body = {"model": model, "datasets": datasets, "run": {**RUN, **run, **quiet, "grad_clip_norm": 1.0}}
+    path.write_text(yaml.safe_dump(body, sort_keys=False))
+    return path
+
+
+@contextlib.contextmanager
+def stopping_after(steps: int, monkeypatch: pytest.MonkeyPatch, after_first: Any) -> Iterator[None]:
+    """End a training after some steps; `after_first` is called after the first one, which may wait."""
+    taken: list[int] = []
+
+    def advance(self: Progress) -> None:
+        taken.append(1)
+        if len(taken) == 1:
+            after_first()
+        if len(taken) == steps:
+            raise Enough
+
+    monkeypatch.setattr(Progress, "advance", advance)
+    with pytest.raises(Enough):
+        yield
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_a_step_waits_for_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_loop, "autocast", lambda *_: contextlib.nullcontext())  # the device has none
+    path = recipe(name, tmp_path, DEVICE.type)
+    with simulated(monkeypatch) as waits, stopping_after(STEPS, monkeypatch, waits.found.clear):
+        cli.run(Config.from_file(path), StopSignals())
+    assert waits.found == []
+    assert waits.num_operations > 1000  # that the steps ran there
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_waits_for_nothing_on_cuda(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = recipe(name, tmp_path, "cuda")
+    try:
+        with stopping_after(STEPS, monkeypatch, lambda: torch.cuda.set_sync_debug_mode("error")):
+            cli.run(Config.from_file(path), StopSignals())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_every_architecture_that_trains_is_walked() -> None:
+    walked = {model["arch"] for model, *_ in [*TRAININGS.values(), *OWN.values()]}
+    assert walked == set(registry.list_models()) - UNTRAINED
+
+
+WAITING = {
+    "a value": lambda x: int(x.sum()),
+    "a truth": lambda x: bool(x.any()),
+    "a list": lambda x: x.tolist(),
+    "places": lambda x: x.nonzero(),
+    "a mask": lambda x: x[x > 1],
+    "another number of rows": lambda x: x.repeat_interleave(x.long()),
+    "a draw": lambda x: torch.multinomial(x, 1),
+    "a list to the device": lambda x: torch.tensor([1, 2], device=x.device),
+    "a new tensor": lambda x: x.new_tensor([1, 2]),
+    "a copy to the device": lambda x: torch.ones(2).to(x.device),
+    "an unpinned copy": lambda x: torch.ones(2).to(x.device, non_blocking=True),
+    "a copy to the host": lambda x: x.cpu(),
+    "a copy into the device": lambda x: x.copy_(torch.ones(3)),
+}
+FREE = {
+    "arithmetic": lambda x: (x * 2 + 1).softmax(0),
+    "a pinned copy": lambda x: torch.ones(2).pin_memory().to(x.device, non_blocking=True),
+    "rows by number": lambda x: x[torch.arange(2, device=x.device)],
+    "a known number of rows": lambda x: x.repeat_interleave(x.long(), output_size=6),
+    "the host's own": lambda x: torch.ones(2).tolist(),
+}
+
+
+@pytest.mark.parametrize("what", [*WAITING, *FREE])
+def test_the_simulation_knows_what_waits(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with simulated(monkeypatch) as waits:
+        x = torch.tensor([1.0, 2.0, 3.0]).to(DEVICE)
+        waits.found.clear()
+        (WAITING | FREE)[what](x)
+    assert bool(waits.found) == (what in WAITING), waits.found
+
+
+def test_the_simulation_computes_what_a_cpu_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {}
+    for device in ("cpu", DEVICE):
+        with simulated(monkeypatch):
+            torch.manual_seed(0)
+            layer = torch.nn.Linear(3, 2).to(device)
+            loss = layer(torch.ones(4, 3).to(device)).square().mean()
+            loss.backward()
+            assert layer.weight.grad is not None
+            found[str(device)] = [loss.item(), layer.weight.grad.tolist()]
+    assert found["cpu"] == found[str(DEVICE)]
