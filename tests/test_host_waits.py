@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import cli_helpers
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -15,6 +16,8 @@ from tiny_trainings import RUN, SHAPES, SIZES, TRAININGS
 from lavis_lite.cli import main as cli
 from lavis_lite.common.config.config import Config
 from lavis_lite.common.registry import registry
+from lavis_lite.models import load_model
+from lavis_lite.models.reranking import similarity_matrices
 from lavis_lite.runners import train_loop
 from lavis_lite.runners.progress import Progress
 from lavis_lite.runners.stopping import StopSignals
@@ -150,3 +153,76 @@ def test_the_simulation_computes_what_a_cpu_does(monkeypatch: pytest.MonkeyPatch
             assert layer.weight.grad is not None
             found[str(device)] = [loss.item(), layer.weight.grad.tolist()]
     assert found["cpu"] == found[str(DEVICE)]
+
+
+PHOTOS = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+DECODERS = [
+    ("blip_caption", "greedy"),
+    *(
+        pytest.param(arch, search, marks=pytest.mark.slow)
+        for arch, search in [("blip2", "beams"), ("blip2_opt", "beams"), ("blip2_opt", "greedy"), ("blip2_t5", "beams")]
+    ),
+]
+SEARCHES: dict[str, dict[str, Any]] = {"greedy": {"num_beams": 1}, "beams": {"num_beams": 3}}
+
+
+def decoder(arch: str) -> Any:
+    torch.manual_seed(0)
+    return load_model(arch, "tiny", is_eval=True, device="cpu")
+
+
+def captions(model: Any, prompts: list[str], **settings: Any) -> list[Any]:
+    """Captions of three photos, with their scores."""
+    return model.generate({"image": PHOTOS.to(model.device), "prompt": prompts}, return_scores=True, **settings)
+
+
+@pytest.mark.parametrize(("arch", "search"), DECODERS)
+def test_decoding_seldom_waits_and_writes_the_same(arch: str, search: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One wait per eight tokens, and some per call."""
+    prompts = ["a", "a photo of", "a"] if arch.startswith("blip2_") else ["a"] * 3
+    settings = {**SEARCHES[search], "min_new_tokens": 2}
+    model, numbers, found = decoder(arch), [], []
+    expected = captions(model, prompts, max_new_tokens=19, **settings)
+    with simulated(monkeypatch) as waits:
+        model = model.to(DEVICE)
+        for num_tokens in (3, 19):
+            waits.found.clear()
+            found = captions(model, prompts, max_new_tokens=num_tokens, **settings)
+            numbers.append(len(waits.found))
+    assert [text for text, _ in found] == [text for text, _ in expected]
+    assert [score for _, score in found] == pytest.approx([score for _, score in expected])
+    assert numbers[1] - numbers[0] <= 2, waits.found
+
+
+def test_reranking_does_not_wait_for_each_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, texts, numbers = cli_helpers.build("retrieval").eval(), [f"a {word} circle" for word in ["red", "big"]], []
+    expected = similarity_matrices(model, Gallery(PHOTOS, texts), 1)
+    with simulated(monkeypatch) as waits:
+        model = model.to(DEVICE)
+        for photos in (torch.cat([PHOTOS, PHOTOS]), PHOTOS):
+            waits.found.clear()
+            found = similarity_matrices(model, Gallery(photos.to(DEVICE), texts), 1)
+            numbers.append(len(waits.found))
+    assert numbers[0] == numbers[1], waits.found
+    for own, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(own, other, rtol=1e-5, atol=1e-6)
+
+
+class Gallery:
+    """Photos in one batch, and texts, as the loader of an evaluation."""
+
+    def __init__(self, image: torch.Tensor, text: list[str]) -> None:
+        self.image, self.dataset = image, GallerySet(len(image), text)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        yield {"image": self.image, "index": list(range(len(self.image)))}
+
+
+class GallerySet:
+    """The number of images, and the texts."""
+
+    def __init__(self, num_images: int, text: list[str]) -> None:
+        self.num_images, self.text = num_images, text
+
+    def __len__(self) -> int:
+        return self.num_images

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-_is_full: contextvars.ContextVar[Mapping[int, bool]] = contextvars.ContextVar("is_full", default=MappingProxyType({}))
+Known = Mapping[int, bool] | bool
+"""Whether masks have no padding: by their length, or of all lengths."""
+_is_full: contextvars.ContextVar[Known] = contextvars.ContextVar("is_full", default=MappingProxyType({}))
 
 
 def full_lengths(*masks: tuple[Tensor, int]) -> dict[int, bool]:
@@ -30,9 +32,9 @@ def full_lengths(*masks: tuple[Tensor, int]) -> dict[int, bool]:
 
 
 @contextlib.contextmanager
-def known_padding(is_full: Mapping[int, bool], device: torch.device) -> Iterator[None]:
-    """In the body, masks of these lengths have no padding, or have some. On a CPU, where reading costs nothing, they
-    are read all the same.
+def known_padding(is_full: Known, device: torch.device) -> Iterator[None]:
+    """In the body, masks have no padding, or may have some, and are not read. On a CPU, where reading costs nothing,
+    they are read all the same.
     """
     token = _is_full.set({} if device.type == "cpu" else is_full)
     try:
@@ -43,7 +45,8 @@ def known_padding(is_full: Mapping[int, bool], device: torch.device) -> Iterator
 
 def mask_of_known_padding(*args: Any, **settings: Any) -> Tensor | None:
     """Return what transformers' `sdpa_mask` does."""
-    is_full = _is_full.get().get(settings.get("kv_length", -1))
+    known = _is_full.get()
+    is_full = known if isinstance(known, bool) else known.get(settings.get("kv_length", -1))
     if is_full is not None and settings.get("attention_mask") is not None:
         unpadded: dict[str, Any] = {"attention_mask": None}
         padded = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}

@@ -262,7 +262,9 @@ class Blip2LLM(Blip2Base, AnswerModel):
 
     def write(self, samples: dict[str, Any], prompts: list[str], config: DecodingConfig) -> Decoded:
         """Generate texts after the images and prompts."""
-        return self.lm.generate(*self.prompt_embeds(samples, prompts, max_length=self.prompt_limit), config)
+        lengths = set(map(len, self.llm_tokenizer.inputs(prompts, max_length=self.prompt_limit)))
+        with known_padding(len(lengths) == 1, self.device):
+            return self.lm.generate(*self.prompt_embeds(samples, prompts, max_length=self.prompt_limit), config)
 
     # Answers
 
