@@ -63,8 +63,9 @@ def similarity_matrices(model: ImageTextModel, loader: GalleryLoader, k_test: in
     for row, image in enumerate(progress(index.tolist(), len(index), name="re-ranking")):
         context = model.project_kv(upload(tokens[row][None], model.device))
         for part in wanted[image].nonzero().squeeze(1).split(TEXTS_PER_STEP):
-            columns, *own = (upload(t, model.device) for t in (part, *trimmed((ids[part], mask[part]))))
-            logits = model.matching_logits(*own, context)
+            own = (part, *trimmed((ids[part], mask[part])))
+            columns, own_ids, own_mask = (upload(tensor, model.device) for tensor in own)
+            logits = model.matching_logits(own_ids, own_mask, context)
             scores[row, columns] = logits[:, 1].float() + sims[image, columns]
     scores = whole_rows(scores, index, num_images)
     unranked = torch.full_like(scores, UNRANKED)

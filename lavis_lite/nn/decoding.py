@@ -239,8 +239,8 @@ def greedy_or_sample(step: Step, prompt_BL: Tensor, config: DecodingConfig) -> D
             lengths = lengths + running
         num_written = ids.shape[1] - prompt_BL.shape[1]
         if ids.shape[1] >= config.max_length or (may_read(num_written, ids.device) and not running.any()):
-            scores = sums / lengths**config.length_penalty if config.return_scores else None
-            return Decoded(ids[:, : int(width)], scores)
+            own_scores = sums / lengths**config.length_penalty if config.return_scores else None
+            return Decoded(ids[:, : int(width)], own_scores)
         logits, cache = step(token[:, None], cache, ids.shape[1])
 
 

@@ -23,6 +23,7 @@ from lavis_lite.datasets.protocols import EvalDataset, SampleDataset
 from lavis_lite.datasets.streams import StreamDataset
 from lavis_lite.runners.ahead import on_device
 from lavis_lite.runners.mixing import check_mixable, join_batches, missing_keys, with_own_image_id
+from lavis_lite.runners.profiling import StepProfiler
 from lavis_lite.runners.sampling import Key, make_sampler
 from lavis_lite.runners.stopping import ignore_stop_signals, signals_blocked
 from lavis_lite.runners.streaming import Batch, Item, StreamLoader, describe_streams
@@ -213,9 +214,10 @@ class EvalLoader:
         device: torch.device | str = "cpu",
         batches: Sequence[Sequence[int]] | None = None,
         name: str = "evaluation",
+        profiler: StepProfiler | None = None,
     ) -> None:
         self.dataset, self.device, self.batches = dataset, torch.device(device), batches
-        self.name = name
+        self.name, self.profiler = name, profiler or StepProfiler()
         self.max_share, self.seen, self.unreadable = run.max_unreadable_share, 0, 0
         indices = range(rank, len(dataset), world)
         size = run.batch_size_eval
@@ -232,7 +234,8 @@ class EvalLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Sample]:
-        for batch in progress(_started(self.loader), sum(self.sizes), name=self.name, sizes=self.sizes):
+        batches = self.profiler.batches(_started(self.loader))
+        for batch in progress(batches, sum(self.sizes), name=self.name, sizes=self.sizes):
             if batch.errors and self.batches is None:
                 raise UnreadableSample(f"{batch.errors[0]} (Evaluation never skips samples.)")
             if self.batches is not None:

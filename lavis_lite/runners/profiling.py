@@ -1,18 +1,22 @@
-"""A profile of some training steps (`--profile N`): a trace for Perfetto, and a table of where the time went.
+"""A profile of some training steps, or batches of an evaluation (`--profile N`): a trace for Perfetto, and a table of
+where the time went.
 
 Forward passes are shown by part of the model, the model's direct children. Note: a device computes later than the host
-asks it to, so phases are the host's time, and `device` is the time of the kernels that a phase started.
+asks it to, so phases are the host's time, and `device ms` is the time of the kernels that a phase started.
 """
 
 import contextlib
 import logging
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 from torch.autograd.profiler_util import FunctionEventAvg
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
+
+from lavis_lite.common import checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +25,9 @@ WARM_UP = 3
 TABLE, TRACE = "profile.txt", "profile_trace.json.gz"
 PHASES = ("data", "forward", "backward", "optimizer", "other")
 PART, SHOWN = "part ", 15
+
+
+T = TypeVar("T")
 
 
 class Row(NamedTuple):
@@ -33,11 +40,14 @@ class Row(NamedTuple):
 
 
 class StepProfiler:
-    """Profiles `num_steps` steps after `WARM_UP` others, and writes into `folder`; without `num_steps` does nothing."""
+    """Profiles `num_steps` steps after `WARM_UP` others, once, and writes into `folder`. Without `num_steps` it does
+    nothing.
+    """
 
-    def __init__(self, folder: Path, *, num_steps: int | None = None, device: str = "cpu") -> None:
+    def __init__(self, folder: Path = Path(), *, num_steps: int | None = None, device: str = "cpu") -> None:
         self.folder, self.num_steps, self.device = folder, num_steps, device
         self.profile: profile | None = None
+        self.num_taken = 0
 
     @contextlib.contextmanager
     def over(self, model: nn.Module) -> Iterator[None]:
@@ -51,21 +61,40 @@ class StepProfiler:
             logger.info(f"profiling {self.num_steps} steps after {WARM_UP} others")
             yield
         self.profile = None
+        if self.num_steps is not None:
+            logger.warning(f"run.profile: nothing was profiled, as there were no more than {WARM_UP} steps")
 
     def phase(self, name: str) -> contextlib.AbstractContextManager[Any]:
         """Return a context whose time is shown under one of `PHASES`."""
         return contextlib.nullcontext() if self.profile is None else record_function(name)
 
+    def batches(self, items: Iterator[T]) -> Iterator[T]:
+        """Yield items, each of which is a step."""
+        while True:
+            with self.phase("data"):
+                item = next(items, None)
+            if item is None:
+                return
+            yield item
+            self.step()
+
     def step(self) -> None:
         """Count a step."""
         if self.profile is not None:
+            self.num_taken += 1
             self.profile.step()
 
     def _write(self, found: profile) -> None:
         """Write the trace and the table, which the console shows too."""
-        found.export_chrome_trace(str(self.folder / TRACE))
-        text = "\n".join(table(found.key_averages(), on_device=self.device != "cpu"))
-        (self.folder / TABLE).write_text(f"{text}\n", encoding="utf-8")
+        if self.num_taken <= WARM_UP:
+            return
+        num_steps, self.num_steps = self.num_taken - WARM_UP, None
+        with tempfile.TemporaryDirectory() as name:
+            path = Path(name, TRACE)
+            found.export_chrome_trace(str(path))
+            checkpoint.atomic_write(self.folder / TRACE, lambda file: file.write(path.read_bytes()))
+        text = "\n".join(table(found.key_averages(), num_steps, on_device=self.device != "cpu"))
+        checkpoint.write_text(self.folder / TABLE, f"{text}\n")
         logger.info(f"{text}\ntrace, for ui.perfetto.dev: {self.folder / TRACE}")
 
 
@@ -99,12 +128,11 @@ def _closes(ranges: list[record_function]) -> Callable[..., None]:
     return hook
 
 
-def table(events: Sequence[FunctionEventAvg], *, on_device: bool) -> Iterator[str]:
+def table(events: Sequence[FunctionEventAvg], num_steps: int, *, on_device: bool) -> Iterator[str]:
     """Yield the lines: phases, the parts of the model in the forward pass, and the operations that took longest."""
     rows = [Row(str(e.key), e.cpu_time_total, e.device_time_total, e.count) for e in events]
     named = {row.name: row for row in rows}
-    (step,) = (row for row in rows if row.name.startswith("ProfilerStep"))
-    whole, num_steps = step.host, step.calls
+    whole = next(row.host for row in rows if row.name.startswith("ProfilerStep"))
     yield f"profile of {num_steps} steps of {whole / 1e3 / num_steps:.1f} ms"
     yield ""
     known = [named[phase] for phase in PHASES if phase in named]

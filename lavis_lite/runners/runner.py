@@ -71,6 +71,8 @@ class Runner:
         self.progress = Progress(
             self.job_dir, speed=speed, tensorboard=self.run.tensorboard, trackers=self.run.trackers
         )
+        profiled = self.run.profile if dist.is_main() else None
+        self.profiler = StepProfiler(self.job_dir, num_steps=profiled, device=self.device.type)
         self.has_warned_of_no_best = False
         self.about: dict[str, Any] = {}
         """What the run is, for the row `run` of its log."""
@@ -144,9 +146,7 @@ class Runner:
             no_sync=no_sync,
             ranks=dist.Lockstep(run.step_timeout),
             progress=self.progress,
-            profiler=StepProfiler(
-                self.job_dir, num_steps=run.profile if dist.is_main() else None, device=self.device.type
-            ),
+            profiler=self.profiler,
             stop=self.stop,
         )
 
@@ -179,10 +179,11 @@ class Runner:
             self.num_samples[key] = len(dataset)
             folder, size = self.job_dir / "result", self.run.batch_size_eval
             batches = self.task.eval_batches(dataset, batch_size=size, split=key, result_dir=folder)
-            ranks = {"rank": dist.rank(), "world": dist.world_size()}
-            loader = EvalLoader(dataset, self.run, **ranks, device=self.device, batches=batches, name=key)
+            options: dict[str, Any] = {"rank": dist.rank(), "world": dist.world_size(), "device": self.device}
+            profiler = self.profiler if self.run.evaluate else StepProfiler()
+            loader = EvalLoader(dataset, self.run, **options, batches=batches, name=key, profiler=profiler)
             started = time.perf_counter()
-            with torch.no_grad(), autocast(self.device, self.dtype):
+            with profiler.over(self.model), torch.no_grad(), autocast(self.device, self.dtype):
                 results[key] = self.task.evaluate(self.model, loader, split=key, result_dir=folder)
             seconds, number = time.perf_counter() - started, sum(loader.sizes) * dist.world_size()
             dist.on_main(partial(self._keep_predictions, key, step))
