@@ -135,7 +135,8 @@ def question_of_answer(samples: dict[str, Any], num_questions: int, num_answers:
     """
     n_answers = integers(samples, "n_answers", num_questions, "answers of each question", device)
     if n_answers.device.type == "cpu" and int(n_answers.sum()) != num_answers:
-        raise InputError(f"samples['answer']: {num_answers} texts were given for {int(n_answers.sum())} answers")
+        found = f"samples['n_answers']: {int(n_answers.sum())} answers in all"
+        raise InputError(f"{found}, but samples['answer'] has {num_answers} texts; give the number of each question's")
     ends = n_answers.cumsum(0)
     return torch.bucketize(torch.arange(num_answers, device=device), ends, right=True).clamp(max=num_questions - 1)
 
