@@ -14,7 +14,9 @@ from host_waits import DEVICE, simulated
 from tiny_trainings import RUN, SHAPES, SIZES, TRAININGS
 
 from lavis_lite.cli import main as cli
+from lavis_lite.common import transfer
 from lavis_lite.common.config.config import Config
+from lavis_lite.common.errors import NonFiniteLoss
 from lavis_lite.common.registry import registry
 from lavis_lite.models import load_model
 from lavis_lite.models.reranking import similarity_matrices
@@ -90,6 +92,17 @@ def test_a_step_waits_for_nothing(name: str, tmp_path: Path, monkeypatch: pytest
         cli.run(Config.from_file(path), StopSignals())
     assert waits.found == []
     assert waits.num_operations > 1000  # that the steps ran there
+
+
+def test_losses_are_read_late_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_loop, "MAX_UNREAD", 4)
+    guard, values = train_loop.FiniteGuard(), [1.0, float("nan"), 2.0]
+    with simulated(monkeypatch) as waits:
+        for step, value in enumerate(values):
+            guard.update(step, 0.5, ("loss",), transfer.upload(torch.tensor([value]), DEVICE))
+        assert waits.found == []
+        with pytest.raises(NonFiniteLoss, match=r"at step 2: loss nan; learning rate 0\.5"):
+            guard.update(3, 0.5, ("loss",), transfer.upload(torch.tensor([1.0]), DEVICE))
 
 
 @pytest.mark.gpu

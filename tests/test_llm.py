@@ -349,7 +349,7 @@ def test_known_padding_is_believed_on_a_gpu_and_read_on_a_cpu(family: str) -> No
     for device in (None, torch.device("cpu"), GPU):
         torch.manual_seed(2)
         with contextlib.nullcontext() if device is None else known_padding(True, device):
-            found.append(float(masked_loss(lm, is_padded=True)))
+            found.append(masked_loss(lm, is_padded=True).item())
     plain, on_cpu, on_gpu = found
     assert on_cpu == plain
     assert on_gpu != pytest.approx(plain, rel=1e-4)

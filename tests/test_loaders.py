@@ -327,3 +327,17 @@ def test_an_accelerator_copies_one_batch_ahead(monkeypatch: pytest.MonkeyPatch) 
             assert batch["id"].device == DEVICE
             assert (loader.seen, len(read)) == (2 * number, 2 * number + 2)
             assert batch["id"].tolist() == known["id"].tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_batches_that_are_copied_ahead_arrive_whole() -> None:
+    """Each batch is read by a kernel that runs while later ones are copied."""
+    run, device = run_config(batch_size_train=4), torch.device("cuda", 0)
+    expected = take(TrainLoader({"a": Noisy(40)}, run), 30)
+    found = []
+    for batch in islice(iter(TrainLoader({"a": Noisy(40)}, run, device=device)), 30):
+        torch.cuda._sleep(1_000_000)
+        found.append({key: value + 0 for key, value in batch.items()})
+    for own, other in zip(found, expected, strict=True):
+        assert all(torch.equal(own[key].cpu(), other[key]) for key in other)

@@ -34,6 +34,10 @@ REMEDY = (
 )
 
 
+MAX_UNREAD = 10_000
+"""Updates after which losses are read although no log line is due."""
+
+
 class FiniteGuard:
     """Stops a run at its first loss that is nan or infinite.
 
@@ -61,7 +65,7 @@ class FiniteGuard:
             self.losses = torch.where(self.is_good, losses, self.losses)
             self.is_good = self.is_good & torch.isfinite(losses[0])
             self.num_good = self.num_good + self.is_good
-        if losses.device.type == "cpu":
+        if losses.device.type == "cpu" or len(self.rates) >= MAX_UNREAD:
             self.check()
 
     def check(self) -> None:
