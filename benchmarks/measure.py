@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "A6000": 155.0}
-"""Dense bf16, by the vendor's data sheets, by a part of the GPU's name."""
-GIB = 2.0**30
+from lavis_lite.common.hardware import GIB
+
 HEADS = ("per s", "seconds", "GFLOP", "MFU", "GiB", "other per s", "GiB", "ratio", "of each turn")
 WIDTHS = (10, 9, 9, 7, 7, 13, 7, 7, 15)
 
@@ -156,17 +155,3 @@ def table(rows: Iterable[Row]) -> Iterator[str]:
 def shown(value: float | None, form: str) -> str:
     """Format a number, or a dash for None."""
     return "-" if value is None else f"{value:{form}}"
-
-
-def known_peak(name: str) -> float | None:
-    """Return the dense bf16 TFLOP/s of a GPU by its name; None if it is not in the table."""
-    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
-
-
-def process_peak_gib() -> float:
-    """Return the peak resident memory of this process so far."""
-    import resource  # not on Windows
-    import sys
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB

@@ -19,7 +19,9 @@ from typing import Any
 import torch
 import transformers
 from blip2_jobs import PARTS, all_jobs
-from measure import Row, known_peak, measure, process_peak_gib, table
+from measure import Row, measure, table
+
+from lavis_lite.common.hardware import known_peak, process_peak_gib
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -26,6 +26,7 @@ from ports import free_port
 from lavis_lite.cli import main as cli
 from lavis_lite.common import checkpoint
 from lavis_lite.common.registry import registry
+from lavis_lite.runners.speed import UNITS
 
 STEPS = 20
 RUN = {
@@ -152,7 +153,7 @@ class Round:
         for row in readable_rows(self.job / "log.txt"):  # of a step that was repeated, the later row counts
             if {"run", "speed", "result"} & row.keys():  # dates and times
                 continue
-            row.pop("samples_per_s", None)
+            row = {key: value for key, value in row.items() if key not in UNITS}
             found[f"log {row.get('split', 'train')} {row.get('step')}"] = row
         for path in sorted((self.job / "result").iterdir()):
             found[f"result {path.name}"] = path.read_text(encoding="utf-8")

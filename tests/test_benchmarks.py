@@ -271,3 +271,35 @@ def test_the_script_for_a_gpu_runs(tmp_path: Path):
     assert "1 passed" in (tmp_path / "gpu" / "checks.txt").read_text()
     assert len(json.loads((tmp_path / "gpu" / "blip2.json").read_text())["rows"]) == 8
     assert "ranking 128 of 3128 answers" in (tmp_path / "gpu" / "blip.txt").read_text()
+
+
+@pytest.fixture
+def long_run(throughput: ModuleType) -> ModuleType:
+    """The script, on the path that `throughput` set."""
+    return importlib.import_module("long_run")
+
+
+def test_growth_is_found(long_run: ModuleType):
+    """The first quarter may grow, as may what is within the tolerance."""
+    flat = [long_run.Sample(step, 100.0 + min(step, 4) * 50, 20, 5, 3) for step in range(16)]
+    assert long_run.growth(flat) == []
+    for name, leak in {"mib": 3.0, "files": 1, "threads": 1, "processes": 1}.items():
+        grown = [one._replace(**{name: getattr(one, name) + leak * one.step}) for one in flat]
+        (found,) = long_run.growth(grown)
+        assert found.startswith(f"{name}: "), found
+
+
+@pytest.mark.slow
+def test_a_long_run_is_watched(long_run: ModuleType, capsys: pytest.CaptureFixture[str]):
+    code = long_run.main(["--steps", "24", "--every", "2"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    rows = [line for line in lines if line[0].isdigit()]
+    assert len(rows) >= 4
+    assert all(float(mib.replace(",", "")) > 100 and int(files) > 3 for _, mib, files, *_ in rows)
+    assert code == (lines[-1][:2] != ["nothing", "grew"])
+
+
+def test_too_few_steps_are_refused(long_run: ModuleType, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        long_run.main(["--steps", "10", "--every", "5"])
+    assert "at least 4 times" in capsys.readouterr().err

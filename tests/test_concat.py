@@ -31,7 +31,14 @@ def sampler(*, rank: int = 0, world: int = 1, batch_size: int = 4) -> TrainSampl
 
 
 def run_config(**changes: Any) -> SimpleNamespace:
-    fields = {"batch_size_train": 4, "accum_grad_iters": 1, "num_workers": 0, "seed": 7, "mixing": "concat"}
+    fields = {
+        "batch_size_train": 4,
+        "accum_grad_iters": 1,
+        "num_workers": 0,
+        "prefetch_factor": None,
+        "seed": 7,
+        "mixing": "concat",
+    }
     fields |= {"max_unreadable_share": 0.0, "train_dataset_sampling": "size"}
     fields |= {"train_dataset_factors": None, "train_dataset_ratios": None}
     return SimpleNamespace(**{**fields, **changes})

@@ -365,7 +365,7 @@ def test_any_text_in_text_processors(text: str) -> None:
 def test_any_text_in_tokenizers(texts: list[str], max_length: int | None) -> None:
     for tokenizer in TOKENIZERS:
         is_text = not any("\ud800" <= character <= "\udfff" for text in texts for character in text)
-        tokens = outcome(lambda tokenizer=tokenizer: tokenize(tokenizer, texts, max_length=max_length, device="cpu"))
+        tokens = outcome(lambda tokenizer=tokenizer: tokenize(tokenizer, texts, max_length=max_length))
         assert (tokens is not None) == is_text
         assert tokens is None or tokens[0].shape == tokens[1].shape == (len(texts), tokens[0].shape[1])
 

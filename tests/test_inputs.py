@@ -180,6 +180,7 @@ def test_good_samples_are_answered(arch: str, method: str) -> None:
         ("blip_retrieval", "image_id", ["a", "b"], ("2 integers",)),
         ("blip2", "image_id", [1, 2, 3], ("2 integers",)),
         ("blip_vqa", "n_answers", None, ("missing",)),
+        ("blip_vqa", "n_answers", torch.tensor([1, 2]), ("3 answers in all", "has 2 texts")),
         ("blip_vqa", "answer", None, ("missing",)),
         ("blip_vqa", "weight", None, ("missing",)),
         ("blip_vqa", "answer", ["red", None], ("[1] is None",)),

@@ -1,5 +1,6 @@
-"""Language models behind one face, against transformers' own generation and forward passes; what loading refuses."""
+"""Language models behind one interface, against transformers' own generation and forward passes; what loading refuses."""
 
+import contextlib
 import json
 import shutil
 import sys
@@ -34,6 +35,7 @@ from lavis_lite.nn.attention import KeyValueCache
 from lavis_lite.nn.decoding import DecodingConfig, GenerationConfig, decode
 from lavis_lite.nn.llm import LLMAdapter
 from lavis_lite.nn.llm_loading import load_language_model
+from lavis_lite.nn.llm_masks import full_lengths, known_padding
 from lavis_lite.nn.llm_sources import PACKAGED
 from lavis_lite.nn.quantization import quantized_layers, saved_by_quantization
 
@@ -658,3 +660,45 @@ def test_adapters_on_quantized_weights_are_trained(quantization: str) -> None:
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert gradients
     assert all("lora_" in name and gradient is not None for name, gradient in gradients.items())
+
+
+# masks of known padding
+
+
+GPU = torch.device("cuda", 0)
+"""Of a device whose values take a wait to read: known padding then replaces them, also for these CPU tensors."""
+
+
+def masked_loss(lm: LLMAdapter, *, is_padded: bool) -> Tensor:
+    embeds, mask, labels = torch.randn(3, 7, lm.width), torch.ones(3, 7, dtype=torch.long), torch.arange(12).view(3, 4)
+    mask[1, -2:] = 0 if is_padded else 1
+    return lm.loss(embeds, mask, labels + 4)
+
+
+@pytest.mark.parametrize("is_padded", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_masks_of_known_padding_give_the_same_loss(family: str, is_padded: bool) -> None:
+    lm = adapter(random_model(family))
+    torch.manual_seed(2)
+    expected = masked_loss(lm, is_padded=is_padded)
+    torch.manual_seed(2)
+    with known_padding({7: not is_padded, 4: True}, GPU):
+        torch.testing.assert_close(masked_loss(lm, is_padded=is_padded), expected)
+
+
+@pytest.mark.parametrize("family", ["opt", "llama", "t5"])
+def test_known_padding_is_believed_on_a_gpu_and_read_on_a_cpu(family: str) -> None:
+    lm, found = adapter(random_model(family)), []
+    for device in (None, torch.device("cpu"), GPU):
+        torch.manual_seed(2)
+        with contextlib.nullcontext() if device is None else known_padding(True, device):
+            found.append(masked_loss(lm, is_padded=True).item())
+    plain, on_cpu, on_gpu = found
+    assert on_cpu == plain
+    assert on_gpu != pytest.approx(plain, rel=1e-4)
+
+
+def test_lengths_that_two_masks_share_are_full_if_both_are() -> None:
+    full, padded = torch.ones(2, 4), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    assert full_lengths((full, 3), (padded, 0)) == {7: True, 4: False}
+    assert full_lengths((full, 0), (padded, 0)) == {4: False}

@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from host_waits import DEVICE, simulated
 from torch.utils.data import Dataset
 
 from lavis_lite.common.errors import UnreadableSample
+from lavis_lite.common.transfer import to_device
 from lavis_lite.datasets.base import BaseDataset
-from lavis_lite.runners.loaders import EvalLoader, TrainLoader, eval_sets, to_device, train_sets
+from lavis_lite.runners.loaders import EvalLoader, TrainLoader, eval_sets, train_sets
 from lavis_lite.runners.sampling import TrainSampler
+from lavis_lite.runners.workers import loader_workers
 
 
 class Noisy(Dataset):
@@ -44,6 +47,7 @@ def run_config(**changes: Any) -> SimpleNamespace:
         "accum_grad_iters": 1,
         "batch_size_eval": 4,
         "num_workers": 0,
+        "prefetch_factor": None,
         "seed": 7,
         "mixing": "per_step",
         "train_dataset_sampling": "size",
@@ -286,3 +290,54 @@ def test_the_rest_of_an_epoch_is_another_in_each() -> None:
     epochs = [ids(batches[start : start + 2]) for start in range(0, 40, 2)]
     assert all(len(set(epoch)) == 8 for epoch in epochs)
     assert set().union(*epochs) == set(range(11))
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "workers"), [(2, 1, 1), (1, 1, 1), (16, 1, 15), (16, 4, 3), (64, 2, 16), (4, 8, 1)]
+)
+def test_workers_are_chosen_from_the_cores(
+    monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, workers: int
+) -> None:
+    monkeypatch.setattr("lavis_lite.runners.workers.num_cores", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert loader_workers(run_config(num_workers="auto")) == workers
+    assert loader_workers(run_config(num_workers=3)) == 3
+
+
+@pytest.mark.parametrize(("workers", "given", "factor"), [(0, 5, None), (1, 5, 5), (1, None, 2)])
+def test_workers_read_ahead_as_far_as_they_are_told(workers: int, given: int | None, factor: int | None) -> None:
+    run = run_config(num_workers=workers, prefetch_factor=given)
+    for loader in (TrainLoader({"a": Noisy(8)}, run), EvalLoader(Noisy(8), run)):
+        assert loader.loader.prefetch_factor == factor
+
+
+def test_an_accelerator_copies_one_batch_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches are the same; what is read ahead does not count as seen."""
+    run = run_config(batch_size_train=2)
+    expected = take(TrainLoader({"a": Noisy(6)}, run), 4)
+    data = Noisy(6)
+    read: list[int] = []
+    plain = Noisy.__getitem__
+    monkeypatch.setattr(Noisy, "__getitem__", lambda self, index: read.append(index) or plain(self, index))
+    with simulated(monkeypatch):
+        loader = TrainLoader({"a": data}, run, device=DEVICE)
+        batches = iter(loader)
+        for number, known in enumerate(expected, start=1):
+            batch = next(batches)
+            assert batch["id"].device == DEVICE
+            assert (loader.seen, len(read)) == (2 * number, 2 * number + 2)
+            assert batch["id"].tolist() == known["id"].tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_batches_that_are_copied_ahead_arrive_whole() -> None:
+    """Each batch is read by a kernel that runs while later ones are copied."""
+    run, device = run_config(batch_size_train=4), torch.device("cuda", 0)
+    expected = take(TrainLoader({"a": Noisy(40)}, run), 30)
+    found = []
+    for batch in islice(iter(TrainLoader({"a": Noisy(40)}, run, device=device)), 30):
+        torch.cuda._sleep(1_000_000)
+        found.append({key: value + 0 for key, value in batch.items()})
+    for own, other in zip(found, expected, strict=True):
+        assert all(torch.equal(own[key].cpu(), other[key]) for key in other)

@@ -53,12 +53,13 @@ def test_meta_counts_what_a_language_model_keeps(arch: str) -> None:
     assert memory.saved_bytes(build_without_weights(section(arch)), batch, dtype=torch.float32) == expected
 
 
-@pytest.mark.parametrize("name", ["caption", "pretrain", "retrieval"])
+@pytest.mark.parametrize("name", ["caption", "pretrain", "retrieval", "vqa_rank"])
 def test_meta_counts_what_real_tensors_keep(tmp_path: Path, name: str) -> None:
     cfg = Config.from_file(project(tmp_path, name))
     model, size = build_without_weights(cfg.model), model_setting(cfg.model, "image_size")
     batch: dict[str, Any] = {"image": torch.zeros(2, 3, size, size), "text_input": ["a red circle"] * 2}
     batch["image_id"] = torch.tensor([1, 2])
+    batch |= {"answer": ["red", "two", "a"], "weight": torch.ones(3), "n_answers": torch.tensor([2, 1])}
     real = build_model(registry.get_model_class(cfg.model["arch"]), _arguments(cfg))
     meta = {key: value.to("meta") if torch.is_tensor(value) else value for key, value in batch.items()}
     expected = memory.saved_bytes(real, batch, dtype=torch.float32)
@@ -69,7 +70,7 @@ def _arguments(cfg: Config) -> dict[str, Any]:
     return {key: value for key, value in cfg.model.items() if key not in MODEL_KEYS}
 
 
-@pytest.mark.parametrize("arch", ["blip2", "blip2_opt", "blip2_vicuna_instruct"])
+@pytest.mark.parametrize("arch", ["blip2", "blip2_opt", "blip2_t5", "blip2_vicuna_instruct"])
 def test_blip2_is_counted(arch: str) -> None:
     cfg = section(arch)
     size = model_setting(cfg, "image_size")

@@ -4,10 +4,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from transformers import BertTokenizer
 
 from lavis_lite.common.prompts import without_false_spaces
-from lavis_lite.models import captions, tokenizers
+from lavis_lite.models import captions
 from lavis_lite.nn.decoding import Decoded
 
 TEXTS = (
@@ -48,7 +49,7 @@ def test_spaces_that_the_text_may_have_had_stay(text: str) -> None:
 def test_generated_captions_have_no_false_spaces(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the captioners' own way, behind a prompt that is cut off again."""
     model = SimpleNamespace(tokenizer=tokenizer, decoder_start=tokenizer.bos_token_id, step=lambda context: None)
-    model.tokenize = lambda texts, **options: tokenizers.tokenize(tokenizer, texts, **options)
+    model.device = torch.device("cpu")
     written = tokenizer([f"一只 {TEXTS[0]}", f"一只 {TEXTS[4]}"], padding=True, return_tensors="pt").input_ids
     monkeypatch.setattr(captions, "decode", lambda step, ids, config: Decoded(written))
     told = captions.CaptionModel._continuations(model, "一只", None, 2, None)  # type: ignore[arg-type]

@@ -601,7 +601,7 @@ def test_guard_names_the_first_bad_step_when_asked_late() -> None:
     guard = FiniteGuard()
     guard.check = lambda: None
     for step, value in enumerate([1.0, 2.0, math.inf, math.nan, 3.0]):
-        guard.update(step, 0.5, {"loss": torch.tensor(value), "loss_itm": torch.tensor(step)})
+        guard.update(step, 0.5, ("loss", "loss_itm"), torch.tensor([value, step]))
     with pytest.raises(NonFiniteLoss, match=r"step 3: loss inf, loss_itm 2; learning rate 0\.5"):
         FiniteGuard.check(guard)
 
@@ -626,7 +626,7 @@ def test_progress_elsewhere(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
         ["epoch 2", "step 8/10"],
         ["epoch 2", "step 10/10"],
     ]
-    assert all("lr " in line and "samples_per_s " in line and "loss " in line for line in lines)
+    assert all("lr " in line and " samples/s " in line and "loss " in line for line in lines)
 
 
 def test_json_log_survives_a_torn_line(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import fsspec
 import pytest
 import shard_helpers
 import torch
+from host_waits import DEVICE, simulated
 from test_loaders import Noisy, run_config
 
 from lavis_lite.common import checkpoint
@@ -190,6 +191,19 @@ def test_a_loader_continues_after_the_batch_that_training_took(
             second = make()
             second.streams["web"].load_state_dict(state)
             cli_helpers.assert_same_state(whole[taken:], list(islice(iter(second), 12 - taken)))
+
+
+def test_what_is_copied_ahead_does_not_count_as_taken(shards: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_config(num_workers=0, batch_size_train=3)
+    whole = loaded_numbers(list(islice(iter(TrainLoader({"web": stream(shards)}, run)), 9)))
+    with simulated(monkeypatch):
+        first = TrainLoader({"web": stream(shards)}, run, device=DEVICE)
+        batches = iter(first)
+        taken = loaded_numbers([next(batches) for _ in range(4)])
+        state = first.streams["web"].state_dict()
+    second = TrainLoader({"web": stream(shards)}, run)
+    second.streams["web"].load_state_dict(state)
+    assert taken + loaded_numbers(list(islice(iter(second), 5))) == whole
 
 
 def test_processes_and_workers_have_shards_of_their_own(shards: list[Path]) -> None:

@@ -94,10 +94,6 @@ def saved_bytes(model: nn.Module, batch: Mapping[str, Any], *, dtype: torch.dtyp
     """Return the bytes that autograd keeps of a forward pass in training, the model's own tensors apart."""
     model = copy.deepcopy(model).to(dtype).train()
     own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-    for name, buffer in list(model.named_buffers()):
-        if buffer.numel() == 1 and not buffer.is_floating_point():  # a queue's position, which is read
-            place, _, last = name.rpartition(".")
-            model.get_submodule(place).register_buffer(last, torch.zeros_like(buffer, device="cpu"))
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.set_attn_implementation("eager")  # others look whether a mask is all ones

@@ -85,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of what `train --data` adds; other arguments are those of `train`."""
     p = argparse.ArgumentParser(
         description="Finetune a model on your own data. Writes the YAML that it trains by to OUT/train.yaml.",
-        epilog="Further options are those of `train`: --options, --job-id, --resume auto, --dry-run.",
+        epilog="Further options are those of `train`: --options, --job-id, --resume auto, --profile, --dry-run.",
         allow_abbrev=False,
     )
     text = (

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from lavis_lite.common import dist
+from lavis_lite.common.transfer import upload
 
 logger = logging.getLogger(__name__)
 
@@ -123,37 +124,54 @@ class TensorBoardLog:
             self.writer.close()
 
 
+def row_of(values: Mapping[str, torch.Tensor | float]) -> torch.Tensor:
+    """Return scalars of one device as one float64 vector; nothing waits for the device."""
+    return torch.stack([torch.as_tensor(value).detach().reshape(()) for value in values.values()]).double()
+
+
 class MetricLogger:
-    """Named means since the last `drain`, over the steps and then over the ranks; summed on the device in float64."""
+    """Named means since the last `drain`, over the steps and then over the ranks; summed on the device in float64.
+
+    Values that are updated together are one vector, so that a step costs one addition.
+    """
 
     def __init__(self) -> None:
-        self.totals: dict[str, torch.Tensor] = {}
+        self.sums: dict[tuple[str, ...], torch.Tensor] = {}
         self.counts: Counter[str] = Counter()
+        self.restored: dict[str, float] = {}
+        """Totals from a checkpoint of names that have not been updated since."""
 
     def update(self, **values: torch.Tensor | float) -> None:
         """Add one scalar to each named series; no synchronisation with the device."""
-        for name, value in values.items():
-            value = torch.as_tensor(value).detach().double().reshape(())
-            self.totals[name] = self.totals[name] + value if name in self.totals else value
-            self.counts[name] += 1
+        self.add(tuple(values), row_of(values))
+
+    def add(self, names: tuple[str, ...], row: torch.Tensor) -> None:
+        """Add a step's `row_of` values to the series of these names."""
+        if names not in self.sums:
+            start = torch.tensor([self.restored.pop(name, 0.0) for name in names], dtype=torch.float64)
+            self.sums[names] = upload(start, row.device)
+        self.sums[names] = self.sums[names] + row
+        self.counts.update(names)
 
     def drain(self) -> dict[str, float]:
         """Return the mean of each series, and empty them. Every rank must call it, with the same names."""
         means = {name: total / count for name, (total, count) in self.state_dict().items()}
-        self.totals.clear()
+        self.sums.clear()
         self.counts.clear()
+        self.restored.clear()
         return means
 
     def state_dict(self) -> dict[str, tuple[float, int]]:
         """Return total and count of each series, the total as a mean over the ranks; every rank must call it."""
-        if not self.totals:
-            return {}
-        totals = dist.all_reduce_mean(torch.stack(list(self.totals.values()))).tolist()
-        return {name: (total, self.counts[name]) for name, total in zip(self.totals, totals, strict=True)}
+        names = [name for together in self.sums for name in together]
+        found = dist.all_reduce_mean(torch.cat(list(self.sums.values()))).tolist() if names else []
+        totals = dict.fromkeys(names, 0.0) | self.restored
+        for name, total in zip(names, found, strict=True):
+            totals[name] += total
+        return {name: (total, self.counts[name]) for name, total in totals.items()}
 
-    def load_state_dict(self, state: Mapping[str, tuple[float, int]], *, device: torch.device) -> None:
+    def load_state_dict(self, state: Mapping[str, tuple[float, int]]) -> None:
         """Continue from what `state_dict` returned, on every rank, whatever their number was then."""
-        self.totals = {
-            name: torch.tensor(total, dtype=torch.float64, device=device) for name, (total, _) in state.items()
-        }
+        self.sums.clear()
+        self.restored = {name: total for name, (total, _) in state.items()}
         self.counts = Counter({name: count for name, (_, count) in state.items()})

@@ -20,6 +20,7 @@ from lavis_lite.common.errors import InputError
 from lavis_lite.common.optim import parameter_groups
 from lavis_lite.common.registry import registry
 from lavis_lite.common.sources import weights
+from lavis_lite.common.transfer import upload
 from lavis_lite.models.hf import HFAdapter
 from lavis_lite.models.inputs import image_of
 from lavis_lite.models.tokenizers import tokenize
@@ -82,6 +83,8 @@ class BaseModel(nn.Module):
     """Training reads the text to generate for `text_input`, a question or instruction: `text_output` or `answer`."""
     takes_video: ClassVar[bool] = True
     """`image` may be a video (B,3,F,H,W)."""
+    num_text_tokens: int = 0
+    """Tokens of all texts that were tokenised so far, without padding."""
     reports_num_labels: ClassVar[bool] = False
     """The loss is a language model's, a mean over labels whose number the output has as `num_labels`."""
 
@@ -99,9 +102,15 @@ class BaseModel(nn.Module):
         self, texts: Sequence[str], *, start: int | None = None, max_length: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return the text transformer's ids and mask (B,T), padded to the longest; `start` replaces [CLS], `max_length`
-        truncates.
+        truncates. Does not wait for the device.
         """
-        return tokenize(self.tokenizer, texts, start=start, max_length=max_length, device=self.device)
+        ids, mask = tokenize(self.tokenizer, texts, start=start, max_length=max_length)
+        return self.upload_texts(ids, mask)
+
+    def upload_texts(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ids and mask (B,T) from the CPU on the model's device, and count the tokens."""
+        self.num_text_tokens += int(mask.sum())
+        return upload(ids, self.device), upload(mask, self.device)
 
     @property
     def decoder_start(self) -> int:

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from lavis_lite.common.prompts import without_false_spaces
+from lavis_lite.common.transfer import upload
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.inputs import optional_texts
+from lavis_lite.models.tokenizers import tokenize
 from lavis_lite.nn.attention import CrossAttentionKV, KeyValueCache
 from lavis_lite.nn.decoding import DecodingConfig, GenerationConfig, ScoredText, Step, check_prompt, decode
 
@@ -46,7 +48,7 @@ class CaptionModel(BaseModel):
         captions: dict[int, list[str | ScoredText]] = {}
         for prompt in dict.fromkeys(prompts):  # texts of a batch must not be padded
             rows = [row for row, other in enumerate(prompts) if other == prompt]
-            own = context if len(rows) == len(prompts) else context.select(torch.tensor(rows, device=self.device))
+            own = context if len(rows) == len(prompts) else context.select(upload(torch.tensor(rows), self.device))
             written = self._continuations(prompt, own, len(rows), config)
             each = len(written) // len(rows)
             captions |= {row: written[i * each : (i + 1) * each] for i, row in enumerate(rows)}
@@ -55,9 +57,9 @@ class CaptionModel(BaseModel):
     def _continuations(
         self, prompt: str, context: Context, count: int, config: DecodingConfig
     ) -> list[str | ScoredText]:
-        ids = self.tokenize([prompt] * count, start=self.decoder_start)[0][:, :-1]
+        ids = tokenize(self.tokenizer, [prompt] * count, start=self.decoder_start)[0][:, :-1]
         start: Any = self.tokenizer.decode(ids[0], skip_special_tokens=True)  # as it appears in the decoded texts
-        decoded = decode(self.step(context), ids, config)
+        decoded = decode(self.step(context), upload(ids, self.device), config)
         texts = self.tokenizer.batch_decode(decoded.ids, skip_special_tokens=True)
         return decoded.with_scores([without_false_spaces(text.removeprefix(start).strip()) for text in texts])
 

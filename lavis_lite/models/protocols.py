@@ -12,6 +12,16 @@ from torch import Tensor
 
 
 @runtime_checkable
+class CountsTokens(Protocol):
+    """A model that counts the tokens of the texts that it reads (`tokens_per_s` of the log)."""
+
+    @property
+    def num_text_tokens(self) -> int:
+        """Tokens of all texts that were tokenised so far, without padding."""
+        ...
+
+
+@runtime_checkable
 class Generates(Protocol):
     """A model that writes texts about images (task `captioning`, and `instruct` without candidates)."""
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from lavis_lite.common import dist
 from lavis_lite.common.bounds import check_number
 from lavis_lite.common.progress import progress
+from lavis_lite.common.transfer import upload
 from lavis_lite.models.batches import in_compute_type, stack_texts, trimmed
 from lavis_lite.models.image_text import ImageTextModel
 
@@ -57,13 +58,15 @@ def similarity_matrices(model: ImageTextModel, loader: GalleryLoader, k_test: in
     wanted_i2t = top_mask(sims, min(k_test, num_texts))
     wanted_t2i = top_mask(sims.t(), min(k_test, num_images)).t()
     scores = torch.full((len(index), num_texts), UNRANKED, device=model.device)
-    ids, mask = stack_texts(*texts)
+    wanted = (wanted_i2t | wanted_t2i).cpu()
+    ids, mask = (part.cpu() for part in stack_texts(*texts))  # chosen there, so that no image waits for the one before
     for row, image in enumerate(progress(index.tolist(), len(index), name="re-ranking")):
-        columns = (wanted_i2t[image] | wanted_t2i[image]).nonzero().squeeze(1)
-        context = model.project_kv(tokens[row][None].to(model.device))
-        for part in columns.split(TEXTS_PER_STEP):
-            logits = model.matching_logits(*trimmed((ids[part], mask[part])), context)
-            scores[row, part] = logits[:, 1].float() + sims[image, part]
+        context = model.project_kv(upload(tokens[row][None], model.device))
+        for part in wanted[image].nonzero().squeeze(1).split(TEXTS_PER_STEP):
+            own = (part, *trimmed((ids[part], mask[part])))
+            columns, own_ids, own_mask = (upload(tensor, model.device) for tensor in own)
+            logits = model.matching_logits(own_ids, own_mask, context)
+            scores[row, columns] = logits[:, 1].float() + sims[image, columns]
     scores = whole_rows(scores, index, num_images)
     unranked = torch.full_like(scores, UNRANKED)
     return (
@@ -85,7 +88,7 @@ def compare_images(
         tokens_BSE, image_feat = model.image_features(model.checked_image(batch, answering=True).to(model.device))
         if keep_tokens:
             tokens += in_compute_type(tokens_BSE).cpu().unbind()
-        index.append(torch.as_tensor(batch["index"], device=model.device))
+        index.append(upload(torch.as_tensor(batch["index"]), model.device))
         sims.append(model.full_similarity(image_feat, text_feat))
     return tokens, torch.cat(index), torch.cat(sims)
 

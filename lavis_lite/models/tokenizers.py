@@ -7,7 +7,6 @@ import logging
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
@@ -136,10 +135,9 @@ def tokenize(
     *,
     start: int | None = None,
     max_length: int | None = None,
-    device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return ids and mask (B,T), padded to the longest text; `start` replaces [CLS]; `max_length` truncates. ValueError
-    as `checked_texts`.
+    """Return ids and mask (B,T) on the CPU, padded to the longest text; `start` replaces [CLS], `max_length` truncates.
+    ValueError as `checked_texts`.
     """
     tokens = tokenizer(
         checked_texts(texts),
@@ -148,7 +146,7 @@ def tokenize(
         max_length=max_length,
         return_tensors="pt",
         verbose=False,  # the warning would be about another model's number of positions
-    ).to(device)
+    )
     ids, mask = tokens.input_ids, tokens.attention_mask
     if start is not None:
         ids[:, 0] = start

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lavis_lite.common.bounds import MAX_TOKENS, Bounds, check_number
 from lavis_lite.common.errors import InputError, InputTypeError
+from lavis_lite.nn.sampling import draw
 
 ALIASES = {
     "max_len": "max_length",
@@ -39,6 +40,8 @@ BOUNDS: dict[str, Bounds] = {
     "length_penalty": (-1000.0, 1000.0),
 }
 """Least and largest value of each setting; between two integers only whole numbers are allowed."""
+READ_EVERY = 8
+"""Tokens between two looks at a GPU whether all texts have ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,8 +199,17 @@ def process_scores(scores_NV: Tensor, ids_NL: Tensor, config: DecodingConfig) ->
         used = torch.where(used < 0, used * config.repetition_penalty, used / config.repetition_penalty)
         scores_NV = scores_NV.scatter(1, ids_NL, used)
     if ids_NL.shape[1] < config.min_length:
-        scores_NV = scores_NV.index_fill(1, torch.tensor([config.eos_id], device=scores_NV.device), -torch.inf)
+        scores_NV = scores_NV.clone()
+        scores_NV[:, config.eos_id] = -torch.inf
     return scores_NV
+
+
+def may_read(num_written: int, device: torch.device) -> bool:
+    """Return whether to look if all texts have ended: on a CPU after each token, else after every `READ_EVERY`-th.
+
+    Reading waits for the device, and tokens after the end change nothing.
+    """
+    return device.type == "cpu" or num_written % READ_EVERY == 0
 
 
 def greedy_or_sample(step: Step, prompt_BL: Tensor, config: DecodingConfig) -> Decoded:
@@ -208,6 +220,7 @@ def greedy_or_sample(step: Step, prompt_BL: Tensor, config: DecodingConfig) -> D
         logits, cache = logits.repeat_interleave(config.num_captions, 0), cache.expand(config.num_captions)
         ids = ids.repeat_interleave(config.num_captions, 0)
     running = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+    width = torch.full((), ids.shape[1], device=ids.device)  # up to the last text's end
     sums = torch.zeros(len(ids), device=ids.device)
     lengths = torch.full_like(sums, ids.shape[1])
     while True:
@@ -220,12 +233,14 @@ def greedy_or_sample(step: Step, prompt_BL: Tensor, config: DecodingConfig) -> D
             log_probs = F.log_softmax(logits.float(), dim=-1).gather(1, token[:, None])[:, 0]
             sums = sums + torch.where(running, log_probs, 0.0)
         token = torch.where(running, token, config.pad_id)
-        ids = torch.cat([ids, token[:, None]], dim=1)
+        ids, width = torch.cat([ids, token[:, None]], dim=1), width + running.any()
         running = running & (token != config.eos_id)
         if config.return_scores:
             lengths = lengths + running
-        if ids.shape[1] >= config.max_length or not running.any():
-            return Decoded(ids, sums / lengths**config.length_penalty if config.return_scores else None)
+        num_written = ids.shape[1] - prompt_BL.shape[1]
+        if ids.shape[1] >= config.max_length or (may_read(num_written, ids.device) and not running.any()):
+            own_scores = sums / lengths**config.length_penalty if config.return_scores else None
+            return Decoded(ids[:, : int(width)], own_scores)
         logits, cache = step(token[:, None], cache, ids.shape[1])
 
 
@@ -233,8 +248,8 @@ def sample_nucleus(scores_NV: Tensor, top_p: float, temperature: float) -> Tenso
     """Draw one token per row (N,) from the smallest set of likeliest tokens whose probability reaches top_p."""
     probabilities, order = (scores_NV / temperature).softmax(-1).sort(dim=-1, descending=True)
     before = probabilities.cumsum(-1) - probabilities
-    drawn = torch.multinomial(probabilities.masked_fill(before >= top_p, 0.0), 1)
-    return order.gather(1, drawn).squeeze(1)
+    drawn = draw(probabilities.masked_fill(before >= top_p, 0.0))
+    return order.gather(1, drawn[:, None]).squeeze(1)
 
 
 def beam_search(step: Step, prompt_BL: Tensor, config: DecodingConfig) -> Decoded:
@@ -247,7 +262,8 @@ def beam_search(step: Step, prompt_BL: Tensor, config: DecodingConfig) -> Decode
         scores = process_scores(F.log_softmax(logits.float(), dim=-1), state.ids.flatten(0, 1), config)
         row = state.advance(scores.view(num_texts, beams, -1))
         length = state.ids.shape[2]
-        if length >= config.max_length or bool(state.done.all()):
+        num_written = length - prompt_BL.shape[1]
+        if length >= config.max_length or (may_read(num_written, state.ids.device) and bool(state.done.all())):
             return state.finish()
         cache = cache.select(row)
         logits, cache = step(state.ids[:, :, -1].reshape(-1, 1), cache, length)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lavis_lite.common.precision import without_autocast
+from lavis_lite.nn.sampling import draw
 
 IGNORED = -100
 """Label of tokens that are not predicted."""
@@ -90,14 +91,14 @@ def same_id_targets(ids_B: Tensor, all_ids_N: Tensor) -> Tensor:
 def draw_negatives(weights_BN: Tensor, is_positive_BN: Tensor) -> Tensor:
     """Draw one hard negative per row (B,), by weight, among the columns that are not positives.
 
-    One batched draw, no synchronisation. Where all negatives have weight 0 they are drawn uniformly. A row of positives
-    only (a batch of one image) has no negative: any column is drawn, and the pair's label is wrong.
+    One batched draw, for which nothing waits. Where all negatives have weight 0 they are drawn uniformly. A row of
+    positives only (a batch of one image) has no negative: any column is drawn, and the pair's label is wrong.
     """
     negative = ~is_positive_BN
     weights = weights_BN.masked_fill(is_positive_BN, 0.0)
     weights = torch.where(weights.sum(dim=1, keepdim=True) > 0, weights, negative.to(weights.dtype))
     weights = torch.where(negative.any(dim=1, keepdim=True), weights, torch.ones_like(weights))
-    return torch.multinomial(weights, 1).squeeze(1)
+    return draw(weights)
 
 
 def negative_weights(logits_BN: Tensor, is_positive_BN: Tensor) -> Tensor:

@@ -30,16 +30,15 @@ def update_momentum(pairs: Iterable[ModulePair], momentum: float) -> None:
 
 @torch.no_grad()
 def enqueue(queues: Sequence[tuple[Tensor, Tensor]], pointer: Tensor) -> None:
-    """Overwrite the oldest columns of each queue (E,Q) with new columns (E,N) and advance the shared pointer (1,).
+    """Overwrite the oldest columns of each queue (E,Q) with new columns (E,N) and advance the shared pointer (1,). Does
+    not wait for the device.
 
     Columns wrap round the queue's end: a loaded pointer need not be a multiple of this run's batch.
     """
-    start = int(pointer)
+    size, new = queues[0][0].shape[1], queues[0][1].shape[1]
+    if new > size:
+        raise InputError(f"model.queue_size: {size} is less than the global batch of {new}; raise it, or set 0")
+    places = (pointer + torch.arange(new, device=pointer.device)) % size
     for queue, columns in queues:
-        size, new = queue.shape[1], columns.shape[1]
-        if new > size:
-            raise InputError(f"model.queue_size: {size} is less than the global batch of {new}; raise it, or set 0")
-        at_end = min(new, size - start)
-        queue[:, start : start + at_end] = columns[:, :at_end]
-        queue[:, : new - at_end] = columns[:, at_end:]
-        pointer[0] = (start + new) % size
+        queue.index_copy_(1, places, columns.to(queue.dtype))
+    pointer.add_(new).remainder_(size)

@@ -8,11 +8,24 @@ from lavis_lite.report.figures import Figure, Points, curve
 from lavis_lite.report.jobs import Job
 
 MAX_METRICS = 8
-UNITS = {"lr": "learning rate", "samples_per_s": "images per second", "max_memory_gb": "GB", "loss": "loss"}
+UNITS = {
+    "lr": "learning rate",
+    "samples_per_s": "images per second",
+    "tokens_per_s": "tokens per second",
+    "data_wait": "share of the time",
+    "mfu": "share of the peak",
+    "max_memory_gb": "GB",
+    "max_resident_gb": "GB",
+    "loss": "loss",
+}
 TITLES = {
     "lr": "Learning rate",
     "samples_per_s": "Speed of training",
+    "tokens_per_s": "Tokens read",
+    "data_wait": "Waiting for data",
+    "mfu": "Model FLOPs utilisation",
     "max_memory_gb": "Memory of the accelerator",
+    "max_resident_gb": "Main memory",
     "grad_norm": "Norm of the gradient",
 }
 TOGETHER: dict[str, tuple[str, ...]] = {

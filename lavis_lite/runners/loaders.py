@@ -17,13 +17,17 @@ from lavis_lite.common.config.run import RunConfig
 from lavis_lite.common.errors import InputError, UnreadableSample
 from lavis_lite.common.progress import progress
 from lavis_lite.common.rng import preserve_rng_state, seed_sample
+from lavis_lite.common.transfer import pins_memory, to_device
 from lavis_lite.datasets.base import BaseDataset
 from lavis_lite.datasets.protocols import EvalDataset, SampleDataset
 from lavis_lite.datasets.streams import StreamDataset
+from lavis_lite.runners.ahead import on_device
 from lavis_lite.runners.mixing import check_mixable, join_batches, missing_keys, with_own_image_id
+from lavis_lite.runners.profiling import StepProfiler
 from lavis_lite.runners.sampling import Key, make_sampler
 from lavis_lite.runners.stopping import ignore_stop_signals, signals_blocked
-from lavis_lite.runners.streaming import Batch, StreamLoader, describe_streams
+from lavis_lite.runners.streaming import Batch, Item, StreamLoader, describe_streams
+from lavis_lite.runners.workers import worker_options
 from lavis_lite.tasks.base import check_splits
 
 logger = logging.getLogger(__name__)
@@ -76,18 +80,25 @@ class SeededDatasets(Dataset[Batch]):
 
 
 class TrainLoader:
-    """Endless training batches of this rank, on the CPU: `run.accum_grad_iters` of them for each step.
+    """Endless training batches of this rank, on `device`: `run.accum_grad_iters` of them for each step.
 
     `seen` and `unreadable` count this rank's samples. `left_out` has the keys that mixed batches do without, and the
-    datasets that lack them. `pin` puts batches into pinned memory.
+    datasets that lack them.
 
     Raises:
         InputError: as `make_sampler` and `describe_streams`; or datasets that are mixed within batches do not fit.
     """
 
     def __init__(
-        self, datasets: Mapping[str, SampleDataset], run: RunConfig, *, rank: int = 0, world: int = 1, pin: bool = False
+        self,
+        datasets: Mapping[str, SampleDataset],
+        run: RunConfig,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | str = "cpu",
     ) -> None:
+        self.device = torch.device(device)
         lengths = {name: len(dataset) for name, dataset in datasets.items()}
         streams = describe_streams(datasets, run, world=world)
         self.sampler = make_sampler(run, lengths, rank=rank, world=world, streams=streams)
@@ -98,7 +109,8 @@ class TrainLoader:
         self.window = min(SHARE_WINDOW, sum(self.sampler.lengths.values()) // world)
         self.seen = self.unreadable = 0
         reader = SeededDatasets(datasets, skip_unreadable=self.max_share > 0, keys=keys)
-        options = {"num_workers": run.num_workers, "pin_memory": pin, "batch_sampler": self.sampler}
+        pin = pins_memory(self.device)
+        options = {"pin_memory": pin, "batch_sampler": self.sampler, **worker_options(run)}
         self.loader = _data_loader(reader, seed=run.seed, **options)
         self.streams = {
             name: StreamLoader(name, dataset, run, number=reader.positions[name], rank=rank, world=world, pin=pin)
@@ -108,17 +120,19 @@ class TrainLoader:
         """The loaders of the datasets that are streams; each has its own workers."""
 
     def __iter__(self) -> Generator[Sample]:
-        for batch in self._batches():
+        for batch, take in on_device(self._items(), self.device):
+            take()
             self.seen += self.sampler.batch_size
             if batch.errors:
                 self._count(batch)
             assert batch.samples is not None, batch.errors
             yield batch.samples
 
-    def _batches(self) -> Iterator[Batch]:
+    def _items(self) -> Iterator[Item]:
         if not self.streams:
-            return _started(self.loader)
-        numbered = iter(()) if len(self.streams) == len(self.sampler.names) else _started(self.loader)
+            return map(Item, _started(self.loader))
+        has_others = len(self.streams) < len(self.sampler.names)
+        numbered: Iterator[Item] = map(Item, _started(self.loader)) if has_others else iter(())
         sources = dict.fromkeys(self.sampler.names, numbered) | {name: iter(one) for name, one in self.streams.items()}
         steps = itertools.count(self.sampler.start_step)
         return (next(sources[self.sampler.dataset_at(step)]) for step in steps for _ in range(self.accumulate))
@@ -200,16 +214,17 @@ class EvalLoader:
         device: torch.device | str = "cpu",
         batches: Sequence[Sequence[int]] | None = None,
         name: str = "evaluation",
+        profiler: StepProfiler | None = None,
     ) -> None:
         self.dataset, self.device, self.batches = dataset, torch.device(device), batches
-        self.name = name
+        self.name, self.profiler = name, profiler or StepProfiler()
         self.max_share, self.seen, self.unreadable = run.max_unreadable_share, 0, 0
         indices = range(rank, len(dataset), world)
         size = run.batch_size_eval
         starts = range(0, len(indices), size)
         self.sizes = [min(size, len(indices) - start) for start in starts] if batches is None else [*map(len, batches)]
         count = len(indices if batches is None else batches)
-        workers = {"num_workers": min(run.num_workers, count), "pin_memory": self.device.type == "cuda"}
+        workers = {"pin_memory": pins_memory(self.device), **worker_options(run, at_most=count)}
         order: dict[str, Any] = {"batch_size": size, "sampler": indices}
         order = order if batches is None else {"batch_sampler": batches}
         reader = _Collated(dataset, skip_unreadable=batches is not None)
@@ -219,7 +234,8 @@ class EvalLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Sample]:
-        for batch in progress(_started(self.loader), sum(self.sizes), name=self.name, sizes=self.sizes):
+        batches = self.profiler.batches(_started(self.loader))
+        for batch in progress(batches, sum(self.sizes), name=self.name, sizes=self.sizes):
             if batch.errors and self.batches is None:
                 raise UnreadableSample(f"{batch.errors[0]} (Evaluation never skips samples.)")
             if self.batches is not None:
@@ -248,17 +264,6 @@ def _data_loader(dataset: Dataset[Any], *, seed: int, **options: Any) -> DataLoa
 def _started(loader: DataLoader[Any]) -> Iterator[Any]:
     with signals_blocked():
         return iter(loader)
-
-
-def to_device(batch: Any, device: torch.device | str) -> Any:
-    """Return `batch` with every tensor in its dicts, lists and tuples on `device`; asynchronous from pinned memory."""
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(to_device(value, device) for value in batch)
-    return batch
 
 
 def train_sets(datasets: Datasets, splits: Sequence[str]) -> dict[str, SampleDataset]:

@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import logging
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from lavis_lite.common.logger import JsonLog, TensorBoardLog
 from lavis_lite.common.progress import bar
 from lavis_lite.runners.plan import Plan
 from lavis_lite.runners.sampling import TrainSampler
+from lavis_lite.runners.speed import UNITS, Speed
 from lavis_lite.runners.trackers import TRACKERS, Pictures, Tracker, find_packages
 
 logger = logging.getLogger(__name__)
@@ -23,20 +23,20 @@ logger = logging.getLogger(__name__)
 class Progress:
     """Writes rank 0's log of a run in `job_dir`; other ranks write nothing. Rates count training time only."""
 
-    def __init__(self, job_dir: Path, *, tensorboard: bool = True, trackers: Sequence[str] = ()) -> None:
+    def __init__(self, job_dir: Path, *, speed: Speed, tensorboard: bool = True, trackers: Sequence[str] = ()) -> None:
         is_main = dist.is_main()
+        self.speed = speed
         self.job_dir = job_dir
         self.packages = find_packages(trackers if is_main else ())
         self.trackers: list[Tracker] = []
         self.log = JsonLog(job_dir / "log.txt", enabled=is_main)
         self.events = TensorBoardLog(job_dir / "tensorboard", enabled=is_main and tensorboard)
         self.bar = tqdm(disable=True)
-        self.started, self.num_steps = time.perf_counter(), 0
 
     @contextlib.contextmanager
     def epoch(self, epoch: int, plan: Plan, *, step: int) -> Iterator[None]:
         """Time the steps of (inner) epoch `epoch` (0-based) from `step` on, with a bar on a terminal."""
-        self.started, self.num_steps = time.perf_counter(), 0
+        self.speed.begin()
         first, end = plan.bounds(epoch)
         name = f"epoch {epoch + 1}/{plan.num_epochs}"
         with bar(end - first, initial=step - first, name=name, unit="step") as self.bar:
@@ -44,22 +44,23 @@ class Progress:
 
     def advance(self) -> None:
         """Count one step."""
-        self.num_steps += 1
+        self.speed.num_steps += 1
         self.bar.update()
 
     def report(self, step: int, epoch: int, values: Mapping[str, float], *, plan: Plan) -> dict[str, float]:
-        """Write and return the row of a training step: `values`, and the rate since the last row."""
-        steps_per_s = max(self.num_steps, 1) / max(time.perf_counter() - self.started, 1e-9)
-        values = {**values, "samples_per_s": round(steps_per_s * plan.sampler.global_batch, 2)}
-        row = {"step": step, "epoch": epoch, **values}
+        """Write and return the row of a training step: `values`, and how fast the steps since the last row were."""
+        speed = self.speed.values(global_batch=plan.sampler.global_batch)
+        left = datetime.timedelta(seconds=round((plan.total - step) / self.speed.steps_per_s()))
+        row = {"step": step, "epoch": epoch, **values, **speed}
         self.log.write(row)
-        self._track({f"train/{name}": value for name, value in values.items()}, step=step)
-        left = datetime.timedelta(seconds=round((plan.total - step) / steps_per_s))
+        self._track({f"train/{name}": value for name, value in [*values.items(), *speed.items()]}, step=step)
         parts = {name: f"{value:.4g}" for name, value in values.items() if isinstance(value, float)}
-        self.bar.set_postfix({**parts, "left": str(left)})
+        in_bar = {name: value for name, value in parts.items() if name in ("lr", "loss")}
+        self.bar.set_postfix({**in_bar, "samples_per_s": f"{speed['samples_per_s']:.4g}", "left": str(left)})
         text = "  ".join(f"{name} {value}" for name, value in parts.items())
-        logger.info(f"epoch {epoch + 1}  step {step}/{plan.total}  {text}  time left {left}")
-        self.started, self.num_steps = time.perf_counter(), 0
+        how_fast = "  ".join(form.format(speed[name]) for name, form in UNITS.items() if name in speed)
+        logger.info(f"epoch {epoch + 1}  step {step}/{plan.total}  {text}  | {how_fast}  time left {left}")
+        self.speed.begin()
         return row
 
     def report_run(self, about: Mapping[str, Any], config: Mapping[str, Any]) -> None:

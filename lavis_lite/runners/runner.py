@@ -28,8 +28,10 @@ from lavis_lite.runners.learning import LearningWatch
 from lavis_lite.runners.loaders import Datasets, EvalLoader, TrainLoader, eval_sets, train_sets
 from lavis_lite.runners.pictures import pictures_of
 from lavis_lite.runners.plan import make_plan
+from lavis_lite.runners.profiling import StepProfiler
 from lavis_lite.runners.progress import Progress
 from lavis_lite.runners.resume import annotation_digests, load_verified, resume
+from lavis_lite.runners.speed import Speed, peak_tflops
 from lavis_lite.runners.stopping import StopSignals
 from lavis_lite.runners.train_loop import Training, train_loop
 from lavis_lite.runners.train_state import TrainState
@@ -68,7 +70,13 @@ class Runner:
         self.stop = StopSignals()  # replaced by a caller that catches signals; this one is not entered and catches none
         self.has_begun = False  # a first step or an evaluation
         self.saved_step: int | None = None
-        self.progress = Progress(self.job_dir, tensorboard=self.run.tensorboard, trackers=self.run.trackers)
+        peak = peak_tflops(self.run, self.device, self.dtype)
+        speed = Speed(self.model, self.device, peak_tflops=peak)
+        self.progress = Progress(
+            self.job_dir, speed=speed, tensorboard=self.run.tensorboard, trackers=self.run.trackers
+        )
+        profiled = self.run.profile if dist.is_main() else None
+        self.profiler = StepProfiler(self.job_dir, num_steps=profiled, device=self.device.type)
         self.has_warned_of_no_best = False
         self.about: dict[str, Any] = {}
         """What the run is, for the row `run` of its log."""
@@ -114,8 +122,8 @@ class Runner:
         run = self.run
         sets = train_sets(self.datasets, run.train_splits)
         self.data = annotation_digests(sets)
-        world, pin = dist.world_size(), self.device.type == "cuda"
-        loader = TrainLoader(sets, run, rank=dist.rank(), world=world, pin=pin)
+        world = dist.world_size()
+        loader = TrainLoader(sets, run, rank=dist.rank(), world=world, device=self.device)
         plan = make_plan(run, loader.sampler.lengths, world, streams=loader.sampler.streams)
         for key, names in loader.left_out.items():
             logger.info(f"mixed batches have no {key!r}, which the samples of {', '.join(names)} lack")
@@ -142,6 +150,7 @@ class Runner:
             no_sync=no_sync,
             ranks=dist.Lockstep(run.step_timeout),
             progress=self.progress,
+            profiler=self.profiler,
             stop=self.stop,
         )
 
@@ -174,10 +183,11 @@ class Runner:
             self.num_samples[key] = len(dataset)
             folder, size = self.job_dir / "result", self.run.batch_size_eval
             batches = self.task.eval_batches(dataset, batch_size=size, split=key, result_dir=folder)
-            ranks = {"rank": dist.rank(), "world": dist.world_size()}
-            loader = EvalLoader(dataset, self.run, **ranks, device=self.device, batches=batches, name=key)
+            options: dict[str, Any] = {"rank": dist.rank(), "world": dist.world_size(), "device": self.device}
+            profiler = self.profiler if self.run.evaluate else StepProfiler()
+            loader = EvalLoader(dataset, self.run, **options, batches=batches, name=key, profiler=profiler)
             started = time.perf_counter()
-            with torch.no_grad(), autocast(self.device, self.dtype):
+            with profiler.over(self.model), torch.no_grad(), autocast(self.device, self.dtype):
                 results[key] = self.task.evaluate(self.model, loader, split=key, result_dir=folder)
             seconds, number = time.perf_counter() - started, sum(loader.sizes) * dist.world_size()
             dist.on_main(partial(self._keep_predictions, key, step))

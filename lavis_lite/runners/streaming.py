@@ -4,8 +4,9 @@ Batches come from the parts in turn, so the position of a process is the number 
 parts, as of the batches that training has taken: what workers have read ahead does not count.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from lavis_lite.datasets.protocols import SampleDataset
 from lavis_lite.datasets.streams import Part, Position, StreamDataset
 from lavis_lite.runners.mixing import with_own_image_id
 from lavis_lite.runners.stopping import ignore_stop_signals, signals_blocked
+from lavis_lite.runners.workers import loader_workers, worker_options
 
 Sample = dict[str, Any]
 
@@ -36,18 +38,29 @@ class PartBatch(NamedTuple):
     position: dict[str, int]
 
 
+def _nothing() -> None:
+    """Do nothing: numbered samples need no position."""
+
+
 def describe_streams(datasets: Mapping[str, SampleDataset], run: RunConfig, *, world: int) -> dict[str, str]:
     """Return the streams among the datasets, with what their positions depend on in words.
 
     Raises:
         InputError: a stream cannot be divided among the loader workers of `world` processes.
     """
-    num_parts = world * max(run.num_workers, 1)
+    num_parts = world * max(loader_workers(run), 1)
     streams = {name: dataset for name, dataset in datasets.items() if isinstance(dataset, StreamDataset)}
     for name, stream in streams.items():
         stream.check_parts(num_parts, name)
     parts = f"in {num_parts} parts (processes x run.num_workers) of batches of {run.batch_size_train}"
     return {name: f"{stream.description}, {parts}" for name, stream in streams.items()}
+
+
+class Item(NamedTuple):
+    """A batch, and what is called when training takes it: what was only read ahead does not count."""
+
+    batch: Batch
+    take: Callable[[], None] = _nothing
 
 
 class StreamLoader:
@@ -67,18 +80,18 @@ class StreamLoader:
         world: int,
         pin: bool = False,
     ) -> None:
-        self.num_workers, self.pin = run.num_workers, pin
+        self.workers, self.pin = worker_options(run), pin
         self.num_batches = 0
-        self.positions = [asdict(Position()) for _ in range(max(run.num_workers, 1))]
+        self.positions = [asdict(Position()) for _ in range(max(loader_workers(run), 1))]
         seed = hash_seed(run.seed, "stream", name)
         self.reader = _PartReader(stream, run, seed=seed, number=number, rank=rank, world=world)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Item]:
         self.reader.begin_at(self.num_batches, self.positions)
         loader = DataLoader(
             self.reader,
             batch_size=None,
-            num_workers=self.num_workers,
+            **self.workers,
             pin_memory=self.pin,
             collate_fn=_identity,
             worker_init_fn=ignore_stop_signals,
@@ -87,9 +100,11 @@ class StreamLoader:
         with signals_blocked():
             batches = iter(loader)
         for batch, part, position in batches:
-            self.num_batches += 1
-            self.positions[part] = position
-            yield batch
+            yield Item(batch, partial(self._advance, part, position))
+
+    def _advance(self, part: int, position: dict[str, int]) -> None:
+        self.num_batches += 1
+        self.positions[part] = position
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the last batch that was taken."""

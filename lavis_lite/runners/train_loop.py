@@ -5,7 +5,7 @@ A step is an update of the weights by one global batch, which `run.accum_grad_it
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +15,12 @@ from torch import nn
 from lavis_lite.common import dist
 from lavis_lite.common.config.run import RunConfig
 from lavis_lite.common.errors import NonFiniteLoss
+from lavis_lite.common.logger import row_of
 from lavis_lite.common.optim import Schedule, set_lr
 from lavis_lite.common.precision import autocast
 from lavis_lite.runners.learning import learning_metrics
-from lavis_lite.runners.loaders import to_device
 from lavis_lite.runners.plan import Plan
+from lavis_lite.runners.profiling import StepProfiler
 from lavis_lite.runners.progress import Progress
 from lavis_lite.runners.stopping import Stopped, StopSignals
 from lavis_lite.runners.train_state import TrainState
@@ -33,6 +34,10 @@ REMEDY = (
 )
 
 
+MAX_UNREAD = 10_000
+"""Updates after which losses are read although no log line is due."""
+
+
 class FiniteGuard:
     """Stops a run at its first loss that is nan or infinite.
 
@@ -41,26 +46,38 @@ class FiniteGuard:
     """
 
     def __init__(self) -> None:
-        self.names: list[str] = []
-        self.first_bad: torch.Tensor | None = None  # [step, learning rate, *losses] of the first such step, else zeros
+        self.names: tuple[str, ...] = ()
+        self.rates: list[tuple[int, float]] = []  # step and learning rate of each update since the last `check`
+        self.is_good: torch.Tensor | None = None  # whether all since then were finite
+        self.num_good: torch.Tensor | None = None
+        self.losses: torch.Tensor | None = None  # of the first update that is not finite, or of the last one
 
-    def update(self, step: int, lr: float, losses: Mapping[str, torch.Tensor]) -> None:
-        """Note the losses of `step` (0-based) if they are the first that are not finite."""
-        values = torch.stack([loss.detach().double().reshape(()) for loss in losses.values()])
-        self.names = list(losses)
-        row = torch.cat([values.new_tensor([step + 1, lr]), values])
-        known = row.new_zeros(row.shape) if self.first_bad is None else self.first_bad
-        is_new = (known[0] == 0) & ~torch.isfinite(losses["loss"].detach())
-        self.first_bad = torch.where(is_new, row, known)
-        if row.device.type == "cpu":
+    def update(self, step: int, lr: float, names: tuple[str, ...], losses: torch.Tensor) -> None:
+        """Note the losses of `step` (0-based) if they are the first that are not finite. They are one vector, which
+        begins with `loss`.
+        """
+        self.names = names
+        self.rates.append((step + 1, lr))
+        if self.losses is None or self.is_good is None or self.num_good is None:
+            self.losses, self.is_good = losses, torch.isfinite(losses[0])
+            self.num_good = self.is_good.long()
+        else:
+            self.losses = torch.where(self.is_good, losses, self.losses)
+            self.is_good = self.is_good & torch.isfinite(losses[0])
+            self.num_good = self.num_good + self.is_good
+        if losses.device.type == "cpu" or len(self.rates) >= MAX_UNREAD:
             self.check()
 
     def check(self) -> None:
         """Raise NonFiniteLoss if any loss so far was not finite; it names step, losses and learning rate."""
-        step, lr, *values = (0, 0.0) if self.first_bad is None else self.first_bad.tolist()
-        if step:
-            losses = ", ".join(f"{name} {value:g}" for name, value in zip(self.names, values, strict=True))
-            raise NonFiniteLoss(f"the loss is not finite at step {int(step)}: {losses}; learning rate {lr:g}. {REMEDY}")
+        if self.num_good is None or self.losses is None:
+            return
+        number, rates, losses = int(self.num_good), self.rates, self.losses
+        self.rates, self.is_good, self.num_good, self.losses = [], None, None, None
+        if number < len(rates):
+            step, lr = rates[number]
+            said = ", ".join(f"{name} {value:g}" for name, value in zip(self.names, losses.tolist(), strict=True))
+            raise NonFiniteLoss(f"the loss is not finite at step {step}: {said}; learning rate {lr:g}. {REMEDY}")
 
     def check_weights(self, parameters: Iterable[torch.Tensor], *, step: int) -> None:
         """As `check`, and raise NonFiniteLoss if a weight is not finite after `step` steps: a gradient may be nan at a
@@ -113,6 +130,7 @@ class Training:
     """The context in which gradients stay on their rank."""
     ranks: dist.Lockstep
     progress: Progress
+    profiler: StepProfiler
     stop: StopSignals
     guard: FiniteGuard = field(default_factory=FiniteGuard)
 
@@ -128,7 +146,11 @@ def train_loop(training: Training, *, save: Callable[[], None], validate: Callab
     """
     run, plan, state, ranks = training.run, training.plan, training.state, training.ranks
     average = LossAverage(run)
-    with contextlib.closing(iter(state.loader)) as batches, training.stop.deferred():
+    with (
+        contextlib.closing(iter(state.loader)) as batches,
+        training.stop.deferred(),
+        training.profiler.over(state.model),
+    ):
         for epoch in range(state.epoch, plan.num_epochs):
             if is_stale(state, run.early_stopping):
                 break
@@ -139,22 +161,11 @@ def train_loop(training: Training, *, save: Callable[[], None], validate: Callab
                 for step in range(start, end):
                     lr = training.schedule.lr_at(step)
                     set_lr(state.optimizer, lr)
-                    for remaining in reversed(range(run.accum_grad_iters)):
-                        samples = to_device(next(batches), state.device)
-                        samples.update(epoch=epoch, iters=step - first, num_iters_per_epoch=plan.inner)
-                        with training.no_sync() if remaining else contextlib.nullcontext():
-                            with autocast(state.device, training.dtype):
-                                output = training.task.train_step(training.parallel, samples)
-                            losses = {k: v for k, v in output.items() if k.startswith("loss") and torch.is_tensor(v)}
-                            training.guard.update(step, lr, losses)
-                            state.scaler.scale(average.weigh(losses["loss"], output)).backward()
-                        state.metrics.update(**losses, **learning_metrics(output))
-                        if state.loader.sampler.draws_datasets:
-                            state.by_dataset.update(**{state.loader.sampler.dataset_at(step): losses["loss"]})
-                    average.rescale(state)
-                    _update_weights(state, clip=run.grad_clip_norm)
-                    state.step = step + 1
+                    place = {"epoch": epoch, "iters": step - first, "num_iters_per_epoch": plan.inner}
+                    take_step(training, batches, average, lr=lr, place=place)
                     training.progress.advance()
+                    with training.progress.speed.paused():  # it may write the profile
+                        training.profiler.step()
                     if state.step % run.log_freq == 0 or state.step == end:
                         _log(training, epoch, lr)
                     signum = ranks.largest(training.stop.signum or 0)
@@ -172,6 +183,38 @@ def train_loop(training: Training, *, save: Callable[[], None], validate: Callab
                     validate(epoch)
             state.epoch = epoch + 1
             save()
+
+
+def take_step(
+    training: Training, batches: Iterator[dict[str, Any]], average: LossAverage, *, lr: float, place: Mapping[str, int]
+) -> None:
+    """Update the weights by one global batch; `place` are the keys of a batch that say where in the run it is.
+
+    Nothing here waits for the device: values are read in `_log` and `save`.
+    """
+    run, state, profiler, speed = training.run, training.state, training.profiler, training.progress.speed
+    step = state.step
+    with speed.counting():
+        for remaining in reversed(range(run.accum_grad_iters)):
+            with speed.waiting(), profiler.phase("data"):
+                samples = next(batches)
+            samples.update(place)
+            with training.no_sync() if remaining else contextlib.nullcontext():
+                with profiler.phase("forward"), autocast(state.device, training.dtype):
+                    output = training.task.train_step(training.parallel, samples)
+                losses = {k: v for k, v in output.items() if k.startswith("loss") and torch.is_tensor(v)}
+                values = {"loss": losses["loss"], **losses, **learning_metrics(output)}
+                names, row = tuple(values), row_of(values)
+                training.guard.update(step, lr, names[: len(losses)], row[: len(losses)])
+                with profiler.phase("backward"):
+                    state.scaler.scale(average.weigh(losses["loss"], output)).backward()
+            state.metrics.add(names, row)
+            if state.loader.sampler.draws_datasets:
+                state.by_dataset.add((state.loader.sampler.dataset_at(step),), row[:1])
+        with profiler.phase("optimizer"):
+            average.rescale(state)
+            _update_weights(state, clip=run.grad_clip_norm)
+    state.step = step + 1
 
 
 def is_stale(state: TrainState, patience: int | None) -> bool:
@@ -202,8 +245,6 @@ def _log(training: Training, epoch: int, lr: float) -> None:
     values: dict[str, float] = {"lr": lr, **state.metrics.drain()}
     if training.run.max_unreadable_share > 0:
         values["unreadable"] = state.loader.unreadable
-    if state.device.type == "cuda":
-        values["max_memory_gb"] = torch.cuda.max_memory_allocated(state.device) / 2**30
     state.watch.update(training.progress.report(state.step, epoch, values, plan=training.plan))
 
 

@@ -73,7 +73,7 @@ class TrainState:
         self.step, self.epoch = saved["step"], saved["epoch"]
         self.best_metric, self.best_epoch = saved["best"]["metric"], saved["best"]["epoch"]
         for metrics, means in zip((self.metrics, self.by_dataset), saved["metrics"], strict=True):
-            metrics.load_state_dict(means, device=self.device)
+            metrics.load_state_dict(means)
         self.watch.step = self.step
         if "learning" in saved:  # not in older checkpoints
             self.watch.load_state_dict(saved["learning"])

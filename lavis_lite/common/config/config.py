@@ -98,6 +98,8 @@ class Config:
             flags.append(Layer("--job-id", {"run": {"job_id": args.job_id}}))
         if limit is not None:
             flags.append(Layer("--limit", {"run": {"evaluate": True, "limit": limit}}))
+        if args.profile is not None:
+            flags.append(Layer("--profile", {"run": {"profile": args.profile}}))
         if resume is not None:
             keys = {"resume": "auto", "resume_ckpt_path": None} if resume == "auto" else {"resume_ckpt_path": resume}
             flags.append(Layer("--resume", {"run": {"resume": None, **keys}}))
@@ -184,6 +186,8 @@ def parser(*, prog: str | None = None, description: str | None = None) -> argpar
     p.add_argument("--options", "--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=text)
     p.add_argument("--job-id", metavar="NAME", help="folder of the run in run.output_dir (default: the time)")
     p.add_argument("--resume", metavar="auto|PATH", help="auto: resume the newest job; or a checkpoint_last.pth")
+    text = "profile N steps, or batches of an evaluation: a table and a trace in the job's folder (run.profile)"
+    p.add_argument("--profile", type=int, metavar="N", help=text)
     p.add_argument("--dry-run", action="store_true", help="check everything, count parameters and samples, run no step")
     return p
 

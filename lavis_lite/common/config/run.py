@@ -31,6 +31,9 @@ BOUNDS: dict[str, Bounds] = {
     "grad_clip_norm": (0.0, math.inf, 0.0),
     "warmup_steps": (0, 10**9),
     "num_workers": (0, 1024),
+    "prefetch_factor": (1, 1024),
+    "profile": (1, 10_000),
+    "peak_tflops": (0.0, 1e6, 0.0),
     "seed": (0, 2**63 - 1),
     "keep_checkpoints": (0, 10**6),
     "early_stopping": (1, 10**6),
@@ -116,7 +119,10 @@ class RunConfig:
     batch_size_train: int = 32
     """Samples per process and batch."""
     batch_size_eval: int = 32
-    num_workers: int = 2
+    num_workers: int | Literal["auto"] = 2
+    """Loader processes per process; `auto`: its share of the cores less one."""
+    prefetch_factor: int | None = None
+    """Batches that each worker reads ahead; None: torch's default."""
     max_unreadable_share: float = 0.0
     """Share of a training set's images that may be unreadable; these are skipped and counted."""
 
@@ -140,6 +146,10 @@ class RunConfig:
     """`auto`: resume the newest job with a readable checkpoint, in its folder, or start a new one."""
     log_freq: int = 50
     """Steps between two lines of log.txt."""
+    peak_tflops: float | None = None
+    """Peak rate of a device, to which the logged `mfu` is relative; None: that of known GPUs in 16 bits."""
+    profile: int | None = None
+    """Steps that are profiled, after a warm-up; None: none."""
     checkpoint_every: int | None = None
     """Steps between two writes of checkpoint_last.pth within an epoch; None: only after each epoch."""
     keep_checkpoints: int = 0
@@ -150,6 +160,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         given = {key: value for key, value in vars(self).items() if value is not None}
+        if self.num_workers == "auto":
+            del given["num_workers"]
         check_numbers("run", given, **BOUNDS)
         for key in ("train_dataset_ratios", "train_dataset_factors"):
             for name, share in given.get(key, {}).items():

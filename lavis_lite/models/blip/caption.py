@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.registry import registry
+from lavis_lite.common.transfer import upload
 from lavis_lite.models.base import Output
 from lavis_lite.models.blip.base import BlipBase
 from lavis_lite.models.captions import CaptionModel
@@ -42,13 +43,11 @@ class BlipCaption(BlipBase, CaptionModel):
         """Language-model loss of `text_input` (list[str], B) given `image` (B,3,H,W) or videos (B,3,F,H,W)."""
         image = image_of(samples, video=True)
         texts = texts_of(samples, len(image))
-        ids, mask = tokenize(
-            self.tokenizer, texts, start=self.decoder_start, max_length=self.max_txt_len, device=torch.device("cpu")
-        )
-        labels = self.caption_labels(ids, texts).to(self.device)
+        ids, mask = tokenize(self.tokenizer, texts, start=self.decoder_start, max_length=self.max_txt_len)
+        labels = upload(self.caption_labels(ids, texts), self.device)
         tokens = self.encode_image(image)
         context = self.text_decoder.bert.project_kv(tokens)
-        logits, _ = self.text_decoder(ids.to(self.device), mask.to(self.device), context=context)
+        logits, _ = self.text_decoder(*self.upload_texts(ids, mask), context=context)
         output = training_output(lm=language_modeling_loss(logits, labels))
         output["num_labels"] = (labels[:, 1:] != IGNORED).sum()
         return output.later(

@@ -58,12 +58,11 @@ class BlipVQA(BlipBase, AnswerModel):
         `weight` (sum of n_answers), `n_answers` (B).
         """
         states, question_mask = self.encode_questions(samples)
-        n_answers = integers(samples, "n_answers", len(states), "answers of each question", states.device)
-        answers = texts_of(samples, int(n_answers.sum()), "answer")
+        answers = texts_of(samples, None, "answer")
+        question = question_of_answer(samples, len(states), len(answers), states.device)
         weight = required(samples, "weight", "the weight of each answer")
         if len(weight) != len(answers):
             raise InputError(f"samples['weight']: {len(weight)} weights were given for {len(answers)} answers")
-        question = torch.arange(len(n_answers), device=states.device).repeat_interleave(n_answers)
         context = self.text_decoder.bert.project_kv(states, mask=question_mask).select(question)
         ids, mask = self.tokenize(answers, start=self.decoder_start)
         loss = self.answer_loss(ids, mask, context)
@@ -127,6 +126,19 @@ class BlipVQA(BlipBase, AnswerModel):
         order = logits[:, 0].softmax(dim=-1)[:, ids[:, 1]].topk(k, dim=1).indices
         read = DecoderPrefix(logits[:, 0], cache, context)
         return order, candidate_losses(self.text_decoder, read, ids[order], mask[order])
+
+
+def question_of_answer(samples: dict[str, Any], num_questions: int, num_answers: int, device: torch.device) -> Tensor:
+    """Return the index of each answer's question (N,), from the samples' `n_answers` (B,).
+
+    InputError if they are not the numbers of the answers; checked on the CPU only, as reading them waits for a GPU.
+    """
+    n_answers = integers(samples, "n_answers", num_questions, "answers of each question", device)
+    if n_answers.device.type == "cpu" and int(n_answers.sum()) != num_answers:
+        found = f"samples['n_answers']: {int(n_answers.sum())} answers in all"
+        raise InputError(f"{found}, but samples['answer'] has {num_answers} texts; give the number of each question's")
+    ends = n_answers.cumsum(0)
+    return torch.bucketize(torch.arange(num_answers, device=device), ends, right=True).clamp(max=num_questions - 1)
 
 
 class DecoderPrefix(NamedTuple):

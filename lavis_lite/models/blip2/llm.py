@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lavis_lite.common.bounds import MAX_TOKENS, check_number
 from lavis_lite.common.config.adapters import ADAPTER, lora_settings
 from lavis_lite.common.sources import weights
+from lavis_lite.common.transfer import upload
 from lavis_lite.models.answers import AnswerModel
 from lavis_lite.models.base import Output, chosen_weights
 from lavis_lite.models.blip2.base import TEXT_PARTS, Blip2Base
@@ -39,6 +40,7 @@ from lavis_lite.nn import lora
 from lavis_lite.nn.decoding import Decoded, DecodingConfig, GenerationConfig, ScoredText
 from lavis_lite.nn.llm import LLMAdapter
 from lavis_lite.nn.llm_loading import load_language_model
+from lavis_lite.nn.llm_masks import full_lengths, known_padding
 from lavis_lite.nn.llm_sources import has_weights
 from lavis_lite.nn.losses import IGNORED
 
@@ -204,7 +206,7 @@ class Blip2LLM(Blip2Base, AnswerModel):
     def pad(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Return ids and mask (B,T) on the model's device."""
         ids, mask = self.llm_tokenizer.pad(rows)
-        return ids.to(self.device), mask.to(self.device)
+        return self.upload_texts(ids, mask)
 
     def question_template(self, samples: dict[str, Any]) -> str | list[str]:
         """Return the template of questions: the samples' `prompt`, else the model's; "" for one without `{}`."""
@@ -228,10 +230,15 @@ class Blip2LLM(Blip2Base, AnswerModel):
             prompts = [self.prompt] * count
             batch = self.llm_tokenizer.caption_batch(texts_of(samples, count), self.prompt)
         num_labels = (batch.labels != IGNORED).sum()
-        ids, mask, labels = (tensor.to(self.device) for tensor in batch)
-        inputs = self.concat_embeds(self.image_embeds(samples, prompts), ids, mask)
-        loss = self.lm.loss(*inputs, labels)
-        return Output({"loss": loss, "loss_lm": loss.detach(), "num_labels": num_labels.to(self.device)})
+        if self.lm.is_encoder_decoder:  # else the labels are among the ids
+            self.num_text_tokens += int(num_labels)
+        ids, mask = self.upload_texts(batch.ids, batch.mask)
+        num_labels, labels = (upload(tensor, self.device) for tensor in (num_labels, batch.labels))
+        image = self.image_embeds(samples, prompts)
+        written = [(batch.labels != IGNORED, 0)] if self.lm.is_encoder_decoder else []
+        with known_padding(full_lengths((batch.mask, image.shape[1]), *written), self.device):
+            loss = self.lm.loss(*self.concat_embeds(image, ids, mask), labels)
+        return Output({"loss": loss, "loss_lm": loss.detach(), "num_labels": num_labels})
 
     # Generation
 
@@ -261,7 +268,9 @@ class Blip2LLM(Blip2Base, AnswerModel):
 
     def write(self, samples: dict[str, Any], prompts: list[str], config: DecodingConfig) -> Decoded:
         """Generate texts after the images and prompts."""
-        return self.lm.generate(*self.prompt_embeds(samples, prompts, max_length=self.prompt_limit), config)
+        lengths = set(map(len, self.llm_tokenizer.inputs(prompts, max_length=self.prompt_limit)))
+        with known_padding(len(lengths) == 1, self.device):
+            return self.lm.generate(*self.prompt_embeds(samples, prompts, max_length=self.prompt_limit), config)
 
     # Answers
 
