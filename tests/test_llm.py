@@ -1,6 +1,10 @@
-"""Language models behind one interface, against transformers' own generation and forward passes; loading refusals."""
+"""Language models behind one face, against transformers' own generation and forward passes; what loading refuses."""
 
 import contextlib
+import json
+import shutil
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +13,7 @@ import torch.nn.functional as F
 from reference_case import REFERENCE
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     BartConfig,
@@ -24,10 +29,14 @@ from transformers import (
     T5Config,
 )
 
+from lavis_lite.datasets.shapes.language import vocabulary
+from lavis_lite.datasets.shapes.questions import question_words
 from lavis_lite.nn.attention import KeyValueCache
 from lavis_lite.nn.decoding import DecodingConfig, GenerationConfig, decode
 from lavis_lite.nn.llm import LLMAdapter
+from lavis_lite.nn.llm_loading import load_language_model
 from lavis_lite.nn.llm_masks import full_lengths, known_padding
+from lavis_lite.nn.llm_sources import PACKAGED
 
 TINY = REFERENCE / "tiny_hf"
 START, END, PAD, VOCABULARY = 2, 3, 1, 60
@@ -320,6 +329,314 @@ def test_ids_are_embedded_as_the_model_does(family: str) -> None:
 
 
 # loading
+
+
+@pytest.mark.parametrize("name", ["tiny_opt", "tiny_t5", "tiny_vicuna"])
+def test_packaged_models(name: str) -> None:
+    model, tokenizer = load_language_model(name, dtype=torch.float32)
+    assert sum(path.stat().st_size for path in (PACKAGED / name).iterdir()) < 60_000
+    assert max(tokenizer.get_vocab().values()) < model.config.vocab_size
+    words = sorted({*vocabulary(), *question_words(), "Question", "Answer", "What", "photo"})
+    for word in [*words, "0", "9"]:
+        (row,) = tokenizer([word], add_special_tokens=False).input_ids
+        assert len(row) == (1 if word.isalnum() else len(row)), word
+        assert tokenizer.decode(row).strip() == word
+    text = "Question: what color is the shape to the left of the red circle? Answer: blue"
+    assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
+    assert tokenizer("zebra!", add_special_tokens=False).input_ids.count(tokenizer.unk_token_id) == 0
+    newline = tokenizer("\n", add_special_tokens=False).input_ids
+    assert len(newline) == 1
+    assert tokenizer("a red circle\n", add_special_tokens=False).input_ids[-1:] == newline
+    specials = {"tiny_opt": (2, 2, 1), "tiny_t5": (None, 1, 0), "tiny_vicuna": (1, 2, 2)}[name]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == specials
+
+
+def test_weights_are_those_of_the_file_in_the_precision_asked_for() -> None:
+    from safetensors.torch import load_file
+
+    for folder in ("opt", "t5", "llama"):
+        model, _ = load_language_model(TINY / folder, dtype=torch.bfloat16)
+        state = model.state_dict()
+        for name, tensor in load_file(TINY / folder / "model.safetensors").items():
+            assert torch.equal(state[name], tensor.to(torch.bfloat16)), name
+
+
+def test_an_untied_t5_stays_untied(tmp_path: Path) -> None:
+    """Loaded, built at random, and saved and loaded again."""
+    model, tokenizer = load_language_model(TINY / "t5", dtype=torch.float32)
+    fresh, _ = load_language_model("tiny_t5", dtype=torch.float32)
+    for each in (model, fresh):
+        assert each.lm_head.weight is not each.shared.weight
+        assert each.encoder.embed_tokens.weight is each.shared.weight
+        assert not each.config.scale_decoder_outputs
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, _ = load_language_model(tmp_path, dtype=torch.float32)
+    for (name, ours), theirs in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("folder", ["opt", "t5"])
+def test_the_language_model_of_a_blip2_of_transformers(folder: str, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoTokenizer, Blip2Config, Blip2ForConditionalGeneration
+
+    small = {"intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Blip2Config(
+        vision_config={"hidden_size": 24, "image_size": 24, "patch_size": 8, **small},
+        qformer_config={"hidden_size": 32, "encoder_hidden_size": 24, **small},
+        text_config=AutoConfig.from_pretrained(TINY / folder).to_dict(),
+    )
+    whole = Blip2ForConditionalGeneration(config)
+    if folder == "t5":
+        whole.language_model.lm_head.weight = torch.nn.Parameter(torch.randn(128, 32))
+    whole.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(TINY / folder).save_pretrained(tmp_path)
+    model, _ = load_language_model(tmp_path, dtype=torch.float32)
+    for (name, ours), theirs in zip(
+        model.state_dict().items(), whole.language_model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(ours, theirs), name
+
+
+def test_missing_weights_are_an_error(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = without(tmp_path)
+    state = load_file(folder / "model.safetensors")
+    del state["model.decoder.layers.1.fc1.weight"]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.decoder\.layers\.1\.fc1\.weight"):
+        load_language_model(folder, dtype=torch.float32)
+
+
+def test_t5_uses_the_exact_gelu() -> None:
+    """As LAVIS does; the config file says gelu_new."""
+    model, _ = load_language_model(TINY / "t5", dtype=torch.float32)
+    x = torch.linspace(-3, 3, 50)
+    act = model.encoder.block[0].layer[1].DenseReluDense.act
+    torch.testing.assert_close(act(x), x * 0.5 * (1 + torch.erf(x / 2**0.5)), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("folder", ["opt", "t5"])
+def test_a_frozen_model_drops_nothing_out(folder: str) -> None:
+    config = json.loads((TINY / folder / "config.json").read_text())
+    assert config.get("dropout", config.get("dropout_rate")) == 0.1
+    for frozen in (True, False):
+        model, _ = load_language_model(TINY / folder, dtype=torch.float32, frozen=frozen)
+        lm = adapter(model.train())
+        embeds, mask = inputs(lm)
+        first, second = (lm.logits(embeds, mask, torch.tensor([[5, 6]] * 4)) for _ in range(2))
+        assert torch.equal(first, second) == frozen
+        assert any(parameter.requires_grad for parameter in model.parameters()) != frozen
+
+
+@pytest.mark.parametrize("folder", ["opt", "t5"])
+def test_gradient_checkpointing_recomputes_and_changes_no_gradient(folder: str) -> None:
+    gradients, passes = [], []
+    for grad_checkpoint in (False, True):
+        model, _ = load_language_model(TINY / folder, dtype=torch.float32, frozen=True, grad_checkpoint=grad_checkpoint)
+        lm, count = adapter(model.train()), []
+        part = model.decoder.block[0].layer[0] if lm.is_encoder_decoder else model.model.decoder.layers[0].self_attn
+        part.register_forward_hook(lambda *_, count=count: count.append(1))
+        embeds, mask = inputs(lm)
+        embeds.requires_grad_(True)
+        lm.loss(embeds, mask, torch.tensor([[5, 6]] * 4)).backward()
+        gradients.append(embeds.grad)
+        passes.append(len(count))
+    torch.testing.assert_close(*gradients)
+    assert passes == [1, 2]
+
+
+def test_nothing_is_loaded_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model, tokenizer = load_language_model(
+            TINY / "llama",
+            dtype=torch.bfloat16,
+            overrides={"hidden_size": 4096, "num_attention_heads": 32, "vocab_size": 32000, "head_dim": 128},
+            pad_token="[PAD]",
+        )
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert model.lm_head.weight.shape == (32001, 4096)
+    assert model.model.layers[0].self_attn.k_proj.weight.shape == (512, 4096)
+    assert model.dtype == torch.bfloat16
+    assert tokenizer.pad_token == "[PAD]"
+
+
+def test_the_padding_token_is_added_once(tmp_path: Path) -> None:
+    model, tokenizer = load_language_model("tiny_vicuna", dtype=torch.float32, pad_token="[PAD]")
+    size = json.loads((PACKAGED / "tiny_vicuna" / "config.json").read_text())["vocab_size"]
+    assert model.get_input_embeddings().num_embeddings == model.lm_head.out_features == size + 1
+    assert tokenizer.pad_token_id <= size
+    for layer in (model.get_input_embeddings(), model.lm_head):
+        torch.testing.assert_close(layer.weight[size], layer.weight[:size].mean(dim=0))
+        assert layer.weight.requires_grad
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, _ = load_language_model(tmp_path, dtype=torch.float32, pad_token="[PAD]")
+    assert again.get_input_embeddings().num_embeddings == size + 1
+
+
+def without(tmp_path: Path, *names: str, **config: Any) -> Path:
+    """A copy of the tiny OPT without some files, and with other values in its config."""
+    folder = shutil.copytree(TINY / "opt", tmp_path / "llm")
+    for name in names:
+        (folder / name).unlink()
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, **config}))
+    return folder
+
+
+@pytest.fixture
+def no_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong must be found before."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights were read")
+
+    for auto in (AutoModelForCausalLM, AutoModelForSeq2SeqLM):
+        monkeypatch.setattr(auto, "from_pretrained", refuse)
+        monkeypatch.setattr(auto, "from_config", refuse)
+    monkeypatch.setenv("LAVIS_LITE_OFFLINE", "1")
+
+
+@pytest.mark.usefixtures("no_weights_are_read")
+class TestRefused:
+    """Mistakes, found before any weights are read."""
+
+    def load(self, source: Path | str, **settings: Any) -> None:
+        load_language_model(source, dtype=torch.float32, **settings)
+
+    def test_a_missing_folder(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match=r"no_such .*tiny_opt, tiny_t5, tiny_vicuna"):
+            self.load(tmp_path / "no_such")
+
+    def test_a_hub_id_without_a_network(self) -> None:
+        with pytest.raises(FileNotFoundError, match=r"config\.json .*no-such/model"):
+            self.load("no-such/model")
+
+    def test_a_folder_without_tokenizer(self, tmp_path: Path) -> None:
+        files = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+        with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
+            self.load(without(tmp_path, *files))
+
+    def test_a_class_that_transformers_lacks(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"config.json: .*'megabrain'"):
+            self.load(without(tmp_path, model_type="megabrain"))
+
+    def test_a_class_that_writes_no_text(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"a vit .* choose another"):
+            self.load(without(tmp_path, model_type="vit"))
+
+    def test_a_class_that_reads_from_both_sides(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"a bert .* choose another"):
+            self.load(without(tmp_path, model_type="bert"))
+
+    def test_a_class_without_keys_and_values(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"MambaForCausalLM.*past_key_values.* choose another"):
+            self.load(without(tmp_path, model_type="mamba"))
+
+    @pytest.mark.parametrize("model_type", ["fsmt", "prophetnet"])
+    def test_a_class_that_only_seems_to_fit(self, model_type: str, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+        with pytest.raises(ValueError, match=rf"a {model_type} .* choose another language model"):
+            self.load(tmp_path)
+
+    def test_a_tokenizer_of_another_model(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"380 .*300"):
+            self.load(without(tmp_path, vocab_size=300))
+
+    def test_an_unknown_size(self) -> None:
+        with pytest.raises(ValueError, match="hidden_sise"):
+            self.load(TINY / "opt", overrides={"hidden_sise": 3})
+
+    def test_an_unknown_quantization(self) -> None:
+        with pytest.raises(ValueError, match=r"llm_quantization: .*'int7'"):
+            self.load(TINY / "opt", quantization="int7")
+
+    @pytest.mark.parametrize(
+        ("package", "settings"), [("bitsandbytes", {"quantization": "int8"}), ("peft", {"lora": {"r": 4}})]
+    )
+    def test_a_package_that_is_not_installed(
+        self, package: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(ImportError, match=f"pip install {package}"):
+            self.load(TINY / "opt", **settings)
+
+
+def test_a_model_without_weights_is_not_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lavis_lite.nn.llm_loading._check_extras", lambda *_: None)
+    with pytest.raises(ValueError, match="llm_quantization: tiny_opt"):
+        load_language_model("tiny_opt", dtype=torch.bfloat16, quantization="int8")
+
+
+@pytest.mark.slow
+def test_lora_trains_adapters_alone() -> None:
+    model, _ = load_language_model(TINY / "opt", dtype=torch.bfloat16, lora={"r": 4, "lora_alpha": 8})
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all("lora_" in name and p.dtype == torch.float32 for name, p in trained.items())
+    lm = adapter(model.train())
+    embeds, mask = inputs(lm)
+    plain, _ = load_language_model(TINY / "opt", dtype=torch.bfloat16, frozen=True)
+    labels = torch.tensor([[5, 6]] * 4)
+    loss = lm.loss(embeds, mask, labels)
+    torch.testing.assert_close(loss, adapter(plain).loss(embeds, mask, labels))  # adapters start at zero
+    loss.backward()
+    assert any(p.grad is not None and p.grad.norm() > 0 for p in trained.values())
+    with pytest.raises(ValueError, match=r"llm_lora\.ranks: unknown key"):
+        load_language_model(TINY / "opt", dtype=torch.bfloat16, lora={"ranks": 4})
+
+
+WIDE = {
+    "opt": {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128},
+    "t5": {"d_model": 64, "d_ff": 128, "d_kv": 16, "num_heads": 4},
+    "llama": {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16},
+}
+"""Sizes that bitsandbytes' CPU kernels take: 4-bit weights are in blocks of 64."""
+
+
+@pytest.fixture(scope="module", params=sorted(WIDE))
+def wide_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny language model, wide enough, as transformers saves it."""
+    folder = tmp_path_factory.mktemp("wide") / request.param
+    shutil.copytree(TINY / request.param, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    config = AutoConfig.from_pretrained(TINY / request.param, **WIDE[request.param])
+    torch.manual_seed(0)
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    auto.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("quantization", "stored"), [("int8", torch.int8), ("int4", torch.uint8)])
+def test_quantized_weights_answer_nearly_alike(quantization: str, stored: torch.dtype, wide_folder: Path) -> None:
+    """On the CPU too; 8 bits a weight, or two weights a byte, and logits near those of the whole weights."""
+    pytest.importorskip("bitsandbytes")
+    settings = {"dtype": torch.bfloat16, "frozen": True}
+    whole, model = (
+        adapter(load_language_model(wide_folder, **settings, **more)[0].eval())
+        for more in ({}, {"quantization": quantization})
+    )
+    assert stored in {parameter.dtype for parameter in model.model.parameters()}
+    embeds, mask = inputs(whole)
+    labels = torch.tensor([[5, 6]] * 4)
+    expected, found = (lm.logits(embeds, mask, labels) for lm in (whole, model))
+    assert not torch.equal(found, expected)
+    assert (found - expected).norm() < (0.1 if quantization == "int8" else 0.3) * expected.norm()
+    assert model.generate(embeds, mask, model.decoding(GenerationConfig(max_length=4, num_beams=2))).ids.shape[0] == 4
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_adapters_on_quantized_weights_are_trained(quantization: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    settings = {"quantization": quantization, "lora": {"r": 4, "target_modules": ["q_proj"]}}
+    model, _ = load_language_model(TINY / "opt", dtype=torch.bfloat16, **settings)
+    lm = adapter(model.train())
+    embeds, mask = inputs(lm)
+    lm.loss(embeds, mask, torch.tensor([[5, 6]] * 4)).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert gradients
+    assert all("lora_" in name and gradient is not None for name, gradient in gradients.items())
 
 
 GPU = torch.device("cuda", 0)
