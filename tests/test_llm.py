@@ -1,4 +1,4 @@
-"""Language models behind one interface, against transformers' own generation and forward passes; what loading refuses."""
+"""Language models behind one interface, against transformers: generation and forward passes; what loading refuses."""
 
 import contextlib
 import json
