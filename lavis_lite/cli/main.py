@@ -138,6 +138,7 @@ def _run_job(cfg: Config, stop: StopSignals) -> "list[Row]":
     from lavis_lite.common import dist
     from lavis_lite.common import logger as run_logger
     from lavis_lite.common.rng import seed_everything
+    from lavis_lite.runners.division import divide
     from lavis_lite.tasks.base import setup_task
 
     task = setup_task(cfg)
@@ -149,6 +150,7 @@ def _run_job(cfg: Config, stop: StopSignals) -> "list[Row]":
         run_logger.setup(job_dir)
         runner: Runner | None = None
         try:
+            cfg.run = divide(cfg.run)
             datasets = task.build_datasets(cfg)
             found = preflight.check_data(cfg, task, datasets)
             preflight.fit_features(cfg, found)

@@ -14,6 +14,7 @@ from lavis_lite.common.rng import restore_rng_state, rng_state, seed_rank
 from lavis_lite.models.base import BaseModel
 from lavis_lite.runners.learning import LearningWatch
 from lavis_lite.runners.loaders import TrainLoader
+from lavis_lite.runners.streaming import merged_positions
 
 logger = logging.getLogger(__name__)
 
@@ -80,15 +81,20 @@ class TrainState:
         self._restore_rank(saved["ranks"], seed=seed, source=source)
 
     def _restore_rank(self, ranks: Sequence[Mapping[str, Any]], *, seed: int, source: Path) -> None:
-        """Restore this rank's generators and counts; with another number of ranks, seed anew and say so."""
-        if len(ranks) == dist.world_size():
+        """Restore this rank's generators, counts and positions in streams; with another number of ranks, seed the
+        generators anew and say so, and divide the rest.
+        """
+        world = dist.world_size()
+        for name, stream in self.loader.streams.items():
+            stream.load_state_dict(merged_positions([rank["streams"][name] for rank in ranks]))
+        if len(ranks) == world:
             mine = ranks[dist.rank()]
             restore_rng_state(mine["rng"], self.device)
             self.loader.seen, self.loader.unreadable = mine["seen"], mine["unreadable"]
-            for name, stream in self.loader.streams.items():
-                stream.load_state_dict(mine["streams"][name])
             return
-        counts = f"{len(ranks)} processes, this run has {dist.world_size()}"
+        seen, unreadable = (sum(rank[key] for rank in ranks) for key in ("seen", "unreadable"))
+        self.loader.seen, self.loader.unreadable = seen // world, (unreadable + dist.rank()) // world
+        counts = f"{len(ranks)} processes, this run has {world}"
         logger.warning(f"{source} was written by {counts}: random numbers (dropout) will differ, not the data's order")
         seed_rank(seed, step=self.step)
 

@@ -28,6 +28,7 @@ BOUNDS: dict[str, Bounds] = {
     **{key: (0.0, 1.0, 1.0) for key in ("beta1", "beta2")},
     **{key: (1, 10**9) for key in ("max_iters", "iters_per_inner_epoch", "log_freq", "checkpoint_every")},
     **{key: (1, 10**6) for key in ("max_epoch", "batch_size_train", "batch_size_eval", "accum_grad_iters")},
+    "global_batch": (1, 10**9),
     "grad_clip_norm": (0.0, math.inf, 0.0),
     "warmup_steps": (0, 10**9),
     "num_workers": (0, 1024),
@@ -81,6 +82,9 @@ class RunConfig:
     grad_clip_norm: float | None = None
     accum_grad_iters: int = 1
     """Batches on each process whose gradients make up one step."""
+    global_batch: int | None = None
+    """Samples of one step, on all processes together, in equal batches of at most `batch_size_train`; replaces
+    `accum_grad_iters`."""
     loss_average: Literal["batches", "tokens"] = "batches"
     """Over all batches of a step, on all processes: the mean of their losses, or of a language model's loss over all
     their labels."""
