@@ -192,6 +192,7 @@ def _execute(cfg: Config, runner: "Runner", references: "References", plan: "Pla
         result: dict[str, Any] = {"test": runner.evaluate()} if cfg.run.evaluate else runner.train()
     finally:
         runner.progress.close()
+    weights = runner.whole_state() if result["test"] else {}
     if not dist.is_main():
         return []
     seconds = time.perf_counter() - started
@@ -199,7 +200,7 @@ def _execute(cfg: Config, runner: "Runner", references: "References", plan: "Pla
     runner.progress.report_result({"seconds": round(seconds, 2), "best": result.get("best")}, step=step)
     if cfg.run.evaluate:
         print(json.dumps(result["test"], indent=2, default=str))
-    rows = conclude(cfg, runner, result["test"], references) if result["test"] else []
+    rows = conclude(cfg, runner, result["test"], references, weights=weights) if result["test"] else []
     logger.info("\n".join(_outcome(cfg, runner, result.get("best"), timedelta(seconds=round(seconds)))))
     return rows
 

@@ -129,6 +129,9 @@ class RunConfig:
     """`auto`: bf16 on GPUs that support it, fp16 on others, fp32 on the CPU."""
     amp: bool | None = None
     """LAVIS's key: True is `precision: auto`, False is `precision: fp32`."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Several processes: each holds the whole model, or with `fsdp` a shard of every parameter and its optimizer
+    state."""
     find_unused_parameters: bool = False
     step_timeout: float = 600.0
     """Seconds that a training step waits for other ranks before the run fails; preparation and scoring wait hours."""
