@@ -71,7 +71,7 @@ def launched(folder: Path, *commands: list[str]) -> None:
     """Run command lines of train.py in one launch of two processes."""
     (folder / "plan.json").write_text(json.dumps([["train", *argv] for argv in commands]))
     process = cli_helpers.process(test_distributed.__file__, str(folder / "plan.json"), world=2)
-    code, output = test_distributed.ended(process, limit=2 * test_distributed.LIMIT)
+    code, output = test_distributed.ended(process, limit=4 * test_distributed.LIMIT)
     assert code == 0, output
     codes = [json.loads((folder / f"codes{rank}.json").read_text()) for rank in (0, 1)]
     assert codes == [[0] * len(commands)] * 2, output

@@ -24,6 +24,7 @@ from lavis_lite.common.precision import autocast, resolve_precision
 from lavis_lite.common.registry import registry
 from lavis_lite.common.rng import seed_rank
 from lavis_lite.models.base import BaseModel
+from lavis_lite.runners.checkpoint_writer import CheckpointWriter
 from lavis_lite.runners.jobs import BEST, write_last
 from lavis_lite.runners.learning import LearningWatch
 from lavis_lite.runners.loaders import Datasets, EvalLoader, TrainLoader, eval_sets, train_sets
@@ -86,7 +87,8 @@ class Runner:
         self._write_config()  # only now: a resume that is refused leaves the job as it was
         self.has_begun = True
         self.progress.report_run(self.about, self._config())
-        train_loop(self.training, save=self._save_last, validate=self._validate)
+        with self.training.writer:
+            train_loop(self.training, save=self._save_last, validate=self._validate)
         self._load_best()
         test = self._evaluate_splits(self.run.test_splits, step=state.step, epoch=state.epoch)
         self.progress.close()
@@ -156,6 +158,7 @@ class Runner:
             ranks=dist.Lockstep(run.step_timeout),
             progress=self.progress,
             stop=self.stop,
+            writer=CheckpointWriter(is_aside=run.async_checkpoint),
         )
 
     def _validate(self, epoch: int) -> None:
@@ -215,7 +218,8 @@ class Runner:
         saved = state.save() | {"plan": self.training.plan.to_dict(), "config": self._config(), "data": self.data}
         self.saved_step = state.step
         if dist.is_main():
-            write_last(saved, self.job_dir, step=state.step, keep=self.run.keep_checkpoints)
+            write = partial(write_last, folder=self.job_dir, step=state.step, keep=self.run.keep_checkpoints)
+            self.training.writer.write(write, saved)
 
     def _save_best(self) -> None:
         state = self.training.state

@@ -17,6 +17,7 @@ from lavis_lite.common.config.run import RunConfig
 from lavis_lite.common.errors import NonFiniteLoss
 from lavis_lite.common.optim import Schedule, set_lr
 from lavis_lite.common.precision import autocast
+from lavis_lite.runners.checkpoint_writer import CheckpointWriter
 from lavis_lite.runners.learning import learning_metrics
 from lavis_lite.runners.loaders import to_device
 from lavis_lite.runners.plan import Plan
@@ -115,6 +116,7 @@ class Training:
     ranks: dist.Lockstep
     progress: Progress
     stop: StopSignals
+    writer: CheckpointWriter
     guard: FiniteGuard = field(default_factory=FiniteGuard)
 
 
@@ -156,6 +158,7 @@ def train_loop(training: Training, *, save: Callable[[], None], validate: Callab
                     _update_weights(state, clip=run.grad_clip_norm)
                     state.step = step + 1
                     training.progress.advance()
+                    training.writer.check()
                     if state.step % run.log_freq == 0 or state.step == end:
                         _log(training, epoch, lr)
                     signum = ranks.largest(training.stop.signum or 0)

@@ -147,6 +147,8 @@ class RunConfig:
     """Steps between two lines of log.txt."""
     checkpoint_every: int | None = None
     """Steps between two writes of checkpoint_last.pth within an epoch; None: only after each epoch."""
+    async_checkpoint: bool = False
+    """True: training continues while checkpoint_last.pth is written from a copy in the host's memory."""
     keep_checkpoints: int = 0
     """Number of checkpoints kept as checkpoint_<step>.pth, the newest ones, besides `last` and `best`."""
     tensorboard: bool = True
