@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from lavis_lite.common import dist
+from lavis_lite.models.blip2.llm import Blip2LLM
 
 GPU_FLOPS = 989e12 * 0.4
 """An H200's dense bf16 rate at 40 percent utilisation."""
@@ -53,11 +54,11 @@ class Traffic(NamedTuple):
     """Image tokens of drawn negatives, forward and backward; (N-1)/N of them are another process's."""
 
 
-def traffic(model: nn.Module, *, batch: int, world: int, token_bytes: int = 4) -> Traffic:
+def traffic(model: Any, *, batch: int, world: int, token_bytes: int = 4) -> Traffic:
     """Return the traffic of a step of BLIP-2's first or second stage with `batch` samples per process."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     gradients = 2 * (world - 1) / world * 4 * trained
-    if hasattr(model, "lm"):
+    if isinstance(model, Blip2LLM):
         return Traffic(gradients)
     num_queries, width = model.query_tokens.shape[1], model.vision_proj.out_features
     features = (world - 1) * 4 * batch * (num_queries + 1) * width

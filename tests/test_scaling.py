@@ -1,4 +1,4 @@
-"""benchmarks/scaling.py: the bytes of its formulas are those that two processes send; the page's table is the script's."""
+"""benchmarks/scaling.py: its formulas give the bytes that two processes send; the page's table is the script's."""
 
 import importlib
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ def test_what_is_sent_is_what_the_formula_says(scaling: ModuleType, monkeypatch:
         assert counted["features"] == formula["features"]
         texts = 64 * batch * 8  # ids, masks and the numbers of rows
         assert counted["exchanged"] <= 2 * formula["negatives"] + texts  # all negatives may be the other process's
-    assert weak["formula"]["features"] == 2 * strong["formula"]["features"] == 4 * 4 * (8 + 1) * 256
+    assert weak["formula"]["features"] == 2 * strong["formula"]["features"] == 4 * 4 * (32 + 1) * 256
     assert weak["formula"]["gradients"] == strong["formula"]["gradients"]
 
 
