@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lavis_lite.cli import own_data
@@ -126,9 +127,18 @@ def run(cfg: Config, stop: StopSignals) -> "list[Row]":
 
     dist.init(cfg.run.device)
     try:
-        return _run_job(cfg, stop)
-    finally:
-        dist.shutdown()
+        try:
+            return _run_job(cfg, stop)
+        finally:
+            dist.shutdown()
+    except Stopped as stopped:
+        if stopped.job_id is None and not cfg.run.evaluate and _has_checkpoint(cfg):  # while leaving the group
+            stopped.job_id = cfg.run.job_id
+        raise
+
+
+def _has_checkpoint(cfg: Config) -> bool:
+    return cfg.run.job_id is not None and Path(cfg.run.output_dir, cfg.run.job_id, LAST).is_file()
 
 
 def _run_job(cfg: Config, stop: StopSignals) -> "list[Row]":
@@ -170,7 +180,7 @@ def _run_job(cfg: Config, stop: StopSignals) -> "list[Row]":
                 discard_if_unused(job_dir)
             if stopped is None:
                 raise
-            if not cfg.run.evaluate and (job_dir / LAST).is_file():
+            if not cfg.run.evaluate and _has_checkpoint(cfg):
                 stopped.job_id, stopped.step = str(cfg.run.job_id), runner.saved_step if runner else None
             raise stopped from None
 
