@@ -77,6 +77,11 @@ def assert_not_interrupted(path: Path) -> None:
     assert [last[row["step"]]["lr"] for row in whole] == [row["lr"] for row in whole]
 
 
+def printed(folder: Path) -> str:
+    """What the agents and their workers printed."""
+    return "\n".join(path.read_text() for path in sorted(folder.glob("agent*.txt")))
+
+
 def end(agents: list[subprocess.Popen[str]]) -> None:
     for one in agents:
         if one.poll() is None:
@@ -93,7 +98,7 @@ def test_a_killed_worker_is_restarted_and_the_run_continues(rank: int, tmp_path:
         wait_until(lambda: num_steps(job) > 10, run)
         (killed,) = [process for process, its_rank in workers(run.pid).items() if its_rank == rank]
         os.kill(killed, signal.SIGKILL)
-        assert run.wait(LIMIT) == 0
+        assert run.wait(LIMIT) == 0, printed(tmp_path)
     finally:
         end([run])
     assert "resumed " in (job / "console.txt").read_text()
@@ -104,15 +109,16 @@ def test_two_nodes_of_which_one_dies(tmp_path: Path, shapes_data: Path) -> None:
     """Two agents meet at an address; after one dies, the other continues alone, with the same global batch."""
     path, port = recipe(tmp_path), free_port()
     meet = ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=test", "--max-restarts=9"]
-    meet += ["--nnodes=1:2", "--nproc_per_node=1", "--rdzv-conf=last_call_timeout=15,keep_alive_interval=1"]
-    agents = [agent(path, *meet)]
+    meet += ["--nnodes=1:2", "--nproc_per_node=1"]
+    conf = "--rdzv-conf=last_call_timeout=15,keep_alive_interval=1,is_host="
+    agents = [agent(path, *meet, f"{conf}true")]  # the address is this one's, so the other one may die
     job = tmp_path / "output" / "job"
     try:
-        agents.append(agent(path, *meet))
+        agents.append(agent(path, *meet, f"{conf}false"))
         wait_until(lambda: num_steps(job) > 10 and "x 2 processes" in (job / "console.txt").read_text(), *agents)
         for process in (agents[1].pid, *workers(agents[1].pid)):
             os.kill(process, signal.SIGKILL)
-        assert agents[0].wait(LIMIT) == 0
+        assert agents[0].wait(LIMIT) == 0, printed(tmp_path)
     finally:
         end(agents)
     console = (job / "console.txt").read_text()
