@@ -91,10 +91,10 @@ def launch(shapes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Launc
     return Launch(folder, ended(process)[1])
 
 
-def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+def ended(process: subprocess.Popen[str], *, limit: float = LIMIT) -> tuple[int, str]:
     """Exit code and output of a process, which is killed if it takes too long."""
     try:
-        output, _ = process.communicate(timeout=LIMIT)
+        output, _ = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
         process.terminate()  # torchrun ends its processes
         raise AssertionError(f"hangs:\n{process.communicate()[0]}") from None

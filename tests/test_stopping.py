@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from lavis_lite.cli import failures
-from lavis_lite.common import checkpoint
+from lavis_lite.common import checkpoint, dist
 from lavis_lite.runners.stopping import Stopped, StopSignals
 from lavis_lite.tasks.captioning import CaptionTask
 
@@ -127,6 +127,20 @@ def test_a_signal_in_preparation_or_evaluation(
         signal_in(patch, "evaluate", call=1, signum=signal.SIGTERM)
         assert cli_helpers.evaluate(path) == 143
     assert "stopped by SIGTERM: nothing was saved" in capsys.readouterr().err
+
+
+def test_a_signal_while_the_group_is_left_says_what_was_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of torchrun, which ends a rank that has just lost another."""
+    path = cli_helpers.project(tmp_path, "caption", {"run": {"checkpoint_every": 1, "max_iters": 2}})
+
+    def stop() -> None:
+        raise Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(dist, "shutdown", stop)
+    assert cli_helpers.train(path) == 143
+    assert capsys.readouterr().err.rstrip().endswith("--resume auto --job-id job")
 
 
 def test_in_another_than_the_main_thread_no_signal_is_caught(tmp_path: Path) -> None:

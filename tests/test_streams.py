@@ -26,12 +26,14 @@ from test_loaders import Noisy, run_config
 from lavis_lite.common import checkpoint
 from lavis_lite.common.errors import InputError, MissingFileError, SettingError, UnreadableSample
 from lavis_lite.common.registry import registry
+from lavis_lite.common.rng import hash_seed
 from lavis_lite.datasets import streams
 from lavis_lite.datasets.base import BaseBuilder
 from lavis_lite.datasets.stream_shards import read_shard
 from lavis_lite.datasets.streams import Item, Part, StreamDataset
 from lavis_lite.runners.loaders import TrainLoader, train_sets
 from lavis_lite.runners.resume import annotation_digests
+from lavis_lite.runners.streaming import merged_positions
 
 SIZES = [7, 5, 9, 4, 1, 6]
 TOTAL = sum(SIZES)
@@ -178,19 +180,80 @@ def test_a_loader_continues_after_the_batch_that_training_took(
     shards: list[Path], world: int, num_workers: int
 ) -> None:
     run = run_config(num_workers=num_workers, batch_size_train=3)
-    for rank in range(world):
-        make = functools.partial(TrainLoader, {"web": stream(shards)}, run, rank=rank, world=world)
-        whole = list(islice(iter(make()), 12))
-        for taken in (1, 4, 7):
-            first = make()
-            batches = iter(first)
-            for _ in range(taken):
-                next(batches)
-            state = first.streams["web"].state_dict()
-            del batches
-            second = make()
-            second.streams["web"].load_state_dict(state)
-            cli_helpers.assert_same_state(whole[taken:], list(islice(iter(second), 12 - taken)))
+    make = functools.partial(TrainLoader, {"web": stream(shards)}, run, world=world)
+    whole = [list(islice(iter(make(rank=rank)), 12)) for rank in range(world)]
+    for taken in (1, 4, 7):
+        states = [state_after(make(rank=rank), taken) for rank in range(world)]
+        for rank in range(world):
+            second = make(rank=rank)
+            second.streams["web"].load_state_dict(merged_positions(states))
+            cli_helpers.assert_same_state(whole[rank][taken:], list(islice(iter(second), 12 - taken)))
+
+
+def state_after(loader: TrainLoader, taken: int) -> dict[str, Any]:
+    """The stream's position after batches that were taken, with others read ahead."""
+    batches = iter(loader)
+    for _ in range(taken):
+        next(batches)
+    return loader.streams["web"].state_dict()
+
+
+def global_batches(shards: list[Path], *, world: int, batch: int, accumulate: int, workers: int, **more: Any) -> Any:
+    """Function from (first step, end, merged state) to the global batches, lists of samples, and the state after."""
+
+    def take(start: int, end: int, state: dict[str, Any] | None) -> tuple[list[list[int]], dict[str, Any]]:
+        steps: list[list[int]] = [[] for _ in range(start, end)]
+        states = []
+        run = run_config(num_workers=workers, batch_size_train=batch, accum_grad_iters=accumulate)
+        loaders = [TrainLoader({"web": stream(shards, **more)}, run, rank=rank, world=world) for rank in range(world)]
+        for loader in loaders:
+            if state is not None:
+                loader.streams["web"].load_state_dict(state)
+        taken = [loaded_numbers(list(islice(iter(loader), (end - start) * accumulate))) for loader in loaders]
+        for step, turn in ((step, turn) for step in range(end - start) for turn in range(accumulate)):
+            for batches in taken:
+                steps[step] += batches[step * accumulate + turn]
+        states = [loader.streams["web"].state_dict() for loader in loaders]
+        return steps, merged_positions(states)
+
+    return take
+
+
+@pytest.mark.parametrize("divisions", [[(1, 4), (2, 2), (4, 1)], [(4, 1), (1, 4), (2, 2)], [(2, 2), (4, 1), (2, 2)]])
+def test_a_stream_continues_on_another_number_of_processes(
+    shards: list[Path], divisions: list[tuple[int, int]]
+) -> None:
+    """The same global batches, sample by sample, whatever the processes and their workers are."""
+    common = {"batch": 2, "parts": 4}
+    expected, _ = global_batches(shards, world=1, accumulate=4, workers=0, **common)(0, 9, None)
+    found, state = [], None
+    for part, (world, accumulate) in enumerate(divisions):
+        take_ = global_batches(shards, world=world, accumulate=accumulate, workers=part, **common)
+        steps, state = take_(3 * part, 3 * part + 3, state)
+        found += steps
+    assert found == expected
+
+
+def test_a_stream_in_other_batches_gives_every_sample_once(shards: list[Path]) -> None:
+    """One process with batches of four, then two with batches of two: each part continues where it was."""
+    first, state = global_batches(shards, world=1, batch=4, accumulate=1, workers=2)(0, 3, None)
+    rest, _ = global_batches(shards, world=2, batch=2, accumulate=1, workers=2)(3, 40, state)
+    given = [first[0] + first[2], first[1]]  # by part
+    for step in rest:
+        given = [given[0] + step[:2], given[1] + step[2:]]
+    seed = hash_seed(run_config().seed, "stream", "web")
+    for part, numbers in enumerate(given):
+        items = stream(shards).items(Part(part, 2), seed=seed)
+        assert numbers == [number(item) for item in islice(items, len(numbers))]
+    assert {*given[0], *given[1]} == set(range(TOTAL))
+
+
+def test_parts_that_processes_cannot_share(shards: list[Path]) -> None:
+    _, state = global_batches(shards, world=1, batch=2, accumulate=1, workers=2)(0, 2, None)
+    with pytest.raises(InputError, match=r"'web'.* 2 parts .* 3 processes: start 1, 2 of them"):
+        global_batches(shards, world=3, batch=2, accumulate=1, workers=1)(2, 4, state)
+    with pytest.raises(InputError, match=r"'web'.* 4 parts .* 3 processes"):
+        global_batches(shards, world=3, batch=2, accumulate=1, workers=1, parts=4)(0, 2, None)
 
 
 def test_what_is_copied_ahead_does_not_count_as_taken(shards: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +317,7 @@ def test_a_mixture_continues_in_the_middle(shards: list[Path]) -> None:
     batches = iter(first)
     for _ in range(11):
         next(batches)
-    second.streams["web"].load_state_dict(first.streams["web"].state_dict())
+    second.streams["web"].load_state_dict(merged_positions([first.streams["web"].state_dict()]))
     second.sampler.start_step = 11
     assert loaded_numbers(list(islice(iter(second), 19))) == whole[11:]
 
@@ -501,16 +564,19 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shapes_data: Path) 
 
 
 @pytest.mark.slow
-def test_other_workers_cannot_resume(project: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_workers_resume(project: Any) -> None:
+    """Two parts from the first start on: two workers have one each, the process itself both."""
     path = project(max_iters=2, max_epoch=1)
     assert cli_helpers.train(path, "run.num_workers=2") == 0
     last = path.parent / "output" / "job" / "checkpoint_last.pth"
     assert checkpoint.load(last)["ranks"][0]["streams"]["web"]["num_batches"] == 2
-    options = ["run.max_iters=12", "run.max_epoch=4"]
-    assert cli_helpers.train(path, *options, "run.num_workers=0", flags=["--resume", "auto"]) == 2
-    assert "2 parts" in (error := capsys.readouterr().err)
-    assert "1 parts" in error
-    assert cli_helpers.train(path, *options, "run.num_workers=2", flags=["--resume", "auto"]) == 0
+    losses = []
+    for job, workers in (("same", 2), ("other", 0)):
+        options = ["run.max_iters=12", "run.max_epoch=4", f"run.num_workers={workers}"]
+        assert cli_helpers.train(path, *options, flags=["--resume", str(last)], job=job) == 0
+        losses.append([row["loss"] for row in cli_helpers.steps(last.parents[1] / job)])
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 10
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from lavis_lite.common.optim import build_schedule
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.base import BaseDataset
 from lavis_lite.models.base import BaseModel, build_model, starting_points
+from lavis_lite.runners.division import divide
 from lavis_lite.runners.loaders import Datasets
 from lavis_lite.runners.plan import Plan
 from lavis_lite.runners.resume import resume_line
@@ -33,6 +34,9 @@ def dry_run(cfg: Config) -> None:
         task = setup_task(cfg)
         preflight.check_task(cfg, task)
         check_expected(cfg)
+        is_there = cfg.run.resume_ckpt_path and "run.resume_ckpt_path" not in dict(preflight.missing_weights(cfg))
+        resumes = bool(cfg.run.resume or is_there)
+        cfg.run = divide(cfg.run, resumes=resumes)
         datasets = task.build_datasets(cfg)
         found = preflight.check_data(cfg, task, datasets)
         preflight.fit_features(cfg, found)
@@ -40,9 +44,8 @@ def dry_run(cfg: Config) -> None:
         if start := starting_points(cfg.model):
             model.check_start(**start)
         preflight.check_model(cfg, task, model, datasets, found)
-        is_there = cfg.run.resume_ckpt_path and "run.resume_ckpt_path" not in dict(preflight.missing_weights(cfg))
         resumed = []
-        if found.plan is not None and (cfg.run.resume or is_there):
+        if found.plan is not None and resumes:
             resumed.append(resume_line(cfg, model, datasets, found.plan))
         if dist.is_main():
             print("\n".join([*report(cfg, model, datasets, found), *resumed]))

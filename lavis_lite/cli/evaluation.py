@@ -11,7 +11,6 @@ from lavis_lite.cli import verdict
 from lavis_lite.cli.provenance import provenance
 from lavis_lite.cli.published import EVALUATION
 from lavis_lite.common.config.config import Config
-from lavis_lite.models.base import BaseModel
 from lavis_lite.runners.runner import Runner
 from lavis_lite.tasks.metrics.mean import Mean
 from lavis_lite.tasks.results import write_json
@@ -20,11 +19,17 @@ logger = logging.getLogger(__name__)
 
 
 def conclude(
-    cfg: Config, runner: Runner, results: Mapping[str, Mapping[str, Any]], references: verdict.References
+    cfg: Config,
+    runner: Runner,
+    results: Mapping[str, Mapping[str, Any]],
+    references: verdict.References,
+    *,
+    weights: Mapping[str, torch.Tensor],
 ) -> list[verdict.Row]:
     """Log the verdict, write `evaluation.json`, and return the verdict's rows.
 
-    `results` are metrics by split, `references` what the recipe's values were measured with. Called on rank 0 only.
+    `results` are metrics by split, `references` what the recipe's values were measured with, and
+    `weights` the model's state. Called on rank 0 only.
     """
     rows = verdict.judge(cfg, results, runner.num_samples, references)
     if rows:
@@ -35,7 +40,7 @@ def conclude(
         "intervals": {split: intervals(metrics) for split, metrics in results.items()},
         "num_samples": runner.num_samples,
         "verdict": verdict.to_json(rows),
-        "provenance": provenance(cfg, runner) | {"weights_sha256": weights_digest(runner.model)},
+        "provenance": provenance(cfg, runner) | {"weights_sha256": weights_digest(weights)},
     }
     write_json(runner.job_dir / EVALUATION, content)
     return rows
@@ -52,13 +57,13 @@ def intervals(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[f
     return found
 
 
-def weights_digest(model: BaseModel) -> str:
+def weights_digest(state: Mapping[str, torch.Tensor]) -> str:
     """Return the SHA-256 of the weights that a checkpoint would hold: names, types, shapes and bytes, by name.
 
     Frozen parts with a source of their own (a language model) are not in it.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.checkpoint_state_dict().items()):
+    for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

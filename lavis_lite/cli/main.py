@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lavis_lite.cli import own_data
@@ -126,9 +127,18 @@ def run(cfg: Config, stop: StopSignals) -> "list[Row]":
 
     dist.init(cfg.run.device)
     try:
-        return _run_job(cfg, stop)
-    finally:
-        dist.shutdown()
+        try:
+            return _run_job(cfg, stop)
+        finally:
+            dist.shutdown()
+    except Stopped as stopped:
+        if stopped.job_id is None and not cfg.run.evaluate and _has_checkpoint(cfg):  # while leaving the group
+            stopped.job_id = cfg.run.job_id
+        raise
+
+
+def _has_checkpoint(cfg: Config) -> bool:
+    return cfg.run.job_id is not None and Path(cfg.run.output_dir, cfg.run.job_id, LAST).is_file()
 
 
 def _run_job(cfg: Config, stop: StopSignals) -> "list[Row]":
@@ -138,6 +148,7 @@ def _run_job(cfg: Config, stop: StopSignals) -> "list[Row]":
     from lavis_lite.common import dist
     from lavis_lite.common import logger as run_logger
     from lavis_lite.common.rng import seed_everything
+    from lavis_lite.runners.division import divide
     from lavis_lite.tasks.base import setup_task
 
     task = setup_task(cfg)
@@ -149,6 +160,7 @@ def _run_job(cfg: Config, stop: StopSignals) -> "list[Row]":
         run_logger.setup(job_dir)
         runner: Runner | None = None
         try:
+            cfg.run = divide(cfg.run)
             datasets = task.build_datasets(cfg)
             found = preflight.check_data(cfg, task, datasets)
             preflight.fit_features(cfg, found)
@@ -168,7 +180,7 @@ def _run_job(cfg: Config, stop: StopSignals) -> "list[Row]":
                 discard_if_unused(job_dir)
             if stopped is None:
                 raise
-            if not cfg.run.evaluate and (job_dir / LAST).is_file():
+            if not cfg.run.evaluate and _has_checkpoint(cfg):
                 stopped.job_id, stopped.step = str(cfg.run.job_id), runner.saved_step if runner else None
             raise stopped from None
 
@@ -190,6 +202,7 @@ def _execute(cfg: Config, runner: "Runner", references: "References", plan: "Pla
         result: dict[str, Any] = {"test": runner.evaluate()} if cfg.run.evaluate else runner.train()
     finally:
         runner.progress.close()
+    weights = runner.whole_state() if result["test"] else {}
     if not dist.is_main():
         return []
     seconds = time.perf_counter() - started
@@ -197,7 +210,7 @@ def _execute(cfg: Config, runner: "Runner", references: "References", plan: "Pla
     runner.progress.report_result({"seconds": round(seconds, 2), "best": result.get("best")}, step=step)
     if cfg.run.evaluate:
         print(json.dumps(result["test"], indent=2, default=str))
-    rows = conclude(cfg, runner, result["test"], references) if result["test"] else []
+    rows = conclude(cfg, runner, result["test"], references, weights=weights) if result["test"] else []
     logger.info("\n".join(_outcome(cfg, runner, result.get("best"), timedelta(seconds=round(seconds)))))
     return rows
 

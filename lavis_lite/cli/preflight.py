@@ -22,9 +22,10 @@ from lavis_lite.common.config.agreement import model_setting
 from lavis_lite.common.config.config import Config, ConfigError
 from lavis_lite.common.errors import InputError, MissingFileError, UnreadableSample
 from lavis_lite.common.members import file_on_disk
-from lavis_lite.common.precision import resolve_precision
+from lavis_lite.common.precision import PRECISIONS, resolve_precision
 from lavis_lite.common.registry import registry
 from lavis_lite.common.rng import preserve_rng_state
+from lavis_lite.common.sharding import check_shardable
 from lavis_lite.common.sources import download
 from lavis_lite.datasets.base import BaseDataset
 from lavis_lite.datasets.protocols import SampleDataset
@@ -143,6 +144,9 @@ def check_model(cfg: Config, task: BaseTask, model: BaseModel, datasets: Dataset
     """
 
     def check() -> None:
+        if cfg.run.parallel == "fsdp" and not cfg.run.evaluate:
+            model.shard_units()
+            check_shardable(model, dtype=PRECISIONS.get(cfg.run.precision, torch.float32))
         for report in found.splits:
             name, _, split = report.where.rpartition("/")
             if split in cfg.run.train_splits and not cfg.run.evaluate:

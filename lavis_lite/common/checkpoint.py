@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import nn
 
-from lavis_lite.common import integrity
+from lavis_lite.common import integrity, sharding
 from lavis_lite.common.errors import AdapterError, InputError, WriteError
 from lavis_lite.common.sources import download
 
@@ -276,7 +276,7 @@ def load_into(
     with torch.no_grad():
         for key in state:
             if key in own:
-                _fill(own[key], state[key], taken)
+                _fill(own[key], sharding.like(own[key], state[key]), taken)
     return report
 
 

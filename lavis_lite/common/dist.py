@@ -45,8 +45,23 @@ def init(device: str = "auto") -> torch.device:
     if target.type == "cuda":
         torch.cuda.set_device(target)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not _active():
-        torch_dist.init_process_group("nccl" if target.type == "cuda" else "gloo", timeout=TIMEOUT)
+        backend = "nccl" if target.type == "cuda" else "gloo"
+        torch_dist.init_process_group(backend, timeout=TIMEOUT, **_meeting_place())
     return target
+
+
+def _meeting_place() -> dict[str, Any]:
+    """Return where ranks find each other, if it is not torch's own choice.
+
+    Without `--rdzv-backend` torchrun keeps its store when it restarts workers, with the addresses of those that ended;
+    the new ones would wait for them. On one node all ranks know how often they were restarted.
+    """
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts == "0" or os.environ["WORLD_SIZE"] != os.environ.get("LOCAL_WORLD_SIZE"):
+        return {}
+    store, rank, world_size = next(torch_dist.rendezvous("env://", timeout=TIMEOUT))
+    own = torch_dist.PrefixStore(f"restart_{restarts}", store)
+    return {"store": own, "rank": rank, "world_size": world_size}
 
 
 def resolve_device(device: str = "auto") -> torch.device:

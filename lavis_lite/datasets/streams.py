@@ -1,9 +1,9 @@
 """A training split that is read from shards in their order, and whose position can be saved and restored.
 
-A stream is read in parts, one per loader worker of each process. The samples of a part are a pure function of seed,
-part and number of parts: an endless series of shards, whose samples are cut into blocks of `shuffle_buffer` samples. A
-block is permuted as a whole, so a position is the place where a block begins and the number of its samples that were
-given. To resume, the block is read again: its samples, and those before it in the same shard.
+A stream is read in parts, of which each loader worker of each process has its own. The samples of a part are a pure
+function of seed, part and number of parts: an endless series of shards, whose samples are cut into blocks of
+`shuffle_buffer` samples. A block is permuted as a whole, so a position is the place where a block begins and the number
+of its samples that were given. To resume, the block is read again: its samples, and those before it in the same shard.
 """
 
 from __future__ import annotations
@@ -42,10 +42,14 @@ class StreamSettings:
     resampled: bool = False
     """Whether shards are drawn with replacement; else each pass reads every shard once."""
     shuffle_buffer: int = 1000
-    """Samples that are held in memory, undecoded, and shuffled; per worker."""
+    """Samples that are held in memory, undecoded, and shuffled; per part."""
+    parts: int | None = None
+    """Parts into which the shards are divided, a multiple of the number of processes; None: as many as the loader
+    workers of all processes at a run's first start."""
 
     def __post_init__(self) -> None:
-        check_numbers("stream", vars(self), epoch_length=(1, 10**12), shuffle_buffer=(1, 10**6))
+        given = {key: value for key, value in vars(self).items() if value is not None}
+        check_numbers("stream", given, epoch_length=(1, 10**12), shuffle_buffer=(1, 10**6), parts=(1, 10**6))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,14 +127,16 @@ class StreamDataset:
     def description(self) -> str:
         """The settings that a position depends on, in words."""
         order = "drawn with replacement" if self.settings.resampled else "one pass after another"
-        return f"a stream of {len(self.shards)} shards, {order}, shuffle_buffer {self.settings.shuffle_buffer}"
+        parts = "" if self.settings.parts is None else f", {self.settings.parts} parts"
+        return f"a stream of {len(self.shards)} shards, {order}, shuffle_buffer {self.settings.shuffle_buffer}{parts}"
 
     def check_parts(self, count: int, name: str) -> None:
         """Raise InputError about the dataset `name` if there are fewer shards than parts."""
         if not self.settings.resampled and len(self.shards) < count:
             raise InputError(
-                f"dataset {name!r}: {len(self.shards)} shards cannot be divided among {count} parts (processes x "
-                "run.num_workers): lower run.num_workers, make more shards, or set stream.resampled: true"
+                f"dataset {name!r}: {len(self.shards)} shards cannot be divided among {count} parts (by default "
+                "processes x run.num_workers): lower run.num_workers or stream.parts, make more shards, or set "
+                "stream.resampled: true"
             )
 
     def first(self, count: int) -> Iterator[Item]:

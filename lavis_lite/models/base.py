@@ -19,6 +19,7 @@ from lavis_lite.common.config.sections import MODEL_KEYS
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.optim import parameter_groups
 from lavis_lite.common.registry import registry
+from lavis_lite.common.sharding import ShardUnit
 from lavis_lite.common.sources import weights
 from lavis_lite.common.transfer import upload
 from lavis_lite.models.hf import HFAdapter
@@ -258,6 +259,14 @@ class BaseModel(nn.Module):
         if left_out:
             logger.info(f"the checkpoint leaves out {len(left_out)} frozen parameters")
         return {name: tensor for name, tensor in self.state_dict().items() if name not in left_out}
+
+    def shard_units(self) -> list[ShardUnit]:
+        """Return the blocks that are gathered one after another where parameters are sharded (`run.parallel: fsdp`).
+
+        Raises:
+            InputError: the model cannot be sharded.
+        """
+        return []
 
     def is_restorable(self, name: str) -> bool:
         """Whether a frozen parameter can be fetched again from its own source."""

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from lavis_lite.common.errors import InputError
@@ -64,6 +65,11 @@ class LLMAdapter:
         self._embedding_scale: float = getattr(encoder, "embed_scale", None) or 1.0
         self._forward_parameters = forward_parameters(type(model))
         model.get_output_embeddings().register_forward_pre_hook(_contiguous)
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The transformer layers, of an encoder-decoder those of both."""
+        return [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
     @property
     def dtype(self) -> torch.dtype:

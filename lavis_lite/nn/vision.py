@@ -114,8 +114,9 @@ class ImageEncoder(nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The transformer blocks, first to last."""
-        return list(dict(self.named_modules())[self.block_names.removesuffix(".")].children())
+        """The transformer blocks, first to last; none of an encoder that is built otherwise."""
+        found = dict(self.named_modules()).get(self.block_names.removesuffix("."))
+        return [] if found is None else list(found.children())
 
     def checkpoint_all(self) -> None:
         """Make every block recompute its activations in the backward pass."""

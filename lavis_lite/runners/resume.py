@@ -21,6 +21,7 @@ from lavis_lite.models.base import BaseModel
 from lavis_lite.runners import jobs
 from lavis_lite.runners.loaders import Datasets, JoinedSplits, train_sets
 from lavis_lite.runners.plan import Plan
+from lavis_lite.runners.streaming import check_division
 from lavis_lite.runners.train_state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -144,8 +145,12 @@ def _check_resumable(
     if differs := list(_data_differences(saved, plan, data)):
         raise InputError(
             f"{path} was written with {'; with '.join(differs)}: resume with the same data, sampling and global batch "
-            "(run.batch_size_train x processes x run.accum_grad_iters), or start anew with model.pretrained"
+            "(run.batch_size_train x processes x run.accum_grad_iters, or run.global_batch), or start anew with "
+            "model.pretrained"
         )
+    for name in plan.sampler.streams:
+        num_parts = sum(len(rank["streams"][name]["positions"]) for rank in saved["ranks"])
+        check_division(num_parts, plan.sampler.division[1], name)
     changed = {key: f"{was} in the checkpoint, {now} now" for key, was, now in _differences(saved, config)}
     if reason := _model_difference(saved["optimizer"], optimizer):
         keys = [key for key in changed if key.startswith(("model.", "run.lr_layer_decay"))]

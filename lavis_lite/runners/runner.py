@@ -3,18 +3,20 @@
 The loop itself is in train_loop.py; `runner_base` and `runner_iter` differ in the plan of the run only (plan.py).
 """
 
+import contextlib
 import logging
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from lavis_lite.common import checkpoint, dist
+from lavis_lite.common import checkpoint, dist, sharding
 from lavis_lite.common.config.config import Config
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.optim import build_optimizer, build_schedule
@@ -22,6 +24,7 @@ from lavis_lite.common.precision import autocast, resolve_precision, use_faster_
 from lavis_lite.common.registry import registry
 from lavis_lite.common.rng import seed_rank
 from lavis_lite.models.base import BaseModel
+from lavis_lite.runners.checkpoint_writer import CheckpointWriter
 from lavis_lite.runners.compiling import compile_layers
 from lavis_lite.runners.jobs import BEST, write_last
 from lavis_lite.runners.learning import LearningWatch
@@ -64,9 +67,10 @@ class Runner:
         self.dtype = resolve_precision(self.run.precision, self.device)
         use_faster_products()
         check_splits([*self.run.valid_splits, *self.run.test_splits], datasets)
-        self.model = model.to(self.device)
+        self.is_sharded = self.run.parallel == "fsdp" and not self.run.evaluate and dist.world_size() > 1
         if self.run.compile != "none":
-            compile_layers(self.model, self.run.compile)
+            compile_layers(model, self.run.compile)
+        self.model = self._placed(model)
         self.stop = StopSignals()  # replaced by a caller that catches signals; this one is not entered and catches none
         self.has_begun = False  # a first step or an evaluation
         self.saved_step: int | None = None
@@ -95,7 +99,8 @@ class Runner:
         self._write_config()  # only now: a resume that is refused leaves the job as it was
         self.has_begun = True
         self.progress.report_run(self.about, self._config())
-        train_loop(self.training, save=self._save_last, validate=self._validate)
+        with self.training.writer:
+            train_loop(self.training, save=self._save_last, validate=self._validate)
         self._load_best()
         test = self._evaluate_splits(self.run.test_splits, step=state.step, epoch=state.epoch)
         self.progress.close()
@@ -116,6 +121,20 @@ class Runner:
             self._load_weights(Path(self.run.resume_ckpt_path))
         self.progress.report_run(self.about, self._config())
         return self._evaluate_splits(splits)
+
+    def _placed(self, model: BaseModel) -> BaseModel:
+        """Return the model on this rank's device, whole or this rank's shard of it."""
+        if not self.is_sharded:
+            return model.to(self.device)
+        sharding.check_shardable(model, dtype=self.dtype)
+        sharding.shard(model, model.shard_units(), device=self.device, dtype=self.dtype)
+        return model
+
+    def _parallel(self) -> tuple[nn.Module, Callable[[], contextlib.AbstractContextManager[None]]]:
+        """Return the model as training calls it, and the context in which gradients stay on their rank."""
+        if self.is_sharded:
+            return self.model, sharding.no_sync(self.model)
+        return dist.data_parallel(self.model, find_unused_parameters=self.run.find_unused_parameters)
 
     def _prepare(self) -> Training:
         """Build everything that training needs, and resume if there is something to resume."""
@@ -138,7 +157,7 @@ class Runner:
         loader.sampler.start_step = state.step
         if len(loader.sampler.names) > 1:
             self.progress.report_mixture(loader.sampler)
-        parallel, no_sync = dist.data_parallel(self.model, find_unused_parameters=run.find_unused_parameters)
+        parallel, no_sync = self._parallel()
         return Training(
             run=run,
             task=self.task,
@@ -152,6 +171,7 @@ class Runner:
             progress=self.progress,
             profiler=self.profiler,
             stop=self.stop,
+            writer=CheckpointWriter(is_aside=run.async_checkpoint),
         )
 
     def _validate(self, epoch: int) -> None:
@@ -187,7 +207,8 @@ class Runner:
             profiler = self.profiler if self.run.evaluate else StepProfiler()
             loader = EvalLoader(dataset, self.run, **options, batches=batches, name=key, profiler=profiler)
             started = time.perf_counter()
-            with profiler.over(self.model), torch.no_grad(), autocast(self.device, self.dtype):
+            watched = profiler.over(self.model)
+            with watched, torch.no_grad(), sharding.gathered(self.model), autocast(self.device, self.dtype):
                 results[key] = self.task.evaluate(self.model, loader, split=key, result_dir=folder)
             seconds, number = time.perf_counter() - started, sum(loader.sizes) * dist.world_size()
             dist.on_main(partial(self._keep_predictions, key, step))
@@ -212,15 +233,21 @@ class Runner:
         saved = state.save() | {"plan": self.training.plan.to_dict(), "config": self._config(), "data": self.data}
         self.saved_step = state.step
         if dist.is_main():
-            write_last(saved, self.job_dir, step=state.step, keep=self.run.keep_checkpoints)
+            write = partial(write_last, folder=self.job_dir, step=state.step, keep=self.run.keep_checkpoints)
+            self.training.writer.write(write, saved)
 
     def _save_best(self) -> None:
         state = self.training.state
         self.training.guard.check_weights(state.parameters, step=state.step)
+        weights = {"model": self.whole_state(), **state.position, "config": self._config()}
         if dist.is_main():
-            weights = {"model": self.model.checkpoint_state_dict(), **state.position, "config": self._config()}
             checkpoint.save(weights, self.job_dir / BEST)
         dist.barrier()
+
+    def whole_state(self) -> dict[str, torch.Tensor]:
+        """Return what a checkpoint holds of the model, on rank 0; must be entered by every rank."""
+        state: dict[str, torch.Tensor] = sharding.whole(self.model.checkpoint_state_dict())
+        return state
 
     def _load_best(self) -> None:
         if self.training.state.best_metric is None:

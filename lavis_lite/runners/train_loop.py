@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lavis_lite.common import dist
+from lavis_lite.common import dist, sharding
 from lavis_lite.common.config.run import RunConfig
 from lavis_lite.common.errors import NonFiniteLoss
 from lavis_lite.common.logger import row_of
 from lavis_lite.common.optim import Schedule, set_lr
 from lavis_lite.common.precision import autocast
+from lavis_lite.runners.checkpoint_writer import CheckpointWriter
 from lavis_lite.runners.learning import learning_metrics
 from lavis_lite.runners.plan import Plan
 from lavis_lite.runners.profiling import StepProfiler
@@ -84,7 +85,8 @@ class FiniteGuard:
         finite loss.
         """
         self.check()
-        if not torch.stack([torch.isfinite(parameter.detach()).all() for parameter in parameters]).all():
+        finite = torch.stack([torch.isfinite(sharding.local(one.detach())).all() for one in parameters]).all()
+        if dist.all_reduce_mean(finite.float()) < 1:
             problem = f"weights are not finite after step {step}: at a finite loss, a gradient was not"
             raise NonFiniteLoss(f"{problem}. {REMEDY}")
 
@@ -109,7 +111,7 @@ class LossAverage:
         """Divide the summed gradients by the number of labels, which is known only after the last batch."""
         if self.is_of_tokens:
             per_rank = dist.all_reduce_mean(torch.as_tensor(self.num_labels))  # gradients are means over the ranks
-            gradients = [parameter.grad for parameter in state.parameters if parameter.grad is not None]
+            gradients = [sharding.local(parameter.grad) for parameter in state.parameters if parameter.grad is not None]
             torch._foreach_mul_(gradients, per_rank.reciprocal().float())
             self.num_labels = 0.0
 
@@ -132,6 +134,7 @@ class Training:
     progress: Progress
     profiler: StepProfiler
     stop: StopSignals
+    writer: CheckpointWriter
     guard: FiniteGuard = field(default_factory=FiniteGuard)
 
 
@@ -166,6 +169,7 @@ def train_loop(training: Training, *, save: Callable[[], None], validate: Callab
                     training.progress.advance()
                     with training.progress.speed.paused():  # it may write the profile
                         training.profiler.step()
+                    training.writer.check()
                     if state.step % run.log_freq == 0 or state.step == end:
                         _log(training, epoch, lr)
                     signum = ranks.largest(training.stop.signum or 0)
@@ -231,7 +235,7 @@ def is_stale(state: TrainState, patience: int | None) -> bool:
 def _update_weights(state: TrainState, *, clip: float | None) -> None:
     if clip is not None:
         state.scaler.unscale_(state.optimizer)
-        norm = nn.utils.clip_grad_norm_(state.parameters, clip)
+        norm = sharding.clip_grad_norm(state.parameters, clip)
         if not state.scaler.is_enabled():  # the scaler's overflow steps have infinite norms
             state.metrics.update(grad_norm=norm)
     state.scaler.step(state.optimizer)

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from lavis_lite.common import checkpoint, dist
+from lavis_lite.common import checkpoint, dist, sharding
 from lavis_lite.common.logger import MetricLogger
 from lavis_lite.common.rng import restore_rng_state, rng_state, seed_rank
 from lavis_lite.models.base import BaseModel
 from lavis_lite.runners.learning import LearningWatch
 from lavis_lite.runners.loaders import TrainLoader
+from lavis_lite.runners.streaming import merged_positions
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +56,8 @@ class TrainState:
         if self.loader.streams:
             rank["streams"] = {name: stream.state_dict() for name, stream in self.loader.streams.items()}
         return {
-            "model": self.model.checkpoint_state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": sharding.whole(self.model.checkpoint_state_dict()),
+            "optimizer": sharding.whole(self.optimizer.state_dict()),
             "scaler": self.scaler.state_dict(),
             **self.position,
             "metrics": [self.metrics.state_dict(), self.by_dataset.state_dict()],
@@ -80,15 +81,20 @@ class TrainState:
         self._restore_rank(saved["ranks"], seed=seed, source=source)
 
     def _restore_rank(self, ranks: Sequence[Mapping[str, Any]], *, seed: int, source: Path) -> None:
-        """Restore this rank's generators and counts; with another number of ranks, seed anew and say so."""
-        if len(ranks) == dist.world_size():
+        """Restore this rank's generators, counts and positions in streams; with another number of ranks, seed the
+        generators anew and say so, and divide the rest.
+        """
+        world = dist.world_size()
+        for name, stream in self.loader.streams.items():
+            stream.load_state_dict(merged_positions([rank["streams"][name] for rank in ranks]))
+        if len(ranks) == world:
             mine = ranks[dist.rank()]
             restore_rng_state(mine["rng"], self.device)
             self.loader.seen, self.loader.unreadable = mine["seen"], mine["unreadable"]
-            for name, stream in self.loader.streams.items():
-                stream.load_state_dict(mine["streams"][name])
             return
-        counts = f"{len(ranks)} processes, this run has {dist.world_size()}"
+        seen, unreadable = (sum(rank[key] for rank in ranks) for key in ("seen", "unreadable"))
+        self.loader.seen, self.loader.unreadable = seen // world, (unreadable + dist.rank()) // world
+        counts = f"{len(ranks)} processes, this run has {world}"
         logger.warning(f"{source} was written by {counts}: random numbers (dropout) will differ, not the data's order")
         seed_rank(seed, step=self.step)
 
@@ -97,6 +103,16 @@ def apply_hyperparameters(optimizer: torch.optim.Optimizer, state: Mapping[str, 
     """Load an optimizer's state and keep this run's hyperparameters (betas, weight decay ...) instead of the saved."""
     kept = ("params", "lr")  # the rate is set at each step
     own = [{key: value for key, value in group.items() if key not in kept} for group in optimizer.param_groups]
-    optimizer.load_state_dict(dict(state))
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {number: _divided(parameters[number], values) for number, values in state["state"].items()}
+    optimizer.load_state_dict({**state, "state": moments})
     for group, settings in zip(optimizer.param_groups, own, strict=True):
         group.update(settings)
+
+
+def _divided(parameter: torch.Tensor, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the optimizer's values of a parameter, those of its shape divided as it is."""
+    return {
+        name: sharding.like(parameter, value) if value.shape == parameter.shape else value
+        for name, value in values.items()
+    }

@@ -28,6 +28,7 @@ BOUNDS: dict[str, Bounds] = {
     **{key: (0.0, 1.0, 1.0) for key in ("beta1", "beta2")},
     **{key: (1, 10**9) for key in ("max_iters", "iters_per_inner_epoch", "log_freq", "checkpoint_every")},
     **{key: (1, 10**6) for key in ("max_epoch", "batch_size_train", "batch_size_eval", "accum_grad_iters")},
+    "global_batch": (1, 10**9),
     "grad_clip_norm": (0.0, math.inf, 0.0),
     "warmup_steps": (0, 10**9),
     "num_workers": (0, 1024),
@@ -84,6 +85,9 @@ class RunConfig:
     grad_clip_norm: float | None = None
     accum_grad_iters: int = 1
     """Batches on each process whose gradients make up one step."""
+    global_batch: int | None = None
+    """Samples of one step, on all processes together, in equal batches of at most `batch_size_train`; replaces
+    `accum_grad_iters`."""
     loss_average: Literal["batches", "tokens"] = "batches"
     """Over all batches of a step, on all processes: the mean of their losses, or of a language model's loss over all
     their labels."""
@@ -133,6 +137,9 @@ class RunConfig:
     """`encoder`: torch.compile for the layers of the image encoder; `model`: for those of all parts."""
     amp: bool | None = None
     """LAVIS's key: True is `precision: auto`, False is `precision: fp32`."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Several processes: each holds the whole model, or with `fsdp` a shard of every parameter and its optimizer
+    state."""
     find_unused_parameters: bool = False
     step_timeout: float = 600.0
     """Seconds that a training step waits for other ranks before the run fails; preparation and scoring wait hours."""
@@ -152,6 +159,8 @@ class RunConfig:
     """Steps that are profiled, after a warm-up; None: none."""
     checkpoint_every: int | None = None
     """Steps between two writes of checkpoint_last.pth within an epoch; None: only after each epoch."""
+    async_checkpoint: bool = False
+    """True: training continues while checkpoint_last.pth is written from a copy in the host's memory."""
     keep_checkpoints: int = 0
     """Number of checkpoints kept as checkpoint_<step>.pth, the newest ones, besides `last` and `best`."""
     tensorboard: bool = True

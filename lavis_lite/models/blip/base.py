@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Self, TypeVar
 from torch import Tensor, nn
 
 from lavis_lite.common.bounds import MAX_TOKENS, check_number
+from lavis_lite.common.errors import InputError
+from lavis_lite.common.sharding import ShardUnit
 from lavis_lite.common.sources.weights import LazyState
 from lavis_lite.models.blip.hf import BlipAdapter, blip_from_hf, is_hf_blip
 from lavis_lite.models.blip.vision import BlipVision, adapt
@@ -115,6 +117,12 @@ class BlipBase(BlipVision):
     def momentum_pairs(self) -> list[ModulePair]:
         """Return the (online, momentum) modules."""
         return [(self.get_submodule(name), self.get_submodule(f"{name}_m")) for name in self.momentum_parts]
+
+    def shard_units(self) -> list[ShardUnit]:
+        if self.momentum_parts:
+            problem = f"{type(self).__name__} updates its momentum encoders, and the queue, from whole parameters"
+            raise InputError(f"run.parallel: fsdp: {problem}; set run.parallel: ddp")
+        return super().shard_units()
 
     def after_loading(self, state: Mapping[str, Tensor]) -> None:
         """Copy the weights to the momentum encoders if the file has none (LAVIS saves none, and left them stale)."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lavis_lite.common.bounds import MAX_IMAGE_SIZE, MAX_LAYERS, check_number
 from lavis_lite.common.errors import InputError
+from lavis_lite.common.sharding import ShardUnit
 from lavis_lite.common.sources.weights import LazyState
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.initialise import check_weight_file, init_from_state_dict, vit_weights
@@ -92,6 +93,9 @@ class BlipVision(BaseModel):
         if self.freeze_vit:
             self.visual_encoder.eval()
         return self
+
+    def shard_units(self) -> list[ShardUnit]:
+        return [ShardUnit(block) for block in self.visual_encoder.blocks]
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Return the tokens (B,S,E) of images, or of videos (B,3,F,H,W) those of all frames."""

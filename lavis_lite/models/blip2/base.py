@@ -17,6 +17,7 @@ from lavis_lite.common import checkpoint, dist
 from lavis_lite.common.bounds import MAX_IMAGE_SIZE, MAX_TOKENS, check_number, one_of
 from lavis_lite.common.errors import InputError, SettingError
 from lavis_lite.common.precision import PRECISIONS, without_autocast
+from lavis_lite.common.sharding import ShardUnit
 from lavis_lite.common.sources import weights
 from lavis_lite.common.sources.download import is_weight_file
 from lavis_lite.common.sources.weights import LazyState
@@ -158,6 +159,9 @@ class Blip2Base(BaseModel):
         if cfg.get("vit_model") == FEATURES:
             return {"width": (cfg.get("vit") or {}).get("width")}
         return encoder_statistics(cfg.get("vit_model", DEFAULT_VIT))
+
+    def shard_units(self) -> list[ShardUnit]:
+        return [] if self.takes_features else [ShardUnit(block) for block in self.visual_encoder.blocks]
 
     def checked_image(self, samples: Mapping[str, Any], *, answering: bool = False) -> Tensor:
         """Return the batch's `image` as `BaseModel` does, or its features with their mask in the last channel."""

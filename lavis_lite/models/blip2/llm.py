@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lavis_lite.common.bounds import MAX_TOKENS, check_number
 from lavis_lite.common.config.adapters import ADAPTER, lora_settings
+from lavis_lite.common.sharding import ShardUnit
 from lavis_lite.common.sources import weights
 from lavis_lite.common.transfer import upload
 from lavis_lite.models.answers import AnswerModel
@@ -173,6 +174,9 @@ class Blip2LLM(Blip2Base, AnswerModel):
             for name, tensor in state.items()
             if not name.startswith(prefix) or name in trained or not self.is_restorable(name)
         }
+
+    def shard_units(self) -> list[ShardUnit]:
+        return [*super().shard_units(), *(ShardUnit(layer, in_autocast=False) for layer in self.lm.layers)]
 
     # Inputs of the language model
 
