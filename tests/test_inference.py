@@ -343,6 +343,22 @@ def test_match_and_embed_from_the_command_line(photos: Path, tmp_path: Path) -> 
     assert len(found.splitlines()) == 2
 
 
+def test_features_of_texts_compare_with_those_of_images(photos: Path, tmp_path: Path) -> None:
+    loaded = load("blip_feature_extractor/tiny", device="cpu")
+    torch.save({"model": loaded.model.state_dict()}, tmp_path / "weights.pth")
+    model = ("--model", "blip_feature_extractor/tiny", "--checkpoint", tmp_path / "weights.pth", "--device", "cpu")
+    lines, out = tmp_path / "lines.txt", tmp_path / "texts.npy"
+    lines.write_text("a red circle\n\na blue cross\n")
+    run("embed", lines, *model, "--texts", "--out", out)
+    samples = {"text_input": ["a red circle", "a blue cross"]}
+    expected = loaded.model.extract_features(samples, mode="text").text_embeds_proj[:, 0]
+    assert torch.allclose(torch.from_numpy(np.load(out)), expected, atol=1e-6)
+    assert out.with_suffix(".ids.txt").read_text() == "a red circle\na blue cross\n"
+    assert "--overwrite" in run("embed", lines, *model, "--texts", "--out", out, code=2).stderr
+    lines.write_text("\n")
+    assert "no text" in run("embed", lines, *model, "--texts", "--out", tmp_path / "x.npy", code=2).stderr
+
+
 @pytest.mark.parametrize(("stopped_by", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_features_that_were_computed_before_a_stop_are_kept(
     stopped_by: str, code: int, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
