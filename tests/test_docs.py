@@ -245,7 +245,10 @@ def test_commands_over_images_are_understood(tmp_path: Path, monkeypatch: pytest
     lines = [line for line in lines if line.startswith("lavis-lite ")]
     assert len(lines) > 5
     for line in lines:
-        words = ["nowhere" if word.startswith(("photo", "questions", "captions.txt")) else word for word in shlex.split(line)[1:]]
+        words = [
+            "nowhere" if word.startswith(("photo", "questions", "captions.txt")) else word
+            for word in shlex.split(line)[1:]
+        ]
         if words[0] in ("search", "chat"):
             words += ["--model", "nowhere"]
         result = CliRunner().invoke(app, words)

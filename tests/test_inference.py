@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Callable
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -420,6 +421,13 @@ def test_a_failed_start_leaves_no_unfinished_output(photos: Path, tmp_path: Path
 def test_blank_questions_and_unknown_recipes_are_refused(photos: Path) -> None:
     assert "blank" in run("ask", photos, "--model", "blip_vqa/tiny", "--question", " ", code=2).stderr
     assert "blip/eval/nlvr" in run("recipes", "blip/eval/nlvrr", code=2).stderr
+
+
+def test_the_doctor_names_every_extra_that_users_install() -> None:
+    content = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    extras = content["project"]["optional-dependencies"].keys() - {"test", "docs"}
+    printed = run("doctor").stdout
+    assert [extra for extra in sorted(extras) if f"(extra `{extra}`)" not in printed] == []
 
 
 def test_a_mistyped_architecture_names_the_nearest() -> None:
