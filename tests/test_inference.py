@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Callable
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -343,6 +344,22 @@ def test_match_and_embed_from_the_command_line(photos: Path, tmp_path: Path) -> 
     assert len(found.splitlines()) == 2
 
 
+def test_features_of_texts_compare_with_those_of_images(photos: Path, tmp_path: Path) -> None:
+    loaded = load("blip_feature_extractor/tiny", device="cpu")
+    torch.save({"model": loaded.model.state_dict()}, tmp_path / "weights.pth")
+    model = ("--model", "blip_feature_extractor/tiny", "--checkpoint", tmp_path / "weights.pth", "--device", "cpu")
+    lines, out = tmp_path / "lines.txt", tmp_path / "texts.npy"
+    lines.write_text("a red circle\n\na blue cross\n")
+    run("embed", lines, *model, "--texts", "--out", out)
+    samples = {"text_input": ["a red circle", "a blue cross"]}
+    expected = loaded.model.extract_features(samples, mode="text").text_embeds_proj[:, 0]
+    assert torch.allclose(torch.from_numpy(np.load(out)), expected, atol=1e-6)
+    assert out.with_suffix(".ids.txt").read_text() == "a red circle\na blue cross\n"
+    assert "--overwrite" in run("embed", lines, *model, "--texts", "--out", out, code=2).stderr
+    lines.write_text("\n")
+    assert "no text" in run("embed", lines, *model, "--texts", "--out", tmp_path / "x.npy", code=2).stderr
+
+
 @pytest.mark.parametrize(("stopped_by", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_features_that_were_computed_before_a_stop_are_kept(
     stopped_by: str, code: int, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -404,6 +421,13 @@ def test_a_failed_start_leaves_no_unfinished_output(photos: Path, tmp_path: Path
 def test_blank_questions_and_unknown_recipes_are_refused(photos: Path) -> None:
     assert "blank" in run("ask", photos, "--model", "blip_vqa/tiny", "--question", " ", code=2).stderr
     assert "blip/eval/nlvr" in run("recipes", "blip/eval/nlvrr", code=2).stderr
+
+
+def test_the_doctor_names_every_extra_that_users_install() -> None:
+    content = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    extras = content["project"]["optional-dependencies"].keys() - {"test", "docs"}
+    printed = run("doctor").stdout
+    assert [extra for extra in sorted(extras) if f"(extra `{extra}`)" not in printed] == []
 
 
 def test_a_mistyped_architecture_names_the_nearest() -> None:

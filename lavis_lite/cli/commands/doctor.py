@@ -27,6 +27,9 @@ OPTIONAL = {
     "resvg_py": "OpenMoji's drawings (extra `pictures`)",
     "opencv-python-headless": "faster RandAugment (extra `opencv`)",
     "gradio": "the demo (extra `demo`)",
+    "wandb": "run.tracker: wandb (extra `wandb`)",
+    "mlflow": "run.tracker: mlflow (extra `mlflow`)",
+    "trackio": "run.tracker: trackio (extra `trackio`)",
     "lmms_eval": "lmms-eval's benchmarks (extra `lmms-eval`)",
 }
 

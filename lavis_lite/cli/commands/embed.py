@@ -4,17 +4,20 @@ Until the end they are lines of the unfinished output, as of the other commands,
 """
 
 import base64
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lavis_lite.cli.commands.common import ResumableOptions
+from lavis_lite.cli.commands.common import ResumableOptions, lines_of
 from lavis_lite.cli.commands.progress import progress
 from lavis_lite.cli.commands.run import finished, report, skipped_of
 from lavis_lite.common import dist
 from lavis_lite.common.checkpoint import atomic_write, write_text
+from lavis_lite.common.errors import InputError
+from lavis_lite.common.page.render import plural
 from lavis_lite.inference.inputs import find_items
 from lavis_lite.inference.pipelines import EmbedPipeline
 from lavis_lite.inference.results import Results, key_of, write_rows
@@ -54,6 +57,19 @@ def embed_to(out: Path, options: ResumableOptions, features: str) -> int:
         dist.shutdown()
 
 
+def embed_texts_to(out: Path, options: ResumableOptions, features: str) -> int:
+    """Write features of texts, the lines of the files that `options.paths` names; returns the exit code."""
+    EmbedPipeline.check_model(options.model)
+    Results(out, {}, overwrite=options.overwrite, formats=FORMATS)  # refuses what cannot be written
+    texts = [line for path in options.paths for line in lines_of(Path(path))]
+    if not texts:
+        raise InputError(f"{options.paths[0]}: has no text; write one per line")
+    found = EmbedPipeline(options.load()).texts(texts, features=features)
+    write_features(out, texts, found, column="text")
+    print(f"{plural(len(texts), 'result')}: {out}", file=sys.stderr)
+    return 0
+
+
 def packed(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a result whose features are a text."""
     features = np.asarray(row["features"], dtype=np.float32)
@@ -66,10 +82,10 @@ def unpacked(row: Mapping[str, Any]) -> np.ndarray:
     return features.reshape(row["shape"])
 
 
-def write_features(out: Path, ids: Sequence[str], features: np.ndarray) -> None:
-    """Write features (N, ...) and their ids."""
+def write_features(out: Path, ids: Sequence[str], features: np.ndarray, *, column: str = "image") -> None:
+    """Write features (N, ...) and their ids, in a table's `column`."""
     if out.suffix == ".parquet":
-        write_rows(out, [{"image": name, "features": row.tolist()} for name, row in zip(ids, features, strict=True)])
+        write_rows(out, [{column: name, "features": row.tolist()} for name, row in zip(ids, features, strict=True)])
         return
     atomic_write(out, lambda file: np.save(file, features))
     write_text(out.with_suffix(".ids.txt"), "".join(f"{name}\n" for name in ids))

@@ -125,17 +125,20 @@ def embed(
     features: Annotated[
         str, typer.Option(help="projected: unit vectors that the contrast compares; states: before the projection")
     ] = "projected",
+    texts: Annotated[bool, typer.Option("--texts", help="PATHS are files with one text per line")] = False,
 ) -> None:
-    """Compute features of images.
+    """Compute features of images, or of texts.
 
-    The rows are float32, one per image: (D,) for BLIP, (Q,D) for the Q queries of BLIP-2.
+    The rows are float32, one per image or text: (D,) for BLIP and for texts, (Q,D) for the Q queries of BLIP-2.
     """
     options.check_output(out)
+    if texts and options.resume:
+        raise typer.BadParameter("--resume is of images; texts are computed at once")
 
     def execute() -> int:
-        from lavis_lite.cli.commands.embed import embed_to
+        from lavis_lite.cli.commands.embed import embed_texts_to, embed_to
 
-        return embed_to(out, options, features)
+        return embed_texts_to(out, options, features) if texts else embed_to(out, options, features)
 
     finish(execute)
 

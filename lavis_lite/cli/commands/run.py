@@ -166,4 +166,7 @@ def report(count: int, errors: Sequence[Mapping[str, Any]], where: str, *, liste
 
 
 def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    """Return a text as it is, scores with four digits."""
+    if isinstance(value, str):
+        return value
+    return json.dumps(json.loads(json.dumps(value), parse_float=lambda text: round(float(text), 4)), ensure_ascii=False)
