@@ -105,7 +105,7 @@ def test_wrong_task_for_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[s
     complains(
         capsys,
         cli_helpers.train(cli_helpers.project(tmp_path, "vqa_rank", SHORT, crossed)),
-        "BlipVQA needs 'n_answers'",
+        "BlipVQA needs 'answer'",
     )
     crossed = {"datasets": {"shapes_retrieval": None, "shapes_caption": cli_helpers.SHAPES}}
     path = cli_helpers.project(tmp_path, "retrieval", run, crossed)

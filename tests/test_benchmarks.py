@@ -291,7 +291,7 @@ def test_growth_is_found(long_run: ModuleType):
 
 @pytest.mark.slow
 def test_a_long_run_is_watched(long_run: ModuleType, capsys: pytest.CaptureFixture[str]):
-    code = long_run.main(["--steps", "24", "--every", "2"])
+    code = long_run.main(["--steps", "200", "--every", "10"])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     rows = [line for line in lines if line[0].isdigit()]
     assert len(rows) >= 4

@@ -263,6 +263,7 @@ def test_published_timm_weights_are_loaded_by_name(monkeypatch: pytest.MonkeyPat
         return create(name, pretrained=False, **settings)
 
     monkeypatch.setattr(timm, "create_model", recorded)
+    monkeypatch.setattr("lavis_lite.common.sources.reach.hub_problem", lambda: None)
     encoder = build_encoder(TIMM, image_size=64)
     encoder.load_state_dict(encoder.adapt_state_dict(dict(open_state(f"timm:{TIMM}.augreg_in21k"))))
     assert asked == [(TIMM, False), (f"{TIMM}.augreg_in21k", True)]

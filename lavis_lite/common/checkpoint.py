@@ -138,16 +138,14 @@ class Safetensors(Mapping[str, torch.Tensor]):
         from safetensors import safe_open
 
         self._file = safe_open(path, framework="pt", device=str(map_location))
-        self._names = frozenset(self._file.keys())
+        self._names = {name: name for name in self._file.keys()}  # noqa: SIM118  (it is not a dictionary)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        tensor: torch.Tensor = self._file.get_tensor(name)
+        tensor: torch.Tensor = self._file.get_tensor(self._names[name])
         return tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._names))
+        return iter(self._names)
 
     def __len__(self) -> int:
         return len(self._names)
