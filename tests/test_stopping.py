@@ -104,6 +104,29 @@ def test_a_signal_in_the_last_step_of_an_epoch(tmp_path: Path, monkeypatch: pyte
     cli_helpers.assert_same_state(last(whole)["ranks"], last(path)["ranks"])
 
 
+@pytest.mark.slow
+def test_a_signal_in_the_last_step_of_an_epoch_loses_no_row_of_a_mixture(tmp_path: Path) -> None:
+    """The first epoch's batches and losses by dataset are logged after the restart, and are not in the second's."""
+    run = {"runner": "runner_iter", "max_iters": 12, "iters_per_inner_epoch": 6, "valid_splits": []}
+    run |= {"accum_grad_iters": 1, "max_epoch": 2, "train_dataset_ratios": {"shapes_caption": 1, "shapes_pairs": 1}}
+    changes = [CHANGES, {"datasets": {"shapes_pairs": cli_helpers.SHAPES}, "run": run}]
+    rows = []
+    for name, stops in (("whole", False), ("stopped", True)):
+        (tmp_path / name).mkdir()
+        path = cli_helpers.project(tmp_path / name, "caption", *changes)
+        if stops:
+            steps = max(row["step"] for row in cli_helpers.steps(tmp_path / "whole" / "output" / "job"))
+            with pytest.MonkeyPatch.context() as patch:
+                signal_in(patch, "train_step", call=steps // 2, signum=signal.SIGTERM)
+                assert cli_helpers.train(path) == 143
+            assert (last(path)["step"], last(path)["epoch"]) == (steps // 2, 0)
+        assert cli_helpers.train(path, flags=["--resume", "auto"]) == 0
+        log = cli_helpers.log(tmp_path / name / "output" / "job")
+        rows.append([(row["step"], row["datasets"]) for row in log if "datasets" in row])
+    assert len(rows[0]) == 2
+    assert rows[0] == rows[1]
+
+
 def test_a_signal_in_validation_ends_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

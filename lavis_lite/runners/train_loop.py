@@ -179,7 +179,8 @@ def train_loop(training: Training, *, save: Callable[[], None], validate: Callab
                             save()
                     if signum:
                         raise Stopped(signum)
-            if start < end:  # else a resumed run only validates
+            # a resumed run may only validate, but one that was stopped after an epoch's last step has not logged it
+            if start < end or state.by_dataset.counts or state.loader.sampler.is_concat:
                 _log_datasets(training, first, end, epoch=epoch)
             if run.valid_splits:
                 save()  # validation may be long, and the epoch should not be lost with it
