@@ -127,6 +127,7 @@ def test_vsr_is_a_choice_among_words_of_two_classes(tmp_path: Path) -> None:
             make("vsr_classification", tmp_path, {"test": [VSR[0], {**VSR[1], "label": label}]})
 
 
+@pytest.mark.slow
 def test_true_statements_are_captions(tmp_path: Path) -> None:
     for name in ("000000296471.jpg", "7.jpg"):
         picture(tmp_path / name)
