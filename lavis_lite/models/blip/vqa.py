@@ -131,10 +131,13 @@ class BlipVQA(BlipBase, AnswerModel):
 def question_of_answer(samples: dict[str, Any], num_questions: int, num_answers: int, device: torch.device) -> Tensor:
     """Return the index of each answer's question (N,), from the samples' `n_answers` (B,).
 
-    InputError if they are not the numbers of the answers; checked on the CPU only, as reading them waits for a GPU.
+    Raises InputError if they are not the numbers of the answers. On a GPU, whose values take a wait to read, the device
+    checks that and ends the run.
     """
     n_answers = integers(samples, "n_answers", num_questions, "answers of each question", device)
-    if n_answers.device.type == "cpu" and int(n_answers.sum()) != num_answers:
+    if n_answers.device.type != "cpu":
+        torch._assert_async(n_answers.sum() == num_answers, "samples['n_answers'] does not add up to the answers")
+    elif int(n_answers.sum()) != num_answers:
         found = f"samples['n_answers']: {int(n_answers.sum())} answers in all"
         raise InputError(f"{found}, but samples['answer'] has {num_answers} texts; give the number of each question's")
     ends = n_answers.cumsum(0)
@@ -161,8 +164,8 @@ def candidate_losses(decoder: BertLMHeadModel, read: DecoderPrefix, ids_BKT: Ten
     ids, mask = (t.take_along_dim(by_length[:, :, None], dim=1) for t in (ids_BKT, mask_BKT))
     losses = smoothed_token_losses(read.logits, ids[:, :, 1])
     widths = lengths.amax(dim=0).tolist()
-    row_bytes = BYTES_PER_LOGIT * read.logits.numel() * widths[0]
-    at_once, begin = max(1, STEP_BYTES // row_bytes), 0
+    bytes_per_answer = BYTES_PER_LOGIT * read.logits.numel() * widths[0]  # one answer of each question
+    at_once, begin = max(1, STEP_BYTES // bytes_per_answer), 0
     while begin < len(widths) and (width := widths[begin]) > 2:
         end = min(begin + at_once, bisect_right(widths, -width, lo=begin, key=operator.neg))
         rows, counted = (t[:, begin:end, :width].flatten(0, 1) for t in (ids, mask))
