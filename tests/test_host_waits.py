@@ -19,6 +19,7 @@ from lavis_lite.common.config.config import Config
 from lavis_lite.common.errors import NonFiniteLoss
 from lavis_lite.common.registry import registry
 from lavis_lite.models import load_model
+from lavis_lite.models.blip.vqa import question_of_answer
 from lavis_lite.models.reranking import similarity_matrices
 from lavis_lite.runners import train_loop
 from lavis_lite.runners.progress import Progress
@@ -239,3 +240,13 @@ class GallerySet:
 
     def __len__(self) -> int:
         return self.num_images
+
+
+def test_numbers_of_answers_that_do_not_add_up_end_the_run_on_a_device_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a wait; the device stops at the operation."""
+    with simulated(monkeypatch) as waits:
+        numbers = transfer.upload(torch.tensor([1, 2]), DEVICE)
+        assert question_of_answer({"n_answers": numbers}, 2, 3, DEVICE).shape == (3,)
+        assert waits.found == []
+        with pytest.raises(RuntimeError, match=r"n_answers.*does not add up"):
+            question_of_answer({"n_answers": numbers}, 2, 4, DEVICE)
