@@ -1,4 +1,4 @@
-"""What a training step takes of a device's memory, by part: a count of the model's tensors, without computing.
+"""Memory of a training step by part: a count of the model's tensors, without computing.
 
 Weights, also quantized ones, gradients and AdamW's two moments are exact. Activations are what autograd keeps for the
 backward pass, counted on the meta device for two samples in the run's precision: attention there keeps its

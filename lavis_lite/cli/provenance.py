@@ -1,4 +1,4 @@
-"""What a run is, and where its numbers are from: model, weights, machine, versions, command line."""
+"""Description and provenance of a run: model, weights, machine, versions, command line."""
 
 import hashlib
 import platform

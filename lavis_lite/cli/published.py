@@ -70,7 +70,7 @@ class Recipe:
 def numbers(name: str, projects: Path, output: Path) -> list[Number]:
     """Return the published numbers of `blip`, `blip2`, `instructblip` or `lavis`, by paper and table.
 
-    Raises InputError if there are no recipes below `projects`, or a file is not what it should be.
+    Raises InputError if `projects` has no recipes, or a file is not what it should be.
     """
     measured = evaluations(output)
     found: list[Number] = []

@@ -36,7 +36,7 @@ def progress(
     say: Callable[[str], None] = logger.info,
 ) -> Iterator[T]:
     """Yield items while rank 0 shows their number, rate and the time left. `sizes` are those of the items, 1 by
-    default; `say` gets the lines where there is no terminal.
+    default; `say` gets the lines without a terminal.
     """
     started = reported = time.monotonic()
     number = 0

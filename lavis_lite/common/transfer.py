@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 WITH_PINNED_MEMORY = ("cuda",)
-"""Types of devices that copy from pinned memory while the host goes on."""
+"""Types of devices that copy from pinned memory while the host continues."""
 
 
 def pins_memory(device: torch.device) -> bool:

@@ -76,7 +76,7 @@ def decode(
     `part` is the part of the video to sample, (start, end) in seconds; None: all of it.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         UnreadableSample: it is broken, not a video, shorter than its AVI header says, or too short. (A truncated
             Matroska or MPEG stream is a shorter video.)
         ImportError: neither decord nor PyAV is installed.

@@ -49,7 +49,7 @@ def write_folder(
 
     Raises:
         FileExistsError: the target exists and `overwrite` is not set.
-        ValueError: transformers has no class for the architecture or the sizes, or there is no adapter to write.
+        ValueError: transformers has no class for the architecture or the sizes, or the model has no adapter to write.
     """
     target = check_target(target, overwrite=overwrite)
     if adapter is not None:

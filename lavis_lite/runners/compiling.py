@@ -10,7 +10,7 @@ logger = logging.getLogger(__name__)
 
 MOST_VARIANTS = 64
 """Of the code of one kind of layer: with and without queries, context, cache and gradients, of training and evaluation.
-torch's limit is 8, beyond which it goes on without compiling.
+torch's limit is 8, beyond which it continues without compiling.
 """
 
 

@@ -24,7 +24,7 @@ def recipe_names() -> list[str]:
 
 
 def named_recipe(name: str | Path) -> Path | None:
-    """Return the recipe of a name, or of its path in the project; None if there is no such recipe."""
+    """Return the recipe of a name, or of its path in the project; None if no recipe has it."""
     path = Path(name)
     parts = path.with_suffix("").parts
     recipe = recipes_root().joinpath(*parts[parts[:1] == ("projects",) :]).with_suffix(".yaml")

@@ -82,7 +82,7 @@ def local_folder(source: str | Path, *, what: str = "folder", give: str = "give 
     suffix, or if its first part is a folder here. `what` and `give` are the error's first and last words.
 
     Raises:
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: the folder does not exist.
     """
     name, path = str(source), Path(source).expanduser()
     if not name.strip():

@@ -29,7 +29,7 @@ def weight_files(folder: Path) -> list[Path]:
     """Return all files with weights: the file or its shards, and `EXTRA_FILE`.
 
     Raises:
-        FileNotFoundError: there is no weight file, or a shard is missing.
+        FileNotFoundError: the folder has no weight file, or a shard is missing.
         ValueError: the index is damaged.
     """
     found = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)

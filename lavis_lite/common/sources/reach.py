@@ -35,7 +35,7 @@ def hub_problem() -> str | None:
 
 @functools.cache
 def _probe(endpoint: str) -> None:
-    """Raise an error if there is no answer. Note: errors are not cached."""
+    """Raise an error if the hub does not answer. Note: errors are not cached."""
     try:
         urlopen(endpoint, timeout=PROBE_SECONDS).close()
     except HTTPError:

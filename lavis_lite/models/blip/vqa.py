@@ -145,7 +145,7 @@ def question_of_answer(samples: dict[str, Any], num_questions: int, num_answers:
 
 
 class DecoderPrefix(NamedTuple):
-    """What a decoder has after `[DEC]`: logits (B,V) of the next token, its cache, and the keys and values of the
+    """State of a decoder after `[DEC]`: logits (B,V) of the next token, its cache, and the keys and values of the
     questions.
     """
 
