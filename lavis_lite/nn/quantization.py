@@ -1,4 +1,4 @@
-"""Bytes that bitsandbytes saves of a language model's weights, counted without it: the layers that it quantizes, their bytes.
+"""Bytes that bitsandbytes saves of a language model's weights, and the layers that it quantizes, counted without it.
 
 The kinds are those of `load_language_model`. Embeddings, the output layer and what transformers keeps in float32 stay
 in the model's precision.
