@@ -13,8 +13,10 @@ seeds=("$@")
 out=output/real
 packages=$out/packages
 read -r -a options <<<"${OPTIONS:-run.num_workers=1}"
-# a step in bf16 takes two thirds of its time in fp32 on a CPU with instructions for it, and many times as long on others
-grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo && options=(run.precision=bf16 "${options[@]}")
+# bf16 where this CPU multiplies faster in it
+if "$python" -c 'import sys; from lavis_lite.common.precision import has_fast_bf16; sys.exit(not has_fast_bf16())'; then
+    options=(run.precision=bf16 "${options[@]}")
+fi
 
 fetch_packages() {
     mkdir -p "$packages"

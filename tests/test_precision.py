@@ -1,4 +1,4 @@
-"""How float32 matrix products are computed on CPUs, and which CPUs have instructions for bf16."""
+"""How float32 matrix products are computed on CPUs, and which CPUs gain by bf16."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -48,7 +48,18 @@ def test_the_error_of_a_product_is_measured() -> None:
     assert 1e-8 < precision.product_error() < precision.LARGEST_ERROR
 
 
-@pytest.mark.parametrize(("cpu", "expected"), [(AMD, True), (INTEL, True), ("flags\t: fma avx2", False), ("", False)])
-def test_bf16_instructions_are_found(monkeypatch: pytest.MonkeyPatch, cpu: str, expected: bool) -> None:
-    on(monkeypatch, cpu)
+@pytest.mark.parametrize(("seconds", "expected"), [(0.4, True), (0.9, False), (2.0, False)])
+def test_bf16_is_fast_where_its_products_take_less_time(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, expected: bool
+) -> None:
+    """An Intel CPU with avx512_bf16 and without AMX takes twice the time of float32."""
+    monkeypatch.setattr(precision, "_time_of_product", lambda factor: seconds if factor.element_size() == 2 else 1.0)
+    precision.bf16_gain.cache_clear()
     assert precision.has_fast_bf16() is expected
+    assert precision.bf16_gain() == pytest.approx(1 / seconds)
+    precision.bf16_gain.cache_clear()
+
+
+def test_the_gain_of_bf16_is_measured() -> None:
+    precision.bf16_gain.cache_clear()
+    assert 0 < precision.bf16_gain() < 100

@@ -29,7 +29,8 @@ from lavis_lite.common.config.run import RunConfig
 from lavis_lite.common.errors import NonFiniteLoss, UnreadableSample
 from lavis_lite.common.logger import JsonLog
 from lavis_lite.common.optim import parameter_groups
-from lavis_lite.common.precision import resolve_precision, warn_of_emulation
+from lavis_lite.common import precision as precisions
+from lavis_lite.common.precision import resolve_precision
 from lavis_lite.common.registry import registry
 from lavis_lite.common.rng import seed_everything
 from lavis_lite.runners.plan import make_plan
@@ -555,15 +556,15 @@ def test_precision(tmp_path: Path, changes: dict[str, Any], dtype: torch.dtype) 
     assert {parameter.dtype for parameter in runner.model.parameters()} == {torch.float32}
 
 
-def test_bf16_on_a_cpu_without_instructions_for_it(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    warn_of_emulation.cache_clear()
-    for capability, count in (("AVX512", 0), ("AVX2", 1), ("AVX2", 1)):
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda name=capability: name)
+def test_bf16_on_a_cpu_that_is_slower_in_it(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    precisions.warn_of_slow_bf16.cache_clear()
+    for gain, count in ((2.5, 0), (1.0, 0), (0.5, 1), (0.5, 1)):
+        monkeypatch.setattr(precisions, "bf16_gain", lambda gain=gain: gain)
         resolve_precision("bf16", torch.device("cpu"))
         resolve_precision("fp32", torch.device("cpu"))
-        assert sum("run.precision" in record.getMessage() for record in caplog.records) == count
+        found = [record.getMessage() for record in caplog.records if "run.precision" in record.getMessage()]
+        assert len(found) == count
+        assert all("2.0 times as long" in message for message in found)
 
 
 def test_wrong_precision() -> None:
