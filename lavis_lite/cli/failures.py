@@ -68,7 +68,7 @@ def exit_code(execute: Callable[[], int | None], *, command: Sequence[str] = ())
 
 
 def is_first_process() -> bool:
-    """Whether this is rank 0, by torchrun's environment: before `dist.init`, `dist.rank()` is 0 everywhere."""
+    """Return whether this is rank 0, by torchrun's environment: before `dist.init`, `dist.rank()` is 0 everywhere."""
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -77,7 +77,7 @@ KINDS = {
 
 
 def is_wanted(argv: Sequence[str]) -> bool:
-    """Whether a command line of `train` names data in place of a YAML."""
+    """Return whether a command line of `train` names data in place of a YAML."""
     return any(argument == "--data" or argument.startswith("--data=") for argument in argv)
 
 

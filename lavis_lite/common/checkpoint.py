@@ -204,7 +204,7 @@ def refuse_compressed(path: Path) -> None:
 
 
 def is_mappable(path: Path) -> bool:
-    """Whether the file can be memory-mapped: a .safetensors file, or torch's zip format."""
+    """Return whether the file can be memory-mapped: a .safetensors file, or torch's zip format."""
     if path.suffix == ".safetensors":
         return True
     with path.open("rb") as file:

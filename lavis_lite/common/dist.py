@@ -113,7 +113,7 @@ def single_process() -> Iterator[None]:
 
 
 def is_main() -> bool:
-    """Whether this is rank 0, the one that writes files and logs."""
+    """Return whether this is rank 0, the one that writes files and logs."""
     return rank() == 0
 
 

@@ -42,7 +42,7 @@ def write_sums(folder: Path) -> None:
 
 
 def _is_zip(path: Path) -> bool:
-    """Whether the start or the end of the file, of which one may be lost, is that of a zip file."""
+    """Return whether the start or the end of the file, of which one may be lost, is that of a zip file."""
     with path.open("rb") as file:
         if file.read(4) == b"PK\x03\x04":
             return True

@@ -60,7 +60,7 @@ SERVED = ("blip2_opt",)
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Where the weights of a folder come from."""
+    """Source of a folder's weights."""
 
     model_type: str
     checkpoint: str | None = None

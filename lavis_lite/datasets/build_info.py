@@ -25,7 +25,7 @@ class VisualFolder(TypedDict, total=False):
 
 
 class BuildInfo(TypedDict, total=False):
-    """Where the files of a dataset are."""
+    """Places of a dataset's files."""
 
     annotations: dict[str, AnnotationFiles | None] | None
     images: VisualFolder | None

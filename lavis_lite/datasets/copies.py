@@ -1,4 +1,4 @@
-"""Whether images under one `image_id` are copies of one picture: their contents are compared, once.
+"""A check that images under one `image_id` are copies of one picture; their contents are compared once.
 
 In shards and tables a picture may be there once per caption, so that paths do not tell.
 """

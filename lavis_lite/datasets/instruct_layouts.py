@@ -78,8 +78,8 @@ class VQAInstructDataset(InstructDataset):
         return super().load(files, reader)
 
     def arrange(self, records: list[Record]) -> list[Record]:
-        """As InstructDataset's. In evaluation A-OKVQA's `difficult_direct_answer` has no answers, as its own script
-        does not score it, unless it is a choice; in training it has.
+        """Arrange records without the answers that A-OKVQA marks `difficult_direct_answer`, which its own script does
+        not score. Choices and training keep them.
         """
         for record in records if not self.training and self.templates.output == "answer" else ():
             if record.get("difficult_direct_answer") and "candidates" not in record:

@@ -56,7 +56,7 @@ class NLVREvalDataset(BaseDataset):
 
 
 class NLVRTrainDataset(NLVREvalDataset):
-    """As NLVREvalDataset, with images and sides swapped at random."""
+    """Training samples: those of NLVREvalDataset, with images and sides swapped at random."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.annotation[index]

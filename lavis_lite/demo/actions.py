@@ -1,4 +1,4 @@
-"""What the page does: one method per button, without Gradio.
+"""The page's actions: one method per button, without Gradio.
 
 Models are shared by all users and computed with by one at a time: seeds and recorded attention are state of the
 process. Nothing else is kept between calls; a conversation belongs to its page.

@@ -28,14 +28,14 @@ class DemoModel:
     loaded: Loaded
 
     def can(self, task: Task) -> bool:
-        """Whether the model has the interface that the task needs."""
+        """Return whether the model has the interface that the task needs."""
         if task == "chat":
             return isinstance(self.loaded.model, Blip2LLM)
         return isinstance(self.loaded.model, PIPELINES[task].protocol)
 
     @property
     def compares_texts(self) -> bool:
-        """Whether it has a matching head whose maps explain a text."""
+        """Return whether it has a matching head whose maps explain a text."""
         return isinstance(self.loaded.model, ImageTextModel)
 
     def pipeline(self, task: Task) -> Any:

@@ -1,4 +1,4 @@
-"""How texts are written: what the page's settings mean for `generate` and for the command line."""
+"""Settings of generation on the page, as arguments of `generate` and of the command line."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TextSettings:
 
     @property
     def samples(self) -> bool:
-        """Whether texts are sampled."""
+        """Return whether texts are sampled."""
         return self.method == "sampling"
 
     def arguments(self) -> dict[str, Any]:

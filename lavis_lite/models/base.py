@@ -269,7 +269,7 @@ class BaseModel(nn.Module):
         return []
 
     def is_restorable(self, name: str) -> bool:
-        """Whether a frozen parameter can be fetched again from its own source."""
+        """Return whether a frozen parameter can be fetched again from its own source."""
         return False
 
     def text_readers(self, samples: Mapping[str, Any]) -> list[tuple[str, str, Any]]:

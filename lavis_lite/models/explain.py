@@ -1,4 +1,4 @@
-"""Where a model looked: Grad-CAM of its cross-attention to the image, for a text that matches, is written or answers.
+"""Maps of where a model looked: Grad-CAM of its cross-attention to the image, for matching, captions and answers.
 
 As in ALBEF and LAVIS, a map is the cross-attention of one layer times the positive part of its gradient, meaned over
 heads. The rows of the maps depend on the model: BLIP's text tokens attend to the image; in BLIP-2 only the

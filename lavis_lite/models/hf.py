@@ -94,7 +94,7 @@ class HFAdapter(ABC, Generic[M]):
         return archs[0]
 
     def reads_instructions(self, model: M) -> bool:
-        """Whether the model's Q-Former reads the instruction, as InstructBLIP's."""
+        """Return whether the model's Q-Former reads the instruction, as InstructBLIP's."""
         return False
 
     def section(self, config: Mapping[str, Any], folder: Path, *, arch: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What BLIP and BLIP-2 share in comparing images and texts: outputs of a training step, features, matching, retrieval.
+"""Comparison of images and texts in BLIP and BLIP-2: outputs of a training step, features, matching, retrieval.
 
 Letters: B samples, T text tokens, E width, D width of the common space.
 """

@@ -63,7 +63,7 @@ class BertConfig:
         check_divides(self.section, values, divisor="num_heads", number="hidden_size")
 
     def cross_attends(self, index: int) -> bool:
-        """Whether the layer of this number has cross-attention."""
+        """Return whether the layer of this number has cross-attention."""
         return self.context_width is not None
 
 

@@ -46,7 +46,7 @@ READ_EVERY = 8
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """How a model generates text; lengths are in tokens.
+    """Settings of generating text; lengths are in tokens.
 
     What `max_length` and `min_length` count depends on the architecture: BLIP and the Q-Former count `[DEC]` and the
     prompt, a causal language model counts one start token, an encoder-decoder only what it generates.

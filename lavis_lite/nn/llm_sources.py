@@ -1,4 +1,4 @@
-"""Where a language model comes from (a packaged tiny one, a folder, the hub), its config and its tokenizer.
+"""Sources of language models (a packaged tiny one, a folder, the hub), their configs and tokenizers.
 
 Note: the gated feed-forward of a T5 uses the exact GELU, as LAVIS has it (Flan-T5 was trained with the tanh
 approximation; BLIP-2's published weights were trained against the exact one). A Hugging Face BLIP-2 is a source too,

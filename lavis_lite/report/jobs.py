@@ -77,7 +77,7 @@ class Job:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the last run of the job came to its end; also of jobs whose log does not say when they begin."""
+        """Return whether the job's last run came to its end; true for logs that do not mark where a run begins."""
         marks = [key for row in self.rows for key in ("run", "result") if key in row]
         return not marks or marks[-1] == "result"
 

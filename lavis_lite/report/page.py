@@ -34,7 +34,7 @@ class SplitView:
 
 @dataclass(frozen=True, kw_only=True)
 class JobView:
-    """What the page shows of a job."""
+    """Contents of a job's page."""
 
     job: Job
     anchor: str
@@ -50,7 +50,7 @@ class JobView:
 
 @dataclass(frozen=True, kw_only=True)
 class Extra:
-    """What a caller adds to a page: its title, an introduction, and a table of figures."""
+    """A caller's additions to a page: its title, an introduction, and a table of figures."""
 
     title: str = ""
     intro: str = ""

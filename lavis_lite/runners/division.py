@@ -1,4 +1,4 @@
-"""How a global batch is divided into the batches of the processes, also where a run resumes on another number."""
+"""Division of a global batch into the batches of the processes, also where a run resumes on another number."""
 
 import dataclasses
 import logging

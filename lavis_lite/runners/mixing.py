@@ -1,4 +1,4 @@
-"""How samples of several datasets share a batch: its keys, image ids, and whether they fit at all.
+"""Batches with samples of several datasets: their keys, their image ids, and a check that the samples fit together.
 
 As in LAVIS, a mixed batch has the keys that all datasets have. LAVIS decides so for each batch; here it is decided
 once, so that no batch means something else because its samples happen to come from one dataset.

@@ -81,7 +81,7 @@ class Progress:
 
     @property
     def shows_pictures(self) -> bool:
-        """Whether pictures go anywhere."""
+        """Return whether pictures go anywhere."""
         return self.events.writer is not None or bool(self.trackers)
 
     def report_result(self, result: Mapping[str, Any], *, step: int) -> None:

@@ -1,4 +1,4 @@
-"""Which sample is in which batch: permutations, and how several datasets are mixed.
+"""Assignment of samples to batches: permutations, and mixtures of several datasets.
 
 Everything is a pure function of (run.seed, step), a step being an update by one global batch. A step's samples depend
 neither on the number of workers, nor on how its global batch is divided into ranks and accumulated batches, nor on
@@ -118,7 +118,7 @@ class TrainSampler:
 
     @property
     def draws_datasets(self) -> bool:
-        """Whether each step's samples are of one dataset out of several."""
+        """Return whether each step's samples are of one dataset out of several."""
         return len(self.names) > 1 and not self.is_concat
 
     def dataset_at(self, step: int) -> str:

@@ -1,4 +1,4 @@
-"""How fast a training is between two log lines, and the memory that it takes. Nothing here waits for the device."""
+"""Speed and memory of a training between two log lines. Nothing here waits for the device."""
 
 import contextlib
 import time

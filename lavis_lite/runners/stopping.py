@@ -141,7 +141,7 @@ class StopSignals:
 
 
 def _would_be_lost(frame: FrameType | None) -> bool:
-    """Whether Python ignores exceptions where the main thread is: in a destructor, or a hook around a fork."""
+    """Return whether Python ignores exceptions where the main thread is: in a destructor, or a hook around a fork."""
     while frame is not None and frame.f_code.co_name not in ("__del__", "_launch"):
         frame = frame.f_back
     return frame is not None

@@ -117,7 +117,7 @@ class CaptionTask(BaseTask):
         return {"repetition_penalty": 1.15, "length_penalty": 0.0}
 
     def build_datasets(self, cfg: Config) -> dict[str, dict[str, Any]]:
-        """As BaseTask's, with the images of `img_ids` only in the evaluated splits.
+        """Build the datasets as BaseTask does, the evaluated splits with the images of `img_ids` only.
 
         Raises InputError if a split has none of them.
         """

@@ -40,7 +40,7 @@ class MatchingTask(BaseTask):
         return tuple(f"auc_{name}" for name in SCORES)
 
     def build_datasets(self, cfg: Config) -> dict[str, dict[str, Any]]:
-        """As BaseTask's; an evaluation of the split `train` reads its images as any other's."""
+        """Build the datasets as BaseTask does; an evaluation reads the split `train` without random crops."""
         return super().build_datasets(with_eval_processors(cfg) if cfg.run.evaluate else cfg)
 
     def check(self, model_class: type, dataset: EvalDataset, batch: Samples, *, split: str) -> None:

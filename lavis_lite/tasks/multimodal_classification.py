@@ -43,7 +43,7 @@ class MultimodalClassificationTask(BaseTask):
     sample_keys: ClassVar[tuple[str, ...]] = ("instance_id",)
 
     def build_datasets(self, cfg: Config) -> dict[str, dict[str, Any]]:
-        """As BaseTask's. Raises InputError for a label that is not one of the model's classes."""
+        """Build the datasets as BaseTask does. Raises InputError for a label that is not one of the model's classes."""
         built = super().build_datasets(cfg)
         num_classes = cfg.model.get("num_classes") or math.inf
         for dataset in (dataset for splits in built.values() for dataset in splits.values()):

@@ -102,7 +102,7 @@ class VQATask(BaseTask):
         return (*SCRIPTS, RAW[self.accuracy]) if self.accuracy in RAW else SCRIPTS
 
     def build_datasets(self, cfg: Config) -> dict[str, dict[str, Any]]:
-        """As BaseTask's. Raises InputError if two questions of an evaluated split have the same id."""
+        """Build as BaseTask does. Raises InputError if two questions of an evaluated split have the same id."""
         built = super().build_datasets(with_columns(cfg, question_id=self.sample_id_key))
         for name, splits in built.items():
             for split in splits.keys() & {*cfg.run.valid_splits, *cfg.run.test_splits}:
@@ -262,11 +262,11 @@ class GQATask(VQATask):
     accuracy: Variant = "normalised"
 
     def metric_names(self) -> tuple[str, ...]:
-        """As VQA's, and GQA's own."""
+        """Return VQA's metrics and GQA's own."""
         return (*super().metric_names(), *GQA_METRICS)
 
     def score(self, results: list[Result], *, dataset: EvalDataset, split: str, result_dir: Path) -> Metrics:
-        """As VQA, with the metrics of metrics/gqa.py, and `<split>_gqa_submission.json`: [{questionId, prediction}]."""
+        """Score as VQA and by metrics/gqa.py; write `<split>_gqa_submission.json`: [{questionId, prediction}]."""
         answers = {str(result["question_id"]): result["answer"] for result in results}
         entries = [{"questionId": key, "prediction": answer} for key, answer in answers.items()]
         write_json(result_dir / f"{split}_gqa_submission.json", entries)
@@ -290,7 +290,7 @@ class AOKVQATask(VQATask):
     accuracy: Variant = "direct"
 
     def score(self, results: list[Result], *, dataset: EvalDataset, split: str, result_dir: Path) -> Metrics:
-        """As VQA, and `<split>_aok_vqa_leaderboard.json`: question id to `{"direct_answer": ...}`."""
+        """Score as VQA; write `<split>_aok_vqa_leaderboard.json`: question id to `{"direct_answer": ...}`."""
         answers = {str(result["question_id"]): {"direct_answer": result["answer"]} for result in results}
         write_json(result_dir / f"{split}_aok_vqa_leaderboard.json", answers)
         return super().score(results, dataset=dataset, split=split, result_dir=result_dir)
@@ -302,7 +302,7 @@ class VizWizTask(VQATask):
     """VizWiz, whose question ids are image names; also writes its server's file."""
 
     def score(self, results: list[Result], *, dataset: EvalDataset, split: str, result_dir: Path) -> Metrics:
-        """As VQA, and `<split>_vizwiz_submission.json`: [{"image": file name, "answer": ...}]."""
+        """Score as VQA; write `<split>_vizwiz_submission.json`: [{"image": file name, "answer": ...}]."""
         entries = [{"image": result["question_id"], "answer": result["answer"]} for result in results]
         write_json(result_dir / f"{split}_vizwiz_submission.json", entries)
         return super().score(results, dataset=dataset, split=split, result_dir=result_dir)

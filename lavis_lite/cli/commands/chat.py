@@ -21,7 +21,7 @@ HELP = "/image FILE takes another image or video, /clear forgets the questions s
 
 @dataclass(kw_only=True)
 class ChatOptions(WritingOptions, LoadOptions):
-    """How the model is loaded, and how it writes."""
+    """Options of loading the model and of its answers."""
 
 
 @with_options(ChatOptions, model="blip2_t5_instruct/flant5xl")

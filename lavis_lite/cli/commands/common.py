@@ -38,7 +38,7 @@ Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16")]
 
 @dataclass(kw_only=True)
 class LoadOptions:
-    """How a command loads its model."""
+    """Options of loading a command's model."""
 
     model: Model = ""
     checkpoint: Checkpoint = None
@@ -66,7 +66,7 @@ class LoadOptions:
 
 @dataclass(kw_only=True)
 class WritingOptions:
-    """How a command's model writes texts."""
+    """Options of generating a command's texts."""
 
     num_beams: Annotated[int | None, typer.Option(min=1, help="beams of the search")] = None
     sample: Annotated[bool, typer.Option("--sample", help="nucleus sampling in place of beam search")] = False

@@ -147,7 +147,7 @@ def _has_tokenizer(source: str) -> bool:
 
 
 def _has_weights(source: str) -> bool:
-    """Whether a folder, or a cached repository, has weights: one file, or all files of an index."""
+    """Return whether a folder, or a cached repository, has weights: one file, or all files of an index."""
     if Path(source).is_dir():
         return any(path for pattern in WEIGHT_FILES for path in Path(source).glob(pattern))
     if any(_found(source, file) for file in WHOLE_WEIGHTS):

@@ -53,22 +53,22 @@ def data_root() -> Path:
 
 
 def is_offline() -> bool:
-    """Whether LAVIS_LITE_OFFLINE forbids the network."""
+    """Return whether LAVIS_LITE_OFFLINE forbids the network."""
     return os.environ.get("LAVIS_LITE_OFFLINE", "0").lower() not in ("", "0", "false")
 
 
 def is_url(source: str | Path) -> bool:
-    """Whether `source` is an http(s) address."""
+    """Return whether `source` is an http(s) address."""
     return str(source).startswith(("http://", "https://"))
 
 
 def is_weight_file(source: str | Path) -> bool:
-    """Whether `source` is a URL or has a weight file's suffix; else it is a folder or a name."""
+    """Return whether `source` is a URL or has a weight file's suffix; else it is a folder or a name."""
     return is_url(source) or Path(source).suffix in WEIGHT_SUFFIXES
 
 
 def is_folder(source: str | Path) -> bool:
-    """Whether `source` is a folder, or is not a path on this machine and has a hub id's form: `owner/name`."""
+    """Return whether `source` is a folder, or is not a path on this machine and has a hub id's form: `owner/name`."""
     path = Path(source).expanduser()
     if path.exists() or is_url(source):
         return path.is_dir()

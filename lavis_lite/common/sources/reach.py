@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub answers, asked before its library is: that repeats its requests for up to a minute."""
+"""A quick test that the Hugging Face hub answers, before its library repeats requests for up to a minute."""
 
 import functools
 from http.client import HTTPException

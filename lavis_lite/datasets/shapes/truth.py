@@ -38,7 +38,7 @@ class Phrase:
 
 @dataclass(frozen=True)
 class Exists:
-    """There is such an object, other than those of the caption's other `Exists` claims."""
+    """The claim that such an object exists, other than those of the caption's other `Exists` claims."""
 
     phrase: Phrase
 

@@ -36,7 +36,7 @@ NOT_IN_HF = re.compile(r"_m\.|queue|^temp$|position_ids$")
 
 
 def is_hf_blip(state: Mapping[str, Tensor]) -> bool:
-    """Whether a state_dict comes from one of Hugging Face's Blip classes."""
+    """Return whether a state_dict comes from one of Hugging Face's Blip classes."""
     return any(name.startswith("vision_model.") for name in state)
 
 

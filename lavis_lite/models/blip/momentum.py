@@ -90,7 +90,7 @@ class BlipMomentum(BlipMatching, PairModel):
 
     @property
     def has_queue(self) -> bool:
-        """Whether features of earlier batches are candidates too."""
+        """Return whether features of earlier batches are candidates too."""
         return self.image_queue.shape[1] > 0
 
     def candidates(self, own: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ ANSWER_GENERATION = GenerationConfig(num_beams=5, max_length=10, min_length=1, l
 
 @dataclass(frozen=True, kw_only=True)
 class LLMFamily:
-    """How an architecture uses its language model."""
+    """An architecture's use of its language model."""
 
     prefix: str
     """`<prefix>_model` is the language model and its setting; `<prefix>_proj` projects queries to its width."""

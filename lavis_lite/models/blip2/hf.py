@@ -86,7 +86,7 @@ def name_table(part: str | None, layout: str) -> NameTable:
 
 
 def is_hf_blip2(state: Mapping[str, Tensor]) -> bool:
-    """Whether a state_dict comes from one of Hugging Face's Blip2 or InstructBlip classes."""
+    """Return whether a state_dict comes from one of Hugging Face's Blip2 or InstructBlip classes."""
     return any(name.startswith("qformer.") for name in state)
 
 

@@ -141,7 +141,7 @@ class CapFiltTask(BaseTask):
             raise InputError(f"run.captioner: the run's model, {arch}, is a captioner already: leave one out")
 
     def build_datasets(self, cfg: Config) -> dict[str, dict[str, Any]]:
-        """As BaseTask's; the split `train` is read as any other, without random crops."""
+        """Build the datasets as BaseTask does, the split `train` without random crops."""
         return super().build_datasets(with_eval_processors(cfg))
 
     def check(self, model_class: type, dataset: EvalDataset, batch: Samples, *, split: str) -> None:
