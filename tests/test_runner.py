@@ -25,11 +25,11 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from lavis_lite.common import checkpoint, dist
+from lavis_lite.common import precision as precisions
 from lavis_lite.common.config.run import RunConfig
 from lavis_lite.common.errors import NonFiniteLoss, UnreadableSample
 from lavis_lite.common.logger import JsonLog
 from lavis_lite.common.optim import parameter_groups
-from lavis_lite.common import precision as precisions
 from lavis_lite.common.precision import resolve_precision
 from lavis_lite.common.registry import registry
 from lavis_lite.common.rng import seed_everything

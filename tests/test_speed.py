@@ -85,7 +85,7 @@ def test_operations_are_those_of_the_first_step() -> None:
         ("NVIDIA H200", torch.bfloat16, None, 989.0),
         ("NVIDIA H200", torch.float32, None, None),
         ("NVIDIA H200", torch.float32, 60.0, 60.0),
-        ("T4", torch.float16, None, None),
+        ("NVIDIA GeForce GTX 1080", torch.float16, None, None),
     ],
 )
 def test_the_peak_is_known_or_given(

@@ -7,6 +7,7 @@ import torch
 from lavis_lite.cli import preflight
 from lavis_lite.cli.memory import memory_lines
 from lavis_lite.cli.provenance import parameters
+from lavis_lite.cli.throughput import throughput_lines
 from lavis_lite.cli.verdict import check_expected
 from lavis_lite.common import dist
 from lavis_lite.common.config import trained as trained_config
@@ -14,6 +15,7 @@ from lavis_lite.common.config.config import Config
 from lavis_lite.common.config.schema import reads_config
 from lavis_lite.common.config.sections import MODEL_KEYS
 from lavis_lite.common.errors import InputError
+from lavis_lite.common.hardware import Gpu
 from lavis_lite.common.optim import build_schedule
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.base import BaseDataset
@@ -25,9 +27,9 @@ from lavis_lite.runners.resume import resume_line
 from lavis_lite.tasks.base import setup_task
 
 
-def dry_run(cfg: Config) -> None:
+def dry_run(cfg: Config, *, gpu: Gpu | None = None) -> None:
     """Print the merged configuration, parameter and sample counts, and where the run would resume; the model is built
-    on the meta device.
+    on the meta device. With `gpu`, memory and rate are those on such a GPU.
     """
     dist.init("cpu")  # nothing is computed, so this machine need not have the run's device
     try:
@@ -40,7 +42,7 @@ def dry_run(cfg: Config) -> None:
         datasets = task.build_datasets(cfg)
         found = preflight.check_data(cfg, task, datasets)
         preflight.fit_features(cfg, found)
-        model = build_without_weights(cfg.model)
+        model = build_without_weights(cfg.model, device="cuda" if gpu is not None else device_type(cfg))
         if start := starting_points(cfg.model):
             model.check_start(**start)
         preflight.check_model(cfg, task, model, datasets, found)
@@ -48,20 +50,34 @@ def dry_run(cfg: Config) -> None:
         if found.plan is not None and resumes:
             resumed.append(resume_line(cfg, model, datasets, found.plan))
         if dist.is_main():
-            print("\n".join([*report(cfg, model, datasets, found), *resumed]))
+            print("\n".join([*report(cfg, model, datasets, found, gpu), *resumed]))
     finally:
         dist.shutdown()
 
 
-def build_without_weights(section: dict[str, Any]) -> BaseModel:
-    """Return the model of a `model` section on the meta device: shapes and names, no memory, no weight file read."""
+def device_type(cfg: Config) -> str:
+    """Return the type of the run's device, which this machine need not have."""
+    try:
+        return dist.resolve_device(cfg.run.device).type
+    except InputError:
+        return torch.device(cfg.run.device).type
+
+
+def build_without_weights(section: dict[str, Any], *, device: str = "cpu") -> BaseModel:
+    """Return the model of a `model` section on the meta device, with the precisions of a type of device: shapes and
+    names, no memory, no weight file read.
+    """
     arguments = {key: value for key, value in section.items() if key not in MODEL_KEYS}
     with torch.device("meta"), trained_config.fitting_adapters(section, section.get("checkpoint")):
         model_class = registry.get_model_class(section["arch"])
-        return build_model(model_class, arguments) if reads_config(model_class) else model_class(**arguments)
+        if reads_config(model_class):
+            return build_model(model_class, arguments)
+        return model_class(**model_class.for_device(arguments, device))
 
 
-def report(cfg: Config, model: BaseModel, datasets: Datasets, found: preflight.DataReport) -> list[str]:
+def report(
+    cfg: Config, model: BaseModel, datasets: Datasets, found: preflight.DataReport, gpu: Gpu | None = None
+) -> list[str]:
     """Return the dry run's lines."""
     lines = ["# the merged configuration", cfg.to_yaml().rstrip(), ""]
     lines += ["# dry run: no step was run, no weights were read"]
@@ -71,7 +87,7 @@ def report(cfg: Config, model: BaseModel, datasets: Datasets, found: preflight.D
         lines += [f"samples     {name}/{split}: {len(dataset):,}" for split, dataset in splits.items()]
     if found.plan is not None:
         lines += plan_lines(cfg, found.plan)
-        lines += train_memory(cfg, model, found)
+        lines += training_costs(cfg, model, found, gpu)
         lines += [f"left out    {key}, which {', '.join(names)} lacks" for key, names in found.left_out.items()]
     trained = {f"{name}/{split}" for name in cfg.datasets for split in cfg.run.train_splits}
     trained_on = set().union(*(split.files for split in found.splits if split.where in trained))
@@ -90,11 +106,14 @@ def report(cfg: Config, model: BaseModel, datasets: Datasets, found: preflight.D
         return [*lines, f"device      not checked on this machine: {error}"]
 
 
-def train_memory(cfg: Config, model: BaseModel, found: preflight.DataReport) -> list[str]:
-    """Return the lines about the memory of a training step on the samples that were read."""
+def training_costs(cfg: Config, model: BaseModel, found: preflight.DataReport, gpu: Gpu | None) -> list[str]:
+    """Return the lines about the memory of a training step on the samples that were read, and its rate on a GPU."""
     trained = {f"{name}/{split}" for name in cfg.datasets for split in cfg.run.train_splits}
     batches = [batch for split in found.splits if split.where in trained for batch in split.batches[:1]]
-    return memory_lines(cfg, model, batches[0]) if batches and dist.is_main() else []
+    if not batches or found.plan is None or not dist.is_main():
+        return []
+    lines = memory_lines(cfg, model, batches[0], gpu)
+    return lines if gpu is None else [*lines, *throughput_lines(cfg, model, batches[0], found.plan, gpu)]
 
 
 def parameter_counts(model: BaseModel) -> str:

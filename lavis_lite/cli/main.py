@@ -81,6 +81,8 @@ def main(
         p.print_help(sys.stderr)
         return 2
     args = p.parse_args(argv)
+    if args.gpu is not None and not args.dry_run:
+        p.error("--gpu is for --dry-run; the GPU that a run uses is run.device")
 
     def execute() -> int:
         with StopSignals() as stop:
@@ -88,8 +90,9 @@ def main(
             cfg.run.evaluate |= evaluates
             if args.dry_run:
                 from lavis_lite.cli.dry_run import dry_run
+                from lavis_lite.common.hardware import named_gpu
 
-                dry_run(cfg)
+                dry_run(cfg, gpu=None if args.gpu is None else named_gpu(args.gpu))
                 return 0
             rows = run(cfg, stop)
             return check_code(rows) if evaluates and args.check and is_first_process() else 0

@@ -6,6 +6,7 @@ probabilities, which the fused kernels of GPUs do not, and temporary buffers are
 """
 
 import copy
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 from lavis_lite.common import dist
 from lavis_lite.common.config.config import Config
 from lavis_lite.common.errors import InputError
+from lavis_lite.common.hardware import Gpu
 from lavis_lite.common.precision import PRECISIONS, resolve_precision
 from lavis_lite.nn.quantization import saved_by_quantization
 
@@ -105,12 +107,12 @@ def saved_bytes(model: nn.Module, batch: Mapping[str, Any], *, dtype: torch.dtyp
             saved[storage._cdata] = storage  # held, so that no other gets its address
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _UnknownIsFalse():
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), UnknownIsFalse():
         model(dict(batch))
     return sum(storage.nbytes() for storage in saved.values())
 
 
-class _UnknownIsFalse(TorchFunctionMode):
+class UnknownIsFalse(TorchFunctionMode):
     """Take a condition on the meta device as false: T5 asks whether a mask is all ones, and keeps it if it is not."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -119,9 +121,11 @@ class _UnknownIsFalse(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def memory_lines(cfg: Config, model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
-    """Return the dry run's lines about the memory of a training step, for this machine's device where it is there."""
-    dtype, device = _precision(cfg)
+def memory_lines(cfg: Config, model: nn.Module, batch: Mapping[str, Any], gpu: Gpu | None = None) -> list[str]:
+    """Return the dry run's lines about the memory of a training step on a GPU, or on this machine's device where it is
+    there.
+    """
+    dtype, device, capacity = _named(cfg, gpu) if gpu is not None else _present(cfg)
     kind, size = cfg.model.get("llm_quantization"), cfg.run.batch_size_train
     memory = training_memory(model, batch, batch_size=size, dtype=dtype, quantization=kind)
     activations = "activations not counted for this model"
@@ -130,18 +134,28 @@ def memory_lines(cfg: Config, model: nn.Module, batch: Mapping[str, Any]) -> lis
         activations = f"activations about {_gib(memory.activations)} ({cfg.run.batch_size_train} samples, {name})"
     parts = f"weights {_gib(memory.weights)}, gradients {_gib(memory.gradients)}, optimizer {_gib(memory.optimizer)}"
     lines = [f"memory      {parts}, {activations}; in all about {_gib(memory.total)} per process"]
-    if device is not None and memory.total > (capacity := _capacity(device)):
+    if memory.total > capacity:
         lines.append(f"memory      more than {device} has ({_gib(capacity)}): {ADVICE}")
+    elif gpu is not None:
+        lines.append(f"memory      {device} has {_gib(capacity)}")
     return lines
 
 
-def _precision(cfg: Config) -> tuple[torch.dtype, torch.device | None]:
-    """Return the run's precision and device; where this machine lacks the device, that of a current GPU and None."""
+def _named(cfg: Config, gpu: Gpu) -> tuple[torch.dtype, str, float]:
+    """Return the run's precision on a GPU, the GPU's name and its memory."""
+    auto = torch.bfloat16 if gpu.has_bf16 else torch.float16
+    return PRECISIONS.get(cfg.run.precision, auto), gpu.name, gpu.gib * GIB
+
+
+def _present(cfg: Config) -> tuple[torch.dtype, str, float]:
+    """Return the run's precision, its device and the device's memory; where this machine lacks the device, the
+    precision is that of a current GPU and the memory has no bound.
+    """
     try:
         device = dist.resolve_device(cfg.run.device)
-        return resolve_precision(cfg.run.precision, device), device
+        return resolve_precision(cfg.run.precision, device), str(device), _capacity(device)
     except InputError:
-        return PRECISIONS.get(cfg.run.precision, torch.bfloat16), None
+        return PRECISIONS.get(cfg.run.precision, torch.bfloat16), cfg.run.device, math.inf
 
 
 def _capacity(device: torch.device) -> int:
@@ -151,5 +165,5 @@ def _capacity(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _gib(count: int) -> str:
+def _gib(count: float) -> str:
     return f"{count / GIB:,.2f} GiB"

@@ -137,6 +137,7 @@ class BaseModel(nn.Module):
         `init_*` and then `pretrained`; then the frozen parts that the file lacks. The model is built on the CPU;
         `device` is the one it will run on.
         """
+        cfg = cls.for_device(cfg, device)
         kind, source = chosen_weights(cfg) or (None, None)
         if kind in COMPLETE:
             generator = torch.get_rng_state()
@@ -146,6 +147,11 @@ class BaseModel(nn.Module):
                 return model
             torch.set_rng_state(generator)  # of a random language model the file has nothing
         return cls._loaded(cfg, kind, source)
+
+    @classmethod
+    def for_device(cls, cfg: dict[str, Any], device: str | torch.device) -> dict[str, Any]:
+        """Return the model section with the settings that depend on the device resolved."""
+        return cfg
 
     @classmethod
     def _loaded(cls, cfg: dict[str, Any], kind: str | None, source: str | None) -> Self:

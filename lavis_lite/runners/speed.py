@@ -89,7 +89,7 @@ class Speed:
             values["tokens_per_s"] = round(num_tokens * dist.world_size() / seconds, 1)
         values["data_wait"] = round(min(self.seconds_waited / seconds, 1.0), 4)
         if self.step_flops is not None and self.peak_tflops is not None:
-            values["mfu"] = round(self.step_flops * steps_per_s / (self.peak_tflops * 1e12), 4)
+            values["mfu"] = float(f"{self.step_flops * steps_per_s / (self.peak_tflops * 1e12):.4g}")
         if self.device.type == "cuda":
             values["max_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / GIB
         else:

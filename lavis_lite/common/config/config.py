@@ -189,6 +189,8 @@ def parser(*, prog: str | None = None, description: str | None = None) -> argpar
     text = "profile N steps, or batches of an evaluation: a table and a trace in the job's folder (run.profile)"
     p.add_argument("--profile", type=int, metavar="N", help=text)
     p.add_argument("--dry-run", action="store_true", help="check everything, count parameters and samples, run no step")
+    text = "with --dry-run of a training: its memory and expected rate on a GPU such as H100 or 4090"
+    p.add_argument("--gpu", metavar="NAME", help=text)
     return p
 
 

@@ -141,15 +141,15 @@ class Blip2Base(BaseModel):
         return self
 
     @classmethod
-    def from_config(cls, cfg: dict[str, Any], *, device: str | torch.device = "cpu") -> Self:
-        """Build the model as `BaseModel` does, with `vit_precision: auto` resolved for the device."""
+    def for_device(cls, cfg: dict[str, Any], device: str | torch.device) -> dict[str, Any]:
+        """Return the section with `vit_precision: auto` resolved; raise InputError for fp16 on the CPU."""
         is_gpu = torch.device(device).type == "cuda"
         for key in ("vit_precision", "llm_precision"):
             if cfg.get(key) == "fp16" and not is_gpu:
                 raise InputError(f"model.{key}: fp16 does not run on the CPU: set it to auto, bf16 or fp32")
         if cfg.get("vit_precision", "auto") == "auto":
-            cfg = {**cfg, "vit_precision": "fp16" if is_gpu and cfg.get("freeze_vit", True) else "fp32"}
-        return super().from_config(cfg, device=device)
+            return {**cfg, "vit_precision": "fp16" if is_gpu and cfg.get("freeze_vit", True) else "fp32"}
+        return cfg
 
     @classmethod
     def image_statistics(cls, cfg: Mapping[str, Any]) -> dict[str, Any] | None:
