@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from lavis_lite.common.errors import InputError
 from lavis_lite.demo.models import DemoModels, load_models
 from lavis_lite.demo.serve import LOCAL, MAX_UPLOAD, running
 
-pytest.importorskip("gradio", reason='the page needs gradio: pip install "lavis-lite[demo]"')
-import httpx  # a dependency of gradio
+pytestmark = pytest.mark.skipif(  # not imported here: that takes seconds of each process's collection
+    find_spec("gradio") is None, reason='the page needs gradio: pip install "lavis-lite[demo]"'
+)
 
 NAMES = ("blip_caption/tiny", "blip2_t5_instruct/tiny", "blip_image_text_matching/tiny")
 
@@ -55,6 +57,8 @@ class Client:
     """A user of the page, as its JavaScript speaks to it."""
 
     def __init__(self, address: str, session: str) -> None:
+        import httpx  # a dependency of gradio
+
         self.http = httpx.Client(base_url=address, timeout=120, trust_env=False)
         self.session = session
         self.config = self.http.get("config").json()

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import full_size
@@ -15,8 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lavis_lite.cli.main import train_main
 from lavis_lite.models import from_pretrained
 
-pytest.importorskip("bitsandbytes")
-pytest.importorskip("peft")
+pytestmark = pytest.mark.skipif(not (find_spec("bitsandbytes") and find_spec("peft")), reason="needs the extras")
 
 WIDE = {
     "opt": {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128},
