@@ -56,6 +56,8 @@ fetch_packages
 for seed in "${seeds[@]}"; do
     train pretrain "pretrain_$seed" "run.seed=$seed"
     measure "pretrain_$seed"
+    evaluate filter "filter_$seed" "pretrain_$seed"
+    evaluate filter "filter_shuffled_$seed" "pretrain_$seed" run.shuffle_images=true
     "$python" evaluate.py --cfg-path projects/real/texts.yaml --job-id "texts_$seed" --options "${options[@]}" \
         "model.pretrained=$out/pretrain_$seed/checkpoint_last.pth" \
         "run.captioner.checkpoint=$out/pretrain_$seed/checkpoint_last.pth" | tee -a "$out/figures.txt"

@@ -94,7 +94,9 @@ def test_the_result_file_has_scores_and_the_areas_are_the_shares_of_ordered_pair
         for n, (record, label) in enumerate(zip(records, [1, 0, 1, 0, 1], strict=True))
     ]
     measured = cli_helpers.metrics(folder, "test")
-    for name in ("itm", "itc"):
+    for row in found:
+        row["num_words"] = len(row["caption"].split())
+    for name in ("itm", "itc", "num_words"):
         right = [row[name] for row in found if row["label"]]
         wrong = [row[name] for row in found if not row["label"]]
         wins = [(a > b) + 0.5 * (a == b) for a in right for b in wrong]

@@ -114,6 +114,21 @@ def clipart(tmp_path: Path) -> Path:
     return root
 
 
+@pytest.mark.parametrize(
+    ("title", "about", "expected"),
+    [
+        ("Red Apples", {"folder": "food/fruit", "keywords": ["apple"]}, 1),
+        ("fruit bowl", {"folder": "food/fruit"}, 1),
+        ("Lemon SVG theme", {"folder": "computer/icons", "keywords": ["folder"], "description": "a folder"}, 0),
+        ("a b", {"folder": "a/b"}, 0),  # words have three letters
+    ],
+)
+def test_a_title_names_the_subject_if_it_shares_a_word_with_what_the_picture_is_filed_under(
+    title: str, about: dict[str, Any], expected: int
+):
+    assert openclipart.names_subject({"caption": title, **about}) == bool(expected)
+
+
 def test_texts_of_pictures_and_groups_of_copies(clipart: Path):
     found = built("openclipart", package_root=str(clipart))
     records = [record for dataset in found.values() for record in dataset.annotation]
@@ -122,7 +137,7 @@ def test_texts_of_pictures_and_groups_of_copies(clipart: Path):
     first = next(record for record in records if record["image_id"] == "a/0.png")
     assert first == {
         **{"image": "png/a/0.png", "image_id": "a/0.png", "caption": "title 0", "description": "two lines"},
-        **{"keywords": ["a", "b"], "folder": "a", "instance_id": first["instance_id"]},
+        **{"keywords": ["a", "b"], "folder": "a", "names_subject": 0, "instance_id": first["instance_id"]},
     }
     copies = {f"a/{number}.png" for number in range(40, 49)}  # more than MOST_ALIKE
     assert copies <= {record["image_id"] for record in found["train"].annotation}

@@ -12,6 +12,7 @@ from lavis_lite.common.config.config import Config
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.records import Record, shown
 from lavis_lite.common.registry import registry
+from lavis_lite.datasets.annotations import as_list
 from lavis_lite.datasets.protocols import IMAGE_KEYS, EvalDataset, Samples
 from lavis_lite.models.protocols import ScoresPairs, method_names
 from lavis_lite.tasks.base import BaseTask, Metrics, with_eval_processors
@@ -36,8 +37,8 @@ class MatchingTask(BaseTask):
     sample_keys: ClassVar[tuple[str, ...]] = ("text_input", "instance_id")
 
     def metric_names(self) -> tuple[str, ...]:
-        """Return the areas under the curves of both scores."""
-        return tuple(f"auc_{name}" for name in SCORES)
+        """Return the areas under the curves of both scores, and of the texts' lengths."""
+        return (*(f"auc_{name}" for name in SCORES), "auc_num_words")
 
     def build_datasets(self, cfg: Config) -> dict[str, dict[str, Any]]:
         """Build the datasets as BaseTask does; an evaluation reads the split `train` without random crops."""
@@ -60,7 +61,9 @@ class MatchingTask(BaseTask):
         return per_sample(samples, **{name: scores[name].float().tolist() for name in SCORES if name in scores})
 
     def score(self, results: list[Result], *, dataset: EvalDataset, split: str, result_dir: Path) -> Metrics:
-        """Write `<split>_matching.json`, one entry per record; return `auc_itm` and `auc_itc` in percent."""
+        """Write `<split>_matching.json`, one entry per record; return `auc_itm` and `auc_itc` in percent, and as
+        a control `auc_num_words`, which is that of the texts' lengths alone.
+        """
         index = positions(dataset)
         records = [dataset.annotation[index[result["instance_id"]]] for result in results]
         labels = [label_of(record, split) for record in records]
@@ -72,7 +75,8 @@ class MatchingTask(BaseTask):
         if len(set(found)) < 2:
             return unscored(f"the {split} split has no labels, or one only")
         areas = {f"auc_{name}": roc_auc([r[name] for r in results], found) for name in SCORES if name in results[0]}
-        return {**areas, "agg_metrics": next(iter(areas.values()))}
+        lengths = [len(str(as_list(record["caption"])[0]).split()) for record in records]
+        return {**areas, "auc_num_words": roc_auc(lengths, found), "agg_metrics": next(iter(areas.values()))}
 
     def predictions(
         self, results: list[Result], metrics: Metrics, *, dataset: EvalDataset, split: str

@@ -12,6 +12,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -46,6 +47,7 @@ MOST_ALIKE = 5
 def make(root: Path, aside: Path) -> Splits:
     """Return the records of each split: `image` (below `root`), `caption` (the title), and, where there are some,
     `description`, `keywords`; `folder` is the picture's place in the collection. Pictures without title are left out.
+    `names_subject` is a weak label: 1 if the title shares a word with keywords, description or folder, else 0.
     """
     records, prints, num_left_out = [], {}, 0
     paths = sorted((root / "png").rglob("*.png"))
@@ -61,7 +63,8 @@ def make(root: Path, aside: Path) -> Splits:
             logger.warning(f"left out: {error}")
             continue
         file = f"png/{place}"
-        records.append({"image": file, "image_id": str(place), **texts, "folder": str(place.parent)})
+        record = {"image": file, "image_id": str(place), **texts, "folder": str(place.parent)}
+        records.append({**record, "names_subject": int(names_subject(record))})
     logger.info(f"{num_left_out:,} pictures without title are left out")
     groups = grouped({row["image_id"]: row["caption"] for row in records}, prints)
     found: dict[str, list[Record]] = {split: [] for split in SPLITS}
@@ -99,6 +102,16 @@ def texts_of(path: Path) -> Record:
     items = [] if subject is None else [_text(item) for item in subject.iter() if item.tag.endswith(f"}}{ITEM}")]
     keywords = {"keywords": list(dict.fromkeys(filter(None, items)))}
     return {name: value for name, value in (texts | keywords).items() if value}
+
+
+def names_subject(record: Mapping[str, Any]) -> bool:
+    """Return whether a title shares a word, apart from a plural's s, with what people filed the picture under."""
+    about = [record["folder"], record.get("description", ""), *record.get("keywords", [])]
+    return bool(_words(record["caption"]) & _words(" ".join(about)))
+
+
+def _words(text: str) -> set[str]:
+    return {word.removesuffix("s") for word in re.findall("[a-z]{3,}", text.lower())}
 
 
 def _text(part: ElementTree.Element | None) -> str:
