@@ -94,7 +94,7 @@ def compare_split(a: Job, b: Job, split: str, paths: tuple[Path, Path]) -> Itera
         ids = list(scores[0][name])
         groups = [tuple(first[key]["images"]) or key for key in ids]
         values = [[own[name][key] for key in ids] for own in scores]
-        yield Comparison(split=split, metric=name, result=paired(*values, groups))
+        yield Comparison(split=split, metric=name, result=paired(values[0], values[1], groups))
 
 
 def check_same(
