@@ -102,9 +102,9 @@ class Config:
         if args.profile is not None:
             flags.append(Layer("--profile", {"run": {"profile": args.profile}}))
         if resume is not None:
-            keys = {"resume": "auto"} if resume == "auto" else {"resume": None, "resume_ckpt_path": resume}
-            if resume == "auto" and not evaluates:  # of an evaluation that names its weights
-                keys["resume_ckpt_path"] = None
+            keys: dict[str, str | None] = {"resume": None, "resume_ckpt_path": resume}
+            if resume == "auto":  # an evaluation keeps the weights that its file names
+                keys = {"resume": "auto"} if evaluates else {"resume": "auto", "resume_ckpt_path": None}
             flags.append(Layer("--resume", {"run": keys}))
         return cls.from_file(args.cfg_path, args.options, checkpoint=weights, flags=flags)
 
