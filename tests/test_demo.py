@@ -17,13 +17,13 @@ from ports import free_port
 from typer.testing import CliRunner
 
 from lavis_lite.cli.app import app
+from lavis_lite.common.address import check_address
 from lavis_lite.common.config.zoo import model_zoo
 from lavis_lite.common.errors import InputError
 from lavis_lite.demo.actions import MAX_TEXT, Actions, Upload
 from lavis_lite.demo.code import Code
 from lavis_lite.demo.examples import NUM_IMAGES, write_examples
 from lavis_lite.demo.models import TASKS, DemoModels, load_models
-from lavis_lite.demo.serve import check_address
 from lavis_lite.demo.settings import METHODS, TextSettings
 from lavis_lite.inference.loading import load
 from lavis_lite.models.image_text import ImageTextModel

@@ -222,13 +222,12 @@ def test_the_configuration_of_a_resumed_job_resumes_nothing(
     assert given == expected != other
 
 
-def test_an_evaluation_resumes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_evaluation_names_its_weights_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = cli_helpers.project(tmp_path, "caption")
-    arguments = ["--cfg-path", str(path), "--resume", "auto"]
     with pytest.raises(SystemExit) as ended:
-        cli.evaluate_main(arguments)
+        cli.evaluate_main(["--cfg-path", str(path), "--resume", "a.pth", "--checkpoint", "b.pth"])
     assert ended.value.code == 2
-    assert "--resume auto: an evaluation resumes nothing; name its weights by --checkpoint" in capsys.readouterr().err
+    assert "--resume a.pth: names weights, as --checkpoint does" in capsys.readouterr().err
 
 
 def test_a_step_checkpoint_is_the_last_ones_file(tmp_path: Path, shapes_data: Path) -> None:

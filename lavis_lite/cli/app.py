@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from lavis_lite.cli.commands import chat, demo, doctor, explain, images, report, search, zoos
+from lavis_lite.cli.commands import chat, demo, doctor, explain, images, report, search, serve, zoos
 
 COMMANDS = {
     "train": ("lavis_lite.cli.main", "train_main", "Train (and then test) what a YAML describes."),
@@ -69,7 +69,7 @@ def pass_on(name: str) -> Callable[[typer.Context], None]:
 
 for command_name, (_, _, text) in COMMANDS.items():
     app.command(command_name, help=text, add_help_option=False, context_settings=PASSED_ON)(pass_on(command_name))
-for declared in (images, search, explain, chat, demo, report, zoos, doctor):
+for declared in (images, search, explain, chat, demo, serve, report, zoos, doctor):
     declared.add_to(app)
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ def conclude(
         "metrics": results,
         "percent": {split: verdict.in_percent(cfg, metrics) for split, metrics in results.items()},
         "intervals": {split: intervals(metrics) for split, metrics in results.items()},
+        "standard_errors": {split: standard_errors(metrics) for split, metrics in results.items()},
         "num_samples": runner.num_samples,
         "verdict": verdict.to_json(rows),
         "provenance": provenance(cfg, runner) | {"weights_sha256": weights_digest(weights)},
@@ -46,15 +47,24 @@ def conclude(
     return rows
 
 
-def intervals(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[float, float]]:
+def intervals(metrics: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
     """Return the 95 % interval of every mean, in the metric's unit, by name with dots."""
-    found: dict[str, tuple[float, float]] = {}
+    return {name: mean.interval() for name, mean in means(metrics)}
+
+
+def standard_errors(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return the standard error of every mean over several samples, in the metric's unit, by name with dots."""
+    found = {name: mean.standard_error() for name, mean in means(metrics)}
+    return {name: error for name, error in found.items() if error is not None}
+
+
+def means(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Mean]]:
+    """Yield the means of metrics and of tables in them, by name with dots."""
     for name, value in metrics.items():
         if isinstance(value, Mapping):
-            found |= intervals(value, f"{prefix}{name}.")
+            yield from means(value, f"{prefix}{name}.")
         elif isinstance(value, Mean):
-            found[f"{prefix}{name}"] = value.interval()
-    return found
+            yield f"{prefix}{name}", value
 
 
 def weights_digest(state: Mapping[str, torch.Tensor]) -> str:

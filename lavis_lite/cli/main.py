@@ -15,7 +15,7 @@ from lavis_lite.cli.failures import exit_code, is_first_process
 from lavis_lite.common.config.config import Config, parser
 from lavis_lite.common.errors import RankZeroFailed, UserError
 from lavis_lite.common.registry import registry
-from lavis_lite.runners.jobs import BEST, LAST, discard_if_unused, held, start_job
+from lavis_lite.runners.jobs import BEST, LAST, discard_if_unused, held, start_job, unfinished_files
 from lavis_lite.runners.stopping import Stopped, StopSignals
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ EVALUATE_HELP = """Evaluate a model on a YAML's run.valid_splits and run.test_sp
 
 examples:
   python evaluate.py --cfg-path projects/blip/eval/caption_coco.yaml --checkpoint output/caption/job/checkpoint_best.pth
-  torchrun --nproc_per_node=8 evaluate.py --cfg-path projects/blip/eval/caption_coco.yaml"""
+  torchrun --nproc_per_node=8 evaluate.py --cfg-path projects/blip/eval/caption_coco.yaml --resume auto"""
 
 
 def train_main(argv: Sequence[str] | None = None) -> None:
@@ -158,7 +158,7 @@ def _run_job(cfg: Config, stop: StopSignals) -> "list[Row]":
     preflight.check_task(cfg, task)
     references = check_expected(cfg)
     preflight.check_device(cfg)
-    cfg.run, job_dir = start_job(cfg.run)
+    cfg.run, job_dir = start_job(cfg.run, cfg.to_dict())
     with held(job_dir):
         run_logger.setup(job_dir)
         runner: Runner | None = None
@@ -171,7 +171,7 @@ def _run_job(cfg: Config, stop: StopSignals) -> "list[Row]":
             model = task.build_model(cfg)
             preflight.check_model(cfg, task, model, datasets, found)
             runner = registry.get_runner_class(cfg.run.runner)(cfg, task, model, datasets, job_dir)
-            runner.stop = stop
+            runner.stop, runner.keeps_batches = stop, cfg.run.evaluate
             return _execute(cfg, runner, references, found.plan)
         except (UserError, Stopped, RuntimeError) as error:
             is_users = isinstance(error, UserError | RankZeroFailed)
@@ -183,6 +183,8 @@ def _run_job(cfg: Config, stop: StopSignals) -> "list[Row]":
                 discard_if_unused(job_dir)
             if stopped is None:
                 raise
+            if cfg.run.evaluate and unfinished_files(job_dir):
+                stopped.job_id = cfg.run.job_id
             if not cfg.run.evaluate and _has_checkpoint(cfg):
                 stopped.job_id, stopped.step = str(cfg.run.job_id), runner.saved_step if runner else None
             raise stopped from None
@@ -214,6 +216,8 @@ def _execute(cfg: Config, runner: "Runner", references: "References", plan: "Pla
     if cfg.run.evaluate:
         print(json.dumps(result["test"], indent=2, default=str))
     rows = conclude(cfg, runner, result["test"], references, weights=weights) if result["test"] else []
+    for path in unfinished_files(runner.job_dir) if cfg.run.evaluate else ():
+        path.unlink()
     logger.info("\n".join(_outcome(cfg, runner, result.get("best"), timedelta(seconds=round(seconds)))))
     return rows
 

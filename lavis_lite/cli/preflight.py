@@ -96,6 +96,8 @@ def check_task(cfg: Config, task: BaseTask) -> None:
     if not cfg.run.evaluate and cfg.run.loss_average == "tokens" and not model_class.reports_num_labels:
         problem = f"{model_class.__name__} (model.arch: {arch}) does not report its num_labels; set it to batches"
         raise ConfigError(f"{cfg.source}: run.loss_average: tokens needs a language model's loss, and {problem}")
+    if cfg.run.evaluate and cfg.run.resume == "auto" and (why := task.unresumable()) is not None:
+        raise ConfigError(f"--resume auto (run.resume): {why}; evaluate without it")
     missing = _missing_methods(type(task), model_class)
     if not missing or not (cfg.run.valid_splits or cfg.run.test_splits):
         return

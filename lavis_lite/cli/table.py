@@ -1,4 +1,6 @@
-"""The command `lavis-lite table`: a paper's tables, with what was measured here or the command that measures it."""
+"""The command `lavis-lite table`: a paper's tables, with what was measured here or the command that measures it; with
+`--compare` two runs (compare.py).
+"""
 
 import argparse
 import json
@@ -16,10 +18,12 @@ from lavis_lite.common.errors import InputError
 
 HELP = """Print the tables of a paper. Each number is next to what the newest evaluation below the output folder
 measured, with its verdict. Missing ones show the command that measures them, or why there is none.
+With --compare it is the metrics of two runs on the same samples: their difference, its 95 % interval and p-value.
 
 examples:
   lavis-lite table blip2
-  lavis-lite table instructblip --output /results --json"""
+  lavis-lite table instructblip --output /results --json
+  lavis-lite table --compare output/caption/base output/caption/large"""
 COLUMNS = ("recipe", "model", "split", "metric", "published", "here", "difference", "verdict, or command below")
 COMMAND = "lavis-lite "
 OUTPUT = Path("output")
@@ -30,15 +34,27 @@ def table_main(argv: Sequence[str] | None = None) -> None:
     p = argparse.ArgumentParser(
         prog="lavis-lite table", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("paper", choices=FAMILIES, help="the paper; lavis: what LAVIS and others measured again")
+    p.add_argument("paper", nargs="?", choices=FAMILIES, help="the paper; lavis: what LAVIS and others measured again")
+    p.add_argument("--compare", nargs=2, type=Path, metavar="RUN", help="folders of two jobs, in place of a paper")
     p.add_argument("--output", type=Path, metavar="FOLDER", help="where evaluations were written (output)")
     p.add_argument("--projects", type=Path, metavar="FOLDER", help="recipes in place of the package's")
     p.add_argument("--json", action="store_true", help="print a list of objects instead of tables")
     args = p.parse_args(argv)
+    if (args.paper is None) == (args.compare is None):
+        p.error("name a paper, or two runs with --compare")
+    if args.compare and (args.output or args.projects):
+        p.error("--output and --projects are of a paper's tables; --compare takes the jobs' folders")
     sys.exit(exit_code(lambda: _print(args)))
 
 
 def _print(args: argparse.Namespace) -> None:
+    if args.compare:
+        from lavis_lite.cli import compare  # imports torch
+
+        compared = compare.compare(*args.compare)
+        shown = [one.to_json() for one in compared]
+        print(json.dumps(shown, indent=1) if args.json else "\n".join(compare.lines(compared, args.compare)))
+        return
     if args.output is not None and not args.output.is_dir():
         raise InputError(f"--output: not a folder: {args.output}; name the one that has the jobs' folders")
     found = numbers(args.paper, args.projects or recipes_root(), args.output or OUTPUT)

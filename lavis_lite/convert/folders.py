@@ -7,6 +7,7 @@ neither.
 """
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lavis_lite.common import checkpoint, integrity
-from lavis_lite.common.errors import ExistingFileError, InputError
+from lavis_lite.common.errors import ExistingFileError, InputError, WriteError
 from lavis_lite.common.sources.folders import EXTRA_FILE, SETTINGS_FILE
 from lavis_lite.convert.card import Origin, card
 from lavis_lite.models.base import BaseModel
@@ -92,9 +93,13 @@ def _replacing(target: Path) -> Iterator[Path]:
     """Yield a new folder that, with its checksums, replaces `target` unless an error is raised inside.
 
     Note: safetensors makes its files private; all files get the usual mode, which follows the umask.
+
+    Raises:
+        WriteError: the disk is full; what is there stays as it is.
     """
     partial = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
+    made = [parent for parent in partial.parents if not parent.exists()]
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -106,8 +111,32 @@ def _replacing(target: Path) -> Iterator[Path]:
         if target.exists():
             shutil.rmtree(target) if target.is_dir() else target.unlink()
         os.replace(partial, target)
+    except Exception as error:  # safetensors and tokenizers raise their own, with the system's words
+        shutil.rmtree(partial, ignore_errors=True)
+        for parent in made:  # the innermost first; each holds the one before it only
+            with contextlib.suppress(FileNotFoundError):
+                parent.rmdir()
+        if not is_full(error):
+            raise
+        place = next(parent for parent in target.absolute().parents if parent.is_dir())
+        free = f"{shutil.disk_usage(place).free / 2**20:,.1f} MiB are free in {place}"
+        left = "what was there is unchanged" if target.exists() else "nothing was left there"
+        raise WriteError(
+            errno.ENOSPC,
+            f"cannot write the folder {target}: the disk is full ({free}); {left}. Free some space, or name a target "
+            "on another disk",
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def is_full(error: BaseException) -> bool:
+    """Return whether an error, or what it was raised from, says that the disk is full."""
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    texts = [text for number in numbers for text in (os.strerror(number), f"os error {number})")]
+    own = (isinstance(error, OSError) and error.errno in numbers) or any(text in str(error) for text in texts)
+    cause = error.__cause__ or error.__context__
+    return own or (cause is not None and is_full(cause))
 
 
 def write_checkpoint(

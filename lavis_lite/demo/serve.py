@@ -3,42 +3,24 @@
 from __future__ import annotations
 
 import os
-import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from lavis_lite.common.bounds import check_number
-from lavis_lite.common.errors import InputError, MissingFileError, MissingPackageError
+from lavis_lite.common.address import LOCAL, check_address
+from lavis_lite.common.errors import MissingFileError, MissingPackageError
 from lavis_lite.demo.actions import Actions
 from lavis_lite.demo.examples import NUM_SHOWN, write_examples
 from lavis_lite.demo.models import DemoModels
 from lavis_lite.inference.search import Progress
 
-LOCAL = "127.0.0.1"
 PORT = 7860
 MAX_UPLOAD = 50 * 2**20
 """Bytes of an upload."""
 MAX_WAITING = 32
 """Users whose click waits for the models; further ones are told to come back."""
 EXAMPLES = "example images (shapes)"
-
-
-def check_address(host: str, port: int) -> None:
-    """Raise InputError if no server can be started at an address."""
-    check_number("--port", port, 1, 65_535)
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise InputError(
-            f"--host {host} --port {port}: no server can be started there ({reason}); choose another --port, or end "
-            "the program that uses it"
-        ) from error
 
 
 def check_package() -> None:

@@ -10,7 +10,6 @@ import csv
 import glob
 import io
 import json
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,8 @@ from typing import Any, Self
 
 from lavis_lite.common import dist
 from lavis_lite.common.checkpoint import atomic_write, write_text
-from lavis_lite.common.errors import ExistingFileError, InputError, MissingPackageError, WriteError
+from lavis_lite.common.errors import ExistingFileError, InputError, MissingPackageError
+from lavis_lite.common.partial import PartialFile
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
@@ -45,7 +45,7 @@ class Results:
         if self.out.suffix.lower() not in formats:
             raise InputError(f"--out {out}: the ending must be one of {', '.join(formats)}")
         check_folder(self.out)
-        self.settings = json.loads(json.dumps(dict(settings), default=str))
+        self.settings = dict(settings)
         if not resume and not overwrite:
             self._refuse_existing()
         if overwrite:
@@ -54,19 +54,14 @@ class Results:
         """What an earlier run has computed, by `key_of`."""
         if resume:
             for path in self._partials():
-                self.rows |= self._read(path)
+                self.rows |= self._rows(path)
         self.is_complete = resume and self.out.exists() and not self._partials()
         """Whether an earlier run has finished the output."""
-        self.path = Path(f"{self.out}.partial") if dist.rank() == 0 else Path(f"{self.out}.partial-{dist.rank()}")
+        self.file = self._partial(Path(f"{self.out}.partial{f'-{dist.rank()}' if dist.rank() else ''}"))
 
     def __enter__(self) -> Self:
         dist.barrier()  # all ranks have read the files that are written anew now
-        is_new = not self.path.is_file()
-        if not is_new:
-            _cut_last_line(self.path)
-        self.file = self.path.open("ab", buffering=0)  # nothing is left to write when it is closed
-        if is_new:
-            self._write_line({"settings": self.settings})
+        self.file.open()
         return self
 
     def __exit__(
@@ -74,20 +69,20 @@ class Results:
     ) -> None:
         self.file.close()
         if error is not None and not self.rows:
-            self.path.unlink(missing_ok=True)  # there is nothing to continue
+            self.file.path.unlink(missing_ok=True)  # there is nothing to continue
         elif error is not None:
-            print(f"{len(self.rows):,} results are kept in {self.path}; --resume continues", file=sys.stderr)
+            print(f"{len(self.rows):,} results are kept in {self.file.path}; --resume continues", file=sys.stderr)
 
     def add(self, row: dict[str, Any]) -> None:
         """Write a result; it is on disk when this returns."""
         self.rows[key_of(row)] = row
-        self._write_line(row)
+        self.file.add(row)
 
     def finish(self, keys: Sequence[str]) -> list[dict[str, Any]]:
         """Return, on every rank, all ranks' results in the order of `keys`."""
         self.file.close()
         dist.barrier()
-        rows = {key: row for path in self._partials() for key, row in self._read(path).items()}
+        rows = {key: row for path in self._partials() for key, row in self._rows(path).items()}
         dist.barrier()
         return [rows[key] for key in keys if key in rows]
 
@@ -107,26 +102,11 @@ class Results:
     def _partials(self) -> list[Path]:
         return [Path(path) for path in sorted(glob.glob(f"{glob.escape(str(self.out))}.partial*"))]
 
-    def _read(self, path: Path) -> dict[str, dict[str, Any]]:
-        """Return the whole lines of an unfinished output; a last line without its end was cut by a kill."""
-        with path.open(encoding="utf-8", newline="\n") as lines:
-            rows = [json.loads(line) for line in lines if line.endswith("\n")]
-        if rows and (made := rows[0]["settings"]) != self.settings:
-            changed = ", ".join(
-                f"{key} {made.get(key)!r}, now {self.settings.get(key)!r}"
-                for key in {**made, **self.settings}
-                if made.get(key) != self.settings.get(key)
-            )
-            raise InputError(f"{path}: was made with other settings ({changed}): give the same, or --overwrite")
-        return {key_of(row): row for row in rows[1:]}
+    def _partial(self, path: Path) -> PartialFile:
+        return PartialFile(path, self.settings, advice="give the same, or --overwrite")
 
-    def _write_line(self, row: Mapping[str, Any]) -> None:
-        rest = memoryview((json.dumps(row, ensure_ascii=False) + "\n").encode())
-        try:
-            while rest:
-                rest = rest[self.file.write(rest) :]
-        except OSError as error:
-            raise WriteError(error.errno, f"{self.path}: {error.strerror}; free some space there") from error
+    def _rows(self, path: Path) -> dict[str, dict[str, Any]]:
+        return {key_of(row): row for row in self._partial(path).read()}
 
 
 def check_folder(out: Path) -> None:
@@ -138,14 +118,6 @@ def check_folder(out: Path) -> None:
 def key_of(row: Mapping[str, Any]) -> str:
     """Return what identifies a result: its image, and its question."""
     return json.dumps([row["image"], row.get("question")], ensure_ascii=False)
-
-
-def _cut_last_line(path: Path) -> None:
-    """Remove a last line that has no end, after which lines could not be appended."""
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

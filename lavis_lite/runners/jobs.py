@@ -21,11 +21,14 @@ STARTED = {"console.txt", "config.yaml", "config_evaluate.yaml", "tensorboard", 
 """Files that a run makes in its folder before its first step."""
 
 
-def start_job(run: RunConfig) -> tuple[RunConfig, Path]:
-    """Return the run with its job and checkpoint chosen (by rank 0, for all ranks), and the job's folder."""
+def start_job(run: RunConfig, config: Mapping[str, Any] | None = None) -> tuple[RunConfig, Path]:
+    """Return the run with its job and checkpoint chosen (by rank 0, for all ranks), and the job's folder.
+
+    `config` is the whole configuration, by which an evaluation finds an interrupted one of the same settings.
+    """
     from lavis_lite.common import dist
 
-    changes = dist.on_main(lambda: _choose_job(run))
+    changes = dist.on_main(lambda: _choose_job(run, config or {}))
     run = dataclasses.replace(run, **changes)
     return run, Path(run.output_dir) / str(run.job_id)
 
@@ -157,17 +160,38 @@ def _checkpoints(folder: Path) -> list[Path]:
     return [path for path in (folder / LAST, *by_step, folder / BEST) if path.is_file()]
 
 
-def _choose_job(run: RunConfig) -> dict[str, Any]:
+def unfinished_files(folder: Path) -> list[Path]:
+    """Return the files of batches of a job whose evaluation is not complete (eval_batches.py)."""
+    return sorted((folder / "result").glob("*.partial*"))
+
+
+def _choose_job(run: RunConfig, config: Mapping[str, Any]) -> dict[str, Any]:
     output = Path(run.output_dir)
-    if run.resume == "auto" and not run.evaluate:
+    if run.resume == "auto" and run.evaluate:
+        return _choose_evaluation(run, config)
+    if run.resume == "auto":
         found = newest_checkpoint(output, job_id=run.job_id)
         if found is not None:
             logger.info("resuming %s", found)
             return {"job_id": found.parent.name, "resume_ckpt_path": str(found), "resume": None}
         logger.info("nothing to resume below %s: starting afresh", output)
+    if run.job_id is not None and run.evaluate and unfinished_files(output / run.job_id):
+        logger.warning(f"{output / run.job_id}: an evaluation was interrupted, which --resume auto would continue")
     if (path := checkpoint_to_resume(dataclasses.replace(run, resume=None))) is not None:
         return {"job_id": run.job_id or new_job_id(output), "resume_ckpt_path": str(path)}
     if run.job_id is not None and not run.evaluate and _checkpoints(output / run.job_id):
         problem = f"{output / run.job_id} holds checkpoints of an earlier run, which this run will replace"
         logger.warning(f"{problem}; --resume auto would continue it")
     return {"job_id": run.job_id or new_job_id(output), "resume": None}
+
+
+def _choose_evaluation(run: RunConfig, config: Mapping[str, Any]) -> dict[str, Any]:
+    from lavis_lite.runners.eval_batches import newest_unfinished
+
+    output, path = Path(run.output_dir), checkpoint_to_resume(dataclasses.replace(run, resume=None))
+    changes = {"resume": None} | ({} if path is None else {"resume_ckpt_path": str(path)})
+    found = newest_unfinished(output, config, job_id=run.job_id)
+    if found is not None:
+        return {**changes, "job_id": found.name, "resume": "auto"}
+    logger.info("no evaluation to resume below %s: starting afresh", output)
+    return {**changes, "job_id": run.job_id or new_job_id(output)}

@@ -200,6 +200,7 @@ class _Collated(Dataset[Batch]):
 class EvalLoader:
     """Evaluation batches of one rank, on `device`: samples rank, rank + world, ... of `dataset`, each exactly once.
 
+    The first `num_finished` batches are left out, as an earlier run has evaluated them.
     A task may choose the `batches` itself, lists of indices. Then up to `run.max_unreadable_share` of the samples are
     left out of them, and batches have the key `positions`, the indices of the others.
     """
@@ -215,12 +216,13 @@ class EvalLoader:
         batches: Sequence[Sequence[int]] | None = None,
         name: str = "evaluation",
         profiler: StepProfiler | None = None,
+        num_finished: int = 0,
     ) -> None:
         self.dataset, self.device, self.batches = dataset, torch.device(device), batches
         self.name, self.profiler = name, profiler or StepProfiler()
         self.max_share, self.seen, self.unreadable = run.max_unreadable_share, 0, 0
-        indices = range(rank, len(dataset), world)
         size = run.batch_size_eval
+        indices = range(rank, len(dataset), world)[num_finished * size :]
         starts = range(0, len(indices), size)
         self.sizes = [min(size, len(indices) - start) for start in starts] if batches is None else [*map(len, batches)]
         count = len(indices if batches is None else batches)

@@ -23,9 +23,12 @@ from lavis_lite.common.optim import build_optimizer, build_schedule
 from lavis_lite.common.precision import autocast, resolve_precision, use_faster_products
 from lavis_lite.common.registry import registry
 from lavis_lite.common.rng import seed_rank
+from lavis_lite.datasets.protocols import EvalDataset
 from lavis_lite.models.base import BaseModel
+from lavis_lite.nn.fingerprint import checksum
 from lavis_lite.runners.checkpoint_writer import CheckpointWriter
 from lavis_lite.runners.compiling import compile_layers
+from lavis_lite.runners.eval_batches import SavedBatches, made_with, partial_path
 from lavis_lite.runners.jobs import BEST, write_last
 from lavis_lite.runners.learning import LearningWatch
 from lavis_lite.runners.loaders import Datasets, EvalLoader, TrainLoader, eval_sets, train_sets
@@ -40,6 +43,7 @@ from lavis_lite.runners.train_loop import Training, train_loop
 from lavis_lite.runners.train_state import TrainState
 from lavis_lite.tasks.base import BaseTask, check_splits
 from lavis_lite.tasks.predictions import predictions_path, write_predictions
+from lavis_lite.tasks.results import BatchResults
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +88,9 @@ class Runner:
         self.has_warned_of_no_best = False
         self.about: dict[str, Any] = {}
         """What the run is, for the row `run` of its log."""
+        self.weights_sum: str | None = None
+        self.keeps_batches = False
+        """Whether an evaluation writes the results of its batches as they are computed, so that it can be resumed."""
         self.num_samples: dict[str, int] = {}
         """Samples of each split that was evaluated."""
 
@@ -205,16 +212,32 @@ class Runner:
             batches = self.task.eval_batches(dataset, batch_size=size, split=key, result_dir=folder)
             options: dict[str, Any] = {"rank": dist.rank(), "world": dist.world_size(), "device": self.device}
             profiler = self.profiler if self.run.evaluate else StepProfiler()
+            kept = self._batches(key, dataset) if batches is None else None
+            options |= {"num_finished": kept.num_finished} if kept else {}
             loader = EvalLoader(dataset, self.run, **options, batches=batches, name=key, profiler=profiler)
             started = time.perf_counter()
-            watched = profiler.over(self.model)
-            with watched, torch.no_grad(), sharding.gathered(self.model), autocast(self.device, self.dtype):
+            watched, keeping = profiler.over(self.model), self.task.keeping(kept or BatchResults())
+            with watched, torch.no_grad(), sharding.gathered(self.model), autocast(self.device, self.dtype), keeping:
                 results[key] = self.task.evaluate(self.model, loader, split=key, result_dir=folder)
+            if kept:
+                kept.close()
             seconds, number = time.perf_counter() - started, sum(loader.sizes) * dist.world_size()
             dist.on_main(partial(self._keep_predictions, key, step))
             speed = {"seconds": round(seconds, 2), "samples_per_s": round(number / seconds, 2)}
             self.progress.report_metrics(key, results[key], step=step or 0, epoch=epoch, speed=speed)
         return results
+
+    def _batches(self, split: str, dataset: EvalDataset) -> SavedBatches | None:
+        """Return the file of a split's batches, if the evaluation can be resumed."""
+        if not self.keeps_batches or self.task.unresumable() is not None:
+            return None
+        self.weights_sum = self.weights_sum or checksum(self.model)
+        made = made_with(self._config(), dataset, weights=self.weights_sum, device=self.device, dtype=self.dtype)
+        path, resume = partial_path(self.job_dir, split), self.run.resume == "auto"
+        kept = SavedBatches(path, made, resume=resume, device=self.device)
+        if kept.num_finished:
+            logger.info(f"{split}: resumed after {kept.num_finished:,} batches, which {path} has")
+        return kept
 
     def _keep_predictions(self, split: str, step: int | None) -> None:
         """Write the predictions of the last evaluation, and show some of them in TensorBoard and the trackers."""

@@ -26,7 +26,7 @@ from lavis_lite.datasets.protocols import EvalDataset, SampleDict, Samples
 from lavis_lite.models.base import BaseModel, build_model
 from lavis_lite.nn.decoding import BOUNDS
 from lavis_lite.tasks.predictions import Prediction
-from lavis_lite.tasks.results import Result, gather
+from lavis_lite.tasks.results import BatchResults, Result, gather
 
 Metrics = dict[str, Any]
 
@@ -58,6 +58,10 @@ class BaseTask:
     skips_unreadable: ClassVar[bool] = False
     """Whether an evaluation leaves out unreadable samples, up to `run.max_unreadable_share`; see `eval_batches`."""
 
+    resumes: ClassVar[bool] = False
+    """Whether an evaluation that was interrupted continues after its last batch: `valid_step` depends on its batch
+    alone, and its results are plain values. See `unresumable`."""
+
     bounds: ClassVar[Mapping[str, Bounds]] = {}
     """Least and most of numeric fields; two integers ask for a whole number. None is always allowed."""
 
@@ -68,6 +72,7 @@ class BaseTask:
     """Metrics that are printed as fractions of 1; others are in percent."""
 
     _kept = tuple[Prediction, ...]()  # no field, so that it is not a key of the YAML
+    _batches = BatchResults()
 
     def __post_init__(self) -> None:
         """Raise InputError for a field with a value that it cannot have."""
@@ -91,6 +96,12 @@ class BaseTask:
 
         `batches` hold one sample each, from across the split, with tensors on the meta device; so may the model be.
         """
+
+    def unresumable(self) -> str | None:
+        """Return why an interrupted evaluation starts anew; None if it continues. Subclasses override it for settings
+        by which a batch depends on earlier ones.
+        """
+        return None if self.resumes else f"{type(self).__name__} does not compute its results batch by batch"
 
     def metric_names(self) -> tuple[str, ...]:
         """Return the names of the metrics that `score` gives for a split with answers, for the checks of `expected`.
@@ -164,11 +175,11 @@ class BaseTask:
         """
         dataset, model = loader.dataset, unwrap(model)
         context = self.batch_context(dataset)
-        results: list[Result] = []
+        results = self._batches.finished()
         with evaluating(model):
             for samples in loader:
                 with naming_missing_keys(samples, model):
-                    results += self.valid_step(model, {**samples, **context})
+                    results += self._batches.add(self.valid_step(model, {**samples, **context}))
         results = gather(results, dataset)
         if not results:
             raise InputError(f"the {split} split is empty: there is nothing to evaluate")
@@ -187,6 +198,15 @@ class BaseTask:
         after `score`. Subclasses define it; the base class keeps none.
         """
         return []
+
+    @contextlib.contextmanager
+    def keeping(self, batches: BatchResults) -> Iterator[None]:
+        """Within the body `evaluate` keeps the results of each batch, and begins with those that are finished."""
+        self._batches = batches
+        try:
+            yield
+        finally:
+            self._batches = BatchResults()
 
     def take_predictions(self) -> tuple[Prediction, ...]:
         """Return the predictions of the last `evaluate`, once; on other ranks than 0 none."""

@@ -91,6 +91,7 @@ class CaptionTask(BaseTask):
     shuffle_images: bool = False
     """Caption the batch's next image in place of each: the score that the language alone earns."""
 
+    resumes: ClassVar[bool] = True
     model_methods: ClassVar[tuple[str, ...]] = method_names(Generates)
     sample_keys: ClassVar[tuple[str, ...]] = ("image_id", "instance_id")
     bounds: ClassVar = DECODING_BOUNDS
@@ -107,6 +108,10 @@ class CaptionTask(BaseTask):
             raise InputError("run.load_gt_from_file and run.annotation_file both name references: give one of them")
         if self.num_captions > 1 and not self.use_nucleus_sampling and self.num_captions > self.num_beams:
             raise InputError(f"run.num_captions={self.num_captions} needs run.num_beams of at least as many")
+
+    def unresumable(self) -> str | None:
+        """As BaseTask's; `shuffle_images` takes the image of the batch before where a batch has one only."""
+        return "run.shuffle_images: a batch depends on the one before" if self.shuffle_images else super().unresumable()
 
     def metric_names(self) -> tuple[str, ...]:
         """Return those of `metrics`, and nocaps' domains."""

@@ -60,6 +60,7 @@ class InstructTask(BaseTask):
     server_file: ServerFile | None = None
     """Also write the file of a leaderboard: A-OKVQA's multiple choice, or Visual Dialog's ranks."""
 
+    resumes: ClassVar[bool] = True
     model_methods: ClassVar[tuple[str, ...]] = method_names(ScoresCandidates)
     sample_keys: ClassVar[tuple[str, ...]] = ("question_id", "instance_id")
     bounds: ClassVar = DECODING_BOUNDS

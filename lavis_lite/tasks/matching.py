@@ -33,6 +33,7 @@ class MatchingTask(BaseTask):
     shuffle_images: bool = False
     """Score each text with the batch's next image: what the texts alone tell."""
 
+    resumes: ClassVar[bool] = True
     model_methods: ClassVar[tuple[str, ...]] = method_names(ScoresPairs)
     sample_keys: ClassVar[tuple[str, ...]] = ("text_input", "instance_id")
 

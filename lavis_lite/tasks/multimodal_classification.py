@@ -39,6 +39,7 @@ class MultimodalClassificationTask(BaseTask):
     """None leaves it to the model."""
 
     bounds: ClassVar = {**DECODING_BOUNDS, "segments": (1, 10**6)}
+    resumes: ClassVar[bool] = True
     model_methods: ClassVar[tuple[str, ...]] = method_names(Classifies)
     sample_keys: ClassVar[tuple[str, ...]] = ("instance_id",)
 

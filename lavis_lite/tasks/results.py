@@ -19,6 +19,20 @@ logger = logging.getLogger(__name__)
 Result = dict[str, Any]
 
 
+class BatchResults:
+    """The results of an evaluation's batches on this rank, as they are computed. This class keeps none of them; that of
+    runners/eval_batches.py writes them to a file, and knows those of an evaluation that was interrupted.
+    """
+
+    def finished(self) -> list[Result]:
+        """Return the results of the batches that the loader leaves out, as they are finished already."""
+        return []
+
+    def add(self, results: list[Result]) -> list[Result]:
+        """Keep the results of a batch and return them, as they will be read again."""
+        return results
+
+
 def write_json(path: str | Path, value: Any) -> Path:
     r"""Write `value` as UTF-8 JSON, atomically. Lone surrogates, which UTF-8 cannot hold, become `\udXXX`."""
     path = write_text(path, printable(json.dumps(value, ensure_ascii=False, default=_named)))

@@ -79,6 +79,7 @@ class VQATask(BaseTask):
     blank_images: bool = False
     """Replace every image by one of the mean colour."""
 
+    resumes: ClassVar[bool] = True
     model_methods: ClassVar[tuple[str, ...]] = method_names(AnswersQuestions)
     sample_keys: ClassVar[tuple[str, ...]] = ("question_id", "instance_id")
     bounds: ClassVar = {**DECODING_BOUNDS, "num_ans_candidates": (1, 10**9)}

@@ -64,6 +64,7 @@ class ZeroShotClassificationTask(BaseTask):
     k_test: int = 128
     """`itm`: classes that are scored, the most similar ones; 0: all."""
 
+    resumes: ClassVar[bool] = True
     model_methods: ClassVar[tuple[str, ...]] = method_names(ClassifiesByPrompts)
     sample_keys: ClassVar[tuple[str, ...]] = ("label", "instance_id")
     bounds: ClassVar = {"k_test": (0, 10**9)}

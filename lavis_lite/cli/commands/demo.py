@@ -38,15 +38,16 @@ def demo(
 
     def execute() -> int:
         from lavis_lite.cli.commands.progress import progress
+        from lavis_lite.common.address import check_address, is_local
         from lavis_lite.demo.models import load_models
-        from lavis_lite.demo.serve import check_address, check_folders, check_package, running
+        from lavis_lite.demo.serve import check_folders, check_package, running
 
         check_address(host, port)  # before models are loaded, which takes a minute
         check_package()
         check_folders(folder or [])
         models = load_models(model or DEFAULTS, checkpoint=checkpoint, device=device, precision=precision)
         with running(models, folders=folder or [], host=host, port=port, progress=progress) as address:
-            if host not in ("127.0.0.1", "localhost", "::1"):
+            if not is_local(host):
                 typer.echo("warning: everyone who reaches this machine can use the page; it has no password", err=True)
             typer.echo(f"the demo is at {address}  (Ctrl-C ends it)")
             threading.Event().wait()

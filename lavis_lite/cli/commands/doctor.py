@@ -27,6 +27,7 @@ OPTIONAL = {
     "resvg_py": "OpenMoji's drawings (extra `pictures`)",
     "opencv-python-headless": "faster RandAugment (extra `opencv`)",
     "gradio": "the demo (extra `demo`)",
+    "uvicorn": "`lavis-lite serve` (extra `server`)",
     "wandb": "run.tracker: wandb (extra `wandb`)",
     "mlflow": "run.tracker: mlflow (extra `mlflow`)",
     "trackio": "run.tracker: trackio (extra `trackio`)",

@@ -91,8 +91,9 @@ class Config:
         Only evaluate.py's arguments have `checkpoint`.
         """
         weights, resume, limit = vars(args).get("checkpoint"), args.resume, vars(args).get("limit")
-        if resume is not None and "checkpoint" in args and (resume == "auto" or weights is not None):
-            raise ConfigError(f"--resume {resume}: an evaluation resumes nothing; name its weights by --checkpoint")
+        evaluates = "checkpoint" in args
+        if evaluates and resume not in (None, "auto") and weights is not None:
+            raise ConfigError(f"--resume {resume}: names weights, as --checkpoint does: give one of them")
         flags = []
         if args.job_id is not None:
             flags.append(Layer("--job-id", {"run": {"job_id": args.job_id}}))
@@ -101,8 +102,10 @@ class Config:
         if args.profile is not None:
             flags.append(Layer("--profile", {"run": {"profile": args.profile}}))
         if resume is not None:
-            keys = {"resume": "auto", "resume_ckpt_path": None} if resume == "auto" else {"resume_ckpt_path": resume}
-            flags.append(Layer("--resume", {"run": {"resume": None, **keys}}))
+            keys: dict[str, str | None] = {"resume": None, "resume_ckpt_path": resume}
+            if resume == "auto":  # an evaluation keeps the weights that its file names
+                keys = {"resume": "auto"} if evaluates else {"resume": "auto", "resume_ckpt_path": None}
+            flags.append(Layer("--resume", {"run": keys}))
         return cls.from_file(args.cfg_path, args.options, checkpoint=weights, flags=flags)
 
     @classmethod

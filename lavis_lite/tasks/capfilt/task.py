@@ -140,6 +140,10 @@ class CapFiltTask(BaseTask):
         if self.captioner is not None:
             raise InputError(f"run.captioner: the run's model, {arch}, is a captioner already: leave one out")
 
+    def unresumable(self) -> str | None:
+        """As BaseTask's: the task has its own files of what is finished."""
+        return "capfilt continues the shards of a job by itself: name it by --job-id"
+
     def build_datasets(self, cfg: Config) -> dict[str, dict[str, Any]]:
         """Build the datasets as BaseTask does, the split `train` without random crops."""
         return super().build_datasets(with_eval_processors(cfg))

@@ -1,0 +1,173 @@
+"""The server: OpenAI's chat completions over one model, as an ASGI application."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from lavis_lite.server.images import image_of
+from lavis_lite.server.requests import ChatRequest, RequestError, read_request
+from lavis_lite.server.worker import Worker, num_tokens
+
+BODY_TIMEOUT = 60.0
+"""Seconds in which a request's body must arrive."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a server accepts."""
+
+    max_bytes: int
+    """Bytes of a request's body, and of an image that is fetched."""
+    allow_urls: bool = False
+    """Whether images are fetched from http(s) URLs."""
+
+
+class Server:
+    """The endpoints of a model that is served by a name."""
+
+    def __init__(self, worker: Worker, *, name: str, limits: Limits) -> None:
+        self.worker, self.name, self.limits = worker, name, limits
+        self.started = int(time.time())
+
+    def app(self) -> Starlette:
+        """Return the application."""
+        routes = [
+            Route("/health", self.health),
+            Route("/v1/models", self.models),
+            Route("/v1/models/{name:path}", self.one_model),
+            Route("/v1/chat/completions", self.completions, methods=["POST"]),
+        ]
+        handlers: dict[Any, Callable[[Request, Any], Awaitable[Response]]] = {
+            RequestError: refused,
+            HTTPException: not_found,
+        }
+        return Starlette(routes=routes, exception_handlers=handlers)
+
+    async def health(self, request: Request) -> Response:
+        """Say that the server answers, and how many requests wait."""
+        return JSONResponse({"status": "ok", "model": self.name, "waiting": self.worker.waiting.qsize()})
+
+    def about(self) -> dict[str, Any]:
+        """Return the model as OpenAI describes one."""
+        return {"id": self.name, "object": "model", "created": self.started, "owned_by": "lavis_lite"}
+
+    async def models(self, request: Request) -> Response:
+        """List the one model."""
+        return JSONResponse({"object": "list", "data": [self.about()]})
+
+    async def one_model(self, request: Request) -> Response:
+        """Describe the model."""
+        self.check_name(request.path_params["name"])
+        return JSONResponse(self.about())
+
+    def check_name(self, name: str) -> None:
+        """Raise RequestError for another model than the server's."""
+        if name != self.name:
+            problem = f"model {name[:80]!r} does not exist; this server has {self.name}"
+            raise RequestError(problem, status=404, param="model", code="model_not_found")
+
+    async def completions(self, request: Request) -> Response:
+        """Answer a request."""
+        chat = read_request(await self.read_json(request))
+        if chat.model is not None:
+            self.check_name(chat.model)
+        limits = self.limits
+        image = await run_in_threadpool(
+            image_of, chat.image_url, allow_urls=limits.allow_urls, max_bytes=limits.max_bytes
+        )
+        future = await run_in_threadpool(self.worker.submit, chat, image)
+        texts = await asyncio.wrap_future(future)
+        answer = await run_in_threadpool(self.answer, chat, texts)
+        if chat.stream:
+            return StreamingResponse(events(answer), media_type="text/event-stream")
+        return JSONResponse(answer)
+
+    async def read_json(self, request: Request) -> Any:
+        """Return the body. RequestError if it is not JSON, too large, or does not arrive."""
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise RequestError("content-type: must be application/json", status=415)
+        try:
+            body = await asyncio.wait_for(self._body(request), BODY_TIMEOUT)
+            return json.loads(body)
+        except TimeoutError:
+            raise RequestError(f"the body did not arrive in {BODY_TIMEOUT:g} seconds", status=408) from None
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"the body is not JSON ({error})") from error
+
+    async def _body(self, request: Request) -> bytes:
+        most, parts, size = self.limits.max_bytes, list[bytes](), 0
+        declared = request.headers.get("content-length", "0")
+        if declared.isdecimal() and int(declared) > most:
+            raise too_large(most)
+        try:
+            async for part in request.stream():
+                size += len(part)
+                if size > most:
+                    raise too_large(most)
+                parts.append(part)
+        except ClientDisconnect:
+            raise RequestError("the connection was closed before the body had arrived", status=400) from None
+        return b"".join(parts)
+
+    def answer(self, chat: ChatRequest, texts: list[str]) -> dict[str, Any]:
+        """Return the body of the response."""
+        lengths = [num_tokens(self.worker.loaded, text) for text in texts]
+        asked = num_tokens(self.worker.loaded, self.worker.prompt(chat))
+        usage = {"prompt_tokens": asked, "completion_tokens": sum(lengths), "total_tokens": asked + sum(lengths)}
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": text, "refusal": None},
+                "logprobs": None,
+                "finish_reason": "length" if chat.max_tokens is not None and length >= chat.max_tokens else "stop",
+            }
+            for index, (text, length) in enumerate(zip(texts, lengths, strict=True))
+        ]
+        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion", "created": int(time.time())}
+        return {**head, "model": self.name, "choices": choices, "usage": usage}
+
+
+def too_large(most: int) -> RequestError:
+    """Return the error of a body that has more bytes than the server accepts."""
+    return RequestError(f"the body has more than {most:,} bytes; send a smaller image", status=413)
+
+
+async def events(answer: dict[str, Any]) -> AsyncIterator[str]:
+    """Yield the events of a stream: each choice's text in one piece, as beam search knows it at its end only."""
+    for chunk in chunks(answer):
+        yield f"data: {json.dumps(chunk)}\n\n"
+    yield "data: [DONE]\n\n"
+
+
+def chunks(answer: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the chunks of an answer."""
+    head = {**{key: answer[key] for key in ("id", "created", "model")}, "object": "chat.completion.chunk"}
+    for choice in answer["choices"]:
+        delta = {"role": "assistant", "content": choice["message"]["content"]}
+        for part, reason in ((delta, None), ({}, choice["finish_reason"])):
+            yield {**head, "choices": [{"index": choice["index"], "delta": part, "finish_reason": reason}]}
+
+
+async def refused(request: Request, error: RequestError) -> Response:
+    """Return the response to a request that was refused."""
+    headers = {"Retry-After": "1"} if error.status == 429 else None
+    return JSONResponse(error.to_json(), status_code=error.status, headers=headers)
+
+
+async def not_found(request: Request, error: HTTPException) -> Response:
+    """Return the response to another path or method."""
+    problem = f"{request.method} {request.url.path}: {error.detail}; this server has POST /v1/chat/completions"
+    return await refused(request, RequestError(problem, status=error.status_code))
