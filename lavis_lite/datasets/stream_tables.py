@@ -113,8 +113,8 @@ def _opened(address: str) -> IterableDataset:
         folder, _, split = address.rpartition(":")
         found = library.load_dataset(folder, split=split, **streaming)
     for name, feature in (found.features or {}).items():
-        if isinstance(feature, library.Image | library.Audio):
-            found = found.cast_column(name, type(feature)(decode=False))
+        if (undecoded := _undecoded(feature)) is not feature:
+            found = found.cast_column(name, undecoded)
     opened: IterableDataset = found
     return opened
 
@@ -129,7 +129,19 @@ def _record(row: Record, labels: dict[str, list[str]], place: str) -> Record:
     return record
 
 
+def _undecoded(feature: Any) -> Any:
+    """Return the type of a column whose images, also those of lists, are not decoded; a column without any as it is."""
+    library = datasets_library()
+    if isinstance(feature, library.Image | library.Audio):
+        return type(feature)(decode=False)
+    if isinstance(feature, library.List) and (inner := _undecoded(feature.feature)) is not feature.feature:
+        return library.List(inner, feature.length)
+    return feature
+
+
 def _loaded(value: Any, place: str) -> Any:
+    if isinstance(value, list):
+        return [_loaded(one, place) for one in value]
     if isinstance(value, bytes):
         return LoadedFile(place, value)
     if not isinstance(value, dict) or not value.keys() >= {"bytes", "path"}:
