@@ -10,6 +10,7 @@ ratios are those of one kind of machine: store them anew on another.
 """
 
 import argparse
+import io
 import json
 import sys
 import tempfile
@@ -81,8 +82,8 @@ def augment_job(tiny: bool) -> Iterator[Job]:
     yield _plain("RandAugment's moves", "numpy", len(moves), sides)
 
 
-def transform_job(tiny: bool) -> Iterator[Job]:
-    """Resize and normalise an image."""
+def transform_jobs(tiny: bool) -> Iterator[Job]:
+    """Resize and normalise an image; and decode one too, with each backend."""
     side = 64 if tiny else 480
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))
     ours = BlipImageEvalProcessor(image_size=side // 2)
@@ -95,6 +96,15 @@ def transform_job(tiny: bool) -> Iterator[Job]:
     )
     sides = {"ours": partial(ours, image), "theirs": partial(theirs, image)}
     yield _plain("image to tensor", "torchvision", 1, sides)
+    file = io.BytesIO()
+    image.resize((side // 8, side // 8)).resize((side, side)).save(file, "jpeg")
+    by_tensors = BlipImageEvalProcessor(image_size=side // 2, backend="torchvision")
+
+    def decoded(processor: BlipImageEvalProcessor) -> torch.Tensor:
+        return processor(Image.open(io.BytesIO(file.getvalue())))
+
+    sides = {"ours": partial(decoded, by_tensors), "theirs": partial(decoded, ours)}
+    yield _plain("JPEG to tensor, backend torchvision", "Pillow", 1, sides)
 
 
 def _plain(what: str, other: str, count: int, sides: dict[str, Callable[[], Any]]) -> Job:
@@ -105,7 +115,7 @@ def _plain(what: str, other: str, count: int, sides: dict[str, Callable[[], Any]
 
 def jobs(part: str, tiny: bool) -> Iterator[Job]:
     """Iterate over the jobs of a part."""
-    own = {"blip": blip_jobs, "load": load_job, "augment": augment_job, "transform": transform_job}
+    own = {"blip": blip_jobs, "load": load_job, "augment": augment_job, "transform": transform_jobs}
     yield from own[part](tiny) if part in own else blip2_part(part, tiny)
 
 

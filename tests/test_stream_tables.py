@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ import shard_helpers
 import yaml
 
 from lavis_lite.cli.data.command import main
+from lavis_lite.common.config.run import RunConfig
 from lavis_lite.common.errors import InputError, MissingFileError, UnreachableError
 from lavis_lite.common.registry import registry
 from lavis_lite.common.sources import reach
+from lavis_lite.datasets import streams
 from lavis_lite.datasets.streams import Item, Part, StreamDataset
+from lavis_lite.runners.loaders import TrainLoader
 
 datasets = pytest.importorskip("datasets")
 pa = pytest.importorskip("pyarrow")
@@ -73,6 +77,39 @@ def test_a_stream_continues_at_any_row(folder: Path, storage: str, resampled: bo
     for at in (0, 3, 4, 17, 30):
         rest = islice(dataset.items(Part(0, 1), seed=3, start=whole[at].position), 39 - at)
         assert texts(list(rest)) == texts(whole[at + 1 :])
+
+
+def test_each_worker_reads_its_parts(folder: Path) -> None:
+    """Inside a loader worker `datasets` would give the workers shares of the one file that a part is."""
+    read = []
+    for workers in (0, 2):
+        dataset = stream(str(folder), stream={"epoch_length": 18, "shuffle_buffer": 2, "parts": 2})
+        run = RunConfig(task="captioning", batch_size_train=3, num_workers=workers)
+        with closing(iter(TrainLoader({"cards": dataset}, run))) as batches:
+            read.append([batch["text_input"] for batch in islice(batches, 12)])
+    assert read[1] == read[0]
+    assert {text for texts in read[0] for text in texts} == {f"picture number {n}" for n in range(18)}
+
+
+def test_a_stream_without_any_samples_ends(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = stream(str(folder))
+    monkeypatch.setattr(streams, "read_part", lambda name: iter(()))
+    items = list(dataset.items(Part(0, 1), seed=3))
+    assert len(items) == streams.MOST_PROBLEMS
+    assert all("no samples" in item.problem and "train" in item.problem for item in items)
+
+
+def test_files_without_rows_are_left_out_of_a_stream(folder: Path) -> None:
+    paths = sorted((folder / "data").iterdir())
+    pq.write_table(pq.read_table(paths[0]).slice(0, 0), paths[0])
+    dataset = stream(str(folder / "data/*.parquet"))
+    assert len(dataset.shards) == 2
+    items = list(islice(dataset.items(Part(0, 1), seed=3), 12))
+    assert sorted(texts(items)) == sorted(f"picture number {n}" for n in range(6, 18))
+    for path in paths[1:]:
+        pq.write_table(pq.read_table(path).slice(0, 0), path)
+    with pytest.raises(InputError, match=r"annotations\.train.*train-2\.parquet has no rows"):
+        stream(str(folder / "data/*.parquet"))
 
 
 def test_parts_are_disjoint_and_samples_are_whole(folder: Path) -> None:

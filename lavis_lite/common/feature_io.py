@@ -26,6 +26,11 @@ def is_feature_file(path: str | Path) -> bool:
     return Path(feature_file(path)).suffix.lower() in FEATURE_FILES
 
 
+def holds_features(content: bytes) -> bool:
+    """Return whether a content is that of a file of features: NumPy's mark, or the header of safetensors."""
+    return content.startswith(b"\x93NUMPY") or content[8:9] == b"{"
+
+
 def feature_file(path: str | Path) -> str:
     """Return the path of a file of features without the name of a tensor in it."""
     stem, mark, _ = str(path).rpartition("#")

@@ -13,23 +13,30 @@ from typing import Any
 import torch
 
 from lavis_lite.common.errors import InputError
-from lavis_lite.common.records import ID, PATHS, TEXT, Record, shown
+from lavis_lite.common.records import ID, PATH, PATHS, TEXT, Record, StoredImage, missing_field, shown
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset
 
-NLVR_FIELDS = {"images": PATHS, "sentence": TEXT, "instance_id": ID}
+NLVR_FIELDS = {"images": PATHS, "image0": PATH, "image1": PATH, "sentence": TEXT, "instance_id": ID}
 _LABELS = {"true": 1, "false": 0, "1": 1, "0": 0}
 _SIDE = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
 
 class NLVREvalDataset(BaseDataset):
-    """Samples {image0, image1, text_input, label (1: true), instance_id}."""
+    """Samples {image0, image1, text_input, label (1: true), instance_id}.
 
-    required = ("images", "sentence", "label")
+    A record has the list `images`, or `image0` and `image1`, as members of a shard and columns of a table are.
+    """
+
+    required = ("images|image0", "sentence", "label")
     fields = NLVR_FIELDS
 
     def arrange(self, records: list[Record]) -> list[Record]:
         for index, record in enumerate(records):
+            if record.get("images") is None:
+                if record.get("image1") is None:
+                    raise InputError(f"{self.place(index)}{missing_field(record, ['image1'])}")
+                record["images"] = [record["image0"], record["image1"]]
             images, label = record["images"], record["label"]
             if not isinstance(images, list) or len(images) != 2:
                 raise InputError(f"{self.place(index)}: `images` must be a list of two paths, found {shown(images)}")
@@ -38,14 +45,14 @@ class NLVREvalDataset(BaseDataset):
         return records
 
     def files_of(self, record: Record) -> list[str]:
-        return list(record["images"])
+        return [image for image in record["images"] if isinstance(image, str)]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.annotation[index]
         return self.sample(index, record["images"], record["sentence"])
 
-    def sample(self, index: int, images: list[str], sentence: str) -> dict[str, Any]:
-        """Return the sample of two image paths and a raw sentence."""
+    def sample(self, index: int, images: list[str | StoredImage], sentence: str) -> dict[str, Any]:
+        """Return the sample of two images, paths or stored, and a raw sentence."""
         return {
             "image0": self.image(images[0]),
             "image1": self.image(images[1]),
@@ -80,7 +87,7 @@ def swap_sides(sentence: str) -> str:
 @registry.register_builder("nlvr")
 @dataclass(kw_only=True)
 class NLVRBuilder(BaseBuilder):
-    """Records {images: [first, second], sentence, label: "True" or "False"}."""
+    """Records {images: [first, second], sentence, label: "True" or "False"}, or image0 and image1 for images."""
 
     train_dataset = NLVRTrainDataset
     eval_dataset = NLVREvalDataset

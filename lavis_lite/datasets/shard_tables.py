@@ -103,6 +103,14 @@ def sample_place(table: Path, row: int) -> str:
     return f"{shard}sample {record[KEY]}"
 
 
+def source_name(path: Path) -> str:
+    """Return the name of a file, for messages; of a table of shards the first shard's, where a member says it."""
+    if not is_shard_table(path):
+        return str(path)
+    shard, _, _ = sample_place(path, 0).rpartition("sample ")
+    return shard.removesuffix(": ") or str(path)
+
+
 def _metadata(table: Path) -> dict[bytes, bytes]:
     import pyarrow as pa
 

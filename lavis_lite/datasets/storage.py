@@ -210,6 +210,8 @@ def stream_names(build_info: Mapping[str, Any], split: str, *, owner: str) -> li
             if not Path(name).exists():
                 raise MissingFileError(f"{file.where}: shard not found: {name}. {STATUS_HINT}")
         names += part_names(name, split, where=file.where) if is_rows(name) else [name]
+    if not names:
+        raise InputError(f"{owner}: build_info.annotations.{split}: {name} has no rows, nor has any file before it")
     return names
 
 

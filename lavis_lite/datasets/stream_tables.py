@@ -39,7 +39,8 @@ def is_part(name: str) -> bool:
 
 
 def part_names(address: str, split: str, *, where: str) -> list[str]:
-    """Return the names of the parts of rows, as `datasets` divides them.
+    """Return the names of the parts of rows, as `datasets` divides them; none of a local parquet file without rows,
+    which it cannot read.
 
     Raises InputError, MissingFileError or UnreachableError if they cannot be opened.
     """
@@ -51,8 +52,10 @@ def part_names(address: str, split: str, *, where: str) -> list[str]:
             kind = UnreachableError if reach.may_ask() else MissingFileError
             raise kind(f"{where}: {address} is read as a stream from the hub; {problem}")
         address = str(hub_split)
-    elif not address.endswith(".parquet"):
+    elif not address.lower().endswith(".parquet"):
         address = f"{address}:{split}"
+    elif "://" not in address and not _has_rows(address, where):
+        return []
     try:
         count = _opened(address).num_shards
     except _broken() as error:
@@ -61,8 +64,25 @@ def part_names(address: str, split: str, *, where: str) -> list[str]:
     return [f"{address}#{number}-of-{count}" for number in range(count)]
 
 
+def _has_rows(path: str, where: str) -> bool:
+    """Return whether a parquet file has rows. Raises InputError if it is damaged."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            num_rows: int = file.metadata.num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{where}: {path}: is not a parquet file, or is cut off ({error}); fetch it again") from error
+    return num_rows > 0
+
+
 def read_part(name: str) -> Iterator[Loaded]:
-    """Yield the samples of a part of rows, or of a shard, in their order, and last a problem if it cannot be read."""
+    """Yield the samples of a part of rows, or of a shard, in their order, and last a problem if it cannot be read.
+
+    Note: in a loader worker, `iter` of a data set of `datasets` gives the worker's share of its rows alone. A part is a
+    worker's share already; of one file, all workers but the first would get nothing.
+    """
     match = _PART.fullmatch(name)
     if match is None:
         yield from read_shard(name)
@@ -71,7 +91,8 @@ def read_part(name: str) -> Iterator[Loaded]:
     try:
         rows = _opened(match["address"]).shard(int(match["count"]), int(match["number"]))
         labels = {key: kind.names for key, kind in (rows.features or {}).items() if _is_label(kind)}
-        for number, row in enumerate(rows):
+        for number, batch in enumerate(rows.iter(batch_size=1)):  # not iter(rows): see above
+            row = {key: value for key, (value,) in batch.items()}
             yield Loaded(name, {KEY: str(number), **_record(row, labels, f"{name} row {number}")})
     except _broken() as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -86,14 +107,14 @@ def _opened(address: str) -> IterableDataset:
     if is_hub(address):
         one = parse(address, "", where=address)
         found = library.load_dataset(one.repo, one.config, split=one.split, revision=one.revision, **streaming)
-    elif address.endswith(".parquet"):
+    elif address.lower().endswith(".parquet"):
         found = library.load_dataset("parquet", data_files=[address], split="train", **streaming)
     else:
         folder, _, split = address.rpartition(":")
         found = library.load_dataset(folder, split=split, **streaming)
     for name, feature in (found.features or {}).items():
-        if isinstance(feature, library.Image | library.Audio):
-            found = found.cast_column(name, type(feature)(decode=False))
+        if (undecoded := _undecoded(feature)) is not feature:
+            found = found.cast_column(name, undecoded)
     opened: IterableDataset = found
     return opened
 
@@ -108,7 +129,19 @@ def _record(row: Record, labels: dict[str, list[str]], place: str) -> Record:
     return record
 
 
+def _undecoded(feature: Any) -> Any:
+    """Return the type of a column whose images, also those of lists, are not decoded; a column without any as it is."""
+    library = datasets_library()
+    if isinstance(feature, library.Image | library.Audio):
+        return type(feature)(decode=False)
+    if isinstance(feature, library.List) and (inner := _undecoded(feature.feature)) is not feature.feature:
+        return library.List(inner, feature.length)
+    return feature
+
+
 def _loaded(value: Any, place: str) -> Any:
+    if isinstance(value, list):
+        return [_loaded(one, place) for one in value]
     if isinstance(value, bytes):
         return LoadedFile(place, value)
     if not isinstance(value, dict) or not value.keys() >= {"bytes", "path"}:

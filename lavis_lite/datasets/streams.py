@@ -172,12 +172,21 @@ class StreamDataset:
             at = end
 
     def _read(self, part: Part, at: Position, *, seed: int) -> Iterator[tuple[Loaded, Position]]:
-        """Yield the samples and problems of the part's shards, and where the next one is."""
+        """Yield the samples and problems of the part's shards, and where the next one is.
+
+        As many shards in a row as the stream has, all without samples, are a problem.
+        """
+        num_empty = 0
         for draw in itertools.count(at.draw):
-            first = at.sample if draw == at.draw else 0
+            first = count = at.sample if draw == at.draw else 0
             shard = self.shard_at(part, draw, seed=seed)
             for count, loaded in enumerate(itertools.islice(read_part(shard), first, None), start=first + 1):
                 yield loaded, Position(draw=draw, sample=count)
+            num_empty = 0 if count else num_empty + 1
+            if num_empty == len(self.shards):
+                problem = f"{shard}: has no samples, nor have the {num_empty:,} shards read last"
+                yield Loaded(shard, {}, problem), Position(draw=draw + 1)
+                num_empty = 0
 
     def _identified(self, sample: dict[str, Any], part: Part, first: int, taken: int) -> dict[str, Any]:
         """Return the sample with ids that no other of the stream has; `first` is the number of its block's first."""

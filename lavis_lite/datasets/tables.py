@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
-from lavis_lite.common.errors import InputError, UnreadableSample
+from lavis_lite.common.errors import InputError, UnreadableSample, did_you_mean
 from lavis_lite.common.records import Record, StoredImage
 from lavis_lite.common.sources import download
 from lavis_lite.datasets.hub import datasets_library
 from lavis_lite.datasets.image_digests import ImageDigests
-from lavis_lite.datasets.shard_tables import is_shard_table, sample_place
+from lavis_lite.datasets.shard_tables import is_shard_table, sample_place, source_name
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -197,7 +197,7 @@ class Table:
 
     def __init__(self, paths: Sequence[Path], *, split: str, columns: Mapping[str, str], root: Path) -> None:
         self.paths, self.split, self.root = with_rows(paths), split, root
-        self.name = ", ".join(map(str, paths[:3])) + (", ..." if len(paths) > 3 else "")
+        self.name = ", ".join(map(source_name, paths[:3])) + (", ..." if len(paths) > 3 else "")
         data = open_tables(paths, split=split).with_format("arrow")
         if not len(data):
             raise InputError(f"{self.name}: holds no records; fill it, or take it out of build_info.annotations")
@@ -309,7 +309,7 @@ def our_names(theirs: Sequence[str], columns: Mapping[str, str], name: str) -> d
     """Return our name of each column, and the table's. InputError for a column that is not there."""
     for ours, other in columns.items():
         if other not in theirs:
-            raise InputError(f"{name}: columns.{ours}: unknown column {other!r}; the columns are {list(theirs)}")
+            raise InputError(f"{name}: columns.{ours}: unknown column {other!r}. {did_you_mean(other, theirs)}")
     return {one: one for one in theirs if one not in columns.values()} | dict(columns)
 
 

@@ -5,12 +5,11 @@ Note: unlike `blip_image_eval`, which resizes an image to a square, these keep i
 
 from typing import Any
 
-from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from lavis_lite.common.bounds import MAX_IMAGE_SIZE, check_number
 from lavis_lite.common.registry import registry
-from lavis_lite.processors.image import ImageProcessor, ImageTrainProcessor
+from lavis_lite.processors.image import Backend, ImageProcessor, ImageTrainProcessor, kit
 
 
 @registry.register_processor("clip_image_train")
@@ -25,7 +24,7 @@ class ClipImageTrainProcessor(ImageTrainProcessor):
 class ClipImageEvalProcessor(ImageProcessor):
     """Resize the shorter side to `image_size` (bicubic), crop the centre, normalise; deterministic."""
 
-    def __init__(self, *, image_size: int = 224, **pixels: Any) -> None:
-        size = check_number("image_size", image_size, 1, MAX_IMAGE_SIZE)
-        resize = transforms.Resize(size, interpolation=InterpolationMode.BICUBIC)
-        super().__init__([resize, transforms.CenterCrop(size)], **pixels)
+    def __init__(self, *, image_size: int = 224, backend: Backend = "pillow", **pixels: Any) -> None:
+        own, size = kit(backend), check_number("image_size", image_size, 1, MAX_IMAGE_SIZE)
+        resize = own.Resize(size, interpolation=InterpolationMode.BICUBIC)
+        super().__init__([resize, own.CenterCrop(size)], backend=backend, **pixels)

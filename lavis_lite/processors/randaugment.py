@@ -11,7 +11,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -193,7 +193,8 @@ def apply_operation(
 class RandomAugment:
     """`num_ops` operations drawn with replacement, each then applied with `probability`, at `magnitude` of 10.
 
-    Takes and gives an RGB PIL image. At BLIP's magnitude 5, Brightness and Sharpness leave the image as it is.
+    Takes and gives an RGB PIL image, or a uint8 tensor (3,H,W). At BLIP's magnitude 5, Brightness and Sharpness leave
+    the image as it is.
     """
 
     def __init__(
@@ -204,8 +205,18 @@ class RandomAugment:
         self.probability: float = check_number("probability", probability, 0.0, 1.0)
         self.legacy_autocontrast = legacy_autocontrast
 
-    def __call__(self, image: Image.Image) -> Image.Image:
-        pixels = np.asarray(image)
+    @overload
+    def __call__(self, image: Image.Image) -> Image.Image: ...
+    @overload
+    def __call__(self, image: torch.Tensor) -> torch.Tensor: ...
+    def __call__(self, image: Image.Image | torch.Tensor) -> Image.Image | torch.Tensor:
+        if not isinstance(image, torch.Tensor):
+            return Image.fromarray(self.augmented(np.asarray(image)))
+        pixels = self.augmented(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
+        return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+
+    def augmented(self, pixels: np.ndarray) -> np.ndarray:
+        """Return the (H,W,3) bytes of an image after the operations that are drawn."""
         for _ in range(self.num_ops):
             name = OPERATIONS[int(torch.randint(len(OPERATIONS), ()))]
             applied, negative = (torch.rand(2) < torch.tensor([self.probability, 0.5])).tolist()
@@ -217,4 +228,4 @@ class RandomAugment:
                     negative=negative,
                     legacy_autocontrast=self.legacy_autocontrast,
                 )
-        return Image.fromarray(pixels)
+        return pixels

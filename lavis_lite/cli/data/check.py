@@ -8,7 +8,7 @@ repetitions, images of the training splits in others, blank texts that the datas
 import argparse
 import copy
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,14 +17,17 @@ from typing import TypeVar
 from lavis_lite.cli.data.named import NamedDataset, find_datasets, offline, require_samples
 from lavis_lite.cli.preflight import num_repeated, wrong_files
 from lavis_lite.common.errors import InputError, UnreadableSample, UserError
-from lavis_lite.common.feature_io import is_feature_file, read_features
-from lavis_lite.common.records import StoredImage
+from lavis_lite.common.feature_io import holds_features, is_feature_file, read_features
+from lavis_lite.common.records import Record, StoredImage
 from lavis_lite.common.video_io import decode
+from lavis_lite.datasets.annotations import as_list
 from lavis_lite.datasets.base import BaseBuilder, BaseDataset
 from lavis_lite.datasets.image import open_image
 from lavis_lite.datasets.storage import annotation_files, section_of, split_folder, visual_folder
 
 T = TypeVar("T")
+Visual = str | StoredImage
+"""The path of an image, a video or features, or one that is inside a table."""
 SHOWN = 5
 NUM_THREADS = 8
 
@@ -159,63 +162,83 @@ def check_blank(builder: BaseBuilder, dataset: BaseDataset, check: SplitCheck) -
 
 
 def check_images(dataset: BaseDataset, check: SplitCheck, num_decoded: int | None) -> None:
-    """Look up every image or video of a split, and decode some of them; images in tables are only decoded."""
+    """Look up every image or video of a split, and decode some of them; those in tables are only decoded."""
     root, is_video, stored = os.fspath(dataset.vis_root), {}, []
     for number, record in enumerate(dataset.annotation):
-        if isinstance(record.get("image"), StoredImage):
+        if stored_in(record):
             stored.append(number)
         for file in dataset.files_of(record):
             is_video[os.path.join(root, file)] = record.get("video") is not None
     if stored:
-        check.facts.append(f"{len(stored):,} samples with images in the table")
-        report_decoded([dataset.annotation[n]["image"] for n in spread(stored, num_decoded)], {}, check, "images")
+        chosen = [one for n in spread(stored, num_decoded) for one in stored_in(dataset.annotation[n])]
+        found: dict[str, list[Visual]] = {}
+        for item, is_clip in chosen:
+            found.setdefault(kind_of(item, is_clip), []).append(item)
+        check.facts.append(f"{len(stored):,} samples with {' and '.join(found)} in the table")
+        for kind, items in found.items():
+            report_decoded(items, kind, check)
     if is_video:
         check_files(is_video, check, num_decoded)
 
 
+def stored_in(record: Record) -> list[tuple[StoredImage, bool]]:
+    """Return the images, videos and features of a record that are inside a table, and whether each is a video."""
+    values = [(name, one) for name in ("image", "images", "video") for one in as_list(record.get(name))]
+    return [(one, name == "video") for name, one in values if isinstance(one, StoredImage)]
+
+
+def kind_of(item: Visual, is_video: bool) -> str:
+    """Return `videos`, `features` or `images`; what is inside a table is known by its content."""
+    if is_video:
+        return "videos"
+    if isinstance(item, str):
+        return "features" if is_feature_file(item) else "images"
+    try:
+        return "features" if holds_features(item.read()) else "images"
+    except (UnreadableSample, OSError):
+        return "images"  # opening it gives the reason
+
+
 def check_files(is_video: Mapping[str, bool], check: SplitCheck, num_decoded: int | None) -> None:
-    """Look up the files of images or videos, and decode some of them."""
+    """Look up the files of images, videos or features, and decode some of them."""
     check.files = set(is_video)
     wrong = wrong_files(check.files)
-    kind = "videos" if any(is_video.values()) else "images"
+    kinds = {path: kind_of(path, is_clip) for path, is_clip in is_video.items()}
+    words = " and ".join(sorted(set(kinds.values())))
     if wrong:
         named = listing([f"{path} ({why})" for path, why in wrong.items()])
-        check.problems.append(f"{len(wrong):,} of {len(check.files):,} {kind}: {named}")
+        check.problems.append(f"{len(wrong):,} of {len(check.files):,} {words}: {named}")
     else:
-        check.facts.append(f"{len(check.files):,} {kind}, all there")
-    there = sorted(check.files - wrong.keys())
-    report_decoded(spread(there, num_decoded), is_video, check, kind)
+        check.facts.append(f"{len(check.files):,} {words}, all there")
+    chosen = spread(sorted(check.files - wrong.keys()), num_decoded)
+    for kind in sorted(set(kinds.values())):
+        report_decoded([path for path in chosen if kinds[path] == kind], kind, check)
 
 
-def report_decoded(
-    chosen: Sequence[str | StoredImage], is_video: Mapping[str, bool], check: SplitCheck, kind: str
-) -> None:
-    """Decode the chosen files or stored images, and note those that cannot be decoded."""
+def report_decoded(chosen: Sequence[Visual], kind: str, check: SplitCheck) -> None:
+    """Decode the chosen files or stored images of a kind, and note those that cannot be decoded."""
     if chosen:
-        broken = list(filter(None, _decoded(chosen, is_video)))
+        broken = list(filter(None, _decoded(chosen, kind)))
         if broken:
             check.problems.append(f"{len(broken):,} of {len(chosen):,} {kind} cannot be decoded: {listing(broken)}")
         else:
             check.facts.append(f"{len(chosen):,} {kind} decoded")
 
 
-def _decoded(paths: Sequence[str | StoredImage], is_video: Mapping[str, bool]) -> Iterator[str | None]:
+def _decoded(chosen: Sequence[Visual], kind: str) -> Iterator[str | None]:
     """Yield the error of each file that cannot be decoded, None for the others."""
+    reading: dict[str, Callable[[Visual], object]]
+    reading = {"videos": lambda video: decode(video, 1), "features": read_features, "images": open_image}
 
-    def problem(path: str | StoredImage) -> str | None:
+    def problem(item: Visual) -> str | None:
         try:
-            if isinstance(path, str) and is_video[path]:
-                decode(path, 1)
-            elif isinstance(path, str) and is_feature_file(path):
-                read_features(path)
-            else:
-                open_image(path)
+            reading[kind](item)
         except UnreadableSample as error:
             return str(error)
         return None
 
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        yield from pool.map(problem, paths)
+        yield from pool.map(problem, chosen)
 
 
 def spread(items: Sequence[T], count: int | None) -> list[T]:

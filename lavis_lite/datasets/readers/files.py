@@ -8,17 +8,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lavis_lite.common.errors import InputError
+from lavis_lite.common.errors import InputError, did_you_mean
 from lavis_lite.common.records import Kind, Record, RecordCheck
 from lavis_lite.datasets.annotations import as_records, check_records, read_json, read_records, section
 from lavis_lite.datasets.folders import folder_records, metadata_file
 from lavis_lite.datasets.parts import CUT_BY
 from lavis_lite.datasets.readers.owners import owners_records
+from lavis_lite.datasets.shard_tables import source_name
 from lavis_lite.datasets.tables import Table, is_table
 
 PLACE = "_place"
 """The key under which a reader notes (file, number of the record in it); the dataset removes it, and errors name it."""
-VISUALS = ("image", "images", "file_name", "video")
+VISUALS = ("image", "images", "image0", "image1", "file_name", "video")
 """Fields whose columns of a table may hold images; other columns of bytes are not read."""
 
 
@@ -148,7 +149,10 @@ def rename_columns(records: list[Record], columns: Mapping[str, str], path: str 
     """Return the records with our names of fields for the file's. Raises InputError if no record has such a field."""
     for ours, theirs in columns.items():
         if not any(theirs in record for record in records):
-            raise InputError(f"{path}: columns.{ours}: no record has a field {theirs!r}; the first has {[*records[0]]}")
+            name = source_name(Path(path))
+            raise InputError(
+                f"{name}: columns.{ours}: no record has a field {theirs!r}. {did_you_mean(theirs, records[0])}"
+            )
     renamed = set(columns.values())
     return [
         {key: value for key, value in record.items() if key not in renamed}
