@@ -29,14 +29,19 @@ class NextTokens(NamedTuple):
     labels: Tensor
 
     @classmethod
-    def of(cls, labels_BT: Tensor) -> Self:
-        """Return the tokens whose label counts; a text's first token is never predicted.
+    def at(cls, labels_BT: Tensor) -> Self:
+        """Return the tokens whose label counts, each predicted by the state at its own position.
 
         Their number depends on the labels: give labels on the CPU, because the host would wait for those on a GPU.
         """
-        counts = F.pad(labels_BT[:, 1:] != IGNORED, (0, 1))
-        positions = counts.flatten().nonzero()[:, 0]
-        return cls(positions, labels_BT.flatten()[positions + 1])
+        labels = labels_BT.flatten()
+        positions = (labels != IGNORED).nonzero()[:, 0]
+        return cls(positions, labels[positions])
+
+    @classmethod
+    def of(cls, labels_BT: Tensor) -> Self:
+        """Return the tokens whose label counts, each predicted by the state before it, a text's first token by none."""
+        return cls.at(F.pad(labels_BT[:, 1:], (0, 1), value=IGNORED))
 
     def upload(self, device: torch.device) -> "NextTokens":
         """Return them on a device, without waiting for it."""
