@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lavis_lite.common.bounds import MAX_TOKENS, Bounds, check_number
 from lavis_lite.common.errors import InputError, InputTypeError
+from lavis_lite.nn.few_rows import FewRows
 from lavis_lite.nn.sampling import draw
 
 ALIASES = {
@@ -180,9 +181,10 @@ def decode(step: Step, prompt_BL: Tensor, config: DecodingConfig) -> Decoded:
     """Generate `num_captions` texts after each prompt."""
     config = config.resolved(prompt_BL.shape[1])
     check_prompt(prompt_BL.shape[1], config)
-    if config.num_beams > 1 and not config.use_nucleus_sampling:
-        return beam_search(step, prompt_BL, config)
-    return greedy_or_sample(step, prompt_BL, config)
+    with FewRows():
+        if config.num_beams > 1 and not config.use_nucleus_sampling:
+            return beam_search(step, prompt_BL, config)
+        return greedy_or_sample(step, prompt_BL, config)
 
 
 def check_prompt(num_tokens: int, config: DecodingConfig) -> None:
