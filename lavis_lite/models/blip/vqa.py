@@ -179,7 +179,7 @@ def candidate_losses(decoder: BertLMHeadModel, read: DecoderPrefix, ids_BKT: Ten
     while begin < len(widths) and (width := widths[begin]) > 2:
         end = min(begin + at_once, bisect_right(widths, -width, lo=begin, key=operator.neg))
         rows, counted = (t[:, begin:end, :width].flatten(0, 1) for t in (ids, mask))
-        past = read.cache.expand(end - begin)
+        past = read.cache.repeat(end - begin)
         logits, _ = decoder(rows[:, 1:-1], counted[:, :-1], context=read.context, past=past)
         labels = rows[:, 2:].masked_fill(counted[:, 2:] == 0, IGNORED)
         losses[:, begin:end] += smoothed_loss_per_text(logits, labels).view(len(losses), -1)

@@ -319,7 +319,8 @@ class Blip2LLM(Blip2Base, AnswerModel):
         logits, num_common = prefix.logits, len(tokenizer.prefix_ids) if tokenizer.is_encoder_decoder else 0
         if num_common:  # every answer begins with the same token, as BART's do: compare the one after it
             common = ids[:1, :num_common].expand(len(logits), -1)
-            logits = self.lm.extend(prefix.cache.expand(1), common)[0][:, -1]
+            every = torch.arange(len(logits), device=logits.device)
+            logits = self.lm.extend(prefix.cache.rows(every), common)[0][:, -1]
         order = logits[:, ids[:, num_common]].topk(min(k, len(answers)), dim=1).indices
         return order, self.lm.candidate_losses(prefix, ids[order], mask[order])
 
