@@ -100,7 +100,7 @@ def stage1_step(model: Any, text: int) -> float:
         linear(model.text_proj, 1),
         *[pair + linear(model.itm_head, num_queries)] * 3,
         qformer_pass(qformer, text=text, past=num_queries),
-        linear(qformer.cls, text),
+        linear(qformer.cls, text - 1),  # the first token is not predicted
     ]
     return image_encoder(model.visual_encoder).forward + total(trained).trained
 
@@ -123,10 +123,10 @@ def stage2_step(model: Any, text: int, labels: int) -> float:
 
 
 def causal_model(llm: Any, tokens: int, labels: int) -> Cost:
-    """A causal model that reads `tokens`, with logits for the labels and the token before them."""
+    """A causal model that reads `tokens`, with logits for the labels."""
     config = llm.config
     scores = [attention(tokens, tokens, config.hidden_size)] * config.num_hidden_layers
-    return total([linear(llm.get_decoder(), tokens), linear(llm.get_output_embeddings(), labels + 1), *scores])
+    return total([linear(llm.get_decoder(), tokens), linear(llm.get_output_embeddings(), labels), *scores])
 
 
 def encoder_decoder(llm: Any, tokens: int, labels: int) -> Cost:

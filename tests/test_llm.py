@@ -272,6 +272,22 @@ def test_loss_is_the_mean_over_labels_and_reaches_the_inputs_only(family: str) -
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_labels_are_scored(family: str) -> None:
+    """What follows the output layer, such as a bias or a soft cap, stays."""
+    lm = adapter(random_model(family))
+    rows: list[int] = []
+    lm.model.get_output_embeddings().register_forward_hook(lambda _, args, out: rows.append(args[0].shape[1]))
+    embeds, mask = inputs(lm, in_front=not lm.is_encoder_decoder)
+    labels = torch.tensor([[5, 6, -100], [7, -100, -100], [8, 9, 10], [-100, 11, -100]])
+    with torch.no_grad():
+        loss = lm.loss(embeds, mask, labels)
+        assert rows == [7]
+        logits = lm.logits(embeds, mask, labels)
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_a_frozen_model_keeps_its_precision_under_autocast() -> None:
     model = random_model("llama").requires_grad_(False)
     lm = adapter(model)

@@ -3,7 +3,8 @@
 If a test fails after an update, look in transformers' `cache_utils.py` for: `Cache.layers`; the tensors among the
 attributes of each layer (`keys` and `values`; `conv_states` and `recurrent_states` of linear attention may be
 dictionaries); `EncoderDecoderCache.self_attention_cache` and `.cross_attention_cache`; `reorder_cache(index)` of
-both, which must replace tensors and not write into them.
+both, which must replace tensors and not write into them; `DynamicLayer`, of which `GrowingLayer` replaces `update` and
+`reorder_cache`, and its attributes `keys`, `values`, `dtype`, `device` and `is_initialized`.
 """
 
 from typing import Any
@@ -72,3 +73,24 @@ def test_selecting_leaves_what_an_encoder_has_read(family: str) -> None:
 def test_memory_of_a_row() -> None:
     per_layer = 2 * HEADS * LENGTH * WIDTH * 4
     assert read("opt").row_bytes == 2 * per_layer, SEEN
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_an_expanded_cache_grows_in_place(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that take each other's place, and tokens beyond the room that is made at once: logits as of plain caches."""
+    monkeypatch.setattr("lavis_lite.nn.growing.ROOM", 2)
+    lm = adapter(random_model(family))
+    prefix = lm.prefix(*inputs(lm))
+    torch.manual_seed(0)
+    index = torch.arange(ROWS).repeat_interleave(2)
+    growing, plain = prefix.cache.expand(2), prefix.cache.rows(index)
+    before = [tensor.clone() for tensor in _tensors(prefix.cache.past)]
+    for _ in range(5):
+        ids = torch.randint(4, 60, (2 * ROWS, 1))
+        found, growing = lm.extend(growing, ids)
+        expected, plain = lm.extend(plain, ids)
+        torch.testing.assert_close(found, expected, msg=lambda text: f"{SEEN}: {text}")
+        chosen = torch.randint(2, (2 * ROWS,)) + 2 * index
+        growing, plain = growing.select(chosen), plain.rows(chosen)
+    for tensor, old in zip(_tensors(prefix.cache.past), before, strict=True):
+        assert torch.equal(tensor, old), SEEN

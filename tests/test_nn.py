@@ -10,8 +10,8 @@ from lavis_lite.nn.attention import BertConfig, KeyValueCache, text_mask
 from lavis_lite.nn.bert import BertLMHeadModel, BertModel
 from lavis_lite.nn.decoding import DecodingConfig, decode, sample_nucleus
 from lavis_lite.nn.losses import (
+    NextTokens,
     language_modeling_loss,
-    language_modeling_loss_per_text,
     momentum_targets,
     same_id_targets,
     soft_cross_entropy,
@@ -39,9 +39,13 @@ def test_language_modeling_loss_by_hand() -> None:
             if labels[row, step] != -100
         ]
         by_text.append(torch.stack(terms))
-    torch.testing.assert_close(language_modeling_loss(logits, labels), torch.cat(by_text).mean())
+    tokens = NextTokens.of(labels)
+    assert tokens.labels.tolist() == [3, 1, 2, 4]
+    chosen = tokens.states(logits)
+    torch.testing.assert_close(language_modeling_loss(chosen, tokens.labels), torch.cat(by_text).mean())
+    losses = language_modeling_loss(chosen, tokens.labels, reduction="none")
     expected = torch.stack([terms.sum() for terms in by_text])
-    torch.testing.assert_close(language_modeling_loss_per_text(logits, labels), expected)
+    torch.testing.assert_close(tokens.sum_per_text(losses, labels.shape), expected)
 
 
 def test_soft_targets_by_hand() -> None:

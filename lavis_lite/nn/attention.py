@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lavis_lite.common.bounds import MAX_LAYERS, MAX_TOKENS, MAX_WIDTH, check_divides, check_numbers
+from lavis_lite.nn.growing import Growing
 
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values, each (B,H,S,D)."""
@@ -72,21 +73,41 @@ class KeyValueCache:
     """Keys and values (B,H,P,D) of the tokens read so far, one pair per layer; the cache of `decoding.py`."""
 
     layers: tuple[KeyValue, ...]
+    growing: tuple[tuple[Growing, Growing], ...] | None = None
+    """Where the tokens are, if they are added in place."""
 
     @property
     def num_tokens(self) -> int:
         """Number of cached tokens (P)."""
         return self.layers[0][0].shape[2]
 
-    def expand(self, times: int) -> "KeyValueCache":
+    def past(self, index: int, num_new: int) -> KeyValue:
+        """Return a layer's keys and values; if they grow, with room for new tokens at their end."""
+        if self.growing is None:
+            return self.layers[index]
+        keys, values = self.growing[index]
+        return keys.lengthened(num_new), values.lengthened(num_new)
+
+    def repeat(self, times: int) -> "KeyValueCache":
         """Repeat every row, copies side by side."""
         return KeyValueCache(
             tuple((k.repeat_interleave(times, 0), v.repeat_interleave(times, 0)) for k, v in self.layers)
         )
 
+    def expand(self, times: int) -> "KeyValueCache":
+        """Repeat every row, copies side by side, to which tokens are added in place."""
+        layers = self.repeat(times).layers
+        return KeyValueCache(layers, tuple((Growing(k), Growing(v)) for k, v in layers))
+
     def select(self, index: Tensor) -> "KeyValueCache":
-        """Return these rows, in this order."""
-        return KeyValueCache(tuple((k[index], v[index]) for k, v in self.layers))
+        """Return these rows, in this order. If they grow, in place, and each must be of the same text as the row that
+        it replaces.
+        """
+        if self.growing is None:
+            return KeyValueCache(tuple((k[index], v[index]) for k, v in self.layers))
+        for part in (part for layer in self.growing for part in layer):
+            part.select(index)
+        return self
 
 
 @dataclass(frozen=True)

@@ -63,12 +63,17 @@ class BertLayer(nn.Module):
         *,
         num_queries: int,
         past: KeyValue | None,
+        past_has_room: bool,
         context: Sequence[KeyValue],
         context_mask: Tensor | None,
     ) -> tuple[Tensor, KeyValue]:
-        """Return the new states and this layer's keys and values, cached ones first."""
+        """Return the new states and this layer's keys and values, cached ones first; if `past_has_room`, in place."""
         k, v = self.attention.self.project(x_BLE)
-        if past is not None:
+        if past is not None and past_has_room:
+            for cached, new in zip(past, (k, v), strict=True):
+                cached[:, :, -new.shape[2] :] = new
+            k, v = past
+        elif past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
         x_BLE = self.attention(x_BLE, ((k, v),), mask)
         return self.after_self_attention(x_BLE, num_queries, context, context_mask), (k, v)
@@ -155,18 +160,20 @@ class Transformer(nn.Module):
         if mask_BT is not None:
             before_text = num_queries + num_past - num_earlier  # queries, now or among the cached tokens
             mask = text_mask(mask_BT, num_past, num_queries=before_text, causal=causal, dtype=x_BLE.dtype)
+        growing = None if past is None else past.growing
         cache = []
         for i, layer in enumerate(self.layers):
             x_BLE, key_value = layer(
                 x_BLE,
                 mask,
                 num_queries=num_queries,
-                past=None if past is None else past.layers[i],
+                past=None if past is None else past.past(i, x_BLE.shape[1]),
+                past_has_room=growing is not None,
                 context=() if context is None else context.layers[i],
                 context_mask=blocked,
             )
             cache.append(key_value)
-        return x_BLE, KeyValueCache(tuple(cache))
+        return x_BLE, KeyValueCache(tuple(cache), growing)
 
 
 def initialise(module: nn.Module, std: float) -> None:

@@ -9,6 +9,7 @@ Letters: B texts, K beams, N = B x K rows, L length so far, V vocabulary.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, Self
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from lavis_lite.common.bounds import MAX_TOKENS, Bounds, check_number
 from lavis_lite.common.errors import InputError, InputTypeError
+from lavis_lite.nn.few_rows import FewRows
 from lavis_lite.nn.sampling import draw
 
 ALIASES = {
@@ -180,9 +182,10 @@ def decode(step: Step, prompt_BL: Tensor, config: DecodingConfig) -> Decoded:
     """Generate `num_captions` texts after each prompt."""
     config = config.resolved(prompt_BL.shape[1])
     check_prompt(prompt_BL.shape[1], config)
-    if config.num_beams > 1 and not config.use_nucleus_sampling:
-        return beam_search(step, prompt_BL, config)
-    return greedy_or_sample(step, prompt_BL, config)
+    with FewRows() if prompt_BL.device.type == "cpu" else nullcontext():
+        if config.num_beams > 1 and not config.use_nucleus_sampling:
+            return beam_search(step, prompt_BL, config)
+        return greedy_or_sample(step, prompt_BL, config)
 
 
 def check_prompt(num_tokens: int, config: DecodingConfig) -> None:
@@ -215,10 +218,8 @@ def may_read(num_written: int, device: torch.device) -> bool:
 def greedy_or_sample(step: Step, prompt_BL: Tensor, config: DecodingConfig) -> Decoded:
     """Take the likeliest token at each step, or draw one from the nucleus."""
     logits, cache = step(prompt_BL, None, prompt_BL.shape[1])
-    ids = prompt_BL
-    if config.use_nucleus_sampling and config.num_captions > 1:
-        logits, cache = logits.repeat_interleave(config.num_captions, 0), cache.expand(config.num_captions)
-        ids = ids.repeat_interleave(config.num_captions, 0)
+    cache = cache.expand(config.num_captions)
+    logits, ids = (rows.repeat_interleave(config.num_captions, 0) for rows in (logits, prompt_BL))
     running = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
     width = torch.full((), ids.shape[1], device=ids.device)  # up to the last text's end
     sums = torch.zeros(len(ids), device=ids.device)

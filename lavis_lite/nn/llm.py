@@ -9,6 +9,7 @@ Letters: B samples, S tokens of input, T tokens of text, M candidates, N rows, E
 """
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -21,11 +22,12 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.precision import without_autocast
+from lavis_lite.common.transfer import upload
 from lavis_lite.nn.decoding import Decoded, DecodingConfig, GenerationConfig, check_prompt, decode
 from lavis_lite.nn.llm_cache import LLMCache
 from lavis_lite.nn.llm_sources import forward_parameters
 from lavis_lite.nn.lora import embedding_weight
-from lavis_lite.nn.losses import IGNORED
+from lavis_lite.nn.losses import IGNORED, NextTokens
 
 STEP_BYTES = 4 << 30
 """Memory for the candidates that are scored at once: each has a copy of its sample's keys and values, 0.5 MB per token
@@ -64,7 +66,8 @@ class LLMAdapter:
         encoder: Any = model.get_encoder() if self.is_encoder_decoder else None
         self._embedding_scale: float = getattr(encoder, "embed_scale", None) or 1.0
         self._forward_parameters = forward_parameters(type(model))
-        model.get_output_embeddings().register_forward_pre_hook(_contiguous)
+        self._scored = _Scored()
+        model.get_output_embeddings().register_forward_pre_hook(self._scored)
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -92,6 +95,25 @@ class LLMAdapter:
         """
         if not self.is_encoder_decoder:
             return self._causal(embeds_BSE, mask_BS, keep=labels_BT.shape[1] + 1)[0][:, :-1]
+        return self._written(embeds_BSE, mask_BS, labels_BT)
+
+    def loss(self, embeds_BSE: Tensor, mask_BS: Tensor, labels_BT: Tensor) -> Tensor:
+        """Return the cross-entropy averaged over the labels, at whose positions alone the vocabulary is scored; labels
+        as in `logits`, but on the CPU.
+        """
+        device, num_before = embeds_BSE.device, embeds_BSE.shape[1] - labels_BT.shape[1]
+        if self.is_encoder_decoder:
+            predicted = NextTokens.at(labels_BT).upload(device)
+            with self._scored.only(predicted.positions):
+                logits = self._written(embeds_BSE, mask_BS, upload(labels_BT, device))
+        else:
+            predicted = NextTokens.of(F.pad(labels_BT, (num_before, 0), value=IGNORED)).upload(device)
+            with self._scored.only(predicted.positions):
+                logits, _ = self._causal(embeds_BSE, mask_BS, keep=0)
+        return F.cross_entropy(logits[0], predicted.labels)
+
+    def _written(self, embeds_BSE: Tensor, mask_BS: Tensor, labels_BT: Tensor) -> Tensor:
+        """Return an encoder-decoder's prediction of each label: (B,T,V), float32."""
         self.check_length(embeds_BSE.shape[1], labels_BT.shape[1])
         shifted = F.pad(labels_BT[:, :-1], (1, 0), value=self.start_id)
         with self._precision(embeds_BSE.device):
@@ -103,11 +125,6 @@ class LLMAdapter:
                 use_cache=False,
             )
         return output.logits.float()
-
-    def loss(self, embeds_BSE: Tensor, mask_BS: Tensor, labels_BT: Tensor) -> Tensor:
-        """Return the cross-entropy averaged over the labels."""
-        logits = self.logits(embeds_BSE, mask_BS, labels_BT)
-        return F.cross_entropy(logits.flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORED)
 
     @torch.no_grad()
     def generate(self, embeds_BSE: Tensor, mask_BS: Tensor, config: DecodingConfig) -> Decoded:
@@ -181,7 +198,7 @@ class LLMAdapter:
     def _causal(
         self, embeds_NTE: Tensor, mask_NS: Tensor, *, keep: int, past: Any = None, use_cache: bool = False
     ) -> tuple[Tensor, Any]:
-        """Return logits of the last `keep` tokens and the cache; the mask also covers what `past` holds."""
+        """Return logits of the last `keep` tokens, 0 for all, and the cache; the mask also covers what `past` holds."""
         self.check_length(mask_NS.shape[1])
         settings: dict[str, Any] = {}
         if "position_ids" in self._forward_parameters:
@@ -232,6 +249,24 @@ class LLMAdapter:
             raise InputError(f"{found}: shorten the prompt or lower the maximum length")
 
 
-def _contiguous(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Make hidden states contiguous: with a slice, the frozen output layer's weight is copied once per sample."""
-    return (args[0].contiguous(), *args[1:])
+class _Scored:
+    """A hook of the output layer: chooses the states that it scores, and makes them contiguous, because with a slice
+    the frozen weight is copied once per sample.
+    """
+
+    positions: Tensor | None = None
+
+    def __call__(self, head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        states_BTE, *more = args
+        if self.positions is not None:
+            states_BTE = states_BTE.flatten(0, 1).index_select(0, self.positions)[None]
+        return (states_BTE.contiguous(), *more)
+
+    @contextlib.contextmanager
+    def only(self, positions_N: Tensor) -> Iterator[None]:
+        """In the body, logits are (1,N,V), of these positions of the batch (BxT)."""
+        self.positions = positions_N
+        try:
+            yield
+        finally:
+            self.positions = None

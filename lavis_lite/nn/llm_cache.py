@@ -1,8 +1,9 @@
 """Keys and values of what a language model has read, with rows repeated, selected and reordered.
 
-Seen with transformers 5.17 and 5.23. Its caches reorder rows, but cannot be copied with rows repeated: this file reads
-their private layout: `EncoderDecoderCache.self_attention_cache` and `.cross_attention_cache`, `Cache.layers`, and the
-tensors among each layer's attributes. `tests/test_llm_cache.py` says what to check when that changes.
+Seen with transformers 5.17 and 5.23. Its caches reorder rows, but cannot be copied with rows repeated, and copy all
+tokens for each new one: this file reads their private layout: `EncoderDecoderCache.self_attention_cache` and
+`.cross_attention_cache`, `Cache.layers`, and the tensors among each layer's attributes; and it replaces layers of plain
+attention. `tests/test_llm_cache.py` says what to check when that changes.
 
 Letters: N rows, S tokens of input, E width.
 """
@@ -15,6 +16,36 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 from transformers import EncoderDecoderCache
+from transformers.cache_utils import DynamicLayer
+
+from lavis_lite.nn.growing import Growing
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values of one layer of plain attention, which grow in place."""
+
+    def __init__(self, layer: DynamicLayer) -> None:
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
+        self._hold(layer.keys, layer.values)
+
+    def _hold(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+        self._growing = Growing(keys), Growing(values)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        own_keys, own_values = self._growing
+        self.keys, self.values = own_keys.add(key_states), own_values.add(value_states)
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take any rows, as new tensors."""
+        self._hold(self.keys[beam_idx], self.values[beam_idx])
+
+    def select(self, index: Tensor) -> None:
+        """Reorder rows in place, as `Growing.select`."""
+        for growing in self._growing:
+            growing.select(index)
 
 
 @dataclass(frozen=True)
@@ -28,8 +59,13 @@ class LLMCache:
     encoder: Tensor | None = None
 
     def expand(self, times: int) -> Self:
-        """Return a copy with every row repeated, copies side by side."""
-        return self.rows(torch.arange(len(self.mask), device=self.mask.device).repeat_interleave(times))
+        """Return a copy with every row repeated, copies side by side, to which tokens are added in place."""
+        copied = self.rows(torch.arange(len(self.mask), device=self.mask.device).repeat_interleave(times))
+        own = copied._read_by_text
+        for i, layer in enumerate(own.layers):
+            if type(layer) is DynamicLayer and layer.is_initialized:  # others forget tokens, or have states beside
+                own.layers[i] = GrowingLayer(layer)
+        return copied
 
     def rows(self, index: Tensor) -> Self:
         """Return a copy with these rows, which may repeat."""
@@ -41,9 +77,17 @@ class LLMCache:
 
     def select(self, index: Tensor) -> Self:
         """Reorder rows in place, each to a row of the same sample: what an encoder has read stays as it is."""
-        past: Any = self.past.self_attention_cache if isinstance(self.past, EncoderDecoderCache) else self.past
-        past.reorder_cache(index)
+        for layer in self._read_by_text.layers:
+            if isinstance(layer, GrowingLayer):
+                layer.select(index)
+            else:
+                layer.reorder_cache(index)
         return self
+
+    @property
+    def _read_by_text(self) -> Any:
+        """transformers' cache of what the text attends to as its own: a causal model's inputs too."""
+        return self.past.self_attention_cache if isinstance(self.past, EncoderDecoderCache) else self.past
 
     @property
     def row_bytes(self) -> int:

@@ -1,14 +1,17 @@
 """The losses of the BLIP papers as pure functions of tensors.
 
 Letters: B rows of this rank, N columns (batch and queue, or all ranks' batch), Q queries, D width of features,
-T tokens, V vocabulary.
+T tokens, L tokens of a batch that are predicted, E width of states, V vocabulary.
 """
+
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lavis_lite.common.precision import without_autocast
+from lavis_lite.common.transfer import upload
 from lavis_lite.nn.sampling import draw
 
 IGNORED = -100
@@ -17,15 +20,45 @@ LABEL_SMOOTHING = 0.1
 """Of BLIP's language-model losses."""
 
 
-def language_modeling_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """Return the next-token cross-entropy, averaged over the labels that count."""
-    logits, labels = logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten()
-    return F.cross_entropy(logits, labels, ignore_index=IGNORED, label_smoothing=LABEL_SMOOTHING)
+class NextTokens(NamedTuple):
+    """The tokens of a batch of texts that are predicted: `labels` (L,), and `positions` (L,) of the states that predict
+    them among the batch's (BxT). Only they need scores of the vocabulary.
+    """
+
+    positions: Tensor
+    labels: Tensor
+
+    @classmethod
+    def at(cls, labels_BT: Tensor) -> Self:
+        """Return the tokens whose label counts, each predicted by the state at its own position.
+
+        Their number depends on the labels: give labels on the CPU, because the host would wait for those on a GPU.
+        """
+        labels = labels_BT.flatten()
+        positions = (labels != IGNORED).nonzero()[:, 0]
+        return cls(positions, labels[positions])
+
+    @classmethod
+    def of(cls, labels_BT: Tensor) -> Self:
+        """Return the tokens whose label counts, each predicted by the state before it, a text's first token by none."""
+        return cls.at(F.pad(labels_BT[:, 1:], (0, 1), value=IGNORED))
+
+    def upload(self, device: torch.device) -> "NextTokens":
+        """Return them on a device, without waiting for it."""
+        return NextTokens(upload(self.positions, device), upload(self.labels, device))
+
+    def states(self, states_BTE: Tensor) -> Tensor:
+        """Return the states (L,E) that predict them."""
+        return states_BTE.flatten(0, 1).index_select(0, self.positions)
+
+    def sum_per_text(self, losses_L: Tensor, shape: torch.Size) -> Tensor:
+        """Return the sum of each text's losses (B,); `shape` is that of the texts' ids, (B,T)."""
+        return losses_L.new_zeros(shape.numel()).index_copy(0, self.positions, losses_L).view(shape).sum(dim=1)
 
 
-def language_modeling_loss_per_text(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """Return the next-token cross-entropy of each text, summed over its tokens: (B,). Not normalised by length."""
-    return smoothed_loss_per_text(logits_BTV[:, :-1], labels_BT[:, 1:])
+def language_modeling_loss(logits_LV: Tensor, labels_L: Tensor, *, reduction: str = "mean") -> Tensor:
+    """Return BLIP's label-smoothed cross-entropy, averaged over the labels or, with `none`, of each (L,)."""
+    return F.cross_entropy(logits_LV, labels_L, label_smoothing=LABEL_SMOOTHING, reduction=reduction)
 
 
 def smoothed_loss_per_text(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from lavis_lite.models.tokenizers import tokenize
 from lavis_lite.nn.attention import CrossAttentionKV, KeyValueCache
 from lavis_lite.nn.bert import BertLMHeadModel
 from lavis_lite.nn.decoding import Step
-from lavis_lite.nn.losses import IGNORED, language_modeling_loss
+from lavis_lite.nn.losses import IGNORED, NextTokens, language_modeling_loss
 
 logger = logging.getLogger(__name__)
 
@@ -44,15 +44,19 @@ class BlipCaption(BlipBase, CaptionModel):
         image = image_of(samples, video=True)
         texts = texts_of(samples, len(image))
         ids, mask = tokenize(self.tokenizer, texts, start=self.decoder_start, max_length=self.max_txt_len)
-        labels = upload(self.caption_labels(ids, texts), self.device)
+        labels = self.caption_labels(ids, texts)
+        predicted = NextTokens.of(labels).upload(self.device)
         tokens = self.encode_image(image)
-        context = self.text_decoder.bert.project_kv(tokens)
-        logits, _ = self.text_decoder(*self.upload_texts(ids, mask), context=context)
-        output = training_output(lm=language_modeling_loss(logits, labels))
-        output["num_labels"] = (labels[:, 1:] != IGNORED).sum()
+        decoder = self.text_decoder
+        context = decoder.bert.project_kv(tokens)
+        states, _ = decoder.bert(*self.upload_texts(ids, mask), context=context, causal=True)
+        output = training_output(lm=language_modeling_loss(decoder.cls(predicted.states(states)), predicted.labels))
+        output["num_labels"] = upload(torch.tensor(len(predicted.labels)), self.device)
         return output.later(
             intermediate_output=lambda: Output(
-                image_embeds=tokens, decoder_output=Output(logits=logits), decoder_labels=labels
+                image_embeds=tokens,
+                decoder_output=Output(logits=decoder.cls(states)),
+                decoder_labels=upload(labels, self.device),
             )
         )
 

@@ -7,6 +7,7 @@ Note: momentum encoders, queues and the clamp of the temperature are updated ins
 as the published models were trained; but only where gradients are enabled, so that evaluating a loss changes nothing.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -138,7 +139,7 @@ class BlipMomentum(BlipMatching, PairModel):
         positive = hard[:, current] > 0
         return loss, contrast_metrics(i2t[:, current], t2i[:, current], positive, image_feat, text_feat, self.temp)
 
-    def with_parts(self, output: Output, parts: StepParts, **more: Any) -> Output:
+    def with_parts(self, output: Output, parts: StepParts, **more: Callable[[], Any]) -> Output:
         """Return the output with LAVIS's `sims` and `intermediate_output`, computed when they are read.
 
         `sims` are similarities (B,N) and targets of the contrast, with the temperature at that time. Of
@@ -163,6 +164,7 @@ class BlipMomentum(BlipMatching, PairModel):
             return Output(found)
 
         def intermediate_output() -> Output:
+            own = {name: function() for name, function in more.items()}
             with torch.no_grad():
                 is_match = torch.arange(len(parts.pairs), device=parts.pairs.device) < len(parts.tokens)
                 return Output(
@@ -172,7 +174,7 @@ class BlipMomentum(BlipMatching, PairModel):
                     text_embeds_m=self.text_encoder_m(*parts.texts)[0],
                     itm_logits=parts.pairs,
                     itm_labels=is_match.long(),
-                    **more,
+                    **own,
                 )
 
         return output.later(sims=sims, intermediate_output=intermediate_output)

@@ -12,9 +12,10 @@ from lavis_lite.models.blip.base import ramp
 from lavis_lite.models.blip.momentum import BlipMomentum, StepParts
 from lavis_lite.models.image_text import training_output
 from lavis_lite.models.inputs import image_of, texts_of
+from lavis_lite.models.tokenizers import tokenize
 from lavis_lite.nn.bert import BertLMHeadModel
 from lavis_lite.nn.learning import matching_accuracy
-from lavis_lite.nn.losses import language_modeling_loss, matching_loss
+from lavis_lite.nn.losses import NextTokens, language_modeling_loss, matching_loss
 
 
 @registry.register_model("blip_pretrain")
@@ -35,7 +36,9 @@ class BlipPretrain(BlipMomentum):
         """
         update = torch.is_grad_enabled()
         image = image_of(samples, video=True)
-        ids, mask = self.tokenize(texts_of(samples, len(image)), max_length=self.max_txt_len)
+        texts = tokenize(self.tokenizer, texts_of(samples, len(image)), max_length=self.max_txt_len)
+        ids, mask = self.upload_texts(*texts)
+        predicted = NextTokens.of(self.labels(texts[0])).upload(self.device)
         tokens, image_feat = self.image_features(image)
         text_feat = self.encode_text(ids, mask)
 
@@ -56,13 +59,18 @@ class BlipPretrain(BlipMomentum):
 
         decoder_ids = ids.clone()
         decoder_ids[:, 0] = self.decoder_start
-        logits, _ = self.text_decoder(decoder_ids, mask, context=context)  # it shares the encoder's cross-attention
+        decoder = self.text_decoder  # it shares the encoder's cross-attention
+        states, _ = decoder.bert(decoder_ids, mask, context=context, causal=True)
         output = training_output(
             {**metrics, "acc_itm": matching_accuracy(pairs, len(ids))},
             itc=loss_itc,
             itm=matching_loss(pairs, len(ids)),
-            lm=language_modeling_loss(logits, self.labels(decoder_ids)),
+            lm=language_modeling_loss(decoder.cls(predicted.states(states)), predicted.labels),
         )
-        written = {"decoder_output": Output(logits=logits), "decoder_labels": self.labels(decoder_ids)}
         parts = StepParts(image, tokens, (ids, mask), (image_feat, text_feat), momentum, hard, alpha, pairs)
-        return self.with_parts(output, parts, **written)
+        return self.with_parts(
+            output,
+            parts,
+            decoder_output=lambda: Output(logits=decoder.cls(states)),
+            decoder_labels=lambda: self.labels(decoder_ids),
+        )

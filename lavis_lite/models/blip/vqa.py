@@ -20,13 +20,15 @@ from lavis_lite.models.blip.base import BlipBase
 from lavis_lite.models.blip.caption import decoding_step
 from lavis_lite.models.image_text import training_output
 from lavis_lite.models.inputs import image_of, integers, required, texts_of
+from lavis_lite.models.tokenizers import tokenize
 from lavis_lite.nn.attention import CrossAttentionKV, KeyValueCache
 from lavis_lite.nn.bert import BertLMHeadModel, BertModel
 from lavis_lite.nn.decoding import DecodingConfig, GenerationConfig, check_prompt, decode
 from lavis_lite.nn.llm import BYTES_PER_LOGIT, STEP_BYTES
 from lavis_lite.nn.losses import (
     IGNORED,
-    language_modeling_loss_per_text,
+    NextTokens,
+    language_modeling_loss,
     smoothed_loss_per_text,
     smoothed_token_losses,
 )
@@ -64,8 +66,9 @@ class BlipVQA(BlipBase, AnswerModel):
         if len(weight) != len(answers):
             raise InputError(f"samples['weight']: {len(weight)} weights were given for {len(answers)} answers")
         context = self.text_decoder.bert.project_kv(states, mask=question_mask).select(question)
-        ids, mask = self.tokenize(answers, start=self.decoder_start)
-        loss = self.answer_loss(ids, mask, context)
+        texts = tokenize(self.tokenizer, answers, start=self.decoder_start)
+        ids, mask = self.upload_texts(*texts)
+        loss = self.answer_loss(ids, mask, context, NextTokens.of(self.labels(texts[0])).upload(self.device))
         weight = torch.as_tensor(weight, device=loss.device, dtype=loss.dtype)
 
         @torch.no_grad()
@@ -87,10 +90,17 @@ class BlipVQA(BlipBase, AnswerModel):
         context = self.text_encoder.project_kv(self.encode_image(image))
         return self.text_encoder(ids, mask, context=context)[0], mask
 
-    def answer_loss(self, ids: Tensor, mask: Tensor, context: CrossAttentionKV) -> Tensor:
-        """Return the negative (label-smoothed) log-likelihood of each answer, summed over its tokens."""
-        logits, _ = self.text_decoder(ids, mask, context=context)
-        return language_modeling_loss_per_text(logits, self.labels(ids))
+    def answer_loss(
+        self, ids: Tensor, mask: Tensor, context: CrossAttentionKV, predicted: NextTokens | None = None
+    ) -> Tensor:
+        """Return the negative (label-smoothed) log-likelihood of each answer, summed over its tokens: (N,). Without
+        `predicted`, the tokens of the answers, waits for the device.
+        """
+        predicted = NextTokens.of(self.labels(ids)) if predicted is None else predicted
+        states, _ = self.text_decoder.bert(ids, mask, context=context, causal=True)
+        logits = self.text_decoder.cls(predicted.states(states))
+        losses = language_modeling_loss(logits, predicted.labels, reduction="none")
+        return predicted.sum_per_text(losses, ids.shape)
 
     def answer_prompts(self, samples: dict[str, Any], prompt: str) -> list[str]:
         """Return the questions inside the prompt. InputError unless that has one `{}`."""
@@ -169,7 +179,7 @@ def candidate_losses(decoder: BertLMHeadModel, read: DecoderPrefix, ids_BKT: Ten
     while begin < len(widths) and (width := widths[begin]) > 2:
         end = min(begin + at_once, bisect_right(widths, -width, lo=begin, key=operator.neg))
         rows, counted = (t[:, begin:end, :width].flatten(0, 1) for t in (ids, mask))
-        past = read.cache.expand(end - begin)
+        past = read.cache.repeat(end - begin)
         logits, _ = decoder(rows[:, 1:-1], counted[:, :-1], context=read.context, past=past)
         labels = rows[:, 2:].masked_fill(counted[:, 2:] == 0, IGNORED)
         losses[:, begin:end] += smoothed_loss_per_text(logits, labels).view(len(losses), -1)

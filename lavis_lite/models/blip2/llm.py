@@ -237,11 +237,11 @@ class Blip2LLM(Blip2Base, AnswerModel):
         if self.lm.is_encoder_decoder:  # else the labels are among the ids
             self.num_text_tokens += int(num_labels)
         ids, mask = self.upload_texts(batch.ids, batch.mask)
-        num_labels, labels = (upload(tensor, self.device) for tensor in (num_labels, batch.labels))
+        num_labels = upload(num_labels, self.device)
         image = self.image_embeds(samples, prompts)
         written = [(batch.labels != IGNORED, 0)] if self.lm.is_encoder_decoder else []
         with known_padding(full_lengths((batch.mask, image.shape[1]), *written), self.device):
-            loss = self.lm.loss(*self.concat_embeds(image, ids, mask), labels)
+            loss = self.lm.loss(*self.concat_embeds(image, ids, mask), batch.labels)
         return Output({"loss": loss, "loss_lm": loss.detach(), "num_labels": num_labels})
 
     # Generation
@@ -319,7 +319,8 @@ class Blip2LLM(Blip2Base, AnswerModel):
         logits, num_common = prefix.logits, len(tokenizer.prefix_ids) if tokenizer.is_encoder_decoder else 0
         if num_common:  # every answer begins with the same token, as BART's do: compare the one after it
             common = ids[:1, :num_common].expand(len(logits), -1)
-            logits = self.lm.extend(prefix.cache.expand(1), common)[0][:, -1]
+            every = torch.arange(len(logits), device=logits.device)
+            logits = self.lm.extend(prefix.cache.rows(every), common)[0][:, -1]
         order = logits[:, ids[:, num_common]].topk(min(k, len(answers)), dim=1).indices
         return order, self.lm.candidate_losses(prefix, ids[order], mask[order])
 

@@ -27,10 +27,12 @@ from lavis_lite.models.captions import CaptionModel
 from lavis_lite.models.image_text import project, training_output
 from lavis_lite.models.inputs import integers, texts_of
 from lavis_lite.models.reranking import GalleryLoader, similarity_matrices
+from lavis_lite.models.tokenizers import tokenize
 from lavis_lite.nn.attention import CrossAttentionKV, KeyValueCache
 from lavis_lite.nn.decoding import Step
 from lavis_lite.nn.learning import contrast_metrics, matching_accuracy
 from lavis_lite.nn.losses import (
+    NextTokens,
     best_query_similarity,
     contrastive_loss,
     draw_negatives,
@@ -58,7 +60,9 @@ class Blip2Qformer(Blip2Matching, CaptionModel):
         With `image_id` (B,) all texts of one image are positives, as in retrieval finetuning.
         """
         image = self.checked_image(samples)
-        texts = self.tokenize(texts_of(samples, len(image)), max_length=self.max_txt_len)
+        read = tokenize(self.tokenizer, texts_of(samples, len(image)), max_length=self.max_txt_len)
+        texts = self.upload_texts(*read)
+        predicted = NextTokens.of(self.labels(read[0])).upload(self.device)
         tokens = self.encode_image(image)
         context = self.project_kv(tokens)
         states, cache = self.Qformer(self.query_tokens, context=context)
@@ -78,7 +82,7 @@ class Blip2Qformer(Blip2Matching, CaptionModel):
             {**metrics, "acc_itm": matching_accuracy(pairs, len(tokens))},
             itc=loss_itc,
             itm=matching_loss(pairs, len(tokens)),
-            lm=language_modeling_loss(self.Qformer.logits(written), self.labels(ids)),
+            lm=language_modeling_loss(self.Qformer.logits(predicted.states(written)), predicted.labels),
         )
 
     def contrast(self, image_feat_BQD: Tensor, text_feat_BD: Tensor) -> tuple[Tensor, Tensor]:
