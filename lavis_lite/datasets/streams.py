@@ -139,9 +139,9 @@ class StreamDataset:
                 "stream.resampled: true"
             )
 
-    def first(self, count: int) -> Iterator[Item]:
-        """Yield the first `count` items, for checks before the run."""
-        yield from itertools.islice(self.items(Part(0, 1), seed=0, block_size=count), count)
+    def first(self, count: int, *, seed: int = 0) -> Iterator[Item]:
+        """Yield the first `count` items, for checks before the run; another seed gives them in another order."""
+        yield from itertools.islice(self.items(Part(0, 1), seed=seed, block_size=count), count)
 
     def items(self, part: Part, *, seed: int, start: Position | None = None, block_size: int = 0) -> Iterator[Item]:
         """Yield the part's samples from a position on, without end but for `MOST_PROBLEMS` problems in a row."""
