@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Iterator
-from contextlib import suppress
 
 import torch
 
@@ -12,7 +11,7 @@ from lavis_lite.common.config.config import Config
 from lavis_lite.common.errors import SettingError, UnreadableSample
 from lavis_lite.common.hardware import GIB
 from lavis_lite.common.precision import PRECISIONS
-from lavis_lite.common.rng import preserve_rng_state, seed_sample
+from lavis_lite.common.rng import hash_seed, preserve_rng_state, seed_sample
 from lavis_lite.common.token_store import image_digests
 from lavis_lite.datasets.protocols import SampleDataset
 from lavis_lite.datasets.streams import StreamDataset
@@ -21,9 +20,9 @@ from lavis_lite.runners.encoded import RowForm, cache_root, row_form
 from lavis_lite.runners.loaders import Datasets, train_sets
 
 KEY = "model.cache_features"
-NUM_COMPARED = 16
-"""Images of a training set that are read twice; of those that are only mirrored half the time, all stay as they were
-with a probability of 0.002 percent."""
+NUM_COMPARED, SEEDS = 8, (1, 2, 3)
+"""Images of a training set that are read under these seeds. If a transform only mirrors half of them, all are the same
+each time with a probability of 0.002 percent."""
 
 
 def is_cached(cfg: Config) -> bool:
@@ -32,7 +31,7 @@ def is_cached(cfg: Config) -> bool:
 
 
 def check_transforms(cfg: Config, datasets: Datasets) -> None:
-    """Read some images of each training set under two seeds, on rank 0 for all.
+    """Read some images of each training set under several seeds, on rank 0 for all.
 
     Raises:
         InputError: their pixels differ, or samples have other than one image.
@@ -41,8 +40,9 @@ def check_transforms(cfg: Config, datasets: Datasets) -> None:
     def check() -> None:
         for name, dataset in train_sets(datasets, cfg.run.train_splits).items():
             with preserve_rng_state():
-                before, after = (sorted(_digests(dataset, name, seed=seed)) for seed in (1, 2))
-            if before != after:
+                images = dataset.first_block() if isinstance(dataset, StreamDataset) else dataset
+                readings = {tuple(_digests(images, name, seed=seed)) for seed in SEEDS}
+            if len(readings) > 1:
                 block = (cfg.datasets[name].get("vis_processor") or {}).get("train") or {}
                 where = f"datasets.{name}.vis_processor.train"
                 problem = f"{block.get('name', 'the transform')} gives an image other pixels each time it is read"
@@ -56,15 +56,12 @@ def check_transforms(cfg: Config, datasets: Datasets) -> None:
 def _digests(dataset: SampleDataset, name: str, *, seed: int) -> Iterator[bytes]:
     """Yield digests of the pixels of some samples, read under a seed."""
     count = min(NUM_COMPARED, len(dataset))
-    if isinstance(dataset, StreamDataset):
-        samples = [item.sample for item in dataset.first(count, seed=seed) if item.sample is not None]
-    else:
-        samples = []
-        for number in range(count):
-            seed_sample(seed * len(dataset) + number)
-            with suppress(UnreadableSample):  # judged when the samples were checked
-                samples.append(dataset[number * len(dataset) // count])
-    for sample in samples:
+    for number in range(count):
+        seed_sample(hash_seed(seed, number))
+        try:
+            sample = dataset[number * len(dataset) // count]
+        except UnreadableSample:  # judged when the samples were checked
+            continue
         image = sample.get("image")
         if not torch.is_tensor(image) or image.dim() != 3:
             found = f"{tuple(image.shape)}" if torch.is_tensor(image) else f"{sorted(sample)}"
