@@ -35,10 +35,11 @@ from lavis_lite.convert.folders import write_folder
 from lavis_lite.models import from_pretrained
 from lavis_lite.processors.image import BlipImageEvalProcessor
 from lavis_lite.processors.randaugment import MOST, interpolated, moving_matrix, warp_affine
+from lavis_lite.runners.encoded import EncoderCache, RowForm, row_form
 
 STORED = Path(__file__).with_name("ratios.json")
 TOLERANCE = 0.15
-PARTS = ("blip", "stage1", "opt", "t5", "load", "augment", "transform")
+PARTS = ("blip", "stage1", "opt", "t5", "cache", "load", "augment", "transform")
 
 
 def blip_jobs(tiny: bool) -> Iterator[Job]:
@@ -51,6 +52,32 @@ def blip2_part(part: str, tiny: bool) -> Iterator[Job]:
     """Compare one part of BLIP-2, one layer of image encoder and language model deep."""
     sizes = ["--tiny", "--tokens", "4"] if tiny else ["--depth", "1", "--batch", "2", "--tokens", "10"]
     yield from blip2_jobs.all_jobs(parse_throughput(["--device", "cpu", "--parts", part, *sizes]))
+
+
+def cache_job(tiny: bool) -> Iterator[Job]:
+    """Train BLIP-2's first stage on stored tokens of its image encoder, digests and reads included, and on pixels."""
+    sizes = ["--tiny"] if tiny else ["--depth", "6", "--batch", "2"]
+    arguments = parse_throughput(["--device", "cpu", *sizes])
+    model, side = blip2_jobs.build("blip2", arguments), arguments.image_size
+    samples = {
+        "image": torch.randn(arguments.batch, 3, side, side),
+        "text_input": blip2_jobs.synthetic_texts(arguments),
+    }
+    shape, dtype = row_form(model, size=side, device=torch.device("cpu"), dtype=torch.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        cache = EncoderCache(model, RowForm(folder=Path(folder), shape=shape, dtype=dtype))
+
+        def stored() -> torch.Tensor:
+            return blip2_jobs.loss_of(model, cache.fill(cache.read_batch(dict(samples))))
+
+        with cache:
+            yield Job(
+                what="stage 1, training step on stored tokens",
+                other="encoder in each step",
+                ours=blip2_jobs.training_step(model, stored, arguments),
+                theirs=blip2_jobs.training_step(model, partial(blip2_jobs.loss_of, model, samples), arguments),
+                count=arguments.batch,
+            )
 
 
 def load_job(tiny: bool) -> Iterator[Job]:
@@ -115,7 +142,11 @@ def _plain(what: str, other: str, count: int, sides: dict[str, Callable[[], Any]
 
 def jobs(part: str, tiny: bool) -> Iterator[Job]:
     """Iterate over the jobs of a part."""
+<<<<<<< HEAD
     own = {"blip": blip_jobs, "load": load_job, "augment": augment_job, "transform": transform_jobs}
+=======
+    own = {"blip": blip_jobs, "cache": cache_job, "load": load_job, "augment": augment_job, "transform": transform_job}
+>>>>>>> cache
     yield from own[part](tiny) if part in own else blip2_part(part, tiny)
 
 

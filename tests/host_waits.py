@@ -140,6 +140,15 @@ class Streams:
         def wait_stream(self, other: Any) -> None:
             """Do nothing: the simulation computes at once."""
 
+    class Event:
+        """An event: the simulation has computed all that was asked for."""
+
+        def record(self) -> None:
+            """Do nothing."""
+
+        def synchronize(self) -> None:
+            """Do nothing: the host waits for one copy here, not for the device."""
+
     stream = staticmethod(contextlib.nullcontext)
 
     @classmethod

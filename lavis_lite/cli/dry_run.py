@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from lavis_lite.cli import preflight
+from lavis_lite.cli.cache_checks import cache_lines
 from lavis_lite.cli.memory import memory_lines
 from lavis_lite.cli.provenance import parameters
 from lavis_lite.cli.throughput import throughput_lines
@@ -87,7 +88,12 @@ def report(
         lines += [f"samples     {name}/{split}: {len(dataset):,}" for split, dataset in splits.items()]
     if found.plan is not None:
         lines += plan_lines(cfg, found.plan)
+<<<<<<< HEAD
         lines += training_costs(cfg, model, found, gpu)
+=======
+        lines += train_memory(cfg, model, found)
+        lines += cache_lines(cfg, model, datasets)
+>>>>>>> cache
         lines += [f"left out    {key}, which {', '.join(names)} lacks" for key, names in found.left_out.items()]
     trained = {f"{name}/{split}" for name in cfg.datasets for split in cfg.run.train_splits}
     trained_on = set().union(*(split.files for split in found.splits if split.where in trained))

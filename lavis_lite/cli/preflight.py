@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from lavis_lite.cli.cache_checks import check_encoder, check_transforms
 from lavis_lite.common import dist
 from lavis_lite.common.config.agreement import model_setting
 from lavis_lite.common.config.config import Config, ConfigError
@@ -128,6 +129,7 @@ def check_data(cfg: Config, task: BaseTask, datasets: Datasets) -> DataReport:
     """
     report = DataReport()
     dist.on_main(lambda: report.splits.extend(_check_splits(cfg, task, datasets)))  # millions of names stay here
+    check_transforms(cfg, datasets)
     if not cfg.run.evaluate:
         sets = train_sets(datasets, cfg.run.train_splits)
         lengths = {name: len(dataset) for name, dataset in sets.items()}
@@ -146,6 +148,7 @@ def check_model(cfg: Config, task: BaseTask, model: BaseModel, datasets: Dataset
     """
 
     def check() -> None:
+        check_encoder(cfg, model)
         if cfg.run.parallel == "fsdp" and not cfg.run.evaluate:
             model.shard_units()
             check_shardable(model, dtype=PRECISIONS.get(cfg.run.precision, torch.float32))

@@ -23,6 +23,10 @@ class SampleDict(TypedDict, total=False):
     image: Tensor
     """Normalised pixels, float (B,3,H,W). Of videos (B,3,F,H,W) with F frames in time order, read by the models
     whose class has `takes_video`. With the processor `features` (B,N,W), N tokens of another encoder."""
+    image_digests: list[bytes]
+    """With `model.cache_features`: a digest of each image's pixels, for which tokens are looked up."""
+    image_is_encoded: bool
+    """With `model.cache_features`: true if `image` holds the tokens (B,S,E) of the model's frozen image encoder."""
     image_mask: Tensor
     """With features (B,N,W) of another encoder as `image`: LongTensor (B,N), 1 where a token counts."""
     image0: Tensor

@@ -104,7 +104,7 @@ class StreamDataset:
         if not all(map(is_part, shards)):
             check_installed()
         self.shards, self.settings, self.make_block = list(shards), settings, make_block
-        self.collater: Callable[[list[dict[str, Any]]], Samples] = self._first_block().collater
+        self.collater: Callable[[list[dict[str, Any]]], Samples] = self.first_block().collater
 
     def __len__(self) -> int:
         """Return the declared number of samples per epoch."""
@@ -223,7 +223,8 @@ class StreamDataset:
                     problems.append(str(error).replace(": record 0", f": sample {one.record[KEY]}", 1))
             return (self.make_block(fitting) if fitting else None), problems
 
-    def _first_block(self) -> SampleDataset:
+    def first_block(self) -> SampleDataset:
+        """Return a dataset of at most `NUM_FIRST` samples, read anew. InputError if none of the first can be used."""
         problems: list[str] = []
         for shard in self.shards[:NUM_TRIED]:
             first = list(itertools.islice(read_part(shard), NUM_FIRST))

@@ -16,7 +16,7 @@ from lavis_lite.common import checkpoint
 from lavis_lite.common.config import trained as trained_config
 from lavis_lite.common.config.schema import ConstructorSignature, as_read, reads_config
 from lavis_lite.common.config.sections import MODEL_KEYS
-from lavis_lite.common.errors import InputError
+from lavis_lite.common.errors import InputError, SettingError
 from lavis_lite.common.optim import parameter_groups
 from lavis_lite.common.registry import registry
 from lavis_lite.common.sharding import ShardUnit
@@ -84,6 +84,9 @@ class BaseModel(nn.Module):
     """Training reads the text to generate for `text_input`, a question or instruction: `text_output` or `answer`."""
     takes_video: ClassVar[bool] = True
     """`image` may be a video (B,3,F,H,W)."""
+    reads_encoded: ClassVar[bool] = False
+    """Training reads images through `checked_image` and `encode_image` alone, so that tokens of the frozen image
+    encoder may take their place (`model.cache_features`)."""
     num_text_tokens: int = 0
     """Tokens of all texts that were tokenised so far, without padding."""
     reports_num_labels: ClassVar[bool] = False
@@ -97,7 +100,20 @@ class BaseModel(nn.Module):
 
     def checked_image(self, samples: Mapping[str, Any], *, answering: bool = False) -> Tensor:
         """Return the batch's `image` as `image_of` does, on the device it is on."""
-        return image_of(samples, video=self.takes_video, answering=answering)
+        return image_of(samples, video=self.takes_video, answering=answering, encoded=self.reads_encoded)
+
+    def frozen_encoder(self) -> nn.Module:
+        """Return the frozen image encoder, whose tokens `model.cache_features` keeps.
+
+        Raises:
+            InputError: there is none, or it is trained.
+        """
+        problem = f"{type(self).__name__} cannot train on the tokens of a frozen image encoder; leave it out"
+        raise SettingError("model.cache_features", problem)
+
+    def encoder_tokens(self, image: Tensor) -> Tensor:
+        """Return the tokens (B,S,E) of the frozen image encoder alone, in its precision, without gradient."""
+        raise NotImplementedError(f"{type(self).__name__} has no image encoder")
 
     def tokenize(
         self, texts: Sequence[str], *, start: int | None = None, max_length: int | None = None
@@ -307,6 +323,14 @@ def build_model(
     if reads_config(model_class):
         return model_class.from_config(as_read(model_class, section))
     return model_class.from_config(section, device=device)
+
+
+def checked_frozen(encoder: nn.Module, *, advice: str) -> nn.Module:
+    """Return an image encoder. SettingError with the advice if any of its parameters is trained, be it an adapter."""
+    if trained := [name for name, parameter in encoder.named_parameters() if parameter.requires_grad]:
+        problem = f"the image encoder is trained ({len(trained)} tensors, {trained[0]} ...), so its tokens change with"
+        raise SettingError("model.cache_features", f"{problem} every step; {advice}, or leave cache_features out")
+    return encoder
 
 
 def starting_points(cfg: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,8 @@ UNLISTED = (bytes, Mapping, set, frozenset)
 MAX_RANKED = 10**9
 SHOWN = 60
 """Characters of a wrong value in a message."""
+IS_ENCODED = "image_is_encoded"
+"""Key of a batch: true if its `image` holds the tokens of the model's own frozen image encoder."""
 Candidates = Sequence[str] | Sequence[Sequence[str]]
 """Texts to choose between: those of all samples, or a list per sample."""
 
@@ -37,13 +39,23 @@ def required(samples: Mapping[str, Any], key: str, what: str) -> Any:
     return samples[key]
 
 
-def image_of(samples: Mapping[str, Any], key: str = "image", *, video: bool = False, answering: bool = False) -> Tensor:
-    """Return the batch's images (B,3,H,W) or, with `video`, videos (B,3,F,H,W); floating point, normalised.
+def image_of(
+    samples: Mapping[str, Any],
+    key: str = "image",
+    *,
+    video: bool = False,
+    answering: bool = False,
+    encoded: bool = False,
+) -> Tensor:
+    """Return the batch's images (B,3,H,W) or, with `video`, videos (B,3,F,H,W); floating point, normalised. With
+    `encoded` also tokens (B,S,E), of a batch that `IS_ENCODED`.
 
     ValueError for anything else; with `answering` also for nan, infinite and not normalised values.
     """
     wanted = f"a batch of images (B,3,H,W){' or videos (B,3,F,H,W)' if video else ''}"
     image, where = required(samples, key, wanted), f"samples[{key!r}]"
+    if encoded and samples.get(IS_ENCODED):
+        return image
     if not isinstance(image, Tensor):
         found = f"{where} is a {type(image).__name__}; it must be one tensor, of images or videos of one size"
         raise InputError(f'{found}: vis_processors["eval"](picture).unsqueeze(0)')

@@ -19,10 +19,10 @@ def frame_tokens(encoder: ImageEncoder, image: Tensor) -> Tensor:
 
 def visual_summary(encoder: ImageEncoder, tokens: Tensor, image: Tensor) -> Tensor:
     """Return what stands for a whole image among its tokens, (B,E): the class token, or the mean of all tokens if the
-    encoder has none. Of videos (B,3,F,H,W) it is the mean over the frames.
+    encoder has none. Of videos (B,3,F,H,W) it is the mean over the frames. `image` tells videos from images.
     """
     if not encoder.has_class_token:
         return tokens.mean(dim=1)
-    if image.dim() == 4:
+    if image.dim() < 5:
         return tokens[:, 0]
     return tokens.unflatten(1, (image.shape[2], -1))[:, :, 0].mean(dim=1)

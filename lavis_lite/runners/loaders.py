@@ -26,7 +26,7 @@ from lavis_lite.runners.mixing import check_mixable, join_batches, missing_keys,
 from lavis_lite.runners.profiling import StepProfiler
 from lavis_lite.runners.sampling import Key, make_sampler
 from lavis_lite.runners.stopping import ignore_stop_signals, signals_blocked
-from lavis_lite.runners.streaming import Batch, Item, StreamLoader, describe_streams
+from lavis_lite.runners.streaming import Batch, Item, ReadBatch, StreamLoader, describe_streams, unchanged
 from lavis_lite.runners.workers import worker_options
 from lavis_lite.tasks.base import check_splits
 
@@ -53,6 +53,7 @@ class SeededDatasets(Dataset[Batch]):
         self, datasets: Mapping[str, SampleDataset], *, skip_unreadable: bool, keys: Sequence[str] | None = None
     ) -> None:
         self.datasets, self.skip_unreadable, self.keys = dict(datasets), skip_unreadable, keys
+        self.read_batch: ReadBatch = unchanged
         self.positions = {name: position for position, name in enumerate(self.datasets)}
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
@@ -63,7 +64,7 @@ class SeededDatasets(Dataset[Batch]):
                 return Batch(None, errors)
             runs = itertools.groupby(pairs, key=lambda pair: pair[0])
             parts = [(name, self.datasets[name].collater([sample for _, sample in run])) for name, run in runs]
-            return Batch(join_batches(parts, keys=self.keys), errors)
+            return Batch(self.read_batch(join_batches(parts, keys=self.keys)), errors)
 
     def read(self, key: Key, errors: list[str]) -> Sample | None:
         """Return the sample of `key`, or the next readable one if skipping is allowed; add its error to `errors`."""
@@ -108,7 +109,7 @@ class TrainLoader:
         self.accumulate, self.max_share = run.accum_grad_iters, run.max_unreadable_share
         self.window = min(SHARE_WINDOW, sum(self.sampler.lengths.values()) // world)
         self.seen = self.unreadable = 0
-        reader = SeededDatasets(datasets, skip_unreadable=self.max_share > 0, keys=keys)
+        self.reader = reader = SeededDatasets(datasets, skip_unreadable=self.max_share > 0, keys=keys)
         pin = pins_memory(self.device)
         options = {"pin_memory": pin, "batch_sampler": self.sampler, **worker_options(run)}
         self.loader = _data_loader(reader, seed=run.seed, **options)
@@ -118,6 +119,12 @@ class TrainLoader:
             if isinstance(dataset, StreamDataset)
         }
         """The loaders of the datasets that are streams; each has its own workers."""
+
+    def read_by(self, read_batch: ReadBatch) -> None:
+        """Let the loader workers change each batch on the CPU; before the iteration begins."""
+        self.reader.read_batch = read_batch
+        for stream in self.streams.values():
+            stream.reader.read_batch = read_batch
 
     def __iter__(self) -> Generator[Sample]:
         for batch, take in on_device(self._items(), self.device):

@@ -37,6 +37,7 @@ class Progress:
     def epoch(self, epoch: int, plan: Plan, *, step: int) -> Iterator[None]:
         """Time the steps of (inner) epoch `epoch` (0-based) from `step` on, with a bar on a terminal."""
         self.speed.begin()
+        self.speed.step_flops = None  # with `model.cache_features` the image encoder runs in the first epoch only
         first, end = plan.bounds(epoch)
         name = f"epoch {epoch + 1}/{plan.num_epochs}"
         with bar(end - first, initial=step - first, name=name, unit="step") as self.bar:

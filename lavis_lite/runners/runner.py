@@ -28,7 +28,11 @@ from lavis_lite.models.base import BaseModel
 from lavis_lite.nn.fingerprint import checksum
 from lavis_lite.runners.checkpoint_writer import CheckpointWriter
 from lavis_lite.runners.compiling import compile_layers
+<<<<<<< HEAD
 from lavis_lite.runners.eval_batches import SavedBatches, made_with, partial_path
+=======
+from lavis_lite.runners.encoded import open_cache
+>>>>>>> cache
 from lavis_lite.runners.jobs import BEST, write_last
 from lavis_lite.runners.learning import LearningWatch
 from lavis_lite.runners.loaders import Datasets, EvalLoader, TrainLoader, eval_sets, train_sets
@@ -106,7 +110,7 @@ class Runner:
         self._write_config()  # only now: a resume that is refused leaves the job as it was
         self.has_begun = True
         self.progress.report_run(self.about, self._config())
-        with self.training.writer:
+        with self.training.writer, self.training.tokens:
             train_loop(self.training, save=self._save_last, validate=self._validate)
         self._load_best()
         test = self._evaluate_splits(self.run.test_splits, step=state.step, epoch=state.epoch)
@@ -162,6 +166,8 @@ class Runner:
         resume(state, run, plan, job_dir=self.job_dir, data=self.data, config=self._config())
         self.saved_step = state.step
         loader.sampler.start_step = state.step
+        tokens = open_cache(self.cfg, self.model, device=self.device, dtype=self.dtype)
+        loader.read_by(tokens.read_batch)
         if len(loader.sampler.names) > 1:
             self.progress.report_mixture(loader.sampler)
         parallel, no_sync = self._parallel()
@@ -179,6 +185,7 @@ class Runner:
             profiler=self.profiler,
             stop=self.stop,
             writer=CheckpointWriter(is_aside=run.async_checkpoint),
+            tokens=tokens,
         )
 
     def _validate(self, epoch: int) -> None:

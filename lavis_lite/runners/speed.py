@@ -27,8 +27,8 @@ class Speed:
     """Times the steps since the last log line. `tokens_per_s` is of models that count the tokens that they read;
     `mfu` (model FLOPs utilisation) is there where the device's peak is known.
 
-    The floating-point operations are those of the first step: matrix products, convolutions and attention, as they are
-    executed, which includes recomputed activations.
+    The floating-point operations are those of an epoch's first step: matrix products, convolutions and attention, as
+    they are executed, which includes recomputed activations.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, *, peak_tflops: float | None = None) -> None:
@@ -64,7 +64,7 @@ class Speed:
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
-        """Count the operations of the first step, if the peak is known."""
+        """Count the operations of an epoch's first step, if the peak is known."""
         if self.peak_tflops is None or self.step_flops is not None:
             yield
             return

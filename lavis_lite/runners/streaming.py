@@ -27,6 +27,8 @@ from lavis_lite.runners.stopping import ignore_stop_signals, signals_blocked
 from lavis_lite.runners.workers import loader_workers, worker_options
 
 Sample = dict[str, Any]
+ReadBatch = Callable[[Sample], Sample]
+"""What loader workers do with a collated batch."""
 
 
 class Batch(NamedTuple):
@@ -42,6 +44,11 @@ class PartBatch(NamedTuple):
     batch: Batch
     part: int
     position: dict[str, int]
+
+
+def unchanged(batch: Sample) -> Sample:
+    """Return the batch."""
+    return batch
 
 
 def _nothing() -> None:
@@ -159,6 +166,7 @@ class _PartReader(IterableDataset[PartBatch]):
         self.stream, self.seed, self.number = stream, seed, number
         self.batch_size, self.skips = run.batch_size_train, run.max_unreadable_share > 0
         self.num_batches, self.num_parts = 0, 1
+        self.read_batch: ReadBatch = unchanged
         self.positions: dict[int, dict[str, int]] = {}
 
     def begin_at(self, num_batches: int, positions: Mapping[int, dict[str, int]], *, of: int) -> None:
@@ -191,7 +199,7 @@ class _PartReader(IterableDataset[PartBatch]):
                 else:
                     samples.append(with_own_image_id(item.sample, self.number))
             is_whole = len(samples) == self.batch_size
-            batch = Batch(self.stream.collater(samples) if is_whole else None, errors)
+            batch = Batch(self.read_batch(self.stream.collater(samples)) if is_whole else None, errors)
         return PartBatch(batch, part, self.positions[part])
 
 

@@ -20,6 +20,7 @@ MODEL_KEYS: Schema = {
     **dict.fromkeys(("model_type", "init_vit", "init_text"), Parameter(str | None)),
     **dict.fromkeys(("pretrained", "finetuned", "checkpoint"), Parameter(str | None)),
     **dict.fromkeys(("init_text_token_type", "load_pretrained", "load_finetuned"), Parameter(bool)),
+    "cache_features": Parameter(str | bool | None),  # a folder for the tokens of a frozen image encoder
 }
 """Keys of every model section besides the constructor's arguments."""
 LAVIS_PROCESSOR_KEYS = ("prompt", "min_scale", "max_scale", "n_frms", "full_video")

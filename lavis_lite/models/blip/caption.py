@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from lavis_lite.models.base import Output
 from lavis_lite.models.blip.base import BlipBase
 from lavis_lite.models.captions import CaptionModel
 from lavis_lite.models.image_text import training_output
-from lavis_lite.models.inputs import image_of, require_labels, texts_of
+from lavis_lite.models.inputs import require_labels, texts_of
 from lavis_lite.models.tokenizers import tokenize
 from lavis_lite.nn.attention import CrossAttentionKV, KeyValueCache
 from lavis_lite.nn.bert import BertLMHeadModel
@@ -32,6 +32,7 @@ class BlipCaption(BlipBase, CaptionModel):
 
     prompt_begins_captions = True
     reports_num_labels = True
+    reads_encoded: ClassVar[bool] = True
 
     def __init__(self, *, prompt: str | None = "a picture of ", max_txt_len: int = 40, **parts: Any) -> None:
         super().__init__(max_txt_len=max_txt_len, **parts)
@@ -41,7 +42,7 @@ class BlipCaption(BlipBase, CaptionModel):
 
     def forward(self, samples: dict[str, Any]) -> Output:
         """Language-model loss of `text_input` (list[str], B) given `image` (B,3,H,W) or videos (B,3,F,H,W)."""
-        image = image_of(samples, video=True)
+        image = self.checked_image(samples)
         texts = texts_of(samples, len(image))
         ids, mask = tokenize(self.tokenizer, texts, start=self.decoder_start, max_length=self.max_txt_len)
         labels = self.caption_labels(ids, texts)

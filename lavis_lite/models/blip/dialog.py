@@ -8,7 +8,7 @@ Letters: B samples, C candidates of each, S image tokens, T caption tokens, E wi
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from lavis_lite.common.registry import registry
 from lavis_lite.models.base import Output
 from lavis_lite.models.blip.base import BlipBase
 from lavis_lite.models.image_text import scored, training_output
-from lavis_lite.models.inputs import candidate_lists, image_of, integers, required, texts_of
+from lavis_lite.models.inputs import candidate_lists, integers, required, texts_of
 from lavis_lite.nn.attention import CrossAttentionKV
 from lavis_lite.nn.bert import BertModel
 from lavis_lite.nn.learning import matching_accuracy
@@ -34,6 +34,7 @@ class BlipVisDial(BlipBase):
     read, the candidate included.
     """
 
+    reads_encoded: ClassVar[bool] = True
     newly_initialized = ("caption_proj.",)
 
     def __init__(self, *, max_txt_len: int = 256, **parts: Any) -> None:
@@ -51,7 +52,7 @@ class BlipVisDial(BlipBase):
         `image` (B,3,H,W) or videos, `caption` and `text_input` (the dialogue up to the question) list[str],
         `candidates` B lists of one length C, `label` (B,), the index of the right one.
         """
-        count = len(image_of(samples, video=True))
+        count = len(self.checked_image(samples))
         dialogs = texts_of(samples, count)
         lists = list_per_sample(required(samples, "candidates", "the answers to tell apart"), count)
         num_candidates = len(lists[0])
@@ -69,7 +70,7 @@ class BlipVisDial(BlipBase):
 
     def context(self, samples: dict[str, Any]) -> CrossAttentionKV:
         """Return the keys and values of each image's tokens and its caption's states, (B,S+T,E)."""
-        image = image_of(samples, video=True)
+        image = self.checked_image(samples)
         ids, mask = self.tokenize(texts_of(samples, len(image), "caption"), max_length=self.max_txt_len)
         tokens = self.encode_image(image)
         caption = self.caption_proj(self.text_encoder(ids, mask)[0])
@@ -89,7 +90,7 @@ class BlipVisDial(BlipBase):
         `candidates` are those of all samples, or a list per sample. Nothing depends on their lengths, so `divided`,
         which language models need, changes nothing.
         """
-        count = len(image_of(samples, video=True, answering=True))
+        count = len(self.checked_image(samples, answering=True))
         lists, dialogs = list_per_sample(candidates, count), texts_of(samples, count)
         context = self.context(samples)
         losses = torch.full((count, max(map(len, lists))), float("inf"), device=self.device)

@@ -10,7 +10,6 @@ from lavis_lite.common.registry import registry
 from lavis_lite.models.base import Output
 from lavis_lite.models.blip.nlvr import class_targets, classification_head
 from lavis_lite.models.blip.vision import BlipVision
-from lavis_lite.models.inputs import image_of
 from lavis_lite.nn.video import visual_summary
 
 
@@ -18,6 +17,7 @@ from lavis_lite.nn.video import visual_summary
 class BlipImageClassification(BlipVision):
     """Classifies images, or videos, by the state of `[CLS]`. The weights of any BLIP model initialise the encoder."""
 
+    reads_encoded: ClassVar[bool] = True
     learns_answers: ClassVar[bool] = False
     newly_initialized = ("cls_head.",)
 
@@ -32,11 +32,11 @@ class BlipImageClassification(BlipVision):
 
     def forward(self, samples: dict[str, Any]) -> Output:
         """Loss of `image` (B,3,H,W), `label` (B,)."""
-        logits = self.logits(image_of(samples, video=True))
+        logits = self.logits(self.checked_image(samples))
         loss = F.cross_entropy(logits, class_targets(samples, logits), label_smoothing=self.label_smoothing)
         return Output({"loss": loss, "logits": logits.detach()})
 
     def predict(self, samples: dict[str, Any]) -> Output:
         """Return logits (B,num_classes) and the labels (B,)."""
-        logits = self.logits(image_of(samples, video=True, answering=True))
+        logits = self.logits(self.checked_image(samples, answering=True))
         return Output({"predictions": logits, "targets": class_targets(samples, logits)})

@@ -10,7 +10,7 @@ from lavis_lite.common.bounds import MAX_IMAGE_SIZE, MAX_LAYERS, check_number
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.sharding import ShardUnit
 from lavis_lite.common.sources.weights import LazyState
-from lavis_lite.models.base import BaseModel
+from lavis_lite.models.base import BaseModel, checked_frozen
 from lavis_lite.models.initialise import check_weight_file, init_from_state_dict, vit_weights
 from lavis_lite.nn.encoders import build_encoder, encoder_statistics, is_encoder
 from lavis_lite.nn.lora import add_lora, into_wrapped
@@ -98,7 +98,17 @@ class BlipVision(BaseModel):
         return [ShardUnit(block) for block in self.visual_encoder.blocks]
 
     def encode_image(self, image: Tensor) -> Tensor:
-        """Return the tokens (B,S,E) of images, or of videos (B,3,F,H,W) those of all frames."""
+        """Return the tokens (B,S,E) of images, or of videos (B,3,F,H,W) those of all frames. `image` may be tokens
+        already.
+        """
+        return image if image.dim() == 3 else self.encoder_tokens(image)
+
+    def frozen_encoder(self) -> nn.Module:
+        if not self.reads_encoded:
+            return super().frozen_encoder()
+        return checked_frozen(self.visual_encoder, advice="set model.freeze_vit: true without model.vit_lora")
+
+    def encoder_tokens(self, image: Tensor) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vit):
             return frame_tokens(self.visual_encoder, image)
 

@@ -19,8 +19,12 @@ from lavis_lite.models.base import Output
 from lavis_lite.models.blip.base import BlipBase
 from lavis_lite.models.blip.caption import decoding_step
 from lavis_lite.models.image_text import training_output
+<<<<<<< HEAD
 from lavis_lite.models.inputs import image_of, integers, required, texts_of
 from lavis_lite.models.tokenizers import tokenize
+=======
+from lavis_lite.models.inputs import integers, required, texts_of
+>>>>>>> cache
 from lavis_lite.nn.attention import CrossAttentionKV, KeyValueCache
 from lavis_lite.nn.bert import BertLMHeadModel, BertModel
 from lavis_lite.nn.decoding import DecodingConfig, GenerationConfig, check_prompt, decode
@@ -42,6 +46,7 @@ class BlipVQA(BlipBase, AnswerModel):
     questions, so that an answer depends on the other questions of its batch.
     """
 
+    reads_encoded: ClassVar[bool] = True
     learns_answers: ClassVar[bool] = True
     inference_method: ClassVar[str] = "rank"
     answer_generation: ClassVar[GenerationConfig] = GenerationConfig(num_beams=3, max_length=10, min_length=1)
@@ -74,7 +79,7 @@ class BlipVQA(BlipBase, AnswerModel):
         @torch.no_grad()
         def intermediate_output() -> Output:
             return Output(
-                image_embeds=self.encode_image(image_of(samples, video=True)),
+                image_embeds=self.encode_image(self.checked_image(samples)),
                 encoder_output=Output(last_hidden_state=states),
                 decoder_output=Output(logits=self.text_decoder(ids, mask, context=context)[0]),
                 decoder_labels=self.labels(ids),
@@ -85,7 +90,7 @@ class BlipVQA(BlipBase, AnswerModel):
 
     def encode_questions(self, samples: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the questions' image-grounded states (B,T,E) and their mask (B,T)."""
-        image = image_of(samples, video=True)
+        image = self.checked_image(samples)
         ids, mask = self.tokenize(texts_of(samples, len(image)), start=self.encoder_start, max_length=self.max_txt_len)
         context = self.text_encoder.project_kv(self.encode_image(image))
         return self.text_encoder(ids, mask, context=context)[0], mask

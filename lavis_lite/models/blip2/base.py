@@ -21,7 +21,7 @@ from lavis_lite.common.sharding import ShardUnit
 from lavis_lite.common.sources import weights
 from lavis_lite.common.sources.download import is_weight_file
 from lavis_lite.common.sources.weights import LazyState
-from lavis_lite.models.base import BaseModel
+from lavis_lite.models.base import BaseModel, checked_frozen
 from lavis_lite.models.blip2.hf import Blip2Adapter, blip2_from_hf, fit_vocabularies, is_hf_blip2
 from lavis_lite.models.hf import HFAdapter
 from lavis_lite.models.initialise import (
@@ -67,6 +67,7 @@ class Blip2Base(BaseModel):
 
     hf: ClassVar[HFAdapter[Any] | None] = Blip2Adapter()
     takes_video: ClassVar[bool] = False
+    reads_encoded: ClassVar[bool] = True
     truncation_side: ClassVar[str] = "right"
     qformer_has_lm_head: ClassVar[bool] = False
 
@@ -171,17 +172,26 @@ class Blip2Base(BaseModel):
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Return the image's tokens (B,S,E) after `ln_vision`, in its precision (float32, unless the whole model was
-        cast); a frozen encoder runs without gradient, and one of low precision without autocast. Features keep their
-        mask, in the last channel.
+        cast); a frozen encoder runs without gradient, and one of low precision without autocast. `image` may be
+        `encoder_tokens` already. Features keep their mask, in the last channel.
         """
         if self.takes_features:
             features, mask = unpack(image)
             return pack(self.ln_vision(self.visual_encoder(features).to(self.ln_vision.weight.dtype)), mask)
+        tokens = image if image.dim() == 3 else self.encoder_tokens(image)
+        return self.ln_vision(tokens.to(self.ln_vision.weight.dtype))
+
+    def encoder_tokens(self, image: Tensor) -> Tensor:
+        """Return the image encoder's tokens (B,S,E), before `ln_vision`; a frozen one runs without gradient."""
         is_low = next(self.visual_encoder.parameters()).dtype != torch.float32
         autocast = without_autocast(image.device) if is_low else contextlib.nullcontext()
         with torch.no_grad() if self.freeze_vit else contextlib.nullcontext(), autocast:
-            tokens = self.visual_encoder(image)
-        return self.ln_vision(tokens.to(self.ln_vision.weight.dtype))
+            return self.visual_encoder(image)
+
+    def frozen_encoder(self) -> nn.Module:
+        if self.takes_features:
+            raise SettingError("model.cache_features", f"vit_model {FEATURES} has no encoder that runs; leave it out")
+        return checked_frozen(self.visual_encoder, advice="set model.freeze_vit: true")
 
     def project_kv(self, tokens: Tensor) -> CrossAttentionKV:
         """Return the Q-Former's keys and values of tokens from `encode_image`, with the mask of features."""
