@@ -142,11 +142,7 @@ def _plain(what: str, other: str, count: int, sides: dict[str, Callable[[], Any]
 
 def jobs(part: str, tiny: bool) -> Iterator[Job]:
     """Iterate over the jobs of a part."""
-<<<<<<< HEAD
-    own = {"blip": blip_jobs, "load": load_job, "augment": augment_job, "transform": transform_jobs}
-=======
-    own = {"blip": blip_jobs, "cache": cache_job, "load": load_job, "augment": augment_job, "transform": transform_job}
->>>>>>> cache
+    own = {"blip": blip_jobs, "cache": cache_job, "load": load_job, "augment": augment_job, "transform": transform_jobs}
     yield from own[part](tiny) if part in own else blip2_part(part, tiny)
 
 

@@ -88,12 +88,8 @@ def report(
         lines += [f"samples     {name}/{split}: {len(dataset):,}" for split, dataset in splits.items()]
     if found.plan is not None:
         lines += plan_lines(cfg, found.plan)
-<<<<<<< HEAD
         lines += training_costs(cfg, model, found, gpu)
-=======
-        lines += train_memory(cfg, model, found)
         lines += cache_lines(cfg, model, datasets)
->>>>>>> cache
         lines += [f"left out    {key}, which {', '.join(names)} lacks" for key, names in found.left_out.items()]
     trained = {f"{name}/{split}" for name in cfg.datasets for split in cfg.run.train_splits}
     trained_on = set().union(*(split.files for split in found.splits if split.where in trained))

@@ -28,11 +28,8 @@ from lavis_lite.models.base import BaseModel
 from lavis_lite.nn.fingerprint import checksum
 from lavis_lite.runners.checkpoint_writer import CheckpointWriter
 from lavis_lite.runners.compiling import compile_layers
-<<<<<<< HEAD
-from lavis_lite.runners.eval_batches import SavedBatches, made_with, partial_path
-=======
 from lavis_lite.runners.encoded import open_cache
->>>>>>> cache
+from lavis_lite.runners.eval_batches import SavedBatches, made_with, partial_path
 from lavis_lite.runners.jobs import BEST, write_last
 from lavis_lite.runners.learning import LearningWatch
 from lavis_lite.runners.loaders import Datasets, EvalLoader, TrainLoader, eval_sets, train_sets

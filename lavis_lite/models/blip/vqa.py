@@ -19,12 +19,8 @@ from lavis_lite.models.base import Output
 from lavis_lite.models.blip.base import BlipBase
 from lavis_lite.models.blip.caption import decoding_step
 from lavis_lite.models.image_text import training_output
-<<<<<<< HEAD
-from lavis_lite.models.inputs import image_of, integers, required, texts_of
-from lavis_lite.models.tokenizers import tokenize
-=======
 from lavis_lite.models.inputs import integers, required, texts_of
->>>>>>> cache
+from lavis_lite.models.tokenizers import tokenize
 from lavis_lite.nn.attention import CrossAttentionKV, KeyValueCache
 from lavis_lite.nn.bert import BertLMHeadModel, BertModel
 from lavis_lite.nn.decoding import DecodingConfig, GenerationConfig, check_prompt, decode
