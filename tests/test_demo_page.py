@@ -13,7 +13,7 @@ from PIL import Image
 from ports import free_port
 
 from lavis_lite.common.errors import InputError
-from lavis_lite.demo.models import DemoModels, load_models
+from lavis_lite.demo.models import DemoModel, DemoModels, load_models
 from lavis_lite.demo.serve import LOCAL, MAX_UPLOAD, running
 
 pytestmark = pytest.mark.skipif(  # not imported here: that takes seconds of each process's collection
@@ -199,6 +199,29 @@ def upload(page: Any, path: Path) -> None:
     pane = page.get_by_role("tabpanel").filter(visible=True)
     pane.locator("input[type=file]").first.set_input_files(path)
     pane.locator(".photo img").first.wait_for(state="attached")
+
+
+@pytest.mark.slow
+def test_long_names_fit_a_phone(browser: Any, models: DemoModels) -> None:
+    """A name that is cut ends with an ellipsis left of the arrow; the open list and the heading have it whole."""
+    long = "output/BLIP/Caption_coco_finetuned/20261201_121530/checkpoint_best.pth"
+    found = [DemoModel(name=name, checkpoint=None, loaded=models[NAMES[0]].loaded) for name in (long, "other")]
+    with running(DemoModels(found), port=free_port()) as address:
+        page = browser.new_page(viewport={"width": 390, "height": 844})
+        page.goto(address)
+        field = page.get_by_role("combobox", name="Model").filter(visible=True).first
+        cut = field.evaluate("one => [one.scrollWidth > one.clientWidth, getComputedStyle(one).textOverflow]")
+        assert cut == [True, "ellipsis"]
+        field.click()
+        page.get_by_role("option").first.wait_for()
+        edges = """one => { const all = document.createRange(); all.selectNodeContents(one);
+                            return all.getBoundingClientRect().right <= innerWidth }"""
+        assert page.get_by_role("option").first.evaluate(edges)
+        assert page.locator(".prose code").first.evaluate(
+            "one => one.scrollWidth <= one.parentElement.clientWidth && one.getClientRects().length > 1"
+        )
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+        page.close()
 
 
 @pytest.mark.slow

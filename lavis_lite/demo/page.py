@@ -31,7 +31,8 @@ CSS = """
 .pictures .thumbnail-lg img { aspect-ratio: 1; height: auto }
 .pictures .caption-label { position: static; max-width: 100%; margin: 0; padding: .25rem; border: 0; box-shadow: none;
   background: none; font-size: .8rem; white-space: normal; overflow-wrap: anywhere }
-input[role=listbox] { text-overflow: ellipsis }
+.gradio-container input[role=combobox] { text-overflow: ellipsis; padding-right: 1.25rem }
+.gradio-container .prose code { white-space: pre-wrap; overflow-wrap: anywhere }
 """
 
 
