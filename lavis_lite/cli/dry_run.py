@@ -43,7 +43,7 @@ def dry_run(cfg: Config, *, gpu: Gpu | None = None) -> None:
         datasets = task.build_datasets(cfg)
         found = preflight.check_data(cfg, task, datasets)
         preflight.fit_features(cfg, found)
-        model = build_without_weights(cfg.model, device="cuda" if gpu is not None else device_type(cfg))
+        model = build_without_weights(cfg.model, on_gpu=gpu is not None or needs_gpu(cfg))
         if start := starting_points(cfg.model):
             model.check_start(**start)
         preflight.check_model(cfg, task, model, datasets, found)
@@ -56,24 +56,24 @@ def dry_run(cfg: Config, *, gpu: Gpu | None = None) -> None:
         dist.shutdown()
 
 
-def device_type(cfg: Config) -> str:
-    """Return the type of the run's device, which this machine need not have."""
+def needs_gpu(cfg: Config) -> bool:
+    """Return whether the run is one for a GPU, which this machine need not have."""
     try:
-        return dist.resolve_device(cfg.run.device).type
+        return dist.resolve_device(cfg.run.device).type == "cuda"
     except InputError:
-        return torch.device(cfg.run.device).type
+        return True
 
 
-def build_without_weights(section: dict[str, Any], *, device: str = "cpu") -> BaseModel:
-    """Return the model of a `model` section on the meta device, with the precisions of a type of device: shapes and
-    names, no memory, no weight file read.
+def build_without_weights(section: dict[str, Any], *, on_gpu: bool = False) -> BaseModel:
+    """Return the model of a `model` section on the meta device, with the precisions of a GPU if it is to run on one:
+    shapes and names, no memory, no weight file read.
     """
     arguments = {key: value for key, value in section.items() if key not in MODEL_KEYS}
     with torch.device("meta"), trained_config.fitting_adapters(section, section.get("checkpoint")):
         model_class = registry.get_model_class(section["arch"])
         if reads_config(model_class):
             return build_model(model_class, arguments)
-        return model_class(**model_class.for_device(arguments, device))
+        return model_class(**(model_class.for_device(arguments, "cuda") if on_gpu else arguments))
 
 
 def report(
