@@ -21,8 +21,8 @@ from host_waits import DEVICE, simulated
 
 from lavis_lite.common.token_store import ENTRY, INDEX, ROWS
 from lavis_lite.models.base import BaseModel
-from lavis_lite.models.blip2.base import Blip2Base
 from lavis_lite.models.blip.vision import BlipVision
+from lavis_lite.models.blip2.base import Blip2Base
 from lavis_lite.runners import encoded, train_loop
 
 pytestmark = pytest.mark.usefixtures("shapes_data")
