@@ -201,6 +201,20 @@ def test_another_encoder_precision_or_transform_has_another_folder(tmp_path: Pat
     assert list(stored(cache).values()) == [PICTURES] * len(changes)  # the second stage shares the first's
 
 
+def test_the_digest_of_weights_sees_every_value_name_and_type() -> None:
+    def digest(**changes: torch.Tensor) -> str:
+        layer = torch.nn.Module()
+        for name, value in ({"weight": torch.zeros(70, 3)} | changes).items():
+            layer.register_buffer(name, value)
+        return encoded.weights_digest(layer)
+
+    one = torch.zeros(70, 3)
+    one[-1, -1] = 1e-7
+    others = [digest(weight=one), digest(weight=one.half()), digest(weight=one.view(3, 70)), digest(bias=one)]
+    assert digest() == digest(weight=torch.zeros(70, 3))
+    assert len({digest(), *others}) == 5
+
+
 def encoder_of(job: Path) -> dict[str, torch.Tensor]:
     """The weights of a run's image encoder."""
     state, prefix = cli_helpers.weights(job / "checkpoint_best.pth"), "visual_encoder."

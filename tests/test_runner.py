@@ -60,6 +60,7 @@ class Config:
 
     def __init__(self, **changes: Any) -> None:
         self.run = RunConfig(**{**RUN, **changes})
+        self.model: dict[str, Any] = {}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
