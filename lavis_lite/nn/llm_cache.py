@@ -24,10 +24,13 @@ from lavis_lite.nn.growing import Growing
 class GrowingLayer(DynamicLayer):
     """Keys and values of one layer of plain attention, which grow in place."""
 
-    def __init__(self, layer: DynamicLayer) -> None:
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()
-        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
-        self._hold(layer.keys, layer.values)
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self._hold(keys, values)
 
     def _hold(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
@@ -63,8 +66,10 @@ class LLMCache:
         copied = self.rows(torch.arange(len(self.mask), device=self.mask.device).repeat_interleave(times))
         own = copied._read_by_text
         for i, layer in enumerate(own.layers):
-            if type(layer) is DynamicLayer and layer.is_initialized:  # others forget tokens, or have states beside
-                own.layers[i] = GrowingLayer(layer)
+            if type(layer) is not DynamicLayer:  # others forget tokens, or have states of other kinds
+                continue
+            if layer.keys is not None and layer.values is not None:
+                own.layers[i] = GrowingLayer(layer.keys, layer.values)
         return copied
 
     def rows(self, index: Tensor) -> Self:
