@@ -118,7 +118,7 @@ class HasFiles(Protocol):
     """A dataset whose samples name files; `part` is what `split_off` leaves of its annotation files."""
 
     vis_root: Path
-    annotation_paths: Sequence[Path]
+    annotation_paths: list[Path]
     part: Part | None
     annotation: Sequence[Record]
 
