@@ -173,6 +173,8 @@ class RecordCheck:
             return f"is {shown(value)}; expected {kind.name}{hint}"
         if kind.is_path and isinstance(value, StoredImage):
             return None
+        if isinstance(value, StoredImage):
+            return f"holds bytes, such as an image; expected {kind.name}"
         if type(value) not in kind.types:
             given = "null" if value is None else f"{shown(value)}, {_TYPE_WORDS.get(type(value), type(value).__name__)}"
             return f"is {given}; expected {kind.name}"

@@ -7,6 +7,8 @@ measured so). Unlike there, transparency is composited on a background, and 16-b
 from __future__ import annotations
 
 import io
+import re
+import unicodedata
 from pathlib import Path
 from typing import Protocol, TypedDict, runtime_checkable
 
@@ -43,11 +45,15 @@ def open_image(
         member = None if isinstance(path, StoredImage) else find_member(path)
         with open_file(member or path, max_pixels=max_pixels) as image:
             return to_rgb(image, background=background, max_pixels=max_pixels)
+    except PermissionError:
+        raise UnreadableSample(
+            f"image file {path}: this user may not read it; change its permissions, or remove the record"
+        ) from None
     except FileNotFoundError:
         raise UnreadableSample(
-            f"image file not found: {path}. Check the dataset's build_info.images.storage (relative paths are below "
-            "the environment variable LAVIS_LITE_DATA), or remove the record. `lavis-lite data check` names every file "
-            "that is missing or broken"
+            f"image file not found: {path}. {_hint(path)}Check the dataset's build_info.images.storage (relative "
+            "paths are below the environment variable LAVIS_LITE_DATA), or remove the record. `lavis-lite data check` "
+            "names every file that is missing or broken"
         ) from None
     except UnreadableSample:
         raise
@@ -59,6 +65,23 @@ def open_image(
             f"image file broken, truncated or of another kind: {path} ({type(error).__name__}: {reason}). Fetch it "
             f"again, convert it to one of {', '.join(formats())}, or remove the record"
         ) from error
+
+
+def _hint(path: object) -> str:
+    """Return the sentence about a name that is an address, or that differs from that of a file in the case of its
+    suffix or in how accents are stored; empty for any other.
+    """
+    file = Path(str(path))
+    if address := re.search(r"(^|/)(https?|s3|gs):/", str(path)):
+        return f"It is an address ({str(path)[address.start(2) :]}), and images are not downloaded: fetch the files. "
+    forms = [unicodedata.normalize(form, file.name) for form in ("NFC", "NFD")]
+    forms += [f"{file.stem}{suffix}" for suffix in (file.suffix.lower(), file.suffix.upper())]
+    found = next((name for name in forms if name != file.name and file.with_name(name).is_file()), None)
+    if found is None:
+        return ""
+    is_case = found.casefold() == file.name.casefold()
+    how = "in the case of its suffix" if is_case else "in the way in which accents are stored (NFC, NFD)"
+    return f"There is {found!a}, whose name differs {how}. "
 
 
 def read_image_file(path: str | Path | StoredImage) -> tuple[str, bytes]:

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Protocol
 
@@ -61,7 +62,7 @@ def part_of(split: str, shares: Mapping[str, float]) -> Part | None:
     Raises InputError for shares that are not above 0, or of which nothing is left.
     """
     for name, share in shares.items():
-        if not 0 < share < 1:
+        if isinstance(share, bool) or not isinstance(share, Real) or not 0 < share < 1:
             raise InputError(f"split_off.{name}: must be a share between 0 and 1, got {share!r}")
     if shares and math.fsum(shares.values()) >= 1:
         raise InputError(f"split_off: the shares sum up to {math.fsum(shares.values()):g}, so nothing is left to train")
@@ -89,17 +90,19 @@ def fraction(record: Record) -> float:
 
 def image_identity(record: Record) -> bytes:
     """Return what identifies a record's image: what the reader says, or its path; in a shard the names of both; of one
-    inside a table its id; of a record without one all of it.
+    inside a table its id, of several their contents; of a record without one all of it.
     """
     if CUT_BY in record:
         return os.fsencode(record[CUT_BY])
     value = record.get("video") or record.get("image") or record.get("images")
+    if value is None and record.get("image0") is not None:
+        value = [record["image0"], record.get("image1")]
     if isinstance(value, StoredImage):
         return str(record["image_id"]).encode()
     if value is None:
         value = json.dumps(record, sort_keys=True, default=str)
     elif isinstance(value, list):
-        value = "\0".join(map(_place_of, value))
+        value = "\0".join(one.digest().hex() if isinstance(one, StoredImage) else _place_of(one) for one in value)
     else:
         value = _place_of(value)
     return os.fsencode(value)
@@ -112,9 +115,11 @@ def _place_of(path: object) -> str:
 
 
 class HasFiles(Protocol):
-    """A dataset whose samples name files."""
+    """A dataset whose samples name files; `part` is what `split_off` leaves of its annotation files."""
 
     vis_root: Path
+    annotation_paths: list[Path]
+    part: Part | None
     annotation: Sequence[Record]
 
     def __len__(self) -> int: ...
@@ -125,7 +130,10 @@ class HasFiles(Protocol):
 
 
 def warn_of_overlap(built: Mapping[str, HasFiles]) -> None:
-    """Log how many images of other splits are in the training split too. Images inside tables are not compared."""
+    """Log how many images of other splits are in the training split too.
+
+    Images inside tables are not compared; that the splits read one table is logged.
+    """
     if WHOLE not in built or len(built) < 2:
         return
     if (count := sum(map(len, built.values()))) > MAX_COMPARED:
@@ -139,6 +147,17 @@ def warn_of_overlap(built: Mapping[str, HasFiles]) -> None:
                 f"{split}: {shared:,} of its images are in the split {WHOLE!r} too, so its figures are those of images "
                 "that were trained on; `split_off` cuts a file without such images"
             )
+        elif split != WHOLE and (table := _table_of_both(built[WHOLE], dataset)):
+            logger.warning(
+                f"{split}: reads {table}, as the split {WHOLE!r} does, so its figures are those of images that were "
+                "trained on; `split_off` cuts a file without such images"
+            )
+
+
+def _table_of_both(one: HasFiles, other: HasFiles) -> Path | None:
+    """Return the parquet or Arrow file that both splits read whole; None without one."""
+    shared = [path for path in other.annotation_paths if path in one.annotation_paths and other.part is None]
+    return next((path for path in shared if path.suffix.lower() in (".parquet", ".arrow")), None)
 
 
 def _hashes(dataset: HasFiles) -> Iterator[int]:

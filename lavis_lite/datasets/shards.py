@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 IncompleteSamples = Literal["error", "skip"]
 SUFFIX = ".tar"
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-VERSION = 1
+VERSION = 2
 """Of the form of index files; another one makes them anew."""
 NUM_THREADS = 4  # a network drive answers several at once
 SHOWN = 3
@@ -42,7 +42,7 @@ class ShardIndex:
 
     records: list[Record] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    """Samples without image or text, and those whose texts cannot be read."""
+    """Samples without image or text, those whose texts cannot be read, and links in place of files."""
     cut_at: int | None = None
     """The byte at which a shard ends in the middle of a member, or without its end marker."""
 
@@ -126,8 +126,12 @@ def _index_of(tar: tarfile.TarFile, num_bytes: int) -> ShardIndex:
             end = info.offset
             if info.offset_data + info.size > num_bytes:
                 raise tarfile.ReadError("cut")
-            name = split_name(info.name) if info.isreg() and not info.issparse() else None
-            if name is None:
+            name = split_name(info.name)
+            if name is not None and (info.issym() or info.islnk()):
+                index.problems.append(
+                    f"{info.name} is a link to {info.linkname} (tar --dereference --hard-dereference)"
+                )
+            if name is None or not info.isreg() or info.issparse():
                 continue
             members = samples.setdefault(name[0], {})
             if name[1] in members:

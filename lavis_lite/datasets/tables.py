@@ -17,6 +17,7 @@ import numpy as np
 from lavis_lite.common.errors import InputError, UnreadableSample, did_you_mean
 from lavis_lite.common.records import Record, StoredImage
 from lavis_lite.common.sources import download
+from lavis_lite.datasets.arrow_files import check_end
 from lavis_lite.datasets.hub import datasets_library
 from lavis_lite.datasets.image_digests import ImageDigests
 from lavis_lite.datasets.shard_tables import is_shard_table, sample_place, source_name
@@ -70,8 +71,11 @@ def with_rows(paths: Sequence[Path]) -> list[Path]:
             with pyarrow.parquet.ParquetFile(path) as file:
                 if file.metadata.num_rows:
                     parts[path] = file.schema_arrow
+                names = file.schema_arrow.names
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{path}: is not a parquet file, or is cut off ({error}); fetch it again") from error
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise InputError(f"{path}: names the column {twice[0]!r} twice; rename one, or leave it out")
     if problem := _different([*parts], [*parts.values()]):
         raise InputError(problem)
     found = [path for path in paths if path in parts or not _is_parquet(path)]
@@ -91,9 +95,10 @@ def _open(path: Path, split: str) -> Dataset:
         return _converted("parquet", [path])
     import pyarrow as pa
 
+    check_end(path)
     try:
         opened: Dataset = datasets_library().Dataset.from_file(str(path))
-    except pa.ArrowInvalid:  # a file with an index at its end, not a stream: it is copied as one
+    except (pa.ArrowInvalid, OSError):  # a file with an index at its end, not a stream: it is copied as one
         return _converted("arrow", [path])
     return opened
 
