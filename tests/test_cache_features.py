@@ -318,6 +318,7 @@ def test_what_cannot_be_stored_is_refused(
         (["run.parallel=fsdp"], r"model\.cache_features: .*run\.parallel: ddp"),
         (["model.cache_features=''"], r"model\.cache_features: must name a folder.*''"),
         (["model.cache_features=[3]"], r"model\.cache_features.*\[3\]"),
+        ([f"model.cache_features={__file__}/tokens"], rf"model\.cache_features: {__file__} is not a folder"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(

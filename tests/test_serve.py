@@ -332,12 +332,15 @@ USER = {"role": "user", "content": [part("data:,x")]}
         ({"stop": ["."]}, "stop"),
         ({"presence_penalty": 0.5}, "presence_penalty"),
         ({"num_beams": 3}, "num_beams"),
+        ({"max_tokens": 2, "min_tokens": 5}, "min_tokens"),
+        ({"\ud800": 1}, "\ud800"),
     ],
 )
 def test_a_mistake_names_its_field(change: dict[str, Any], param: str) -> None:
     with pytest.raises(RequestError) as error:
         read_request({"messages": [USER], **change})
     assert (error.value.status, error.value.param) == (400, param)
+    assert json.dumps(error.value.to_json(), ensure_ascii=False).encode()
 
 
 def test_fields_become_settings() -> None:

@@ -15,6 +15,7 @@ from lavis_lite.cli.main import train_main
 from lavis_lite.common.config.agreement import model_setting
 from lavis_lite.common.config.config import Config
 from lavis_lite.common.config.sections import MODEL_KEYS
+from lavis_lite.common.errors import InputError
 from lavis_lite.common.hardware import GPUS, known_peak, named_gpu
 from lavis_lite.common.registry import registry
 from lavis_lite.models.base import build_model
@@ -94,8 +95,17 @@ def test_names_of_gpus() -> None:
     assert known_peak("NVIDIA L40S") == 362
     assert known_peak("NVIDIA L4") == 121
     assert known_peak("NVIDIA A100-SXM4-40GB") == known_peak("NVIDIA A100 80GB PCIe") == 312
-    assert known_peak("Quadro K2000") is None
+    others = ("Quadro K2000", "NVIDIA L40", "NVIDIA RTX A1000 Laptop GPU", "NVIDIA T400 4GB")
+    assert [known_peak(name) for name in others] == [None] * len(others)
     assert all(gpu.tflops > 0 and gpu.gib > 0 for gpu in GPUS)
+
+
+@pytest.mark.parametrize("name", ["A10", "rtx", "100"])
+def test_a_part_of_several_names_is_refused(name: str) -> None:
+    with pytest.raises(InputError) as error:
+        named_gpu(name)
+    assert repr(name) in str(error.value)
+    assert all(gpu.name in str(error.value) for gpu in GPUS if name.casefold() in gpu.name.casefold())
 
 
 @pytest.mark.parametrize(

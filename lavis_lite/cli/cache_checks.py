@@ -1,7 +1,9 @@
 """Checks of `model.cache_features` before a run: the encoder is frozen, and an image's pixels are always the same."""
 
+import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -71,13 +73,26 @@ def _digests(dataset: SampleDataset, name: str, *, seed: int) -> Iterator[bytes]
 
 
 def check_encoder(cfg: Config, model: BaseModel) -> None:
-    """Raise InputError if the model's image encoder is not frozen, or its parameters are sharded."""
-    if not is_cached(cfg):
+    """Raise InputError if the model's image encoder is not frozen, its parameters are sharded, or no folder for the
+    tokens can be made.
+    """
+    root = cache_root(cfg.model.get("cache_features"))
+    if root is None or not is_cached(cfg):
         return
     model.frozen_encoder()
+    dist.on_main(lambda: check_folder(root))
     if cfg.run.parallel == "fsdp":
         problem = "processes encode different images at different times, which a sharded encoder cannot"
         raise SettingError(KEY, f"{problem}; set run.parallel: ddp, or leave cache_features out")
+
+
+def check_folder(root: Path) -> None:
+    """Raise SettingError if `root` is not a folder, or can be neither written nor made."""
+    place = next(path for path in (root, *root.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise SettingError(KEY, f"{place} is not a folder; name one for the tokens")
+    if not os.access(place, os.W_OK):
+        raise SettingError(KEY, f"no permission to write in {place}; name another folder")
 
 
 def cache_lines(cfg: Config, model: BaseModel, datasets: Datasets) -> list[str]:

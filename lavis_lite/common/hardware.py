@@ -1,6 +1,7 @@
 """Facts about the machine: the peak rate of GPUs, cores, memory."""
 
 import os
+import re
 import sys
 from dataclasses import dataclass
 
@@ -42,21 +43,28 @@ GPUS = (
 
 
 def known_peak(name: str) -> float | None:
-    """Return the dense TFLOP/s in 16 bits of a GPU by the driver's name; None if it is not in the table."""
-    return next((gpu.tflops for gpu in GPUS if gpu.name in name), None)
+    """Return the dense TFLOP/s in 16 bits of a GPU by the driver's name; None if it is not in the table.
+
+    An L40 is not an L4, nor an RTX A1000 an A100: no digit follows.
+    """
+    return next((gpu.tflops for gpu in GPUS if re.search(rf"{re.escape(gpu.name)}(?!\d)", name)), None)
 
 
 def named_gpu(name: str) -> Gpu:
     """Return a GPU of the table by its name, whatever its case; a part such as `4090` is enough.
 
     Raises:
-        InputError: none has the name.
+        InputError: none has the name, or the part is of several.
     """
     known = {gpu.name: gpu for gpu in GPUS}
     exact = [gpu for gpu in GPUS if gpu.name.casefold() == name.casefold()]
     found = exact or [gpu for gpu in GPUS if name.strip() and name.casefold() in gpu.name.casefold()]
     if not found:
         raise InputError(f"--gpu: {name!r} is not in the table. {did_you_mean(name, known, limit=len(known))}")
+    if len(found) > 1:
+        raise InputError(
+            f"--gpu: {name!r} is a part of several names: {', '.join(gpu.name for gpu in found)}; name one"
+        )
     return found[0]
 
 

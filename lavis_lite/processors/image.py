@@ -4,7 +4,7 @@ Note: evaluation squashes the image to a square (no centre crop), and all resizi
 antialiasing. CMYK, palette, grey, transparent and 16-bit images become 8-bit RGB first (`common.image_io.to_rgb`).
 
 With `backend: torchvision` torchvision resizes tensors of bytes, which takes a fifth of the time. Crops and mirrors are
-those of the same seed; resized pixels differ from Pillow's by at most 1 of 255.
+those of the same seed; resized pixels differ from Pillow's by at most 2 of 255.
 """
 
 import math

@@ -66,17 +66,28 @@ def data_of(url: str) -> bytes:
 
 def decode(content: bytes) -> Image.Image:
     """Return an image as RGB, its first frame. RequestError if it is broken, of another kind or too large."""
+    advice = f"at most {MAX_PIXELS:,} are decoded; send a smaller image"
     try:
-        with open_file(Uploaded(content)) as image:
-            if (pixels := image.width * image.height) > MAX_PIXELS:
-                problem = f"{pixels:,} pixels, at most {MAX_PIXELS:,} are decoded; send a smaller image"
-                raise RequestError(f"image_url: {problem}", param=PARAM, code="image_too_large")
-            return to_rgb(image)
+        opened = open_file(Uploaded(content))
     except InputError as error:
-        raise RequestError(f"image_url: {error}", param=PARAM, code="image_too_large") from error
+        raise RequestError(f"image_url: too many pixels, {advice}", param=PARAM, code="image_too_large") from error
     except BROKEN as error:
-        problem = f"broken, truncated or of another kind; send one of {', '.join(formats())}"
-        raise RequestError(f"image_url: {problem}", param=PARAM, code="invalid_image_format") from error
+        raise unreadable() from error
+    with opened as image:
+        if (pixels := image.width * image.height) > MAX_PIXELS:
+            raise RequestError(f"image_url: {pixels:,} pixels, {advice}", param=PARAM, code="image_too_large")
+        try:
+            return to_rgb(image)
+        except InputError as error:  # numbers out of range
+            raise RequestError(f"image_url: {error}", param=PARAM, code="invalid_image_format") from error
+        except BROKEN as error:
+            raise unreadable() from error
+
+
+def unreadable() -> RequestError:
+    """Return the error of a file that is broken or no image."""
+    problem = f"broken, truncated or of another kind; send one of {', '.join(formats())}"
+    return RequestError(f"image_url: {problem}", param=PARAM, code="invalid_image_format")
 
 
 class NoRedirects(urllib.request.HTTPRedirectHandler):

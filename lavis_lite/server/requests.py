@@ -34,10 +34,13 @@ class RequestError(Exception):
         self.status, self.param, self.code = status, param, code
 
     def to_json(self) -> dict[str, Any]:
-        """Return the body of the response."""
+        """Return the body of the response; halves of surrogate pairs, which UTF-8 cannot encode, are escaped."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         kind = "rate_limit_error" if self.status == 429 else kind
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+        error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
+        return {
+            "error": {key: value and value.encode(errors="backslashreplace").decode() for key, value in error.items()}
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +73,7 @@ def read_request(body: Any) -> ChatRequest:
     for name, value in body.items():
         if name not in (*names, "stream", "seed") and name not in IGNORED and value is not None:
             if name not in NEUTRAL:
-                raise RequestError(f"{name}: unknown field; leave it out", param=name)
+                raise RequestError(f"{name[:80]}: unknown field; leave it out", param=name[:80])
             if value not in NEUTRAL[name]:
                 raise RequestError(f"{name}: these models do not support it; leave it out", param=name)
     model = body.get("model")
@@ -93,6 +96,8 @@ def read_request(body: Any) -> ChatRequest:
         seed=fields.whole("seed", 0, 2**63 - 1),
         decoding=decoding,
     )
+    if max_tokens is not None and least is not None and least > max_tokens:
+        raise RequestError(f"min_tokens: must be at most max_tokens, {max_tokens:,}, got {least:,}", param="min_tokens")
     if request.num_choices > 1 and not request.samples:
         raise RequestError("n: several choices would be equal; set temperature above 0", param="n")
     return request
