@@ -49,6 +49,7 @@ def serve(
             config = uvicorn.Config(
                 app, host=host, port=port, log_level="warning", lifespan="off", limit_concurrency=limit
             )
+            check_address(host, port)  # another program may have taken it meanwhile: uvicorn would exit with 3
             socket = config.bind_socket()
             socket.listen()  # who connects from now on is answered as soon as the server runs
             if not is_local(host):
