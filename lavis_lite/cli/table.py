@@ -41,7 +41,7 @@ def table_main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--json", action="store_true", help="print a list of objects instead of tables")
     args = p.parse_args(argv)
     if (args.paper is None) == (args.compare is None):
-        p.error("name a paper, or two runs with --compare")
+        p.error("name a paper, or two runs with --compare, not both")
     if args.compare and (args.output or args.projects):
         p.error("--output and --projects are of a paper's tables; --compare takes the jobs' folders")
     sys.exit(exit_code(lambda: _print(args)))

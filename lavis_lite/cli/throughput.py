@@ -16,6 +16,8 @@ from lavis_lite.runners.plan import Plan
 
 ASSUMED_MFU = 0.4
 """Share of a GPU's peak rate that large matrix products of a training reach; small batches and models reach less."""
+LAUNCH = 0.02
+"""Seconds that the host takes to launch the kernels of a batch, forward and backward; an estimate."""
 
 
 def sample_flops(model: nn.Module, batch: Mapping[str, Any]) -> float | None:
@@ -45,10 +47,13 @@ def throughput_lines(cfg: Config, model: nn.Module, batch: Mapping[str, Any], pl
     rate = ASSUMED_MFU * peak * 1e12 / flops
     seconds = plan.total * plan.sampler.global_batch / dist.world_size() / rate
     size = f"{flops / 1e12:.3g} TFLOP" if flops >= 1e11 else f"{flops / 1e9:.3g} GFLOP"
+    if seconds / plan.total / cfg.run.accum_grad_iters < LAUNCH:
+        problem = f"a batch ({size} per sample) takes less time than the {LAUNCH * 1e3:.0f} ms of launching its kernels"
+        return [f"throughput  {gpu.name}: {problem}, so its rate does not follow from its operations"]
     return [
         f"throughput  {gpu.name}: about {float(f'{rate:.2g}'):,.7g} samples/s per process ({size} per sample at "
-        f"{ASSUMED_MFU:.0%} of {peak:,.0f} TFLOP/s); all {plan.total:,} steps take {duration(seconds)}, longer if the "
-        "model is small or data come slower"
+        f"{ASSUMED_MFU:.0%} of {peak:,.4g} TFLOP/s); all {plan.total:,} steps take {duration(seconds)}, longer if data "
+        "come slower"
     ]
 
 
