@@ -226,7 +226,12 @@ def test_a_loss_that_is_not_finite_ends_the_run(throughput: ModuleType):
 
 @pytest.mark.parametrize(
     ("name", "peak"),
-    [("NVIDIA H200", 989.0), ("NVIDIA A100-SXM4-80GB", 312.0), ("NVIDIA RTX A6000", 155.0), ("T4", None)],
+    [
+        ("NVIDIA H200", 989.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA RTX A6000", 155.0),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
 )
 def test_peaks_are_known_by_name(throughput: ModuleType, name: str, peak: float | None):
     assert throughput.known_peak(name) == peak

@@ -89,7 +89,7 @@ def test_a_full_disk_keeps_what_was_computed(
 
     def enter_full(results: Results) -> Results:
         enter(results)
-        results.file = FullDisk(results.file, 900)  # type: ignore[assignment]
+        results.file._file = FullDisk(results.file._file, 900)  # type: ignore[assignment]
         return results
 
     with monkeypatch.context() as patch:

@@ -258,4 +258,9 @@ def test_the_checksum_sees_every_number() -> None:
             tensor.view(-1)[index] += 1
             seen.add(checksum(model))
             tensor.view(-1)[index] = before
+    large = nn.Linear(64, 100)
+    before = checksum(large)
+    with torch.no_grad():
+        large.weight[[3, 70]] = large.weight[[70, 3]]
+    assert checksum(large) != before
     assert len(seen) == 1 + sum(tensor.numel() for tensor in model.state_dict().values())

@@ -149,7 +149,9 @@ def test_a_signal_in_preparation_or_evaluation(
     with pytest.MonkeyPatch.context() as patch:
         signal_in(patch, "evaluate", call=1, signum=signal.SIGTERM)
         assert cli_helpers.evaluate(path) == 143
-    assert "stopped by SIGTERM: nothing was saved" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "stopped by SIGTERM" in told
+    assert "--resume auto --job-id evaluation" in told
 
 
 def test_a_signal_while_the_group_is_left_says_what_was_saved(

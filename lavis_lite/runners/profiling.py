@@ -100,12 +100,13 @@ class StepProfiler:
 
 @contextlib.contextmanager
 def watched(model: nn.Module) -> Iterator[None]:
-    """Name the forward passes of the model's children in a profile."""
+    """Name the forward passes of the model's children in a profile; a child whose own parts are called is named too."""
     handles = []
     for name, child in model.named_children():
-        ranges: list[record_function] = []
-        handles.append(child.register_forward_pre_hook(_opens(f"{PART}{name}", ranges)))
-        handles.append(child.register_forward_hook(_closes(ranges), always_call=True))
+        ranges: list[record_function | None] = []
+        for part in (child, *child.children()):
+            handles.append(part.register_forward_pre_hook(_opens(f"{PART}{name}", ranges)))
+            handles.append(part.register_forward_hook(_closes(ranges), always_call=True))
     try:
         yield
     finally:
@@ -113,17 +114,23 @@ def watched(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def _opens(name: str, ranges: list[record_function]) -> Callable[..., None]:
+def _opens(name: str, ranges: list[record_function | None]) -> Callable[..., None]:
+    """Return a hook that opens a range, unless the module is inside one of the same child."""
+
     def hook(*_: Any) -> None:
-        ranges.append(record_function(name))
-        ranges[-1].__enter__()
+        opened = None if ranges else record_function(name)
+        ranges.append(opened)
+        if opened is not None:
+            opened.__enter__()
 
     return hook
 
 
-def _closes(ranges: list[record_function]) -> Callable[..., None]:
+def _closes(ranges: list[record_function | None]) -> Callable[..., None]:
     def hook(*_: Any) -> None:
-        ranges.pop().__exit__(None, None, None)
+        opened = ranges.pop()
+        if opened is not None:
+            opened.__exit__(None, None, None)
 
     return hook
 
