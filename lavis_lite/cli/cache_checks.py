@@ -74,13 +74,13 @@ def _digests(dataset: SampleDataset, name: str, *, seed: int) -> Iterator[bytes]
 
 def check_encoder(cfg: Config, model: BaseModel) -> None:
     """Raise InputError if the model's image encoder is not frozen, its parameters are sharded, or no folder for the
-    tokens can be made.
+    tokens can be made. For one rank.
     """
     root = cache_root(cfg.model.get("cache_features"))
     if root is None or not is_cached(cfg):
         return
     model.frozen_encoder()
-    dist.on_main(lambda: check_folder(root))
+    check_folder(root)
     if cfg.run.parallel == "fsdp":
         problem = "processes encode different images at different times, which a sharded encoder cannot"
         raise SettingError(KEY, f"{problem}; set run.parallel: ddp, or leave cache_features out")
