@@ -149,3 +149,12 @@ def _train_and_leave(rank: int, folder: Path, port: int) -> None:
 def test_shutdown_ends_the_groups_threads(tmp_path: Path) -> None:
     """A thread of gloo that frees a tensor while Python ends aborts the process, although the job is done."""
     mp.spawn(_train_and_leave, args=(tmp_path, free_port()), nprocs=2)
+
+
+def test_on_main_inside_on_main_is_an_error_where_there_are_other_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert dist.on_main(lambda: dist.on_main(lambda: 3)) == 3
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "broadcast_object", lambda value: value)
+    with pytest.raises(RuntimeError, match="on_main inside on_main"):
+        dist.on_main(lambda: dist.on_main(lambda: 3))
+    assert dist.on_main(lambda: 3) == 3

@@ -31,6 +31,7 @@ TIMEOUT = datetime.timedelta(hours=2)  # rank 0 may download a dataset or score 
 _LOST = ("Connection closed by peer", "Connection reset by peer", "pair closure", "Broken pipe", "remote process exit")
 
 _is_alone = contextvars.ContextVar("is_alone", default=False)
+_is_on_main = contextvars.ContextVar("is_on_main", default=False)
 
 
 def init(device: str = "auto") -> torch.device:
@@ -199,13 +200,21 @@ def main_first() -> Iterator[None]:
 
 
 def on_main(function: Callable[[], Any]) -> Any:
-    """Call `function` on rank 0 and return its value on every rank; if it fails, every rank fails."""
+    """Call `function` on rank 0 and return its value on every rank; if it fails, every rank fails.
+
+    `function` may exchange nothing with other ranks, which are not in it: another `on_main` there is an error.
+    """
     value, error = None, None
     if is_main():
+        if _is_on_main.get() and world_size() > 1:
+            raise RuntimeError("on_main inside on_main: what rank 0 sends would be taken for a later value")
+        token = _is_on_main.set(True)
         try:
             value = function()
         except Exception as caught:  # raised again below, once the other ranks know
             error = caught
+        finally:
+            _is_on_main.reset(token)
     value, failure = broadcast_object((value, error and f"{type(error).__name__}: {error}"))
     if failure is not None:
         raise error or RankZeroFailed(f"rank 0 failed: {failure}")
