@@ -169,6 +169,11 @@ def test_named_files_exist(page: Path):
         assert (ROOT / name.rstrip(".")).exists(), f"{page.name} names {name}"
 
 
+def test_the_index_lists_every_notebook():
+    listed = re.findall(r"^- `(\w+\.ipynb)`: ", (ROOT / "docs/README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert listed == sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
+
+
 def test_the_folder_tree_names_every_folder():
     (tree,) = [
         block.text for block in blocks(DOCS / "architecture.md") if "train.py, evaluate.py       training" in block.text
