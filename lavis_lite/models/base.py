@@ -26,7 +26,7 @@ from lavis_lite.models.hf import HFAdapter
 from lavis_lite.models.inputs import image_of
 from lavis_lite.models.tokenizers import tokenize
 from lavis_lite.nn.decoding import DecodingConfig, GenerationConfig
-from lavis_lite.nn.losses import IGNORED
+from lavis_lite.nn.losses import IGNORED, NextTokens
 from lavis_lite.nn.uninitialised import Uninitialised
 
 logger = logging.getLogger(__name__)
@@ -123,6 +123,16 @@ class BaseModel(nn.Module):
         """
         ids, mask = tokenize(self.tokenizer, texts, start=start, max_length=max_length)
         return self.upload_texts(ids, mask)
+
+    def tokenize_to_predict(
+        self, texts: Sequence[str], *, start: int | None = None, max_length: int | None = None
+    ) -> tuple[Tensor, Tensor, NextTokens]:
+        """Return ids and mask as `tokenize` does, and the tokens that a language-model loss predicts: all but the first
+        and padding.
+        """
+        ids, mask = tokenize(self.tokenizer, texts, start=start, max_length=max_length)
+        predicted = NextTokens.of(self.labels(ids)).upload(self.device)
+        return *self.upload_texts(ids, mask), predicted
 
     def upload_texts(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return ids and mask (B,T) from the CPU on the model's device, and count the tokens."""

@@ -12,10 +12,9 @@ from lavis_lite.models.blip.base import ramp
 from lavis_lite.models.blip.momentum import BlipMomentum, StepParts
 from lavis_lite.models.image_text import training_output
 from lavis_lite.models.inputs import image_of, texts_of
-from lavis_lite.models.tokenizers import tokenize
 from lavis_lite.nn.bert import BertLMHeadModel
 from lavis_lite.nn.learning import matching_accuracy
-from lavis_lite.nn.losses import NextTokens, language_modeling_loss, matching_loss
+from lavis_lite.nn.losses import language_modeling_loss, matching_loss
 
 
 @registry.register_model("blip_pretrain")
@@ -36,9 +35,8 @@ class BlipPretrain(BlipMomentum):
         """
         update = torch.is_grad_enabled()
         image = image_of(samples, video=True)
-        texts = tokenize(self.tokenizer, texts_of(samples, len(image)), max_length=self.max_txt_len)
-        ids, mask = self.upload_texts(*texts)
-        predicted = NextTokens.of(self.labels(texts[0])).upload(self.device)
+        texts = texts_of(samples, len(image))
+        ids, mask, predicted = self.tokenize_to_predict(texts, max_length=self.max_txt_len)
         tokens, image_feat = self.image_features(image)
         text_feat = self.encode_text(ids, mask)
 

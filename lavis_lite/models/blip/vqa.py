@@ -20,7 +20,6 @@ from lavis_lite.models.blip.base import BlipBase
 from lavis_lite.models.blip.caption import decoding_step
 from lavis_lite.models.image_text import training_output
 from lavis_lite.models.inputs import integers, required, texts_of
-from lavis_lite.models.tokenizers import tokenize
 from lavis_lite.nn.attention import CrossAttentionKV, KeyValueCache
 from lavis_lite.nn.bert import BertLMHeadModel, BertModel
 from lavis_lite.nn.decoding import DecodingConfig, GenerationConfig, check_prompt, decode
@@ -67,9 +66,8 @@ class BlipVQA(BlipBase, AnswerModel):
         if len(weight) != len(answers):
             raise InputError(f"samples['weight']: {len(weight)} weights were given for {len(answers)} answers")
         context = self.text_decoder.bert.project_kv(states, mask=question_mask).select(question)
-        texts = tokenize(self.tokenizer, answers, start=self.decoder_start)
-        ids, mask = self.upload_texts(*texts)
-        loss = self.answer_loss(ids, mask, context, NextTokens.of(self.labels(texts[0])).upload(self.device))
+        ids, mask, predicted = self.tokenize_to_predict(answers, start=self.decoder_start)
+        loss = self.answer_loss(ids, mask, context, predicted)
         weight = torch.as_tensor(weight, device=loss.device, dtype=loss.dtype)
 
         @torch.no_grad()

@@ -27,12 +27,10 @@ from lavis_lite.models.captions import CaptionModel
 from lavis_lite.models.image_text import project, training_output
 from lavis_lite.models.inputs import integers, texts_of
 from lavis_lite.models.reranking import GalleryLoader, similarity_matrices
-from lavis_lite.models.tokenizers import tokenize
 from lavis_lite.nn.attention import CrossAttentionKV, KeyValueCache
 from lavis_lite.nn.decoding import Step
 from lavis_lite.nn.learning import contrast_metrics, matching_accuracy
 from lavis_lite.nn.losses import (
-    NextTokens,
     best_query_similarity,
     contrastive_loss,
     draw_negatives,
@@ -60,24 +58,23 @@ class Blip2Qformer(Blip2Matching, CaptionModel):
         With `image_id` (B,) all texts of one image are positives, as in retrieval finetuning.
         """
         image = self.checked_image(samples)
-        read = tokenize(self.tokenizer, texts_of(samples, len(image)), max_length=self.max_txt_len)
-        texts = self.upload_texts(*read)
-        predicted = NextTokens.of(self.labels(read[0])).upload(self.device)
+        texts = texts_of(samples, len(image))
+        ids, mask, predicted = self.tokenize_to_predict(texts, max_length=self.max_txt_len)
         tokens = self.encode_image(image)
         context = self.project_kv(tokens)
         states, cache = self.Qformer(self.query_tokens, context=context)
 
-        image_feat, text_feat = project(self.vision_proj, states), self.encode_text(*texts)
+        image_feat, text_feat = project(self.vision_proj, states), self.encode_text(ids, mask)
         i2t, t2i = self.contrast(image_feat, text_feat)
         targets = self.targets(samples, len(tokens))
         loss_itc = contrastive_loss(i2t, t2i, targets)
         negatives = self.draw_negatives(i2t, t2i, targets > 0)
-        pairs = self.pair_logits(tokens, context, texts, negatives)
+        pairs = self.pair_logits(tokens, context, (ids, mask), negatives)
         metrics = contrast_metrics(i2t, t2i, targets > 0, image_feat, text_feat, self.temp)
 
-        ids = texts[0].clone()
-        ids[:, 0] = self.decoder_start
-        written, _ = self.Qformer(None, ids, texts[1], past=cache)  # after the queries
+        decoder_ids = ids.clone()
+        decoder_ids[:, 0] = self.decoder_start
+        written, _ = self.Qformer(None, decoder_ids, mask, past=cache)  # after the queries
         return training_output(
             {**metrics, "acc_itm": matching_accuracy(pairs, len(tokens))},
             itc=loss_itc,
