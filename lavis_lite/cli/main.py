@@ -81,8 +81,8 @@ def main(
         p.print_help(sys.stderr)
         return 2
     args = p.parse_args(argv)
-    if args.gpu is not None and not args.dry_run:
-        p.error("--gpu is for --dry-run; the GPU that a run uses is run.device")
+    if args.gpu is not None and (evaluates or not args.dry_run):
+        p.error("--gpu is for the --dry-run of a training; the GPU that a run uses is run.device")
 
     def execute() -> int:
         with StopSignals() as stop:
