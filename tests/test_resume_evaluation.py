@@ -16,7 +16,7 @@ from torch import nn
 
 from lavis_lite.common.partial import PartialFile
 from lavis_lite.common.registry import registry
-from lavis_lite.nn.fingerprint import checksum
+from lavis_lite.nn.fingerprint import weights_digest
 from lavis_lite.runners.loaders import EvalLoader
 from lavis_lite.runners.stopping import Stopped
 
@@ -248,19 +248,19 @@ def test_a_partial_file_ends_after_its_last_whole_line(tmp_path: Path) -> None:
     assert again.read() == rows[:1]
 
 
-def test_the_checksum_sees_every_number() -> None:
+def test_the_digest_of_weights_sees_every_number() -> None:
     model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 3, bias=False).to(torch.bfloat16))
     model.register_buffer("odd", torch.arange(7, dtype=torch.uint8)[1:])
-    seen = {checksum(model)}
+    seen = {weights_digest(model.state_dict())}
     for tensor in model.state_dict().values():
         for index in range(tensor.numel()):
             before = tensor.view(-1)[index].clone()
             tensor.view(-1)[index] += 1
-            seen.add(checksum(model))
+            seen.add(weights_digest(model.state_dict()))
             tensor.view(-1)[index] = before
     large = nn.Linear(64, 100)
-    before = checksum(large)
+    before = weights_digest(large.state_dict())
     with torch.no_grad():
         large.weight[[3, 70]] = large.weight[[70, 3]]
-    assert checksum(large) != before
+    assert weights_digest(large.state_dict()) != before
     assert len(seen) == 1 + sum(tensor.numel() for tensor in model.state_dict().values())

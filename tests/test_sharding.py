@@ -16,10 +16,10 @@ import yaml
 from test_dist import launch
 from test_resume_processes import launched
 
-from lavis_lite.cli.evaluation import weights_digest
 from lavis_lite.common import checkpoint, dist, sharding
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.sharding import check_shardable
+from lavis_lite.nn.fingerprint import weights_digest
 
 STEPS = 4
 MIDDLE = 2

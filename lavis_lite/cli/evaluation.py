@@ -1,6 +1,5 @@
 """Write `evaluation.json` into the job's folder: metrics, verdict and provenance of an evaluation."""
 
-import hashlib
 import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,6 +10,7 @@ from lavis_lite.cli import verdict
 from lavis_lite.cli.provenance import provenance
 from lavis_lite.cli.published import EVALUATION
 from lavis_lite.common.config.config import Config
+from lavis_lite.nn.fingerprint import weights_digest
 from lavis_lite.runners.runner import Runner
 from lavis_lite.tasks.metrics.mean import Mean
 from lavis_lite.tasks.results import write_json
@@ -29,7 +29,7 @@ def conclude(
     """Log the verdict, write `evaluation.json`, and return the verdict's rows.
 
     `results` are metrics by split, `references` what the recipe's values were measured with, and
-    `weights` the model's state. Called on rank 0 only.
+    `weights` the model's state, without frozen parts that have a source of their own. Called on rank 0 only.
     """
     rows = verdict.judge(cfg, results, runner.num_samples, references)
     if rows:
@@ -65,15 +65,3 @@ def means(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, M
             yield from means(value, f"{prefix}{name}.")
         elif isinstance(value, Mean):
             yield f"{prefix}{name}", value
-
-
-def weights_digest(state: Mapping[str, torch.Tensor]) -> str:
-    """Return the SHA-256 of the weights that a checkpoint would hold: names, types, shapes and bytes, by name.
-
-    Frozen parts with a source of their own (a language model) are not in it.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

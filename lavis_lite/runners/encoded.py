@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,7 +30,7 @@ from lavis_lite.common.token_store import TokenStore, image_digests
 from lavis_lite.common.transfer import pins_memory, upload
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.inputs import IS_ENCODED
-from lavis_lite.runners.streaming import ReadBatch, unchanged
+from lavis_lite.nn.fingerprint import weights_digest
 
 logger = logging.getLogger(__name__)
 
@@ -97,37 +97,23 @@ class TokenReader:
         return {"form": self.form, "opened": None}
 
 
-class NoCache:
-    """The image encoder runs in every step."""
-
-    def __init__(self, read_batch: ReadBatch = unchanged) -> None:
-        self.read_batch = read_batch
-        """What loader workers do with their batches."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Write what is not written yet."""
-
-    def fill(self, samples: Samples) -> Samples:
-        """Return a batch with tokens in the place of pixels, if its tokens are kept."""
-        return samples
-
-
-class EncoderCache(NoCache):
-    """Computes the tokens that are not stored yet, and stores them.
+class EncoderCache:
+    """Computes the tokens that are not stored yet, and stores them; a context, whose end writes the last.
 
     On an accelerator the tokens of a batch are written when the next one comes: they are copied meanwhile.
     """
 
     def __init__(self, model: BaseModel, form: RowForm) -> None:
-        super().__init__(TokenReader(form))
         self.model, self.form, self.store = model, form, form.store()
+        self.read_batch = TokenReader(form)
+        """What loader workers do with their batches."""
         self.num_encoded = 0
         """Images that went through the encoder."""
         self.pending: tuple[Sequence[bytes], Tensor, Any] | None = None
         logger.info(f"model.cache_features: {len(self.store):,} images have their tokens in {form.folder}")
+
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.flush()
@@ -188,8 +174,8 @@ class EncoderCache(NoCache):
             self.store.add(digests, self.form.rows(tokens).numpy())
 
 
-def open_cache(cfg: Config, model: BaseModel, *, device: torch.device, dtype: torch.dtype) -> NoCache:
-    """Return the cache that `model.cache_features` asks for; must be entered by every rank, with the weights loaded.
+def open_cache(cfg: Config, model: BaseModel, *, device: torch.device, dtype: torch.dtype) -> EncoderCache | None:
+    """Return the cache if `model.cache_features` asks for one; must be entered by every rank, with the weights loaded.
 
     `dtype` is the run's autocast type.
 
@@ -199,14 +185,14 @@ def open_cache(cfg: Config, model: BaseModel, *, device: torch.device, dtype: to
     """
     root = cache_root(cfg.model.get("cache_features"))
     if root is None:
-        return NoCache()
+        return None
     if not isinstance(model, BaseModel):
         problem = f"{type(model).__name__} does not derive from BaseModel, which says how to encode; leave it out"
         raise SettingError("model.cache_features", problem)
     encoder = model.frozen_encoder().eval()
     shape, kind = row_form(model, size=model_setting(cfg.model, "image_size"), device=device, dtype=dtype)
     about = {**describe(cfg, encoder, dtype=dtype), "tokens": list(shape), "dtype": str(kind)}
-    about["weights"] = dist.on_main(lambda: weights_digest(encoder))
+    about["weights"] = dist.on_main(lambda: weights_digest(encoder.state_dict()))
     text = json.dumps(about, indent=2, sort_keys=True, default=str)
     folder = root / hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
     dist.on_main(lambda: write_text(folder / "about.json", text + "\n") and None)
@@ -242,13 +228,3 @@ def row_form(
     with autocast(device, dtype) if device.type != "meta" else torch.no_grad():
         tokens = model.encoder_tokens(torch.zeros(1, 3, size, size, device=device))
     return tuple(tokens.shape[1:]), tokens.dtype
-
-
-def weights_digest(encoder: nn.Module) -> str:
-    """Return a digest of all weights of an encoder, their names, shapes and types; two seconds for a ViT-g."""
-    digest = hashlib.blake2b(digest_size=16)
-    state: Mapping[str, Tensor] = encoder.state_dict()
-    for name, tensor in state.items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

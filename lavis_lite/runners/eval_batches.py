@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 ADVICE = "evaluate without --resume, or with another --job-id, to start anew"
 WEIGHTS = ("checkpoint", "pretrained", "finetuned", "load_pretrained", "load_finetuned")
-"""Keys of the model that name its weights, which have a checksum."""
+"""Keys of the model that name its weights, which have a digest."""
 OTHER = frozenset(
     {"job_id", "resume", "resume_ckpt_path", "output_dir", "valid_splits", "test_splits", "num_workers"}
     | {"batch_size_train", "accum_grad_iters", "global_batch", "prefetch_factor"}
@@ -153,7 +153,7 @@ def data_digest(dataset: EvalDataset) -> str:
 def made_with(
     config: Mapping[str, Any], dataset: EvalDataset, *, weights: str, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Return all that the results of a split depend on; `weights` is the model's checksum."""
+    """Return all that the results of a split depend on; `weights` is a digest of the model's."""
     machine = {"device": device.type, "precision": str(dtype).removeprefix("torch."), "processes": dist.world_size()}
     versions = {"lavis_lite": __version__, "torch": str(torch.__version__)}
     return {"weights": weights, "data": data_digest(dataset), **machine, **versions, **settings_of(config)}

@@ -25,7 +25,7 @@ from lavis_lite.common.registry import registry
 from lavis_lite.common.rng import seed_rank
 from lavis_lite.datasets.protocols import EvalDataset
 from lavis_lite.models.base import BaseModel
-from lavis_lite.nn.fingerprint import checksum
+from lavis_lite.nn.fingerprint import weights_digest
 from lavis_lite.runners.checkpoint_writer import CheckpointWriter
 from lavis_lite.runners.compiling import compile_layers
 from lavis_lite.runners.encoded import open_cache
@@ -89,7 +89,8 @@ class Runner:
         self.has_warned_of_no_best = False
         self.about: dict[str, Any] = {}
         """What the run is, for the row `run` of its log."""
-        self.weights_sum: str | None = None
+        self.evaluated_weights: str | None = None
+        """Digest of the weights of an evaluation that keeps its batches."""
         self.keeps_batches = False
         """Whether an evaluation writes the results of its batches as they are computed, so that it can be resumed."""
         self.num_samples: dict[str, int] = {}
@@ -107,7 +108,7 @@ class Runner:
         self._write_config()  # only now: a resume that is refused leaves the job as it was
         self.has_begun = True
         self.progress.report_run(self.about, self._config())
-        with self.training.writer, self.training.tokens:
+        with self.training.writer, self.training.tokens or contextlib.nullcontext():
             train_loop(self.training, save=self._save_last, validate=self._validate)
         self._load_best()
         test = self._evaluate_splits(self.run.test_splits, step=state.step, epoch=state.epoch)
@@ -164,7 +165,8 @@ class Runner:
         self.saved_step = state.step
         loader.sampler.start_step = state.step
         tokens = open_cache(self.cfg, self.model, device=self.device, dtype=self.dtype)
-        loader.read_by(tokens.read_batch)
+        if tokens is not None:
+            loader.read_by(tokens.read_batch)
         if len(loader.sampler.names) > 1:
             self.progress.report_mixture(loader.sampler)
         parallel, no_sync = self._parallel()
@@ -235,8 +237,9 @@ class Runner:
         """Return the file of a split's batches, if the evaluation can be resumed."""
         if not self.keeps_batches or self.task.unresumable() is not None:
             return None
-        self.weights_sum = self.weights_sum or checksum(self.model)
-        made = made_with(self._config(), dataset, weights=self.weights_sum, device=self.device, dtype=self.dtype)
+        if self.evaluated_weights is None:
+            self.evaluated_weights = dist.on_main(lambda: weights_digest(self.model.state_dict()))
+        made = made_with(self._config(), dataset, weights=self.evaluated_weights, device=self.device, dtype=self.dtype)
         path, resume = partial_path(self.job_dir, split), self.run.resume == "auto"
         kept = SavedBatches(path, made, resume=resume, device=self.device)
         if kept.num_finished:

@@ -19,7 +19,7 @@ from lavis_lite.common.logger import row_of
 from lavis_lite.common.optim import Schedule, set_lr
 from lavis_lite.common.precision import autocast
 from lavis_lite.runners.checkpoint_writer import CheckpointWriter
-from lavis_lite.runners.encoded import NoCache
+from lavis_lite.runners.encoded import EncoderCache
 from lavis_lite.runners.learning import learning_metrics
 from lavis_lite.runners.plan import Plan
 from lavis_lite.runners.profiling import StepProfiler
@@ -136,7 +136,7 @@ class Training:
     profiler: StepProfiler
     stop: StopSignals
     writer: CheckpointWriter
-    tokens: NoCache
+    tokens: EncoderCache | None
     """The cache of the frozen image encoder's tokens, if there is one."""
     guard: FiniteGuard = field(default_factory=FiniteGuard)
 
@@ -209,7 +209,8 @@ def take_step(
             samples.update(place)
             with training.no_sync() if remaining else contextlib.nullcontext():
                 with profiler.phase("forward"), autocast(state.device, training.dtype):
-                    output = training.task.train_step(training.parallel, training.tokens.fill(samples))
+                    samples = samples if training.tokens is None else training.tokens.fill(samples)
+                    output = training.task.train_step(training.parallel, samples)
                 losses = {k: v for k, v in output.items() if k.startswith("loss") and torch.is_tensor(v)}
                 values = {"loss": losses["loss"], **losses, **learning_metrics(output)}
                 names, row = tuple(values), row_of(values)
