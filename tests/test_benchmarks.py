@@ -19,6 +19,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from lavis_lite.cli.throughput import sample_flops
+from lavis_lite.nn.losses import IGNORED
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
 
@@ -196,6 +199,25 @@ def test_operations_at_full_size_are_the_derived_ones(throughput: ModuleType, bl
     recomputed = 3 * flops.image_context(stage1.Qformer, 257).trained  # LAVIS projects an image four times
     assert (flops.stage1_step(stage1, 32) + recomputed) / 1e9 == pytest.approx(760, abs=5)
     assert flops.stage2_step(stage2, 14, 45) / 1e9 == pytest.approx(1050, abs=10)
+
+
+@pytest.mark.slow
+def test_the_dry_run_counts_the_operations_that_the_formula_derives(
+    throughput: ModuleType, blip2: ModuleType, flops: ModuleType
+):
+    """At full size, for one text; two equal samples are counted, whose contrast and negatives cost next to nothing."""
+    full = throughput.parse(["--device", "cpu", "--dtype", "fp32"])
+    full.device, full.depth = "meta", None
+    text = blip2.synthetic_texts(full)[:1]
+    batch = {"image": torch.empty(1, 3, 224, 224, device="meta"), "text_input": text}
+    stage1 = blip2.build("blip2", full)
+    found = sample_flops(stage1, batch)
+    assert found == pytest.approx(flops.stage1_step(stage1, stage1.tokenize(text)[0].shape[1]), rel=0.005)
+    stage2 = blip2.build_with_llm("opt", full)
+    read = stage2.llm_tokenizer.caption_batch(text, stage2.prompt)
+    found = sample_flops(stage2, batch)
+    num_labels = int((read.labels != IGNORED).sum())
+    assert found == pytest.approx(flops.stage2_step(stage2, read.ids.shape[1], num_labels), rel=0.005)
 
 
 @pytest.mark.parametrize("setting", [["--batch", "1"], ["--words", "1"]])
