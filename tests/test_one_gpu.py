@@ -81,9 +81,10 @@ def test_a_dry_run_counts_the_quantized_language_model(
     for kind in ("null", "int4"):
         more = [*options, f"model.llm_quantization={kind}", f"model.llm={json.dumps(large)}"]
         with pytest.raises(SystemExit) as ended:
-            train_main(["--cfg-path", str(path), "--dry-run", "--options", *more])
+            train_main(["--cfg-path", str(path), "--dry-run", "--gpu", "3090", "--options", *more])
         printed = capsys.readouterr()
         assert ended.value.code == 0, printed.err
+        assert re.search(r"^throughput  RTX 3090: ", printed.out, re.MULTILINE)
         weights.append(float(re.search(r"^memory +weights ([\d.]+) GiB", printed.out, re.MULTILINE)[1]))
     whole, four_bits = weights
     assert whole > 0.15
