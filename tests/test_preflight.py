@@ -705,7 +705,7 @@ def test_evaluation_takes_valid_and_test_splits(tmp_path: Path, capsys: pytest.C
     complains(
         capsys,
         cli_helpers.evaluate(path, "run.test_splits=[]", "run.valid_splits=[]"),
-        "run.evaluate: there is no split",
+        "run.evaluate: run.valid_splits and run.test_splits are empty",
     )
 
 

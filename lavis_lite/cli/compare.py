@@ -16,7 +16,7 @@ COLUMNS = ("split", "metric", "A", "B", "B - A", "95 % interval", "p", "samples"
 SCORING = ("accuracy", "join_hyphens", "metric")
 """Settings of tasks that say how a prediction is scored."""
 ACCURACIES = ("overall", "acc", "acc1", "true_rate")
-"""What tasks call the mean of their samples' `accuracy`."""
+"""Names that tasks give to the mean of their samples' `accuracy`."""
 RECALL = re.compile(r"(?P<side>txt_|img_)?r(?P<k>\d+)")
 
 Scores = Mapping[str, float]

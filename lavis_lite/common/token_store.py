@@ -25,7 +25,7 @@ ROWS, INDEX = ".rows", ".index"
 ENTRY = np.dtype([("key", "<u8"), ("rest", "<u8"), ("checksum", "<u4")])
 """An entry of an index: both halves of the digest, and the checksum of digest and row."""
 PLACE = np.dtype([("rest", "<u8"), ("checksum", "<u4"), ("file", "<u4"), ("row", "<u4")])
-"""What a process holds in memory per row, beside the first half of its digest."""
+"""Memory of a process per row, besides the first half of the row's digest."""
 MAX_FILE = 16 * 2**30
 """Bytes of rows after which a process begins another pair of files."""
 DIGEST = 16

@@ -89,7 +89,7 @@ def card(name: str, *, arch: str, hf_class: str, origin: Origin) -> str:
 
 
 def check_push(repository: str) -> None:
-    """Raise InputError for a name that no repository can have, and where there is no terminal to ask on."""
+    """Raise InputError for a name that is not a repository's, and without a terminal to ask on."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -98,7 +98,7 @@ def check_push(repository: str) -> None:
     except HFValidationError as error:
         raise InputError(f"--push {repository}: {error}") from error
     if not sys.stdin.isatty():
-        raise InputError("--push: asks before it uploads, and there is no terminal to ask on")
+        raise InputError("--push: asks before it uploads, and this process has no terminal")
 
 
 def push(folder: Path, repository: str) -> str:

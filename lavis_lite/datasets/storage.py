@@ -236,7 +236,7 @@ def named_splits(build_info: Mapping[str, Any]) -> list[str]:
 
 
 def num_samples(build_info: Mapping[str, Any], split: str) -> int | None:
-    """Return the published number of samples of a split, if the YAML has it. InputError if it is no whole number."""
+    """Return the published number of samples of a split, if the YAML has it. InputError if it is not a whole number."""
     value = (section_of(build_info, "annotations").get(split) or {}).get("num_samples")
     if value is not None and (type(value) is not int or value < 1):
         raise InputError(f"build_info.annotations.{split}.num_samples: must be a whole number above 0, got {value!r}")

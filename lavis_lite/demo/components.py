@@ -35,7 +35,7 @@ def on(
     outputs: Sequence[Any],
 ) -> None:
     """Call a function at events, with the raw values of inputs: images are opened by this package, not by Gradio, whose
-    errors about broken files are no help. A UserError is shown in the page.
+    errors about broken files do not say what is wrong. A UserError is shown in the page.
     """
 
     def call(*values: Any) -> Any:

@@ -51,7 +51,7 @@ class Results:
         if overwrite:
             dist.on_main(self.remove_partial)
         self.rows: dict[str, dict[str, Any]] = {}
-        """What an earlier run has computed, by `key_of`."""
+        """Results of an earlier run, by `key_of`."""
         if resume:
             for path in self._partials():
                 self.rows |= self._rows(path)

@@ -15,7 +15,7 @@ from lavis_lite.nn.attention import CrossAttentionKV, KeyValueCache
 from lavis_lite.nn.decoding import DecodingConfig, GenerationConfig, ScoredText, Step, check_prompt, decode
 
 Context = CrossAttentionKV | KeyValueCache
-"""What a text is decoded after, a row per image."""
+"""The context that a text is decoded after, a row per image."""
 
 
 class CaptionModel(BaseModel):

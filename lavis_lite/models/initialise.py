@@ -56,7 +56,7 @@ def vit_weights(source: str, encoder: ImageEncoder) -> dict[str, Tensor]:
     of that name. Position embeddings are resized to those of `encoder`.
 
     Raises:
-        FileNotFoundError: there is no such file, or it is not on this machine and LAVIS_LITE_OFFLINE is set.
+        FileNotFoundError: the file does not exist, or it is not on this machine and LAVIS_LITE_OFFLINE is set.
         ValueError: timm has no model of this name, or its attention has another number of heads.
     """
     if not isinstance(encoder, BlipViT):
@@ -100,7 +100,7 @@ def bert_weights(source: str, model: TextModel, *, add_token_type: bool = True) 
     in LAVIS and BLIP. Vocabulary rows beyond the tokenizer's are left out.
 
     Raises:
-        FileNotFoundError: there is no such folder, or it lacks its config.json or weights.
+        FileNotFoundError: the folder does not exist, or it lacks its config.json or weights.
         ValueError: sizes, activation, epsilon or vocabulary differ from the model's; the message has both values.
     """
     folder = download.local_folder(source, what="model.init_text: folder") or download.fetch_folder(source)

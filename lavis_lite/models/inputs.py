@@ -62,7 +62,7 @@ def image_of(
     if image.dim() not in ((4, 5) if video else (4,)) or image.shape[1] != 3:
         raise InputError(f"{where} has shape {tuple(image.shape)}; it must be {wanted}: unsqueeze(0) adds the batch")
     if image.numel() == 0:
-        raise InputError(f"{where} has shape {tuple(image.shape)}: there is no image or no frame")
+        raise InputError(f"{where} has shape {tuple(image.shape)}: without an image or a frame")
     if not image.is_floating_point():
         raise InputError(f"{where} is of type {image.dtype}; it must be floating point, as {NORMALISE}")
     if answering and not torch.compiler.is_compiling() and not image.is_meta:
@@ -155,7 +155,7 @@ def candidate_texts(candidates: Any, owner: str = "") -> list[str]:
     """
     texts = as_list(candidates, f"candidates{owner}", "a list of texts")
     if not texts:
-        raise InputError(f"candidates{owner}: an empty list; there is nothing to choose between")
+        raise InputError(f"candidates{owner}: an empty list; give at least one")
     for index, text in enumerate(texts):
         if not checked_text(text, f"candidate {index}{owner}").strip():
             raise InputError(f"candidate {index}{owner}: {text!r} is blank; give a text")

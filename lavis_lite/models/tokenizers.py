@@ -27,7 +27,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     extra tokens.
 
     Raises:
-        FileNotFoundError: there is no such folder, or it holds no tokenizer.
+        FileNotFoundError: the folder does not exist, or it holds no tokenizer.
         ValueError: it lacks a token that BLIP needs: [PAD], [UNK], [CLS] or [SEP].
     """
     folder: Path | None

@@ -173,7 +173,7 @@ def find_jobs(folder: Path) -> list[Job]:
     """Return the job of a folder, or the jobs in its sub-folders in the order in which they began.
 
     Raises:
-        MissingFileError: there is no such folder.
+        MissingFileError: the folder does not exist.
         InputError: the folder has neither a job nor jobs.
     """
     if not folder.is_dir():

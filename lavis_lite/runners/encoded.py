@@ -106,7 +106,7 @@ class EncoderCache:
     def __init__(self, model: BaseModel, form: RowForm) -> None:
         self.model, self.form, self.store = model, form, form.store()
         self.read_batch = TokenReader(form)
-        """What loader workers do with their batches."""
+        """The change of a batch in the loader workers."""
         self.num_encoded = 0
         """Images that went through the encoder."""
         self.pending: tuple[Sequence[bytes], Tensor, Any] | None = None

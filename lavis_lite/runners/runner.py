@@ -88,7 +88,7 @@ class Runner:
         self.profiler = StepProfiler(self.job_dir, num_steps=profiled, device=self.device.type)
         self.has_warned_of_no_best = False
         self.about: dict[str, Any] = {}
-        """What the run is, for the row `run` of its log."""
+        """Facts about the run, for the row `run` of its log."""
         self.evaluated_weights: str | None = None
         """Digest of the weights of an evaluation that keeps its batches."""
         self.keeps_batches = False

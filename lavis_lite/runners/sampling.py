@@ -199,7 +199,7 @@ def make_sampler(
     """Return the sampler of a run over training datasets of these lengths, by name; `streams` as for `TrainSampler`.
 
     Raises:
-        InputError: there is no dataset, one is smaller than a global batch, or shares do not fit the datasets.
+        InputError: no dataset is given, one is smaller than a global batch, or shares do not fit the datasets.
     """
     if not lengths:
         raise InputError("no dataset to train on: run.train_splits and the datasets section have no split in common")

@@ -28,7 +28,7 @@ from lavis_lite.runners.workers import loader_workers, worker_options
 
 Sample = dict[str, Any]
 ReadBatch = Callable[[Sample], Sample]
-"""What loader workers do with a collated batch."""
+"""A change of a collated batch, in the loader workers."""
 
 
 class Batch(NamedTuple):

@@ -27,7 +27,7 @@ BODY_TIMEOUT = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a server accepts."""
+    """Limits of the requests that a server accepts."""
 
     max_bytes: int
     """Bytes of a request's body, and of an image that is fetched."""

@@ -106,7 +106,7 @@ class NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 def fetch(url: str, *, max_bytes: int) -> bytes:
-    """Return what is at an http(s) URL. RequestError if it has no public address, or does not answer with it."""
+    """Return the content of an http(s) URL. RequestError if it has no public address, or does not answer with it."""
     check_public(url)
     opener = urllib.request.build_opener(NoRedirects, urllib.request.ProxyHandler({}))
     try:

@@ -54,12 +54,12 @@ class Job:
     request: ChatRequest
     image: Image.Image
     text: str
-    """What the model reads."""
+    """The text that the model reads."""
     done: Future[list[str]] = field(default_factory=Future)
 
     @property
     def shared(self) -> tuple[Any, ...]:
-        """What jobs of one batch have in common; jobs that are sampled are computed alone, for their seed."""
+        """The settings that jobs of one batch share; jobs that are sampled are computed alone, for their seed."""
         own = id(self) if self.request.samples else None
         return own, bool(self.text), tuple(sorted(self.request.decoding.items()))
 
@@ -133,7 +133,7 @@ class Worker:
                 job.done.set_result([next(texts) for _ in range(job.request.num_choices)])
         except InputError as error:
             self._fail(jobs, RequestError(str(error)))
-        except Exception:  # of one batch; the server goes on, and its log has the traceback
+        except Exception:  # of one batch; the server continues, and its log has the traceback
             logger.exception("a batch of %d requests failed", len(jobs))
             self._fail(jobs, RequestError("the model failed; the server's log says why", status=500))
 

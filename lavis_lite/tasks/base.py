@@ -338,7 +338,7 @@ def wanted_splits(run: RunConfig) -> list[str]:
     """Return the splits that a run uses, each once; without those to train on if it only evaluates."""
     evaluated = [*run.valid_splits, *run.test_splits]
     if run.evaluate and not evaluated:
-        raise InputError("run.evaluate: there is no split in run.valid_splits and run.test_splits; name one")
+        raise InputError("run.evaluate: run.valid_splits and run.test_splits are empty; name a split")
     return list(dict.fromkeys(evaluated if run.evaluate else [*run.train_splits, *evaluated]))
 
 

@@ -1,4 +1,4 @@
-"""The command `serve`: a model behind OpenAI's chat completions."""
+"""The command `serve`: a model that is served by OpenAI's chat completions."""
 
 from dataclasses import dataclass
 from typing import Annotated

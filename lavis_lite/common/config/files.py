@@ -122,7 +122,7 @@ def load_with_bases(path: Path, *, chain: tuple[Path, ...] = ()) -> list[Layer]:
     for base in bases:
         base_path = path.parent / base
         if not base_path.is_file():
-            raise ConfigError(f"{path}: _base_: there is no {base_path}; paths are relative to {path.parent}")
+            raise ConfigError(f"{path}: _base_: {base_path} does not exist; paths are relative to {path.parent}")
         layers += load_with_bases(base_path, chain=(*chain, here))
     return [*layers, Layer(str(path), normalise(tree, source=str(path)))]
 

@@ -68,7 +68,7 @@ def read(source: str | Path) -> Trained | None:
     """Return the configuration in the checkpoint at `source`; None if it has none, as LAVIS's published files.
 
     Raises:
-        FileNotFoundError: there is nothing at `source`.
+        FileNotFoundError: `source` does not exist.
         ValueError: the file is damaged, or its configuration has other than plain values.
     """
     if download.is_folder(source):

@@ -44,7 +44,7 @@ def find_reader(name: str) -> Reader:
     module, _, function = name.rpartition(".")
     if not module:
         advice = f"{did_you_mean(name, READERS)} A function of your own is named with its module: my_package.{name}"
-        raise InputError(f"reader: there is none called {name!r}. {advice}")
+        raise InputError(f"reader: {name!r} is unknown. {advice}")
     try:
         reader: Reader = vars(import_module(module))[function]
     except (ModuleNotFoundError, KeyError) as error:

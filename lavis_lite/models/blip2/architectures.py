@@ -88,7 +88,7 @@ class Blip2T5Instruct(Blip2Instruct, family=instruct(T5)):
         self, *, t5_model: str = T5.source, few_shot_prob: float = 0.0, num_few_shot_examples: int = 0, **parts: Any
     ) -> None:
         if few_shot_prob != 0:
-            problem = f"must be 0, got {few_shot_prob}: there are no few-shot examples; leave it out"
+            problem = f"must be 0, got {few_shot_prob}: no few-shot examples are given; leave it out"
             raise SettingError("model.few_shot_prob", problem)
         check_number("model.num_few_shot_examples", num_few_shot_examples, 0, 10**6)
         super().__init__(t5_model, **parts)

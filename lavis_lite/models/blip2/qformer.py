@@ -90,7 +90,7 @@ class Blip2Qformer(Blip2Matching, CaptionModel):
 
     def targets(self, samples: dict[str, Any], num_samples: int) -> Tensor:
         """Return which of all ranks' samples match each of this rank's, row-normalised (B,N): those of the same image,
-        or only itself if there is no `image_id`.
+        or only itself without `image_id`.
         """
         if "image_id" in samples:
             own = integers(samples, "image_id", num_samples, "the index of each image", self.device)

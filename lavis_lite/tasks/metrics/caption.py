@@ -30,7 +30,7 @@ Tokens = Literal["auto", "ptb", "characters"]
 
 
 def check_metrics(metrics: Iterable[str]) -> None:
-    """Raise InputError for an unknown caption metric, or if there are none."""
+    """Raise InputError for an unknown caption metric, or an empty list."""
     names = list(metrics)
     if not names or not LABELS.keys() >= set(names):
         raise InputError(f"run.metrics={names!r}: choose from {', '.join(LABELS)}")
@@ -53,7 +53,7 @@ def caption_metrics(
     of the references are of a language without spaces. `join_hyphens` writes "well - known" as "well-known" where a
     reference of the image has that. `groups` names a group of each image (nocaps' domains): the result has each group's
     means over its images, as nocaps' server has them, with CIDEr's word weights of all images.
-    Raises InputError if the images of the two differ, an image has no reference, or there are no images.
+    Raises InputError if the images of the two differ, an image has no reference, or the set is empty.
     """
     check_metrics(metrics)
     references, predictions = by_string(references, "references"), by_string(captions, "captions")
@@ -108,7 +108,7 @@ def check_images(references: Mapping[str, Sequence[str]], captions: Mapping[str,
     if missing := [key for key in references if key not in captions]:
         raise InputError(f"{len(missing)} of {len(references)} images have no caption, e.g. image id {missing[0]!r}")
     if not captions:
-        raise InputError("there are no captions to score")
+        raise InputError("no captions to score: the split is empty")
 
 
 def tokenizer_of(tokens_of: Callable[[str], list[str]]) -> Callable[[Mapping[str, Sequence[str]]], Texts]:

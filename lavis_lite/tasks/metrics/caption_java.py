@@ -41,7 +41,7 @@ def missing_for(metric: str) -> str | None:
     if metric not in ("meteor", "spice"):
         return None
     if find_java() is None:
-        return "it needs Java, and there is no `java` on the PATH (install a Java runtime, version 8 or later)"
+        return "it needs Java, and `java` is not on the PATH (install a Java runtime, version 8 or later)"
     library = folder() / "spice" / "lib"
     absent = [name for name in SPICE_MODELS if not (library / name).is_file()]
     if metric == "spice" and absent:

@@ -57,7 +57,7 @@ def _by(kinds: Mapping[str, str], hits: Mapping[str, float]) -> dict[str, Mean]:
 
 
 def _consistency(key: str, records: Records, hits: Mapping[str, float]) -> float | None:
-    """Return the accuracy, in percent, on the questions that a question entails; None if there are none."""
+    """Return the accuracy, in percent, on the questions that a question entails; None without any."""
     entailed = [other for other in map(str, records[key].get("entailed") or ()) if other != key and other in hits]
     return 100 * sum(hits[other] for other in entailed) / len(entailed) if entailed else None
 

@@ -93,7 +93,7 @@ def _ranks(scores: np.ndarray, right: Sequence[Sequence[int]], *, num_candidates
         expected = (len(right), num_candidates)
         raise InputError(f"{name} has shape {scores.shape}, expected {expected} (queries, candidates)")
     if not len(right):
-        raise InputError(f"{name} is empty: there are no queries to rank for")
+        raise InputError(f"{name} is empty: no queries to rank for")
     if not all(map(len, right)):
         query = [len(answers) for answers in right].index(0)
         raise InputError(f"query {query} has no right answer: leave images without texts out of the gallery")

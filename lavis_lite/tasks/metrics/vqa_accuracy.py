@@ -124,7 +124,7 @@ def vqa_metrics(
     """Return the accuracy in percent, to two digits: `overall` (= `agg_metrics`) and by question and answer type.
 
     `truths` maps question ids to `{"answers": [...], "question_type": ..., "answer_type": ...}`, types optional.
-    Raises InputError if a question has no prediction, or there are no questions.
+    Raises InputError if a question has no prediction, or the set is empty.
     """
     missing = [key for key in truths if key not in predictions]
     if missing or not truths:
