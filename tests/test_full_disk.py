@@ -60,7 +60,7 @@ def test_a_full_disk_leaves_nothing(
     assert ended.value.code == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert f"cannot write the folder {target}: the disk is full" in line
-    assert "MiB are free in" in line
+    assert f"MiB free in {tmp_path}" in line
     assert ("unchanged" in line) == is_there
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
     assert left == (["new", "new/folders", "new/folders/hf", "new/folders/hf/old"] if is_there else [])

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from lavis_lite.common import integrity, sharding
+from lavis_lite.common.disk import why_unwritable
 from lavis_lite.common.errors import AdapterError, InputError, WriteError
 from lavis_lite.common.sources import download
 
@@ -83,15 +84,12 @@ def atomic_write(path: str | Path, write: Callable[[BinaryIO], object]) -> Path:
         cause = (recorder and recorder.error) or error
         if not isinstance(cause, OSError):
             raise
-        folder = next(parent for parent in path.absolute().parents if parent.is_dir())
-        what = "the disk is full" if cause.errno in (errno.ENOSPC, errno.EDQUOT) else (cause.strerror or str(cause))
         advice = "Free some space, or write to another disk (a run: run.output_dir; --resume auto continues it)"
         if path.is_dir():
             advice = "Move this folder elsewhere"
         raise WriteError(
             cause.errno,
-            f"cannot write {path}: {what} ({shutil.disk_usage(folder).free / 2**20:.1f} MiB free in {folder}); nothing "
-            f"was replaced. {advice}",
+            f"cannot write {path}: {why_unwritable(path, cause)}; nothing was replaced. {advice}",
         ) from error
     return path
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lavis_lite.common.disk import FULL
 from lavis_lite.common.errors import InputError, WriteError
 
 
@@ -79,7 +80,8 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise WriteError(error.errno, f"{path}: {error.strerror}; free some space there") from error
+        advice = "free some space there" if error.errno in FULL else "make the folder writable"
+        raise WriteError(error.errno, f"{path}: {error.strerror}; {advice}") from error
 
 
 def differences(made: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

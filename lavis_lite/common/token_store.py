@@ -7,11 +7,9 @@ of the row, so one that a power failure or a cut file spoilt counts as missing.
 Note: rows are read by position and not mapped: if a mapped file is cut meanwhile, a signal ends the process.
 """
 
-import errno
 import hashlib
 import os
 import secrets
-import shutil
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from lavis_lite.common.disk import why_unwritable
 from lavis_lite.common.errors import WriteError
 
 ROWS, INDEX = ".rows", ".index"
@@ -171,12 +170,9 @@ class TokenStore:
         self.appended = None
 
     def _unwritable(self, error: OSError) -> WriteError:
-        place = next(parent for parent in (self.folder, *self.folder.absolute().parents) if parent.is_dir())
-        free = shutil.disk_usage(place).free / 2**20
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        what = f"the disk is full, {free:.1f} MiB free" if is_full else (error.strerror or str(error))
         advice = "free some space, or name a folder on another disk; the rows that are there stay valid"
-        problem = f"cannot write to {self.folder} ({what}); an image takes {self.row_bytes:,} bytes: {advice}"
+        why = why_unwritable(self.folder, error)
+        problem = f"cannot write to {self.folder}: {why}; an image takes {self.row_bytes:,} bytes: {advice}"
         return WriteError(error.errno, f"model.cache_features: {problem}")
 
     def close(self) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lavis_lite.common import checkpoint, integrity
+from lavis_lite.common.disk import is_full, why_unwritable
 from lavis_lite.common.errors import ExistingFileError, InputError, WriteError
 from lavis_lite.common.sources.folders import EXTRA_FILE, SETTINGS_FILE
 from lavis_lite.convert.card import Origin, card
@@ -118,25 +119,14 @@ def _replacing(target: Path) -> Iterator[Path]:
                 parent.rmdir()
         if not is_full(error):
             raise
-        place = next(parent for parent in target.absolute().parents if parent.is_dir())
-        free = f"{shutil.disk_usage(place).free / 2**20:,.1f} MiB are free in {place}"
+        why = why_unwritable(target.parent, OSError(errno.ENOSPC, ""))
         left = "what was there is unchanged" if target.exists() else "nothing was left there"
         raise WriteError(
             errno.ENOSPC,
-            f"cannot write the folder {target}: the disk is full ({free}); {left}. Free some space, or name a target "
-            "on another disk",
+            f"cannot write the folder {target}: {why}; {left}. Free some space, or name a target on another disk",
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def is_full(error: BaseException) -> bool:
-    """Return whether an error, or what it was raised from, says that the disk is full."""
-    numbers = (errno.ENOSPC, errno.EDQUOT)
-    texts = [text for number in numbers for text in (os.strerror(number), f"os error {number})")]
-    own = (isinstance(error, OSError) and error.errno in numbers) or any(text in str(error) for text in texts)
-    cause = error.__cause__ or error.__context__
-    return own or (cause is not None and is_full(cause))
 
 
 def write_checkpoint(
