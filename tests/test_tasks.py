@@ -500,7 +500,7 @@ def test_building_datasets_takes_what_each_one_has(monkeypatch: pytest.MonkeyPat
     assert task.build_datasets(config(evaluate=True, test_splits=[])) == {"big": {"val": "val data"}}
     with pytest.raises(ValueError, match=r"'tset'.*Did you mean 'test'.*'extra': \['train'\]"):
         task.build_datasets(config(test_splits=["tset"]))
-    with pytest.raises(ValueError, match=r"no split in run\.valid_splits and run\.test_splits"):
+    with pytest.raises(ValueError, match=r"run\.valid_splits and run\.test_splits are empty; name a split"):
         task.build_datasets(config(evaluate=True, valid_splits=[], test_splits=[]))
 
 

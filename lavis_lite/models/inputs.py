@@ -62,7 +62,7 @@ def image_of(
     if image.dim() not in ((4, 5) if video else (4,)) or image.shape[1] != 3:
         raise InputError(f"{where} has shape {tuple(image.shape)}; it must be {wanted}: unsqueeze(0) adds the batch")
     if image.numel() == 0:
-        raise InputError(f"{where} has shape {tuple(image.shape)}: without an image or a frame")
+        raise InputError(f"{where} has shape {tuple(image.shape)}: no image or no frame in it")
     if not image.is_floating_point():
         raise InputError(f"{where} is of type {image.dtype}; it must be floating point, as {NORMALISE}")
     if answering and not torch.compiler.is_compiling() and not image.is_meta:
