@@ -1,11 +1,13 @@
 """Workers and nodes that die: torchrun starts the run again, which continues by itself (`--resume auto`)."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import cli_helpers
@@ -22,13 +24,13 @@ LIMIT = 600
 NUM_STEPS = 40
 
 
-def agent(path: Path, *launcher: str) -> subprocess.Popen[str]:
-    """torchrun with train.py, which saves every second step."""
+def agent(path: Path, *launcher: str, node: Sequence[str] = (), **environment: str) -> subprocess.Popen[str]:
+    """torchrun with train.py, which saves every second step; `node` is the command that runs it on another machine."""
     options = ["--options", f"run.max_iters={NUM_STEPS}", "run.max_epoch=99", "run.batch_size_train=2"]
     argv = ["train.py", "--cfg-path", str(path), "--job-id", "job", "--resume", "auto", *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(cli_helpers.ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(cli_helpers.ROOT), **environment}
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", *launcher, *argv],
+        [*node, sys.executable, "-m", "torch.distributed.run", *launcher, *argv],
         env=environment,
         cwd=cli_helpers.ROOT,
         text=True,
@@ -105,16 +107,57 @@ def test_a_killed_worker_is_restarted_and_the_run_continues(rank: int, tmp_path:
     assert_not_interrupted(path)
 
 
-def test_two_nodes_of_which_one_dies(tmp_path: Path, shapes_data: Path) -> None:
+def has_network_namespaces() -> bool:
+    """Whether this process may make networks of its own, as root may on most machines."""
+    if shutil.which("ip") is None:
+        return False
+    made = subprocess.run(["ip", "netns", "add", f"probe{os.getpid()}"], capture_output=True).returncode == 0
+    return made and subprocess.run(["ip", "netns", "del", f"probe{os.getpid()}"]).returncode == 0
+
+
+@dataclass
+class Nodes:
+    """Two machines: how to run a command on each, their addresses, and what their processes are told."""
+
+    commands: Sequence[Sequence[str]]
+    addresses: Sequence[str]
+    environment: Mapping[str, str]
+
+
+@pytest.fixture
+def nodes() -> Iterator[Nodes]:
+    """Two networks joined by a virtual cable where this process may make them, else this machine twice."""
+    if not has_network_namespaces():
+        yield Nodes([(), ()], ["localhost", "localhost"], {})
+        return
+    names = [f"node{number}x{os.getpid()}" for number in (1, 2)]
+    commands = [f"netns add {name}" for name in names]
+    commands += ["link add eth0 netns {} type veth peer name eth0 netns {}".format(*names)]
+    addresses = ["10.87.0.1", "10.87.0.2"]
+    commands += [f"-n {name} addr add {own}/24 dev eth0" for name, own in zip(names, addresses, strict=True)]
+    commands += [f"-n {name} link set {device} up" for name in names for device in ("lo", "eth0")]
+    try:
+        for command in commands:
+            subprocess.run(["ip", *command.split()], check=True)
+        # the machine's name has no address in these networks, so gloo is told the device; no server knows any name
+        environment = {"GLOO_SOCKET_IFNAME": "eth0", "RES_OPTIONS": "timeout:1 attempts:1"}
+        yield Nodes([["ip", "netns", "exec", name] for name in names], addresses, environment)
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name])
+
+
+def test_two_nodes_of_which_one_dies(nodes: Nodes, tmp_path: Path, shapes_data: Path) -> None:
     """Two agents meet at an address; after one dies, the other continues alone, with the same global batch."""
     path, port = recipe(tmp_path), free_port()
-    meet = ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=test", "--max-restarts=9"]
+    meet = ["--rdzv-backend=c10d", f"--rdzv-endpoint={nodes.addresses[0]}:{port}", "--rdzv-id=test", "--max-restarts=9"]
     meet += ["--nnodes=1:2", "--nproc_per_node=1"]
     conf = "--rdzv-conf=last_call_timeout=15,keep_alive_interval=1,is_host="
-    agents = [agent(path, *meet, f"{conf}true")]  # the address is this one's, so the other one may die
-    job = tmp_path / "output" / "job"
+    job, agents = tmp_path / "output" / "job", []
     try:
-        agents.append(agent(path, *meet, f"{conf}false"))
+        for node, own, is_host in zip(nodes.commands, nodes.addresses, ("true", "false"), strict=True):  # [1] may die
+            launcher = [*meet, f"{conf}{is_host}", f"--local-addr={own}"]
+            agents.append(agent(path, *launcher, node=node, **nodes.environment))
         wait_until(lambda: num_steps(job) > 10 and "x 2 processes" in (job / "console.txt").read_text(), *agents)
         for process in (agents[1].pid, *workers(agents[1].pid)):
             os.kill(process, signal.SIGKILL)
