@@ -10,6 +10,12 @@ import torch
 from lavis_lite.common.logger import remove_handlers
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run files with slow tests first, so that at the end no process works alone at a long file."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def root_logger() -> Iterator[None]:
     """Leave the root logger as it was: a command sets its level, and handlers that write to the test's own streams."""

@@ -16,6 +16,7 @@ import pytest
 import shard_helpers
 import test_distributed
 import torch
+import warm
 import yaml
 from host_waits import DEVICE, simulated
 
@@ -355,7 +356,7 @@ def test_drop_path_of_a_frozen_encoder_is_off(tmp_path: Path, num_encoded: list[
 def test_a_killed_run_resumes_with_what_it_stored(tmp_path: Path, cache: Path) -> None:
     path = recipe(tmp_path, LOW, "shapes_pairs", "captioning", batch_size_train=1, checkpoint_every=1, max_epoch=99)
     command = ["--cfg-path", str(path), "--job-id", "killed", "--options", ON, "run.lr_sched=constant_lr"]
-    process = cli_helpers.process("train.py", *command)
+    process = warm.start("train.py", *command)
     log = tmp_path / "output" / "killed" / "log.txt"
     deadline = time.monotonic() + test_distributed.LIMIT
     while time.monotonic() < deadline and not (log.is_file() and '"step": 3' in log.read_text()):
@@ -378,7 +379,7 @@ def test_runs_of_one_and_of_two_processes_share_a_folder(tmp_path: Path, cache: 
     model, dataset, task = TRAININGS["BLIP VQA"]
     path = recipe(tmp_path, model | cli_helpers.NO_DROPOUT["model"], dataset, task)
     command = ["--cfg-path", str(path), "--job-id", "two", "--options", ON, "run.batch_size_train=2"]
-    process = cli_helpers.process("train.py", *command, world=2)
+    process = warm.start("train.py", *command, world=2)
     assert cli_helpers.train(path, ON, job="one") == 0
     code, output = test_distributed.ended(process, limit=4 * test_distributed.LIMIT)
     assert code == 0, output

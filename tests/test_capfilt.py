@@ -16,6 +16,7 @@ import pyarrow as pa
 import pytest
 import shard_helpers
 import torch
+import warm
 import yaml
 
 from lavis_lite.common.errors import InputError
@@ -160,7 +161,7 @@ def test_processes_and_kills_change_nothing(recipe: Path, shapes_data: Path) -> 
     assert cli_helpers.evaluate(recipe) == 0
     whole = shards(folder_of(recipe))
     arguments = ("--cfg-path", str(recipe), "--job-id", "killed")
-    killed = cli_helpers.process("evaluate.py", *arguments)
+    killed = warm.start("evaluate.py", *arguments)
     for _ in range(1200):
         if list(folder_of(recipe, "killed").glob("0*.jsonl")) or killed.poll() is not None:
             break
@@ -169,7 +170,7 @@ def test_processes_and_kills_change_nothing(recipe: Path, shapes_data: Path) -> 
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL, "it ended before it was killed"
     assert 1 <= len(shards(folder_of(recipe, "killed"))) <= 4
-    done = cli_helpers.process("evaluate.py", *arguments, world=2)
+    done = warm.start("evaluate.py", *arguments, world=2)
     output, _ = done.communicate(timeout=300)
     assert done.returncode == 0, output
     assert shards(folder_of(recipe, "killed")) == whole

@@ -11,9 +11,11 @@ from typing import Any
 
 import cli_helpers
 import pytest
+import test_runner
 import torch
+import warm
 from test_mixture import by_dataset
-from test_runner import ToyTask, assert_equal, last, losses, make, mixed_data, rows, script, two_ranks
+from test_runner import ToyTask, assert_equal, last, losses, make, mixed_data, rows
 from torch.utils.data import Dataset
 
 from lavis_lite.common.errors import UnreadableSample
@@ -278,7 +280,7 @@ def test_the_log_and_the_dry_run_tell_what_is_left_out(tmp_path: Path, capsys: p
 @pytest.mark.parametrize("die_at", [1, 5, 8, 14])
 def test_killed_anywhere_and_resumed_ends_the_same(tmp_path: Path, die_at: int) -> None:
     options = [f"{key}={json.dumps(value)}" for key, value in concat.items()]
-    killed = script(tmp_path / "killed", "mixed=true", *options, f"die_at={die_at}")
+    killed = warm.start(test_runner.__file__, tmp_path / "killed", "mixed=true", *options, f"die_at={die_at}")
     make(tmp_path / "straight", data=mixed_data(), **concat).train()
     assert killed.wait(300) == -signal.SIGKILL
     make(tmp_path / "killed", data=mixed_data(), resume="auto", **concat).train()
@@ -292,9 +294,9 @@ def test_killed_anywhere_and_resumed_ends_the_same(tmp_path: Path, die_at: int) 
 def test_two_ranks_train_as_one_process(tmp_path: Path) -> None:
     changes = {**concat, "max_epoch": 1, "dropout": 0, "log_freq": 1}
     options = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
-    ranks = two_ranks(tmp_path / "two", "mixed=true", "batch_size_train=2", *options)
+    ranks = warm.start(test_runner.__file__, tmp_path / "two", "mixed=true", "batch_size_train=2", *options, world=2)
     make(tmp_path / "one", data=mixed_data(), **changes).train()
-    assert [process.wait(300) for process in ranks] == [0, 0]
+    assert ranks.wait(300) == 0
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     assert by_dataset(tmp_path / "two") == by_dataset(tmp_path / "one")
 

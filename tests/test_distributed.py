@@ -19,6 +19,7 @@ from typing import Any
 import cli_helpers
 import pytest
 import torch
+import warm
 
 pytestmark = pytest.mark.slow  # every test waits for a job of two processes
 LIMIT = 150  # seconds until a hanging launch fails
@@ -87,11 +88,11 @@ def launch(shapes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Launc
     plan.append(["train", "--cfg-path", str(path), "--options", "run.max_epochs=3"])
     (folder / "plan.json").write_text(json.dumps(plan))
     settings = {"LAVIS_LITE_DATA": str(shapes_root), "LAVIS_LITE_OFFLINE": "1"}
-    process = cli_helpers.process(__file__, str(folder / "plan.json"), world=2, **settings)
+    process = warm.start(__file__, str(folder / "plan.json"), world=2, **settings)
     return Launch(folder, ended(process)[1])
 
 
-def ended(process: subprocess.Popen[str], *, limit: float = LIMIT) -> tuple[int, str]:
+def ended(process: subprocess.Popen[str] | warm.Warm, *, limit: float = LIMIT) -> tuple[int, str]:
     """Exit code and output of a process, which is killed if it takes too long."""
     try:
         output, _ = process.communicate(timeout=limit)

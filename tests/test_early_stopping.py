@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_runner import ToyTask, last, make, rows, two_ranks
+import test_runner
+import warm
+from test_runner import ToyTask, last, make, rows
 
 from lavis_lite.common.config.run import RunConfig
 from lavis_lite.common.errors import SettingError
@@ -52,8 +54,8 @@ def test_validations_that_score_nothing_end_nothing(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_ranks_end_after_the_same_step(tmp_path: Path) -> None:
     options = ["batch_size_train=2", "max_epoch=6", "early_stopping=1", "init_lr=0.0", "warmup_lr=0.0"]
-    ranks = two_ranks(tmp_path / "two", *options)  # nothing is learned, so the second validation equals the first
-    assert [process.wait(60) for process in ranks] == [0, 0]
+    # nothing is learned, so the second validation equals the first
+    assert warm.start(test_runner.__file__, tmp_path / "two", *options, world=2).wait(60) == 0
     assert [row["step"] for row in rows(tmp_path / "two") if row.get("split") == "val"] == [5, 10]
 
 

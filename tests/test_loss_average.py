@@ -9,7 +9,8 @@ from typing import Any
 import cli_helpers
 import pytest
 import torch
-from test_runner import Line, ToyTask, last, make, rows, two_ranks
+import warm
+from test_runner import Line, ToyTask, last, make, rows
 from torch import nn
 
 from lavis_lite.common import dist
@@ -74,8 +75,8 @@ def test_one_batch_alone_needs_no_average(tmp_path: Path) -> None:
 def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
     train(tmp_path / "large", batch_size_train=8)
     options = {"batch_size_train": 2, "accum_grad_iters": 2, "loss_average": "tokens"}
-    ranks = two_ranks(tmp_path / "two", json.dumps(options), file=__file__)
-    assert [process.wait(300) for process in ranks] == [0, 0]
+    ranks = warm.start(__file__, tmp_path / "two", json.dumps(options), world=2)
+    assert ranks.wait(300) == 0
     assert_same_training(tmp_path / "two", tmp_path / "large")
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_runner
 import torch
-from test_runner import Line, ToyTask, last, make, mixed_data, rows, script, two_ranks
+import warm
+from test_runner import Line, ToyTask, last, make, mixed_data, rows
 
 from lavis_lite.common import checkpoint
 from lavis_lite.common.config.run import RunConfig
@@ -225,7 +227,7 @@ def test_one_dataset_is_no_mixture(tmp_path: Path) -> None:
 def test_killed_and_resumed_gives_the_same_account(tmp_path: Path) -> None:
     """Killed in the second epoch, two steps after a checkpoint that stands between two rows of the log."""
     options = [f"{key}={json.dumps(value)}" for key, value in mixed.items()]
-    killed = script(tmp_path / "killed", "mixed=true", *options, "die_at=14")
+    killed = warm.start(test_runner.__file__, tmp_path / "killed", "mixed=true", *options, "die_at=14")
     task = LossRecorder()
     make(tmp_path / "straight", task=task, data=mixed_data(), **mixed).train()
     assert killed.wait(300) == -signal.SIGKILL
@@ -260,9 +262,9 @@ def test_two_ranks_give_the_account_of_one_process(tmp_path: Path) -> None:
     """Each rank's losses are of its own half; also when one process goes on where two stopped within the epoch."""
     changes = {**mixed, "max_epoch": 1, "dropout": 0, "keep_checkpoints": 9}
     options = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
-    ranks = two_ranks(tmp_path / "two", "mixed=true", "batch_size_train=2", *options)
+    ranks = warm.start(test_runner.__file__, tmp_path / "two", "mixed=true", "batch_size_train=2", *options, world=2)
     make(tmp_path / "one", data=mixed_data(), **changes).train()
-    assert [process.wait(300) for process in ranks] == [0, 0]
+    assert ranks.wait(300) == 0
     path = str(tmp_path / "two" / "checkpoint_6.pth")
     make(tmp_path / "alone", data=mixed_data(), resume_ckpt_path=path, **changes).train()
     (expected,) = by_dataset(tmp_path / "one")

@@ -7,6 +7,7 @@ from typing import Any
 
 import cli_helpers
 import pytest
+import warm
 
 from lavis_lite.common import checkpoint
 from lavis_lite.tasks.captioning import CaptionTask
@@ -29,11 +30,11 @@ def long_project(folder: Path, name: str) -> Path:
 def kill_in_training(path: Path, *, after: int) -> int:
     """Starts train.py, kills it as soon as its log shows step `after`; the step of the checkpoint it left."""
     job = path.parent / "output" / "job"
-    process = cli_helpers.process("train.py", "--cfg-path", str(path), "--job-id", "job")
+    process = warm.start("train.py", "--cfg-path", str(path), "--job-id", "job")
     try:
         deadline = time.monotonic() + 120
         while not (job / "checkpoint_last.pth").exists() or count_steps(job / "log.txt") < after:
-            assert process.poll() is None, f"ended by itself:\n{process.stdout.read()}"
+            assert process.poll() is None, f"ended by itself:\n{process.printed()}"
             assert time.monotonic() < deadline, "no progress"
             time.sleep(0.002)
     finally:

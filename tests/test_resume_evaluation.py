@@ -12,6 +12,7 @@ import cli_helpers
 import pytest
 import test_distributed
 import torch
+import warm
 from torch import nn
 
 from lavis_lite.common.partial import PartialFile
@@ -92,7 +93,7 @@ def test_a_killed_process_continues(tmp_path: Path) -> None:
     """SIGKILL once the file has two batches; then the end of the file is cut in the middle of a line."""
     path = cli_helpers.project(tmp_path, "caption", {"run": {"valid_splits": [], "batch_size_eval": 1}})
     arguments = ["--cfg-path", str(path), *AUTO]
-    process = cli_helpers.process("evaluate.py", *arguments, "--job-id", "cut")
+    process = warm.start("evaluate.py", *arguments, "--job-id", "cut")
     partial = tmp_path / "output" / "cut" / "result" / "test.partial"
     while process.poll() is None and (not partial.is_file() or partial.read_bytes().count(b"\n") < 3):
         time.sleep(0.005)
@@ -119,7 +120,7 @@ def test_two_processes_continue_each_its_own(tmp_path: Path) -> None:
     path = cli_helpers.project(tmp_path, "vqa_generate", {"run": {"valid_splits": [], "batch_size_eval": 2}})
 
     def launched(*argv: str) -> tuple[int, str]:
-        process = cli_helpers.process("evaluate.py", "--cfg-path", str(path), *argv, world=2)
+        process = warm.start("evaluate.py", "--cfg-path", str(path), *argv, world=2)
         return test_distributed.ended(process, limit=4 * test_distributed.LIMIT)
 
     result = tmp_path / "output" / "cut" / "result"
@@ -128,7 +129,7 @@ def test_two_processes_continue_each_its_own(tmp_path: Path) -> None:
     # the files of a whole evaluation, cut as kills leave them
     script = tmp_path / "keeping.py"
     script.write_text("import lavis_lite.cli.main as m; m.unfinished_files = lambda folder: []\nm.evaluate_main()\n")
-    process = cli_helpers.process(str(script), "--cfg-path", str(path), "--job-id", "cut", world=2)
+    process = warm.start(script, "--cfg-path", str(path), "--job-id", "cut", world=2)
     code, output = test_distributed.ended(process, limit=4 * test_distributed.LIMIT)
     assert code == 0, output
     for name, lines in (("test.partial", 3), ("test.partial-1", 2)):

@@ -12,6 +12,7 @@ from pathlib import Path
 import cli_helpers
 import pytest
 import test_distributed
+import warm
 from test_loaders import run_config
 
 from lavis_lite.common import checkpoint
@@ -70,7 +71,7 @@ def recipe(folder: Path) -> Path:
 def launched(folder: Path, *commands: list[str]) -> None:
     """Run command lines of train.py in one launch of two processes."""
     (folder / "plan.json").write_text(json.dumps([["train", *argv] for argv in commands]))
-    process = cli_helpers.process(test_distributed.__file__, str(folder / "plan.json"), world=2)
+    process = warm.start(test_distributed.__file__, str(folder / "plan.json"), world=2)
     code, output = test_distributed.ended(process, limit=4 * test_distributed.LIMIT)
     assert code == 0, output
     codes = [json.loads((folder / f"codes{rank}.json").read_text()) for rank in (0, 1)]

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from ports import free_port
+import warm
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -183,21 +183,6 @@ def last(job_dir: Path) -> dict[str, Any]:
     return checkpoint.load(job_dir / "checkpoint_last.pth")
 
 
-def script(
-    *argv: object, rank: int = 0, world: int = 1, port: int = 0, file: str = __file__
-) -> subprocess.Popen[bytes]:
-    """A process of the test file, as a rank of a world."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(Path(__file__).parents[1])}
-    return subprocess.Popen([sys.executable, file, *map(str, argv)], env=env)
-
-
-def two_ranks(*argv: object, file: str = __file__) -> list[subprocess.Popen[bytes]]:
-    """`script` as a world of two."""
-    port = free_port()
-    return [script(*argv, rank=rank, world=2, port=port, file=file) for rank in range(2)]
-
-
 def script_main(job_dir: str, *options: str) -> None:
     """One process of a training; `die_at=N` kills it in step N by SIGKILL, `mixed=true` takes `mixed_data`."""
     torch.set_num_threads(1)
@@ -244,7 +229,7 @@ def test_killed_and_resumed_equals_not_killed(tmp_path: Path, die_at: int, accum
     changes |= {"batch_size_train": 4 // accumulate, "accum_grad_iters": accumulate}
     make(tmp_path / "straight", **changes).train()
     options = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
-    assert script(tmp_path / "killed", *options, f"die_at={die_at}").wait(300) == -signal.SIGKILL
+    assert warm.start(__file__, tmp_path / "killed", *options, f"die_at={die_at}").wait(300) == -signal.SIGKILL
     assert 0 < last(tmp_path / "killed")["step"] <= die_at
     make(tmp_path / "killed", resume="auto", **changes).train()
     one, two = last(tmp_path / "straight"), last(tmp_path / "killed")
@@ -262,9 +247,10 @@ def test_killed_and_resumed_equals_not_killed(tmp_path: Path, die_at: int, accum
 @pytest.mark.slow
 def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
     """Without dropout, at the same global batch; the evaluation sets (5 and 1 samples) don't divide by the ranks."""
-    ranks = two_ranks(tmp_path / "two", "batch_size_train=1", "dropout=0", "accum_grad_iters=2", "max_epoch=1")
+    options = ("batch_size_train=1", "dropout=0", "accum_grad_iters=2", "max_epoch=1")
+    ranks = warm.start(__file__, tmp_path / "two", *options, world=2)
     make(tmp_path / "one", dropout=0, max_epoch=1).train()
-    assert [process.wait(300) for process in ranks] == [0, 0]
+    assert ranks.wait(300) == 0
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert list(two) == list(one) == [1, 2, 3, 4, 5]
     assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-5)

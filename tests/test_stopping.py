@@ -15,6 +15,7 @@ from typing import Any
 import cli_helpers
 import pytest
 import torch
+import warm
 
 from lavis_lite.cli import failures
 from lavis_lite.common import checkpoint, dist
@@ -325,17 +326,17 @@ def test_torchrun_forwards_sigterm_and_both_ranks_stop_after_the_same_step(tmp_p
     assert len(last(path)["ranks"]) == 2
 
 
-def two_ranks(path: Path, *options: str) -> list[subprocess.Popen[str]]:
+def two_ranks(path: Path, *options: str) -> list[warm.Warm]:
     """Both ranks as processes of ours, without torchrun, which would end the others."""
     from ports import free_port
 
     port = free_port()
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     flags = ["--cfg-path", str(path), "--job-id", "job", *(["--options", *options] if options else [])]
-    return [cli_helpers.process("train.py", *flags, RANK=str(r), LOCAL_RANK=str(r), **common) for r in (0, 1)]
+    return [warm.start("train.py", *flags, RANK=str(r), LOCAL_RANK=str(r), **common) for r in (0, 1)]
 
 
-def wait_for_step(path: Path, ranks: list[subprocess.Popen[str]]) -> None:
+def wait_for_step(path: Path, ranks: list[warm.Warm]) -> None:
     text = path.parent / "output" / "job" / "log.txt"
     deadline = time.monotonic() + 120
     while not text.exists() or '"loss"' not in text.read_text():
