@@ -63,8 +63,9 @@ def caption_metrics(
     if tokens == "auto":
         tokens = "characters" if are_unspaced(text for texts in references.values() for text in texts) else "ptb"
     tokenizer = "ptb_like" if tokens == "ptb" and not caption_java.find_java() else tokens
-    tokenize = TOKENIZERS[tokenizer]
-    tokenized = tokenize(references), tokenize({key: [text] for key, text in predictions.items()})
+    # an image's references and its prediction in one call, since a call starts Java
+    rows = TOKENIZERS[tokenizer]({key: [*texts, predictions[key]] for key, texts in references.items()})
+    tokenized = {key: row[:-1] for key, row in rows.items()}, {key: row[-1:] for key, row in rows.items()}
     scores: dict[str, Any] = {}
     left_out: dict[str, str] = {}
     for name in dict.fromkeys(metrics):
