@@ -21,19 +21,19 @@ from torch.utils.data import Dataset
 
 from lavis_lite.common import dist
 from lavis_lite.common.bounds import one_of
-from lavis_lite.common.config.schema import as_read, schema_of
+from lavis_lite.common.config.schema import schema_of
 from lavis_lite.common.config.sections import PROCESSOR_KEYS
 from lavis_lite.common.config.zoo import dataset_zoo
 from lavis_lite.common.errors import InputError, UnknownNameError, UnreadableSample
 from lavis_lite.common.feature_io import is_feature_file
 from lavis_lite.common.image_io import is_constant
 from lavis_lite.common.records import Kind, Record, RecordCheck, StoredImage
-from lavis_lite.common.registry import registry
 from lavis_lite.datasets.annotations import check_unique, place_of
 from lavis_lite.datasets.build_info import BuildInfo
 from lavis_lite.datasets.features import ReadsFeatures, is_features, padded_features
 from lavis_lite.datasets.image import ONE_COLOUR, open_image, opening_settings
 from lavis_lite.datasets.parts import CUT_BY, WHOLE, Part, cut_splits, part_of, warn_of_overlap
+from lavis_lite.datasets.processing import ProcessedImages, identity, make_processor
 from lavis_lite.datasets.readers import Reader, find_reader
 from lavis_lite.datasets.readers.files import PLACE, SplitFiles, identified
 from lavis_lite.datasets.shard_tables import shard_table
@@ -55,11 +55,6 @@ from lavis_lite.datasets.tables import Table, TableRecords, is_saved, is_table, 
 logger = logging.getLogger(__name__)
 
 BlankTexts = Literal["error", "skip"]
-
-
-def identity(value: Any) -> Any:
-    """Return the value: the processor of a dataset that names none."""
-    return value
 
 
 class BaseDataset(Dataset):
@@ -97,6 +92,7 @@ class BaseDataset(Dataset):
         self.annotation_paths = [Path(path) for path in annotation_paths]
         self.vis_root, self.split = Path(vis_root), split
         self.vis_processor, self.text_processor = vis_processor, text_processor
+        self.processed = ProcessedImages()
         self.warned_of_constant = np.frombuffer(mmap.mmap(-1, 1), dtype=np.bool_)  # of all loader workers together
         self.blank_texts = one_of("blank_texts", blank_texts, get_args(BlankTexts))
         check = RecordCheck(clean=text_processor, allow_blank=blank_texts == "skip")
@@ -209,6 +205,9 @@ class BaseDataset(Dataset):
         """Return the processed image of a table, or the image or features (N,W) of a path as the annotation gives it:
         absolute, or below `vis_root`.
         """
+        return self.processed.once(file, lambda: self._processed(file))
+
+    def _processed(self, file: str | StoredImage) -> Any:
         path = file if isinstance(file, StoredImage) else self.vis_root / file
         if isinstance(own := self.vis_processor, ReadsFeatures):
             return own.read_features(path)
@@ -387,13 +386,3 @@ class BaseBuilder:
         shards = stream_names(self.build_info, split, owner=type(self).__name__)
         blocks = BlockMaker(make, self.image_root(), reader=reader or find_reader(dataset_class.reader))
         return StreamDataset(shards, stream_settings(self.stream), make_block=blocks)
-
-
-def make_processor(blocks: dict[str, Any], split: str) -> Callable[[Any], Any]:
-    """Return the processor of the split's block (`train` for the split of that name, else `eval`), or `identity`."""
-    block = dict(blocks.get("train" if split == "train" else "eval") or {})
-    if not block:
-        return identity
-    processor_class = registry.get_processor_class(block["name"])
-    processor: Callable[[Any], Any] = processor_class.from_config(as_read(processor_class, block))
-    return processor

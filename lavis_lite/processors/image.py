@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from numbers import Real
 from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -123,6 +123,8 @@ class Blip2ImageTrainProcessor(ImageTrainProcessor):
 @registry.register_processor("blip_image_eval")
 class BlipImageEvalProcessor(ImageProcessor):
     """Squash to (image_size, image_size) and normalise; deterministic."""
+
+    is_deterministic: ClassVar[bool] = True
 
     def __init__(self, *, image_size: int = 384, backend: Backend = "pillow", **pixels: Any) -> None:
         size = check_number("image_size", image_size, 1, MAX_IMAGE_SIZE)

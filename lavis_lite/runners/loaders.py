@@ -21,6 +21,7 @@ from lavis_lite.common.transfer import pins_memory, to_device
 from lavis_lite.datasets.base import BaseDataset
 from lavis_lite.datasets.protocols import EvalDataset, SampleDataset
 from lavis_lite.datasets.streams import StreamDataset
+from lavis_lite.models.shared_images import with_repeats, without_repeats
 from lavis_lite.runners.ahead import on_device
 from lavis_lite.runners.mixing import check_mixable, join_batches, missing_keys, with_own_image_id
 from lavis_lite.runners.profiling import StepProfiler
@@ -180,7 +181,8 @@ def first_samples_missing(datasets: Mapping[str, SampleDataset]) -> dict[str, li
 
 
 class _Collated(Dataset[Batch]):
-    """A dataset whose items are whole batches, or the error about the sample that prevented one.
+    """A dataset whose items are whole batches, or the error about the sample that prevented one. A batch has each image
+    once, see models/shared_images.py.
 
     With `skip_unreadable` batches have the readable samples, whose indices are added as `positions`, and all errors.
     """
@@ -189,6 +191,12 @@ class _Collated(Dataset[Batch]):
         self.dataset, self.skip_unreadable = dataset, skip_unreadable
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
+        if not isinstance(self.dataset, BaseDataset):
+            return self._batch(indices)
+        with self.dataset.processed.kept_by(self.dataset.vis_processor):
+            return self._batch(indices)
+
+    def _batch(self, indices: Sequence[int]) -> Batch:
         samples: dict[int, Sample] = {}
         errors: list[str] = []
         for index in indices:
@@ -199,8 +207,8 @@ class _Collated(Dataset[Batch]):
                 if not self.skip_unreadable:
                     return Batch(None, errors)
         if not self.skip_unreadable:
-            return Batch(self.dataset.collater([*samples.values()]), [])
-        collated = self.dataset.collater([*samples.values()]) if samples else {}
+            return Batch(without_repeats(self.dataset.collater([*samples.values()])), [])
+        collated = without_repeats(self.dataset.collater([*samples.values()])) if samples else {}
         return Batch({**collated, "positions": [*samples]}, errors)
 
 
@@ -249,7 +257,8 @@ class EvalLoader:
                 raise UnreadableSample(f"{batch.errors[0]} (Evaluation never skips samples.)")
             if self.batches is not None:
                 self._count(batch)
-            yield to_device(batch.samples, self.device)
+            assert batch.samples is not None, batch.errors
+            yield with_repeats(to_device(batch.samples, self.device))
 
     def _count(self, batch: Batch) -> None:
         """Count a batch's unreadable samples; raise UnreadableSample if they are more than allowed."""
