@@ -213,7 +213,8 @@ class _Collated(Dataset[Batch]):
 
 
 class EvalLoader:
-    """Evaluation batches of one rank, on `device`: samples rank, rank + world, ... of `dataset`, each exactly once.
+    """Evaluation batches of one rank, on `device`: its share of `dataset` in order, which is contiguous, so that the
+    samples of one image stay in one batch; the ranks have each sample exactly once.
 
     The first `num_finished` batches are left out, as an earlier run has evaluated them.
     A task may choose the `batches` itself, lists of indices. Then up to `run.max_unreadable_share` of the samples are
@@ -237,7 +238,8 @@ class EvalLoader:
         self.name, self.profiler = name, profiler or StepProfiler()
         self.max_share, self.seen, self.unreadable = run.max_unreadable_share, 0, 0
         size = run.batch_size_eval
-        indices = range(rank, len(dataset), world)[num_finished * size :]
+        begin, end = (number * len(dataset) // world for number in (rank, rank + 1))
+        indices = range(begin, end)[num_finished * size :]
         starts = range(0, len(indices), size)
         self.sizes = [min(size, len(indices) - start) for start in starts] if batches is None else [*map(len, batches)]
         count = len(indices if batches is None else batches)
