@@ -26,7 +26,11 @@ class SampleDict(TypedDict, total=False):
     image_digests: list[bytes]
     """With `model.cache_features`: a digest of each image's pixels, for which tokens are looked up."""
     image_is_encoded: bool
-    """With `model.cache_features`: true if `image` holds the tokens (B,S,E) of the model's frozen image encoder."""
+    """True if `image` holds the tokens (B,S,E) of the model's image encoder: of a frozen one with
+    `model.cache_features`, in evaluation where samples share images."""
+    same_image: list[int]
+    """In evaluation, where samples share images: for each sample the position of the batch's first sample with the same
+    pixels. Made by the loader, read by tasks (`encoded_once`)."""
     image_mask: Tensor
     """With features (B,N,W) of another encoder as `image`: LongTensor (B,N), 1 where a token counts."""
     image0: Tensor
