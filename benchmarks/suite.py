@@ -36,7 +36,7 @@ from lavis_lite.common.config.run import RunConfig
 from lavis_lite.common.registry import registry
 from lavis_lite.convert.folders import write_folder
 from lavis_lite.models import from_pretrained
-from lavis_lite.processors.image import BlipImageEvalProcessor
+from lavis_lite.processors.image import Blip2ImageTrainProcessor, BlipImageEvalProcessor, ImageProcessor
 from lavis_lite.processors.randaugment import MOST, interpolated, moving_matrix, warp_affine
 from lavis_lite.runners.encoded import EncoderCache, RowForm, row_form
 from lavis_lite.runners.loaders import EvalLoader
@@ -45,6 +45,8 @@ from lavis_lite.tasks.vqa import VQATask
 STORED = Path(__file__).with_name("ratios.json")
 TOLERANCE = 0.15
 PARTS = ("blip", "stage1", "opt", "t5", "cache", "share", "load", "augment", "transform")
+BATCH = 16
+"""Images of a batch of `transform_jobs`."""
 NUM_QUESTIONS = 5
 """Questions per image of `share_job`; VQAv2 has 5.4."""
 
@@ -151,7 +153,7 @@ def augment_job(tiny: bool) -> Iterator[Job]:
 
 
 def transform_jobs(tiny: bool) -> Iterator[Job]:
-    """Resize and normalise an image; and decode one too, with each backend."""
+    """Resize and normalise an image; decode one too, with each backend; make a training batch of bytes."""
     side = 64 if tiny else 480
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))
     ours = BlipImageEvalProcessor(image_size=side // 2)
@@ -168,11 +170,20 @@ def transform_jobs(tiny: bool) -> Iterator[Job]:
     image.resize((side // 8, side // 8)).resize((side, side)).save(file, "jpeg")
     by_tensors = BlipImageEvalProcessor(image_size=side // 2, backend="torchvision")
 
-    def decoded(processor: BlipImageEvalProcessor) -> torch.Tensor:
+    def decoded(processor: ImageProcessor) -> torch.Tensor:
         return processor(Image.open(io.BytesIO(file.getvalue())))
 
     sides = {"ours": partial(decoded, by_tensors), "theirs": partial(decoded, ours)}
     yield _plain("JPEG to tensor, backend torchvision", "Pillow", 1, sides)
+
+    def batch(processor: ImageProcessor) -> torch.Tensor:
+        return torch.stack([decoded(processor) for _ in range(BATCH)])
+
+    by_output = {
+        name: partial(batch, Blip2ImageTrainProcessor(image_size=side * 3 // 4, output=output))
+        for name, output in (("ours", "uint8"), ("theirs", "float32"))
+    }
+    yield _plain("JPEGs to a batch, output uint8", "float32", BATCH, by_output)
 
 
 def _plain(what: str, other: str, count: int, sides: dict[str, Callable[[], Any]]) -> Job:

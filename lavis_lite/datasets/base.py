@@ -33,7 +33,7 @@ from lavis_lite.datasets.build_info import BuildInfo
 from lavis_lite.datasets.features import ReadsFeatures, is_features, padded_features
 from lavis_lite.datasets.image import ONE_COLOUR, open_image, opening_settings
 from lavis_lite.datasets.parts import CUT_BY, WHOLE, Part, cut_splits, part_of, warn_of_overlap
-from lavis_lite.datasets.processing import ProcessedImages, identity, make_processor
+from lavis_lite.datasets.processing import ProcessedImages, byte_statistics, identity, make_processor
 from lavis_lite.datasets.readers import Reader, find_reader
 from lavis_lite.datasets.readers.files import PLACE, SplitFiles, identified
 from lavis_lite.datasets.shard_tables import shard_table
@@ -222,10 +222,12 @@ class BaseDataset(Dataset):
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """Return a batch: tensors stacked, `long_keys` as LongTensor (B), everything else as lists.
 
-        Features (N,W) as `image` are padded to the longest; `image_mask` (B,N) is 1 where a token counts.
+        Features (N,W) as `image` are padded to the longest; `image_mask` (B,N) is 1 where a token counts. Images that
+        are bytes come with `image_mean` and `image_std` (B,3), by which they are normalised later.
         """
         values = {key: [sample[key] for sample in samples] for key in samples[0]}
         batch = padded_features(values.pop("image")) if is_features(samples[0].get("image")) else {}
+        batch |= byte_statistics(samples, self.vis_processor)
         return batch | {key: self._collate(key, own) for key, own in values.items()}
 
     def _collate(self, key: str, values: list[Any]) -> Any:

@@ -1,12 +1,13 @@
 """The processors of a split, and the images that a split processes once per batch."""
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from lavis_lite.common.config.schema import as_read
+from lavis_lite.common.pixels import statistics
 from lavis_lite.common.registry import registry
 
 
@@ -30,6 +31,20 @@ class Repeatable(Protocol):
     """A processor that says whether it makes equal tensors of the same image or video each time."""
 
     is_deterministic: bool
+
+
+@runtime_checkable
+class Normalises(Protocol):
+    """An image processor that knows the mean and the standard deviation of each colour."""
+
+    mean: Sequence[float]
+    std: Sequence[float]
+
+
+def byte_statistics(samples: Sequence[dict[str, Any]], processor: object) -> dict[str, Tensor]:
+    """Return the mean and deviation of a batch's images, as `statistics`, if they are bytes of this processor."""
+    images = [sample[key] for sample in samples for key in ("image", "image0") if key in sample]
+    return statistics(images, mean=processor.mean, std=processor.std) if isinstance(processor, Normalises) else {}
 
 
 class ProcessedImages:

@@ -15,6 +15,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from lavis_lite.common.config.run import RunConfig
 from lavis_lite.common.errors import InputError, UnreadableSample
+from lavis_lite.common.pixels import normalised
 from lavis_lite.common.progress import progress
 from lavis_lite.common.rng import preserve_rng_state, seed_sample
 from lavis_lite.common.transfer import pins_memory, to_device
@@ -260,7 +261,7 @@ class EvalLoader:
             if self.batches is not None:
                 self._count(batch)
             assert batch.samples is not None, batch.errors
-            yield with_repeats(to_device(batch.samples, self.device))
+            yield normalised(with_repeats(to_device(batch.samples, self.device)))
 
     def _count(self, batch: Batch) -> None:
         """Count a batch's unreadable samples; raise UnreadableSample if they are more than allowed."""
