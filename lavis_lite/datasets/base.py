@@ -33,7 +33,7 @@ from lavis_lite.datasets.build_info import BuildInfo
 from lavis_lite.datasets.features import ReadsFeatures, is_features, padded_features
 from lavis_lite.datasets.image import ONE_COLOUR, open_image, opening_settings
 from lavis_lite.datasets.parts import CUT_BY, WHOLE, Part, cut_splits, part_of, warn_of_overlap
-from lavis_lite.datasets.processing import ProcessedImages, byte_statistics, identity, make_processor
+from lavis_lite.datasets.processing import ProcessesImages, byte_statistics, identity, make_processor
 from lavis_lite.datasets.readers import Reader, find_reader
 from lavis_lite.datasets.readers.files import PLACE, SplitFiles, identified
 from lavis_lite.datasets.shard_tables import shard_table
@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 BlankTexts = Literal["error", "skip"]
 
 
-class BaseDataset(Dataset):
+class BaseDataset(ProcessesImages, Dataset):
     """Records of one split, their images below `vis_root`, and the processors that make samples of them.
 
     `annotation` has one record per sample. The sample's `instance_id` is its index as a string. `required` names the
@@ -92,7 +92,6 @@ class BaseDataset(Dataset):
         self.annotation_paths = [Path(path) for path in annotation_paths]
         self.vis_root, self.split = Path(vis_root), split
         self.vis_processor, self.text_processor = vis_processor, text_processor
-        self.processed = ProcessedImages()
         self.warned_of_constant = np.frombuffer(mmap.mmap(-1, 1), dtype=np.bool_)  # of all loader workers together
         self.blank_texts = one_of("blank_texts", blank_texts, get_args(BlankTexts))
         check = RecordCheck(clean=text_processor, allow_blank=blank_texts == "skip")
@@ -205,9 +204,9 @@ class BaseDataset(Dataset):
         """Return the processed image of a table, or the image or features (N,W) of a path as the annotation gives it:
         absolute, or below `vis_root`.
         """
-        return self.processed.once(file, lambda: self._processed(file))
+        return self.process_once(file, lambda: self._read_image(file))
 
-    def _processed(self, file: str | StoredImage) -> Any:
+    def _read_image(self, file: str | StoredImage) -> Any:
         path = file if isinstance(file, StoredImage) else self.vis_root / file
         if isinstance(own := self.vis_processor, ReadsFeatures):
             return own.read_features(path)

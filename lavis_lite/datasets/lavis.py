@@ -17,7 +17,7 @@ from lavis_lite.common.config.zoo import packaged_dataset
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets import base
-from lavis_lite.datasets.processing import ProcessedImages, identity, make_processor
+from lavis_lite.datasets.processing import identity, make_processor
 from lavis_lite.datasets.storage import VISUAL_FOLDERS
 from lavis_lite.datasets.streams import StreamDataset
 
@@ -46,7 +46,6 @@ class BaseDataset(base.BaseDataset):
     def set_processors(self, vis_processor: Callable[[Any], Any], text_processor: Callable[[Any], Any]) -> None:
         """Replace both processors."""
         self.vis_processor, self.text_processor = vis_processor, text_processor
-        self.processed = ProcessedImages()
 
     def _add_instance_ids(self, key: str = "instance_id") -> None:
         for index, record in enumerate(self.annotation):

@@ -47,28 +47,31 @@ def byte_statistics(samples: Sequence[dict[str, Any]], processor: object) -> dic
     return statistics(images, mean=processor.mean, std=processor.std) if isinstance(processor, Normalises) else {}
 
 
-class ProcessedImages:
-    """What a deterministic processor made of the images, or videos, of the batch that is being read."""
+class ProcessesImages:
+    """A dataset that processes an image, or a video, once for all samples of a batch, if its processor is
+    deterministic.
+    """
 
-    def __init__(self) -> None:
-        self.made: dict[Hashable, Tensor] | None = None
-        """By the image's place; None while every image is processed anew."""
+    vis_processor: Callable[[Any], Any] = staticmethod(identity)
+    batch_images: dict[Hashable, Tensor] | None = None
+    """Of the batch that is being read, by the image's place; None while every image is processed anew."""
 
     @contextlib.contextmanager
-    def kept_by(self, processor: object) -> Iterator[None]:
-        """Within the body process each image once, if the processor is deterministic."""
-        self.made = {} if isinstance(processor, Repeatable) and processor.is_deterministic else None
+    def processing_once(self) -> Iterator[None]:
+        """Within the body, which reads a batch, process each image once."""
+        own = self.vis_processor
+        self.batch_images = {} if isinstance(own, Repeatable) and own.is_deterministic else None
         try:
             yield
         finally:
-            self.made = None
+            self.batch_images = None
 
-    def once(self, place: Hashable, process: Callable[[], Any]) -> Any:
+    def process_once(self, place: Hashable, process: Callable[[], Any]) -> Any:
         """Return what `process` makes of the image at a place; of one that was processed already a copy, which the
         caller may change.
         """
-        if self.made is None:
+        if self.batch_images is None:
             return process()
-        if place not in self.made:
-            self.made[place] = process()
-        return self.made[place].clone()
+        if place not in self.batch_images:
+            self.batch_images[place] = process()
+        return self.batch_images[place].clone()

@@ -43,7 +43,7 @@ class VisualDataset(BaseDataset):
         def read() -> Tensor:
             return read_frames(path, self.num_frames, own, short_clips=self.short_clips, part=part)
 
-        return self.processed.once((video, part), read)
+        return self.process_once((video, part), read)
 
 
 def check_one_kind(records: list[Record], place: Callable[[int], str]) -> None:

@@ -194,7 +194,7 @@ class _Collated(Dataset[Batch]):
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         if not isinstance(self.dataset, BaseDataset):
             return self._batch(indices)
-        with self.dataset.processed.kept_by(self.dataset.vis_processor):
+        with self.dataset.processing_once():
             return self._batch(indices)
 
     def _batch(self, indices: Sequence[int]) -> Batch:
