@@ -54,12 +54,6 @@ TRAININGS: dict[str, tuple[dict[str, Any], str, str]] = {
 }
 FILES: dict[str, tuple[str, Callable[[Path], dict[str, Any]], dict[str, Any], str]] = {
     "BLIP dialog": ("visual_dialog", cli_helpers.dialog_set, {"arch": "blip_visdial"}, "instruct"),
-    "BLIP pairs": (
-        "classification",
-        cli_helpers.classification_set,
-        {"arch": "blip_classification", "num_classes": 3, "use_distill": False},
-        "multimodal_classification",
-    ),
     "BLIP classes": (
         "classification",
         cli_helpers.classification_set,

@@ -10,10 +10,12 @@ import torch
 from PIL import Image
 from test_loaders import run_config
 
+from lavis_lite.common.errors import InputError
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.base import BaseDataset
 from lavis_lite.models import load_model
 from lavis_lite.models.base import BaseModel
+from lavis_lite.models.inputs import IS_ENCODED
 from lavis_lite.models.shared_images import SAME_IMAGE, encoded_once, with_repeats, without_repeats
 from lavis_lite.processors.image import BlipImageEvalProcessor
 from lavis_lite.runners.loaders import EvalLoader
@@ -114,6 +116,21 @@ def test_a_model_that_reads_pixels_gets_them() -> None:
     assert encoded_once(object(), batch) is batch
     model = load_model("blip_nlvr", "tiny", is_eval=True, device="cpu")
     assert encoded_once(model, batch) is batch
+
+
+@pytest.mark.slow
+def test_a_classifier_trains_on_tokens_where_no_momentum_encoder_reads_pixels() -> None:
+    settings = {"num_classes": 3, "freeze_vit": True}
+    model = load_model("blip_classification", "tiny", is_eval=True, device="cpu", use_distill=False, **settings)
+    assert isinstance(model, BaseModel)
+    size = model.visual_encoder.image_size
+    image = torch.randn(6, 3, size, size, generator=torch.Generator().manual_seed(1))
+    batch = {"image": image, "text_input": TEXTS, "label": torch.arange(6) % 3}
+    tokens = model.frozen_encoder()(image)
+    assert model(batch | {"image": tokens, IS_ENCODED: True})["loss"].equal(model(batch)["loss"])
+    distilled = load_model("blip_classification", "tiny", is_eval=True, device="cpu", **settings)
+    with pytest.raises(InputError, match=r"model\.cache_features.*use_distill"):
+        distilled.frozen_encoder()
 
 
 Questions = tuple[BaseDataset, list[Image.Image]]
