@@ -89,9 +89,9 @@ def cache_job(tiny: bool) -> Iterator[Job]:
             )
 
 
-def share_job(tiny: bool, depth: int = 4) -> Iterator[Job]:
+def share_job(tiny: bool) -> Iterator[Job]:
     """Answer questions about JPEGs, five about each: read, processed and encoded once per image or per question."""
-    sizes = ["--depth", "1", "--image-size", "32"] if tiny else ["--depth", str(depth)]
+    sizes = ["--depth", "1", "--image-size", "32"] if tiny else ["--depth", "4"]
     arguments = blip.parse(sizes)
     model, task = blip.build("blip_vqa", arguments), VQATask(inference_method="generate", num_beams=1, max_len=4)
     with tempfile.TemporaryDirectory() as place:
