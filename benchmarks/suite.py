@@ -25,21 +25,30 @@ import blip2_jobs
 import numpy as np
 import torch
 import transformers
+from data_sources import SIZE, draw
 from measure import Job, Row, Watched, measure, table
 from PIL import Image
 from throughput import parse as parse_throughput
 from torch import nn
 from torchvision import transforms
 
+from lavis_lite.common.config.run import RunConfig
+from lavis_lite.common.registry import registry
 from lavis_lite.convert.folders import write_folder
 from lavis_lite.models import from_pretrained
-from lavis_lite.processors.image import BlipImageEvalProcessor
+from lavis_lite.processors.image import Blip2ImageTrainProcessor, BlipImageEvalProcessor, ImageProcessor
 from lavis_lite.processors.randaugment import MOST, interpolated, moving_matrix, warp_affine
 from lavis_lite.runners.encoded import EncoderCache, RowForm, row_form
+from lavis_lite.runners.loaders import EvalLoader
+from lavis_lite.tasks.vqa import VQATask
 
 STORED = Path(__file__).with_name("ratios.json")
 TOLERANCE = 0.15
-PARTS = ("blip", "stage1", "opt", "t5", "cache", "load", "augment", "transform")
+PARTS = ("blip", "stage1", "opt", "t5", "cache", "share", "load", "augment", "transform")
+BATCH = 16
+"""Images of a batch of `transform_jobs`."""
+NUM_QUESTIONS = 5
+"""Questions per image of `share_job`; VQAv2 has 5.4."""
 
 
 def blip_jobs(tiny: bool) -> Iterator[Job]:
@@ -80,6 +89,40 @@ def cache_job(tiny: bool) -> Iterator[Job]:
             )
 
 
+def share_job(tiny: bool) -> Iterator[Job]:
+    """Answer questions about JPEGs, five about each: read, processed and encoded once per image or per question."""
+    sizes = ["--depth", "1", "--image-size", "32"] if tiny else ["--depth", "4"]
+    arguments = blip.parse(sizes)
+    model, task = blip.build("blip_vqa", arguments), VQATask(inference_method="generate", num_beams=1, max_len=4)
+    with tempfile.TemporaryDirectory() as place:
+        draw(Path(place), 2, SIZE)
+        records = [
+            {"image": str(path), "question": f"what is shape {number} of it"}
+            for path in sorted(Path(place).glob("*.jpg"))
+            for number in range(NUM_QUESTIONS)
+        ]
+        file = Path(place) / "questions.json"
+        file.write_text(json.dumps(records))
+        eye = {"eval": {"name": "blip_image_eval", "image_size": arguments.image_size}}
+        builder = registry.get_builder_class("vqa")
+        info = {"annotations": {"val": {"storage": str(file)}}}
+        dataset = builder(build_info=info, vis_processor=eye).build(["val"])["val"]
+        run = RunConfig(task="vqa", batch_size_eval=len(records), num_workers=0)
+
+        @torch.no_grad()
+        def shared() -> list[Any]:
+            return [result for batch in EvalLoader(dataset, run) for result in task.valid_step(model, batch)]
+
+        @torch.no_grad()
+        def repeated() -> list[Any]:
+            samples = [dataset[number] for number in range(len(dataset))]
+            return task.valid_step(model, dataset.collater(samples))
+
+        assert shared() == repeated()
+        sides = {"ours": Watched(shared, model), "theirs": Watched(repeated, model)}
+        yield Job(what="five questions per image", other="image repeated", count=len(records), **sides)
+
+
 def load_job(tiny: bool) -> Iterator[Job]:
     """Load a BLIP from a Hugging Face folder."""
     sizes = ["--depth", "1", "--image-size", "32", "--batch", "2"] if tiny else ["--depth", "12"]
@@ -110,7 +153,7 @@ def augment_job(tiny: bool) -> Iterator[Job]:
 
 
 def transform_jobs(tiny: bool) -> Iterator[Job]:
-    """Resize and normalise an image; and decode one too, with each backend."""
+    """Resize and normalise an image; decode one too, with each backend; make a training batch of bytes."""
     side = 64 if tiny else 480
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))
     ours = BlipImageEvalProcessor(image_size=side // 2)
@@ -127,11 +170,20 @@ def transform_jobs(tiny: bool) -> Iterator[Job]:
     image.resize((side // 8, side // 8)).resize((side, side)).save(file, "jpeg")
     by_tensors = BlipImageEvalProcessor(image_size=side // 2, backend="torchvision")
 
-    def decoded(processor: BlipImageEvalProcessor) -> torch.Tensor:
+    def decoded(processor: ImageProcessor) -> torch.Tensor:
         return processor(Image.open(io.BytesIO(file.getvalue())))
 
     sides = {"ours": partial(decoded, by_tensors), "theirs": partial(decoded, ours)}
     yield _plain("JPEG to tensor, backend torchvision", "Pillow", 1, sides)
+
+    def batch(processor: ImageProcessor) -> torch.Tensor:
+        return torch.stack([decoded(processor) for _ in range(BATCH)])
+
+    by_output = {
+        name: partial(batch, Blip2ImageTrainProcessor(image_size=side * 3 // 4, output=output))
+        for name, output in (("ours", "uint8"), ("theirs", "float32"))
+    }
+    yield _plain("JPEGs to a batch, output uint8", "float32", BATCH, by_output)
 
 
 def _plain(what: str, other: str, count: int, sides: dict[str, Callable[[], Any]]) -> Job:
@@ -142,7 +194,10 @@ def _plain(what: str, other: str, count: int, sides: dict[str, Callable[[], Any]
 
 def jobs(part: str, tiny: bool) -> Iterator[Job]:
     """Iterate over the jobs of a part."""
-    own = {"blip": blip_jobs, "cache": cache_job, "load": load_job, "augment": augment_job, "transform": transform_jobs}
+    own = {
+        **{"blip": blip_jobs, "cache": cache_job, "share": share_job, "load": load_job},
+        **{"augment": augment_job, "transform": transform_jobs},
+    }
     yield from own[part](tiny) if part in own else blip2_part(part, tiny)
 
 

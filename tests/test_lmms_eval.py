@@ -325,14 +325,15 @@ def requests(model: Any, *documents: Any, kind: str = "", **generation_kwargs: A
 @needs_lmms_eval
 def test_several_images_are_read_one_after_the_other(adapter: Callable[..., Any]) -> None:
     model = adapter("blip2_opt", batch_size=2)
-    documents = [(PICTURES[:1], "one"), (PICTURES[:2], "two"), (PICTURES[1:], "two"), (PICTURES, "three")]
+    documents = [(PICTURES[:1], text) for text in ("one", "of the same image")]
+    documents += [(PICTURES[:2], "two"), (PICTURES[1:], "two"), (PICTURES, "three")]
     texts = model.generate_until(requests(model, *documents, max_new_tokens=6, num_beams=2))
     for (images, context), text in zip(documents, texts, strict=True):
         frames = torch.stack([model.process_image(image) for image in images], dim=1)[None]
         frames = frames[:, :, 0] if len(images) == 1 else frames
         sample = {"image": frames, "prompt": context}
         assert [text] == model.model.generate(sample, max_new_tokens=6, num_beams=2)
-    assert len(set(texts)) == 4
+    assert len(set(texts)) == 5
 
 
 @needs_lmms_eval

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from lavis_lite.common import video_io
 from lavis_lite.common.errors import UnreadableSample
 from lavis_lite.common.registry import registry
-from lavis_lite.datasets.base import identity
+from lavis_lite.datasets.processing import identity
 from lavis_lite.datasets.video import read_frames, record_part
 from lavis_lite.models import load_model_and_preprocess, load_preprocess
 from lavis_lite.processors import load_processor

@@ -23,6 +23,7 @@ from lavis_lite.common.config.agreement import model_setting
 from lavis_lite.common.config.config import Config, ConfigError
 from lavis_lite.common.errors import InputError, MissingFileError, UnreadableSample
 from lavis_lite.common.members import file_on_disk
+from lavis_lite.common.pixels import normalised
 from lavis_lite.common.precision import PRECISIONS, resolve_precision
 from lavis_lite.common.registry import registry
 from lavis_lite.common.rng import preserve_rng_state
@@ -205,7 +206,7 @@ def _check_splits(cfg: Config, task: BaseTask, datasets: Datasets) -> list[Split
             kind = _kind(dataset)
             samples = read_some(dataset, where, count=NUM_READ[kind], share=share)
             with preserve_rng_state():
-                batches = [_on_meta(dataset.collater([sample])) for sample in samples]
+                batches = [_on_meta(normalised(dataset.collater([sample]))) for sample in samples]
             batch = batches[0] if batches else {}
             shape = check_size(cfg.model, batch, where)
             if split in cfg.run.train_splits and not cfg.run.evaluate:

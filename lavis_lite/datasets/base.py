@@ -21,19 +21,19 @@ from torch.utils.data import Dataset
 
 from lavis_lite.common import dist
 from lavis_lite.common.bounds import one_of
-from lavis_lite.common.config.schema import as_read, schema_of
+from lavis_lite.common.config.schema import schema_of
 from lavis_lite.common.config.sections import PROCESSOR_KEYS
 from lavis_lite.common.config.zoo import dataset_zoo
 from lavis_lite.common.errors import InputError, UnknownNameError, UnreadableSample
 from lavis_lite.common.feature_io import is_feature_file
 from lavis_lite.common.image_io import is_constant
 from lavis_lite.common.records import Kind, Record, RecordCheck, StoredImage
-from lavis_lite.common.registry import registry
 from lavis_lite.datasets.annotations import check_unique, place_of
 from lavis_lite.datasets.build_info import BuildInfo
 from lavis_lite.datasets.features import ReadsFeatures, is_features, padded_features
 from lavis_lite.datasets.image import ONE_COLOUR, open_image, opening_settings
 from lavis_lite.datasets.parts import CUT_BY, WHOLE, Part, cut_splits, part_of, warn_of_overlap
+from lavis_lite.datasets.processing import ProcessesImages, byte_statistics, identity, make_processor
 from lavis_lite.datasets.readers import Reader, find_reader
 from lavis_lite.datasets.readers.files import PLACE, SplitFiles, identified
 from lavis_lite.datasets.shard_tables import shard_table
@@ -57,12 +57,7 @@ logger = logging.getLogger(__name__)
 BlankTexts = Literal["error", "skip"]
 
 
-def identity(value: Any) -> Any:
-    """Return the value: the processor of a dataset that names none."""
-    return value
-
-
-class BaseDataset(Dataset):
+class BaseDataset(ProcessesImages, Dataset):
     """Records of one split, their images below `vis_root`, and the processors that make samples of them.
 
     `annotation` has one record per sample. The sample's `instance_id` is its index as a string. `required` names the
@@ -209,6 +204,9 @@ class BaseDataset(Dataset):
         """Return the processed image of a table, or the image or features (N,W) of a path as the annotation gives it:
         absolute, or below `vis_root`.
         """
+        return self.process_once(file, lambda: self._read_image(file))
+
+    def _read_image(self, file: str | StoredImage) -> Any:
         path = file if isinstance(file, StoredImage) else self.vis_root / file
         if isinstance(own := self.vis_processor, ReadsFeatures):
             return own.read_features(path)
@@ -223,10 +221,12 @@ class BaseDataset(Dataset):
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """Return a batch: tensors stacked, `long_keys` as LongTensor (B), everything else as lists.
 
-        Features (N,W) as `image` are padded to the longest; `image_mask` (B,N) is 1 where a token counts.
+        Features (N,W) as `image` are padded to the longest; `image_mask` (B,N) is 1 where a token counts. Images that
+        are bytes come with `image_mean` and `image_std` (B,3), by which they are normalised later.
         """
         values = {key: [sample[key] for sample in samples] for key in samples[0]}
         batch = padded_features(values.pop("image")) if is_features(samples[0].get("image")) else {}
+        batch |= byte_statistics(samples, self.vis_processor)
         return batch | {key: self._collate(key, own) for key, own in values.items()}
 
     def _collate(self, key: str, values: list[Any]) -> Any:
@@ -387,13 +387,3 @@ class BaseBuilder:
         shards = stream_names(self.build_info, split, owner=type(self).__name__)
         blocks = BlockMaker(make, self.image_root(), reader=reader or find_reader(dataset_class.reader))
         return StreamDataset(shards, stream_settings(self.stream), make_block=blocks)
-
-
-def make_processor(blocks: dict[str, Any], split: str) -> Callable[[Any], Any]:
-    """Return the processor of the split's block (`train` for the split of that name, else `eval`), or `identity`."""
-    block = dict(blocks.get("train" if split == "train" else "eval") or {})
-    if not block:
-        return identity
-    processor_class = registry.get_processor_class(block["name"])
-    processor: Callable[[Any], Any] = processor_class.from_config(as_read(processor_class, block))
-    return processor

@@ -17,6 +17,7 @@ from lavis_lite.common.config.zoo import packaged_dataset
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets import base
+from lavis_lite.datasets.processing import identity, make_processor
 from lavis_lite.datasets.storage import VISUAL_FOLDERS
 from lavis_lite.datasets.streams import StreamDataset
 
@@ -40,7 +41,7 @@ class BaseDataset(base.BaseDataset):
             super().__init__(ann_paths, root, split="eval")
         else:
             self.annotation, self.annotation_paths, self.vis_root, self.split = [], [], Path(root), "eval"
-        self.set_processors(vis_processor or base.identity, text_processor or base.identity)
+        self.set_processors(vis_processor or identity, text_processor or identity)
 
     def set_processors(self, vis_processor: Callable[[Any], Any], text_processor: Callable[[Any], Any]) -> None:
         """Replace both processors."""
@@ -77,8 +78,8 @@ class BaseDatasetBuilder(base.BaseBuilder):
 
     def _build_split(self, split: str) -> base.BaseDataset:
         dataset: base.BaseDataset = self.dataset_class(split)(
-            vis_processor=base.make_processor(self.vis_processor, split),
-            text_processor=base.make_processor(self.text_processor, split),
+            vis_processor=make_processor(self.vis_processor, split),
+            text_processor=make_processor(self.text_processor, split),
             vis_root=str(self.image_root()),
             ann_paths=[str(path) for path in self.annotation_paths(split)],
         )

@@ -23,10 +23,19 @@ class SampleDict(TypedDict, total=False):
     image: Tensor
     """Normalised pixels, float (B,3,H,W). Of videos (B,3,F,H,W) with F frames in time order, read by the models
     whose class has `takes_video`. With the processor `features` (B,N,W), N tokens of another encoder."""
+    image_mean: Tensor
+    """(B,3), where images are bytes (`output: uint8`): normalised by these and the next on the device, which removes
+    both keys. Made by collaters, read by loaders (`normalised`)."""
+    image_std: Tensor
+    """The standard deviation, as `image_mean`."""
     image_digests: list[bytes]
     """With `model.cache_features`: a digest of each image's pixels, for which tokens are looked up."""
     image_is_encoded: bool
-    """With `model.cache_features`: true if `image` holds the tokens (B,S,E) of the model's frozen image encoder."""
+    """True if `image` holds the tokens (B,S,E) of the model's image encoder: of a frozen one with
+    `model.cache_features`, in evaluation where samples share images."""
+    same_image: list[int]
+    """In evaluation, where samples share images: for each sample the position of the batch's first sample with the same
+    pixels. Made by the loader, read by tasks (`encoded_once`)."""
     image_mask: Tensor
     """With features (B,N,W) of another encoder as `image`: LongTensor (B,N), 1 where a token counts."""
     image0: Tensor

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, get_args
 
+from torch import Tensor
+
 from lavis_lite.common.bounds import one_of
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.records import Record, StoredImage
@@ -37,7 +39,11 @@ class VisualDataset(BaseDataset):
         path = video if isinstance(video, StoredImage) else self.vis_root / video
         own = self.vis_processor
         part = record_part(record) if isinstance(own, ReadsVideos) and not own.full_video else None
-        return read_frames(path, self.num_frames, own, short_clips=self.short_clips, part=part)
+
+        def read() -> Tensor:
+            return read_frames(path, self.num_frames, own, short_clips=self.short_clips, part=part)
+
+        return self.process_once((video, part), read)
 
 
 def check_one_kind(records: list[Record], place: Callable[[int], str]) -> None:

@@ -24,12 +24,14 @@ from lavis_lite.common.errors import InputError, MissingPackageError
 from lavis_lite.common.precision import autocast, resolve_precision
 from lavis_lite.common.prompts import fill_placeholders
 from lavis_lite.common.registry import registry
+from lavis_lite.common.transfer import to_device
 from lavis_lite.common.video_io import check_num_frames, decode, processed
 from lavis_lite.integrations.lmms_eval_settings import Generation
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.blip2.llm import Blip2LLM
 from lavis_lite.models.loading import Processors, from_pretrained, load_model_and_preprocess
 from lavis_lite.models.protocols import AnswersQuestions, Generates, ScoresCandidates
+from lavis_lite.models.shared_images import encoded_once, with_repeats, without_repeats
 
 try:
     from lmms_eval.api.instance import GenerationResult
@@ -153,8 +155,8 @@ class LavisLite(lmms):
             )
         results: list[Any] = [None] * len(requests)
         for queries in self.batches(self.choices(requests), total=len(requests)):
-            samples = self.samples(queries)
             with naming(queries), torch.no_grad(), autocast(self._device, self.dtype):
+                samples = self.samples(queries)
                 losses = model.class_losses(samples, [list(query.candidates) for query in queries], divided=False)
                 greedy = model.generate(samples, **greedy_search(model, queries))
             if losses.isnan().any():
@@ -242,21 +244,25 @@ class LavisLite(lmms):
                 progress.update(sum(len(query.indices) for query in batch))
 
     def samples(self, queries: Sequence[Query]) -> dict[str, Any]:
-        """Return the batch as a language model reads it: complete prompts, as the task `instruct` gives them."""
-        image = torch.stack([query.image for query in queries]).to(self._device)
-        return {"image": image, "text_input": [query.text for query in queries], "prompt": "{}"}
+        """Return the batch as a language model reads it: complete prompts, as the task `instruct` gives them. An image
+        of several queries is encoded once.
+        """
+        images = without_repeats({"image": torch.stack([query.image for query in queries])})
+        images = encoded_once(self.model, with_repeats(to_device(images, self._device)))
+        return {**images, "text_input": [query.text for query in queries], "prompt": "{}"}
 
     @torch.no_grad()
     def write(self, queries: Sequence[Query], settings: Mapping[str, Any]) -> list[str]:
         """Return the text that the model writes for each query."""
-        model, samples = self.model, self.samples(queries)
+        model = self.model
         with autocast(self._device, self.dtype):
+            samples = self.samples(queries)
             if isinstance(model, ScoresCandidates) and isinstance(model, Generates):
                 return model.generate(samples, **settings)
+            del samples["prompt"]
             if isinstance(model, Generates):  # writes on after the prompt
                 prompts = {} if self.prompt is None else {"prompt": samples["text_input"]}
-                return model.generate({"image": samples["image"], **prompts}, **settings)
-            del samples["prompt"]
+                return model.generate(samples | prompts, **settings)
             return model.predict_answers(samples, inference_method="generate", **settings)
 
 

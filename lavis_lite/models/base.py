@@ -85,8 +85,9 @@ class BaseModel(nn.Module):
     takes_video: ClassVar[bool] = True
     """`image` may be a video (B,3,F,H,W)."""
     reads_encoded: ClassVar[bool] = False
-    """Training reads images through `checked_image` and `encode_image` alone, so that tokens of the frozen image
-    encoder may take their place (`model.cache_features`)."""
+    """Training and evaluation read images through `checked_image` and `encode_image` alone, so that tokens of the image
+    encoder may take their place: stored ones of a frozen encoder in training (`model.cache_features`), in evaluation
+    those that several samples share."""
     num_text_tokens: int = 0
     """Tokens of all texts that were tokenised so far, without padding."""
     reports_num_labels: ClassVar[bool] = False

@@ -1,13 +1,16 @@
 """The base of processors: callables built from keyword arguments; the constructor's signature is the YAML's schema."""
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from lavis_lite.common.config.schema import Checker, schema_of
 
 
 class BaseProcessor:
     """A callable `processor(item) -> item`. Subclasses take keyword-only arguments, each with a default."""
+
+    is_deterministic: ClassVar[bool] = False
+    """Whether the same image or video always gives equal tensors; an evaluation then processes it once per batch."""
 
     def __call__(self, item: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} does not define __call__")

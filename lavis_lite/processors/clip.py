@@ -3,7 +3,7 @@
 Note: unlike `blip_image_eval`, which resizes an image to a square, these keep its proportions and lose its edges.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torchvision.transforms import InterpolationMode
 
@@ -23,6 +23,8 @@ class ClipImageTrainProcessor(ImageTrainProcessor):
 @registry.register_processor("clip_image_eval")
 class ClipImageEvalProcessor(ImageProcessor):
     """Resize the shorter side to `image_size` (bicubic), crop the centre, normalise; deterministic."""
+
+    is_deterministic: ClassVar[bool] = True
 
     def __init__(self, *, image_size: int = 224, backend: Backend = "pillow", **pixels: Any) -> None:
         own, size = kit(backend), check_number("image_size", image_size, 1, MAX_IMAGE_SIZE)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
+from lavis_lite.common.pixels import normalised
 from lavis_lite.common.transfer import pins_memory, tensors_of, to_device
 from lavis_lite.runners.streaming import Item
 
@@ -32,4 +33,5 @@ def on_device(items: Iterator[Item], device: torch.device) -> Iterator[Item]:
 
 
 def _moved(item: Item, device: torch.device) -> Item:
-    return item._replace(batch=item.batch._replace(samples=to_device(item.batch.samples, device)))
+    samples = to_device(item.batch.samples, device)
+    return item._replace(batch=item.batch._replace(samples=None if samples is None else normalised(samples)))

@@ -15,12 +15,14 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from lavis_lite.common.config.run import RunConfig
 from lavis_lite.common.errors import InputError, UnreadableSample
+from lavis_lite.common.pixels import normalised
 from lavis_lite.common.progress import progress
 from lavis_lite.common.rng import preserve_rng_state, seed_sample
 from lavis_lite.common.transfer import pins_memory, to_device
 from lavis_lite.datasets.base import BaseDataset
 from lavis_lite.datasets.protocols import EvalDataset, SampleDataset
 from lavis_lite.datasets.streams import StreamDataset
+from lavis_lite.models.shared_images import with_repeats, without_repeats
 from lavis_lite.runners.ahead import on_device
 from lavis_lite.runners.mixing import check_mixable, join_batches, missing_keys, with_own_image_id
 from lavis_lite.runners.profiling import StepProfiler
@@ -180,7 +182,8 @@ def first_samples_missing(datasets: Mapping[str, SampleDataset]) -> dict[str, li
 
 
 class _Collated(Dataset[Batch]):
-    """A dataset whose items are whole batches, or the error about the sample that prevented one.
+    """A dataset whose items are whole batches, or the error about the sample that prevented one. A batch has each image
+    once, see models/shared_images.py.
 
     With `skip_unreadable` batches have the readable samples, whose indices are added as `positions`, and all errors.
     """
@@ -189,6 +192,12 @@ class _Collated(Dataset[Batch]):
         self.dataset, self.skip_unreadable = dataset, skip_unreadable
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
+        if not isinstance(self.dataset, BaseDataset):
+            return self._batch(indices)
+        with self.dataset.processing_once():
+            return self._batch(indices)
+
+    def _batch(self, indices: Sequence[int]) -> Batch:
         samples: dict[int, Sample] = {}
         errors: list[str] = []
         for index in indices:
@@ -199,13 +208,14 @@ class _Collated(Dataset[Batch]):
                 if not self.skip_unreadable:
                     return Batch(None, errors)
         if not self.skip_unreadable:
-            return Batch(self.dataset.collater([*samples.values()]), [])
-        collated = self.dataset.collater([*samples.values()]) if samples else {}
+            return Batch(without_repeats(self.dataset.collater([*samples.values()])), [])
+        collated = without_repeats(self.dataset.collater([*samples.values()])) if samples else {}
         return Batch({**collated, "positions": [*samples]}, errors)
 
 
 class EvalLoader:
-    """Evaluation batches of one rank, on `device`: samples rank, rank + world, ... of `dataset`, each exactly once.
+    """Evaluation batches of one rank, on `device`: its share of `dataset` in order, which is contiguous, so that the
+    samples of one image stay in one batch; the ranks have each sample exactly once.
 
     The first `num_finished` batches are left out, as an earlier run has evaluated them.
     A task may choose the `batches` itself, lists of indices. Then up to `run.max_unreadable_share` of the samples are
@@ -229,7 +239,8 @@ class EvalLoader:
         self.name, self.profiler = name, profiler or StepProfiler()
         self.max_share, self.seen, self.unreadable = run.max_unreadable_share, 0, 0
         size = run.batch_size_eval
-        indices = range(rank, len(dataset), world)[num_finished * size :]
+        begin, end = (number * len(dataset) // world for number in (rank, rank + 1))
+        indices = range(begin, end)[num_finished * size :]
         starts = range(0, len(indices), size)
         self.sizes = [min(size, len(indices) - start) for start in starts] if batches is None else [*map(len, batches)]
         count = len(indices if batches is None else batches)
@@ -249,7 +260,8 @@ class EvalLoader:
                 raise UnreadableSample(f"{batch.errors[0]} (Evaluation never skips samples.)")
             if self.batches is not None:
                 self._count(batch)
-            yield to_device(batch.samples, self.device)
+            assert batch.samples is not None, batch.errors
+            yield normalised(with_repeats(to_device(batch.samples, self.device)))
 
     def _count(self, batch: Batch) -> None:
         """Count a batch's unreadable samples; raise UnreadableSample if they are more than allowed."""

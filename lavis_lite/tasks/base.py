@@ -164,7 +164,7 @@ class BaseTask:
     ) -> Sequence[Sequence[int]] | None:
         """Return the indices of the samples in each batch that this rank evaluates; called on every rank.
 
-        None: samples rank, rank + world, ... in order, none of which may be unreadable.
+        None: a contiguous share of the samples, in order, none of which may be unreadable.
         """
         return None
 

@@ -20,6 +20,7 @@ from lavis_lite.datasets.instruct import InstructDataset
 from lavis_lite.datasets.protocols import EvalDataset, Samples
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.protocols import Generates, ScoresCandidates, method_names
+from lavis_lite.models.shared_images import encoded_once
 from lavis_lite.tasks.base import DECODING_BOUNDS, BaseTask, Metrics, check_settings, naming_setting
 from lavis_lite.tasks.metrics.dialog import ndcg, ranks_of, sparse_metrics
 from lavis_lite.tasks.metrics.mean import Mean
@@ -103,7 +104,7 @@ class InstructTask(BaseTask):
         """Return `question_id` and `prediction` of each sample, and the `losses` of its candidates if it has any."""
         if self.blank_images:
             samples = blanked(samples)
-        samples = {**samples, "prompt": "{}"}
+        samples = {**encoded_once(model, samples), "prompt": "{}"}
         ids = as_list(samples["question_id"])
         if "candidates" not in samples:
             written: list[Any] = model.generate(samples, **self.generate_settings())

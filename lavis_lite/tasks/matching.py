@@ -15,6 +15,7 @@ from lavis_lite.common.registry import registry
 from lavis_lite.datasets.annotations import as_list
 from lavis_lite.datasets.protocols import IMAGE_KEYS, EvalDataset, Samples
 from lavis_lite.models.protocols import ScoresPairs, method_names
+from lavis_lite.models.shared_images import encoded_once
 from lavis_lite.tasks.base import BaseTask, Metrics, with_eval_processors
 from lavis_lite.tasks.metrics.ranking import roc_auc
 from lavis_lite.tasks.predictions import Prediction, of_record
@@ -54,6 +55,7 @@ class MatchingTask(BaseTask):
 
     def valid_step(self, model: ScoresPairs, samples: Samples) -> list[Result]:
         """Return the scores of each sample."""
+        samples = encoded_once(model, samples)
         if self.shuffle_images:
             if len(samples["image"]) == 1:
                 raise InputError("run.shuffle_images needs other images in the batch: set run.batch_size_eval above 1")

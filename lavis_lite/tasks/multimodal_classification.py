@@ -15,6 +15,7 @@ from lavis_lite.common.records import Record
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.protocols import EvalDataset, HasClasses, HasLabels, Samples
 from lavis_lite.models.protocols import Classifies, ScoresCandidates, method_names
+from lavis_lite.models.shared_images import encoded_once
 from lavis_lite.tasks.base import DECODING_BOUNDS, BaseTask, Metrics
 from lavis_lite.tasks.metrics.mean import Mean
 from lavis_lite.tasks.metrics.nlvr import consistency
@@ -75,6 +76,7 @@ class MultimodalClassificationTask(BaseTask):
 
         `prediction` is -1 if the model wrote no class, `target` None without labels.
         """
+        samples = encoded_once(model, samples)
         if isinstance(model, ScoresCandidates):
             outputs = model.predict(samples, n_segments=self.segments, **self.decoding_settings())
         else:

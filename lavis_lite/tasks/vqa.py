@@ -24,6 +24,7 @@ from lavis_lite.datasets.protocols import EvalDataset, HasAnswerList, Samples
 from lavis_lite.datasets.readers.questions import answers_of, question_fields
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.protocols import AnswersQuestions, ScoresAnswers, method_names
+from lavis_lite.models.shared_images import encoded_once
 from lavis_lite.tasks.base import (
     DECODING_BOUNDS,
     BaseTask,
@@ -173,7 +174,7 @@ class VQATask(BaseTask):
         """Return `question_id` and `answer` of each sample, and with `save_scores` the scores."""
         if self.blank_images:
             samples = blanked(samples)
-        samples, settings = self.arguments(samples)
+        samples, settings = self.arguments(encoded_once(model, samples))
         ids = as_list(samples["question_id"])
         if not self.save_scores:
             return per_sample(samples, question_id=ids, answer=model.predict_answers(samples, **settings))

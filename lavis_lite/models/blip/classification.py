@@ -5,18 +5,19 @@ Unlike the other image-grounded models it keeps `[CLS]` as the text's first toke
 """
 
 import logging
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lavis_lite.common.errors import SettingError
 from lavis_lite.common.registry import registry
 from lavis_lite.models.base import Output
 from lavis_lite.models.blip.base import BlipBase, ramp
 from lavis_lite.models.blip.nlvr import class_targets, classification_head
-from lavis_lite.models.inputs import image_of, texts_of
+from lavis_lite.models.inputs import texts_of
 from lavis_lite.nn.bert import BertModel
 from lavis_lite.nn.losses import soft_cross_entropy
 from lavis_lite.nn.momentum import update_momentum
@@ -31,6 +32,7 @@ class BlipClassification(BlipBase):
     """Classifies (image, text)."""
 
     takes_video: ClassVar[bool] = False
+    reads_encoded: ClassVar[bool] = True
     newly_initialized = ("cls_head.",)
     visual_encoder_m: ImageEncoder
     text_encoder_m: BertModel
@@ -55,13 +57,13 @@ class BlipClassification(BlipBase):
 
     def inputs(self, samples: dict[str, Any], *, answering: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Return the images, and the texts' ids and mask."""
-        image = image_of(samples, answering=answering)
+        image = self.checked_image(samples, answering=answering)
         return image, *self.tokenize(texts_of(samples, len(image)), max_length=self.max_txt_len)
 
     def forward(self, samples: dict[str, Any]) -> Output:
         """Loss of `image` (B,3,H,W), `text_input` list[str], `label` (B,)."""
         inputs = self.inputs(samples)
-        logits = classify(self.visual_encoder, self.text_encoder, self.cls_head, *inputs)
+        logits = classify(self.encode_image, self.text_encoder, self.cls_head, *inputs)
         targets = class_targets(samples, logits)
         loss = F.cross_entropy(logits, targets)
         if self.use_distill:
@@ -81,7 +83,7 @@ class BlipClassification(BlipBase):
     def predict(self, samples: dict[str, Any]) -> Output:
         """Return logits (B,num_classes) and the labels (B,)."""
         inputs = self.inputs(samples, answering=True)
-        logits = classify(self.visual_encoder, self.text_encoder, self.cls_head, *inputs)
+        logits = classify(self.encode_image, self.text_encoder, self.cls_head, *inputs)
         return Output({"predictions": logits, "targets": class_targets(samples, logits)})
 
     @torch.no_grad()
@@ -90,6 +92,12 @@ class BlipClassification(BlipBase):
         if update:
             update_momentum(self.momentum_pairs(), self.momentum)
         return classify(self.visual_encoder_m, self.text_encoder_m, self.cls_head_m, image, ids, mask)
+
+    def frozen_encoder(self) -> nn.Module:
+        if self.use_distill:
+            problem = "the momentum encoders of model.use_distill read pixels; set that to false, or leave this out"
+            raise SettingError("model.cache_features", problem)
+        return super().frozen_encoder()
 
     def adapt_state_dict(self, state: MutableMapping[str, Tensor]) -> MutableMapping[str, Tensor]:
         """Initialise the encoder from the decoder's text transformer if the file, as LAVIS's captioning file, has a
@@ -102,6 +110,8 @@ class BlipClassification(BlipBase):
         return super().adapt_state_dict(state)
 
 
-def classify(vision: nn.Module, text: BertModel, head: nn.Module, image: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+def classify(
+    encode: Callable[[Tensor], Tensor], text: BertModel, head: nn.Module, image: Tensor, ids: Tensor, mask: Tensor
+) -> Tensor:
     """Return logits of the grounded text's first state."""
-    return head(text(ids, mask, context=text.project_kv(vision(image)))[0][:, 0])
+    return head(text(ids, mask, context=text.project_kv(encode(image)))[0][:, 0])

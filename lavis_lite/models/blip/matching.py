@@ -64,6 +64,8 @@ class BlipMatching(BlipBase, ImageTextModel):
 class BlipITM(MatchingModel, BlipMatching):
     """Scores how well texts fit images."""
 
+    reads_encoded: ClassVar[bool] = True
+
     def __init__(self, **parts: Any) -> None:
         super().__init__(**parts)
         self.itm_head = nn.Linear(self.text_encoder.config.hidden_size, 2)
