@@ -61,7 +61,6 @@ def test_drawings_and_skin_tones_of_an_emoji_stay_together(emoji: Path):
         for record in dataset.annotation:
             owners.setdefault(record["emoji_id"], set()).add(split)
             assert record["tags"] == ["smile", "eye", "fun"]
-            assert record["texts"] == [record["caption"], "smile, eye, fun"]
     assert len(owners) == 8
     assert all(len(splits) == 1 for splits in owners.values())
     image = Image.open(plain["train"].vis_root / plain["train"].annotation[0]["image"])

@@ -31,7 +31,7 @@ DATASETS: dict[str, tuple[type[BaseDataset], type[BaseDataset]]] = {
     "classification": (ClassificationDataset, ClassificationDataset),
 }
 """The classes for training and evaluation, by layout."""
-FORMAT = 3  # goes up when the same settings give other files
+FORMAT = 2  # goes up when the same settings give other files
 
 
 @dataclass(kw_only=True)

@@ -32,8 +32,8 @@ NUM_TEST, NUM_VAL = 500, 300
 def make(root: Path, aside: Path, *, size: int, skin_tones: bool, drawings: Sequence[Drawing] = DRAWINGS) -> Splits:
     """Write the drawings as PNG files of `size` pixels on white, and return the records of each split.
 
-    A record has `image`, `caption` (the name), `tags`, `texts` (the name, and the tags as one text), `group`,
-    `subgroup`, `drawing` and `emoji_id`, that of the emoji without skin tone.
+    A record has `image`, `caption` (the name), `tags`, `group`, `subgroup`, `drawing` and `emoji_id`, that of the emoji
+    without skin tone.
     """
     entries = read_json(root / INDEX)
     for entry in entries:
@@ -54,12 +54,9 @@ def make(root: Path, aside: Path, *, size: int, skin_tones: bool, drawings: Sequ
 def record(entry: Record, drawing: str, file: str) -> Record:
     """Return the record of a drawing."""
     tags = [tag.strip() for key in ("tags", "openmoji_tags") for tag in entry[key].split(",") if tag.strip()]
-    tags = list(dict.fromkeys(tags))
-    words = ", ".join(tag for tag in tags if any(map(str.isalnum, tag)))
     return {
         **{"image": file, "image_id": f"{entry['hexcode']}-{drawing}", "caption": entry["annotation"]},
-        **{"tags": tags, "texts": [entry["annotation"], *([words] if words else [])]},
-        **{"group": entry["group"], "subgroup": entry["subgroups"]},
+        **{"tags": list(dict.fromkeys(tags)), "group": entry["group"], "subgroup": entry["subgroups"]},
         **{"label": entry["group"], "drawing": drawing, "emoji_id": entry["base"]},
     }
 
