@@ -94,11 +94,11 @@ class Config:
         evaluates = "checkpoint" in args
         if evaluates and resume not in (None, "auto") and weights is not None:
             raise ConfigError(f"--resume {resume}: names weights, as --checkpoint does: give one of them")
-        flags = []
+        flags = [Layer("evaluate.py", {"run": {"evaluate": True}})] if evaluates else []
         if args.job_id is not None:
             flags.append(Layer("--job-id", {"run": {"job_id": args.job_id}}))
         if limit is not None:
-            flags.append(Layer("--limit", {"run": {"evaluate": True, "limit": limit}}))
+            flags.append(Layer("--limit", {"run": {"limit": limit}}))
         if args.profile is not None:
             flags.append(Layer("--profile", {"run": {"profile": args.profile}}))
         if resume is not None:
