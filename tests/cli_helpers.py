@@ -204,11 +204,15 @@ def train(path: Path, *options: str, job: str | None = "job", flags: Sequence[st
 
 
 def evaluate(
-    path: Path, *options: str, job: str = "evaluation", weights: Path | None = None, flags: Sequence[str] = ()
+    path: Path,
+    *options: str,
+    job: str | None = "evaluation",
+    weights: Path | None = None,
+    flags: Sequence[str] = (),
 ) -> int:
     """evaluate.py in this process; the exit code."""
-    named = ["--checkpoint", str(weights)] if weights else []
-    return _enter(cli.evaluate_main, ["--cfg-path", str(path), "--job-id", job, *named, *flags], options)
+    named = [*(["--checkpoint", str(weights)] if weights else []), *(["--job-id", job] if job else [])]
+    return _enter(cli.evaluate_main, ["--cfg-path", str(path), *named, *flags], options)
 
 
 def _enter(main: Any, argv: list[str], options: Sequence[str]) -> int:

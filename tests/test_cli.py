@@ -127,6 +127,12 @@ def test_resume_path_may_be_a_job_folder_and_must_exist(tmp_path: Path):
     run, folder = jobs.start_job(run_config(tmp_path, resume_ckpt_path=str(path.parent)))
     assert run.resume_ckpt_path == str(path)
     assert folder != path.parent
+    (tmp_path / "cut" / "result").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"cut/checkpoint_last.pth; name a .* auto resumes"):
+        jobs.start_job(run_config(tmp_path, resume_ckpt_path=str(tmp_path / "cut")))
+    (tmp_path / "cut" / "result" / "test.partial").touch()
+    with pytest.raises(FileNotFoundError, match=r"cut is of an interrupted .* --resume auto --job-id cut"):
+        jobs.start_job(run_config(tmp_path, resume_ckpt_path=str(tmp_path / "cut")))
     with pytest.raises(FileNotFoundError, match=r"no checkpoint to resume: .*gone\.pth"):
         jobs.start_job(run_config(tmp_path, resume_ckpt_path=str(tmp_path / "gone.pth")))
 

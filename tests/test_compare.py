@@ -122,10 +122,21 @@ def test_means_are_the_metrics_of_the_runs(
         assert row["difference"] == pytest.approx(row["b"] - row["a"])
         assert row["interval"][0] <= row["difference"] <= row["interval"][1]
         assert 0 < row["p_value"] <= 1
-    code, out, _ = table(capsys, runs[0], runs[0])
+    code, out, _ = table(capsys, *runs)
     assert code == 0
-    assert "+0.00" in out
-    assert "1.0000" in out
+    assert f"A: {runs[0]}" in out
+    file, twice = Path(runs[1], "predictions/test.jsonl"), Path(runs[0]).with_name("link")
+    twice.symlink_to(runs[0])
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([*lines, lines[0]]))
+    for second, words in (
+        (runs[0], "are the same job"),
+        (str(twice), "are the same job"),
+        (str(file), f"{file}: a file; name the folder"),
+        (runs[1], f"{file}:{len(lines) + 1}: sample"),
+    ):
+        code, _, err = table(capsys, runs[0], second)
+        assert (code, words in err) == (2, True), err
 
 
 @pytest.mark.slow

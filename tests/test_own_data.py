@@ -149,6 +149,20 @@ def test_mistakes(tmp_path: Path, more: tuple[str, ...], text: str) -> None:
     assert not (tmp_path / "out" / "train.yaml").exists()
 
 
+def test_images_without_texts_are_counted(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    make_images(photos, 3, texts=True)
+    argv = ["--data", str(photos), "--model", "blip_caption/tiny", "--out", str(tmp_path / "out")]
+    first, *others = sorted(photos.glob("*.txt"))
+    for text in (first, *others):
+        text.unlink()
+        count = 3 - len(list(photos.glob("*.txt")))
+        found = f"{count} of 3 images have no .txt file, e.g. {first.stem}.*--sidecars"
+        with pytest.raises(InputError, match=found):
+            arguments(argv)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_edited_file_is_kept(tmp_path: Path) -> None:
     make_images(tmp_path / "photos", 1, texts=True)
     written(tmp_path, tmp_path / "photos", "blip_caption/tiny")

@@ -89,6 +89,29 @@ def test_a_stopped_evaluation_continues(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("shapes_data")
+def test_a_dry_run_says_what_would_continue(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = cli_helpers.project(tmp_path, "caption", {"run": {"valid_splits": [], "batch_size_eval": 2}})
+    output = tmp_path / "output"
+
+    def told(*flags: str) -> str:
+        capsys.readouterr()
+        assert cli_helpers.evaluate(path, job=None, flags=["--dry-run", *flags]) == 0
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("resume  ")]
+        return line.removeprefix("resume").strip()
+
+    assert told(*AUTO) == f"nothing to resume below {output}: the evaluation starts from the beginning"
+    with monkeypatch.context() as patch:
+        stop_after(patch, "captioning", 3)
+        assert cli_helpers.evaluate(path, job="cut", flags=AUTO) == 143
+    assert told(*AUTO) == f"{output / 'cut'}: 3 batches of test.partial are done"
+    torch.save({"model": {}, "step": 7}, tmp_path / "checkpoint_last.pth")
+    assert told("--resume", str(tmp_path)) == f"no evaluation; weights of {tmp_path / 'checkpoint_last.pth'}, step 7"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("shapes_data")
 def test_a_killed_process_continues(tmp_path: Path) -> None:
     """SIGKILL once the file has two batches; then the end of the file is cut in the middle of a line."""
     path = cli_helpers.project(tmp_path, "caption", {"run": {"valid_splits": [], "batch_size_eval": 1}})

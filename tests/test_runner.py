@@ -464,7 +464,7 @@ def test_resuming_what_does_not_fit(tmp_path: Path) -> None:
         make(tmp_path / "c", lr_layer_decay=0.5, resume_ckpt_path=path).train()
     with pytest.raises(ValueError, match=r"no training state \(optimizer.*model\.pretrained"):
         make(tmp_path / "d", resume_ckpt_path=str(tmp_path / "checkpoint_best.pth")).train()
-    with pytest.raises(FileNotFoundError, match=r"did you mean checkpoint_last\.pth"):
+    with pytest.raises(FileNotFoundError, match=r" has checkpoint_last\.pth"):
         make(tmp_path / "e", resume_ckpt_path=str(tmp_path / "checkpoint_lst.pth")).train()
 
 

@@ -55,6 +55,9 @@ def test_json_fields_need_not_be_alike(tmp_path: Path) -> None:
     assert [record["caption"] for record in records] == ["one", "two", "too", "three"]
     assert [record["similarity"] for record in records] == [None, 0.25, 0.25, None]
     assert [record["width"] for record in records] == ["3", "2.5", "2.5", "wide"]
+    captions = ["a", 3, ["b", "c"], "d"]
+    samples = [{"__key__": f"{n}", "png": shard_helpers.png(n), "json": {"caption": c}} for n, c in enumerate(captions)]
+    assert texts(build(shard_helpers.write_shard(tmp_path / "lists.tar", samples))) == ["a", "3", "b", "c", "d"]
 
 
 def texts(dataset: BaseDataset) -> list[str]:

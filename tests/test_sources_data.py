@@ -125,6 +125,17 @@ def test_a_table_gives_the_samples_that_a_list_does(root: Path, tmp_path: Path, 
     assert list(evaluated.references().values()) == list(CAPTIONS.values())
 
 
+def test_bars_of_the_library_are_for_terminals(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, is_terminal in (("a", False), ("b", True)):
+        pq.write_table(pa.table({"image": ["red.png"], "caption": [name]}), tmp_path / f"{name}.parquet")
+        monkeypatch.setattr(sys.stderr, "isatty", lambda answer=is_terminal: answer)
+        build(str(tmp_path / f"{name}.parquet"), root)
+        assert ("Generating" in capsys.readouterr().err) == is_terminal
+    assert not datasets.are_progress_bars_disabled()
+
+
 def test_workers_and_copies_read_the_same_table(root: Path, tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows_of(root, "bytes")), tmp_path / "a.parquet")
     dataset = build(str(tmp_path / "a.parquet"))

@@ -13,7 +13,9 @@ from PIL import Image
 
 from lavis_lite.cli import dry_run
 from lavis_lite.common import checkpoint
+from lavis_lite.common.config import trained as trained_config
 from lavis_lite.common.config.config import Config
+from lavis_lite.common.config.files import Layer
 from lavis_lite.common.config.zoo import model_layers
 from lavis_lite.common.errors import AdapterError
 from lavis_lite.convert.__main__ import run
@@ -258,7 +260,7 @@ def test_the_converter_writes_what_was_trained(caption_run: tuple[Path, Path], t
 @pytest.mark.parametrize(
     "arch", ["blip_retrieval", "blip_caption", "blip_image_text_matching", "blip_feature_extractor"]
 )
-def test_from_pretraining_to_a_task_without_warning(
+def test_from_pretraining_to_a_task_warns_of_the_prompt_only(
     arch: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Sizes and tokenizer are the file's; what belongs to the task (prompt, lengths) is the type's."""
@@ -275,8 +277,34 @@ def test_from_pretraining_to_a_task_without_warning(
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items() if "queue" not in key)
     logged = lines(caplog)
     assert f"{path}: model.image_size=64, as it was trained; the type has 48" in logged
-    assert all(": model." in line and "as it was trained" in line for line in logged)
+    about_prompt = [line for line in logged if line.startswith("model.prompt: ")]
+    assert all(": model." in line and "as it was trained" in line for line in logged if line not in about_prompt)
+    assert len(about_prompt) == (arch == "blip_caption")
     assert any(f"{path} is a checkpoint of blip_pretrain; {arch} takes" in line for line in lines(caplog, level=20))
+
+
+def test_a_prompt_that_pretraining_did_not_have_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In an evaluation: training learns captions with the prompt. The texts of the pretraining may have had it too."""
+    section = {**tiny("blip_pretrain"), "prompt": "a picture of "}  # without effect
+
+    def warnings(own: dict[str, Any], **config: Any) -> list[str]:
+        caplog.clear()
+        path = checkpoint.save({"model": {}, "config": {"model": section, **config}}, tmp_path / "pretrain.pth")
+        layers = [Layer("own", {"model": {"arch": "blip_caption", "checkpoint": str(path)}} | own)]
+        trained_config.lay_under(model_layers("blip_caption", "tiny"), layers, trained_config.read(path), level=20)
+        return lines(caplog)
+
+    (line,) = warnings({})
+    assert "begin with 'a picture of '" in line
+    assert "pretrain.pth (blip_pretrain) was trained on texts without a prompt: set model.prompt=''" in line
+    assert warnings({"run": {"evaluate": True}}) == [line]
+    assert not warnings({"run": {"evaluate": False}})
+    assert not warnings({"model": {"arch": "blip_caption", "prompt": ""}})
+    texts = {"text_processor": {"train": {"name": "blip_caption", "prompt": "a picture of "}}}
+    assert not warnings({}, preprocess=texts)
+    assert not warnings({}, datasets={"a": texts, "b": {"text_processor": {"train": {"name": "blip_caption"}}}})
+    (line,) = warnings({"model": {"arch": "blip_caption", "prompt": "see"}}, preprocess=texts)
+    assert "texts with 'a picture of ': set model.prompt='a picture of '" in line
 
 
 def test_parts_of_another_task_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

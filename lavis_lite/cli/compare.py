@@ -42,6 +42,8 @@ def compare(first: Path, second: Path) -> list[Comparison]:
     Raises InputError if the runs have other tasks, ways of scoring, samples or references, or no such metric.
     """
     a, b = only_job(first), only_job(second)
+    if a.folder.resolve() == b.folder.resolve():
+        raise InputError(f"--compare: {first} and {second} are the same job; name two")
     if a.task != b.task:
         raise InputError(f"--compare: {first} is of the task {a.task}, {second} of {b.task}: name runs of one task")
     kind = registry.get_task_class(a.task)
@@ -78,7 +80,7 @@ def only_job(folder: Path) -> Job:
 
 def compare_split(a: Job, b: Job, split: str, paths: tuple[Path, Path]) -> Iterator[Comparison]:
     """Yield the comparisons of a split's metrics."""
-    first, second = ({row["instance_id"]: row for row in read_predictions(path)} for path in paths)
+    first, second = map(by_id, paths)
     check_same(first, second, split, paths)
     metrics = [job.final_of(split).metrics for job in (a, b)]
     if metrics[0].get("tokenizer") != metrics[1].get("tokenizer"):
@@ -95,6 +97,17 @@ def compare_split(a: Job, b: Job, split: str, paths: tuple[Path, Path]) -> Itera
         groups = [tuple(first[key]["images"]) or key for key in ids]
         values = [[own[name][key] for key in ids] for own in scores]
         yield Comparison(split=split, metric=name, result=paired(values[0], values[1], groups))
+
+
+def by_id(path: Path) -> dict[str, Prediction]:
+    """Return the predictions of a file by id. InputError for an id that comes twice."""
+    found: dict[str, Prediction] = {}
+    for number, row in enumerate(read_predictions(path), start=1):
+        if row["instance_id"] in found:
+            problem = f"sample {row['instance_id']} has a prediction on an earlier line too"
+            raise InputError(f"{path}:{number}: {problem}; evaluate again")
+        found[row["instance_id"]] = row
+    return found
 
 
 def check_same(

@@ -21,6 +21,7 @@ from lavis_lite.common.optim import build_schedule
 from lavis_lite.common.registry import registry
 from lavis_lite.datasets.base import BaseDataset
 from lavis_lite.models.base import BaseModel, build_model, starting_points
+from lavis_lite.runners import eval_batches
 from lavis_lite.runners.division import divide
 from lavis_lite.runners.loaders import Datasets
 from lavis_lite.runners.plan import Plan
@@ -48,8 +49,9 @@ def dry_run(cfg: Config, *, gpu: Gpu | None = None) -> None:
             model.check_start(**start)
         preflight.check_model(cfg, task, model, datasets, found)
         resumed = []
-        if found.plan is not None and resumes:
-            resumed.append(resume_line(cfg, model, datasets, found.plan))
+        if resumes:
+            plan = found.plan  # None of an evaluation
+            resumed.append(eval_batches.resume_line(cfg) if plan is None else resume_line(cfg, model, datasets, plan))
         if dist.is_main():
             print("\n".join([*report(cfg, model, datasets, found, gpu), *resumed]))
     finally:

@@ -87,7 +87,6 @@ def main(
     def execute() -> int:
         with StopSignals() as stop:
             cfg = Config.from_args(args)
-            cfg.run.evaluate |= evaluates
             if args.dry_run:
                 from lavis_lite.cli.dry_run import dry_run
                 from lavis_lite.common.hardware import named_gpu

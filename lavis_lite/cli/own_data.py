@@ -167,6 +167,8 @@ def choose_layout(
     """
     found = first_record(source)
     names = [*found] if found is not None else []
+    if "caption" not in given and any("caption" in wanted for wanted in kind.layouts.values()):
+        check_text_files(source)
     for layout, wanted in kind.layouts.items():
         columns = {}
         for name in ("image", *wanted):
@@ -183,6 +185,21 @@ def choose_layout(
         f"--data {source}: {kind.task} needs the fields {wanted_by}; found {names}. Name them by --columns, e.g. "
         f"--columns {next(iter(kind.layouts.values()))[0]}=name"
     )
+
+
+def check_text_files(source: str) -> None:
+    """Raise InputError for a folder of images without a table whose `.txt` files are missing, all or some."""
+    from lavis_lite.datasets.folders import folder_records, metadata_file
+    from lavis_lite.datasets.tables import is_saved
+
+    path = Path(source)
+    if not path.is_dir() or is_saved(path) or metadata_file(path) is not None:
+        return
+    records = folder_records(path)
+    if without := [record["image"] for record in records if "caption" not in record]:
+        count = f"{len(without):,} of {len(records):,} images have no .txt file, e.g. {without[0]}"
+        advice = f"write each one's text beside it (`lavis-lite caption {source} --sidecars` writes drafts)"
+        raise InputError(f"--data {source}: {count}: {advice}, or move them away")
 
 
 def first_record(source: str) -> Mapping[str, Any] | None:

@@ -128,7 +128,9 @@ class BaseDataset(ProcessesImages, Dataset):
             kept = [number for number, record in enumerate(records) if self.part.has(record)]
             records, self.places = [records[n] for n in kept], [self.places[n] for n in kept]
             if not records:
-                raise InputError(f"{files}: split_off leaves no image to the split {self.split!r}: raise its share")
+                raise InputError(
+                    f"{files}: split_off leaves no image to the split {self.split!r}: raise its share (--val-share)"
+                )
         for record in records:
             record.pop(CUT_BY, None)
         return records

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ class HubSplit:
     def _loaded(self, *, is_offline: bool) -> Dataset:
         library = datasets_library()
         try:
-            with offline_library() if is_offline else contextlib.nullcontext():
+            with bars_on_a_terminal(), offline_library() if is_offline else contextlib.nullcontext():
                 found: Dataset = library.load_dataset(self.repo, self.config, split=self.split, revision=self.revision)
         except (OSError, ValueError, library.exceptions.DatasetsError) as error:
             reason = str(error).strip().partition("\n")[0]
@@ -120,7 +121,8 @@ class HubSplit:
         if not folder.is_dir():
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".slice-") as aside:
-                found.save_to_disk(Path(aside, "rows"))
+                with bars_on_a_terminal():
+                    found.save_to_disk(Path(aside, "rows"))
                 with contextlib.suppress(OSError):  # another process was faster
                     Path(aside, "rows").rename(folder)
         return folder
@@ -162,6 +164,20 @@ def datasets_library() -> ModuleType:
             "reading parquet, Arrow and the hub's data sets needs `datasets`: `pip install lavis-lite[data]`"
         ) from error
     return datasets
+
+
+@contextlib.contextmanager
+def bars_on_a_terminal() -> Iterator[None]:
+    """Let `datasets` show progress bars inside only where stderr is a terminal: a log file would hold every step."""
+    library = datasets_library()
+    is_shown = not library.are_progress_bars_disabled()
+    if is_shown and not sys.stderr.isatty():
+        library.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if is_shown:
+            library.enable_progress_bars()
 
 
 @contextlib.contextmanager

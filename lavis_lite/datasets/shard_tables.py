@@ -183,4 +183,6 @@ def _as(value: Any, kind: pa.DataType) -> Any:
 
     if kind == pa.string() and not isinstance(value, str | None):
         return json.dumps(value, ensure_ascii=False)
+    if kind == pa.list_(pa.string()) and value is not None:
+        return [_as(one, pa.string()) for one in (value if isinstance(value, list) else [value])]
     return float(value) if kind == pa.float64() and isinstance(value, int) else value

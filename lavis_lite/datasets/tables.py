@@ -18,7 +18,7 @@ from lavis_lite.common.errors import InputError, UnreadableSample, did_you_mean
 from lavis_lite.common.records import Record, StoredImage
 from lavis_lite.common.sources import download
 from lavis_lite.datasets.arrow_files import check_end
-from lavis_lite.datasets.hub import datasets_library
+from lavis_lite.datasets.hub import bars_on_a_terminal, datasets_library
 from lavis_lite.datasets.image_digests import ImageDigests
 from lavis_lite.datasets.shard_tables import is_shard_table, sample_place, source_name
 
@@ -123,9 +123,10 @@ def _converted(kind: str, paths: Sequence[Path]) -> Dataset:
     library = datasets_library()
     cache = str(download.cache_dir() / "tables")
     try:
-        found: Dataset = library.load_dataset(
-            kind, data_files=[str(path.absolute()) for path in paths], split="train", cache_dir=cache
-        )
+        with bars_on_a_terminal():
+            found: Dataset = library.load_dataset(
+                kind, data_files=[str(path.absolute()) for path in paths], split="train", cache_dir=cache
+            )
     except FileNotFoundError as error:
         raise InputError(f"{paths[0]}: {error}") from error
     except (OSError, ValueError, library.exceptions.DatasetsError) as error:

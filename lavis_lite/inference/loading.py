@@ -50,8 +50,9 @@ def load(
         types = model_zoo.types(arch)
         if kind not in types:
             problem = f"{kind!r} is unknown" if kind else "the type is missing"
+            example = f"{arch}/{(difflib.get_close_matches(kind, types, n=1) or types)[0]}"
             raise UnknownNameError(
-                f"model {model}: {problem}. {did_you_mean(kind, types)} Write {arch}/{types[0]}, for example"
+                f"model {model}: {problem}. {did_you_mean(kind, types)} Write {example}, for example"
             )
         loaded = load_model_and_preprocess(arch, kind, is_eval=True, device=on, checkpoint=checkpoint, **overrides)
     else:

@@ -6,11 +6,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lavis_lite.common.prompts import without_false_spaces
 from lavis_lite.common.transfer import upload
 from lavis_lite.models.base import BaseModel
 from lavis_lite.models.inputs import optional_texts
-from lavis_lite.models.tokenizers import tokenize
+from lavis_lite.models.tokenizers import tokenize, written_texts
 from lavis_lite.nn.attention import CrossAttentionKV, KeyValueCache
 from lavis_lite.nn.decoding import DecodingConfig, GenerationConfig, ScoredText, Step, check_prompt, decode
 
@@ -58,10 +57,8 @@ class CaptionModel(BaseModel):
         self, prompt: str, context: Context, count: int, config: DecodingConfig
     ) -> list[str | ScoredText]:
         ids = tokenize(self.tokenizer, [prompt] * count, start=self.decoder_start)[0][:, :-1]
-        start: Any = self.tokenizer.decode(ids[0], skip_special_tokens=True)  # as it appears in the decoded texts
         decoded = decode(self.step(context), upload(ids, self.device), config)
-        texts = self.tokenizer.batch_decode(decoded.ids, skip_special_tokens=True)
-        return decoded.with_scores([without_false_spaces(text.removeprefix(start).strip()) for text in texts])
+        return decoded.with_scores(written_texts(self.tokenizer, decoded.ids, ids.shape[1]))
 
     def check_generate(self, samples: dict[str, Any], **changes: Any) -> None:
         config = self.decoding(self.generation.changed(**changes))

@@ -6,11 +6,13 @@ import json
 import logging
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
 from lavis_lite.common.errors import InputError, MissingFileError
+from lavis_lite.common.prompts import without_false_spaces
 from lavis_lite.common.sources import download
 from lavis_lite.models.inputs import checked_text
 from lavis_lite.nn.llm_sources import fetch
@@ -115,6 +117,13 @@ def blip2_tokenizer(name: str, *, truncation_side: str = "right") -> PreTrainedT
 def checked_texts(texts: Sequence[str]) -> list[str]:
     """Return the texts as a list; ValueError if one is not text or cannot be written as UTF-8."""
     return [checked_text(text, f"text {number} of the batch") for number, text in enumerate(texts)]
+
+
+def written_texts(tokenizer: PreTrainedTokenizerBase, ids_NL: Tensor, num_prompt: int) -> list[str]:
+    """Return what WordPiece's tokens say after a prompt of `num_prompt` tokens, which is the same in all rows."""
+    start: Any = tokenizer.decode(ids_NL[0, :num_prompt], skip_special_tokens=True)  # as it is in the decoded texts
+    texts = tokenizer.batch_decode(ids_NL, skip_special_tokens=True)
+    return [without_false_spaces(text.removeprefix(start).strip()) for text in texts]
 
 
 def unknown_share(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[float, str, str]:

@@ -11,7 +11,7 @@ Letters: B texts, K beams, N = B x K rows, L length so far, V vocabulary.
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,20 @@ READ_EVERY = 8
 """Tokens between two looks at a GPU whether all texts have ended."""
 
 
+class Watch(Protocol):
+    """Follows the texts of one or more calls of `decode`; what a method raises ends the decoding."""
+
+    def token(self, ids_NL: Tensor | None, num_prompt: int) -> None:
+        """Take the texts after each token: the `num_prompt` tokens of the prompt come first, padding after the end. A
+        beam search, whose texts may change until its end, gives None.
+        """
+        ...
+
+    def end(self, is_cut: list[bool]) -> None:
+        """Take which of the N texts were cut at the greatest length, without an end token."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
     """Settings of generating text; lengths are in tokens.
@@ -69,6 +83,7 @@ class GenerationConfig:
     length_penalty: float = 1.0
     num_captions: int = 1
     """Texts per image; with beam search at most `num_beams`."""
+    watch: Watch | None = None
 
     def __post_init__(self) -> None:
         for name, (least, most) in BOUNDS.items():
@@ -180,12 +195,15 @@ each of the same text as the row it replaces. Both may use up the old cache.
 @torch.no_grad()
 def decode(step: Step, prompt_BL: Tensor, config: DecodingConfig) -> Decoded:
     """Generate `num_captions` texts after each prompt."""
-    config = config.resolved(prompt_BL.shape[1])
-    check_prompt(prompt_BL.shape[1], config)
+    num_prompt = prompt_BL.shape[1]
+    config = config.resolved(num_prompt)
+    check_prompt(num_prompt, config)
+    has_beams = config.num_beams > 1 and not config.use_nucleus_sampling
     with FewRows() if prompt_BL.device.type == "cpu" else nullcontext():
-        if config.num_beams > 1 and not config.use_nucleus_sampling:
-            return beam_search(step, prompt_BL, config)
-        return greedy_or_sample(step, prompt_BL, config)
+        decoded = (beam_search if has_beams else greedy_or_sample)(step, prompt_BL, config)
+    if config.watch is not None:
+        config.watch.end((decoded.ids[:, num_prompt:] != config.eos_id).all(dim=1).tolist())
+    return decoded
 
 
 def check_prompt(num_tokens: int, config: DecodingConfig) -> None:
@@ -238,6 +256,8 @@ def greedy_or_sample(step: Step, prompt_BL: Tensor, config: DecodingConfig) -> D
         running = running & (token != config.eos_id)
         if config.return_scores:
             lengths = lengths + running
+        if config.watch is not None:
+            config.watch.token(ids, prompt_BL.shape[1])
         num_written = ids.shape[1] - prompt_BL.shape[1]
         if ids.shape[1] >= config.max_length or (may_read(num_written, ids.device) and not running.any()):
             own_scores = sums / lengths**config.length_penalty if config.return_scores else None
@@ -262,6 +282,8 @@ def beam_search(step: Step, prompt_BL: Tensor, config: DecodingConfig) -> Decode
     while True:
         scores = process_scores(F.log_softmax(logits.float(), dim=-1), state.ids.flatten(0, 1), config)
         row = state.advance(scores.view(num_texts, beams, -1))
+        if config.watch is not None:
+            config.watch.token(None, prompt_BL.shape[1])
         length = state.ids.shape[2]
         num_written = length - prompt_BL.shape[1]
         if length >= config.max_length or (may_read(num_written, state.ids.device) and bool(state.done.all())):

@@ -174,8 +174,10 @@ def find_jobs(folder: Path) -> list[Job]:
 
     Raises:
         MissingFileError: the folder does not exist.
-        InputError: the folder has neither a job nor jobs.
+        InputError: it is a file, or has neither a job nor jobs.
     """
+    if folder.is_file():
+        raise InputError(f"{folder}: a file; name the folder of its job, which has {LOG}")
     if not folder.is_dir():
         raise MissingFileError(f"{folder}: no such folder; name a job's folder, or one of several jobs")
     if is_job(folder):

@@ -16,14 +16,15 @@ from typing import Any
 import torch
 
 from lavis_lite import __version__
-from lavis_lite.common import dist
+from lavis_lite.common import checkpoint, dist
+from lavis_lite.common.config.config import Config
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.partial import PartialFile, differences
 from lavis_lite.common.rng import restore_rng_state, rng_state
 from lavis_lite.datasets.base import BaseDataset
 from lavis_lite.datasets.digests import annotation_digest
 from lavis_lite.datasets.protocols import EvalDataset
-from lavis_lite.runners.jobs import unfinished_files
+from lavis_lite.runners.jobs import checkpoint_to_resume, unfinished_files
 from lavis_lite.tasks.results import BatchResults, Result
 
 logger = logging.getLogger(__name__)
@@ -157,6 +158,28 @@ def made_with(
     machine = {"device": device.type, "precision": str(dtype).removeprefix("torch."), "processes": dist.world_size()}
     versions = {"lavis_lite": __version__, "torch": str(torch.__version__)}
     return {"weights": weights, "data": data_digest(dataset), **machine, **versions, **settings_of(config)}
+
+
+def resume_line(cfg: Config) -> str:
+    """Return which interrupted evaluation would continue, or whose weights would be evaluated, for a dry run.
+
+    Must be entered by every rank. Raises as `checkpoint_to_resume`; DamagedFileError for such a checkpoint.
+    """
+    run, output = cfg.run, Path(cfg.run.output_dir)
+
+    def found() -> str:
+        path = checkpoint_to_resume(run)
+        weights = "" if path is None else f"; weights of {path}, step {checkpoint.load(path).get('step', 'unknown')}"
+        if run.resume != "auto":
+            return f"no evaluation{weights}"
+        folder = newest_unfinished(output, cfg.to_dict(), job_id=run.job_id)
+        if folder is None:
+            return f"nothing to resume below {output}: the evaluation starts from the beginning{weights}"
+        done = {path.name: max(path.read_bytes().count(b"\n") - 1, 0) for path in unfinished_files(folder)}
+        counts = ", ".join(f"{count:,} batches of {name}" for name, count in done.items())
+        return f"{folder}: {counts} are done{weights}"
+
+    return f"resume      {dist.on_main(found)}"
 
 
 def newest_unfinished(output: Path, config: Mapping[str, Any], *, job_id: str | None) -> Path | None:

@@ -98,7 +98,7 @@ def checkpoint_to_resume(run: RunConfig) -> Path | None:
     `run.resume_ckpt_path`, which may be a job's folder. None if it starts from the beginning.
 
     Raises:
-        MissingFileError: `run.resume_ckpt_path` names no file.
+        MissingFileError: `run.resume_ckpt_path` names no file, or a folder without a checkpoint.
         InputError: `run.resume=auto`, and none of the checkpoints is whole.
     """
     is_auto = run.resume == "auto" and not run.evaluate
@@ -107,9 +107,13 @@ def checkpoint_to_resume(run: RunConfig) -> Path | None:
     if run.resume_ckpt_path is None:
         return None
     path = Path(run.resume_ckpt_path)
+    if path.is_dir() and unfinished_files(path) and not (path / LAST).is_file():
+        advice = f"--resume auto --job-id {path.name} continues it"
+        raise MissingFileError(f"no checkpoint to resume: {path} is of an interrupted evaluation; {advice}")
     path = path / LAST if path.is_dir() else path
     if not path.is_file():
-        raise MissingFileError(f"no checkpoint to resume: {path}")
+        advice = f"name a {LAST} or the folder of a training; auto resumes the newest job"
+        raise MissingFileError(f"no checkpoint to resume: {path}; {advice}")
     return path
 
 

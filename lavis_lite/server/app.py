@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,13 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from lavis_lite.server.images import image_of
 from lavis_lite.server.requests import ChatRequest, RequestError, read_request
-from lavis_lite.server.worker import Worker, num_tokens
+from lavis_lite.server.streaming import EventStream, Pieces, before_disconnect, finish_reason
+from lavis_lite.server.worker import Worker, Written, num_tokens
 
 BODY_TIMEOUT = 60.0
 """Seconds in which a request's body must arrive."""
@@ -53,6 +54,7 @@ class Server:
         handlers: dict[Any, Callable[[Request, Any], Awaitable[Response]]] = {
             RequestError: refused,
             HTTPException: not_found,
+            ClientDisconnect: left,
         }
         return Starlette(routes=routes, exception_handlers=handlers)
 
@@ -88,12 +90,19 @@ class Server:
         image = await run_in_threadpool(
             image_of, chat.image_url, allow_urls=limits.allow_urls, max_bytes=limits.max_bytes
         )
-        future = await run_in_threadpool(self.worker.submit, chat, image)
-        texts = await asyncio.wrap_future(future)
-        answer = await run_in_threadpool(self.answer, chat, texts)
-        if chat.stream:
-            return StreamingResponse(events(answer), media_type="text/event-stream")
-        return JSONResponse(answer)
+        pieces = Pieces()
+        job = await run_in_threadpool(self.worker.submit, chat, image, pieces.put if chat.stream else None)
+        job.done.add_done_callback(pieces.end)
+        try:
+            first = await before_disconnect(request, pieces.queue.get())
+        except BaseException:  # the client has left, or the server ends
+            job.cancel()
+            raise
+        if first is None:
+            written = job.done.result()  # an error is the response, as no text was sent
+            if not chat.stream:
+                return JSONResponse(await run_in_threadpool(self.answer, chat, written))
+        return EventStream(job, pieces, first, self.head("chat.completion.chunk"))
 
     async def read_json(self, request: Request) -> Any:
         """Return the body. RequestError if it is not JSON, too large, or does not arrive."""
@@ -122,22 +131,26 @@ class Server:
             raise RequestError("the connection was closed before the body had arrived", status=400) from None
         return b"".join(parts)
 
-    def answer(self, chat: ChatRequest, texts: list[str]) -> dict[str, Any]:
+    def head(self, kind: str) -> dict[str, Any]:
+        """Return the fields that a response of a kind begins with."""
+        number, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
+        return {"id": number, "object": kind, "created": created, "model": self.name}
+
+    def answer(self, chat: ChatRequest, written: list[Written]) -> dict[str, Any]:
         """Return the body of the response."""
-        lengths = [num_tokens(self.worker.loaded, text) for text in texts]
+        lengths = [num_tokens(self.worker.loaded, one.text) for one in written]
         asked = num_tokens(self.worker.loaded, self.worker.prompt(chat))
         usage = {"prompt_tokens": asked, "completion_tokens": sum(lengths), "total_tokens": asked + sum(lengths)}
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": text, "refusal": None},
+                "message": {"role": "assistant", "content": one.text, "refusal": None},
                 "logprobs": None,
-                "finish_reason": "length" if chat.max_tokens is not None and length >= chat.max_tokens else "stop",
+                "finish_reason": finish_reason(one),
             }
-            for index, (text, length) in enumerate(zip(texts, lengths, strict=True))
+            for index, one in enumerate(written)
         ]
-        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion", "created": int(time.time())}
-        return {**head, "model": self.name, "choices": choices, "usage": usage}
+        return {**self.head("chat.completion"), "choices": choices, "usage": usage}
 
 
 def too_large(most: int) -> RequestError:
@@ -145,26 +158,15 @@ def too_large(most: int) -> RequestError:
     return RequestError(f"the body has more than {most:,} bytes; send a smaller image", status=413)
 
 
-async def events(answer: dict[str, Any]) -> AsyncIterator[str]:
-    """Yield the events of a stream: each choice's text in one piece, as beam search knows it at its end only."""
-    for chunk in chunks(answer):
-        yield f"data: {json.dumps(chunk)}\n\n"
-    yield "data: [DONE]\n\n"
-
-
-def chunks(answer: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the chunks of an answer."""
-    head = {**{key: answer[key] for key in ("id", "created", "model")}, "object": "chat.completion.chunk"}
-    for choice in answer["choices"]:
-        delta = {"role": "assistant", "content": choice["message"]["content"]}
-        for part, reason in ((delta, None), ({}, choice["finish_reason"])):
-            yield {**head, "choices": [{"index": choice["index"], "delta": part, "finish_reason": reason}]}
-
-
 async def refused(request: Request, error: RequestError) -> Response:
     """Return the response to a request that was refused."""
     headers = {"Retry-After": "1"} if error.status == 429 else None
     return JSONResponse(error.to_json(), status_code=error.status, headers=headers)
+
+
+async def left(request: Request, error: ClientDisconnect) -> Response:
+    """Return a response that nobody reads."""
+    return Response(status_code=499)
 
 
 async def not_found(request: Request, error: HTTPException) -> Response:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from PIL import Image
+from torch import Tensor
 
 from lavis_lite.common.errors import InputError, InputTypeError
 from lavis_lite.common.rng import seed_everything
@@ -20,6 +21,7 @@ from lavis_lite.inference.loading import Loaded
 from lavis_lite.inference.pipelines import AskPipeline, CaptionPipeline
 from lavis_lite.models.blip2.llm import Blip2LLM
 from lavis_lite.models.protocols import AnswersQuestions, Generates
+from lavis_lite.models.tokenizers import written_texts
 from lavis_lite.server.requests import ChatRequest, RequestError
 
 logger = logging.getLogger(__name__)
@@ -47,6 +49,17 @@ def kind_of(loaded: Loaded) -> Kind:
     raise InputError(f"--model: {name} writes no texts; choose blip_caption, blip_vqa, blip2_t5_instruct ...")
 
 
+class Written(NamedTuple):
+    """A text of the model, and whether it was cut at the greatest length."""
+
+    text: str
+    is_cut: bool
+
+
+class NobodyWaits(Exception):
+    """Ends the decoding of a batch whose clients have all left."""
+
+
 @dataclass(frozen=True)
 class Job:
     """A request with its image, and where its texts go."""
@@ -55,13 +68,58 @@ class Job:
     image: Image.Image
     text: str
     """The text that the model reads."""
-    done: Future[list[str]] = field(default_factory=Future)
+    send: Callable[[int, str], None] | None = None
+    """Takes the index of a choice and the next words of its text, in the thread of the model."""
+    done: Future[list[Written]] = field(default_factory=Future)
+    left: threading.Event = field(default_factory=threading.Event)
 
-    @property
-    def shared(self) -> tuple[Any, ...]:
-        """The settings that jobs of one batch share; jobs that are sampled are computed alone, for their seed."""
-        own = id(self) if self.request.samples else None
-        return own, bool(self.text), tuple(sorted(self.request.decoding.items()))
+    def cancel(self) -> None:
+        """Drop the job, as its client has left: in the queue now, in a batch where no other client waits for it."""
+        self.left.set()
+        self.done.cancel()
+
+
+class Following:
+    """A `Watch` of a batch: sends the words of its texts, and ends it when all clients have left."""
+
+    def __init__(self, loaded: Loaded, jobs: Sequence[Job]) -> None:
+        self.loaded = loaded
+        self.rows = [(job, choice) for job in jobs for choice in range(job.request.num_choices)]
+        self.sent = [""] * len(self.rows)
+        self.is_cut: list[bool] = []
+
+    def token(self, ids_NL: Tensor | None, num_prompt: int) -> None:
+        if all(job.left.is_set() for job, _ in self.rows):
+            raise NobodyWaits
+        if ids_NL is None or all(job.send is None for job, _ in self.rows):
+            return
+        model, first = self.loaded.model, len(self.is_cut)
+        if isinstance(model, Blip2LLM):
+            texts = model.llm_tokenizer.decode(ids_NL)
+        else:
+            texts = written_texts(tokenizer_of(self.loaded), ids_NL, num_prompt)
+        for row, text in enumerate(texts, first):
+            self.send(row, "".join(text.rsplit(None, 1)[:-1]))  # the next token may change the last word
+
+    def end(self, is_cut: list[bool]) -> None:
+        self.is_cut += is_cut
+
+    def send(self, row: int, text: str) -> None:
+        """Send what a text has beyond what was sent of it."""
+        (job, choice), before = self.rows[row], self.sent[row]
+        if job.send is not None and len(text) > len(before) and text.startswith(before):
+            job.send(choice, text.removeprefix(before))
+            self.sent[row] = text
+
+    def written(self, texts: Sequence[str]) -> list[Written]:
+        """Send the rest of the texts, and return them. RuntimeError if one is not what was sent of it: a batch that was
+        divided for memory was sampled again.
+        """
+        for row, (text, (job, _)) in enumerate(zip(texts, self.rows, strict=True)):
+            self.send(row, text)
+            if job.send is not None and self.sent[row] != text:
+                raise RuntimeError(f"{self.sent[row]!r} was sent of {text!r}")
+        return [Written(*pair) for pair in zip(texts, self.is_cut, strict=True)]
 
 
 class Worker:
@@ -98,15 +156,26 @@ class Worker:
             raise RequestError("messages: has no question; add a part of the type text", param="messages")
         return request.text
 
-    def submit(self, request: ChatRequest, image: Image.Image) -> Future[list[str]]:
-        """Return the future texts of a request, one per choice. RequestError if too many requests wait."""
-        job = Job(request, image, self.prompt(request))
+    def submit(self, request: ChatRequest, image: Image.Image, send: Callable[[int, str], None] | None = None) -> Job:
+        """Return the job of a request, whose future has a text per choice; `send` takes them in pieces. RequestError if
+        too many requests wait.
+        """
+        job = Job(request, image, self.prompt(request), send)
         try:
             self.waiting.put_nowait(job)
         except queue.Full:
             problem = f"{self.waiting.maxsize} requests wait already; try again later"
             raise RequestError(problem, status=429, code="rate_limit_exceeded") from None
-        return job.done
+        return job
+
+    def shared(self, job: Job) -> tuple[Any, ...]:
+        """Return the settings that jobs of one batch share; jobs that are sampled are computed alone, for their seed.
+
+        A captioning model decodes texts after different prompts one after another: these do not share a batch.
+        """
+        own = id(job) if job.request.samples else None
+        text = job.text if self.kind == "caption" else bool(job.text)
+        return own, text, tuple(sorted(job.request.decoding.items()))
 
     def _work(self) -> None:
         later: Job | None = None
@@ -118,7 +187,7 @@ class Worker:
                     self.waiting.put(None)
                     break
                 count += following.request.num_choices
-                if following.shared != job.shared or count > self.max_batch:
+                if self.shared(following) != self.shared(job) or count > self.max_batch:
                     later = following
                     break
                 jobs.append(following)
@@ -131,6 +200,8 @@ class Worker:
             texts = iter(self.texts(jobs))
             for job in jobs:
                 job.done.set_result([next(texts) for _ in range(job.request.num_choices)])
+        except NobodyWaits:
+            self._fail(jobs, RequestError("the client has left"))
         except InputError as error:
             self._fail(jobs, RequestError(str(error)))
         except Exception:  # of one batch; the server continues, and its log has the traceback
@@ -142,25 +213,29 @@ class Worker:
             if not job.done.done():
                 job.done.set_exception(error)
 
-    def texts(self, jobs: Sequence[Job]) -> list[str]:
+    def texts(self, jobs: Sequence[Job]) -> list[Written]:
         """Return the texts of jobs with the same settings, all choices of the first one first."""
-        rows = [job for job in jobs for _ in range(job.request.num_choices)]
-        settings: dict[str, Any] = dict(jobs[0].request.decoding)
+        following = Following(self.loaded, jobs)
+        settings: dict[str, Any] = {**jobs[0].request.decoding, "watch": following}
         if jobs[0].request.samples:
             seed = jobs[0].request.seed
             seed_everything(SEED if seed is None else seed)
-        given = [job.text for job in rows]
+        given = [job.text for job, _ in following.rows]
         if self.kind == "answer":
             settings["question"] = given
         elif jobs[0].text:
             settings["prompt"] = given
-        items = [Item(name="image_url", image=job.image) for job in rows]
+        items = [Item(name="image_url", image=job.image) for job, _ in following.rows]
         name = "answer" if self.kind == "answer" else "caption"
-        return [str(result[name]).strip() for result in self.pipeline.stream(items, **settings)]
+        return following.written([str(result[name]).strip() for result in self.pipeline.stream(items, **settings)])
 
 
 def num_tokens(loaded: Loaded, text: str) -> int:
     """Return the number of tokens of a text by the tokenizer that the model writes with."""
+    return len(tokenizer_of(loaded)(text, add_special_tokens=False).input_ids)
+
+
+def tokenizer_of(loaded: Loaded) -> Any:
+    """Return the tokenizer that the model writes with."""
     model = loaded.model
-    tokenizer = model.llm_tokenizer.tokenizer if isinstance(model, Blip2LLM) else vars(model)["tokenizer"]
-    return len(tokenizer(text, add_special_tokens=False).input_ids)
+    return model.llm_tokenizer.tokenizer if isinstance(model, Blip2LLM) else vars(model)["tokenizer"]

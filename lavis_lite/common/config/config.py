@@ -52,6 +52,7 @@ logger = logging.getLogger(__name__)
 __all__ = ["Config", "ConfigError", "RunConfig", "parser"]
 
 SECTIONS = ("model", "preprocess", "datasets", "run", "imports", "expected", "alternatives")
+RESUME_HELP = "auto: resume the newest job, or that of --job-id; or a checkpoint_last.pth or its folder"
 DEFAULTS = Layer("defaults", {"run": {key: value for key, value in vars(RunConfig(task="")).items() if key != "task"}})
 
 
@@ -94,11 +95,11 @@ class Config:
         evaluates = "checkpoint" in args
         if evaluates and resume not in (None, "auto") and weights is not None:
             raise ConfigError(f"--resume {resume}: names weights, as --checkpoint does: give one of them")
-        flags = []
+        flags = [Layer("evaluate.py", {"run": {"evaluate": True}})] if evaluates else []
         if args.job_id is not None:
             flags.append(Layer("--job-id", {"run": {"job_id": args.job_id}}))
         if limit is not None:
-            flags.append(Layer("--limit", {"run": {"evaluate": True, "limit": limit}}))
+            flags.append(Layer("--limit", {"run": {"limit": limit}}))
         if args.profile is not None:
             flags.append(Layer("--profile", {"run": {"profile": args.profile}}))
         if resume is not None:
@@ -188,7 +189,7 @@ def parser(*, prog: str | None = None, description: str | None = None) -> argpar
     text = "settings that override the file's, e.g. run.max_epoch=3; LAVIS's name is --cfg-options"
     p.add_argument("--options", "--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=text)
     p.add_argument("--job-id", metavar="NAME", help="folder of the run in run.output_dir (default: the time)")
-    p.add_argument("--resume", metavar="auto|PATH", help="auto: resume the newest job; or a checkpoint_last.pth")
+    p.add_argument("--resume", metavar="auto|PATH", help=RESUME_HELP)
     text = "profile N steps, or batches of an evaluation: a table and a trace in the job's folder (run.profile)"
     p.add_argument("--profile", type=int, metavar="N", help=text)
     p.add_argument("--dry-run", action="store_true", help="check everything, count parameters and samples, run no step")

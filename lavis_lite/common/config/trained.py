@@ -182,7 +182,30 @@ def lay_under(
     for key in trained.mixed if blocks else ():
         logger.log(level, f"{trained.source}: its training sets had different {key}s; that of its model type is taken")
     _log_differences(trained, packaged, [*below, inserted], own, level=level)
+    if "run" not in tree or tree["run"].get("evaluate"):
+        _warn_of_prompt(trained, arch, [*below, inserted, *own])
     return [*below, inserted]
+
+
+def _warn_of_prompt(trained: Trained, arch: str, layers: Sequence[Layer]) -> None:
+    """Warn if captions will begin with a prompt that no caption of the training had, as those of `blip_pretrain`.
+
+    A frozen language model, which was trained on other texts, may have any prompt.
+    """
+    defaults = _defaults(arch)
+    begins = registry.get_model_class(arch).prompt_begins_captions and not defaults.keys() & set(LANGUAGE_MODELS)
+    if not begins or not trained.is_registered or "text_processor" in trained.mixed:
+        return
+    if registry.get_model_class(trained.arch).prompt_begins_captions:
+        return
+    given = resolve_key(layers, ("model", "prompt"))
+    prompt = defaults["prompt"] if given is None else given
+    of_texts = Layer("", {"model": trained.model, "preprocess": trained.preprocess})
+    read = resolve_key([of_texts], ("preprocess", "text_processor", "train", "prompt"))
+    if str(prompt).strip() and str(prompt).strip() != str(read or "").strip():
+        begun = f"with {read!r}" if read else "without a prompt"
+        problem = f"captions begin with {prompt!r}, but {trained.source} ({trained.arch}) was trained on texts {begun}"
+        logger.warning(f"model.prompt: {problem}: set model.prompt={read or ''!r}")
 
 
 def _without(layer: Layer, model_keys: Collection[str], preprocess_keys: Collection[str]) -> Layer:

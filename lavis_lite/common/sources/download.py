@@ -110,7 +110,7 @@ def similar_names(path: Path, *, only_folders: bool = False) -> list[str]:
 def missing_file(path: Path) -> MissingFileError:
     """Return the error about a file that is not there, with similar names in its folder."""
     near = similar_names(path)
-    hint = f"did you mean {', '.join(near)}?" if near else f"the folder {path.parent} is empty or does not exist"
+    hint = f"{path.parent} has {', '.join(near)}" if near else f"the folder {path.parent} is empty or does not exist"
     return MissingFileError(f"no file {path} (relative paths start at {Path.cwd()}); {hint}")
 
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from lavis_lite.common.errors import InputError
-from lavis_lite.common.prompts import without_false_spaces
 from lavis_lite.common.registry import registry
 from lavis_lite.models.answers import AnswerModel
 from lavis_lite.models.base import Output
@@ -20,6 +19,7 @@ from lavis_lite.models.blip.base import BlipBase
 from lavis_lite.models.blip.caption import decoding_step
 from lavis_lite.models.image_text import training_output
 from lavis_lite.models.inputs import integers, required, texts_of
+from lavis_lite.models.tokenizers import written_texts
 from lavis_lite.nn.attention import CrossAttentionKV, KeyValueCache
 from lavis_lite.nn.bert import BertLMHeadModel, BertModel
 from lavis_lite.nn.decoding import DecodingConfig, GenerationConfig, check_prompt, decode
@@ -121,8 +121,7 @@ class BlipVQA(BlipBase, AnswerModel):
         context = self.text_decoder.bert.project_kv(states, mask=None if self.decoder_sees_padding else mask)
         start = torch.full((len(states), 1), self.decoder_start, device=states.device)
         ids, scores = decode(decoding_step(self.text_decoder, context), start, config)
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return [without_false_spaces(text) for text in texts], scores
+        return written_texts(self.tokenizer, ids, start.shape[1]), scores
 
     def rank_answers(
         self, samples: dict[str, Any], prompts: list[str], answers: list[str], k: int
