@@ -70,11 +70,11 @@ class ImageTextModel(BaseModel):
         """Return tokens (B,S,E) and normalised features (B,D) or, of several queries, (B,Q,D)."""
 
     @abstractmethod
-    def text_states(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def text_states(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """Return states (B,T,E) of texts read alone; token 0 represents the text."""
 
     @abstractmethod
-    def multimodal_states(self, image: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    def multimodal_states(self, image: Tensor, ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
         """Return states of images and texts read together, by the names of `extract_features`."""
 
     @abstractmethod
@@ -91,14 +91,14 @@ class ImageTextModel(BaseModel):
         """Return keys and values of the images' tokens."""
 
     @abstractmethod
-    def matching_logits(self, ids: Tensor, mask: Tensor, context: CrossAttentionKV) -> Tensor:
+    def matching_logits(self, ids: Tensor, mask: Tensor | None, context: CrossAttentionKV) -> Tensor:
         """Return logits (B,2): no match, match. One context row may serve several consecutive texts."""
 
     def image_context(self, image: Tensor) -> CrossAttentionKV:
         """Return keys and values of the images."""
         return self.project_kv(self.encode_image(image))
 
-    def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def encode_text(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """Return a text's normalised feature (B,D), that of `[CLS]`."""
         return project(self.text_proj, self.text_states(ids, mask)[:, 0])
 

@@ -21,7 +21,7 @@ from lavis_lite.common import dist
 from lavis_lite.common.bounds import check_number
 from lavis_lite.common.progress import progress
 from lavis_lite.common.transfer import upload
-from lavis_lite.models.batches import in_compute_type, stack_texts, trimmed
+from lavis_lite.models.batches import in_compute_type, padded, stack_texts, trimmed
 from lavis_lite.models.image_text import ImageTextModel
 
 UNRANKED = -100.0
@@ -58,8 +58,8 @@ def similarity_matrices(model: ImageTextModel, loader: GalleryLoader, k_test: in
     wanted_i2t = top_mask(sims, min(k_test, num_texts))
     wanted_t2i = top_mask(sims.t(), min(k_test, num_images)).t()
     scores = torch.full((len(index), num_texts), UNRANKED, device=model.device)
+    ids, mask = (part.cpu() for part in padded(stack_texts(*texts)))  # there, so that no image waits for the one before
     wanted = (wanted_i2t | wanted_t2i).cpu()
-    ids, mask = (part.cpu() for part in stack_texts(*texts))  # chosen there, so that no image waits for the one before
     for row, image in enumerate(progress(index.tolist(), len(index), name="re-ranking")):
         context = model.project_kv(upload(tokens[row][None], model.device))
         for part in wanted[image].nonzero().squeeze(1).split(TEXTS_PER_STEP):
