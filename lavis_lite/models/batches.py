@@ -1,12 +1,13 @@
 """Batches of texts and of image tokens: pad, trim and gather them, for BLIP and BLIP-2."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lavis_lite.common import dist
+from lavis_lite.common.transfer import upload
 from lavis_lite.nn.attention import CrossAttentionKV
 
 Texts = tuple[Tensor, Tensor | None]
@@ -34,6 +35,14 @@ def selected(texts: Texts, index: Tensor) -> Texts:
     """Return these rows of the batch."""
     ids, mask = texts
     return ids[index], None if mask is None else mask[index]
+
+
+def by_length(encode: Callable[[list[str]], Tensor], texts: Sequence[str], *, at_once: int) -> Tensor:
+    """Return a row per text by `encode`, which gets texts of like length together, so that they are padded little."""
+    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+    parts = [order[start : start + at_once] for start in range(0, len(order), at_once)]
+    rows = torch.cat([encode([texts[index] for index in part]) for part in parts])
+    return rows[upload(torch.tensor(order).argsort(), rows.device)]
 
 
 def trimmed(texts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from lavis_lite.common.bounds import one_of
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.precision import without_autocast
 from lavis_lite.models.base import BaseModel, Output
-from lavis_lite.models.batches import Texts
+from lavis_lite.models.batches import Texts, by_length
 from lavis_lite.models.inputs import texts_of
 from lavis_lite.nn.attention import CrossAttentionKV
 
@@ -126,8 +126,9 @@ class ImageTextModel(BaseModel):
     def class_features(self, prompts: Sequence[Sequence[str]]) -> Tensor:
         """Return each class's feature (C,D): the normalised mean of the features of its prompts, as CLIP's."""
         texts = [text for own in prompts for text in own]
-        parts = [texts[start : start + TEXTS_PER_STEP] for start in range(0, len(texts), TEXTS_PER_STEP)]
-        features = torch.cat([self.encode_text(*self.cut_texts(part)).float() for part in parts])
+        features = by_length(
+            lambda part: self.encode_text(*self.cut_texts(part)), texts, at_once=TEXTS_PER_STEP
+        ).float()
         means = [own.mean(dim=0) for own in features.split([len(own) for own in prompts])]
         return F.normalize(torch.stack(means), dim=-1)
 
