@@ -130,11 +130,11 @@ def rank_job(arguments: argparse.Namespace, image: Tensor) -> Job:
     def padded() -> Tensor:
         states, mask = model.encode_questions(samples)
         context = model.text_decoder.bert.project_kv(states, mask=mask)
-        ids, counted = model.tokenize(answers, start=model.decoder_start)
+        ids, _ = model.tokenize(answers, start=model.decoder_start)
         start = torch.full((len(image), 1), model.decoder_start, device=ids.device)
-        logits, _ = model.text_decoder(start, torch.ones_like(start), context=context)
+        logits, _ = model.text_decoder(start, None, context=context)
         order = logits[:, 0].softmax(dim=-1)[:, ids[:, 1]].topk(NUM_RANKED, dim=1).indices
-        loss = model.answer_loss(ids[order].flatten(0, 1), counted[order].flatten(0, 1), context)
+        loss = model.answer_loss(ids[order].flatten(0, 1), context)
         return order.gather(1, loss.view(len(image), -1).argmin(dim=1, keepdim=True))
 
     sides = {"ours": Watched(sorted_by_length, model), "theirs": Watched(padded, model)}

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from lavis_lite.common.registry import registry
 from lavis_lite.convert.folders import adapter_of, hf_model
-from lavis_lite.models.batches import Texts, stack_texts
+from lavis_lite.models.batches import Texts, padded, selected, stack_texts
 from lavis_lite.models.blip2.base import PRECISIONS
 from lavis_lite.models.blip2.llm_tokenizer import Batch
 from lavis_lite.nn.attention import CrossAttentionKV
@@ -148,7 +148,7 @@ def stage1_jobs(arguments: argparse.Namespace, image: Tensor) -> Iterator[Job]:
     )
     with torch.no_grad():
         tokens = model.encode_image(image[:1])
-    ids, mask = (part[:1].expand(NUM_CANDIDATES, -1) for part in (ids, mask))
+    ids, mask = (part[:1].expand(NUM_CANDIDATES, -1) for part in padded((ids, mask)))
 
     def score(num_images: int) -> Tensor:
         return model.matching_logits(ids, mask, model.Qformer.project_kv(tokens.expand(num_images, -1, -1)))
@@ -179,7 +179,7 @@ def logits_of_pairs(
 ) -> Tensor:
     """Return the matching logits of three sets of pairs, each with its own images' tokens."""
     negative_image, negative_text = negatives
-    ids, mask = stack_texts(texts, texts, (texts[0][negative_text], texts[1][negative_text]))
+    ids, mask = stack_texts(texts, texts, selected(texts, negative_text))
     images = model.Qformer.project_kv(torch.cat([tokens, tokens[negative_image], tokens]))
     return model.matching_logits(ids, mask, images)
 

@@ -7,12 +7,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lavis_lite.common.registry import registry
+from lavis_lite.models import reranking
 from lavis_lite.models.batches import in_compute_type
 from lavis_lite.models.reranking import whole_rows
 from lavis_lite.nn.losses import best_query_similarity, contrastive_loss, negative_weights
@@ -296,6 +298,24 @@ def test_reranked_scores_by_hand(model: Any) -> None:
         torch.testing.assert_close(torch.as_tensor(actual), expected, rtol=1e-4, atol=1e-5)
     everything, _ = model.compute_sim_matrix(Gallery(image, GALLERY_TEXTS), k_test=1000)
     torch.testing.assert_close(torch.as_tensor(everything), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_texts_of_like_length_are_reranked_together(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gallery, match, widths = Gallery(images(4), GALLERY_TEXTS), model.matching_logits, []
+    expected = model.compute_sim_matrix(gallery, k_test=1000)
+
+    def recorded(ids: Any, mask: Any, context: Any) -> Any:
+        widths.append(ids.shape[1])
+        return match(ids, mask, context)
+
+    monkeypatch.setattr(model, "matching_logits", recorded)
+    monkeypatch.setattr(reranking, "TEXTS_PER_STEP_OF_CPU", 2)
+    for own, other in zip(model.compute_sim_matrix(gallery, k_test=1000), expected, strict=True):
+        np.testing.assert_allclose(own, other, rtol=1e-5, atol=1e-5)
+    lengths = sorted(min(len(row), model.max_txt_len) for row in model.tokenizer(GALLERY_TEXTS).input_ids)
+    longest = [max(lengths[start : start + 2]) for start in range(0, len(lengths), 2)]
+    assert widths == longest * 4
+    assert len(set(longest)) > 1
 
 
 def test_contrast_alone_is_the_similarity(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,19 @@ def test_captions_stay(part: str) -> None:
     assert model.generate(samples, **settings) == captions
 
 
+@pytest.mark.slow
+def test_longer_captions_compile_nothing_more() -> None:
+    """Although keys and values grow with each token, and their memory in steps."""
+    torch.manual_seed(0)
+    model = load_model("blip_caption", "tiny", is_eval=True)
+    compile_layers(model.text_decoder, "model", backend="eager")
+    numbers = []
+    for length in (24, 39):
+        model.generate({"image": torch.randn(2, 3, 48, 48)}, num_beams=1, max_length=length, min_length=length)
+        numbers.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert numbers[0] == numbers[1] > 0
+
+
 def test_the_outermost_lists_are_found() -> None:
     model = load_model("blip2_opt", "tiny", is_eval=True)
     layers = {id(layer) for layer in repeated_layers(model)}

@@ -55,7 +55,7 @@ def test_the_gradient_is_that_of_finite_differences() -> None:
     width = layer.query.out_features // layer.num_heads
 
     def moved_by(amount: float) -> float:
-        def forward(x: Any, key_value: Any, mask: Any) -> Any:
+        def forward(x: Any, key_value: Any, mask: Any, **_: Any) -> Any:
             out = plain(x, key_value, mask).clone()
             out[0, token, head * width : (head + 1) * width] += amount * key_value[1][0, head, patch]
             return out

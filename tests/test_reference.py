@@ -115,11 +115,11 @@ def check_vqa(case: Case) -> None:
     }
     states, mask = model.encode_questions(samples)
     close(states, case.outputs["question_states"])
-    ids, answer_mask = model.tokenize(samples["answer"], start=model.decoder_start)
+    ids, _ = model.tokenize(samples["answer"], start=model.decoder_start)
     assert model.labels(ids).tolist() == case.facts["labels"]
     context = model.text_decoder.bert.project_kv(states, mask=mask)
     question = torch.arange(len(samples["n_answers"])).repeat_interleave(samples["n_answers"])
-    close(model.answer_loss(ids, answer_mask, context.select(question)), torch.tensor(case.facts["per_answer_loss"]))
+    close(model.answer_loss(ids, context.select(question)), torch.tensor(case.facts["per_answer_loss"]))
     loss = model(samples)["loss"]
     close(loss, case.facts["loss"])
     loss.backward()

@@ -12,13 +12,27 @@ import yaml
 
 from lavis_lite.common.errors import InputError, MissingFileError
 from lavis_lite.models import load_model
+from lavis_lite.models.batches import by_length
 from lavis_lite.tasks.zero_shot_classification import ZeroShotClassificationTask, read_templates
 
+LONGER = ["a red circle left of it", "dots", "a green star", "two dots", "the"]
 PROMPTS = [["a red circle", "the red circle"], ["a blue square"], ["two dots", "dots", "a green dot"]]
 
 
 def samples() -> dict[str, Any]:
     return {"image": torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))}
+
+
+def test_texts_of_like_length_are_encoded_together() -> None:
+    parts: list[list[str]] = []
+
+    def encode(part: list[str]) -> torch.Tensor:
+        parts.append(part)
+        return torch.tensor([[len(text), ord(text[0])] for text in part])
+
+    rows = by_length(encode, LONGER, at_once=2)
+    assert parts == [["the", "dots"], ["two dots", "a green star"], ["a red circle left of it"]]
+    assert rows.tolist() == [[len(text), ord(text[0])] for text in LONGER]
 
 
 @pytest.mark.parametrize("arch", ["blip_retrieval", "blip_image_text_matching", "blip2", "blip2_image_text_matching"])

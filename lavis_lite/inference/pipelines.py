@@ -26,6 +26,7 @@ from lavis_lite.common.registry import did_you_mean, registry
 from lavis_lite.inference.batches import BatchSizer, read_ahead
 from lavis_lite.inference.inputs import Item, as_items, load_image
 from lavis_lite.inference.loading import Loaded, load
+from lavis_lite.models.batches import by_length
 from lavis_lite.models.blip.matching import BlipMatching
 from lavis_lite.models.blip2.llm import Blip2LLM
 from lavis_lite.models.image_text import ImageTextModel, project
@@ -320,13 +321,14 @@ class EmbedPipeline(Pipeline):
         """Return features of texts, (N,D) or before the projection (N,E), float32."""
         assert isinstance(self.model, ImageTextModel)
         one_of("features", features, FEATURES)
-        rows = []
-        cleaned = self.cleaned(candidate_texts(list(texts), " in texts"))
-        for start in range(0, len(cleaned), TEXTS_PER_STEP):
-            with autocast(self.loaded.device, self.loaded.dtype):
-                states = self.model.text_states(*self.model.cut_texts(cleaned[start : start + TEXTS_PER_STEP]))[:, 0]
-                rows.append(project(self.model.text_proj, states) if features == "projected" else states)
-        return torch.cat(rows).float().cpu().numpy()
+        model, cleaned = self.model, self.cleaned(candidate_texts(list(texts), " in texts"))
+
+        def encode(part: list[str]) -> Tensor:
+            states = model.text_states(*model.cut_texts(part))[:, 0]
+            return project(model.text_proj, states) if features == "projected" else states
+
+        with autocast(self.loaded.device, self.loaded.dtype):
+            return by_length(encode, cleaned, at_once=TEXTS_PER_STEP).float().cpu().numpy()
 
 
 PIPELINES: dict[str, type[Pipeline]] = {

@@ -118,22 +118,26 @@ class BaseModel(nn.Module):
 
     def tokenize(
         self, texts: Sequence[str], *, start: int | None = None, max_length: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the text transformer's ids and mask (B,T), padded to the longest; `start` replaces [CLS], `max_length`
-        truncates. Does not wait for the device.
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the text transformer's ids and mask (B,T), padded to the longest, None in place of a mask without
+        padding; `start` replaces [CLS], `max_length` truncates. Does not wait for the device.
         """
-        ids, mask = tokenize(self.tokenizer, texts, start=start, max_length=max_length)
-        return self.upload_texts(ids, mask)
+        return self._uploaded(*tokenize(self.tokenizer, texts, start=start, max_length=max_length))
 
     def tokenize_to_predict(
         self, texts: Sequence[str], *, start: int | None = None, max_length: int | None = None
-    ) -> tuple[Tensor, Tensor, NextTokens]:
+    ) -> tuple[Tensor, Tensor | None, NextTokens]:
         """Return ids and mask as `tokenize` does, and the tokens that a language-model loss predicts: all but the first
         and padding.
         """
         ids, mask = tokenize(self.tokenizer, texts, start=start, max_length=max_length)
         predicted = NextTokens.of(self.labels(ids)).upload(self.device)
-        return *self.upload_texts(ids, mask), predicted
+        return *self._uploaded(ids, mask), predicted
+
+    def _uploaded(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        is_full = bool(mask.all())
+        ids, mask = self.upload_texts(ids, mask)
+        return ids, None if is_full else mask
 
     def upload_texts(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return ids and mask (B,T) from the CPU on the model's device, and count the tokens."""

@@ -119,12 +119,12 @@ def _caption_maps(model: BlipCaption, samples: dict[str, Any], text: str, layer:
 
 
 def _answer_maps(model: BlipVQA, samples: dict[str, Any], answer: str, layer: int | None) -> Maps:
-    ids, mask = model.tokenize([answer], start=model.decoder_start)
+    ids, _ = model.tokenize([answer], start=model.decoder_start)
 
     def target() -> Tensor:
         states, question_mask = model.encode_questions(samples)
         context = model.text_decoder.bert.project_kv(states, mask=question_mask)
-        return -model.answer_loss(ids, mask, context)
+        return -model.answer_loss(ids, context)
 
     cam = grad_cam_of(model, target, layer)
     texts = samples["text_input"]

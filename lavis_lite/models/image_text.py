@@ -16,7 +16,7 @@ from lavis_lite.common.bounds import one_of
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.precision import without_autocast
 from lavis_lite.models.base import BaseModel, Output
-from lavis_lite.models.batches import Texts
+from lavis_lite.models.batches import Texts, by_length
 from lavis_lite.models.inputs import texts_of
 from lavis_lite.nn.attention import CrossAttentionKV
 
@@ -70,11 +70,11 @@ class ImageTextModel(BaseModel):
         """Return tokens (B,S,E) and normalised features (B,D) or, of several queries, (B,Q,D)."""
 
     @abstractmethod
-    def text_states(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def text_states(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """Return states (B,T,E) of texts read alone; token 0 represents the text."""
 
     @abstractmethod
-    def multimodal_states(self, image: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    def multimodal_states(self, image: Tensor, ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
         """Return states of images and texts read together, by the names of `extract_features`."""
 
     @abstractmethod
@@ -91,14 +91,14 @@ class ImageTextModel(BaseModel):
         """Return keys and values of the images' tokens."""
 
     @abstractmethod
-    def matching_logits(self, ids: Tensor, mask: Tensor, context: CrossAttentionKV) -> Tensor:
+    def matching_logits(self, ids: Tensor, mask: Tensor | None, context: CrossAttentionKV) -> Tensor:
         """Return logits (B,2): no match, match. One context row may serve several consecutive texts."""
 
     def image_context(self, image: Tensor) -> CrossAttentionKV:
         """Return keys and values of the images."""
         return self.project_kv(self.encode_image(image))
 
-    def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def encode_text(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """Return a text's normalised feature (B,D), that of `[CLS]`."""
         return project(self.text_proj, self.text_states(ids, mask)[:, 0])
 
@@ -126,8 +126,9 @@ class ImageTextModel(BaseModel):
     def class_features(self, prompts: Sequence[Sequence[str]]) -> Tensor:
         """Return each class's feature (C,D): the normalised mean of the features of its prompts, as CLIP's."""
         texts = [text for own in prompts for text in own]
-        parts = [texts[start : start + TEXTS_PER_STEP] for start in range(0, len(texts), TEXTS_PER_STEP)]
-        features = torch.cat([self.encode_text(*self.cut_texts(part)).float() for part in parts])
+        features = by_length(
+            lambda part: self.encode_text(*self.cut_texts(part)), texts, at_once=TEXTS_PER_STEP
+        ).float()
         means = [own.mean(dim=0) for own in features.split([len(own) for own in prompts])]
         return F.normalize(torch.stack(means), dim=-1)
 

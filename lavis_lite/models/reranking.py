@@ -21,12 +21,14 @@ from lavis_lite.common import dist
 from lavis_lite.common.bounds import check_number
 from lavis_lite.common.progress import progress
 from lavis_lite.common.transfer import upload
-from lavis_lite.models.batches import in_compute_type, stack_texts, trimmed
+from lavis_lite.models.batches import in_compute_type, padded, stack_texts, trimmed
 from lavis_lite.models.image_text import ImageTextModel
 
 UNRANKED = -100.0
 MAX_CANDIDATES = 10**9
 TEXTS_PER_STEP = 256
+TEXTS_PER_STEP_OF_CPU = 64
+"""Fewer, which are of more equal length; a GPU would have too little to do."""
 
 
 class GalleryLoader(Protocol):
@@ -58,11 +60,13 @@ def similarity_matrices(model: ImageTextModel, loader: GalleryLoader, k_test: in
     wanted_i2t = top_mask(sims, min(k_test, num_texts))
     wanted_t2i = top_mask(sims.t(), min(k_test, num_images)).t()
     scores = torch.full((len(index), num_texts), UNRANKED, device=model.device)
+    ids, mask = (part.cpu() for part in padded(stack_texts(*texts)))  # there, so that no image waits for the one before
+    by_length = mask.sum(dim=1).argsort(stable=True)  # texts that are scored at once are padded little
     wanted = (wanted_i2t | wanted_t2i).cpu()
-    ids, mask = (part.cpu() for part in stack_texts(*texts))  # chosen there, so that no image waits for the one before
+    at_once = TEXTS_PER_STEP_OF_CPU if model.device.type == "cpu" else TEXTS_PER_STEP
     for row, image in enumerate(progress(index.tolist(), len(index), name="re-ranking")):
         context = model.project_kv(upload(tokens[row][None], model.device))
-        for part in wanted[image].nonzero().squeeze(1).split(TEXTS_PER_STEP):
+        for part in by_length[wanted[image, by_length]].split(at_once):
             own = (part, *trimmed((ids[part], mask[part])))
             columns, own_ids, own_mask = (upload(tensor, model.device) for tensor in own)
             logits = model.matching_logits(own_ids, own_mask, context)

@@ -5,7 +5,7 @@ of a head, E width.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -75,6 +75,8 @@ class KeyValueCache:
     layers: tuple[KeyValue, ...]
     growing: tuple[tuple[Growing, Growing], ...] | None = None
     """Where the tokens are, if they are added in place."""
+    num_queries: int = 0
+    """Of the tokens, those that are the Q-Former's queries, before the text."""
 
     @property
     def num_tokens(self) -> int:
@@ -90,21 +92,20 @@ class KeyValueCache:
 
     def repeat(self, times: int) -> "KeyValueCache":
         """Repeat every row, copies side by side."""
-        return KeyValueCache(
-            tuple((k.repeat_interleave(times, 0), v.repeat_interleave(times, 0)) for k, v in self.layers)
-        )
+        layers = tuple((k.repeat_interleave(times, 0), v.repeat_interleave(times, 0)) for k, v in self.layers)
+        return KeyValueCache(layers, num_queries=self.num_queries)
 
     def expand(self, times: int) -> "KeyValueCache":
         """Repeat every row, copies side by side, to which tokens are added in place."""
         layers = self.repeat(times).layers
-        return KeyValueCache(layers, tuple((Growing(k), Growing(v)) for k, v in layers))
+        return KeyValueCache(layers, tuple((Growing(k), Growing(v)) for k, v in layers), self.num_queries)
 
     def select(self, index: Tensor) -> "KeyValueCache":
         """Return these rows, in this order. If they grow, in place, and each must be of the same text as the row that
         it replaces.
         """
         if self.growing is None:
-            return KeyValueCache(tuple((k[index], v[index]) for k, v in self.layers))
+            return replace(self, layers=tuple((k[index], v[index]) for k, v in self.layers))
         for part in (part for layer in self.growing for part in layer):
             part.select(index)
         return self
@@ -151,15 +152,20 @@ class SelfAttention(nn.Module):
         """Return keys and values of the states, each (B,H,S,D)."""
         return self.split_heads(self.key(states_BSE)), self.split_heads(self.value(states_BSE))
 
-    def forward(self, x_BTE: Tensor, key_value: KeyValue, mask: Tensor | None) -> Tensor:
+    def forward(self, x_BTE: Tensor, key_value: KeyValue, mask: Tensor | None, *, is_causal: bool = False) -> Tensor:
         """Attend from x to the keys; `mask` is additive and broadcasts to (C,H,T,S). One key row serves B/C
-        consecutive text rows.
+        consecutive text rows. `is_causal`, without a mask: each token to those up to itself.
         """
         k, v = key_value
         num_texts, num_tokens = x_BTE.shape[:2]
         q = self.query(x_BTE).reshape(k.shape[0], -1, x_BTE.shape[-1])
         out = F.scaled_dot_product_attention(
-            self.split_heads(q), k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0
+            self.split_heads(q),
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=is_causal,
         )
         return out.transpose(1, 2).reshape(num_texts, num_tokens, -1)
 
@@ -207,8 +213,10 @@ class Attention(nn.Module):
         (states_BSE,) = states
         return (self.self.project(states_BSE),)
 
-    def forward(self, x: Tensor, streams: Sequence[KeyValue], mask: Tensor | None) -> Tensor:
-        return self.output(self.self(x, streams[0], mask), x)
+    def forward(
+        self, x: Tensor, streams: Sequence[KeyValue], mask: Tensor | None, *, is_causal: bool = False
+    ) -> Tensor:
+        return self.output(self.self(x, streams[0], mask, is_causal=is_causal), x)
 
 
 class DualCrossAttention(nn.Module):

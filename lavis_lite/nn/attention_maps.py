@@ -20,7 +20,8 @@ def recorded_attention(attention: SelfAttention) -> Iterator[list[Tensor]]:
     """
     record: list[Tensor] = []
 
-    def forward(x_BTE: Tensor, key_value: KeyValue, mask: Tensor | None) -> Tensor:
+    def forward(x_BTE: Tensor, key_value: KeyValue, mask: Tensor | None, *, is_causal: bool = False) -> Tensor:
+        assert not is_causal, "cross-attention reads the whole context"
         k, v = key_value
         num_texts, num_tokens = x_BTE.shape[:2]
         times = num_texts // k.shape[0]

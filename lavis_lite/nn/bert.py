@@ -61,6 +61,7 @@ class BertLayer(nn.Module):
         x_BLE: Tensor,
         mask: Tensor | None,
         *,
+        is_causal: bool,
         num_queries: int,
         past: KeyValue | None,
         past_has_room: bool,
@@ -75,7 +76,7 @@ class BertLayer(nn.Module):
             k, v = past
         elif past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-        x_BLE = self.attention(x_BLE, ((k, v),), mask)
+        x_BLE = self.attention(x_BLE, ((k, v),), mask, is_causal=is_causal)
         return self.after_self_attention(x_BLE, num_queries, context, context_mask), (k, v)
 
     def after_self_attention(
@@ -149,23 +150,27 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, KeyValueCache]:
         """Return states (B,Q+T,E), queries first, and every layer's keys and values.
 
-        `mask_BT` is 1 where a text token counts; with `past` (of P tokens) it covers earlier text too. With `causal` a
-        decoder, with a context grounded in it.
+        `mask_BT` is 1 where a text token counts, None where all do; with `past` (of P tokens) it covers earlier text
+        too. With `causal` a decoder, with a context grounded in it.
         """
         num_queries = 0 if queries_BQE is None else queries_BQE.shape[1]
-        num_past = 0 if past is None else past.num_tokens
-        num_earlier = 0 if ids_BT is None or mask_BT is None else mask_BT.shape[1] - ids_BT.shape[1]
-        x_BLE = self.embeddings(ids_BT, num_earlier, queries_BQE)
-        mask, blocked = None, context_mask(context, x_BLE.dtype)
+        num_past, past_queries = (0, 0) if past is None else (past.num_tokens, past.num_queries)
+        x_BLE = self.embeddings(ids_BT, num_past - past_queries, queries_BQE)
+        blocked, all_queries = context_mask(context, x_BLE.dtype), past_queries + num_queries
+        is_ordered = causal and ids_BT is not None and x_BLE.shape[1] > 1  # one token attends to all before it
+        is_causal = is_ordered and mask_BT is None and num_past + num_queries == 0
+        if is_ordered and mask_BT is None and not is_causal:
+            mask_BT = x_BLE.new_ones(1, num_past + x_BLE.shape[1] - all_queries)
+        mask = None
         if mask_BT is not None:
-            before_text = num_queries + num_past - num_earlier  # queries, now or among the cached tokens
-            mask = text_mask(mask_BT, num_past, num_queries=before_text, causal=causal, dtype=x_BLE.dtype)
+            mask = text_mask(mask_BT, num_past, num_queries=all_queries, causal=causal, dtype=x_BLE.dtype)
         growing = None if past is None else past.growing
         cache = []
         for i, layer in enumerate(self.layers):
             x_BLE, key_value = layer(
                 x_BLE,
                 mask,
+                is_causal=is_causal,
                 num_queries=num_queries,
                 past=None if past is None else past.past(i, x_BLE.shape[1]),
                 past_has_room=growing is not None,
@@ -173,7 +178,7 @@ class Transformer(nn.Module):
                 context_mask=blocked,
             )
             cache.append(key_value)
-        return x_BLE, KeyValueCache(tuple(cache), growing)
+        return x_BLE, KeyValueCache(tuple(cache), growing, all_queries)
 
 
 def initialise(module: nn.Module, std: float) -> None:
@@ -231,7 +236,7 @@ class BertLMHeadModel(nn.Module):
     def forward(
         self,
         ids_BT: Tensor,
-        mask_BT: Tensor,
+        mask_BT: Tensor | None,
         *,
         context: CrossAttentionKV | None = None,
         past: KeyValueCache | None = None,

@@ -91,8 +91,9 @@ class QFormer(nn.Module):
         """Return states (B,Q+T,E), queries first, and every layer's keys and values.
 
         Queries of one row serve all samples; without queries the text is read alone, without the image. `mask_BT` is 1
-        where a text token counts, `causal` as in `text_mask`. With `past`, the cache of a pass of the queries (and of
-        earlier text), the new text is causal and follows it, and `mask_BT` covers earlier text tokens too.
+        where a text token counts, or None where all do; `causal` as in `text_mask`. With `past`, the cache of a pass of
+        the queries (and of earlier text), the new text is causal and follows it, and `mask_BT` covers earlier text
+        tokens too.
         """
         if queries_BQE is not None and context is not None and len(queries_BQE) == 1:
             queries_BQE = queries_BQE.expand(context.num_rows if ids_BT is None else len(ids_BT), -1, -1)

@@ -50,7 +50,8 @@ class BlipCaption(BlipBase, CaptionModel):
         tokens = self.encode_image(image)
         decoder = self.text_decoder
         context = decoder.bert.project_kv(tokens)
-        states, _ = decoder.bert(*self.upload_texts(ids, mask), context=context, causal=True)
+        ids, _ = self.upload_texts(ids, mask)
+        states, _ = decoder.bert(ids, None, context=context, causal=True)  # padding comes after all labels
         output = training_output(lm=language_modeling_loss(decoder.cls(predicted.states(states)), predicted.labels))
         output["num_labels"] = upload(torch.tensor(len(predicted.labels)), self.device)
         return output.later(
@@ -96,8 +97,7 @@ def decoding_step(decoder: BertLMHeadModel, context: CrossAttentionKV) -> Step:
     """Return a function that scores the next token of texts without padding."""
 
     def step(new_ids: Tensor, cache: KeyValueCache | None, length: int) -> tuple[Tensor, KeyValueCache]:
-        mask = new_ids.new_ones(len(new_ids), length)
-        logits, cache = decoder(new_ids, mask, context=context, past=cache)
+        logits, cache = decoder(new_ids, None, context=context, past=cache)
         return logits[:, -1], cache
 
     return step

@@ -55,7 +55,7 @@ class BlipClassification(BlipBase):
         self.use_distill = use_distill
         self.add_momentum_encoders(MOMENTUM_PARTS if use_distill else (), momentum=momentum, alpha=alpha)
 
-    def inputs(self, samples: dict[str, Any], *, answering: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def inputs(self, samples: dict[str, Any], *, answering: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the images, and the texts' ids and mask."""
         image = self.checked_image(samples, answering=answering)
         return image, *self.tokenize(texts_of(samples, len(image)), max_length=self.max_txt_len)
@@ -87,7 +87,7 @@ class BlipClassification(BlipBase):
         return Output({"predictions": logits, "targets": class_targets(samples, logits)})
 
     @torch.no_grad()
-    def momentum_logits(self, image: Tensor, ids: Tensor, mask: Tensor, *, update: bool) -> Tensor:
+    def momentum_logits(self, image: Tensor, ids: Tensor, mask: Tensor | None, *, update: bool) -> Tensor:
         """Return the momentum encoders' logits, after updating them (`update`)."""
         if update:
             update_momentum(self.momentum_pairs(), self.momentum)
@@ -111,7 +111,12 @@ class BlipClassification(BlipBase):
 
 
 def classify(
-    encode: Callable[[Tensor], Tensor], text: BertModel, head: nn.Module, image: Tensor, ids: Tensor, mask: Tensor
+    encode: Callable[[Tensor], Tensor],
+    text: BertModel,
+    head: nn.Module,
+    image: Tensor,
+    ids: Tensor,
+    mask: Tensor | None,
 ) -> Tensor:
     """Return logits of the grounded text's first state."""
     return head(text(ids, mask, context=text.project_kv(encode(image)))[0][:, 0])

@@ -75,7 +75,8 @@ class BlipVisDial(BlipBase):
         tokens = self.encode_image(image)
         caption = self.caption_proj(self.text_encoder(ids, mask)[0])
         states = torch.cat([tokens, caption.to(tokens.dtype)], dim=1)
-        return self.text_encoder.project_kv(states, mask=torch.cat([mask.new_ones(tokens.shape[:2]), mask], dim=1))
+        mask = None if mask is None else torch.cat([mask.new_ones(tokens.shape[:2]), mask], dim=1)
+        return self.text_encoder.project_kv(states, mask=mask)
 
     def answer_logits(self, dialogs: list[str], lists: list[list[str]], context: CrossAttentionKV) -> Tensor:
         """Return logits (BxC,2) of each dialogue with each of its C candidates: wrong, right."""

@@ -39,14 +39,14 @@ class BlipMatching(BlipBase, ImageTextModel):
         tokens = self.encode_image(image)
         return tokens, project(self.vision_proj, visual_summary(self.visual_encoder, tokens, image))
 
-    def text_states(self, ids: Tensor, mask: Tensor, context: CrossAttentionKV | None = None) -> Tensor:
+    def text_states(self, ids: Tensor, mask: Tensor | None, context: CrossAttentionKV | None = None) -> Tensor:
         """Return states (B,T,E) of the texts, alone or, with `[ENC]` as first token, grounded in images."""
         if context is not None:
             ids = ids.clone()
             ids[:, 0] = self.encoder_start
         return self.text_encoder(ids, mask, context=context)[0]
 
-    def multimodal_states(self, image: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    def multimodal_states(self, image: Tensor, ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
         tokens = self.encode_image(image)
         return {"image_embeds": tokens, "multimodal_embeds": self.text_states(ids, mask, self.project_kv(tokens))}
 
@@ -56,7 +56,7 @@ class BlipMatching(BlipBase, ImageTextModel):
     def project_kv(self, tokens: Tensor) -> CrossAttentionKV:
         return self.text_encoder.project_kv(tokens)
 
-    def matching_logits(self, ids: Tensor, mask: Tensor, context: CrossAttentionKV) -> Tensor:
+    def matching_logits(self, ids: Tensor, mask: Tensor | None, context: CrossAttentionKV) -> Tensor:
         return scored(self.itm_head, self.text_states(ids, mask, context)[:, 0])
 
 

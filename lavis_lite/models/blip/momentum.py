@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lavis_lite.common import dist
 from lavis_lite.common.bounds import check_number
 from lavis_lite.models.base import Output
-from lavis_lite.models.batches import Texts, fetch_texts, in_compute_type, match_pairs
+from lavis_lite.models.batches import Texts, fetch_texts, in_compute_type, match_pairs, selected
 from lavis_lite.models.blip.matching import BlipMatching
 from lavis_lite.models.image_text import PairModel, project
 from lavis_lite.nn.attention import CrossAttentionKV
@@ -105,7 +105,7 @@ class BlipMomentum(BlipMatching, PairModel):
         return frame_tokens(self.visual_encoder_m, image)
 
     @torch.no_grad()
-    def momentum_features(self, image: Tensor, ids: Tensor, mask: Tensor, *, update: bool) -> MomentumFeatures:
+    def momentum_features(self, image: Tensor, ids: Tensor, mask: Tensor | None, *, update: bool) -> MomentumFeatures:
         """Update the momentum encoders (and clamp the temperature) and compute their features."""
         if update:
             self.temp.clamp_(*TEMPERATURE_LIMITS)
@@ -208,7 +208,7 @@ class BlipMomentum(BlipMatching, PairModel):
             wrong = fetch_texts(texts, negative_text, max_length=self.max_txt_len)
         else:
             other = context.select(negative_image)
-            wrong = texts[0][negative_text], texts[1][negative_text]
+            wrong = selected(texts, negative_text)
         return match_pairs(self.matching_logits, texts, (other, wrong), context)
 
     @torch.no_grad()

@@ -58,7 +58,7 @@ class BlipPretrain(BlipMomentum):
         decoder_ids = ids.clone()
         decoder_ids[:, 0] = self.decoder_start
         decoder = self.text_decoder  # it shares the encoder's cross-attention
-        states, _ = decoder.bert(decoder_ids, mask, context=context, causal=True)
+        states, _ = decoder.bert(decoder_ids, None, context=context, causal=True)  # padding comes after all labels
         output = training_output(
             {**metrics, "acc_itm": matching_accuracy(pairs, len(ids))},
             itc=loss_itc,

@@ -19,7 +19,7 @@ from lavis_lite.models.blip.base import BlipBase
 from lavis_lite.models.blip.caption import decoding_step
 from lavis_lite.models.image_text import training_output
 from lavis_lite.models.inputs import integers, required, texts_of
-from lavis_lite.models.tokenizers import written_texts
+from lavis_lite.models.tokenizers import tokenize, written_texts
 from lavis_lite.nn.attention import CrossAttentionKV, KeyValueCache
 from lavis_lite.nn.bert import BertLMHeadModel, BertModel
 from lavis_lite.nn.decoding import DecodingConfig, GenerationConfig, check_prompt, decode
@@ -66,8 +66,8 @@ class BlipVQA(BlipBase, AnswerModel):
         if len(weight) != len(answers):
             raise InputError(f"samples['weight']: {len(weight)} weights were given for {len(answers)} answers")
         context = self.text_decoder.bert.project_kv(states, mask=question_mask).select(question)
-        ids, mask, predicted = self.tokenize_to_predict(answers, start=self.decoder_start)
-        loss = self.answer_loss(ids, mask, context, predicted)
+        ids, _, predicted = self.tokenize_to_predict(answers, start=self.decoder_start)
+        loss = self.answer_loss(ids, context, predicted)
         weight = torch.as_tensor(weight, device=loss.device, dtype=loss.dtype)
 
         @torch.no_grad()
@@ -75,28 +75,26 @@ class BlipVQA(BlipBase, AnswerModel):
             return Output(
                 image_embeds=self.encode_image(self.checked_image(samples)),
                 encoder_output=Output(last_hidden_state=states),
-                decoder_output=Output(logits=self.text_decoder(ids, mask, context=context)[0]),
+                decoder_output=Output(logits=self.text_decoder(ids, None, context=context)[0]),
                 decoder_labels=self.labels(ids),
             )
 
         output = training_output(lm=(weight * loss).sum() / len(states))
         return output.later(intermediate_output=intermediate_output)
 
-    def encode_questions(self, samples: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Return the questions' image-grounded states (B,T,E) and their mask (B,T)."""
+    def encode_questions(self, samples: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """Return the questions' image-grounded states (B,T,E) and their mask (B,T), None without padding."""
         image = self.checked_image(samples)
         ids, mask = self.tokenize(texts_of(samples, len(image)), start=self.encoder_start, max_length=self.max_txt_len)
         context = self.text_encoder.project_kv(self.encode_image(image))
         return self.text_encoder(ids, mask, context=context)[0], mask
 
-    def answer_loss(
-        self, ids: Tensor, mask: Tensor, context: CrossAttentionKV, predicted: NextTokens | None = None
-    ) -> Tensor:
-        """Return the negative (label-smoothed) log-likelihood of each answer, summed over its tokens: (N,). Without
-        `predicted`, the tokens of the answers, waits for the device.
+    def answer_loss(self, ids: Tensor, context: CrossAttentionKV, predicted: NextTokens | None = None) -> Tensor:
+        """Return the negative (label-smoothed) log-likelihood of each answer, summed over its tokens: (N,). Padding
+        comes after the answers (N,T). Without `predicted`, their tokens, waits for the device.
         """
         predicted = NextTokens.of(self.labels(ids)) if predicted is None else predicted
-        states, _ = self.text_decoder.bert(ids, mask, context=context, causal=True)
+        states, _ = self.text_decoder.bert(ids, None, context=context, causal=True)
         logits = self.text_decoder.cls(predicted.states(states))
         losses = language_modeling_loss(logits, predicted.labels, reduction="none")
         return predicted.sum_per_text(losses, ids.shape)
@@ -128,9 +126,9 @@ class BlipVQA(BlipBase, AnswerModel):
     ) -> tuple[Tensor, Tensor]:
         states, states_mask = self.encode_questions({**samples, "text_input": prompts})
         context = self.text_decoder.bert.project_kv(states, mask=states_mask)
-        ids, mask = self.tokenize(answers, start=self.decoder_start)
+        ids, mask = self.upload_texts(*tokenize(self.tokenizer, answers, start=self.decoder_start))
         start = torch.full((len(prompts), 1), self.decoder_start, device=ids.device)
-        logits, cache = self.text_decoder(start, torch.ones_like(start), context=context)
+        logits, cache = self.text_decoder(start, None, context=context)
         order = logits[:, 0].softmax(dim=-1)[:, ids[:, 1]].topk(k, dim=1).indices
         read = DecoderPrefix(logits[:, 0], cache, context)
         return order, candidate_losses(self.text_decoder, read, ids[order], mask[order])
@@ -178,7 +176,7 @@ def candidate_losses(decoder: BertLMHeadModel, read: DecoderPrefix, ids_BKT: Ten
         end = min(begin + at_once, bisect_right(widths, -width, lo=begin, key=operator.neg))
         rows, counted = (t[:, begin:end, :width].flatten(0, 1) for t in (ids, mask))
         past = read.cache.repeat(end - begin)
-        logits, _ = decoder(rows[:, 1:-1], counted[:, :-1], context=read.context, past=past)
+        logits, _ = decoder(rows[:, 1:-1], None, context=read.context, past=past)  # padding is read last
         labels = rows[:, 2:].masked_fill(counted[:, 2:] == 0, IGNORED)
         losses[:, begin:end] += smoothed_loss_per_text(logits, labels).view(len(losses), -1)
         begin = end

@@ -205,7 +205,9 @@ class Blip2Base(BaseModel):
         return F.pad(tokens, (0, 0, 0, longest - tokens.shape[1]))
 
     def query_states(self, context: CrossAttentionKV, ids: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Return the queries' states (B,Q,E) after reading the images and, if given, a text (ids and mask, (B,T))."""
+        """Return the queries' states (B,Q,E) after reading the images and, if given, a text (ids and mask, (B,T), None
+        without padding).
+        """
         states, _ = self.Qformer(self.query_tokens, ids, mask, context=context)
         return states[:, : self.query_tokens.shape[1]]
 

@@ -239,8 +239,8 @@ class Blip2LLM(Blip2Base, AnswerModel):
         ids, mask = self.upload_texts(batch.ids, batch.mask)
         num_labels = upload(num_labels, self.device)
         image = self.image_embeds(samples, prompts)
-        written = [(batch.labels != IGNORED, 0)] if self.lm.is_encoder_decoder else []
-        with known_padding(full_lengths((batch.mask, image.shape[1]), *written), self.device):
+        masks = (batch.mask, image.shape[1]), (batch.labels != IGNORED, 0)  # a causal model's padding comes last
+        with known_padding(full_lengths(*masks) if self.lm.is_encoder_decoder else True, self.device):
             loss = self.lm.loss(*self.concat_embeds(image, ids, mask), batch.labels)
         return Output({"loss": loss, "loss_lm": loss.detach(), "num_labels": num_labels})
 
@@ -272,8 +272,7 @@ class Blip2LLM(Blip2Base, AnswerModel):
 
     def write(self, samples: dict[str, Any], prompts: list[str], config: DecodingConfig) -> Decoded:
         """Generate texts after the images and prompts."""
-        lengths = set(map(len, self.llm_tokenizer.inputs(prompts, max_length=self.prompt_limit)))
-        with known_padding(len(lengths) == 1, self.device):
+        with known_padding(self.llm_tokenizer.are_equally_long(prompts, self.prompt_limit), self.device):
             return self.lm.generate(*self.prompt_embeds(samples, prompts, max_length=self.prompt_limit), config)
 
     # Answers
@@ -315,14 +314,15 @@ class Blip2LLM(Blip2Base, AnswerModel):
         """Rank as `AnswerModel` does; the answers have an end token where `class_losses` have one."""
         tokenizer = self.llm_tokenizer
         ids, mask = self.pad(tokenizer.continuations(answers, end=not self.family.score_without_eos))
-        prefix = self.lm.prefix(*self.prompt_embeds(samples, prompts))
-        logits, num_common = prefix.logits, len(tokenizer.prefix_ids) if tokenizer.is_encoder_decoder else 0
-        if num_common:  # every answer begins with the same token, as BART's do: compare the one after it
-            common = ids[:1, :num_common].expand(len(logits), -1)
-            every = torch.arange(len(logits), device=logits.device)
-            logits = self.lm.extend(prefix.cache.rows(every), common)[0][:, -1]
-        order = logits[:, ids[:, num_common]].topk(min(k, len(answers)), dim=1).indices
-        return order, self.lm.candidate_losses(prefix, ids[order], mask[order])
+        with known_padding(tokenizer.are_equally_long(prompts), self.device):
+            prefix = self.lm.prefix(*self.prompt_embeds(samples, prompts))
+            logits, num_common = prefix.logits, len(tokenizer.prefix_ids) if tokenizer.is_encoder_decoder else 0
+            if num_common:  # every answer begins with the same token, as BART's do: compare the one after it
+                common = ids[:1, :num_common].expand(len(logits), -1)
+                every = torch.arange(len(logits), device=logits.device)
+                logits = self.lm.extend(prefix.cache.rows(every), common)[0][:, -1]
+            order = logits[:, ids[:, num_common]].topk(min(k, len(answers)), dim=1).indices
+            return order, self.lm.candidate_losses(prefix, ids[order], mask[order])
 
     def predict_class(
         self, samples: dict[str, Any], candidates: Candidates, n_segments: int = 1
@@ -389,7 +389,8 @@ class Blip2LLM(Blip2Base, AnswerModel):
         lengths = segment_lengths(rows, n_segments)
         embeds, mask = self.prompt_embeds(samples, prompts)
         ids, counts = (part.view(*lengths.shape, -1) for part in self.pad(stacked(rows)))
-        losses = self.lm.candidate_losses(self.lm.prefix(embeds, mask), ids, counts)
+        with known_padding(self.llm_tokenizer.are_equally_long(prompts), self.device):
+            losses = self.lm.candidate_losses(self.lm.prefix(embeds, mask), ids, counts)
         if not is_bare or not divided:
             return losses
         num_read = mask.sum(dim=1, keepdim=True)

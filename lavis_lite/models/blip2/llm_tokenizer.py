@@ -77,6 +77,10 @@ class LLMTokenizer:
         """Return ids of texts that the model reads, cut to `max_length` tokens."""
         return [self._with_special(row, max_length, side=self.truncation_side) for row in self._bare(texts)]
 
+    def are_equally_long(self, texts: Sequence[str], max_length: int | None = None) -> bool:
+        """Return whether texts that the model reads, cut to `max_length` tokens, need no padding."""
+        return len(set(map(len, self.inputs(texts, max_length=max_length)))) == 1
+
     def outputs(self, texts: Sequence[str], *, max_length: int | None = None, end: bool = True) -> Rows:
         """Return ids of texts that the model writes, cut to `max_length`; a causal model's end token needs `end`."""
         rows = self._bare(texts)

@@ -43,17 +43,17 @@ class Blip2Matching(Blip2Base, PairModel):
         tokens = self.encode_image(image)
         return tokens, project(self.vision_proj, self.query_states(self.project_kv(tokens)))
 
-    def text_states(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def text_states(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         return self.Qformer(None, ids, mask)[0]
 
-    def multimodal_states(self, image: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    def multimodal_states(self, image: Tensor, ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
         return {"multimodal_embeds": self.query_states(self.image_context(image), ids, mask)}
 
     def similarity(self, image_feat: Tensor, text_feat: Tensor) -> Tensor:
         """Return the similarity (images, texts) of each text to an image's best query."""
         return best_query_similarity(image_feat, text_feat)
 
-    def matching_logits(self, ids: Tensor, mask: Tensor, context: CrossAttentionKV) -> Tensor:
+    def matching_logits(self, ids: Tensor, mask: Tensor | None, context: CrossAttentionKV) -> Tensor:
         """Return logits (B,2): no match, match; the mean over the queries, which attend to image and text. One context
         row may serve several consecutive texts.
 

@@ -74,7 +74,7 @@ class Blip2Qformer(Blip2Matching, CaptionModel):
 
         decoder_ids = ids.clone()
         decoder_ids[:, 0] = self.decoder_start
-        written, _ = self.Qformer(None, decoder_ids, mask, past=cache)  # after the queries
+        written, _ = self.Qformer(None, decoder_ids, past=cache)  # after the queries; padding comes after all labels
         return training_output(
             {**metrics, "acc_itm": matching_accuracy(pairs, len(tokens))},
             itc=loss_itc,
@@ -127,8 +127,7 @@ class Blip2Qformer(Blip2Matching, CaptionModel):
 
     def step(self, context: KeyValueCache) -> Step:
         def step(new_ids: Tensor, cache: KeyValueCache | None, length: int) -> tuple[Tensor, KeyValueCache]:
-            mask = new_ids.new_ones(len(new_ids), length)
-            states, cache = self.Qformer(None, new_ids, mask, past=context if cache is None else cache)
+            states, cache = self.Qformer(None, new_ids, past=context if cache is None else cache)
             return self.Qformer.logits(states[:, -1]), cache
 
         return step
