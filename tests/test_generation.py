@@ -33,7 +33,7 @@ class RandomText:
         logits[PAD] = -1e9
         return logits
 
-    def __call__(self, new_ids: Tensor, cache: Any, length: int) -> tuple[Tensor, Any]:
+    def __call__(self, new_ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """A decoding step whose cache holds the texts in place of keys and values."""
         texts = new_ids[:, None, :, None]
         if cache is not None:

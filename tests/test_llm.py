@@ -238,7 +238,7 @@ def test_texts_of_padding_alone_do_not_fail() -> None:
     logits = torch.zeros(1, 5)
     logits[0, 0] = 9.0
 
-    def step(new_ids: Tensor, cache: Any, length: int) -> tuple[Tensor, Any]:
+    def step(new_ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
         state = torch.zeros(len(new_ids), 1, 1, 1)
         return logits.expand(len(new_ids), -1), KeyValueCache(((state, state),))
 

@@ -124,7 +124,7 @@ class Table:
     def __init__(self, probabilities: Tensor) -> None:
         self.log = probabilities.log()
 
-    def __call__(self, ids: Tensor, cache: KeyValueCache | None, length: int) -> tuple[Tensor, KeyValueCache]:
+    def __call__(self, ids: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, KeyValueCache]:
         return self.log[ids[:, -1]], KeyValueCache(())
 
 

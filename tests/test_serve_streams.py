@@ -58,8 +58,8 @@ class Rows:
 def test_a_watch_sees_the_tokens_and_which_texts_are_cut(num_beams: int) -> None:
     """The first text ends (token 1) after two tokens, the second writes 2 up to the greatest length."""
 
-    def step(ids: torch.Tensor, cache: Any, length: int) -> tuple[torch.Tensor, Rows]:
-        likely = torch.tensor([3 if length == 1 else 1, 2]).repeat_interleave(1 if cache is None else num_beams)
+    def step(ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Rows]:
+        likely = torch.tensor([3 if cache is None else 1, 2]).repeat_interleave(1 if cache is None else num_beams)
         return torch.nn.functional.one_hot(likely, 5) * 50.0, Rows()
 
     watch = Recorded()

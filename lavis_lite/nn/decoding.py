@@ -184,8 +184,8 @@ class Decoded(NamedTuple):
         return [*texts] if self.scores is None else list(zip(texts, self.scores.tolist(), strict=True))
 
 
-Step = Callable[[Tensor, Any, int], tuple[Tensor, Any]]
-"""(new ids (N,T), cache or None, total length) -> logits of the next token (N,V) and the new cache.
+Step = Callable[[Tensor, Any], tuple[Tensor, Any]]
+"""(new ids (N,T), cache or None) -> logits of the next token (N,V) and the new cache.
 
 A cache has N rows: `expand(times)` repeats every row, copies side by side; `select(index)` returns these rows (N,),
 each of the same text as the row it replaces. Both may use up the old cache.
@@ -235,7 +235,7 @@ def may_read(num_written: int, device: torch.device) -> bool:
 
 def greedy_or_sample(step: Step, prompt_BL: Tensor, config: DecodingConfig) -> Decoded:
     """Take the likeliest token at each step, or draw one from the nucleus."""
-    logits, cache = step(prompt_BL, None, prompt_BL.shape[1])
+    logits, cache = step(prompt_BL, None)
     cache = cache.expand(config.num_captions)
     logits, ids = (rows.repeat_interleave(config.num_captions, 0) for rows in (logits, prompt_BL))
     running = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
@@ -262,7 +262,7 @@ def greedy_or_sample(step: Step, prompt_BL: Tensor, config: DecodingConfig) -> D
         if ids.shape[1] >= config.max_length or (may_read(num_written, ids.device) and not running.any()):
             own_scores = sums / lengths**config.length_penalty if config.return_scores else None
             return Decoded(ids[:, : int(width)], own_scores)
-        logits, cache = step(token[:, None], cache, ids.shape[1])
+        logits, cache = step(token[:, None], cache)
 
 
 def sample_nucleus(scores_NV: Tensor, top_p: float, temperature: float) -> Tensor:
@@ -276,7 +276,7 @@ def sample_nucleus(scores_NV: Tensor, top_p: float, temperature: float) -> Tenso
 def beam_search(step: Step, prompt_BL: Tensor, config: DecodingConfig) -> Decoded:
     """Return the best `num_captions` of `num_beams` beams per text."""
     num_texts, beams = len(prompt_BL), config.num_beams
-    logits, cache = step(prompt_BL, None, prompt_BL.shape[1])
+    logits, cache = step(prompt_BL, None)
     logits, cache = logits.repeat_interleave(beams, 0), cache.expand(beams)
     state = _Beams(prompt_BL, config)
     while True:
@@ -289,7 +289,7 @@ def beam_search(step: Step, prompt_BL: Tensor, config: DecodingConfig) -> Decode
         if length >= config.max_length or (may_read(num_written, state.ids.device) and bool(state.done.all())):
             return state.finish()
         cache = cache.select(row)
-        logits, cache = step(state.ids[:, :, -1].reshape(-1, 1), cache, length)
+        logits, cache = step(state.ids[:, :, -1].reshape(-1, 1), cache)
 
 
 class _Beams:

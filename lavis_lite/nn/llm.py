@@ -135,7 +135,7 @@ class LLMAdapter:
         config = self.check_room(embeds_BSE.shape[1], config)
         prefix = self.prefix(embeds_BSE, mask_BS)
 
-        def step(new_ids: Tensor, cache: LLMCache | None, length: int) -> tuple[Tensor, LLMCache]:
+        def step(new_ids: Tensor, cache: LLMCache | None) -> tuple[Tensor, LLMCache]:
             if cache is None:
                 return prefix.logits, prefix.cache
             logits, cache = self.extend(cache, new_ids)

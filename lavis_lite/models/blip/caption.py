@@ -96,7 +96,7 @@ class BlipCaption(BlipBase, CaptionModel):
 def decoding_step(decoder: BertLMHeadModel, context: CrossAttentionKV) -> Step:
     """Return a function that scores the next token of texts without padding."""
 
-    def step(new_ids: Tensor, cache: KeyValueCache | None, length: int) -> tuple[Tensor, KeyValueCache]:
+    def step(new_ids: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, KeyValueCache]:
         logits, cache = decoder(new_ids, None, context=context, past=cache)
         return logits[:, -1], cache
 

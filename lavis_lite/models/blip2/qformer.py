@@ -126,7 +126,7 @@ class Blip2Qformer(Blip2Matching, CaptionModel):
         return self.Qformer(self.query_tokens, context=self.image_context(image))[1]
 
     def step(self, context: KeyValueCache) -> Step:
-        def step(new_ids: Tensor, cache: KeyValueCache | None, length: int) -> tuple[Tensor, KeyValueCache]:
+        def step(new_ids: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, KeyValueCache]:
             states, cache = self.Qformer(None, new_ids, past=context if cache is None else cache)
             return self.Qformer.logits(states[:, -1]), cache
 
