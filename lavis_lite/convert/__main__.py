@@ -24,7 +24,7 @@ examples (docs/weights.md has more):
   python -m lavis_lite.convert consolidate output/my_run/JOB/checkpoint_last.pth checkpoint.pth"""
 PLACES = (
     *("tokenizer", "vit_weights", "vit_precision", "llm_precision", "opt_model", "t5_model", "llm_model"),
-    *(*ADAPTER_KEYS, "llm_quantization"),
+    *(*ADAPTER_KEYS, "llm_quantization", "llm_device_map"),
 )
 """Keys of a model section that a folder leaves out, as it has its own tokenizers and weights."""
 
@@ -160,7 +160,8 @@ def _precisions(arch: str, precision: str) -> dict[str, Any]:
     from lavis_lite.common.config.schema import schema_of
 
     schema, _ = schema_of(registry.get_model_class(arch))
-    wanted = {"vit_precision": "fp32", "llm_precision": precision, "llm_quantization": None}
+    wanted: dict[str, Any] = {"vit_precision": "fp32", "llm_precision": precision}
+    wanted |= {"llm_quantization": None, "llm_device_map": None}
     return {key: value for key, value in wanted.items() if key in schema}
 
 

@@ -87,6 +87,8 @@ class BaseModel(nn.Module):
     reads_encoded: ClassVar[bool] = False
     """Training reads images through `checked_image` and `encode_image` alone, so that tokens of the frozen image
     encoder may take their place (`model.cache_features`)."""
+    llm_device_map: str | dict[str, Any] | None = None
+    """The devices among which `place` divides the language model; None: it is on the model's."""
     num_text_tokens: int = 0
     """Tokens of all texts that were tokenised so far, without padding."""
     reports_num_labels: ClassVar[bool] = False

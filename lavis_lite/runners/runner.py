@@ -25,6 +25,7 @@ from lavis_lite.common.registry import registry
 from lavis_lite.common.rng import seed_rank
 from lavis_lite.datasets.protocols import EvalDataset
 from lavis_lite.models.base import BaseModel
+from lavis_lite.models.placing import place
 from lavis_lite.nn.fingerprint import weights_digest
 from lavis_lite.runners.checkpoint_writer import CheckpointWriter
 from lavis_lite.runners.compiling import compile_layers
@@ -134,7 +135,7 @@ class Runner:
     def _placed(self, model: BaseModel) -> BaseModel:
         """Return the model on this rank's device, whole or this rank's shard of it."""
         if not self.is_sharded:
-            return model.to(self.device)
+            return place(model, self.device)
         sharding.check_shardable(model, dtype=self.dtype)
         sharding.shard(model, model.shard_units(), device=self.device, dtype=self.dtype)
         return model
