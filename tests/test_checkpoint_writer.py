@@ -11,8 +11,9 @@ import torch
 
 from lavis_lite.common import checkpoint
 from lavis_lite.common.errors import WriteError
+from lavis_lite.common.sharding import on_host
 from lavis_lite.runners import runner as runner_module
-from lavis_lite.runners.checkpoint_writer import CheckpointWriter, on_host
+from lavis_lite.runners.checkpoint_writer import CheckpointWriter
 
 pytestmark = pytest.mark.usefixtures("shapes_data")
 RUN = {"checkpoint_every": 1, "keep_checkpoints": 9, "valid_splits": [], "test_splits": [], "max_iters": 4}

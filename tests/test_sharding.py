@@ -5,6 +5,7 @@ with captions of equal length, a step's loss is a mean over the samples of the g
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ from test_dist import launch
 from test_resume_processes import launched
 
 from lavis_lite.common import checkpoint, dist, sharding
-from lavis_lite.common.errors import InputError
+from lavis_lite.common.errors import DamagedFileError, InputError
 from lavis_lite.common.sharding import check_shardable
+from lavis_lite.common.sources.weights import open_state
+from lavis_lite.convert.__main__ import run as convert
 from lavis_lite.nn.fingerprint import weights_digest
+from lavis_lite.runners import jobs
 
 STEPS = 4
 MIDDLE = 2
@@ -39,6 +43,8 @@ CASES: dict[str, dict[str, Any]] = {
 BF16 = {"blip_bf16": {"model": CHECKPOINTED, "run": {"precision": "bf16"}}}
 """Matrices of the image encoder are gathered in bf16, in which autocast reads them anyway."""
 RESUMED = ("blip", "opt_frozen")
+PARTED = "blip"
+"""Whose checkpoints are also written in parts, aside; its output layer is tied to the embeddings."""
 RUN: dict[str, Any] = {**cli_helpers.RUN, "task": "captioning", "metrics": ["cider"], "num_beams": 1, "max_len": 16}
 RUN |= {
     "batch_size_train": 2,
@@ -74,6 +80,11 @@ def folder(shapes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         if name in RESUMED:
             commands.append([*argv, "--job-id", "fsdp_from_ddp", "--resume", str(middle["ddp"]), *sharded])
             commands.append([*argv, "--job-id", "ddp_from_fsdp", "--resume", str(middle["fsdp"])])
+        if name == PARTED:
+            parts = [*sharded, "run.checkpoint=sharded", "run.async_checkpoint=true"]
+            commands.append([*argv, "--job-id", "parts", *parts])
+            middle["parts"] = folder / name / "output" / "parts" / f"checkpoint_{MIDDLE}.pth"
+            commands.append([*argv, "--job-id", "resumed", "--resume", str(middle["parts"]), *parts])
     launched(folder, *commands)
     return folder
 
@@ -163,6 +174,64 @@ def test_checkpoint_files_do_not_tell_how_a_run_was_parallel(folder: Path, name:
     assert shapes[0] == shapes[1]
 
 
+def content(path: Path) -> dict[str, Any]:
+    """A checkpoint of one file, without its settings."""
+    return {key: value for key, value in checkpoint.load(path).items() if key != "config"}
+
+
+@pytest.mark.slow
+def test_parts_make_the_file_that_one_process_writes(folder: Path, tmp_path: Path) -> None:
+    """To the bit, tied tensors included, after a resume too; the weights are also read from the parts themselves."""
+    output, whole = folder / PARTED / "output", tmp_path / "whole.pth"
+    last = output / "parts" / jobs.LAST
+    assert len(list(last.parent.glob(f"checkpoint_{STEPS}_*.parts/*.safetensors"))) == 2
+    assert len(list(last.parent.glob("*.parts"))) == len(list(last.parent.glob("checkpoint_[0-9]*.pth")))
+    assert convert(["consolidate", str(last), str(whole)]) == 0
+    expected = content(output / "fsdp" / jobs.LAST)
+    cli_helpers.assert_same_state(content(whole), expected)
+    joined = checkpoint.load(whole)["model"]
+    tied = {name: first for name, first in checkpoint.load(last)["parts"]["tied"].items() if name.startswith("model.")}
+    assert tied
+    for pair in tied.items():
+        assert len({joined[name.removeprefix("model.")].data_ptr() for name in pair}) == 1
+    cli_helpers.assert_same_state(dict(open_state(last)), expected["model"])
+    assert convert(["consolidate", str(output / "resumed"), str(whole), "--overwrite"]) == 0
+    cli_helpers.assert_same_state(content(whole), expected)
+    assert convert(["consolidate", str(whole), str(tmp_path / "other.pth")]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("shapes_data")
+def test_one_process_resumes_the_parts_of_two(folder: Path) -> None:
+    place = folder / PARTED
+    flags = ["--resume", str(place / "output" / "parts" / f"checkpoint_{MIDDLE}.pth")]
+    options = ["run.parallel=fsdp", "run.checkpoint=sharded", "run.keep_checkpoints=0"]
+    assert cli_helpers.train(place / f"{PARTED}.yaml", *options, job="parts_to_one", flags=flags) == 0
+    assert cli_helpers.train(place / f"{PARTED}.yaml", *options, flags=[*flags, "--dry-run"]) == 0
+    job = place / "output" / "parts_to_one"
+    assert losses(job) == pytest.approx(losses(place / "output" / "fsdp")[MIDDLE:], rel=1e-5)
+    assert len(list(job.glob("*.parts"))) == 1
+    resumed = ["--resume", str(job / jobs.LAST)]
+    assert cli_helpers.evaluate(place / f"{PARTED}.yaml", "run.test_splits=[test]", flags=resumed) == 0
+    provenance = json.loads((place / "output" / "evaluation" / "evaluation.json").read_text())["provenance"]
+    assert provenance["weights_sha256"] == weights_digest(dict(open_state(job / jobs.LAST)))
+
+
+@pytest.mark.slow
+def test_a_lost_or_cut_part_is_found_and_an_older_checkpoint_taken(folder: Path, tmp_path: Path) -> None:
+    job = shutil.copytree(folder / PARTED / "output" / "parts", tmp_path / "job")
+    last, older = job / jobs.LAST, job / f"checkpoint_{MIDDLE + 1}.pth"
+    checkpoint.load(last)
+    first, second = sorted(job.glob(f"checkpoint_{STEPS}_*.parts/*"))
+    second.write_bytes(second.read_bytes()[:-8])
+    with pytest.raises(DamagedFileError, match=rf"{second} fails its checksum"):
+        checkpoint.load(last)
+    first.unlink()
+    with pytest.raises(DamagedFileError, match=rf"{first} is missing"):
+        open_state(last)
+    assert jobs.newest_checkpoint(tmp_path, job_id="job") == older
+
+
 @pytest.mark.slow
 def test_one_process_has_the_same_losses(folder: Path, tmp_path: Path) -> None:
     path = recipe(tmp_path, "blip")
@@ -176,6 +245,7 @@ def test_one_process_has_the_same_losses(folder: Path, tmp_path: Path) -> None:
         ("pretrain", [], ["momentum"]),
         ("retrieval", [], ["momentum"]),
         ("caption", ["run.precision=fp16"], ["fp16", "bf16"]),
+        ("caption", ["run.checkpoint=sharded", "run.parallel=ddp"], ["run.checkpoint"]),
     ],
 )
 def test_what_cannot_be_sharded_is_refused(

@@ -21,7 +21,7 @@ from lavis_lite.cli.cache_checks import check_encoder, check_transforms
 from lavis_lite.common import dist
 from lavis_lite.common.config.agreement import model_setting
 from lavis_lite.common.config.config import Config, ConfigError
-from lavis_lite.common.errors import InputError, MissingFileError, UnreadableSample
+from lavis_lite.common.errors import InputError, MissingFileError, SettingError, UnreadableSample
 from lavis_lite.common.members import file_on_disk
 from lavis_lite.common.pixels import normalised
 from lavis_lite.common.precision import PRECISIONS, resolve_precision
@@ -150,6 +150,9 @@ def check_model(cfg: Config, task: BaseTask, model: BaseModel, datasets: Dataset
 
     def check() -> None:
         check_encoder(cfg, model)
+        if model.llm_device_map is not None and not (cfg.run.evaluate and dist.world_size() == 1):
+            advice = "leave it out; a training of several GPUs sets run.parallel: fsdp"
+            raise SettingError("model.llm_device_map", f"is for evaluations by one process; {advice}")
         if cfg.run.parallel == "fsdp" and not cfg.run.evaluate:
             model.shard_units()
             check_shardable(model, dtype=PRECISIONS.get(cfg.run.precision, torch.float32))

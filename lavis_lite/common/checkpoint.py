@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import nn
 
-from lavis_lite.common import integrity, sharding
+from lavis_lite.common import checkpoint_parts, integrity, sharding
 from lavis_lite.common.disk import why_unwritable
 from lavis_lite.common.errors import AdapterError, InputError, WriteError
 from lavis_lite.common.sources import download
@@ -149,10 +149,21 @@ class Safetensors(Mapping[str, torch.Tensor]):
         return len(self._names)
 
 
+def verify(path: Path, *, as_zip: bool = False) -> None:
+    """Compare a file with its checksums as `integrity.verify` does, and the parts of a sharded checkpoint with theirs.
+
+    Raises:
+        DamagedFileError: the file or a part is damaged, or a part is missing.
+    """
+    integrity.verify(path, as_zip=as_zip)
+    checkpoint_parts.verify(path, load(path, verify=False))
+
+
 def load(path: str | Path, *, map_location: str | torch.device = "cpu", verify: bool = True) -> Mapping[str, Any]:
     """Read a `.pth` file (memory-mapped where possible) or a `.safetensors` file; never run code from it.
 
-    `verify=False` skips the checksums (`integrity.verify`), for a file that was verified already.
+    Tensors of a sharded checkpoint have no values; `checkpoint_parts.read` reads them. `verify=False` skips the
+    checksums (`verify`), for a file that was verified already.
 
     Raises:
         FileNotFoundError: no such file; the message lists similar names.
@@ -167,7 +178,7 @@ def load(path: str | Path, *, map_location: str | torch.device = "cpu", verify: 
     try:
         if path.suffix == ".safetensors":
             return Safetensors(path, map_location)
-        return torch.load(path, map_location=map_location, weights_only=True, mmap=is_mappable(path) or None)
+        saved = torch.load(path, map_location=map_location, weights_only=True, mmap=is_mappable(path) or None)
     except Exception as error:
         names: list[str] = []
         if isinstance(error, pickle.UnpicklingError):
@@ -182,6 +193,10 @@ def load(path: str | Path, *, map_location: str | torch.device = "cpu", verify: 
         if isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError)) and not is_cut_short:
             raise
         raise _corrupt_error(path, error) from error
+    if verify:
+        checkpoint_parts.verify(path, saved)
+    loaded: Mapping[str, Any] = saved
+    return loaded
 
 
 def refuse_compressed(path: Path) -> None:

@@ -125,6 +125,13 @@ def barrier() -> None:
         torch_dist.barrier(device_ids=[torch.cuda.current_device()] if on_gpu else None)
 
 
+def new_group() -> Any:
+    """Return a group of all ranks for exchanges on the CPU beside those of training, also in another thread; None in a
+    world of one. Every rank must call it at the same time.
+    """
+    return torch_dist.new_group(backend="gloo", timeout=TIMEOUT) if _active() else None
+
+
 class Lockstep:
     """While entered, a collective waits at most `timeout` seconds for the other ranks, not hours.
 
@@ -137,7 +144,7 @@ class Lockstep:
         self.groups: list[Any] = []
         if _active():
             on_gpu = torch_dist.get_backend() == "nccl"
-            own = torch_dist.new_group(backend="gloo", timeout=TIMEOUT) if on_gpu else torch_dist.group.WORLD
+            own = new_group() if on_gpu else torch_dist.group.WORLD
             self.groups = [own, torch_dist.group.WORLD] if on_gpu else [own]
 
     def __enter__(self) -> None:
@@ -270,12 +277,15 @@ def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def gather_objects(items: list[Any]) -> list[Any]:
-    """Return, on every rank, all ranks' lists of picklable items (perhaps empty), concatenated in rank order."""
+def gather_objects(items: list[Any], group: Any = None) -> list[Any]:
+    """Return, on every rank, all ranks' lists of picklable items (perhaps empty), concatenated in rank order.
+
+    `group` is a `new_group`, which another thread must use.
+    """
     if world_size() == 1:
         return list(items)
     shards: list[list[Any]] = [[] for _ in range(world_size())]
-    torch_dist.all_gather_object(shards, list(items))
+    torch_dist.all_gather_object(shards, list(items), group=group)
     return [item for shard in shards for item in shard]
 
 

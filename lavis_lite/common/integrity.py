@@ -37,7 +37,7 @@ def verify(path: Path, *, as_zip: bool = False) -> None:
 
 def write_sums(folder: Path) -> None:
     """Write `SHA256SUMS` with the digests of the folder's .safetensors files."""
-    lines = [f"{_sha256(path)}  {path.name}\n" for path in sorted(folder.glob("*.safetensors"))]
+    lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(folder.glob("*.safetensors"))]
     (folder / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
 
 
@@ -74,11 +74,12 @@ def _verify_sum(path: Path) -> None:
         return
     text = sums.read_text(encoding="utf-8", errors="replace")
     wanted = re.search(rf"^([0-9a-f]{{64}})  {re.escape(path.name)}$", text, re.MULTILINE)
-    if wanted is not None and _sha256(path) != wanted[1]:
+    if wanted is not None and sha256(path) != wanted[1]:
         advice = f"{REMEDY}. If it was replaced on purpose, delete {sums}"
         raise DamagedFileError(f"{path} is damaged: it fails its checksum in {SUMS_FILE}; {advice}")
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Return a file's digest, 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

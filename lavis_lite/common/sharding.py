@@ -120,24 +120,67 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_shard(tensor) else tensor
 
 
+def mapped(tree: Any, change: Callable[[str, Tensor], Any], name: str = "") -> Any:
+    """Return nested containers with each tensor in them replaced by `change(its dotted name, tensor)`."""
+    if isinstance(tree, Tensor):
+        return change(name, tree)
+    if isinstance(tree, Mapping):
+        return {key: mapped(value, change, f"{name}.{key}" if name else str(key)) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(mapped(value, change, f"{name}.{i}") for i, value in enumerate(tree))
+    return tree
+
+
 def whole(tree: Any) -> Any:
     """Return nested containers with the shards in them gathered, on the CPU of rank 0; on other ranks these are empty.
 
     Must be entered by every rank.
     """
-    if is_shard(tree):
-        full: Tensor = tree.detach().full_tensor()  # type: ignore[attr-defined]
+
+    def gathered_tensor(name: str, tensor: Tensor) -> Tensor:
+        if not is_shard(tensor):
+            return tensor
+        full: Tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]
         return full.cpu() if dist.is_main() else full.new_empty(0)
-    if isinstance(tree, Mapping):
-        return {key: whole(value) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(whole(value) for value in tree)
-    return tree
+
+    return mapped(tree, gathered_tensor)
+
+
+def memory_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Return what is equal for the names of one tied tensor only: where this rank's part is, and how it is laid out."""
+    part = local(tensor)
+    place = (part.untyped_storage().data_ptr(), part.storage_offset(), part.shape, part.stride(), part.dtype)
+    return (*place, tensor.shape)  # parts without elements have no place
+
+
+def on_host(tree: Any) -> Any:
+    """Return a copy of nested containers with this rank's part of all tensors in the host's memory; tied ones stay
+    tied.
+    """
+    copies: dict[tuple[Any, ...], Tensor] = {}
+
+    def copied(name: str, tensor: Tensor) -> Tensor:
+        key = memory_of(tensor)
+        if key not in copies:
+            copies[key] = _staged(tensor) if is_shard(tensor) else tensor.detach().to("cpu", copy=True)
+        return copies[key]
+
+    return mapped(tree, copied)
+
+
+def _staged(shard: Tensor) -> Tensor:
+    """Return a copy of a shard, of a mesh of GPUs too, in the host's memory."""
+    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+    copy: Tensor = DefaultStager(StagingOptions(False, False, False, False)).stage({"": shard.detach()})[""]  # type: ignore[index]
+    return copy
 
 
 def like(target: Tensor, source: Tensor) -> Tensor:
-    """Return the whole tensor `source`, which every rank has, divided as `target` is."""
-    if not is_shard(target):
+    """Return the whole tensor `source`, which every rank has, divided as `target` is; one that is divided already, as
+    it is.
+    """
+    if not is_shard(target) or is_shard(source):
         return source
     from torch.distributed.tensor import distribute_tensor
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lavis_lite.common.config.adapters import ADAPTER_KEYS
+from lavis_lite.common.errors import InputError
 from lavis_lite.common.registry import registry
 
 if TYPE_CHECKING:
@@ -19,10 +20,11 @@ examples (docs/weights.md has more):
   python -m lavis_lite.convert to-hf blip2_opt pretrain_opt2.7b blip2-opt-2.7b
   python -m lavis_lite.convert to-hf blip2_t5 caption_coco_flant5xl captioner --checkpoint output/checkpoint_best.pth \\
       --precision bf16 --options t5_model=/models/flan-t5-xl
-  python -m lavis_lite.convert to-lavis Salesforce/blip-vqa-base blip_vqa.pth"""
+  python -m lavis_lite.convert to-lavis Salesforce/blip-vqa-base blip_vqa.pth
+  python -m lavis_lite.convert consolidate output/my_run/JOB/checkpoint_last.pth checkpoint.pth"""
 PLACES = (
     *("tokenizer", "vit_weights", "vit_precision", "llm_precision", "opt_model", "t5_model", "llm_model"),
-    *(*ADAPTER_KEYS, "llm_quantization"),
+    *(*ADAPTER_KEYS, "llm_quantization", "llm_device_map"),
 )
 """Keys of a model section that a folder leaves out, as it has its own tokenizers and weights."""
 
@@ -47,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m lavis_lite.convert", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    ways = p.add_subparsers(required=True, metavar="to-hf | to-lavis")
+    ways = p.add_subparsers(required=True, metavar="to-hf | to-lavis | consolidate")
     to_hf = ways.add_parser("to-hf", help="write a Hugging Face folder")
     to_hf.set_defaults(convert=write_hf)
     to_hf.add_argument("arch", help="architecture, such as blip2_opt")
@@ -67,8 +69,13 @@ def parser() -> argparse.ArgumentParser:
     for way in (to_hf, to_lavis):
         text = "of the language model and BLIP-2's image encoder (default fp32, which loses nothing)"
         way.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help=text)
-        way.add_argument("--overwrite", action="store_true", help="replace what is there already")
         way.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="keys of the model section")
+    join = ways.add_parser("consolidate", help="make one file of a sharded checkpoint (run.checkpoint: sharded)")
+    join.set_defaults(convert=consolidate)
+    join.add_argument("source", type=Path, help="its file, such as JOB/checkpoint_last.pth, or the job's folder")
+    join.add_argument("target", help="file to write, such as run.checkpoint: full would have written")
+    for way in (to_hf, to_lavis, join):
+        way.add_argument("--overwrite", action="store_true", help="replace what is there already")
     return p
 
 
@@ -125,6 +132,21 @@ def write_lavis(args: argparse.Namespace) -> str:
     return f"{args.source} ({arch}) written to {args.target}"
 
 
+def consolidate(args: argparse.Namespace) -> str:
+    """Write a sharded checkpoint as one file; return the line to print."""
+    from lavis_lite.common import checkpoint, checkpoint_parts
+    from lavis_lite.convert.folders import check_target
+    from lavis_lite.runners.jobs import LAST
+
+    path = args.source / LAST if args.source.is_dir() else args.source
+    check_target(args.target, overwrite=args.overwrite)
+    saved = checkpoint.load(path)
+    if not checkpoint_parts.is_sharded(saved):
+        raise InputError(f"{path}: is not a sharded checkpoint: it is one file already, which can be copied")
+    checkpoint.save(checkpoint_parts.read(saved, path), args.target)
+    return f"{path} written to {args.target}"
+
+
 def _overrides(options: Sequence[str]) -> dict[str, Any]:
     """Return options as keys of the model section; the prefix `model.` may be left out."""
     from lavis_lite.common.config.files import parse_options
@@ -138,7 +160,8 @@ def _precisions(arch: str, precision: str) -> dict[str, Any]:
     from lavis_lite.common.config.schema import schema_of
 
     schema, _ = schema_of(registry.get_model_class(arch))
-    wanted = {"vit_precision": "fp32", "llm_precision": precision, "llm_quantization": None}
+    wanted: dict[str, Any] = {"vit_precision": "fp32", "llm_precision": precision}
+    wanted |= {"llm_quantization": None, "llm_device_map": None}
     return {key: value for key, value in wanted.items() if key in schema}
 
 

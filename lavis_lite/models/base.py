@@ -88,6 +88,8 @@ class BaseModel(nn.Module):
     """Training and evaluation read images through `checked_image` and `encode_image` alone, so that tokens of the image
     encoder may take their place: stored ones of a frozen encoder in training (`model.cache_features`), in evaluation
     those that several samples share."""
+    llm_device_map: str | dict[str, Any] | None = None
+    """The devices among which `place` divides the language model; None: it is on the model's."""
     num_text_tokens: int = 0
     """Tokens of all texts that were tokenised so far, without padding."""
     reports_num_labels: ClassVar[bool] = False

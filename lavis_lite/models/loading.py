@@ -27,6 +27,7 @@ from lavis_lite.models.base import BaseModel, build_model
 from lavis_lite.models.blip.hf import BlipAdapter
 from lavis_lite.models.blip2.hf import Blip2Adapter, Blip2LLMAdapter
 from lavis_lite.models.hf import HFAdapter
+from lavis_lite.models.placing import place
 
 logger = logging.getLogger(__name__)
 
@@ -220,7 +221,7 @@ def build(
     arguments = model_arguments(section, Checker(layers))
     if checkpoint is not None:
         arguments["checkpoint"] = str(checkpoint)
-    model = build_model(registry.get_model_class(arguments["arch"]), arguments, device=device).to(device)
+    model = place(build_model(registry.get_model_class(arguments["arch"]), arguments, device=device), device)
     if not any(arguments.get(key) for key in ("checkpoint", "finetuned", "pretrained")):
         logger.warning("%s/%s has no weights to load: they are random", arguments["arch"], arguments["model_type"])
     return model.train(not is_eval)

@@ -47,4 +47,4 @@ class Growing:
     def select(self, index: Tensor) -> None:
         """Put these rows (N,), each of the same sample as the row it replaces, in the rows' place."""
         added = self.memory[:, :, self.num_shared : self.length]
-        added.copy_(torch.index_select(added, 0, index))
+        added.copy_(torch.index_select(added, 0, index.to(added.device)))

@@ -81,7 +81,7 @@ class LLMAdapter:
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return embeddings (...,E) of ids, scaled as the model scales them."""
-        return self.model.get_input_embeddings()(ids) * self._embedding_scale
+        return self.model.get_input_embeddings()(ids).to(ids.device) * self._embedding_scale
 
     def decoding(self, generation: GenerationConfig, **settings: Any) -> DecodingConfig:
         """Return decoding settings with this model's end and padding tokens; lengths count the start token."""
@@ -156,7 +156,7 @@ class LLMAdapter:
         with self._precision(embeds_BSE.device):
             encoder = self.model.get_encoder()(inputs_embeds=embeds_BSE.to(self.dtype), attention_mask=mask_BS)
         start = mask_BS.new_full((len(mask_BS), 1), self.start_id)
-        cache = LLMCache(None, mask_BS, encoder.last_hidden_state)
+        cache = LLMCache(None, mask_BS, encoder.last_hidden_state.to(embeds_BSE.device))
         logits, cache = self._decoder(cache, start)
         return Prefix(logits[:, -1], cache)
 
@@ -259,7 +259,7 @@ class _Scored:
     def __call__(self, head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         states_BTE, *more = args
         if self.positions is not None:
-            states_BTE = states_BTE.flatten(0, 1).index_select(0, self.positions)[None]
+            states_BTE = states_BTE.flatten(0, 1).index_select(0, self.positions.to(states_BTE.device))[None]
         return (states_BTE.contiguous(), *more)
 
     @contextlib.contextmanager

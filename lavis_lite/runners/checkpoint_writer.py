@@ -9,11 +9,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
 
-import torch
+from lavis_lite.common.sharding import on_host
 
 
 class CheckpointWriter:
-    """While entered, writes checkpoints; leaving it waits for the last one. Used on the rank that writes."""
+    """While entered, writes checkpoints; leaving it waits for the last one. Used on the ranks that write."""
 
     def __init__(self, *, is_aside: bool) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if is_aside else None
@@ -46,22 +46,3 @@ class CheckpointWriter:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
-
-
-def on_host(tree: Any) -> Any:
-    """Return a copy of nested containers with all tensors in the host's memory; tied ones stay tied."""
-    copies: dict[tuple[Any, ...], torch.Tensor] = {}
-
-    def copied(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            key = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride(), value.dtype)
-            if key not in copies:
-                copies[key] = value.detach().to("cpu", copy=True)
-            return copies[key]
-        if isinstance(value, Mapping):
-            return {key: copied(one) for key, one in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(copied(one) for one in value)
-        return value
-
-    return copied(tree)

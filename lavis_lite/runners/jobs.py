@@ -3,13 +3,13 @@
 import contextlib
 import dataclasses
 import logging
+import secrets
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from lavis_lite.common import integrity
 from lavis_lite.common.config.run import RunConfig
 from lavis_lite.common.errors import DamagedFileError, InputError, MissingFileError
 from lavis_lite.common.locks import LOCK_FILE, FolderLock
@@ -119,9 +119,11 @@ def checkpoint_to_resume(run: RunConfig) -> Path | None:
 
 def whole_checkpoint(folder: Path) -> Path | None:
     """Return the newest undamaged checkpoint of a job: checkpoint_last.pth, or else that of the most steps."""
+    from lavis_lite.common import checkpoint
+
     for path in (path for path in _checkpoints(folder) if path.name != BEST):
         try:
-            integrity.verify(path, as_zip=True)
+            checkpoint.verify(path, as_zip=True)
         except DamagedFileError as error:
             logger.warning("%s", error)
             continue
@@ -141,7 +143,7 @@ def discard_if_unused(folder: Path) -> None:
 
 def write_last(saved: Mapping[str, Any], folder: Path, *, step: int, keep: int) -> None:
     """Write checkpoint_last.pth; of checkpoint_<step>.pth, the same file under another name, keep the `keep` newest."""
-    from lavis_lite.common import checkpoint
+    from lavis_lite.common import checkpoint, checkpoint_parts
 
     checkpoint.save(saved, folder / LAST)
     if keep > 0:
@@ -149,6 +151,36 @@ def write_last(saved: Mapping[str, Any], folder: Path, *, step: int, keep: int) 
         by_age = sorted(_step_checkpoints(folder), key=lambda path: path.stat().st_mtime_ns)
         for old in by_age[:-keep]:  # by age: a resumed run may count lower
             old.unlink()
+    _delete_parts(folder, named=saved.get(checkpoint_parts.PARTS, {}).get("folder"), step=step)
+
+
+def write_sharded(saved: Mapping[str, Any], folder: Path, *, name: str, group: Any, step: int, keep: int) -> None:
+    """Write this rank's part of a checkpoint into the folder's new subfolder `name`, and as rank 0 then the checkpoint
+    as `write_last` does; must be entered by every rank.
+    """
+    from lavis_lite.common import checkpoint_parts, dist
+
+    written = checkpoint_parts.write(saved, folder / name, group)
+    if dist.is_main():
+        write_last(written, folder, step=step, keep=keep)
+
+
+def new_parts(step: int) -> str:
+    """Return the name of a new folder for the parts of a checkpoint: a step may be saved more than once."""
+    return f"checkpoint_{step}_{secrets.token_hex(4)}.parts"
+
+
+def _delete_parts(folder: Path, *, named: str | None, step: int) -> None:
+    """Delete the parts of checkpoints that are not there any more: all but those `named` by the one just written, of
+    `step`, and those of the other steps.
+    """
+    import shutil
+
+    kept = set(_step_checkpoints(folder).values()) - {step}
+    for path in folder.glob("checkpoint_*_*.parts"):
+        number = path.name.split("_")[1]
+        if path.name != named and number.isdecimal() and int(number) not in kept:
+            shutil.rmtree(path)
 
 
 def _step_checkpoints(folder: Path) -> dict[Path, int]:

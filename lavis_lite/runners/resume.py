@@ -120,7 +120,7 @@ def _verified_checkpoint(run: RunConfig, job_dir: Path) -> Path | None:
 
 def _verify(path: Path) -> Path:
     if path.is_file():  # otherwise loading reports which files there are
-        integrity.verify(path)
+        checkpoint.verify(path)
     return path
 
 

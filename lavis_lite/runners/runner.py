@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lavis_lite.common import checkpoint, dist, sharding
+from lavis_lite.common import checkpoint, checkpoint_parts, dist, sharding
 from lavis_lite.common.config.config import Config
 from lavis_lite.common.errors import InputError
 from lavis_lite.common.optim import build_optimizer, build_schedule
@@ -25,12 +25,13 @@ from lavis_lite.common.registry import registry
 from lavis_lite.common.rng import seed_rank
 from lavis_lite.datasets.protocols import EvalDataset
 from lavis_lite.models.base import BaseModel
+from lavis_lite.models.placing import place
 from lavis_lite.nn.fingerprint import weights_digest
 from lavis_lite.runners.checkpoint_writer import CheckpointWriter
 from lavis_lite.runners.compiling import compile_layers
 from lavis_lite.runners.encoded import open_cache
 from lavis_lite.runners.eval_batches import SavedBatches, made_with, partial_path
-from lavis_lite.runners.jobs import BEST, write_last
+from lavis_lite.runners.jobs import BEST, new_parts, write_last, write_sharded
 from lavis_lite.runners.learning import LearningWatch
 from lavis_lite.runners.loaders import Datasets, EvalLoader, TrainLoader, eval_sets, train_sets
 from lavis_lite.runners.pictures import pictures_of
@@ -134,7 +135,7 @@ class Runner:
     def _placed(self, model: BaseModel) -> BaseModel:
         """Return the model on this rank's device, whole or this rank's shard of it."""
         if not self.is_sharded:
-            return model.to(self.device)
+            return place(model, self.device)
         sharding.check_shardable(model, dtype=self.dtype)
         sharding.shard(model, model.shard_units(), device=self.device, dtype=self.dtype)
         return model
@@ -184,6 +185,7 @@ class Runner:
             profiler=self.profiler,
             stop=self.stop,
             writer=CheckpointWriter(is_aside=run.async_checkpoint),
+            parts=dist.new_group() if run.checkpoint == "sharded" else None,
             tokens=tokens,
         )
 
@@ -257,14 +259,18 @@ class Runner:
             self.progress.report_pictures(f"{split}_predictions", pictures, step=step or 0)
 
     def _save_last(self) -> None:
-        """Gather the whole training state and write it; must be entered by every rank."""
-        state = self.training.state
+        """Gather the whole training state and write it, or write each rank's part; must be entered by every rank."""
+        state, is_sharded = self.training.state, self.run.checkpoint == "sharded"
         self.training.guard.check_weights(state.parameters, step=state.step)
-        saved = state.save() | {"plan": self.training.plan.to_dict(), "config": self._config(), "data": self.data}
+        saved = state.save(whole=not is_sharded)
+        saved |= {"plan": self.training.plan.to_dict(), "config": self._config(), "data": self.data}
         self.saved_step = state.step
-        if dist.is_main():
-            write = partial(write_last, folder=self.job_dir, step=state.step, keep=self.run.keep_checkpoints)
-            self.training.writer.write(write, saved)
+        settings: dict[str, Any] = {"folder": self.job_dir, "step": state.step, "keep": self.run.keep_checkpoints}
+        if is_sharded:
+            name = dist.broadcast_object(new_parts(state.step))
+            self.training.writer.write(partial(write_sharded, name=name, group=self.training.parts, **settings), saved)
+        elif dist.is_main():
+            self.training.writer.write(partial(write_last, **settings), saved)
 
     def _save_best(self) -> None:
         state = self.training.state
@@ -286,7 +292,8 @@ class Runner:
             self._load_weights(self.job_dir / BEST)
 
     def _load_weights(self, path: Path) -> None:
-        state = checkpoint.find_state_dict(load_verified(path), source=str(path))
+        saved = checkpoint_parts.read(load_verified(path), path, sections=("model",))
+        state = checkpoint.find_state_dict(saved, source=str(path))
         checkpoint.load_into(self.model, state, source=path)
 
     def _config(self) -> dict[str, Any]:

@@ -136,6 +136,8 @@ class Training:
     profiler: StepProfiler
     stop: StopSignals
     writer: CheckpointWriter
+    parts: Any
+    """The group of ranks that write a sharded checkpoint (`dist.new_group`), else None."""
     tokens: EncoderCache | None
     """The cache of the frozen image encoder's tokens, if there is one."""
     guard: FiniteGuard = field(default_factory=FiniteGuard)

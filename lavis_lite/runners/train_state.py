@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lavis_lite.common import checkpoint, dist, sharding
+from lavis_lite.common import checkpoint, checkpoint_parts, dist, sharding
 from lavis_lite.common.logger import MetricLogger
 from lavis_lite.common.rng import restore_rng_state, rng_state, seed_rank
 from lavis_lite.models.base import BaseModel
@@ -50,14 +50,17 @@ class TrainState:
         """The parameters that the optimizer updates."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
-    def save(self) -> dict[str, Any]:
-        """Return the state in types that a `weights_only` load accepts; every rank must call it."""
+    def save(self, *, whole: bool = True) -> dict[str, Any]:
+        """Return the state in types that a `weights_only` load accepts; every rank must call it. Model and optimizer
+        are gathered on rank 0, or with `whole=False` each rank's own shards.
+        """
+        gathered = sharding.whole if whole else dict
         rank = {"rng": rng_state(self.device), "seen": self.loader.seen, "unreadable": self.loader.unreadable}
         if self.loader.streams:
             rank["streams"] = {name: stream.state_dict() for name, stream in self.loader.streams.items()}
         return {
-            "model": sharding.whole(self.model.checkpoint_state_dict()),
-            "optimizer": sharding.whole(self.optimizer.state_dict()),
+            "model": gathered(self.model.checkpoint_state_dict()),
+            "optimizer": gathered(self.optimizer.state_dict()),
             "scaler": self.scaler.state_dict(),
             **self.position,
             "metrics": [self.metrics.state_dict(), self.by_dataset.state_dict()],
@@ -67,6 +70,7 @@ class TrainState:
 
     def restore(self, saved: Mapping[str, Any], *, seed: int, source: Path) -> None:
         """Take up what `save` returned and `source` holds; hyperparameters stay this run's."""
+        saved = checkpoint_parts.read(saved, source, like=self._named(saved["optimizer"]["state"]))
         checkpoint.load_into(self.model, checkpoint.find_state_dict(saved, source=str(source)), source=source)
         apply_hyperparameters(self.optimizer, saved["optimizer"])
         if saved["scaler"]:  # empty if the checkpoint's precision needed none
@@ -79,6 +83,14 @@ class TrainState:
         if "learning" in saved:  # not in older checkpoints
             self.watch.load_state_dict(saved["learning"])
         self._restore_rank(saved["ranks"], seed=seed, source=source)
+
+    def _named(self, moments: Mapping[int, Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Return the tensors that are divided among the ranks as those of a checkpoint are to be, by their names there:
+        the model's, and for an optimizer's values the parameter.
+        """
+        named = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        keys = {f"optimizer.state.{number}.{key}": number for number, values in moments.items() for key in values}
+        return named | {name: self.parameters[number] for name, number in keys.items()}
 
     def _restore_rank(self, ranks: Sequence[Mapping[str, Any]], *, seed: int, source: Path) -> None:
         """Restore this rank's generators, counts and positions in streams; with another number of ranks, seed the

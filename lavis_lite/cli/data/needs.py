@@ -187,6 +187,8 @@ def package_needs(cfg: Config, *, has_videos: bool, has_tables: bool = False) ->
     if model_setting(cfg.model, "llm_quantization"):
         yield _package("bitsandbytes", "model.llm_quantization", "pip install bitsandbytes")
         yield _package("accelerate", "model.llm_quantization", "pip install accelerate")
+    if model_setting(cfg.model, "llm_device_map"):
+        yield _package("accelerate", "model.llm_device_map", "pip install accelerate")
     if model_setting(cfg.model, "apply_lemmatizer"):
         yield _package("spacy", "model.apply_lemmatizer", "pip install spacy")
         yield _package("en_core_web_sm", "model.apply_lemmatizer", "python -m spacy download en_core_web_sm")

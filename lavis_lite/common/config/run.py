@@ -157,6 +157,8 @@ class RunConfig:
     """Peak rate of a device, to which the logged `mfu` is relative; None: that of known GPUs in 16 bits."""
     profile: int | None = None
     """Steps that are profiled, after a warm-up; None: none."""
+    checkpoint: Literal["full", "sharded"] = "full"
+    """`full`: rank 0 gathers and writes checkpoint_last.pth; `sharded`: each process writes its part of it."""
     checkpoint_every: int | None = None
     """Steps between two writes of checkpoint_last.pth within an epoch; None: only after each epoch."""
     async_checkpoint: bool = False
@@ -188,6 +190,8 @@ class RunConfig:
             raise SettingError("run.iters_per_inner_epoch", "needs runner: runner_iter; runner_base counts epochs")
         if self.lr_sched == "linear_warmup_step_lr" and self.lr_decay_rate is None:
             raise SettingError("run.lr_decay_rate", "missing: linear_warmup_step_lr needs a factor per epoch, e.g. 0.9")
+        if self.checkpoint == "sharded" and self.parallel != "fsdp":
+            raise SettingError("run.checkpoint", "sharded needs run.parallel: fsdp; ddp has no shards, set full")
         if self.limit is not None and not self.evaluate:
             raise SettingError("run.limit", "is for evaluations only: leave it out, or set run.evaluate: true")
         if self.early_stopping is not None and not self.valid_splits:

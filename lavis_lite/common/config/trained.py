@@ -28,7 +28,7 @@ LANGUAGE_MODELS = ("opt_model", "t5_model", "llm_model")
 """Keys that name the language model; an architecture has at most one of them."""
 MACHINE_KEYS = (
     *("vit_grad_ckpt", "vit_ckpt_layer", "use_grad_checkpoint", "llm_grad_checkpoint"),
-    *("vit_precision", "llm_precision"),
+    *("vit_precision", "llm_precision", "llm_device_map"),
 )
 """Keys of a model section that stay the type's: how a machine computes, not what."""
 WEIGHT_KEYS = (

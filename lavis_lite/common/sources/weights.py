@@ -2,7 +2,8 @@
 
 Note: tensors are read on access and not kept, so that loading a model takes the model's memory only. Pages that are
 read through a memory map count as the process's until the map is closed. The map is therefore renewed after every
-64 MiB, and only one file is open at a time. Language models are read by transformers (`hub.from_hub`).
+64 MiB, and only one file is open at a time. Of a sharded checkpoint all weights are read at once. Language models are
+read by transformers (`hub.from_hub`).
 """
 
 from collections import UserDict
@@ -13,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lavis_lite.common import checkpoint
+from lavis_lite.common import checkpoint, checkpoint_parts
 from lavis_lite.common.sources import download, folders, hub
 
 TIMM = "timm:"
@@ -42,6 +43,9 @@ def open_state(source: str | Path) -> "LazyState":
     files = _OneOpenFile(name)
     readers = {key: partial(files.read, path, key) for path in paths for key in files.open(path)}
     files.close()
+    if files.is_sharded:
+        saved = checkpoint_parts.read(checkpoint.load(paths[0], verify=False), paths[0], sections=("model",))
+        return LazyState.of(checkpoint.find_state_dict(saved, source=name))
     return LazyState(readers)
 
 
@@ -88,6 +92,8 @@ class _OneOpenFile:
 
     def __init__(self, source: str) -> None:
         self.source = source
+        self.is_sharded = False
+        """Whether the file opened last is that of a sharded checkpoint, whose tensors have no values."""
         self._path: Path | None = None
         self._tensors: Mapping[str, Tensor] = {}
         self._left = 0
@@ -95,7 +101,9 @@ class _OneOpenFile:
     def open(self, path: Path, *, verify: bool = True) -> Mapping[str, Tensor]:
         """Close the file opened before, and return this file's tensors, memory-mapped."""
         self.close()
-        self._tensors = checkpoint.find_state_dict(checkpoint.load(path, verify=verify), source=self.source)
+        saved = checkpoint.load(path, verify=verify)
+        self.is_sharded = checkpoint_parts.is_sharded(saved)
+        self._tensors = checkpoint.find_state_dict(saved, source=self.source)
         self._path, self._left = path, WINDOW
         return self._tensors
 

@@ -53,8 +53,8 @@ class Blip2LLM(Blip2Base, AnswerModel):
 
     `prompt` begins every caption; with a placeholder `{}` it goes around questions instead. `qformer_text_input`: the
     Q-Former reads the prompt too. `llm` overrides the language model's config; `llm_precision` is fp32, bf16, fp16 or
-    auto (bf16, but for tiny and for trained models); `llm_quantization` is int8 or int4; `llm_lora` holds settings of
-    peft's LoraConfig, or is a folder that peft wrote.
+    auto (bf16, but for tiny and for trained models); `llm_quantization` is int8 or int4; `llm_device_map` is auto, or
+    maps modules of the language model to devices; `llm_lora` holds settings of peft's LoraConfig, or is a folder.
     `format_candidates_prompt` goes around the names between which `predict` chooses; with `predict_with_gen` the model
     writes one of them.
     """
@@ -87,6 +87,7 @@ class Blip2LLM(Blip2Base, AnswerModel):
         llm: dict[str, Any] | None = None,
         llm_lora: dict[str, Any] | str | None = None,
         llm_quantization: str | None = None,
+        llm_device_map: str | dict[str, Any] | None = None,
         llm_grad_checkpoint: bool = False,
         freeze_llm: bool = True,
         format_candidates_prompt: str = "{}",
@@ -119,7 +120,7 @@ class Blip2LLM(Blip2Base, AnswerModel):
         self.lm = LLMAdapter(model, start_id=begin, end_id=end, pad_id=self.llm_tokenizer.pad_id)
         self.add_module(f"{family.prefix}_model", model)
         self.add_module(f"{family.prefix}_proj", nn.Linear(self.Qformer.config.hidden_size, self.lm.width))
-        self.lm_source, self.adapter = source, (adapters or {}).get(ADAPTER)
+        self.lm_source, self.adapter, self.llm_device_map = source, (adapters or {}).get(ADAPTER), llm_device_map
         prefix = f"{family.prefix}_model."
         self.sources[prefix] = source if has_weights(source) else None
         frozen = {f"{prefix}{name}" for name, parameter in model.named_parameters() if not parameter.requires_grad}

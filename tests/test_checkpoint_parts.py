@@ -1,0 +1,43 @@
+"""Checkpoints in parts, in one process; tests/test_sharding.py has those of two."""
+
+from pathlib import Path
+
+import cli_helpers
+import pytest
+import torch
+
+from lavis_lite.common import checkpoint, checkpoint_parts, dist
+from lavis_lite.common.errors import WriteError
+
+WEIGHT = torch.arange(6.0).reshape(2, 3)
+SAVED = {
+    "model": {"a": WEIGHT, "tied": WEIGHT, "turned": WEIGHT.t(), "low": WEIGHT.bfloat16(), "none": torch.empty(0, 3)},
+    "optimizer": {"state": {0: {"step": torch.tensor(3.0), "exp_avg": WEIGHT + 1}}, "param_groups": [{"params": [0]}]},
+    "ranks": [{"rng": torch.arange(3)}],
+    "step": 3,
+}
+
+
+def test_a_checkpoint_comes_back_from_its_parts(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pth"
+    checkpoint.save(checkpoint_parts.write(SAVED, tmp_path / "own.parts", None), path)
+    saved = checkpoint.load(path)
+    assert saved["model"]["a"].is_meta
+    assert saved["ranks"][0]["rng"].tolist() == [0, 1, 2]
+    back = checkpoint_parts.read(saved, path)
+    cli_helpers.assert_same_state(back, SAVED)
+    assert {key: value.dtype for key, value in back["model"].items()}["low"] == torch.bfloat16
+    assert back["model"]["tied"] is back["model"]["a"]
+    weights = checkpoint_parts.read(saved, path, sections=("model",))
+    cli_helpers.assert_same_state(weights["model"], SAVED["model"])
+    assert weights["optimizer"]["state"][0]["exp_avg"].is_meta
+    assert checkpoint_parts.read(back, path) is back
+
+
+def test_parts_that_cannot_be_written_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match=r"rank 0 cannot write its part of .*own.parts"):
+        checkpoint_parts.write(SAVED, tmp_path / "file" / "own.parts", None)
+    monkeypatch.setattr(dist, "gather_objects", lambda items, group: [*items, {"elsewhere.safetensors": ""}])
+    with pytest.raises(WriteError, match=r"elsewhere.safetensors .* run.output_dir"):
+        checkpoint_parts.write(SAVED, tmp_path / "own.parts", None)
