@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lavis_lite.common import checkpoint, checkpoint_parts, dist
-from lavis_lite.common.errors import WriteError
+from lavis_lite.common.errors import DamagedFileError, WriteError
 
 WEIGHT = torch.arange(6.0).reshape(2, 3)
 SAVED = {
@@ -41,3 +41,9 @@ def test_parts_that_cannot_be_written_are_an_error(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(dist, "gather_objects", lambda items, group: [*items, {"elsewhere.safetensors": ""}])
     with pytest.raises(WriteError, match=r"elsewhere.safetensors .* run.output_dir"):
         checkpoint_parts.write(SAVED, tmp_path / "own.parts", None)
+
+
+@pytest.mark.parametrize("folder", ["../other.parts", "..", None])
+def test_an_entry_that_names_no_folder_beside_the_file_is_refused(folder: str | None) -> None:
+    with pytest.raises(DamagedFileError, match="a folder beside it"):
+        checkpoint_parts.is_sharded({"parts": {"folder": folder, "files": {}, "tied": {}}})

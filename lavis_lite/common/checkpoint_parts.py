@@ -72,8 +72,13 @@ def write(saved: Mapping[str, Any], folder: Path, group: Any) -> dict[str, Any]:
 
 
 def is_sharded(saved: Any) -> bool:
-    """Return whether a loaded file is that of a sharded checkpoint."""
-    return isinstance(saved, Mapping) and isinstance(saved.get(PARTS), Mapping)
+    """Return whether a loaded file is that of a sharded checkpoint. DamagedFileError if only half of it looks so."""
+    if not isinstance(saved, Mapping) or not isinstance(parts := saved.get(PARTS), Mapping):
+        return False
+    is_named = isinstance(parts.get("folder"), str) and Path(parts["folder"]).name == parts["folder"]
+    if not is_named or not all(isinstance(parts.get(key), Mapping) for key in ("files", "tied")):
+        raise DamagedFileError(f"a checkpoint's entry {PARTS!r} must have a folder beside it, files and tied tensors")
+    return True
 
 
 def verify(path: Path, saved: Any) -> None:
