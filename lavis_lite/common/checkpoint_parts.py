@@ -75,7 +75,8 @@ def is_sharded(saved: Any) -> bool:
     """Return whether a loaded file is that of a sharded checkpoint. DamagedFileError if only half of it looks so."""
     if not isinstance(saved, Mapping) or not isinstance(parts := saved.get(PARTS), Mapping):
         return False
-    is_named = isinstance(parts.get("folder"), str) and Path(parts["folder"]).name == parts["folder"]
+    folder = parts.get("folder")
+    is_named = isinstance(folder, str) and Path(folder).name == folder not in ("", "..")
     if not is_named or not all(isinstance(parts.get(key), Mapping) for key in ("files", "tied")):
         raise DamagedFileError(f"a checkpoint's entry {PARTS!r} must have a folder beside it, files and tied tensors")
     return True
