@@ -433,6 +433,8 @@ def test_the_doctor_names_every_extra_that_users_install() -> None:
 def test_a_mistyped_architecture_names_the_nearest() -> None:
     with pytest.raises(UnknownNameError, match=r"blip_captoin/tiny.*Did you mean blip_caption/tiny"):
         load("blip_captoin/tiny")
+    with pytest.raises(UnknownNameError, match=r"model blip_captoin: no architecture.*Did you mean 'blip_caption'"):
+        load("blip_captoin")
 
 
 def test_chat_answers_lines_until_the_end(photos: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command `python -m lavis_lite.convert`, installed as `lavis-lite-convert`."""
+"""The command `lavis-lite convert`, also installed as `lavis-lite-convert`."""
 
 import argparse
 import logging
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 HELP = """Turn LAVIS's weights into a Hugging Face folder, or such a folder into a LAVIS file, without loss.
 
 examples (docs/weights.md has more):
-  python -m lavis_lite.convert to-hf blip2_opt pretrain_opt2.7b blip2-opt-2.7b
-  python -m lavis_lite.convert to-hf blip2_t5 caption_coco_flant5xl captioner --checkpoint output/checkpoint_best.pth \\
+  lavis-lite convert to-hf blip2_opt pretrain_opt2.7b blip2-opt-2.7b
+  lavis-lite convert to-hf blip2_t5 caption_coco_flant5xl captioner --checkpoint output/checkpoint_best.pth \\
       --precision bf16 --options t5_model=/models/flan-t5-xl
-  python -m lavis_lite.convert to-lavis Salesforce/blip-vqa-base blip_vqa.pth
-  python -m lavis_lite.convert consolidate output/my_run/JOB/checkpoint_last.pth checkpoint.pth"""
+  lavis-lite convert to-lavis Salesforce/blip-vqa-base blip_vqa.pth
+  lavis-lite convert consolidate output/my_run/JOB/checkpoint_last.pth checkpoint.pth"""
 PLACES = (
     *("tokenizer", "vit_weights", "vit_precision", "llm_precision", "opt_model", "t5_model", "llm_model"),
     *(*ADAPTER_KEYS, "llm_quantization", "llm_device_map"),
@@ -47,7 +47,7 @@ def run(argv: Sequence[str] | None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     p = argparse.ArgumentParser(
-        prog="python -m lavis_lite.convert", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="lavis-lite convert", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     ways = p.add_subparsers(required=True, metavar="to-hf | to-lavis | consolidate")
     to_hf = ways.add_parser("to-hf", help="write a Hugging Face folder")

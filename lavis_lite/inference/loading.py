@@ -59,6 +59,9 @@ def load(
         for near in difflib.get_close_matches(arch, model_zoo.names(), n=1, cutoff=0.8):
             if kind in model_zoo.types(near) and not Path(model).exists():
                 raise UnknownNameError(f"model {model}: unknown architecture {arch!r}. Did you mean {near}/{kind}?")
+        if Path(model).name == Path(model).stem == model and not Path(model).exists():
+            near = did_you_mean(model, model_zoo.names())
+            raise UnknownNameError(f"model {model}: no architecture and no file. {near} `lavis-lite models` has all")
         if checkpoint is not None:
             raise InputError(f"model {model}: checkpoint replaces the weights of architecture/type; give one of them")
         found = from_pretrained(model, processors=True, is_eval=True, device=on, **overrides)
