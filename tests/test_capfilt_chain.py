@@ -5,11 +5,13 @@ import json
 import math
 import statistics
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import cli_helpers
 import pytest
+import warm
 import yaml
 
 from lavis_lite.cli import capfilt
@@ -192,7 +194,12 @@ def recipes(folder: Path) -> Path:
 def test_a_chain_runs_from_the_captioner_to_the_table(
     tmp_path: Path, shapes_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def started(command: list[str], env: Mapping[str, str]) -> warm.Warm:
+        assert command[1:3] == ["-m", "lavis_lite.cli"]
+        return warm.Warm("lavis_lite/cli/__main__.py", command[3:], [env])
+
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(capfilt.subprocess, "Popen", started)
     path = recipes(tmp_path)
 
     def run(*argv: str) -> int:

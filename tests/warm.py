@@ -55,7 +55,7 @@ class Warm:
     def __init__(self, script: str, argv: Sequence[str], environments: Sequence[Mapping[str, str]]) -> None:
         handle, self.output = tempfile.mkstemp(suffix=".txt")
         os.close(handle)
-        arguments = [(str(script), list(argv), one, self.output) for one in environments]
+        arguments = [(str(script), list(argv), dict(one), self.output) for one in environments]
         self.processes = [_server().Process(target=_run, args=one) for one in arguments]
         for process in self.processes:
             process.start()
