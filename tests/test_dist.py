@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+import warm
 from ports import free_port
 from torch import nn
 
@@ -15,7 +15,7 @@ from lavis_lite.common import dist
 
 def launch(body: Callable[[Path], None], folder: Path, *, world: int) -> None:
     """Runs `body(folder)` in `world` gloo processes under torchrun's environment; any failure fails the test."""
-    mp.spawn(_enter, args=(body, folder, world, free_port()), nprocs=world)
+    warm.spawn(_enter, body, folder, world, free_port(), world=world)
 
 
 def _enter(rank: int, body: Callable[[Path], None], folder: Path, world: int, port: int) -> None:
@@ -148,7 +148,7 @@ def _train_and_leave(rank: int, folder: Path, port: int) -> None:
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's list of threads")
 def test_shutdown_ends_the_groups_threads(tmp_path: Path) -> None:
     """A thread of gloo that frees a tensor while Python ends aborts the process, although the job is done."""
-    mp.spawn(_train_and_leave, args=(tmp_path, free_port()), nprocs=2)
+    warm.spawn(_train_and_leave, tmp_path, free_port(), world=2)
 
 
 def test_on_main_inside_on_main_is_an_error_where_there_are_other_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import warm
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
@@ -20,7 +21,7 @@ def scaling() -> Iterator[ModuleType]:
 
 
 def test_what_is_sent_is_what_the_formula_says(scaling: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'benchmarks'}")
+    monkeypatch.setattr(scaling.mp, "spawn", lambda own, args, nprocs: warm.spawn(own, *args, world=nprocs))
     (weak, strong) = scaling.measured_rows([2], batch=4, num_steps=1)
     for row, batch in ((weak, 4), (strong, 2)):
         formula, counted = row["formula"], row["counted"]

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
+import warm
 from ports import free_port
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -539,7 +539,7 @@ def two_ranks(rank: int, port: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_agree_with_one(tmp_path: Path) -> None:
-    mp.spawn(two_ranks, args=(free_port(), str(tmp_path)), nprocs=2)
+    warm.spawn(two_ranks, free_port(), str(tmp_path), world=2)
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first.pop("error") == "ZeroDivisionError: division by zero"
     assert second.pop("error") == "RankZeroFailed: rank 0 failed: ZeroDivisionError: division by zero"

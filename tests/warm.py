@@ -18,6 +18,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+import torch.multiprocessing as mp
 from ports import free_port
 
 ROOT = Path(__file__).parents[1]
@@ -111,3 +112,9 @@ def start(script: str, *argv: object, world: int = 0, **environment: Any) -> War
     common |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
     return Warm(script, [str(one) for one in argv], ranks)
+
+
+def spawn(function: Callable[..., object], *arguments: object, world: int) -> None:
+    """Call `function(rank, *arguments)` in `world` processes; an error in one ends all and is raised."""
+    _server()  # what these processes are forked from, too
+    mp.start_processes(function, arguments, nprocs=world, start_method="forkserver")
