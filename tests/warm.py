@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from multiprocessing.context import ForkServerContext
@@ -27,14 +28,19 @@ PACKAGES = ("cli.main", "models", "tasks", "runners.runner", "datasets.caption",
 
 @cache
 def _server() -> ForkServerContext:
-    multiprocessing.get_start_method()  # the default; else children would take the server's
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["cli_helpers", *(f"lavis_lite.{name}" for name in PACKAGES)])
     return context
 
 
+def _start_as_by_default() -> None:
+    """Undo that a process takes over how it was started: loader workers would be started so too, and outlive it."""
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
+
+
 def _run(script: str, argv: Sequence[str], environment: Mapping[str, str], output: str) -> None:
     """In the new process: become `python script *argv`."""
+    _start_as_by_default()
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
@@ -56,6 +62,7 @@ class Warm:
     def __init__(self, script: str, argv: Sequence[str], environments: Sequence[Mapping[str, str]]) -> None:
         handle, self.output = tempfile.mkstemp(suffix=".txt")
         os.close(handle)
+        weakref.finalize(self, os.unlink, self.output)
         arguments = [(str(script), list(argv), dict(one), self.output) for one in environments]
         self.processes = [_server().Process(target=_run, args=one) for one in arguments]
         for process in self.processes:
@@ -71,7 +78,8 @@ class Warm:
         codes = [process.exitcode for process in self.processes]
         return None if None in codes else next((code for code in codes if code), 0)
 
-    poll: Callable[[], int | None] = lambda self: self.returncode
+    def poll(self) -> int | None:
+        return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
         """Wait for the end of all; as with torchrun, one that fails ends the others."""
@@ -117,4 +125,9 @@ def start(script: str, *argv: object, world: int = 0, **environment: Any) -> War
 def spawn(function: Callable[..., object], *arguments: object, world: int) -> None:
     """Call `function(rank, *arguments)` in `world` processes; an error in one ends all and is raised."""
     _server()  # what these processes are forked from, too
-    mp.start_processes(function, arguments, nprocs=world, start_method="forkserver")
+    mp.start_processes(_call, (function, *arguments), nprocs=world, start_method="forkserver")
+
+
+def _call(rank: int, function: Callable[..., object], *arguments: object) -> None:
+    _start_as_by_default()
+    function(rank, *arguments)
