@@ -1,10 +1,13 @@
 """Checkpoints in parts, in one process; tests/test_sharding.py has those of two."""
 
+import errno
+import traceback
 from pathlib import Path
 
 import cli_helpers
 import pytest
 import torch
+from torch.distributed import checkpoint as dcp
 
 from lavis_lite.common import checkpoint, checkpoint_parts, dist
 from lavis_lite.common.errors import DamagedFileError, WriteError
@@ -40,6 +43,25 @@ def test_parts_that_cannot_be_written_are_an_error(tmp_path: Path, monkeypatch: 
         checkpoint_parts.write(SAVED, tmp_path / "file" / "own.parts", None)
     monkeypatch.setattr(dist, "gather_objects", lambda items, group: [*items, {"elsewhere.safetensors": ""}])
     with pytest.raises(WriteError, match=r"elsewhere.safetensors .* run.output_dir"):
+        checkpoint_parts.write(SAVED, tmp_path / "own.parts", None)
+
+
+@pytest.mark.parametrize(
+    ("cause", "kind", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left"), WriteError, "the disk is full"),
+        (ValueError("I/O error: No space left on device (os error 28)"), WriteError, "the disk is full"),
+        (ValueError("a shape of 3"), RuntimeError, "a shape of 3"),
+    ],
+)
+def test_a_full_disk_is_named_whichever_library_finds_it(
+    cause: Exception, kind: type[Exception], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(*arguments: object, **settings: object) -> None:
+        raise dcp.CheckpointException("save", {0: (cause, traceback.StackSummary.from_list([]))})
+
+    monkeypatch.setattr(dcp, "save", save)
+    with pytest.raises(kind, match=f"rank 0 cannot write its part of .*{message}"):
         checkpoint_parts.write(SAVED, tmp_path / "own.parts", None)
 
 

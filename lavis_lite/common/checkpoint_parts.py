@@ -5,6 +5,7 @@ checkpoint's file is written last. In the place of the tensors of model and opti
 which have a shape and no values; its entry `parts` names the folder, its files with their digests, and tied tensors.
 """
 
+import errno
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lavis_lite.common import dist, integrity, sharding
-from lavis_lite.common.disk import why_unwritable
+from lavis_lite.common.disk import is_full, why_unwritable
 from lavis_lite.common.errors import DamagedFileError, WriteError
 
 PARTS = "parts"
@@ -59,10 +60,11 @@ def write(saved: Mapping[str, Any], folder: Path, group: Any) -> dict[str, Any]:
         if dist.is_main():
             shutil.rmtree(folder, ignore_errors=True)
         rank, (cause, _) = next(iter(error.failures.items()))
-        if not isinstance(cause, OSError):
-            raise RuntimeError(f"rank {rank} cannot write its part of {folder}: {cause}") from error
         problem = f"rank {rank} cannot write its part of {folder}: {why_unwritable(folder, cause)}"
-        raise WriteError(cause.errno, f"{problem}; the checkpoint before it is kept. Free some space") from error
+        if not isinstance(cause, OSError) and not is_full(cause):
+            raise RuntimeError(problem) from error
+        number = cause.errno if isinstance(cause, OSError) else errno.ENOSPC
+        raise WriteError(number, f"{problem}; the checkpoint before it is kept. Free some space") from error
     own = {path.name: integrity.sha256(path) for path in folder.glob(f"shard-{dist.rank() + 1:05}-*")}
     files = {name: digest for part in dist.gather_objects([own], group) for name, digest in part.items()}
     if dist.is_main() and (unseen := [name for name in files if not (folder / name).is_file()]):

@@ -9,10 +9,11 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers of a full disk, and of a user's full share of it."""
 
 
-def why_unwritable(path: Path, error: OSError) -> str:
+def why_unwritable(path: Path, error: BaseException) -> str:
     """Return why a file or folder cannot be written, with the free space of its disk."""
     place = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.is_dir())
-    what = "the disk is full" if error.errno in FULL else (error.strerror or str(error))
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    what = "the disk is full" if is_full(error) else reason
     return f"{what} ({shutil.disk_usage(place).free / 2**20:,.1f} MiB free in {place})"
 
 

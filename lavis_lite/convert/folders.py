@@ -119,7 +119,7 @@ def _replacing(target: Path) -> Iterator[Path]:
                 parent.rmdir()
         if not is_full(error):
             raise
-        why = why_unwritable(target.parent, OSError(errno.ENOSPC, ""))
+        why = why_unwritable(target.parent, error)
         left = "what was there is unchanged" if target.exists() else "nothing was left there"
         raise WriteError(
             errno.ENOSPC,
