@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -159,12 +159,29 @@ def test_good_samples_are_answered(arch: str, method: str) -> None:
     with torch.no_grad():
         odd = ["ein rötlicher Kreis 赤い 🟥", ["", "?" * 40], np.array(TEXTS), (text for text in TEXTS)]
         for change in ({}, *({"text_input": texts} for texts in odd)):
-            call(model, method, {**samples, **change}, settings)
+            assert_answered(call(model, method, {**samples, **change}, settings))
         twice = {
             key: value.double() if key.startswith("image") and value.ndim == 4 else value
             for key, value in samples.items()
         }
-        call(model, method, twice, settings)
+        assert_answered(call(model, method, twice, settings))
+
+
+def assert_answered(result: Any) -> None:
+    """Texts for both samples, or finite numbers; of nested results each."""
+    if isinstance(result, torch.Tensor):
+        assert result.numel()
+        assert not result.is_floating_point() or result.isfinite().all()
+    elif isinstance(result, Mapping):
+        assert result
+        for value in result.values():
+            assert_answered(value)
+    elif isinstance(result, (list, tuple)):
+        assert len(result) == 2
+        for value in result:
+            assert_answered(value)
+    else:
+        assert isinstance(result, (str, int, float, type(None)))
 
 
 @pytest.mark.parametrize(
