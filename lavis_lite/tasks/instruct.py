@@ -208,7 +208,7 @@ ClassLosses = tuple[list[list[float]], int]
 
 
 def has_truth(record: Record, result: Result) -> bool:
-    """Return whether the label of a choice is known, or any answer where there are no candidates."""
+    """Return whether the label of a choice is known, or an answer of a sample without candidates."""
     return record.get("label") is not None if "losses" in result else bool(record.get("answers"))
 
 

@@ -154,7 +154,7 @@ def as_gallery(dataset: EvalDataset, split: str) -> Gallery:
     """Return the dataset; InputError if it is not laid out as a gallery, is empty, or has images without texts."""
     if not isinstance(dataset, Gallery):
         name = type(dataset).__name__
-        raise InputError(f"the {split} dataset ({name}) is no gallery with text, txt2img, img2txt: use 'retrieval'")
+        raise InputError(f"the {split} dataset ({name}) lacks a gallery's text, txt2img, img2txt: use 'retrieval'")
     if not len(dataset.text) or not len(dataset.img2txt):
         raise InputError(f"the {split} split is empty: there is nothing to retrieve")
     pairs = zip(dataset.annotation, dataset.img2txt, strict=True)

@@ -1,4 +1,4 @@
-"""The command `serve`: a model that is served by OpenAI's chat completions."""
+"""The command `serve`: a model that answers requests in the form of OpenAI's chat completions."""
 
 from dataclasses import dataclass
 from typing import Annotated

@@ -54,7 +54,7 @@ class Blip2LLM(Blip2Base, AnswerModel):
     `prompt` begins every caption; with a placeholder `{}` it goes around questions instead. `qformer_text_input`: the
     Q-Former reads the prompt too. `llm` overrides the language model's config; `llm_precision` is fp32, bf16, fp16 or
     auto (bf16, but for tiny and for trained models); `llm_quantization` is int8 or int4; `llm_device_map` is auto, or
-    maps modules of the language model to devices; `llm_lora` holds settings of peft's LoraConfig, or is a folder.
+    maps the language model's modules to devices; `llm_lora` has settings of peft's LoraConfig, or is a folder of peft.
     `format_candidates_prompt` goes around the names between which `predict` chooses; with `predict_with_gen` the model
     writes one of them.
     """
@@ -366,7 +366,7 @@ class Blip2LLM(Blip2Base, AnswerModel):
 
         `candidates` are those of all samples, or a list per sample: C is then the longest list's length, and the loss
         is inf where a sample has fewer. The prompt is `prompt` (one, or one per sample; default the model's) with
-        `text_input` in its placeholders, or `text_input` alone where there is no prompt; `context`, `history` and
+        `text_input` in its placeholders, or `text_input` alone without a prompt; `context`, `history` and
         `caption` are put before it. Image and prompt are read once for all candidates.
 
         Normalisation: the negative log-likelihood is summed over a candidate's tokens, end token included, and not
